@@ -1,0 +1,218 @@
+from pathlib import Path
+
+import pytest
+
+from pipeline.config import (
+    BaseModelConfig,
+    ConfigError,
+    ExpertConfig,
+    LearnConfig,
+    RouterConfig,
+    SourceConfig,
+    StreamConfig,
+    TaskConfig,
+    digest,
+    fields_of,
+    load_config,
+)
+
+STREAM = """
+stream:
+  tasks:
+    - {name: digits, train: data/train, eval: data/eval}
+"""
+SHIPPED = sorted((Path(__file__).parents[1] / "jobs" / "configs").glob("*.yaml"))
+
+
+@pytest.fixture
+def file(tmp_path):
+    return tmp_path / "stream.yaml"
+
+
+def error_of(file: Path, text: str, *overrides: str) -> str:
+    file.write_text(text)
+    with pytest.raises(ConfigError) as error:
+        load_config(file, overrides)
+    return str(error.value)
+
+
+def task(**fields) -> str:
+    values = {"name": "digits", "train": "a", "eval": "b"} | fields
+    return "stream: {tasks: [{" + ", ".join(f"{key}: {value}" for key, value in values.items()) + "}]}"
+
+
+def test_a_small_file_is_enough(file):
+    file.write_text(STREAM)
+    config = load_config(file)
+    assert config.stream.tasks[0].train == SourceConfig(path="data/train")
+    assert config.expert == ExpertConfig()
+    assert config.folder == Path("runs").resolve() / "demo"
+    assert config.tracking_uri == f"sqlite:///{Path('runs').resolve()}/mlflow.db"
+
+
+def test_what_the_file_says_is_in_force(file):
+    file.write_text(
+        STREAM + "name: mine\noutput: /out\nexpert: {rank: 16}\nregistry: {uri: 'http://mlflow:5000'}\n"
+        "base: {path: some/InternVL3_5-1B-HF}\n"
+    )
+    config = load_config(file)
+    assert config.folder == Path("/out/mine")
+    assert config.tracking_uri == "http://mlflow:5000"
+    assert (config.expert.rank, config.expert.lora_alpha) == (16, 32)
+    assert config.base.label == "InternVL3_5-1B-HF"
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
+def test_shipped_configurations_load(path):
+    assert load_config(path).stream.tasks
+
+
+def test_overrides_lie_on_top_of_the_file(file):
+    file.write_text(STREAM + "expert: {rank: 16}\n")
+    overrides = ["expert.rank=4", "expert.learning_rate=1e-3", "training.gpu=true", "router.feature_width=null",
+                 "stream.general=embedded://general/train", "seed=7", "name=a=b"]  # fmt: skip
+    with pytest.raises(ConfigError, match="name: String should match"):
+        load_config(file, overrides)
+    config = load_config(file, overrides[:-1])
+    assert (config.expert.rank, config.training.gpu, config.router.feature_width, config.seed) == (4, True, None, 7)
+    assert config.expert.learning_rate == 1e-3
+    assert config.stream.general == SourceConfig(path="embedded://general/train")
+    assert len(config.stream.tasks) == 1
+
+
+def test_another_kind_of_configuration_loads_the_same_way(file):
+    file.write_text("rank: 2")
+    assert load_config(file, ["alpha=3"], ExpertConfig).lora_alpha == 3
+
+
+def test_configurations_are_frozen():
+    with pytest.raises(ValueError, match="frozen"):
+        ExpertConfig().rank = 2
+
+
+def test_an_unknown_field_gets_a_suggestion(file):
+    assert error_of(file, STREAM + "expert: {ranks: 3}") == (
+        f"{file}: expert.ranks: no such field; did you mean `expert.rank`?"
+    )
+    assert "did you mean `seed`?" in error_of(file, STREAM + "seeds: 1")
+    assert "did you mean `router.top_k`?" in error_of(file, STREAM, "router.topk=1")
+    assert "`pointsman learn --help` lists the fields" in error_of(file, STREAM + "zzz: 1")
+
+
+def test_an_unknown_field_of_a_task_gets_a_suggestion(file):
+    message = error_of(file, task(metrics="anls"))
+    assert "stream.tasks.0.metrics: no such field; did you mean `stream.tasks.metric`?" in message
+    message = error_of(file, task(train="{path: a, limt: 3}"))
+    assert "stream.tasks.0.train.limt: no such field; did you mean `stream.tasks.train.limit`?" in message
+
+
+def test_a_wrong_value_comes_with_the_fields_meaning(file):
+    message = error_of(file, STREAM + "expert: {rank: many}")
+    assert message.startswith(f"{file}: expert.rank: Input should be a valid integer")
+    assert "(given: 'many')" in message
+    assert "Rank r of the update" in message
+    message = error_of(file, STREAM, "router.temperature=0")
+    assert "router.temperature: Input should be greater than 0 (given: 0)" in message
+    assert "temperature of the softmax" in message
+
+
+def test_a_wrong_value_in_a_task_comes_with_the_fields_meaning(file):
+    message = error_of(file, task(metric="f1"))
+    assert "stream.tasks.0.metric: Input should be 'exact_match', 'relaxed_accuracy' or 'anls'" in message
+    assert "How an answer is scored" in message
+    message = error_of(file, task(train="{path: a, limit: 0}"))
+    assert "stream.tasks.0.train.limit" in message
+    assert "Read at most this many rows" in message
+    assert "Name of the task and of its expert" in error_of(file, task(name="Digits"))
+
+
+def test_all_mistakes_are_listed_at_once(file):
+    message = error_of(file, STREAM + "expert: {rank: 0, alpha: -1}\nsed: 1\n")
+    assert len([line for line in message.splitlines() if line.startswith(str(file))]) == 3
+
+
+def test_a_missing_field_is_named(file):
+    assert "stream: Field required" in error_of(file, "")
+    message = error_of(file, "stream: {}")
+    assert "stream.tasks: Field required\n" in message
+    assert "in the order in which they are learned" in message
+
+
+def test_a_file_that_cannot_be_read_is_named(file, tmp_path):
+    with pytest.raises(ConfigError, match=r"stream\.yaml: no such configuration file"):
+        load_config(file)
+    with pytest.raises(ConfigError, match=str(tmp_path)):
+        load_config(tmp_path)
+
+
+def test_a_file_that_is_no_configuration_is_named(file):
+    assert error_of(file, "a: [").startswith(f"{file}: not valid YAML: ")
+    assert error_of(file, "- a") == f"{file}: must be a mapping of fields, found list"
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("expert.rank", "override 'expert.rank': write it as field.sub=value, e.g. expert.rank=16"),
+        ("name.first=x", "override 'name.first=x': 'name' is not a group of fields"),
+        ("stream.tasks.0.name=x", "override 'stream.tasks.0.name=x': 'tasks' is not a group of fields"),
+        ("expert.rank=[1", "override 'expert.rank=[1': not valid YAML"),
+        ("expert.rnk=1", "did you mean `expert.rank`?"),
+    ],
+)
+def test_a_bad_override_is_explained(file, override, message):
+    assert message in error_of(file, STREAM + "name: demo\n", override)
+
+
+@pytest.mark.parametrize("name", ["null", "base", "default", "lora_", "lora", "a"])
+def test_reserved_task_names(file, name):
+    assert f"'{name}' is reserved; choose another task name" in error_of(file, task(name=f"'{name}'"))
+
+
+@pytest.mark.parametrize("name", ["", "Digits", "7up", "a-b", "a/b", "x" * 49])
+def test_task_names_are_safe_as_folder_names(name):
+    with pytest.raises(ValueError, match="pattern"):
+        TaskConfig(name=name, eval="b")
+
+
+def test_a_name_is_given_once(file):
+    twice = "stream: {tasks: [{name: digits, train: a, eval: b}], foundation: [{name: digits, eval: c}]}"
+    assert "task names must differ; twice: digits" in error_of(file, twice)
+
+
+def test_a_new_task_needs_rows_to_learn_from(file):
+    message = error_of(file, "stream: {tasks: [{name: digits, eval: b}]}")
+    assert "task 'digits' has no `train` source; only foundation benchmarks go without" in message
+
+
+def test_a_prompt_template_contains_the_question(file):
+    assert "must contain {question}" in error_of(file, task(prompt="'what ?'"))
+    assert TaskConfig(name="digits", eval="b", prompt="{question} short .").prompt == "{question} short ."
+
+
+def test_every_field_has_a_meaning():
+    fields = dict(fields_of(LearnConfig, everywhere=True))
+    groups = {name.rsplit(".", 1)[0] for name in fields}
+    assert [name for name, field in fields.items() if name not in groups and not field.description] == []
+
+
+def test_fields_are_named_once():
+    names = [name for name, _ in fields_of(LearnConfig)]
+    everywhere = [name for name, _ in fields_of(LearnConfig, everywhere=True)]
+    assert len(everywhere) == len(set(everywhere))
+    assert set(names) < set(everywhere)
+    assert {"stream.tasks.prompt", "stream.general.limit", "stream.tasks.train.columns.question"} <= set(everywhere)
+
+
+def test_a_digest_depends_on_values_alone():
+    stream = StreamConfig(tasks=[TaskConfig(name="digits", train="a", eval="b")])
+    assert digest(ExpertConfig(), stream, "x") == digest(ExpertConfig(rank=8), stream.model_copy(), "x")
+    assert digest({"a": 1, "b": 2}) == digest({"b": 2, "a": 1})
+    digests = [digest(ExpertConfig()), digest(ExpertConfig(rank=4)), digest(RouterConfig()), digest(BaseModelConfig())]
+    digests += [digest(ExpertConfig(), 0), digest(ExpertConfig(), 1), digest(1, ExpertConfig())]
+    assert len(set(digests)) == len(digests)
+
+
+def test_digests_stay_as_they_are():
+    """Experts in registries are found by their digest: a change here means that all of them train again."""
+    assert digest({"seed": 0, "base": "0123"}, [1, 2.5, None]) == "634756d8e178"
