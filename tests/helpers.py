@@ -1,0 +1,135 @@
+"""What several test files need: prompts, experts, and ways to look at a model. Shapes as in `pipeline.routing`."""
+
+import hashlib
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from pipeline.config import LANGUAGE_LINEARS
+from pipeline.models.bases import Base
+from pipeline.models.prompts import Encoded, collate, encode
+from pipeline.routing import Expert, ExpertCard, Pool, PromptStatistics, RoutedModel
+from pipeline.routing.expert import Adapter
+from pipeline.routing.routed_model import PromptReader
+from pipeline.streams.embedded.foundation import FAMILIES
+
+
+def ask(processor: Any, question: str, *images: Image.Image, answer: str | None = None) -> Encoded:
+    """Encodes one question about `images`; with an answer as a training row."""
+    messages = [
+        {"role": "user", "content": ("" if "<image>" in question else "<image>" * len(images)) + question},
+        {"role": "assistant", "content": answer or ""},
+    ]
+    return encode(processor, messages, images, answer=answer is not None)
+
+
+def prompts(processor: Any, family: str, count: int, *, seed: int = 0) -> list[Encoded]:
+    """Encodes `count` questions of a foundation family."""
+    random = np.random.default_rng([seed, 5])
+    examples = [FAMILIES[family](random) for _ in range(count)]
+    return [ask(processor, e.question, *([e.image] if e.image else [])) for e in examples]
+
+
+def batch_of(base: Base, rows: Sequence[Encoded], side: str = "left") -> dict[str, Tensor]:
+    """Pads rows to model inputs, without labels."""
+    batch = collate(rows, pad_token_id=base.processor.tokenizer.pad_token_id, side=side)
+    del batch["labels"]
+    return batch
+
+
+@torch.inference_mode()
+def generate(base: Base, rows: Sequence[Encoded], *, tokens: int = 4, use_cache: bool = True) -> tuple[Tensor, Tensor]:
+    """Generates exactly `tokens` tokens greedily; returns them (B, N) and the logits they come from (B, N, V)."""
+    output = base.model.generate(
+        **batch_of(base, rows),
+        max_new_tokens=tokens,
+        min_new_tokens=tokens,
+        do_sample=False,
+        use_cache=use_cache,
+        output_logits=True,
+        return_dict_in_generate=True,
+    )
+    return output.sequences[:, -tokens:], torch.stack(output.logits, dim=1)
+
+
+@torch.inference_mode()
+def features_of(base: Base, rows: Sequence[Encoded], side: str = "left", prompt_mask: Tensor | None = None) -> Tensor:
+    """Returns the prompt features (B, 3 D) as a listener gets them."""
+    heard: list[Tensor] = []
+    reader = PromptReader(base.model, lambda features, tokens: heard.append(features))
+    reader.prompt_mask = prompt_mask
+    base.model(**batch_of(base, rows, side))
+    reader.remove()
+    (features_BS,) = heard
+    return features_BS
+
+
+def make_expert(
+    base: Base,
+    name: str,
+    *,
+    rank: int = 4,
+    seed: int = 0,
+    targets: str = LANGUAGE_LINEARS,
+    features: Tensor | None = None,
+    quantile: float | None = None,
+) -> Expert:
+    """Makes an expert with random weights for the Linears that match `targets`; `features` (N, F) are its prompts'."""
+    random = torch.Generator().manual_seed(seed)
+    adapters, vectors = {}, {}
+    for path, module in base.model.named_modules():
+        if re.fullmatch(targets, path):
+            a_RD = torch.randn(rank, module.in_features, generator=random) / module.in_features**0.5
+            b_OR = torch.randn(module.out_features, rank, generator=random) / rank**0.5
+            adapters[path] = Adapter(a_RD, b_OR, 2.0)
+            vectors[path] = torch.randn(module.in_features, generator=random)
+    config = {
+        "peft_type": "LORA",
+        "r": rank,
+        "lora_alpha": 2 * rank,
+        "target_modules": targets,
+        "bias": "none",
+        "task_type": "CAUSAL_LM",
+        "inference_mode": True,
+        "base_model_name_or_path": None,
+    }
+    card = ExpertCard(
+        name=name,
+        task=name,
+        base_fingerprint=base.fingerprint,
+        rank=rank,
+        alpha=2 * rank,
+        seed=seed,
+        data_fingerprint="data",
+        config_digest="digest",
+        samples=64,
+        metrics={"expert_loss": 0.5},
+    )
+    if features is None:
+        features = torch.randn(16, 3 * base.width, generator=random)
+    return Expert(card, config, adapters, vectors, PromptStatistics.of(features, quantile=quantile))
+
+
+@contextmanager
+def attached(base: Base, pool: Pool) -> Iterator[RoutedModel]:
+    """Routes the base by `pool` while the context lasts."""
+    routed = RoutedModel(base.model, pool)
+    try:
+        yield routed
+    finally:
+        routed.detach()
+
+
+def checksum(model: nn.Module) -> str:
+    """Returns a digest of all parameters and their names, those of a routed Linear under their own name."""
+    weights = {name.replace(".base.", "."): parameter for name, parameter in model.named_parameters()}
+    digest = hashlib.sha256()
+    for name in sorted(weights):
+        digest.update(name.encode() + weights[name].detach().numpy().tobytes())
+    return digest.hexdigest()

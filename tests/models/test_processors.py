@@ -1,0 +1,86 @@
+import json
+import shutil
+
+import numpy as np
+import pytest
+from PIL import Image
+from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import GotOcr2ImageProcessorPil
+
+from pipeline.models.processors import ImageTextProcessor, load_processor
+from pipeline.models.tiny import tiny_processor, tiny_tokenizer
+from pipeline.streams.embedded.foundation import vocabulary
+
+
+@pytest.fixture(scope="module")
+def processor():
+    return tiny_processor(vocabulary())
+
+
+@pytest.fixture(scope="module")
+def image():
+    return Image.fromarray(np.random.default_rng(0).integers(0, 256, (80, 50, 3), dtype=np.uint8))
+
+
+TEXT = "<|user|><IMG_CONTEXT>what color is <IMG_CONTEXT> qz7?<|assistant|>"
+
+
+def assert_same_inputs(one, other, image):
+    first, second = (p(images=[image, image], text=[TEXT], return_tensors="np") for p in (one, other))
+    assert first.keys() == second.keys() == {"input_ids", "attention_mask", "pixel_values"}
+    assert all((first[key] == second[key]).all() for key in first)
+
+
+def test_a_saved_processor_gives_the_same_inputs(processor, image, tmp_path):
+    processor.save_pretrained(tmp_path)
+    loaded = load_processor(tmp_path)
+    assert_same_inputs(processor, loaded, image)
+    assert loaded.image_seq_length == processor.image_seq_length == 16
+    assert loaded.chat_template == processor.chat_template
+    assert loaded.tokenizer.padding_side == "left"
+    loaded.save_pretrained(tmp_path / "again")
+    assert_same_inputs(processor, load_processor(tmp_path / "again"), image)
+
+
+def test_the_older_layout_of_folders_loads_as_well(processor, image, tmp_path):
+    """`preprocessor_config.json` for the images, `processor_config.json` for the rest, as InternVL's folders have."""
+    processor.save_pretrained(tmp_path)
+    (tmp_path / "processor_config.json").write_text(
+        json.dumps({"processor_class": "InternVLProcessor", "image_seq_length": 16})
+    )
+    processor.image_processor.save_pretrained(tmp_path / "images")
+    shutil.copy(tmp_path / "images" / "preprocessor_config.json", tmp_path)
+    assert_same_inputs(processor, load_processor(tmp_path), image)
+
+
+def test_an_image_is_start_context_and_end_tokens(processor, image):
+    inputs = processor(images=[image], text=["red<IMG_CONTEXT>blue"], return_tensors="np")
+    tokens = processor.tokenizer.convert_ids_to_tokens(inputs["input_ids"][0])
+    assert tokens == ["red", "<img>", *["<IMG_CONTEXT>"] * 16, "</img>", "blue"]
+    assert inputs["pixel_values"].shape == (1, 3, 64, 64)
+
+
+def test_pixels_are_scaled_to_one_around_zero(processor):
+    pixels = [processor(images=[Image.new("RGB", (64, 64), c)], text=["<IMG_CONTEXT>"]) for c in ("black", "white")]
+    assert [np.unique(p["pixel_values"]).tolist() for p in pixels] == [[-1], [1]]
+
+
+def test_tiles_of_a_large_image_get_their_tokens(image):
+    tiling = ImageTextProcessor(
+        GotOcr2ImageProcessorPil(
+            size={"height": 32, "width": 32}, crop_to_patches=True, min_patches=1, max_patches=4,
+            image_mean=[0.5] * 3, image_std=[0.5] * 3,
+        ),
+        tiny_tokenizer(vocabulary()),
+        image_seq_length=4,
+    )  # fmt: skip
+    wide = Image.new("RGB", (128, 32))
+    inputs = tiling(images=[wide, Image.new("RGB", (32, 32))], text=["<IMG_CONTEXT>or<IMG_CONTEXT>"])
+    tiles = len(inputs["pixel_values"])
+    assert tiles == 4 + 1 + 1  # four crops and the thumbnail; one
+    assert (np.asarray(inputs["input_ids"]) == tiling.image_token_id).sum() == 4 * tiles
+
+
+def test_text_alone_has_no_pixels(processor):
+    inputs = processor(images=None, text=["<|user|>red<|assistant|>"], return_tensors="np")
+    assert "pixel_values" not in inputs
+    assert inputs["input_ids"].shape == (1, 3)

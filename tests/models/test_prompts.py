@@ -1,0 +1,161 @@
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from pipeline.models.processors import load_processor
+from pipeline.models.prompts import IGNORED, Encoded, chat, collate, encode, generate_answers
+from tests.helpers import ask, batch_of, generate
+
+RED, BLUE = Image.new("RGB", (64, 64), "red"), Image.new("RGB", (90, 40), "blue")
+
+
+def tokens(base, ids) -> list[str]:
+    return base.processor.tokenizer.convert_ids_to_tokens(ids)
+
+
+def test_placeholders_become_image_parts():
+    messages = [
+        {"role": "system", "content": " read "},
+        {"role": "user", "content": "<image>\n<image> compare <image> ?"},
+        {"role": "assistant", "content": "no"},
+    ]
+    assert chat(messages) == [
+        {"role": "system", "content": [{"type": "text", "text": "read"}]},
+        {
+            "role": "user",
+            "content": [
+                {"type": "image"},
+                {"type": "image"},
+                {"type": "text", "text": "compare"},
+                {"type": "image"},
+                {"type": "text", "text": "?"},
+            ],
+        },
+        {"role": "assistant", "content": [{"type": "text", "text": "no"}]},
+    ]
+
+
+@pytest.mark.parametrize("images", [(), (RED,), (RED, BLUE)])
+def test_labels_are_the_answer_and_its_end(tiny_base, images):
+    row = ask(tiny_base.processor, "what color ?", *images, answer="red star")
+    assert row.input_ids.dtype == row.labels.dtype == np.int64
+    learned = row.labels != IGNORED
+    assert tokens(tiny_base, row.labels[learned]) == ["red", "star", "<|end|>"]
+    assert (row.labels[learned] == row.input_ids[learned]).all()
+    assert learned.nonzero()[0].tolist() == list(range(len(row.labels) - 3, len(row.labels)))
+
+
+@pytest.mark.parametrize("images", [(), (RED,), (RED, BLUE)])
+def test_training_starts_with_the_tokens_that_generation_starts_with(tiny_base, images):
+    prompt = ask(tiny_base.processor, "what color ?", *images)
+    row = ask(tiny_base.processor, "what color ?", *images, answer="red")
+    assert (row.input_ids[: len(prompt.input_ids)] == prompt.input_ids).all()
+    assert tokens(tiny_base, prompt.input_ids[-1:]) == ["<|assistant|>"]
+    assert (prompt.labels == IGNORED).all()
+    assert (prompt.pixel_values == row.pixel_values).all()
+
+
+def test_an_answer_is_tokenized_apart_from_the_prompt(tiny_base):
+    """A word piece must not grow together with what stands before the answer."""
+    row = ask(tiny_base.processor, "say", answer="Red")
+    assert tokens(tiny_base, row.input_ids) == ["<|user|>", "say", "<|assistant|>", "red", "<|end|>"]
+
+
+def test_several_images_stand_where_their_placeholders_stand(tiny_base):
+    row = ask(tiny_base.processor, "is <image> like <image> ?", RED, BLUE)
+    found = tokens(tiny_base, row.input_ids)
+    image = ["<img>", *["<IMG_CONTEXT>"] * 16, "</img>"]
+    assert found == ["<|user|>", "is", *image, "l", "##i", "##k", "##e", *image, "?", "<|assistant|>"]
+    assert row.pixel_values.shape == (2, 3, 64, 64)
+    assert row.pixel_values.dtype == np.float32
+    for pixels, image in zip(row.pixel_values, (RED, BLUE), strict=True):
+        alone = ask(tiny_base.processor, "?", image).pixel_values
+        assert (pixels == alone[0]).all()
+
+
+def test_earlier_turns_belong_to_the_prompt(tiny_base):
+    messages = [
+        {"role": "system", "content": "read"},
+        {"role": "user", "content": "<image>color ?"},
+        {"role": "assistant", "content": "red"},
+        {"role": "user", "content": "shape ?"},
+        {"role": "assistant", "content": "star"},
+    ]
+    row = encode(tiny_base.processor, messages, [RED])
+    assert tokens(tiny_base, row.labels[row.labels != IGNORED]) == ["star", "<|end|>"]
+    assert tokens(tiny_base, row.input_ids).count("<|end|>") == 2
+    said = ["<|assistant|>", "red", "<|end|>", "<|user|>", "shape", "?", "<|assistant|>"]
+    assert tokens(tiny_base, row.input_ids)[-9:-2] == said
+
+
+def test_a_template_that_hides_the_prompt_is_refused(tiny_folder):
+    processor = load_processor(tiny_folder)
+    processor.chat_template = "{{ messages | length }}{% if add_generation_prompt %}>{% endif %}"
+    with pytest.raises(ValueError, match="does not put the generation prompt before the answer"):
+        ask(processor, "what ?", answer="red")
+
+
+def row_of(length: int, tiles: int = 0) -> Encoded:
+    ids = np.arange(10, 10 + length)
+    labels = np.where(ids >= 12, ids, IGNORED)
+    return Encoded(ids, labels, np.full((tiles, 3, 2, 2), length, dtype=np.float32))
+
+
+@pytest.mark.parametrize("side", ["right", "left"])
+def test_rows_are_padded_to_one_length(side):
+    batch = collate([row_of(3), row_of(5)], pad_token_id=0, side=side)
+    pads, ids = [0, 0], [10, 11, 12]
+    mask, labels = [1, 1, 1], [IGNORED, IGNORED, 12]
+    if side == "right":
+        expected = ids + pads, mask + pads, labels + [IGNORED] * 2
+    else:
+        expected = pads + ids, pads + mask, [IGNORED] * 2 + labels
+    assert tuple(batch[key][0].tolist() for key in ("input_ids", "attention_mask", "labels")) == expected
+    assert batch["input_ids"][1].tolist() == [10, 11, 12, 13, 14]
+    assert all(tensor.dtype == torch.int64 for tensor in batch.values())
+    assert "pixel_values" not in batch
+
+
+def test_all_tiles_of_a_batch_are_stacked_in_order_of_rows():
+    batch = collate([row_of(4, tiles=2), row_of(3), row_of(5, tiles=1)], pad_token_id=0)
+    assert batch["pixel_values"].shape == (3, 3, 2, 2)
+    assert batch["pixel_values"][:, 0, 0, 0].tolist() == [4, 4, 5]
+
+
+def test_text_beside_images_is_answered_as_alone(tiny_base):
+    questions = [("what color ?", (RED,)), ("repeat : red blue", ()), ("is <image> <image> ?", (BLUE, RED))]
+    rows = [ask(tiny_base.processor, question, *images) for question, images in questions]
+    together = generate(tiny_base, rows)
+    for i, row in enumerate(rows):
+        alone = generate(tiny_base, [row])
+        torch.testing.assert_close(together[1][i : i + 1], alone[1], rtol=1e-4, atol=1e-4)
+        assert together[0][i : i + 1].equal(alone[0])
+    answers = generate_answers(tiny_base.model, tiny_base.processor, rows, max_new_tokens=4)
+    assert answers == [
+        generate_answers(tiny_base.model, tiny_base.processor, [row], max_new_tokens=4)[0] for row in rows
+    ]
+
+
+def test_the_loss_does_not_depend_on_padding(tiny_base):
+    rows = [
+        ask(tiny_base.processor, "color ?", RED, answer="red"),
+        ask(tiny_base.processor, "repeat : " + "blue " * 9, answer="blue " * 9),
+    ]
+
+    def loss(*which):
+        with torch.no_grad():
+            return tiny_base.model(**collate(which, pad_token_id=tiny_base.processor.tokenizer.pad_token_id)).loss
+
+    learned = [int((row.labels != IGNORED).sum()) for row in rows]
+    expected = sum(n * loss(row) for n, row in zip(learned, rows, strict=True)) / sum(learned)
+    torch.testing.assert_close(loss(*rows), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_answers_are_the_new_tokens_without_special_ones(tiny_base):
+    rows = [ask(tiny_base.processor, "what color ?", RED), ask(tiny_base.processor, "repeat : red")]
+    answers = generate_answers(tiny_base.model, tiny_base.processor, rows, max_new_tokens=3)
+    assert len(answers) == 2
+    output = tiny_base.model.generate(**batch_of(tiny_base, rows), max_new_tokens=3, do_sample=False)
+    decoded = tiny_base.processor.tokenizer.batch_decode(output[:, -3:], skip_special_tokens=True)
+    assert answers == [text.strip() for text in decoded]
