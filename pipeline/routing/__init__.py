@@ -1,0 +1,26 @@
+"""The heart: experts, how prompts and tokens choose among them, and the Linear that mixes them.
+
+Knows torch and PEFT's file format; knows nothing of Ray, MLflow or DeepSpeed. From a notebook:
+
+    pool = Pool.load("runs/demo/pool")
+    routed = RoutedModel(model, pool)
+    routed.model.generate(**inputs)          # the router has chosen
+    routed.decisions                         # whom, for every row
+"""
+
+from pipeline.routing.expert import Expert, ExpertCard, ExpertError
+from pipeline.routing.pool import Pool, PoolCard, PoolError
+from pipeline.routing.routed_model import Decision, RoutedModel
+from pipeline.routing.statistics import PromptStatistics
+
+__all__ = [
+    "Decision",
+    "Expert",
+    "ExpertCard",
+    "ExpertError",
+    "Pool",
+    "PoolCard",
+    "PoolError",
+    "PromptStatistics",
+    "RoutedModel",
+]

@@ -1,0 +1,163 @@
+"""One expert, on disk and in memory.
+
+A folder that stock tools load: PEFT's `adapter_config.json` and `adapter_model.safetensors`, beside them
+`router.safetensors` (routing vectors by module path, prompt statistics) and `expert.json` (the card). Shapes: R rank,
+D input width, O output width, F prompt features.
+"""
+
+import json
+import re
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from pipeline.config import Config
+from pipeline.routing.statistics import PromptStatistics
+
+ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+ROUTER_WEIGHTS, CARD = "router.safetensors", "expert.json"
+_KEY = re.compile(r"^base_model\.model\.(?P<path>.+)\.lora_(?P<half>[AB])\.weight$")
+
+
+class ExpertError(ValueError):
+    """An expert folder that is incomplete, of another kind, or not trained; the message names file and remedy."""
+
+
+class ExpertCard(Config):
+    """Where an expert comes from."""
+
+    name: str
+    """Name of the expert, that of its task."""
+    task: str
+    """Task it was trained on."""
+    base_fingerprint: str
+    """Fingerprint of the base's weights."""
+    rank: int
+    """LoRA rank."""
+    alpha: float
+    """LoRA alpha."""
+    seed: int
+    """Seed of weights and data order."""
+    data_fingerprint: str
+    """Fingerprint of the training rows."""
+    config_digest: str
+    """Digest of configuration, data and base."""
+    samples: int
+    """Rows seen in the expert stage."""
+    metrics: dict[str, float] = {}
+    """Final losses and times of both stages."""
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """The LoRA of one Linear: y = W x + scaling B A x."""
+
+    a_RD: Tensor
+    b_OR: Tensor
+    scaling: float
+
+
+@dataclass(frozen=True)
+class Expert:
+    """A task's LoRA and what routers need to know of it."""
+
+    card: ExpertCard
+    adapter_config: dict[str, Any]
+    """PEFT's adapter_config.json."""
+    adapters: dict[str, Adapter]
+    """LoRA by module path."""
+    vectors: dict[str, Tensor]
+    """Routing vector (D,) by module path."""
+    statistics: PromptStatistics
+    """Statistics of the task's prompts."""
+
+    def save(self, folder: str | Path) -> Path:
+        """Writes the folder anew, all of it or nothing."""
+        folder = Path(folder)
+        draft = folder.with_name(folder.name + ".draft")
+        shutil.rmtree(draft, ignore_errors=True)
+        draft.mkdir(parents=True)
+        weights = {}
+        for path, adapter in self.adapters.items():
+            weights[f"base_model.model.{path}.lora_A.weight"] = adapter.a_RD.contiguous()
+            weights[f"base_model.model.{path}.lora_B.weight"] = adapter.b_OR.contiguous()
+        save_file(weights, draft / ADAPTER_WEIGHTS, metadata={"format": "pt"})
+        (draft / ADAPTER_CONFIG).write_text(json.dumps(self.adapter_config, indent=2, sort_keys=True) + "\n")
+        router = {f"vector.{path}": vector.contiguous() for path, vector in self.vectors.items()}
+        save_file(router | statistics_tensors(self.statistics), draft / ROUTER_WEIGHTS)
+        (draft / CARD).write_text(self.card.model_dump_json(indent=2) + "\n")
+        shutil.rmtree(folder, ignore_errors=True)
+        draft.rename(folder)
+        return folder
+
+    @classmethod
+    def load(cls, folder: str | Path) -> "Expert":
+        """Reads a folder that `save` wrote; raises ExpertError where something is missing."""
+        folder = Path(folder)
+        for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS, ROUTER_WEIGHTS, CARD):
+            if not (folder / name).is_file():
+                raise ExpertError(f"{folder}: {name} is missing; a complete expert has it (train the task again?)")
+        config, adapters = load_adapters(folder)
+        router = load_file(folder / ROUTER_WEIGHTS)
+        vectors = {key.removeprefix("vector."): value for key, value in router.items() if key.startswith("vector.")}
+        card = ExpertCard.model_validate_json((folder / CARD).read_text())
+        return cls(card, config, adapters, vectors, statistics_of(router))
+
+    def check_trained(self) -> None:
+        """Raises ExpertError if the expert learned nothing (every B zero) or holds a value that is not finite."""
+        tensors = [t for a in self.adapters.values() for t in (a.a_RD, a.b_OR)] + list(self.vectors.values())
+        if not all(torch.isfinite(t).all() for t in tensors):
+            raise ExpertError(f"expert {self.card.name!r}: a weight is not finite; lower expert.learning_rate")
+        if not any(bool(a.b_OR.any()) for a in self.adapters.values()):
+            raise ExpertError(
+                f"expert {self.card.name!r}: every LoRA B is zero, so it was never trained and its routing vector has no "
+                "gradient; train it for at least one step with a learning rate above zero"
+            )
+
+
+def load_adapters(folder: str | Path) -> tuple[dict[str, Any], dict[str, Adapter]]:
+    """Reads a stock PEFT LoRA folder: its configuration and the adapters by module path."""
+    folder = Path(folder)
+    config = json.loads((folder / ADAPTER_CONFIG).read_text())
+    unsupported = [key for key in ("use_dora", "modules_to_save", "rank_pattern", "alpha_pattern") if config.get(key)]
+    if config.get("peft_type") != "LORA" or unsupported or config.get("bias", "none") != "none":
+        raise ExpertError(
+            f"{folder / ADAPTER_CONFIG}: only plain LoRA can be routed; found peft_type {config.get('peft_type')!r}, "
+            f"bias {config.get('bias')!r}, {', '.join(unsupported) or 'nothing else unusual'}"
+        )
+    scaling = config["lora_alpha"] / (config["r"] ** 0.5 if config.get("use_rslora") else config["r"])
+    halves: dict[str, dict[str, Tensor]] = {}
+    for key, tensor in load_file(folder / ADAPTER_WEIGHTS).items():
+        match = _KEY.match(key)
+        if match is None:
+            raise ExpertError(f"{folder / ADAPTER_WEIGHTS}: unexpected tensor {key!r}; only LoRA A and B are known")
+        halves.setdefault(match["path"], {})[match["half"]] = tensor
+    for path, half in halves.items():
+        if missing := {"A", "B"} - half.keys():
+            raise ExpertError(f"{folder / ADAPTER_WEIGHTS}: {path} has no lora_{missing.pop()}; train the task again")
+    return config, {path: Adapter(half["A"], half["B"], scaling) for path, half in sorted(halves.items())}
+
+
+def statistics_tensors(statistics: PromptStatistics) -> dict[str, Tensor]:
+    """Returns statistics as named tensors for a safetensors file."""
+    return {
+        "statistics.count": torch.tensor([statistics.count]),
+        "statistics.sum": statistics.sum_F.contiguous(),
+        "statistics.moment": statistics.moment_FF.contiguous(),
+        "statistics.radius": torch.tensor([statistics.radius], dtype=torch.float64),
+    }
+
+
+def statistics_of(tensors: dict[str, Tensor]) -> PromptStatistics:
+    """Reads what `statistics_tensors` wrote."""
+    return PromptStatistics(
+        int(tensors["statistics.count"]),
+        tensors["statistics.sum"],
+        tensors["statistics.moment"],
+        float(tensors["statistics.radius"]),
+    )

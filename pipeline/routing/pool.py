@@ -1,0 +1,132 @@
+"""The pool: an ordered set of experts over one base with one router setting; what a user deploys."""
+
+import shutil
+from collections.abc import Iterable
+from pathlib import Path
+
+from safetensors.torch import load_file, save_file
+
+from pipeline.config import Config, RouterConfig
+from pipeline.routing.expert import Expert, statistics_of, statistics_tensors
+from pipeline.routing.statistics import PromptStatistics
+
+CARD, NULL = "pool.json", "null.safetensors"
+
+
+class PoolError(ValueError):
+    """An expert that does not fit the pool, or a pool folder that is incomplete."""
+
+
+class PoolCard(Config):
+    """What `pool.json` says."""
+
+    base_label: str
+    """Name of the base in the registry."""
+    base_fingerprint: str
+    """Fingerprint of the base's weights; experts of another base are refused."""
+    router: RouterConfig
+    """Router settings."""
+    experts: tuple[str, ...] = ()
+    """Names of the experts in order of arrival; each lies in `experts/<name>/`."""
+    null: bool = False
+    """Whether `null.safetensors` holds the statistics of general prompts."""
+
+
+class Pool:
+    """An ordered set of experts. Adding, replacing and removing makes a new pool and leaves this one as it is."""
+
+    def __init__(
+        self,
+        base_label: str,
+        base_fingerprint: str,
+        router: RouterConfig,
+        experts: Iterable[Expert] = (),
+        null: PromptStatistics | None = None,
+    ) -> None:
+        self.base_label = base_label
+        self.base_fingerprint = base_fingerprint
+        self.router = router
+        self.null = null
+        self.experts: dict[str, Expert] = {}
+        for expert in experts:
+            self._check(expert)
+            self.experts[expert.card.name] = expert
+
+    def _check(self, expert: Expert) -> None:
+        """Raises where `expert` does not fit those before it."""
+        name = expert.card.name
+        if expert.card.base_fingerprint != self.base_fingerprint:
+            raise PoolError(
+                f"expert {name!r} was trained on base {expert.card.base_fingerprint}, this pool's base is "
+                f"{self.base_fingerprint}; use the base it was trained on, or train the task again"
+            )
+        expert.check_trained()
+        for other in [*(e.statistics for e in self.experts.values()), *([self.null] if self.null else [])]:
+            if other.sum_F.shape != expert.statistics.sum_F.shape:
+                raise PoolError(
+                    f"expert {name!r} has {len(expert.statistics.sum_F)} prompt features, others have "
+                    f"{len(other.sum_F)}; train all with the same router.feature_width"
+                )
+
+    @property
+    def names(self) -> list[str]:
+        """Names of the experts in order of arrival."""
+        return list(self.experts)
+
+    @property
+    def card(self) -> PoolCard:
+        """The pool's description, as written to `pool.json`."""
+        return PoolCard(
+            base_label=self.base_label,
+            base_fingerprint=self.base_fingerprint,
+            router=self.router,
+            experts=tuple(self.names),
+            null=self.null is not None,
+        )
+
+    def _with(self, experts: Iterable[Expert], router: RouterConfig | None = None) -> "Pool":
+        return Pool(self.base_label, self.base_fingerprint, router or self.router, experts, self.null)
+
+    def add(self, expert: Expert) -> "Pool":
+        """Returns the pool with `expert` at the end, or in its place if there is one of that name."""
+        return self._with((self.experts | {expert.card.name: expert}).values())
+
+    def remove(self, name: str) -> "Pool":
+        """Returns the pool as if `name` had never been in it."""
+        if name not in self.experts:
+            raise PoolError(f"no expert {name!r} in the pool; there are: {', '.join(self.names) or 'none'}")
+        return self._with(expert for other, expert in self.experts.items() if other != name)
+
+    def routed_by(self, **settings: object) -> "Pool":
+        """Returns the pool with other router settings, e.g. `routed_by(kind="token", temperature=0.5)`."""
+        return self._with(self.experts.values(), RouterConfig.model_validate(self.router.model_dump() | settings))
+
+    def save(self, folder: str | Path) -> Path:
+        """Writes the pool with all its experts, all of it or nothing."""
+        folder = Path(folder)
+        draft = folder.with_name(folder.name + ".draft")
+        shutil.rmtree(draft, ignore_errors=True)
+        (draft / "experts").mkdir(parents=True)
+        for name, expert in self.experts.items():
+            expert.save(draft / "experts" / name)
+        if self.null is not None:
+            save_file(statistics_tensors(self.null), draft / NULL)
+        (draft / CARD).write_text(self.card.model_dump_json(indent=2) + "\n")
+        shutil.rmtree(folder, ignore_errors=True)
+        draft.rename(folder)
+        return folder
+
+    @classmethod
+    def load(cls, folder: str | Path) -> "Pool":
+        """Reads a pool folder; raises PoolError if it is none."""
+        folder = Path(folder)
+        if not (folder / CARD).is_file():
+            raise PoolError(
+                f"{folder}: no {CARD}, so not a pool folder; `pointsman learn` writes one to runs/<name>/pool"
+            )
+        card = PoolCard.model_validate_json((folder / CARD).read_text())
+        if card.null and not (folder / NULL).is_file():
+            raise PoolError(f"{folder}: {NULL} is missing, which {CARD} says is there; copy the whole folder")
+        experts = [Expert.load(folder / "experts" / name) for name in card.experts]
+        null = statistics_of(load_file(folder / NULL)) if card.null else None
+        return cls(card.base_label, card.base_fingerprint, card.router, experts, null)

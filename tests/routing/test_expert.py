@@ -1,0 +1,129 @@
+import dataclasses
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from pipeline.routing import Expert, ExpertError
+from pipeline.routing.expert import ADAPTER_CONFIG, ADAPTER_WEIGHTS, CARD, ROUTER_WEIGHTS, Adapter, load_adapters
+from tests.helpers import make_expert
+
+FILES = [ADAPTER_CONFIG, ADAPTER_WEIGHTS, ROUTER_WEIGHTS, CARD]
+
+
+@pytest.fixture(scope="module")
+def expert(tiny_base):
+    return make_expert(tiny_base, "digits", rank=3, features=torch.randn(16, 384), quantile=0.9)
+
+
+@pytest.fixture
+def folder(expert, tmp_path):
+    return expert.save(tmp_path / "digits")
+
+
+def change_config(folder, **values):
+    file = folder / ADAPTER_CONFIG
+    file.write_text(json.dumps(json.loads(file.read_text()) | values))
+
+
+def with_adapters(expert, change) -> Expert:
+    """Returns the expert with `change(adapter)` in place of every adapter."""
+    return dataclasses.replace(expert, adapters={path: change(a) for path, a in expert.adapters.items()})
+
+
+def test_a_folder_gives_back_what_was_saved(expert, folder):
+    loaded = Expert.load(folder)
+    assert sorted(p.name for p in folder.iterdir()) == sorted(FILES)
+    assert loaded.card == expert.card
+    assert loaded.adapter_config == expert.adapter_config
+    assert len(loaded.adapters) == 4 * 7
+    assert loaded.adapters.keys() == expert.adapters.keys() == loaded.vectors.keys()
+    for path, adapter in expert.adapters.items():
+        assert loaded.adapters[path].a_RD.equal(adapter.a_RD)
+        assert loaded.adapters[path].b_OR.equal(adapter.b_OR)
+        assert loaded.adapters[path].scaling == adapter.scaling == 2.0
+        assert loaded.vectors[path].equal(expert.vectors[path])
+    assert loaded.statistics.count == 16
+    assert loaded.statistics.radius == expert.statistics.radius < float("inf")
+    assert loaded.statistics.sum_F.equal(expert.statistics.sum_F)
+    assert loaded.statistics.moment_FF.equal(expert.statistics.moment_FF)
+
+
+def test_an_uncalibrated_radius_stays_infinite(tiny_base, tmp_path):
+    loaded = Expert.load(make_expert(tiny_base, "clock").save(tmp_path / "clock"))
+    assert loaded.statistics.radius == float("inf")
+
+
+def test_saving_replaces_the_folder_entirely(tiny_base, folder):
+    (folder / "old.txt").write_text("left over")
+    make_expert(tiny_base, "clock", rank=2).save(folder)
+    assert Expert.load(folder).card.name == "clock"
+    assert sorted(p.name for p in folder.iterdir()) == sorted(FILES)
+    assert [p.name for p in folder.parent.iterdir()] == [folder.name]
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_an_incomplete_folder_names_the_missing_file(folder, name):
+    (folder / name).unlink()
+    with pytest.raises(ExpertError, match=rf"digits: {name} is missing"):
+        Expert.load(folder)
+
+
+@pytest.mark.parametrize(
+    ("values", "said"),
+    [
+        ({"use_dora": True}, "use_dora"),
+        ({"modules_to_save": ["lm_head"]}, "modules_to_save"),
+        ({"rank_pattern": {"q_proj": 4}}, "rank_pattern"),
+        ({"alpha_pattern": {"q_proj": 4}}, "alpha_pattern"),
+        ({"bias": "all"}, "bias 'all'"),
+        ({"peft_type": "IA3"}, "peft_type 'IA3'"),
+    ],
+)
+def test_other_than_plain_lora_is_refused(folder, values, said):
+    change_config(folder, **values)
+    with pytest.raises(ExpertError, match=rf"{ADAPTER_CONFIG}: only plain LoRA can be routed; .*{said}"):
+        Expert.load(folder)
+
+
+def test_a_tensor_that_is_no_lora_is_refused(folder):
+    weights = load_file(folder / ADAPTER_WEIGHTS)
+    save_file(weights | {"base_model.model.lm_head.weight": torch.ones(2)}, folder / ADAPTER_WEIGHTS)
+    with pytest.raises(ExpertError, match=rf"{ADAPTER_WEIGHTS}: unexpected tensor 'base_model.model.lm_head.weight'"):
+        Expert.load(folder)
+
+
+def test_half_a_lora_is_refused(folder):
+    weights = load_file(folder / ADAPTER_WEIGHTS)
+    lost = "base_model.model.model.language_model.layers.1.mlp.up_proj.lora_B.weight"
+    del weights[lost]
+    save_file(weights, folder / ADAPTER_WEIGHTS)
+    with pytest.raises(ExpertError, match=rf"{ADAPTER_WEIGHTS}: .*layers\.1\.mlp\.up_proj.* lora_B"):
+        Expert.load(folder)
+
+
+def test_rank_stabilised_lora_is_scaled_by_the_root(folder):
+    change_config(folder, use_rslora=True)
+    _, adapters = load_adapters(folder)
+    assert next(iter(adapters.values())).scaling == pytest.approx(6 / 3**0.5)
+
+
+def test_a_trained_expert_passes(expert):
+    expert.check_trained()
+
+
+def test_an_untrained_expert_is_refused(expert):
+    untrained = with_adapters(expert, lambda a: Adapter(a.a_RD, torch.zeros_like(a.b_OR), a.scaling))
+    with pytest.raises(ExpertError, match="expert 'digits': every LoRA B is zero, so it was never trained"):
+        untrained.check_trained()
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_that_are_not_finite_are_refused(expert, value):
+    broken = with_adapters(expert, lambda a: Adapter(a.a_RD, a.b_OR + value, a.scaling))
+    with pytest.raises(ExpertError, match=r"expert 'digits': a weight is not finite; lower expert\.learning_rate"):
+        broken.check_trained()
+    vectors = {path: vector * value for path, vector in expert.vectors.items()}
+    with pytest.raises(ExpertError, match="not finite"):
+        dataclasses.replace(expert, vectors=vectors).check_trained()

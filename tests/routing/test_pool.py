@@ -1,0 +1,136 @@
+import dataclasses
+
+import pytest
+import torch
+
+from pipeline.config import RouterConfig
+from pipeline.routing import ExpertError, Pool, PoolError, PromptStatistics
+from pipeline.routing.expert import Adapter
+from pipeline.routing.prompt_router import PromptRouter
+from tests.helpers import make_expert
+
+
+@pytest.fixture(scope="module")
+def experts(tiny_base):
+    return [make_expert(tiny_base, name, rank=2, seed=i) for i, name in enumerate(("digits", "clock", "later"))]
+
+
+@pytest.fixture(scope="module")
+def null():
+    return PromptStatistics.of(torch.randn(16, 384, generator=torch.Generator().manual_seed(7)))
+
+
+def make_pool(experts, null=None, **router) -> Pool:
+    return Pool("tiny", experts[0].card.base_fingerprint, RouterConfig(**router), experts, null)
+
+
+def test_experts_stand_in_order_of_arrival(experts):
+    pool = make_pool(experts[:2])
+    assert pool.names == ["digits", "clock"]
+    assert pool.add(experts[2]).names == ["digits", "clock", "later"]
+    assert pool.names == ["digits", "clock"]
+
+
+def test_an_expert_of_the_same_name_takes_the_others_place(experts, tiny_base):
+    newer = make_expert(tiny_base, "digits", rank=3, seed=9)
+    pool = make_pool(experts).add(newer)
+    assert pool.names == ["digits", "clock", "later"]
+    assert pool.experts["digits"] is newer
+
+
+def test_removing_an_expert_is_never_having_had_it(experts, null):
+    removed, without = make_pool(experts, null).remove("clock"), make_pool([experts[0], experts[2]], null)
+    assert removed.card == without.card
+    assert list(removed.experts.values()) == list(without.experts.values())
+    x_BF = torch.randn(8, 384, generator=torch.Generator().manual_seed(8))
+    scores = [PromptRouter([e.statistics for e in p.experts.values()], p.null).scores(x_BF) for p in (removed, without)]
+    assert scores[0].equal(scores[1])
+    with pytest.raises(PoolError, match="no expert 'clock' in the pool; there are: digits, later"):
+        removed.remove("clock")
+
+
+def test_the_last_expert_can_go(experts):
+    assert make_pool(experts[:1]).remove("digits").names == []
+    with pytest.raises(PoolError, match="there are: none"):
+        make_pool(experts[:1]).remove("digits").remove("digits")
+
+
+def test_router_settings_can_be_replaced(experts):
+    pool = make_pool(experts, kind="prompt", top_k=3)
+    other = pool.routed_by(kind="token", temperature=0.5)
+    assert other.router == RouterConfig(kind="token", temperature=0.5, top_k=3)
+    assert pool.router == RouterConfig(top_k=3)
+    assert other.experts == pool.experts
+    with pytest.raises(ValueError, match="temprature"):
+        pool.routed_by(temprature=1)
+
+
+def test_an_expert_of_another_base_is_refused(experts):
+    card = experts[0].card.model_copy(update={"base_fingerprint": "0123456789abcdef"})
+    stranger = dataclasses.replace(experts[0], card=card)
+    with pytest.raises(PoolError, match=r"'digits' was trained on base 0123456789abcdef, this pool's base is"):
+        make_pool(experts[1:]).add(stranger)
+
+
+def test_an_untrained_or_broken_expert_is_refused(experts):
+    for factor, said in ((0.0, "never trained"), (float("nan"), "not finite")):
+        adapters = {p: Adapter(a.a_RD, a.b_OR * factor, a.scaling) for p, a in experts[0].adapters.items()}
+        with pytest.raises(ExpertError, match=said):
+            make_pool(experts[1:]).add(dataclasses.replace(experts[0], adapters=adapters))
+
+
+def test_all_have_the_same_prompt_features(experts, null, tiny_base):
+    narrow = make_expert(tiny_base, "narrow", features=torch.randn(16, 64))
+    with pytest.raises(PoolError, match=r"'narrow' has 64 prompt features, others have 384; .*router\.feature_width"):
+        make_pool(experts).add(narrow)
+    with pytest.raises(PoolError, match="64 prompt features, others have 384"):
+        make_pool([narrow], null)
+
+
+@pytest.mark.parametrize("general", [False, True])
+def test_a_folder_gives_back_what_was_saved(experts, null, general, tmp_path):
+    pool = make_pool(experts, null if general else None, kind="token", top_k=1)
+    loaded = Pool.load(pool.save(tmp_path / "deep" / "pool"))
+    assert loaded.card == pool.card
+    assert loaded.card.experts == ("digits", "clock", "later")
+    assert loaded.card.null is general
+    for name, expert in pool.experts.items():
+        assert loaded.experts[name].card == expert.card
+        assert loaded.experts[name].statistics.moment_FF.equal(expert.statistics.moment_FF)
+    if general:
+        assert loaded.null.count == null.count
+        assert loaded.null.sum_F.equal(null.sum_F)
+        assert loaded.null.moment_FF.equal(null.moment_FF)
+    else:
+        assert loaded.null is None
+
+
+def test_an_empty_pool_has_a_folder_too(experts, tmp_path):
+    assert Pool.load(make_pool(experts[:1]).remove("digits").save(tmp_path / "pool")).names == []
+
+
+def test_saving_again_leaves_nothing_of_the_old_pool(experts, null, tmp_path):
+    folder = make_pool(experts, null).save(tmp_path / "pool")
+    make_pool(experts[:1]).save(folder)
+    assert sorted(p.relative_to(folder).as_posix() for p in folder.glob("**/*") if p.is_dir()) == [
+        "experts",
+        "experts/digits",
+    ]
+    assert [p.name for p in folder.glob("*.safetensors")] == []
+    assert [p.name for p in tmp_path.iterdir()] == ["pool"]
+
+
+@pytest.mark.parametrize(
+    ("lost", "said"),
+    [
+        ("pool.json", r"pool: no pool\.json, so not a pool folder"),
+        ("null.safetensors", r"null\.safetensors is missing"),
+        ("experts/clock/adapter_model.safetensors", r"experts/clock: adapter_model\.safetensors is missing"),
+        ("experts/clock/expert.json", r"experts/clock: expert\.json is missing"),
+    ],
+)
+def test_an_incomplete_folder_names_what_is_missing(experts, null, tmp_path, lost, said):
+    folder = make_pool(experts, null).save(tmp_path / "pool")
+    (folder / lost).unlink()
+    with pytest.raises((PoolError, ExpertError), match=said):
+        Pool.load(folder)

@@ -1,0 +1,133 @@
+"""The closed-form router against the same classifier computed from all tasks' features at once."""
+
+import pytest
+import torch
+
+from pipeline.routing.prompt_router import PromptRouter
+from pipeline.routing.statistics import PromptStatistics
+
+F = 10
+COUNTS = (40, 25, 60, 33)
+
+
+def task_features(task: int, count: int | None = None, *, seed: int = 0) -> torch.Tensor:
+    """Features of one task's prompts: its own centre, one covariance for all."""
+    shared = torch.Generator().manual_seed(99)
+    mixing_FF = torch.randn(F, F, generator=shared) / F**0.5
+    centres = 2 * torch.randn(len(COUNTS), F, generator=shared)
+    own = torch.Generator().manual_seed(100 * seed + task)
+    return centres[task] + torch.randn(count or COUNTS[task], F, generator=own) @ mixing_FF
+
+
+FEATURES = [task_features(task) for task in range(len(COUNTS))]
+STATISTICS = [PromptStatistics.of(x_NF, quantile=0.99) for x_NF in FEATURES]
+NEW_BF = torch.cat([task_features(task, 8, seed=1) for task in range(len(COUNTS))])
+NEW_TASKS = torch.arange(len(COUNTS)).repeat_interleave(8)
+
+
+def relative(scores_BC: torch.Tensor) -> torch.Tensor:
+    """Scores up to a constant of each prompt."""
+    return scores_BC - scores_BC.mean(-1, keepdim=True)
+
+
+def joint_scores(features: list[torch.Tensor], x_BF: torch.Tensor, shrinkage: float) -> torch.Tensor:
+    """Gaussian log-likelihoods with one shared covariance, from all tasks' features together."""
+    features = [f.double() for f in features]
+    everything_NF = torch.cat(features)
+    residuals_NF = torch.cat([f - f.mean(0) for f in features])
+    within_FF = residuals_NF.T @ residuals_NF / len(everything_NF)
+    variance_F = everything_NF.var(0, correction=0)
+    scale_F = (variance_F + 1e-6 * variance_F.mean() + 1e-12).sqrt()
+    standard_FF = (1 - shrinkage) * within_FF / torch.outer(scale_F, scale_F) + shrinkage * torch.eye(
+        F, dtype=torch.float64
+    )
+    gaussians = [
+        torch.distributions.MultivariateNormal(f.mean(0) / scale_F, covariance_matrix=standard_FF) for f in features
+    ]
+    return torch.stack([g.log_prob(x_BF.double() / scale_F) for g in gaussians], dim=-1)
+
+
+@pytest.mark.parametrize("shrinkage", [0.05, 0.5])
+def test_summed_statistics_give_the_router_of_all_features_together(shrinkage):
+    found = PromptRouter(STATISTICS, None, shrinkage=shrinkage).scores(NEW_BF)
+    torch.testing.assert_close(relative(found), relative(joint_scores(FEATURES, NEW_BF, shrinkage)), rtol=0, atol=1e-8)
+
+
+def test_the_null_expert_is_a_class_like_the_others():
+    found = PromptRouter(STATISTICS[:3], STATISTICS[3]).scores(NEW_BF)
+    torch.testing.assert_close(relative(found), relative(joint_scores(FEATURES, NEW_BF, 0.05)), rtol=0, atol=1e-8)
+
+
+def test_statistics_collected_in_parts_give_the_same_router():
+    parts = [PromptStatistics.of(x[:11]) + PromptStatistics.of(x[11:]) for x in FEATURES]
+    found, whole = (PromptRouter(s, None).scores(NEW_BF) for s in (parts, STATISTICS))
+    torch.testing.assert_close(found, whole, rtol=0, atol=1e-8)
+
+
+@pytest.mark.parametrize("order", [(3, 2, 1, 0), (1, 3, 0, 2)])
+def test_the_order_of_tasks_does_not_matter(order):
+    first, other = PromptRouter(STATISTICS, None), PromptRouter([STATISTICS[i] for i in order], None)
+    torch.testing.assert_close(other.scores(NEW_BF), first.scores(NEW_BF)[:, list(order)], rtol=0, atol=1e-8)
+    assert other.weights(NEW_BF).equal(first.weights(NEW_BF)[:, list(order)])
+
+
+def test_it_finds_the_task_of_new_prompts():
+    for router in (PromptRouter(STATISTICS, None), PromptRouter(STATISTICS[:3], STATISTICS[3])):
+        assert (router.scores(NEW_BF).argmax(-1) == NEW_TASKS).float().mean() > 0.95
+
+
+def test_general_prompts_go_to_the_base():
+    weights_BE = PromptRouter(STATISTICS[:3], STATISTICS[3]).weights(NEW_BF)
+    assert weights_BE.shape == (len(NEW_BF), 3)
+    assert not weights_BE[NEW_TASKS == 3].any()
+    assert (weights_BE[NEW_TASKS < 3].sum(-1) == 1).float().mean() > 0.9
+
+
+def test_a_choice_is_one_expert_entirely():
+    weights_BE = PromptRouter(STATISTICS, None).weights(NEW_BF)
+    assert ((weights_BE == 0) | (weights_BE == 1)).all()
+    assert (weights_BE.sum(-1) <= 1).all()
+
+
+def test_without_a_null_expert_it_abstains_beyond_every_radius():
+    router = PromptRouter(STATISTICS[:3], None)
+    far_BF = NEW_BF + 40
+    assert all((s.distance(far_BF) > s.radius).all() for s in STATISTICS[:3])
+    assert not router.weights(far_BF).any()
+    assert (router.weights(NEW_BF[NEW_TASKS == 0])[:, 0] == 1).float().mean() > 0.8
+
+
+def test_an_expert_whose_radius_excludes_the_prompt_cannot_be_chosen():
+    closed = PromptStatistics(STATISTICS[0].count, STATISTICS[0].sum_F, STATISTICS[0].moment_FF, radius=0.0)
+    open_ = PromptStatistics(STATISTICS[1].count, STATISTICS[1].sum_F, STATISTICS[1].moment_FF)
+    weights_BE = PromptRouter([closed, open_], None).weights(NEW_BF)
+    assert weights_BE[:, 1].all()
+    assert not weights_BE[:, 0].any()
+
+
+def test_without_experts_the_base_answers():
+    for null in (None, STATISTICS[0]):
+        assert PromptRouter([], null).weights(NEW_BF).shape == (len(NEW_BF), 0)
+
+
+def test_one_expert_takes_what_lies_within_its_radius():
+    weights_BE = PromptRouter(STATISTICS[:1], None).weights(NEW_BF)
+    inside_B = STATISTICS[0].distance(NEW_BF) <= STATISTICS[0].radius
+    assert weights_BE[:, 0].bool().equal(inside_B)
+    assert 0 < inside_B.sum() < len(NEW_BF)
+
+
+def test_a_text_only_task_beside_tasks_with_images():
+    text_NF = FEATURES[0].clone()
+    text_NF[:, :6] = 0
+    router = PromptRouter([PromptStatistics.of(text_NF), *STATISTICS[1:]], None)
+    assert router.scores(text_NF).isfinite().all()
+    assert (router.weights(text_NF)[:, 0] == 1).all()
+
+
+def test_prompts_that_are_all_the_same_make_a_router():
+    same_NF = torch.full((20, F), 300.0) + torch.arange(F)
+    for others in ([], STATISTICS):
+        router = PromptRouter([PromptStatistics.of(same_NF, quantile=0.99), *others], None)
+        assert (router.weights(same_NF)[:, 0] == 1).all()
+        assert not router.weights(same_NF - 30)[:, 0].any()

@@ -1,0 +1,365 @@
+"""A pool attached to the tiny base: whole-model invariants."""
+
+import pytest
+import torch
+from peft import PeftModel
+from torch import nn
+
+from pipeline.config import BaseModelConfig, RouterConfig
+from pipeline.models.bases import load_base
+from pipeline.models.prompts import collate, generate_answers
+from pipeline.routing import Decision, Expert, Pool, PoolError, PromptStatistics, RoutedModel
+from pipeline.routing.features import project
+from pipeline.routing.layer import RoutedLinear
+from pipeline.routing.prompt_router import PromptRouter
+from tests.helpers import ask, attached, batch_of, checksum, features_of, generate, make_expert, prompts
+
+TOKENS = 4
+FAMILIES = {"reader": "document", "speaker": "repeat", "painter": "describe"}
+"""Which foundation family each expert of these tests claims."""
+QUERY_AND_DOWN = r"model\.language_model\.layers\.[02]\..*\.(q_proj|down_proj)"
+
+
+@pytest.fixture(scope="module")
+def pool(tiny_base) -> Pool:
+    """Three experts of different ranks; `painter` adapts some Linears only; `direction` stands for general prompts."""
+    experts = [
+        make_expert(
+            tiny_base,
+            name,
+            rank=2 + i,
+            seed=i,
+            features=features_of(tiny_base, prompts(tiny_base.processor, family, 24)),
+            quantile=0.99,
+            **({"targets": QUERY_AND_DOWN} if name == "painter" else {}),
+        )
+        for i, (name, family) in enumerate(FAMILIES.items())
+    ]
+    null = PromptStatistics.of(features_of(tiny_base, prompts(tiny_base.processor, "direction", 24)))
+    return Pool("tiny", tiny_base.fingerprint, RouterConfig(), experts, null)
+
+
+@pytest.fixture(scope="module")
+def mixed(tiny_base):
+    """New prompts of all families, of different lengths, with and without images; with who should answer them."""
+    owners = [*FAMILIES, None]
+    rows = [prompts(tiny_base.processor, FAMILIES.get(o, "direction"), 2, seed=1) for o in owners]
+    return [row for pair in rows for row in pair], [owner for owner in owners for _ in range(2)]
+
+
+def hooks_of(model: nn.Module) -> list[tuple[str, int, int]]:
+    """Counts the hooks on every module."""
+    return [(name, len(m._forward_pre_hooks), len(m._forward_hooks)) for name, m in model.named_modules()]
+
+
+def one_hot(experts: list[str | None]) -> list[Decision]:
+    return [Decision(name, {name: 1.0} if name else {}) for name in experts]
+
+
+def assert_same(found, expected, atol=2e-4):
+    """Compares what `generate` returns: tokens exactly, logits up to rounding."""
+    torch.testing.assert_close(found[1], expected[1], rtol=1e-4, atol=atol)
+    assert found[0].equal(expected[0])
+
+
+def test_every_prompt_goes_to_its_expert_and_general_ones_to_the_base(tiny_base, pool, mixed):
+    rows, owners = mixed
+    plain = generate(tiny_base, rows)
+    with attached(tiny_base, pool) as routed:
+        found = generate(tiny_base, rows)
+        assert routed.decisions == one_hot(owners)
+    for i, owner in enumerate(owners):
+        changed = not torch.allclose(found[1][i], plain[1][i], atol=1e-2)
+        assert changed is (owner is not None)
+
+
+def test_a_general_prompt_is_answered_by_the_base_alone(tiny_base, pool, mixed):
+    rows = mixed[0][-2:]
+    plain = generate(tiny_base, rows)
+    with attached(tiny_base, pool):
+        found = generate(tiny_base, rows)
+    assert found[0].equal(plain[0])
+    assert found[1].equal(plain[1])
+
+
+def test_without_general_prompts_far_ones_go_to_the_base(tiny_base, pool, mixed):
+    rows, owners = mixed
+    for name in ("reader", "speaker"):
+        abstaining = Pool("tiny", tiny_base.fingerprint, RouterConfig(), [pool.experts[name]])
+        with attached(tiny_base, abstaining) as routed:
+            generate(tiny_base, [rows[0], rows[2], rows[3]], tokens=1)
+            assert routed.decisions == one_hot([owners[i] if owners[i] == name else None for i in (0, 2, 3)])
+
+
+@pytest.mark.parametrize("kind", ["prompt", "token"])
+def test_a_row_is_answered_the_same_in_a_batch_and_alone(tiny_base, pool, mixed, kind):
+    rows, _ = mixed
+    with attached(tiny_base, pool.routed_by(kind=kind)) as routed:
+        together = generate(tiny_base, rows)
+        decisions = routed.decisions
+        for i, row in enumerate(rows):
+            alone = generate(tiny_base, [row])
+            assert_same((together[0][i : i + 1], together[1][i : i + 1]), alone)
+            assert routed.decisions[0].expert == decisions[i].expert
+            assert routed.decisions[0].weights == pytest.approx(decisions[i].weights, abs=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["prompt", "token"])
+def test_the_cache_changes_nothing(tiny_base, pool, mixed, kind):
+    with attached(tiny_base, pool.routed_by(kind=kind)):
+        assert_same(generate(tiny_base, mixed[0]), generate(tiny_base, mixed[0], use_cache=False))
+
+
+def test_the_prompts_decision_holds_while_the_answer_is_generated(tiny_base, pool, mixed):
+    """With every step the language model runs once more, with the very weights chosen at prefill."""
+    rows, owners = mixed
+    seen = []
+    with attached(tiny_base, pool) as routed:
+        hook = tiny_base.model.model.language_model.register_forward_hook(
+            lambda module, args, output: seen.append(routed.route.weights_BE)
+        )
+        generate(tiny_base, rows, tokens=TOKENS)
+        hook.remove()
+        assert len(seen) == TOKENS
+        assert all(weights_BE is seen[0] for weights_BE in seen)
+        assert routed.decisions == one_hot(owners)
+
+
+def test_a_second_batch_is_decided_anew(tiny_base, pool, mixed):
+    rows, owners = mixed
+    with attached(tiny_base, pool) as routed:
+        generate(tiny_base, rows, tokens=2)
+        generate(tiny_base, rows[2:3], tokens=2)
+        assert routed.decisions == one_hot(owners[2:3])
+
+
+def test_the_token_router_says_who_took_part(tiny_base, pool, mixed):
+    rows, _ = mixed
+    with attached(tiny_base, pool.routed_by(kind="token", top_k=2)) as routed:
+        assert routed.decisions == []
+        generate(tiny_base, rows, tokens=2)
+        for decision in routed.decisions:
+            assert sum(decision.weights.values()) == pytest.approx(1, abs=1e-5)
+            assert decision.expert == max(decision.weights, key=decision.weights.__getitem__)
+
+
+@pytest.mark.parametrize("kind", ["prompt", "token"])
+def test_forced_prompts_go_to_one_expert_or_to_the_base(tiny_base, pool, mixed, kind):
+    rows, _ = mixed
+    plain = generate(tiny_base, rows)
+    with attached(tiny_base, pool.routed_by(kind=kind)) as routed:
+        free = generate(tiny_base, rows)
+        with routed.forced("speaker"):
+            speaker = generate(tiny_base, rows)
+            assert routed.decisions == one_hot(["speaker"] * len(rows))
+        with routed.forced(None):
+            found = generate(tiny_base, rows)
+            assert routed.decisions == one_hot([None] * len(rows))
+        assert_same(found, plain)
+        assert_same(generate(tiny_base, rows), free)
+    with attached(tiny_base, pool.remove("reader").remove("painter").routed_by(kind="token")):
+        assert_same(generate(tiny_base, rows), speaker)
+
+
+def test_forcing_an_unknown_expert_names_the_known_ones(tiny_base, pool):
+    with (
+        attached(tiny_base, pool) as routed,
+        pytest.raises(PoolError, match="no expert 'nobody' in the pool; there are: reader, speaker, painter"),
+        routed.forced("nobody"),
+    ):
+        pass
+
+
+def test_an_error_inside_forced_ends_the_force(tiny_base, pool, mixed):
+    rows, owners = mixed
+    with attached(tiny_base, pool) as routed:
+        with pytest.raises(KeyError), routed.forced("speaker"):
+            raise KeyError
+        generate(tiny_base, rows, tokens=1)
+        assert routed.decisions == one_hot(owners)
+
+
+@pytest.fixture(scope="module")
+def peft_logits(tiny_folder, tiny_base, pool, mixed, tmp_path_factory):
+    """What stock PEFT answers with the folders of `reader` and `painter`."""
+    logits = {}
+    for name in ("reader", "painter"):
+        folder = pool.experts[name].save(tmp_path_factory.mktemp("experts") / name)
+        base = load_base(BaseModelConfig(path=str(tiny_folder)))
+        peft = PeftModel.from_pretrained(base.model, folder).eval()
+        with torch.inference_mode():
+            logits[name] = peft(**batch_of(tiny_base, mixed[0])).logits
+    return logits
+
+
+@pytest.mark.parametrize("name", ["reader", "painter"])
+def test_a_pool_of_one_is_stock_peft(tiny_base, pool, mixed, peft_logits, name):
+    batch = batch_of(tiny_base, mixed[0])
+    alone = Pool("tiny", tiny_base.fingerprint, RouterConfig(kind="token"), [pool.experts[name]])
+    with attached(tiny_base, alone), torch.inference_mode():
+        token = tiny_base.model(**batch).logits
+    with attached(tiny_base, alone.routed_by(kind="prompt")) as routed, routed.forced(name), torch.inference_mode():
+        row = tiny_base.model(**batch).logits
+    with attached(tiny_base, pool) as routed, routed.forced(name), torch.inference_mode():
+        among_others = tiny_base.model(**batch).logits
+    real = batch["attention_mask"].bool()
+    for logits in (token, row, among_others):
+        torch.testing.assert_close(logits[real], peft_logits[name][real], rtol=1e-4, atol=2e-4)
+
+
+def test_a_gate_half_open_everywhere_is_half_of_both_worlds(tiny_base, pool):
+    """The forward pass is linear in the weight of an expert's update at one Linear."""
+    expert = pool.experts["reader"]
+    (path, adapter), *_ = expert.adapters.items()
+    linear = tiny_base.model.get_submodule(path)
+    one = Pool("tiny", tiny_base.fingerprint, RouterConfig(), [expert])
+    x_BTD = torch.randn(1, 3, linear.in_features)
+    with attached(tiny_base, one) as routed:
+        module = tiny_base.model.get_submodule(path)
+        routed.route.weights_BE = torch.tensor([[0.5]])
+        half = module(x_BTD)
+    expected = linear(x_BTD) + 0.5 * adapter.scaling * x_BTD @ adapter.a_RD.T @ adapter.b_OR.T
+    torch.testing.assert_close(half, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["prompt", "token"])
+def test_an_empty_pool_is_the_base(tiny_base, pool, mixed, kind):
+    rows, _ = mixed
+    plain = generate(tiny_base, rows)
+    for null in (None, pool.null):
+        empty = Pool("tiny", tiny_base.fingerprint, RouterConfig(kind=kind), [], null)
+        with attached(tiny_base, empty) as routed:
+            found = generate(tiny_base, rows)
+            assert found[0].equal(plain[0])
+            assert found[1].equal(plain[1])
+            assert routed.decisions == one_hot([None] * len(rows))
+            with routed.forced(None):
+                assert generate(tiny_base, rows)[1].equal(plain[1])
+
+
+@pytest.mark.parametrize("kind", ["prompt", "token"])
+def test_the_base_is_never_changed(tiny_base, pool, mixed, kind):
+    model, rows = tiny_base.model, mixed[0]
+    generate(tiny_base, rows)  # transformers puts hooks of its own on the model at the first run
+    before = checksum(model)
+    modules, keys, hooks = dict(model.named_modules()), list(model.state_dict()), hooks_of(model)
+    with attached(tiny_base, pool.routed_by(kind=kind)):
+        assert checksum(model) == before
+        assert sum(isinstance(module, RoutedLinear) for module in model.modules()) == 4 * 7
+        generate(tiny_base, rows)
+        assert checksum(model) == before
+    assert checksum(model) == before
+    assert list(model.state_dict()) == keys
+    assert all(module is modules[name] for name, module in model.named_modules())
+    assert hooks_of(model) == hooks
+
+
+def test_after_detaching_the_base_answers_as_before(tiny_base, pool, mixed):
+    plain = generate(tiny_base, mixed[0])
+    for _ in range(2):
+        with attached(tiny_base, pool):
+            generate(tiny_base, mixed[0])
+    found = generate(tiny_base, mixed[0])
+    assert found[1].equal(plain[1])
+
+
+def test_a_second_pool_is_refused_and_leaves_the_first_in_place(tiny_base, pool, mixed):
+    rows, owners = mixed
+    narrow = make_expert(tiny_base, "narrow", targets=r"model\.language_model\.layers\.3\.mlp\.up_proj")
+    wide = Pool("tiny", tiny_base.fingerprint, RouterConfig(), pool.experts.values())
+    before = dict(tiny_base.model.named_modules())
+    first = Pool("tiny", tiny_base.fingerprint, RouterConfig(kind="token"), [narrow])
+    with attached(tiny_base, first):
+        expected = generate(tiny_base, rows)
+        with pytest.raises(PoolError, match=r"layers\.3\.mlp\.up_proj is RoutedLinear, not a Linear; is another pool"):
+            RoutedModel(tiny_base.model, wide)
+        assert generate(tiny_base, rows)[1].equal(expected[1])
+    assert all(module is before[name] for name, module in tiny_base.model.named_modules())
+
+
+def test_removing_an_expert_routes_as_if_it_had_never_been_there(tiny_base, pool, mixed):
+    rows, _ = mixed
+    others = [pool.experts[name] for name in ("reader", "painter")]
+    never = Pool("tiny", tiny_base.fingerprint, RouterConfig(), others, pool.null)
+    with attached(tiny_base, never) as routed:
+        expected, decisions = generate(tiny_base, rows), routed.decisions
+    with attached(tiny_base, pool.remove("speaker")) as routed:
+        found = generate(tiny_base, rows)
+        assert routed.decisions == decisions
+    assert found[1].equal(expected[1])
+
+
+def test_the_order_of_arrival_does_not_matter(tiny_base, pool, mixed):
+    rows, owners = mixed
+    backwards = Pool("tiny", tiny_base.fingerprint, RouterConfig(), reversed(pool.experts.values()), pool.null)
+    with attached(tiny_base, pool):
+        expected = generate(tiny_base, rows)
+    with attached(tiny_base, backwards) as routed:
+        assert_same(generate(tiny_base, rows), expected)
+        assert routed.decisions == one_hot(owners)
+
+
+def test_a_saved_pool_routes_the_same(tiny_base, pool, mixed, tmp_path):
+    loaded = Pool.load(pool.save(tmp_path / "pool"))
+    with attached(tiny_base, pool):
+        expected = generate(tiny_base, mixed[0])
+    with attached(tiny_base, loaded):
+        assert generate(tiny_base, mixed[0])[1].equal(expected[1])
+
+
+def test_projected_features_route_as_well(tiny_base, pool, mixed):
+    rows, _ = mixed
+
+    def narrow(expert: Expert, family: str) -> Expert:
+        features = project(features_of(tiny_base, prompts(tiny_base.processor, family, 24)), 96)
+        return Expert(
+            expert.card, expert.adapter_config, expert.adapters, expert.vectors, PromptStatistics.of(features)
+        )
+
+    experts = [narrow(pool.experts[name], family) for name, family in FAMILIES.items()]
+    general = project(features_of(tiny_base, prompts(tiny_base.processor, "direction", 24)), 96)
+    projected = Pool(
+        "tiny", tiny_base.fingerprint, RouterConfig(feature_width=96), experts, PromptStatistics.of(general)
+    )
+    router = PromptRouter([e.statistics for e in experts], projected.null)
+    choices = router.weights(project(features_of(tiny_base, rows), 96)).tolist()
+    names = [*FAMILIES]
+    with attached(tiny_base, projected) as routed:
+        generate(tiny_base, rows, tokens=1)
+        assert routed.decisions == one_hot([names[c.index(1)] if 1 in c else None for c in choices])
+    assert len({tuple(c) for c in choices}) == 4
+
+
+def test_embeddings_instead_of_ids_are_refused(tiny_base, pool):
+    embeds = torch.zeros(1, 4, tiny_base.width)
+    with attached(tiny_base, pool), pytest.raises(PoolError, match="routing needs input_ids"):
+        tiny_base.model(inputs_embeds=embeds)
+
+
+def test_the_answer_of_a_training_row_does_not_decide(tiny_base, pool):
+    """Prompt and answer in one row, as in the router stage, with the mask that the labels give."""
+    row = ask(tiny_base.processor, "repeat : red blue", answer="red blue")
+    batch = collate([row], pad_token_id=0)
+    with attached(tiny_base, pool) as routed, torch.inference_mode():
+        labels = batch.pop("labels")
+        routed._reader.prompt_mask = labels == -100
+        tiny_base.model(**batch)
+        assert routed.decisions == one_hot(["speaker"])
+
+
+def test_generated_texts_are_the_experts_own(tiny_base, pool, mixed):
+    rows, owners = mixed
+    with attached(tiny_base, pool) as routed:
+        answers = generate_answers(tiny_base.model, tiny_base.processor, rows, max_new_tokens=TOKENS)
+        for owner in (*FAMILIES, None):
+            with routed.forced(owner):
+                forced = generate_answers(tiny_base.model, tiny_base.processor, rows, max_new_tokens=TOKENS)
+            mine = [i for i, name in enumerate(owners) if name == owner]
+            assert [answers[i] for i in mine] == [forced[i] for i in mine]
+
+
+def test_vision_tower_and_projector_are_never_adapted(tiny_base, pool):
+    with attached(tiny_base, pool):
+        routed = [name for name, module in tiny_base.model.named_modules() if isinstance(module, RoutedLinear)]
+        assert all(name.startswith("model.language_model.") for name in routed)
+        assert isinstance(tiny_base.model.lm_head, nn.Linear)

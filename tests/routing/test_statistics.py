@@ -1,0 +1,91 @@
+import pytest
+import torch
+
+from pipeline.routing.statistics import PromptStatistics, shrunk_cholesky
+
+F = 12
+
+
+def features(seed: int, count: int = 60, centre: float = 0.0) -> torch.Tensor:
+    random = torch.Generator().manual_seed(seed)
+    mixing_FF = torch.randn(F, F, generator=random)
+    return centre + torch.randn(count, F, generator=random) @ mixing_FF
+
+
+def test_they_are_count_mean_and_scatter():
+    x_NF = features(0, centre=3.0)
+    found = PromptStatistics.of(x_NF)
+    assert found.count == 60
+    assert found.sum_F.dtype == found.moment_FF.dtype == torch.float64
+    torch.testing.assert_close(found.mean_F, x_NF.double().mean(0))
+    torch.testing.assert_close(found.scatter_FF / found.count, torch.cov(x_NF.double().T, correction=0))
+    assert found.radius == float("inf")
+
+
+def test_they_add_up_in_any_order():
+    parts = [features(seed, count) for seed, count in enumerate((10, 33, 5))]
+    whole = PromptStatistics.of(torch.cat(parts))
+    a, b, c = (PromptStatistics.of(part) for part in parts)
+    for total in (a + b + c, c + (b + a)):
+        assert total.count == whole.count
+        torch.testing.assert_close(total.sum_F, whole.sum_F, rtol=1e-10, atol=1e-10)
+        torch.testing.assert_close(total.moment_FF, whole.moment_FF, rtol=1e-10, atol=1e-10)
+
+
+def test_distance_is_the_shrunk_mahalanobis_distance_per_feature():
+    x_NF, y_NF = features(0).double(), features(1, 4).double()
+    found_N = PromptStatistics.of(x_NF).distance(y_NF, shrinkage=0.1)
+    covariance_FF = torch.cov(x_NF.T, correction=0)
+    variance_F = covariance_FF.diagonal()
+    scale_F = (variance_F + 1e-3 * variance_F.mean() + 1e-12).sqrt()
+    standard_FF = 0.9 * covariance_FF / torch.outer(scale_F, scale_F) + 0.1 * torch.eye(F, dtype=torch.float64)
+    z_NF = (y_NF - x_NF.mean(0)) / scale_F
+    expected_N = torch.stack([z_F @ torch.linalg.inv(standard_FF) @ z_F for z_F in z_NF]) / F
+    torch.testing.assert_close(found_N, expected_N)
+
+
+def test_the_shrunk_factor_squares_to_the_mixture():
+    covariance_FF = torch.cov(features(0).double().T, correction=0)
+    scale_F = torch.linspace(1, 2, F, dtype=torch.float64)
+    factor_FF = shrunk_cholesky(covariance_FF, scale_F, 0.2)
+    mixture_FF = 0.8 * covariance_FF / torch.outer(scale_F, scale_F) + 0.2 * torch.eye(F, dtype=torch.float64)
+    torch.testing.assert_close(factor_FF @ factor_FF.T, mixture_FF)
+    assert factor_FF.triu(1).abs().max() == 0
+
+
+def test_the_radius_holds_for_new_prompts_of_the_same_task():
+    x_NF = features(0, 1200)
+    found = PromptStatistics.of(x_NF[:600], quantile=0.9)
+    inside = (found.distance(x_NF[600:]) <= found.radius).float().mean()
+    assert 0.84 < inside < 0.96
+    assert (found.distance(x_NF[600:] + 50) > found.radius).all()
+
+
+def test_a_larger_quantile_is_a_larger_radius():
+    radii = [PromptStatistics.of(features(0), quantile=q).radius for q in (0.6, 0.9, 0.99)]
+    assert radii == sorted(radii)
+    assert radii[0] < radii[-1]
+
+
+def test_a_radius_needs_four_prompts():
+    with pytest.raises(ValueError, match="3 prompts are too few to calibrate a radius; at least 4 are needed"):
+        PromptStatistics.of(features(0, 3), quantile=0.9)
+    assert PromptStatistics.of(features(0, 4), quantile=0.9).radius > 0
+
+
+def test_features_that_never_vary_keep_others_away():
+    x_NF = features(0, 200)
+    x_NF[:, :4] = 0  # the image part of a text-only task
+    found = PromptStatistics.of(x_NF, quantile=0.99)
+    assert (found.distance(x_NF) <= found.radius).float().mean() > 0.97
+    y_NF = x_NF.clone()
+    y_NF[:, :4] = 1
+    assert (found.distance(y_NF) > found.radius).all()
+
+
+@pytest.mark.parametrize("size", [0.0, 0.1, 30.0, 1000.0])
+def test_prompts_that_are_all_the_same_have_distances(size):
+    x_NF = (size * features(0, 1)).expand(64, F)
+    found = PromptStatistics.of(x_NF, quantile=0.99)
+    assert found.distance(x_NF).isfinite().all()
+    assert (found.distance(x_NF + 1 + size) > found.radius).all()
