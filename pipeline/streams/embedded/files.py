@@ -1,0 +1,82 @@
+"""The embedded stream as files: parquet in the canonical format, read like any user's data.
+
+`embedded://<task>/<train|eval>` names a new task's part, `embedded://<family>/eval` a foundation family's held-out set,
+`embedded://general/train` the small sample of general prompts.
+"""
+
+import io
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from pipeline.streams.embedded import foundation, tasks
+from pipeline.streams.embedded.foundation import Example
+
+SCHEME = "embedded://"
+FOUNDATION_ROWS = 100
+"""Held-out prompts of a foundation family."""
+GENERAL_ROWS = 40
+"""Prompts of each family in the general sample, drawn apart from pretraining and evaluation."""
+EVALUATION_SEED, GENERAL_SEED = 11, 13
+
+SCHEMA = pa.schema(
+    [
+        ("id", pa.string()),
+        ("messages", pa.list_(pa.struct([("role", pa.string()), ("content", pa.string())]))),
+        ("images", pa.list_(pa.struct([("bytes", pa.binary()), ("path", pa.string())]))),
+    ]
+)
+"""The canonical format."""
+
+
+def embedded_file(path: str, folder: Path) -> Path:
+    """Returns the parquet file behind an `embedded://` path; writes it into `folder` on first use."""
+    task, _, part = path.removeprefix(SCHEME).partition("/")
+    known = {f"{t}/{p}" for t in tasks.TASKS for p in ("train", "eval")}
+    known |= {f"{f}/eval" for f in foundation.FOUNDATION} | {"general/train"}
+    if f"{task}/{part}" not in known:
+        raise ValueError(f"{path}: no such embedded data; there are: {', '.join(sorted(known))}")
+    file = folder / task / f"{part}.parquet"
+    if not file.exists():
+        file.parent.mkdir(parents=True, exist_ok=True)
+        draft = file.with_suffix(".draft")
+        pq.write_table(_table(_examples(task, part), f"{task}-{part}"), draft)
+        draft.rename(file)
+    return file
+
+
+def _examples(task: str, part: str) -> Iterator[Example]:
+    if task in tasks.TASKS:
+        yield from tasks.examples(task, part)
+        return
+    families = list(foundation.FOUNDATION)
+    seed, rows = (GENERAL_SEED, GENERAL_ROWS) if task == "general" else (EVALUATION_SEED, FOUNDATION_ROWS)
+    for name in families if task == "general" else [task]:
+        for number in range(rows):
+            # Four words of seed: pretraining draws from two, so no held-out example can be one of its own.
+            random = np.random.default_rng([seed, families.index(name), number, 1])
+            yield foundation.FAMILIES[name](random)
+
+
+def _table(examples: Iterable[Example], name: str) -> pa.Table:
+    rows = []
+    for number, example in enumerate(examples):
+        images = []
+        if example.image is not None:
+            stream = io.BytesIO()
+            example.image.save(stream, format="PNG")
+            images.append({"bytes": stream.getvalue(), "path": None})
+        rows.append(
+            {
+                "id": f"{name}-{number:05d}",
+                "messages": [
+                    {"role": "user", "content": ("<image>" if images else "") + example.question},
+                    {"role": "assistant", "content": example.answer},
+                ],
+                "images": images,
+            }
+        )
+    return pa.Table.from_pylist(rows, schema=SCHEMA)

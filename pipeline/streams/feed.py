@@ -1,0 +1,91 @@
+"""Batches for a training worker: endless epochs from its shard, read ahead in the background, the wait measured."""
+
+import queue
+import threading
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+
+from pipeline.models.prompts import collate
+from pipeline.streams.preprocess import unpack
+
+AHEAD = 8
+"""Batches that are ready before they are asked for; enough to bridge the start of an epoch."""
+
+
+class Feed:
+    """Yields collated batches epoch after epoch, shuffled by `seed` and the epoch's number.
+
+    `wait_seconds` sums the time for which training stood still for data. Use as a context manager.
+    """
+
+    def __init__(self, shard: Any, *, batch_size: int, pad_token_id: int, seed: int, shuffle_rows: int, skip: int = 0):
+        self.wait_seconds = 0.0
+        self._shard = shard
+        self._batch_size, self._pad, self._seed = batch_size, pad_token_id, seed
+        self._shuffle_rows, self._skip = shuffle_rows, skip
+        self._ready: queue.Queue[dict[str, torch.Tensor] | BaseException] = queue.Queue(maxsize=AHEAD)
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._read, name="feed", daemon=True)
+
+    def __enter__(self) -> "Feed":
+        self._thread.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._stop.set()
+        while self._thread.is_alive():
+            while not self._ready.empty():
+                self._ready.get_nowait()
+            self._thread.join(0.05)
+
+    def __next__(self) -> dict[str, torch.Tensor]:
+        started = time.monotonic()
+        batch = self._ready.get()
+        self.wait_seconds += time.monotonic() - started
+        if isinstance(batch, BaseException):
+            raise batch
+        return batch
+
+    def __iter__(self) -> "Feed":
+        return self
+
+    def _read(self) -> None:
+        try:
+            for number, batch in enumerate(self._epochs()):
+                if number < self._skip:
+                    continue
+                self._put(collate(unpack(batch), pad_token_id=self._pad))
+                if self._stop.is_set():
+                    return
+        except BaseException as error:  # noqa: BLE001 - handed to the training thread, which raises it
+            self._put(error)
+
+    def _put(self, item: dict[str, torch.Tensor] | BaseException) -> None:
+        while not self._stop.is_set():
+            try:
+                return self._ready.put(item, timeout=0.1)
+            except queue.Full:
+                continue
+
+    def _epochs(self) -> Iterator[Any]:
+        epoch = 0
+        while True:
+            batches = self._shard.iter_batches(
+                batch_size=self._batch_size,
+                batch_format="numpy",
+                drop_last=True,
+                local_shuffle_buffer_size=self._shuffle_rows,
+                local_shuffle_seed=self._seed + epoch,
+            )
+            rows = 0
+            for batch in batches:
+                rows += 1
+                yield batch
+                if self._stop.is_set():
+                    return
+            if rows == 0:
+                raise ValueError(f"a worker's shard holds fewer rows than its batch of {self._batch_size}")
+            epoch += 1

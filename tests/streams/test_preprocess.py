@@ -1,0 +1,113 @@
+"""Validation, quarantine and encoding on a real Ray."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from cluster.local import connect
+from pipeline.config import ColumnsConfig, SourceConfig, StreamConfig
+from pipeline.models.prompts import IGNORED
+from pipeline.streams.feed import Feed
+from pipeline.streams.preprocess import Part, prepare, unpack
+from pipeline.streams.sources import StreamError
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _ray() -> None:
+    connect()
+
+
+def run(source: SourceConfig, tiny_folder: Path, folder: Path, *, answer: bool = True, **stream):
+    return prepare(
+        {"mine": Part(source)},
+        StreamConfig(tasks=(), **stream),
+        processor=tiny_folder,
+        data_folder=folder,
+        quarantine=folder / "quarantine",
+        answer=answer,
+    )
+
+
+def line(number: int, answer: str = "red") -> str:
+    messages = [{"role": "user", "content": f"say {number}"}, {"role": "assistant", "content": answer}]
+    return json.dumps({"id": f"row{number}", "messages": messages})
+
+
+def test_bad_rows_are_set_aside_with_reason_and_id(tiny_folder, tmp_path):
+    lines = [line(n) for n in range(60)]
+    lines[7] = '{"id": "broken'
+    lines[9] = line(9, answer=" ")
+    lines[11] = line(11, answer="very " * 60)
+    (tmp_path / "rows.jsonl").write_text("\n".join(lines) + "\n")
+    prepared = run(
+        SourceConfig(path=str(tmp_path / "rows.jsonl")), tiny_folder, tmp_path, max_bad_share=0.1, max_tokens=32
+    )
+    assert (prepared.counts["mine"], prepared.quarantined["mine"]) == (57, 3)
+    bad = [json.loads(text) for text in (tmp_path / "quarantine" / "mine.jsonl").read_text().splitlines()]
+    reasons = {row["id"]: row["reason"] for row in bad}
+    assert "the answer is empty" in reasons["row9"]
+    assert "stream.max_tokens allows 32" in reasons["row11"]
+    assert any("not valid JSON" in reason for reason in reasons.values())
+    assert all(row["source"].endswith("rows.jsonl") for row in bad)
+
+
+def test_too_many_bad_rows_fail_the_task(tiny_folder, tmp_path):
+    (tmp_path / "rows.jsonl").write_text("\n".join([line(0), "nonsense", "nonsense too"]) + "\n")
+    with pytest.raises(StreamError, match=r"2 of 3 rows.*max_bad_share.*mine\.jsonl"):
+        run(SourceConfig(path=str(tmp_path / "rows.jsonl")), tiny_folder, tmp_path)
+
+
+def test_question_and_answers_columns(tiny_folder, tmp_path):
+    (tmp_path / "rows.jsonl").write_text(json.dumps({"query": "what ?", "label": ["a", "b"]}) + "\n")
+    source = SourceConfig(path=str(tmp_path / "rows.jsonl"), columns=ColumnsConfig(question="query", answer="label"))
+    (row,) = run(source, tiny_folder, tmp_path, answer=False).rows(["mine"]).take_all()
+    assert json.loads(row["answers"]) == ["a", "b"]
+    assert row["question"] == "what ?"
+
+
+def test_streaming_gives_the_same_rows_as_the_cache(tiny_folder, tmp_path):
+    source = SourceConfig(path="embedded://digits/train", limit=40)
+    cached = run(source, tiny_folder, tmp_path, cache="memory")
+    streamed = run(source, tiny_folder, tmp_path, cache="none")
+    assert cached.cache is not None
+    assert streamed.cache is None
+    one, other = ([row["input_ids"] for row in p.rows(["mine"]).take_all()] for p in (cached, streamed))
+    assert one == other
+
+
+def test_the_feed_is_endless_seeded_and_can_skip(tiny_folder, tmp_path):
+    rows = run(SourceConfig(path="embedded://digits/train", limit=40), tiny_folder, tmp_path).rows(["mine"])
+
+    def batches(count: int, skip: int = 0):
+        settings = {"batch_size": 16, "pad_token_id": 0, "seed": 5, "shuffle_rows": 40}
+        with Feed(rows.iterator(), **settings, skip=skip) as feed:
+            return [next(feed)["input_ids"].tolist() for _ in range(count)]
+
+    first = batches(6)
+    assert first == batches(6)
+    assert first[3:] == batches(3, skip=3)
+    assert first[:2] != first[2:4], "epochs are shuffled differently"
+
+
+def test_encoded_rows_learn_the_answer_only(tiny_folder, tmp_path):
+    prepared = run(SourceConfig(path="embedded://successor/train", limit=4), tiny_folder, tmp_path)
+    for batch in prepared.rows(["mine"]).iter_batches(batch_format="numpy"):
+        for row in unpack(batch):
+            assert (row.labels != IGNORED).sum() == 4  # three digits and the end token
+            assert row.pixel_values.shape == (0, 3, 64, 64)
+
+
+def test_several_tasks_in_one_pass(tiny_folder, tmp_path):
+    parts = {name: Part(SourceConfig(path=f"embedded://{name}/eval", limit=10)) for name in ("shape", "repeat")}
+    prepared = prepare(
+        parts,
+        StreamConfig(tasks=()),
+        processor=tiny_folder,
+        data_folder=tmp_path,
+        quarantine=tmp_path,
+        answer=False,
+    )
+    assert prepared.counts == {"shape": 10, "repeat": 10}
+    assert {row["column"] for row in prepared.rows(["repeat"]).take_all()} == {"repeat"}
+    assert prepared.rows(["shape", "repeat"]).count() == 20
