@@ -1,0 +1,166 @@
+"""The two stages of a task: what is trained, and the loop that both share.
+
+Expert stage: PEFT LoRA on every language Linear, loss on answer tokens only. Router stage: base and expert frozen, one
+routing vector a Linear; in the same pass the features of every prompt are taken down for the prompt router.
+"""
+
+import math
+import re
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from peft import LoraConfig, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from pipeline.config import ExpertConfig
+from pipeline.models.prompts import IGNORED
+from pipeline.routing.expert import ADAPTER_WEIGHTS, load_adapters
+from pipeline.routing.features import project
+from pipeline.routing.layer import GatedLinear
+from pipeline.routing.routed_model import PromptReader
+from pipeline.streams.feed import Feed
+from pipeline.training.zero import gathered
+
+
+class Divergence(ValueError):
+    """A loss that is not finite or explodes."""
+
+
+@dataclass
+class StageClock:
+    """What a stage has cost so far."""
+
+    seconds: float = 0.0
+    wait_seconds: float = 0.0
+    losses: list[float] = field(default_factory=list)
+
+
+def warm_up_cosine(config: ExpertConfig) -> Callable[[int], float]:
+    """Returns the learning-rate factor by step: linear warm-up, then half a cosine down to zero."""
+    rising = max(1, round(config.warm_up * config.steps))
+
+    def factor(step: int) -> float:
+        if step < rising:
+            return (step + 1) / rising
+        return 0.5 * (1 + math.cos(math.pi * (step - rising) / max(1, config.steps - rising)))
+
+    return factor
+
+
+def run_steps(
+    engine: Any,
+    feed: Feed,
+    steps: range,
+    *,
+    explosion: float,
+    clock: StageClock,
+    on_step: Callable[[int, float], None],
+    before: Callable[[dict[str, Tensor]], None] = lambda batch: None,
+) -> None:
+    """Runs optimizer steps; `on_step(step, loss)` after each, `before(batch)` ahead of each forward pass.
+
+    The loss is averaged over workers, so that all of them see a divergence at the same step. Raises Divergence when it
+    is not finite, or exceeds `explosion` times the first one.
+    """
+    device = engine.device
+    for step in steps:
+        started = time.monotonic()
+        waited = feed.wait_seconds
+        batch = {name: tensor.to(device) for name, tensor in next(feed).items()}
+        before(batch)
+        loss = engine(**batch).loss
+        engine.backward(loss)
+        engine.step()
+        mean = loss.detach().float()
+        if dist.get_world_size() > 1:
+            dist.all_reduce(mean)
+            mean /= dist.get_world_size()
+        value = mean.item()
+        clock.losses.append(value)
+        if not math.isfinite(value):
+            raise Divergence(f"the loss is {value} at step {step + 1}; lower the learning rate, or check the data")
+        if value > explosion * max(clock.losses[0], 0.1):
+            raise Divergence(
+                f"the loss rose from {clock.losses[0]:.3g} to {value:.3g} by step {step + 1} (training.explosion is "
+                f"{explosion:g}); lower the learning rate"
+            )
+        clock.seconds += time.monotonic() - started
+        clock.wait_seconds += feed.wait_seconds - waited
+        on_step(step + 1, value)
+
+
+def with_lora(model: nn.Module, config: ExpertConfig, *, start: Path | None = None) -> nn.Module:
+    """Returns the PEFT model of the expert stage: a fresh LoRA, or the one in the folder `start`."""
+    lora = LoraConfig(
+        r=config.rank,
+        lora_alpha=int(config.lora_alpha) if float(config.lora_alpha).is_integer() else config.lora_alpha,
+        lora_dropout=config.dropout,
+        target_modules=config.target_modules,
+        bias="none",
+        task_type="CAUSAL_LM",
+    )
+    peft = get_peft_model(model, lora)
+    if start is not None:
+        set_peft_model_state_dict(peft, load_file(start / ADAPTER_WEIGHTS))
+    return peft
+
+
+def save_lora(peft: Any, folder: Path, *, write: bool) -> None:
+    """Writes the adapter as PEFT does; every rank must call it (ZeRO-3 gathers), the one with `write` writes."""
+    with gathered([p for p in peft.parameters() if p.requires_grad]):
+        if write:
+            state = {key: value.detach().cpu().clone() for key, value in get_peft_model_state_dict(peft).items()}
+            peft.save_pretrained(folder, state_dict=state, selected_adapters=["default"])
+
+
+def with_gates(model: nn.Module, adapter: Path) -> dict[str, GatedLinear]:
+    """Puts a gated Linear in place of every Linear that the adapter in `adapter` changes; returns them by path."""
+    model.requires_grad_(False)
+    gates = {}
+    for path, lora in load_adapters(adapter)[1].items():
+        linear = model.get_submodule(path)
+        assert isinstance(linear, nn.Linear), path
+        gates[path] = GatedLinear(linear, lora.a_RD, lora.b_OR, lora.scaling)
+        model.set_submodule(path, gates[path])
+    return gates
+
+
+class FeatureLog:
+    """Takes down the prompt features (N, F) of all training rows that pass through a model."""
+
+    def __init__(self, model: nn.Module, width: int) -> None:
+        self._width = width
+        self._rows: list[Tensor] = []
+        self._reader = PromptReader(model, self._listen)
+
+    def expect(self, batch: dict[str, Tensor]) -> None:
+        """Says which tokens of the coming batch are prompt: those that carry no label."""
+        self._reader.prompt_mask = batch["attention_mask"].bool() & (batch["labels"] == IGNORED)
+
+    def _listen(self, features: Tensor | None, tokens: Tensor | None) -> None:
+        if features is not None:
+            self._rows.append(project(features.detach(), self._width).cpu())
+
+    def collect(self) -> Tensor:
+        """Returns the features of all ranks' rows (N, F), in the same order on every rank."""
+        self._reader.remove()
+        features = torch.cat(self._rows)
+        if dist.get_world_size() == 1:
+            return features
+        parts: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(parts, features)
+        return torch.cat(parts)
+
+
+def adapted_paths(model: nn.Module, pattern: str) -> list[str]:
+    """Returns the paths of the Linears that a target regex matches in full; raises ValueError if there is none."""
+    paths = [n for n, m in model.named_modules() if isinstance(m, nn.Linear) and re.fullmatch(pattern, n)]
+    if not paths:
+        raise ValueError(f"expert.target_modules: {pattern!r} matches no Linear of the base")
+    return paths

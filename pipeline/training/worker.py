@@ -1,0 +1,270 @@
+"""What every rank of a task's Ray Train run does: expert stage, router stage, checkpoints that hold adapters only."""
+
+import json
+import random
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import ray
+import ray.train
+import torch
+import torch.distributed as dist
+
+from pipeline.config import BaseModelConfig, Config, ExpertConfig, RouterConfig, TrainingConfig
+from pipeline.models.bases import Base, load_base
+from pipeline.routing.expert import Expert, ExpertCard, ExpertError, load_adapters
+from pipeline.routing.features import feature_width
+from pipeline.routing.statistics import PromptStatistics
+from pipeline.streams.feed import Feed
+from pipeline.training.stages import (
+    Divergence,
+    FeatureLog,
+    StageClock,
+    adapted_paths,
+    run_steps,
+    save_lora,
+    warm_up_cosine,
+    with_gates,
+    with_lora,
+)
+from pipeline.training.zero import gathered, sharded_loading, start_engine, zero_config
+
+PROGRESS, ADAPTER, ENGINE, EXPERT = "progress.json", "adapter", "engine", "expert"
+"""What a checkpoint holds: where it stands; the adapter once it is trained; until then DeepSpeed's trainable weights and
+optimizer; at the end the expert."""
+
+
+class Job(Config):
+    """All that a worker needs to know of its task."""
+
+    task: str
+    """Name of task and expert."""
+    digest: str
+    """Names the expert that will come out."""
+    data_fingerprint: str
+    """Of the training rows."""
+    rows: int
+    """Good training rows."""
+    cached: bool
+    """Whether encoded rows lie in the object store (then a whole shard is shuffled at once)."""
+    seed: int
+    """Of weights and data order."""
+    base: BaseModelConfig
+    """The frozen model."""
+    expert: ExpertConfig
+    """Expert stage."""
+    router: RouterConfig
+    """Router stage."""
+    training: TrainingConfig
+    """Machine."""
+    start: str | None = None
+    """Adapter folder to go on from, instead of a fresh LoRA (sequential fine-tuning, the method we compare with)."""
+    router_stage: bool = True
+    """False trains the adapter only."""
+
+
+def train(settings: dict[str, Any]) -> dict[str, Any]:
+    """Trains one task; Ray Train runs this on every rank.
+
+    Returns rank 0's figures: losses, seconds and data wait of both stages, or `failure` with the reason. A failure that
+    would come back on every retry (divergence, an expert that learned nothing) is returned, not raised.
+    """
+    telemetry = settings.pop("telemetry", None)
+    worker = Worker(Job.model_validate(settings), telemetry)
+    try:
+        return worker.run()
+    except (Divergence, ExpertError) as error:
+        return {"failure": str(error)}
+
+
+class Worker:
+    """One rank."""
+
+    def __init__(self, job: Job, telemetry: Any) -> None:
+        context = ray.train.get_context()
+        self.job, self.telemetry = job, telemetry
+        self.rank, self.world = context.get_world_rank(), context.get_world_size()
+        self.micro_batch = min(max(1, job.expert.batch_size // self.world), job.rows // self.world)
+        torch.set_num_threads(job.training.threads)
+        random.seed(job.seed)
+        np.random.seed(job.seed)
+        torch.manual_seed(job.seed)
+        self.shard = ray.train.get_dataset_shard("train")
+        self.figures: dict[str, Any] = {"samples": job.expert.steps * self.micro_batch * self.world}
+
+    def run(self) -> dict[str, Any]:
+        """Runs what the last checkpoint leaves to do."""
+        checkpoint = ray.train.get_checkpoint()
+        if checkpoint is None:
+            return self._stages(None, {"stage": "expert", "step": 0, "figures": {}})
+        with checkpoint.as_directory() as folder:
+            progress = json.loads((Path(folder) / PROGRESS).read_text())
+            self.figures |= progress["figures"]
+            return self._stages(Path(folder), progress)
+
+    def _stages(self, folder: Path | None, progress: dict[str, Any]) -> dict[str, Any]:
+        if progress["stage"] == "done":
+            return self.figures
+        if progress["stage"] == "expert":
+            adapter = self._expert_stage(folder, progress)
+        else:
+            assert folder is not None
+            adapter = folder / ADAPTER
+        if self.job.router_stage:
+            self._router_stage(adapter)
+        return self.figures
+
+    def _expert_stage(self, folder: Path | None, progress: dict[str, Any]) -> Path:
+        """Trains the LoRA; returns the folder of the finished adapter."""
+        job, config = self.job, self.job.expert
+        settings = zero_config(job.training, micro_batch=self.micro_batch, clip=config.clip)
+        keep = sharded_loading(settings)
+        base = load_base(job.base)
+        adapted_paths(base.model, config.target_modules)
+        base.model.config.use_cache = False
+        peft = with_lora(base.model, config, start=Path(job.start) if job.start else None)
+        if job.training.precision == "bf16":
+            peft = peft.to(torch.bfloat16)
+        engine = start_engine(
+            peft,
+            settings,
+            learning_rate=config.learning_rate,
+            weight_decay=config.weight_decay,
+            schedule=warm_up_cosine(config),
+        )
+        begin = 0
+        if folder is not None and progress["world"] == self.world:
+            engine.load_checkpoint(str(folder / ENGINE), load_module_strict=False)
+            begin = progress["step"]
+        engine.train()
+        clock = StageClock(**progress.get("clock", {}))
+
+        def on_step(step: int, loss: float) -> None:
+            self._tell("expert", step, config.steps, loss)
+            if step % job.training.checkpoint_every == 0 and step < config.steps:
+                draft = self._draft({"stage": "expert", "step": step, "clock": vars(clock)})
+                engine.save_checkpoint(str(draft / ENGINE), tag="last", exclude_frozen_parameters=True)
+                self._report(draft)
+
+        with self._feed(base, job.seed, skip=begin) as feed:
+            run_steps(
+                engine, feed, range(begin, config.steps), explosion=job.training.explosion, clock=clock, on_step=on_step
+            )
+        self._note("expert", clock)
+        draft = self._draft({"stage": "router" if job.router_stage else "done", "step": 0})
+        save_lora(peft, draft / ADAPTER, write=self.rank == 0)
+        engine.destroy()
+        del keep
+        # Every rank needs the finished adapter, and Ray hands the reported one out only after a restart.
+        finished = self._share(draft / ADAPTER)
+        if not any(bool(a.b_OR.any()) for a in load_adapters(finished)[1].values()):
+            raise ExpertError(
+                f"task {job.task!r}: every LoRA B is zero after training; check expert.learning_rate and steps"
+            )
+        self._report(draft)
+        return finished
+
+    def _router_stage(self, adapter: Path) -> None:
+        """Trains the routing vectors, takes the prompt statistics and reports the finished expert."""
+        job, config = self.job, self.job.router
+        started = time.monotonic()
+        settings = zero_config(job.training, micro_batch=self.micro_batch, clip=job.expert.clip)
+        keep = sharded_loading(settings)
+        base = load_base(job.base)
+        base.model.config.use_cache = False
+        width = feature_width(base.width, config.feature_width)
+        gates = with_gates(base.model, adapter)
+        log = FeatureLog(base.model, width)
+        engine = start_engine(
+            base.model, settings, learning_rate=config.learning_rate, weight_decay=0.0, schedule=lambda step: 1.0
+        )
+        engine.eval()  # nothing but the gates moves: no dropout in the base
+        clock = StageClock()
+        with self._feed(base, job.seed + 1) as feed:
+            run_steps(
+                engine,
+                feed,
+                range(config.steps),
+                explosion=job.training.explosion,
+                clock=clock,
+                on_step=lambda step, loss: self._tell("router", step, config.steps, loss),
+                before=log.expect,
+            )
+        features = log.collect()
+        statistics = PromptStatistics.of(features, quantile=config.quantile, shrinkage=config.shrinkage)
+        with gathered([gate.vector for gate in gates.values()]):
+            vectors = {path: gate.vector.detach().float().cpu().clone() for path, gate in gates.items()}
+        engine.destroy()
+        del keep
+        clock.seconds = time.monotonic() - started
+        self._note("router", clock)
+        adapter_config, adapters = load_adapters(adapter)
+        card = ExpertCard(
+            name=job.task,
+            task=job.task,
+            base_fingerprint=base.fingerprint,
+            rank=job.expert.rank,
+            alpha=job.expert.lora_alpha,
+            seed=job.seed,
+            data_fingerprint=job.data_fingerprint,
+            config_digest=job.digest,
+            samples=self.figures["samples"],
+            metrics={key: value for key, value in self.figures.items() if isinstance(value, float)},
+        )
+        expert = Expert(card, adapter_config, adapters, vectors, statistics)
+        expert.check_trained()
+        draft = self._draft({"stage": "done", "step": 0})
+        if self.rank == 0:
+            expert.save(draft / EXPERT)
+        self._report(draft)
+
+    def _feed(self, base: Base, seed: int, *, skip: int = 0) -> Feed:
+        return Feed(
+            self.shard,
+            batch_size=self.micro_batch,
+            pad_token_id=base.processor.tokenizer.pad_token_id,
+            seed=seed * 1000,
+            shuffle_rows=self.job.rows if self.job.cached else 8 * self.micro_batch,
+            skip=skip,
+        )
+
+    def _note(self, stage: str, clock: StageClock) -> None:
+        last = clock.losses[-20:]
+        self.figures |= {
+            f"{stage}_seconds": clock.seconds,
+            f"{stage}_wait_seconds": clock.wait_seconds,
+            f"{stage}_loss": sum(last) / len(last),
+            f"{stage}_losses": clock.losses,
+        }
+
+    def _tell(self, stage: str, step: int, steps: int, loss: float) -> None:
+        if self.rank == 0 and self.telemetry is not None:
+            self.telemetry.push.remote(self.job.task, stage, step, steps, loss)
+
+    def _draft(self, progress: dict[str, Any]) -> Path:
+        """Starts a checkpoint folder of this rank; Ray uploads and removes it."""
+        draft = Path(tempfile.mkdtemp(prefix="pointsman-"))
+        if self.rank == 0:
+            values = {"world": self.world, "figures": self.figures, **progress}
+            (draft / PROGRESS).write_text(json.dumps(values))
+        return draft
+
+    def _report(self, draft: Path) -> None:
+        """Hands a checkpoint to Ray Train; a barrier, so every rank calls it equally often."""
+        ray.train.report(
+            {"task": self.job.task},
+            checkpoint=ray.train.Checkpoint(str(draft)),
+            delete_local_checkpoint_after_upload=True,
+        )
+
+    def _share(self, folder: Path) -> Path:
+        """Returns a local copy of rank 0's adapter folder."""
+        copy = Path(tempfile.mkdtemp(prefix="pointsman-"))
+        files = [{f.name: f.read_bytes() for f in folder.iterdir() if f.is_file()} if self.rank == 0 else {}]
+        dist.broadcast_object_list(files, src=0)
+        for name, content in files[0].items():
+            (copy / name).write_bytes(content)
+        return copy

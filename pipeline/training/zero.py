@@ -1,0 +1,58 @@
+"""DeepSpeed: the ZeRO configuration of a stage, and an engine around a model of which few parameters train."""
+
+import os
+from typing import Any
+
+import torch
+from torch import nn
+
+from pipeline.config import TrainingConfig
+
+
+def zero_config(training: TrainingConfig, *, micro_batch: int, clip: float) -> dict[str, Any]:
+    """Returns the DeepSpeed configuration of one stage; `micro_batch` rows a worker and step."""
+    return {
+        "train_micro_batch_size_per_gpu": micro_batch,
+        "gradient_accumulation_steps": 1,
+        "gradient_clipping": clip,
+        "zero_optimization": {"stage": training.zero_stage},
+        "bf16": {"enabled": training.precision == "bf16"},
+        # The optimizer is torch's AdamW: DeepSpeed's own would compile another extension for a few small tensors.
+        "zero_allow_untested_optimizer": True,
+        "steps_per_print": 1 << 30,
+    }
+
+
+def start_engine(
+    model: nn.Module, settings: dict[str, Any], *, learning_rate: float, weight_decay: float, schedule: Any
+) -> Any:
+    """Wraps a model into a DeepSpeed engine that trains the parameters which require gradients.
+
+    `schedule` maps a step to a factor on the learning rate. The process group is the one Ray Train has made.
+    """
+    os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
+    import deepspeed
+
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=learning_rate, weight_decay=weight_decay)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, schedule)
+    engine, *_ = deepspeed.initialize(
+        model=model, optimizer=optimizer, lr_scheduler=scheduler, config=settings, dist_init_required=False
+    )
+    return engine
+
+
+def gathered(parameters: list[nn.Parameter]) -> Any:
+    """Context in which ZeRO-3's sharded parameters are whole on every rank; a no-op for others."""
+    import deepspeed
+
+    return deepspeed.zero.GatheredParameters(parameters, modifier_rank=None)
+
+
+def sharded_loading(settings: dict[str, Any]) -> Any:
+    """Under ZeRO-3, makes `from_pretrained` shard weights while loading; keep the returned object alive."""
+    if settings["zero_optimization"]["stage"] < 3:
+        return None
+    from transformers.integrations import HfDeepSpeedConfig
+
+    return HfDeepSpeedConfig(settings)

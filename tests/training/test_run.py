@@ -1,0 +1,158 @@
+"""Real Ray Train runs under real DeepSpeed, on the untrained tiny base."""
+
+import json
+from pathlib import Path
+
+import psutil
+import pytest
+import ray
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file
+
+from cluster.local import connect
+from cluster.preflight import build_deepspeed_ops
+from pipeline.config import BaseModelConfig, ExpertConfig, RouterConfig, SourceConfig, StreamConfig, TrainingConfig
+from pipeline.models.bases import load_base
+from pipeline.routing.expert import Expert
+from pipeline.streams.preprocess import Part, prepare
+from pipeline.training.run import TrainingError, run_training
+from pipeline.training.worker import Job
+
+ROWS = 96
+
+
+@pytest.fixture(scope="module")
+def worker_env() -> dict[str, str]:
+    connect()
+    return build_deepspeed_ops()
+
+
+@pytest.fixture(scope="module")
+def rows(worker_env, tiny_folder: Path, tmp_path_factory) -> ray.data.Dataset:
+    folder = tmp_path_factory.mktemp("rows")
+    prepared = prepare(
+        {"digits": Part(SourceConfig(path="embedded://digits/train", limit=ROWS))},
+        StreamConfig(tasks=()),
+        processor=tiny_folder,
+        data_folder=folder,
+        quarantine=folder,
+        answer=True,
+    )
+    return prepared.rows(["digits"])
+
+
+def make_job(
+    tiny_folder: Path, digest: str, *, training: TrainingConfig, learning_rate: float = 5e-3, steps: int = 12
+) -> Job:
+    return Job(
+        task="digits",
+        digest=digest,
+        data_fingerprint="data",
+        rows=ROWS,
+        cached=True,
+        seed=3,
+        base=BaseModelConfig(path=str(tiny_folder)),
+        expert=ExpertConfig(rank=4, steps=steps, batch_size=16, learning_rate=learning_rate),
+        router=RouterConfig(steps=4),
+        training=training,
+    )
+
+
+ONE = TrainingConfig(threads=1, checkpoint_every=4)
+
+
+@pytest.fixture(scope="module")
+def trained(rows, tiny_folder, worker_env, tmp_path_factory):
+    seen = []
+    storage = tmp_path_factory.mktemp("storage")
+    result = run_training(
+        make_job(tiny_folder, "one", training=ONE),
+        rows,
+        storage=storage,
+        on_steps=seen.extend,
+        worker_env=worker_env,
+    )
+    return result, seen
+
+
+def test_a_run_leaves_a_complete_expert(trained, tiny_folder):
+    result, seen = trained
+    expert = Expert.load(result.expert)
+    assert {step.stage for step in seen} == {"expert", "router"}
+    assert [step.step for step in seen if step.stage == "expert"] == list(range(1, 13))
+    assert result.figures["expert_losses"][-1] < result.figures["expert_losses"][0]
+    assert expert.statistics.count == 4 * 16
+    assert all(vector.any() for vector in expert.vectors.values()), "every gate has moved"
+    assert set(expert.vectors) == set(expert.adapters)
+    assert not any("vision_tower" in path for path in expert.adapters)
+    base = load_base(BaseModelConfig(path=str(tiny_folder)))
+    assert expert.card.base_fingerprint == base.fingerprint
+    PeftModel.from_pretrained(base.model, result.expert)
+
+
+def test_checkpoints_hold_adapters_only(trained, tiny_folder):
+    result, _ = trained
+    base_bytes = sum(f.stat().st_size for f in tiny_folder.glob("*.safetensors"))
+    files = [f for f in result.checkpoint.parent.rglob("*") if f.is_file()]
+    for file in files:
+        if file.suffix == ".safetensors":
+            assert not any("embed_tokens" in key or "base_layer" in key for key in load_file(file))
+    assert sum(f.stat().st_size for f in files) < base_bytes
+
+
+def test_a_finished_run_is_found_again(trained, rows, tiny_folder, worker_env):
+    result, _ = trained
+    storage = result.checkpoint.parent.parent
+    again = run_training(make_job(tiny_folder, "one", training=ONE), rows, storage=storage, worker_env=worker_env)
+    assert again.figures["expert_losses"] == result.figures["expert_losses"]
+    assert_same_expert(Expert.load(again.expert), Expert.load(result.expert))
+
+
+def test_a_killed_worker_comes_back_and_ends_with_the_same_expert(trained, rows, tiny_folder, worker_env, tmp_path):
+    killed = []
+
+    def kill_once(steps) -> None:
+        if not killed and any(step.step >= 6 for step in steps):
+            for process in psutil.Process().children(recursive=True):
+                if "RayTrainWorker" in " ".join(process.cmdline()[:1]):
+                    process.kill()
+                    killed.append(process.pid)
+
+    job = make_job(tiny_folder, "killed", training=ONE.model_copy(update={"max_failures": 1}))
+    result = run_training(job, rows, storage=tmp_path, on_steps=kill_once, worker_env=worker_env)
+    assert killed
+    assert_same_expert(Expert.load(result.expert), Expert.load(trained[0].expert))
+
+
+@pytest.mark.parametrize(("workers", "stage"), [(1, 0), (2, 2), (2, 3)])
+def test_zero_stages_and_workers(workers, stage, trained, rows, tiny_folder, worker_env, tmp_path):
+    training = TrainingConfig(workers=workers, threads=1, zero_stage=stage)
+    job = make_job(tiny_folder, f"zero{stage}", training=training)
+    result = run_training(job, rows, storage=tmp_path, worker_env=worker_env)
+    expert = Expert.load(result.expert)
+    expert.check_trained()
+    assert expert.statistics.count == 4 * 16
+    assert result.figures["expert_losses"][-1] == pytest.approx(trained[0].figures["expert_losses"][-1], abs=0.5)
+    assert all(a.a_RD.shape[0] == 4 for a in expert.adapters.values()), "no empty shards of ZeRO-3"
+
+
+def test_divergence_is_a_clear_error(rows, tiny_folder, worker_env, tmp_path):
+    job = make_job(tiny_folder, "wild", training=ONE, learning_rate=1e4)
+    with pytest.raises(TrainingError, match="learning rate"):
+        run_training(job, rows, storage=tmp_path, worker_env=worker_env)
+
+
+def test_an_expert_that_learned_nothing_is_refused(rows, tiny_folder, worker_env, tmp_path):
+    job = make_job(tiny_folder, "idle", training=ONE, learning_rate=1e-60, steps=2)
+    with pytest.raises(TrainingError, match="every LoRA B is zero"):
+        run_training(job, rows, storage=tmp_path, worker_env=worker_env)
+
+
+def assert_same_expert(one: Expert, other: Expert) -> None:
+    for path, adapter in one.adapters.items():
+        assert torch.equal(adapter.a_RD, other.adapters[path].a_RD)
+        assert torch.equal(adapter.b_OR, other.adapters[path].b_OR)
+        assert torch.equal(one.vectors[path], other.vectors[path])
+    assert torch.equal(one.statistics.moment_FF, other.statistics.moment_FF)
+    assert json.loads(one.card.model_dump_json())["samples"] == other.card.samples
