@@ -1,0 +1,172 @@
+"""Answers evaluation prompts with a pool, on Ray Data, and scores them."""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import ray
+import torch
+from ray.data import ActorPoolStrategy
+
+from pipeline.config import BaseModelConfig, EvaluationConfig, TaskConfig
+from pipeline.evaluation.metrics import METRICS
+from pipeline.models.bases import load_base
+from pipeline.models.prompts import generate_answers
+from pipeline.routing.pool import Pool
+from pipeline.routing.routed_model import RoutedModel
+from pipeline.streams.preprocess import unpack
+
+BASE = "base"
+"""What stands for the base among experts."""
+
+
+KEPT = ("column", "id", "question", "answers")
+"""Columns of a row that an answer keeps."""
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """One answered prompt."""
+
+    column: str
+    """Task or foundation family it belongs to."""
+    id: str
+    question: str
+    answer: str
+    """First accepted answer."""
+    prediction: str
+    score: float
+    """By the task's metric, 0 to 1."""
+    expert: str
+    """Expert with the largest weight, or `base`."""
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """All answered prompts of one evaluation."""
+
+    predictions: list[Prediction]
+
+    def accuracies(self) -> dict[str, float]:
+        """Returns the mean score of every column."""
+        scores: dict[str, list[float]] = {}
+        for p in self.predictions:
+            scores.setdefault(p.column, []).append(p.score)
+        return {column: float(np.mean(values)) for column, values in scores.items()}
+
+    def routing_accuracy(self, tasks: Sequence[str]) -> float:
+        """Returns the share of prompts answered by the right one: a task's by its expert, others by the base."""
+        right = [p.expert == (p.column if p.column in tasks else BASE) for p in self.predictions]
+        return float(np.mean(right))
+
+    def shares(self, experts: Sequence[str], columns: Sequence[str]) -> list[list[float]]:
+        """Returns the share of each column's prompts that went to each expert (experts x columns)."""
+        counts = np.zeros((len(experts), len(columns)))
+        for p in self.predictions:
+            counts[experts.index(p.expert), columns.index(p.column)] += 1
+        return (counts / np.maximum(counts.sum(0), 1)).tolist()
+
+
+def evaluate(
+    rows: ray.data.Dataset,
+    tasks: Mapping[str, TaskConfig],
+    *,
+    base: BaseModelConfig,
+    pool: Path | None,
+    config: EvaluationConfig,
+    gpu: bool = False,
+    threads: int = 2,
+    mode: Literal["routed", "told", "only"] = "routed",
+) -> Evaluation:
+    """Answers encoded prompts and scores each by the metric of its task.
+
+    `pool` is a pool's folder, None evaluates the bare base. `mode`: `routed`, by the pool's router; `told`, each task's
+    prompts by its own expert and all others by the base (the upper bound); `only`, everything by the pool's single expert.
+    """
+    answered = rows.map_batches(
+        Answerer,
+        fn_constructor_args=(base, str(pool) if pool else None, mode, config, threads),
+        batch_size=config.batch_size,
+        batch_format="numpy",
+        compute=ActorPoolStrategy(size=config.workers),
+        num_gpus=1 if gpu else None,
+        num_cpus=threads,
+    )
+    predictions = [p for batch in answered.iter_batches(batch_format="numpy") for p in score(batch, tasks)]
+    return Evaluation(predictions)
+
+
+def score(batch: Mapping[str, np.ndarray], tasks: Mapping[str, TaskConfig]) -> list[Prediction]:
+    """Scores a batch that an `Answerer` has answered, each row by its task's metric."""
+    scored = []
+    for column, row, question, accepted, prediction, expert in zip(
+        *(batch[key] for key in (*KEPT, "prediction", "expert")), strict=True
+    ):
+        answers = json.loads(accepted)
+        value = METRICS[tasks[column].metric](prediction, answers)
+        scored.append(Prediction(column, row, question, answers[0], prediction, value, expert))
+    return scored
+
+
+class Answerer:
+    """Holds base and pool, answers batch after batch."""
+
+    def __init__(
+        self, base: BaseModelConfig, pool: str | None, mode: str, config: EvaluationConfig, threads: int
+    ) -> None:
+        torch.set_num_threads(threads)
+        self.base = load_base(base)
+        self.device = "cuda" if torch.cuda.is_available() else "cpu"
+        self.base.model.to(self.device)
+        self.mode, self.config = mode, config
+        self.routed: RoutedModel | None = None
+        if pool:
+            self.attach(Pool.load(pool))
+
+    def attach(self, pool: Pool) -> None:
+        """Answers with `pool` from now on, instead of the pool before."""
+        if self.routed is not None:
+            self.routed.detach()
+        self.routed = RoutedModel(self.base.model, pool)
+
+    def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, Any]:
+        """Adds `prediction` and `expert` to the batch's `column`, `id`, `question` and `answers`."""
+        encoded = unpack(batch)
+        predictions, experts = [""] * len(encoded), [BASE] * len(encoded)
+        for forced, members in self._groups(list(batch["column"])):
+            rows = [encoded[i] for i in members]
+            texts, chosen = self._answer(rows, forced)
+            for i, text, expert in zip(members, texts, chosen, strict=True):
+                predictions[i], experts[i] = text, expert
+        kept = {key: batch[key] for key in KEPT}
+        return kept | {"prediction": np.array(predictions, object), "expert": np.array(experts, object)}
+
+    def _groups(self, columns: list[str]) -> list[tuple[str | None, list[int]]]:
+        """Splits a batch by the expert that must answer: None for the router's choice."""
+        if self.routed is None or self.mode == "routed":
+            return [(None, list(range(len(columns))))]
+        names = self.routed.pool.names
+        wanted = [names[0] if self.mode == "only" else column if column in names else BASE for column in columns]
+        return [(name, [i for i, w in enumerate(wanted) if w == name]) for name in dict.fromkeys(wanted)]
+
+    def _answer(self, rows: list[Any], forced: str | None) -> tuple[list[str], list[str]]:
+        def generate() -> list[str]:
+            return generate_answers(
+                self.base.model,
+                self.base.processor,
+                rows,
+                max_new_tokens=self.config.max_new_tokens,
+                device=self.device,
+            )
+
+        if self.routed is None:
+            return generate(), [BASE] * len(rows)
+        if forced is not None:
+            with self.routed.forced(None if forced == BASE else forced):
+                return generate(), [forced] * len(rows)
+        texts = generate()
+        chosen = [decision.expert or BASE for decision in self.routed.decisions]
+        return texts, chosen or [BASE] * len(rows)

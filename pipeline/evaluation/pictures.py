@@ -1,0 +1,260 @@
+"""The report's pictures, each a function from a run's summary to a matplotlib Figure.
+
+- Figures are made without pyplot, so nothing global changes and threads may draw at once.
+- Colours are Okabe and Ito's, told apart by colour-blind readers too; blue is always the new tasks (or this method),
+  orange the foundation families (or the alternative). Widths are 12 inches: 1200 pixels at 100 dpi.
+- `PICTURES` lists them in the report's order with title, caption and what a summary must hold to be drawn.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+from typing import Any
+
+from matplotlib.axes import Axes
+from matplotlib.colors import LinearSegmentedColormap
+from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
+from matplotlib.ticker import PercentFormatter, StrMethodFormatter
+
+INK, MUTED, LINE = "#1c2430", "#5f6b7a", "#d9dee5"
+TASKS, FOUNDATION = "#0072B2", "#E69F00"
+CYCLE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#4d4d4d")
+DASHES = ("-", "--", ":", "-.")
+HEAT = LinearSegmentedColormap.from_list("heat", ["#f4f8fc", "#b5d4ea", "#4f9bcb", "#0072B2", "#00395c"])
+
+METHODS: dict[str, str] = {
+    "base": "base,\nnothing learned",
+    "specialist": "one specialist\na task, told which",
+    "sequential": "sequential\nfine-tuning",
+    "multitask": "multi-task,\nall data at once",
+    "token": "experts,\ntoken router",
+    "prompt": "experts,\nprompt router",
+}
+"""Methods of a comparison in the order shown, and what they are called."""
+
+OURS = ("token", "prompt")
+"""The methods that choose among experts themselves; shown in bold."""
+
+GAP = 0.4
+"""Space between tasks and foundation families in heat maps, in cells."""
+
+
+def accuracy_over_time(summary: Mapping[str, Any]) -> Figure:
+    """Heat map of the accuracy matrix: a row per state of the pool (rows without values are left out)."""
+    matrix = summary["accuracy_matrix"]
+    kept = [i for i, values in enumerate(matrix["values"]) if any(value is not None for value in values)]
+    labels = ["base" if i == 0 else f"after {matrix['rows'][i]}" for i in kept]
+    figure, axes = _figure(1.7 + 0.46 * len(kept))
+    _heat(axes, [matrix["values"][i] for i in kept], labels, matrix["columns"], len(matrix["tasks"]))
+    for y, i in enumerate(kept):
+        if i > 0:  # the task that this row has just learned
+            axes.add_patch(Rectangle((i - 1, y), 1, 1, fill=False, edgecolor=FOUNDATION, linewidth=2.2))
+    return figure
+
+
+def routing_map(summary: Mapping[str, Any]) -> Figure:
+    """Heat map of who answered: experts by columns, every column's shares summing to 1."""
+    routing = summary["routing"]
+    split = sum(column in set(routing["experts"]) for column in routing["columns"])
+    figure, axes = _figure(1.7 + 0.46 * len(routing["experts"]))
+    _heat(axes, routing["shares"], routing["experts"], routing["columns"], split, hide_zero=True)
+    return figure
+
+
+def methods_side_by_side(summary: Mapping[str, Any]) -> Figure:
+    """Bars of accuracy on new tasks and foundation families, for the methods that the summary holds."""
+    methods = summary["methods"]
+    names = ordered_methods(methods)
+    figure, axes = _figure(4.4)
+    for key, label, colour, shift in (("new", "new tasks", TASKS, -0.2), ("foundation", "foundation", FOUNDATION, 0.2)):
+        bars = {x + shift: methods[name][key] for x, name in enumerate(names) if methods[name][key] is not None}
+        drawn = axes.bar(list(bars), list(bars.values()), 0.37, color=colour, label=label)
+        axes.bar_label(drawn, [f"{height:.1%}" for height in bars.values()], padding=4, fontsize=11, color=INK)
+    known = methods.get("base", {}).get("foundation")
+    if known is not None:
+        axes.axhline(known, color=FOUNDATION, linewidth=1, linestyle=(0, (4, 3)), zorder=0)
+    axes.set_xticks(range(len(names)), [METHODS.get(name, name) for name in names], fontsize=11)
+    for name, tick in zip(names, axes.get_xticklabels(), strict=True):
+        tick.set_fontweight("bold" if name in OURS else "normal")
+    axes.set_xlim(-0.6, max(len(names), 3) - 0.4)
+    axes.set_ylim(0, 1.1)
+    axes.set_yticks([0, 0.25, 0.5, 0.75, 1])
+    axes.yaxis.set_major_formatter(PercentFormatter(1.0))
+    _plain(axes, "accuracy")
+    axes.legend(loc="lower left", bbox_to_anchor=(0, 1.0), ncols=2, frameon=False, fontsize=11)
+    return figure
+
+
+def cost_by_tasks(summary: Mapping[str, Any]) -> Figure:
+    """Cumulative training seconds and samples by number of tasks, against retraining on all tasks at every arrival."""
+    figure = Figure(figsize=(12, 4.4), layout="constrained")
+    panels = figure.subplots(1, 2)
+    for axes, unit, lines in zip(panels, ("seconds", "samples"), cost(summary), strict=True):
+        ours, retraining = lines
+        counts = range(1, len(ours) + 1)
+        axes.plot(
+            counts, retraining, color=CYCLE[1], linestyle="--", marker="s", label="multi-task retraining (computed)"
+        )
+        axes.plot(counts, ours, color=TASKS, marker="o", linewidth=2.2, label="one expert a task (measured)")
+        for line, colour in ((retraining, CYCLE[1]), (ours, TASKS)):
+            axes.annotate(f" {line[-1]:,.0f}", (len(ours), line[-1]), color=colour, va="center", xytext=(6, 0),
+                          textcoords="offset points", fontsize=11, annotation_clip=False)  # fmt: skip
+        axes.set_xticks(counts, [str(count) for count in counts])
+        axes.set_ylim(0, 1.08 * max(*ours, *retraining, 1))
+        axes.yaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
+        axes.set_xlabel("tasks learned", color=MUTED, fontsize=11)
+        _plain(axes, f"training {unit}, cumulative")
+        axes.legend(loc="upper left", frameon=False, fontsize=11)
+    return figure
+
+
+def loss_curves(summary: Mapping[str, Any]) -> Figure:
+    """Training loss by step of the expert stage and, where it has steps, of the router stage; logarithmic."""
+    tasks = summary["tasks"]
+    stages = [(key, title) for key, title in (("expert_loss", "expert stage"), ("router_loss", "router stage"))
+              if any(task.get(key) for task in tasks.values())]  # fmt: skip
+    figure = Figure(figsize=(12, 4.4), layout="constrained")
+    panels = figure.subplots(1, len(stages), squeeze=False)[0]
+    for axes, (key, title) in zip(panels, stages, strict=True):
+        for i, (name, task) in enumerate(tasks.items()):
+            steps, losses = zip(*task.get(key) or [(None, None)], strict=True)
+            style = DASHES[i // len(CYCLE) % len(DASHES)]
+            axes.plot(steps, losses, color=CYCLE[i % len(CYCLE)], linestyle=style, linewidth=1.6, label=name)
+        axes.set_yscale("log")
+        axes.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+        axes.set_xlabel("step", color=MUTED, fontsize=11)
+        axes.set_title(title, loc="left", fontsize=12, color=INK)
+        _plain(axes, "loss on answer tokens")
+    handles, labels = panels[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside right center", frameon=False, fontsize=11)
+    return figure
+
+
+def ordered_methods(methods: Mapping[str, Any]) -> list[str]:
+    """Returns the names of the methods at hand: the known ones in their usual order, then any others."""
+    return [name for name in METHODS if name in methods] + [name for name in methods if name not in METHODS]
+
+
+def cost(summary: Mapping[str, Any]) -> list[tuple[list[float], list[float]]]:
+    """Returns (ours, retraining) cumulative over the tasks, for seconds and then for samples.
+
+    Ours is measured: Σ_{i<=k} of each task's own. Retraining at the arrival of task k trains on all k tasks; it costs
+    what the multi-task run of the comparison did (without one, all tasks' own training) times Σ_{i<=k} n_i / Σ_i n_i,
+    where n_i is the number of samples of task i.
+    """
+    tasks = list(summary["tasks"].values())
+    samples = [float(task["samples"]) for task in tasks]
+    multitask = (summary.get("methods") or {}).get("multitask", {})
+    curves = []
+    for key in ("seconds", "samples"):
+        own = [float(task[key]) for task in tasks]
+        whole = float(multitask.get(key) or sum(own))
+        once = [whole * seen / max(sum(samples), 1.0) for seen in accumulate(samples)]
+        curves.append((list(accumulate(own)), list(accumulate(once))))
+    return curves
+
+
+def cost_caption(summary: Mapping[str, Any]) -> str:
+    """Says what was measured and what was computed in `cost_by_tasks`."""
+    if (summary.get("methods") or {}).get("multitask", {}).get("seconds"):
+        source = "the measured multi-task run, scaled by the share of the samples seen so far"
+    else:
+        source = "the measured seconds per sample of this run (no multi-task run was made)"
+    return (
+        "A new task costs its own training only, however many came before. Multi-task retraining would train on every "
+        f"task seen so far at each arrival; its line is computed, not measured, from {source}."
+    )
+
+
+@dataclass(frozen=True)
+class Picture:
+    """One picture of the report: its title, how to draw and caption it, and whether a summary holds what it needs."""
+
+    title: str
+    draw: Callable[[Mapping[str, Any]], Figure]
+    caption: Callable[[Mapping[str, Any]], str]
+    possible: Callable[[Mapping[str, Any]], bool]
+
+
+PICTURES: dict[str, Picture] = {
+    "methods": Picture(
+        "Methods side by side",
+        methods_side_by_side,
+        lambda summary: (
+            "Mean accuracy on the new tasks and on the foundation families; the dashed line is what the base knew."
+        ),
+        lambda summary: bool(summary.get("methods")),
+    ),
+    "accuracy": Picture(
+        "Accuracy after every task",
+        accuracy_over_time,
+        lambda summary: (
+            "Accuracy in percent. A row is the pool after learning the outlined task; a column is one kind of prompt."
+        ),
+        lambda summary: any(value is not None for row in summary["accuracy_matrix"]["values"] for value in row),
+    ),
+    "routing": Picture(
+        "Who answered",
+        routing_map,
+        lambda summary: (
+            "Percent of each column's prompts that went to each expert after the last task; “base” adds no expert."
+        ),
+        lambda summary: bool(summary.get("routing")),
+    ),
+    "cost": Picture("Cost by number of tasks", cost_by_tasks, cost_caption, lambda summary: bool(summary["tasks"])),
+    "loss": Picture(
+        "Training loss",
+        loss_curves,
+        lambda summary: (
+            "Loss by optimizer step, every task on its own data only. A router in closed form has no loss to show."
+        ),
+        lambda summary: any(t.get("expert_loss") or t.get("router_loss") for t in summary["tasks"].values()),
+    ),
+}
+"""File stem -> picture, in the report's order."""
+
+
+def _figure(height: float) -> tuple[Figure, Axes]:
+    """Returns a figure of 12 inches by `height` inches with one pair of axes."""
+    figure = Figure(figsize=(12, height), layout="constrained")
+    return figure, figure.subplots()
+
+
+def _plain(axes: Axes, label: str) -> None:
+    """Leaves of the frame only a base line and faint horizontal lines."""
+    axes.spines[["top", "right", "left"]].set_visible(False)
+    axes.spines["bottom"].set_color(MUTED)
+    axes.tick_params(which="both", length=0, colors=INK, labelsize=11)
+    axes.grid(axis="y", color=LINE, linewidth=0.8)
+    axes.set_axisbelow(True)
+    axes.set_ylabel(label, color=MUTED, fontsize=11)
+
+
+def _heat(
+    axes: Axes,
+    values: Sequence[Sequence[float | None]],
+    rows: Sequence[str],
+    columns: Sequence[str],
+    split: int,
+    hide_zero: bool = False,
+) -> None:
+    """Draws fractions as shaded cells with their percentages and a gap before column `split`; None stays white."""
+    lefts = [j + (GAP if j >= split else 0.0) for j in range(len(columns))]
+    for y, row in enumerate(values):
+        for x, value in zip(lefts, row, strict=True):
+            shade = "#ffffff" if value is None else HEAT(value)
+            axes.add_patch(Rectangle((x + 0.02, y + 0.02), 0.96, 0.96, facecolor=shade, edgecolor=LINE, linewidth=0.6))
+            text = "—" if value is None else f"{100 * value:.0f}"
+            if not (hide_zero and text == "0"):
+                colour = MUTED if value is None else "white" if value > 0.55 else INK
+                axes.text(x + 0.5, y + 0.52, text, ha="center", va="center", fontsize=11, color=colour)
+    axes.set_xlim(-0.05, len(columns) + (GAP if split < len(columns) else 0.0) + 0.05)
+    axes.set_ylim(len(rows) + 0.05, -0.65)
+    for label, start, end in (("new tasks", 0, split), ("foundation", split, len(columns))):
+        if end > start:
+            axes.text(lefts[start] + 0.03, -0.15, label, fontsize=11, color=MUTED, va="bottom")
+    axes.set_xticks([x + 0.5 for x in lefts], columns, rotation=40, ha="right", rotation_mode="anchor", fontsize=11)
+    axes.set_yticks([y + 0.5 for y in range(len(rows))], rows, fontsize=11)
+    axes.tick_params(length=0, colors=INK)
+    axes.spines[:].set_visible(False)
