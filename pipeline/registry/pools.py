@@ -1,0 +1,145 @@
+"""Pools in the registry: `<base>.pool` holds a version per pool, each a model that answers prompts by itself.
+
+`mlflow.pyfunc.load_model("models:/<base>.pool@champion").predict(...)` and `mlflow models serve` need nothing but what
+the version holds: base, experts, router, code. Alias `champion` marks the version in use; rolling back is moving it.
+"""
+
+import shutil
+import tempfile
+import warnings
+from collections.abc import Mapping
+from importlib.metadata import version as installed
+from pathlib import Path
+
+import mlflow
+from mlflow import MlflowClient
+from mlflow.entities.model_registry import ModelVersion
+from mlflow.models import ModelSignature
+from mlflow.types import ColSpec, DataType, ParamSchema, ParamSpec, Schema
+from mlflow.types.schema import AnyType
+
+import pipeline
+from pipeline.config import BaseModelConfig
+from pipeline.models.bases import checkpoint_folder
+from pipeline.registry import pyfunc_model
+from pipeline.registry.experts import experts_name
+from pipeline.registry.tracking import RegistryError, active_run
+from pipeline.registry.versions import DIGEST, create_version, find_finished, get_version, log_lineage
+from pipeline.routing.pool import Pool
+
+CHAMPION = "champion"
+"""Alias of the pool version in use."""
+
+SIGNATURE = ModelSignature(
+    inputs=Schema([
+        ColSpec(DataType.string, "prompt"),
+        # Not `binary`: MLflow's JSON reader cannot decode a null there, and text-only rows are normal.
+        ColSpec(AnyType(), "image", required=False),
+    ]),
+    outputs=Schema([ColSpec(DataType.string, "answer"), ColSpec(DataType.string, "expert")]),
+    params=ParamSchema([
+        ParamSpec("max_new_tokens", DataType.long, pyfunc_model.MAX_NEW_TOKENS),
+        ParamSpec("batch_size", DataType.long, pyfunc_model.BATCH_SIZE),
+    ]),
+)  # fmt: skip
+"""`prompt` as text, `image` as encoded bytes, base64 text or null; answers and who gave them."""
+
+_REQUIREMENTS = (
+    "mlflow",
+    "torch",
+    "transformers",
+    "tokenizers",
+    "safetensors",
+    "numpy",
+    "pandas",
+    "pillow",
+    "pydantic",
+    "pyyaml",
+)
+
+
+def pool_name(base_label: str) -> str:
+    """Returns the registered model that holds the pools over a base."""
+    return f"{base_label}.pool"
+
+
+def register_pool(
+    folder: str | Path, base: BaseModelConfig, *, digest: str, experts: Mapping[str, ModelVersion]
+) -> ModelVersion:
+    """Registers a pool folder with its base as a new version and makes it champion; needs an open run.
+
+    `digest` names what the pool is made of; `experts` are the versions of its experts by name, recorded as tags
+    `expert.<name>` and as inputs of the run. A pool with the same digest is returned as it is, and `champion` stays
+    where it is: someone may have rolled back. Raises RegistryError where `experts` and the pool differ.
+    """
+    run, pool = active_run(), Pool.load(folder)
+    if set(pool.names) != set(experts) or not experts:
+        raise RegistryError(
+            f"{folder}: the pool holds {', '.join(pool.names) or 'no expert'}, versions are given for "
+            f"{', '.join(experts) or 'none'}; register each of its experts first and pass those versions"
+        )
+    name = pool_name(pool.base_label)
+    if (version := find_pool(pool.base_label, digest)) is not None:
+        return version
+    tags = {
+        DIGEST: digest,
+        "base_label": pool.base_label,
+        "base_fingerprint": pool.base_fingerprint,
+        "null_expert": pool.null is not None,
+        "experts": ", ".join(f"{expert} {experts[expert].version}" for expert in pool.names),
+        "experts_model": experts_name(pool.base_label),
+        **{f"expert.{expert}": experts[expert].version for expert in pool.names},
+        **{f"router.{key}": value for key, value in pool.router.model_dump().items()},
+    }
+    log_lineage(run.info.run_id, experts)
+    with tempfile.TemporaryDirectory() as scratch, warnings.catch_warnings():
+        # An example would make MLflow load and run the whole model before it logs it; the signature is our own.
+        warnings.filterwarnings("ignore", message=".*input example was not provided")
+        model = mlflow.pyfunc.log_model(
+            name="pool",
+            python_model=pyfunc_model.__file__,
+            artifacts={"base": str(checkpoint_folder(base)), "pool": str(folder)},
+            code_paths=[str(_copy_code(Path(scratch)))],
+            signature=SIGNATURE,
+            pip_requirements=pip_requirements(),
+            model_config=base.model_dump(include={"dtype", "trust_remote_code"}),
+            tags={key: str(value) for key, value in tags.items()},
+            model_type="pool",
+        )
+    about = f"Pools of experts over {pool.base_label}; alias `{CHAMPION}` marks the one in use"
+    return create_version(name, model.model_id, run.info.run_id, tags, alias=CHAMPION, about=about)
+
+
+def find_pool(base_label: str, digest: str) -> ModelVersion | None:
+    """Returns the finished pool made from `digest`, or None: then it is to be registered."""
+    return find_finished(pool_name(base_label), digest)
+
+
+def promote(base_label: str, version: int | str) -> ModelVersion:
+    """Makes a finished version the champion: forward, or back to an earlier one.
+
+    Raises RegistryError if there is none.
+    """
+    chosen = get_version(pool_name(base_label), version)
+    MlflowClient().set_registered_model_alias(pool_name(base_label), CHAMPION, chosen.version)
+    return chosen
+
+
+def champion(base_label: str) -> ModelVersion:
+    """Returns the pool version in use; raises RegistryError if there is none."""
+    return get_version(pool_name(base_label), CHAMPION)
+
+
+def pip_requirements() -> list[str]:
+    """Returns what prediction needs, at the installed versions (without local parts such as `+cpu`: PyPI has none)."""
+    return [f"{package}=={installed(package).partition('+')[0]}" for package in _REQUIREMENTS]
+
+
+def _copy_code(scratch: Path) -> Path:
+    """Copies the package's Python files: shipped weights would double what the base artifact already holds."""
+    package = Path(pipeline.__file__).parent
+    for source in package.rglob("*.py"):
+        target = scratch / package.name / source.relative_to(package)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(source, target)
+    return scratch / package.name

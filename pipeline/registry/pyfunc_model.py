@@ -1,0 +1,101 @@
+"""The model that MLflow loads ("model from code"): prompts in, answers and the experts that gave them out.
+
+MLflow copies this file into every pool version and runs it there, with the version's own copy of the package on the
+path.
+"""
+
+import base64
+import binascii
+import io
+from collections.abc import Iterator
+from typing import Any
+
+import mlflow
+import pandas as pd
+import torch
+from PIL import Image, UnidentifiedImageError
+
+from pipeline.config import BaseModelConfig
+from pipeline.models.bases import load_base
+from pipeline.models.prompts import IMAGE_PLACEHOLDER, Encoded, encode, generate_answers
+from pipeline.routing.pool import Pool
+from pipeline.routing.routed_model import RoutedModel
+
+MAX_NEW_TOKENS = 64
+"""Longest answer in tokens, unless the caller says otherwise; answers mostly end long before."""
+
+BATCH_SIZE = 32
+"""Prompts that are answered at once, unless the caller says otherwise."""
+
+BASE = "base"
+"""What stands in column `expert` where the frozen base answered."""
+
+
+class RowError(ValueError):
+    """A row of the input that cannot be answered; the message names row and column."""
+
+
+class RoutedPool(mlflow.pyfunc.PythonModel):
+    """A base with a pool attached."""
+
+    def load_context(self, context: Any) -> None:
+        """Loads the artifacts `base` and `pool`, on a GPU where there is one.
+
+        Raises ValueError if they do not match.
+        """
+        base = load_base(BaseModelConfig(path=context.artifacts["base"], **context.model_config))
+        pool = Pool.load(context.artifacts["pool"])
+        if pool.base_fingerprint != base.fingerprint:
+            raise ValueError(
+                f"{context.artifacts['base']}: this base has fingerprint {base.fingerprint}, the pool was made for "
+                f"{pool.base_fingerprint}; log the pool together with its own base"
+            )
+        self.processor = base.processor
+        self.routed = RoutedModel(base.model.to("cuda" if torch.cuda.is_available() else "cpu"), pool)
+
+    def predict(self, context: Any, model_input: pd.DataFrame, params: dict[str, Any] | None = None) -> pd.DataFrame:
+        """Answers the rows of a table; raises RowError.
+
+        Columns: `prompt` (text) and, if any, `image` (encoded bytes, base64 text or null). `params`: `max_new_tokens`,
+        `batch_size`. Returns `answer` and `expert` under the input's index.
+        """
+        params = params or {}
+        rows = list(_encoded(self.processor, model_input))
+        size = params.get("batch_size", BATCH_SIZE)
+        tokens = params.get("max_new_tokens", MAX_NEW_TOKENS)
+        answers, experts = [], []
+        model = self.routed.model
+        for start in range(0, len(rows), size):
+            batch = rows[start : start + size]
+            answers += generate_answers(model, self.processor, batch, max_new_tokens=tokens, device=model.device)
+            experts += [decision.expert or BASE for decision in self.routed.decisions]
+        return pd.DataFrame({"answer": answers, "expert": experts}, index=model_input.index, dtype=object)
+
+
+def _encoded(processor: Any, table: pd.DataFrame) -> Iterator[Encoded]:
+    images = table["image"] if "image" in table else [None] * len(table)
+    for number, (prompt, value) in enumerate(zip(table["prompt"], images, strict=True)):
+        image = read_image(value, number)
+        if image is not None and IMAGE_PLACEHOLDER not in prompt:
+            prompt = IMAGE_PLACEHOLDER + prompt
+        if prompt.count(IMAGE_PLACEHOLDER) != (image is not None):
+            raise RowError(f"row {number}, column prompt: {prompt.count(IMAGE_PLACEHOLDER)} x {IMAGE_PLACEHOLDER}, "
+                           f"but {int(image is not None)} image")  # fmt: skip
+        conversation = [{"role": "user", "content": prompt}, {"role": "assistant", "content": ""}]
+        yield encode(processor, conversation, [image] if image is not None else [], answer=False)
+
+
+def read_image(value: Any, number: int) -> Image.Image | None:
+    """Decodes the image of row `number` from encoded bytes or base64 text (None or NaN: no image); raises RowError."""
+    if value is None or isinstance(value, float):
+        return None
+    try:
+        encoded = base64.b64decode(value, validate=True) if isinstance(value, str) else bytes(value)
+        return Image.open(io.BytesIO(encoded)).convert("RGB")
+    except (binascii.Error, UnidentifiedImageError) as error:
+        raise RowError(
+            f"row {number}, column image: neither an encoded image (PNG, JPEG, ...) nor base64 text of one: {error}"
+        ) from None
+
+
+mlflow.models.set_model(RoutedPool())

@@ -1,0 +1,169 @@
+"""Tracking: where MLflow writes, and the one run that a job writes to.
+
+The driver opens tracking before any worker starts and is the only process that writes. Left to itself, MLflow would
+make a database in the current directory of every process, and a new run at every restart.
+"""
+
+import json
+import logging
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from time import time
+from typing import Any, TypeVar
+
+import mlflow
+from mlflow import MlflowClient
+from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param
+from mlflow.utils.mlflow_tags import MLFLOW_DATASET_CONTEXT
+from mlflow.utils.validation import MAX_METRICS_PER_BATCH, MAX_PARAMS_TAGS_PER_BATCH
+
+from pipeline.config import Config
+
+SQLITE = "sqlite:///"
+
+RUN_TAG = "pointsman.run"
+"""Tag of a run: the digest of what it computes. A restarted job finds its run by it."""
+
+_CHATTY = ("alembic", "mlflow.store.db.utils", "mlflow.store.model_registry.abstract_store", "mlflow.tracking.fluent")
+"""Loggers that tell every table of a new database and every wait for a version at INFO."""
+
+T = TypeVar("T")
+
+
+class RegistryError(ValueError):
+    """A tracking address, a name or a version that does not fit; the message says what there is instead."""
+
+
+def open_tracking(uri: str, experiment: str) -> str:
+    """Points MLflow at `uri` and returns the id of `experiment`, made on first use (with the database, if need be).
+
+    For a SQLite file the artifacts lie in `mlartifacts/` beside it, by absolute path: the experiment's location is
+    stored once and read from any directory. A server decides about its own.
+    """
+    for chatty in _CHATTY:
+        logging.getLogger(chatty).setLevel(logging.WARNING)
+    os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")  # a bar per copied file drowns the job's own
+    location = None
+    if (database := database_path(uri)) is not None:
+        database.parent.mkdir(parents=True, exist_ok=True)
+        location = (database.parent / "mlartifacts").as_uri()
+        uri = f"{SQLITE}{database}"
+    mlflow.set_tracking_uri(uri)
+    client = MlflowClient()
+    found = client.get_experiment_by_name(experiment)
+    if found is None:
+        return client.create_experiment(experiment, artifact_location=location)
+    if found.lifecycle_stage == "deleted":
+        raise RegistryError(
+            f"experiment {experiment!r} at {uri} is deleted; restore it with "
+            f"`mlflow experiments restore --experiment-id {found.experiment_id}` or choose another registry.experiment"
+        )
+    return found.experiment_id
+
+
+def database_path(uri: str) -> Path | None:
+    """Returns the absolute path of a SQLite tracking database; None for a server. Raises RegistryError for the rest."""
+    if uri.startswith(SQLITE):
+        return Path(uri.removeprefix(SQLITE)).resolve()
+    if uri.startswith(("http://", "https://")):
+        return None
+    raise RegistryError(
+        f"registry.uri: {uri!r} is neither {SQLITE}<file> nor http(s)://<server>; MLflow 3 has no other store for this"
+    )
+
+
+def ui_command(uri: str) -> list[str]:
+    """Returns the command line that shows a SQLite database in the browser, at http://127.0.0.1:5000.
+
+    Raises RegistryError for a server: its pages are at its own address.
+    """
+    database = database_path(uri)
+    if database is None:
+        raise RegistryError(f"{uri} is a server that shows its own pages; open that address in a browser")
+    address = ["--host", "127.0.0.1", "--port", "5000", "--workers", "1"]
+    return ["mlflow", "ui", "--backend-store-uri", f"{SQLITE}{database}", *address]
+
+
+@contextmanager
+def tracked_run(experiment_id: str, name: str, digest: str) -> Iterator[str]:
+    """Opens the run of `digest`, its own earlier one after a restart, as MLflow's active run; yields its id.
+
+    The run ends as FINISHED, or as FAILED if the block raises.
+    """
+    found = MlflowClient().search_runs(
+        [experiment_id], f"tags.`{RUN_TAG}` = '{digest}'", order_by=["attributes.start_time ASC"], max_results=1
+    )
+    if found:
+        run = mlflow.start_run(run_id=found[0].info.run_id)
+    else:
+        run = mlflow.start_run(experiment_id=experiment_id, run_name=name, tags={RUN_TAG: digest})
+    with run:
+        yield run.info.run_id
+
+
+def active_run() -> mlflow.ActiveRun:
+    """Returns the run that `tracked_run` opened; raises RegistryError outside of one."""
+    run = mlflow.active_run()
+    if run is None:
+        raise RegistryError(
+            "no MLflow run is open; register inside `with tracked_run(...)`, so that lineage is recorded"
+        )
+    return run
+
+
+def log_config(run_id: str, config: Config) -> None:
+    """Logs a configuration as parameters `group.field`.
+
+    Parameters never change in MLflow. What a restarted job finds already logged stays: the digest that led it to this
+    run covers all that matters to the result.
+    """
+    client = MlflowClient()
+    present = client.get_run(run_id).data.params
+    params = [Param(key, value) for key, value in flatten(config.model_dump(mode="json")) if key not in present]
+    for batch in _batches(params, MAX_PARAMS_TAGS_PER_BATCH):
+        client.log_batch(run_id, params=batch)
+
+
+def flatten(value: Any, prefix: str = "") -> Iterator[tuple[str, str]]:
+    """Yields (dotted name, text) of nested mappings and lists; list items go by their `name`, else by number."""
+    if isinstance(value, Mapping):
+        items = list(value.items())
+    elif isinstance(value, list):
+        items = [
+            (item["name"] if isinstance(item, Mapping) and "name" in item else i, item) for i, item in enumerate(value)
+        ]
+    else:
+        yield prefix, str(value)
+        return
+    for key, item in items:
+        yield from flatten(item, f"{prefix}.{key}" if prefix else str(key))
+
+
+def log_batch(run_id: str, points: Iterable[tuple[str, float, int]]) -> None:
+    """Logs (metric, value, step) points in as few calls as MLflow allows."""
+    client, now = MlflowClient(), int(time() * 1000)
+    metrics = [Metric(key, value, now, step) for key, value, step in points]
+    for batch in _batches(metrics, MAX_METRICS_PER_BATCH):
+        client.log_batch(run_id, metrics=batch)
+
+
+def _batches(items: list[T], size: int) -> Iterator[list[T]]:
+    return (items[start : start + size] for start in range(0, len(items), size))
+
+
+def log_dataset(run_id: str, name: str, uri: str, fingerprint: str, *, samples: int, context: str = "training") -> None:
+    """Records that the run read `samples` rows of task `name` from `uri`, whose content has this fingerprint.
+
+    MLflow keeps 36 characters of a fingerprint. Logging the same data twice changes nothing.
+    """
+    scheme = uri.partition("://")[0] if "://" in uri else "local"
+    dataset = Dataset(
+        name=name,
+        digest=fingerprint[:36],
+        source_type=scheme,
+        source=json.dumps({"uri": uri}),
+        profile=json.dumps({"num_rows": samples}),
+    )
+    MlflowClient().log_inputs(run_id, [DatasetInput(dataset, [InputTag(MLFLOW_DATASET_CONTEXT, context)])])

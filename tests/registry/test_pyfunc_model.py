@@ -1,0 +1,113 @@
+import base64
+import io
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import mlflow
+import pandas as pd
+import pytest
+import torch
+from mlflow.pyfunc.scoring_server import _split_data_and_params, infer_and_parse_data
+from PIL import Image
+
+from pipeline.config import BaseModelConfig
+from pipeline.models.bases import load_base
+from pipeline.models.prompts import encode, generate_answers
+from pipeline.registry.experts import register_expert
+from pipeline.registry.pools import register_pool
+from pipeline.registry.pyfunc_model import RoutedPool, RowError, read_image
+from pipeline.registry.tracking import tracked_run
+from pipeline.routing import Pool, RoutedModel
+from tests.registry.conftest import Created, MakeExpert, new_experiment
+
+
+def png(color: str) -> bytes:
+    buffer = io.BytesIO()
+    Image.new("RGB", (64, 64), color).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+@pytest.fixture(scope="module")
+def pool_folder(
+    make_expert: MakeExpert, make_pool: Callable[..., Pool], tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    """A pool of two experts."""
+    pool = make_pool(make_expert("digits", "e1"), make_expert("clock", "e2", 3.0))
+    return pool.save(tmp_path_factory.mktemp("pools") / "pool")
+
+
+@pytest.fixture(scope="module")
+def model(created: Created, tiny_folder: Path, pool_folder: Path) -> mlflow.pyfunc.PyFuncModel:
+    """The champion, as a user loads it."""
+    experiment = new_experiment(created, pool_folder.parent / "store")
+    with tracked_run(experiment, "demo", "run"):
+        folders = (pool_folder / "experts").iterdir()
+        versions = {folder.name: register_expert("untrained", folder) for folder in folders}
+        register_pool(pool_folder, BaseModelConfig(path=str(tiny_folder)), digest="p", experts=versions)
+    return mlflow.pyfunc.load_model("models:/untrained.pool@champion")
+
+
+def test_answers_are_the_routed_models_own(
+    model: mlflow.pyfunc.PyFuncModel, tiny_folder: Path, pool_folder: Path
+) -> None:
+    base = load_base(BaseModelConfig(path=str(tiny_folder)))
+    routed = RoutedModel(base.model, Pool.load(pool_folder))
+    colors = ["red", "blue", None]
+    prompts = ["what color is it ?", "what shape is it ?", "repeat : red blue"]
+    answers, experts = [], []
+    for color, prompt in zip(colors, prompts, strict=True):
+        images = [Image.new("RGB", (64, 64), color)] if color else []
+        user = {"role": "user", "content": "<image>" * len(images) + prompt}
+        row = encode(base.processor, [user, {"role": "assistant", "content": ""}], images, answer=False)
+        answers += generate_answers(base.model, base.processor, [row], max_new_tokens=4)
+        experts += [decision.expert or "base" for decision in routed.decisions]
+    table = pd.DataFrame({"prompt": prompts, "image": [png(c) if c else None for c in colors]}, index=[7, 8, 9])
+    predicted = model.predict(table, {"max_new_tokens": 4, "batch_size": 2})
+    assert list(predicted.index) == [7, 8, 9]
+    assert predicted["answer"].tolist() == answers
+    assert predicted["expert"].tolist() == experts
+
+
+@pytest.mark.parametrize("orient", ["dataframe_records", "dataframe_split"])
+def test_a_server_takes_base64_and_null(model: mlflow.pyfunc.PyFuncModel, orient: str) -> None:
+    """The request goes through the very parser that `mlflow models serve` applies."""
+    rows: list[dict[str, Any]] = [
+        {"prompt": "what color is it ?", "image": base64.b64encode(png("red")).decode()},
+        {"prompt": "repeat : red", "image": None},
+    ]
+    split = {"columns": ["prompt", "image"], "data": [list(row.values()) for row in rows]}
+    request = {orient: rows if orient == "dataframe_records" else split, "params": {"max_new_tokens": 3}}
+    data, params = _split_data_and_params(json.dumps(request))
+    served = model.predict(infer_and_parse_data(data, model.metadata.get_input_schema()), params=params)
+    direct = model.predict(
+        pd.DataFrame({"prompt": [row["prompt"] for row in rows], "image": [png("red"), None]}), {"max_new_tokens": 3}
+    )
+    assert served.equals(direct)
+
+
+def test_the_image_column_may_be_missing(model: mlflow.pyfunc.PyFuncModel) -> None:
+    assert len(model.predict(pd.DataFrame({"prompt": ["repeat : red", "repeat : blue"]}), {"max_new_tokens": 2})) == 2
+
+
+def test_a_bad_row_is_named(model: mlflow.pyfunc.PyFuncModel) -> None:
+    for value in (b"no image", "no base64!", base64.b64encode(b"no image").decode()):
+        with pytest.raises(RowError, match="row 3, column image"):
+            read_image(value, 3)
+    with pytest.raises(ValueError, match=r"row 0, column prompt: 1 x <image>, but 0 image"):
+        model.predict(pd.DataFrame({"prompt": ["<image>what is it ?"]}))
+
+
+def test_another_base_is_refused(tiny_folder: Path, pool_folder: Path, tmp_path: Path) -> None:
+    other = load_base(BaseModelConfig(path=str(tiny_folder)))
+    with torch.no_grad():
+        next(other.model.parameters()).add_(1)
+    other.model.save_pretrained(tmp_path / "other")
+    other.processor.save_pretrained(tmp_path / "other")
+    context = mlflow.pyfunc.PythonModelContext(
+        artifacts={"base": str(tmp_path / "other"), "pool": str(pool_folder)},
+        model_config={"dtype": "float32", "trust_remote_code": False},
+    )
+    with pytest.raises(ValueError, match="log the pool together with its own base"):
+        RoutedPool().load_context(context)

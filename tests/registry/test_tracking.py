@@ -1,0 +1,105 @@
+import shutil
+from pathlib import Path
+
+import mlflow
+import pytest
+from mlflow import MlflowClient
+
+from pipeline.config import LearnConfig, StreamConfig, TaskConfig
+from pipeline.registry.tracking import (
+    RegistryError,
+    active_run,
+    log_batch,
+    log_config,
+    log_dataset,
+    open_tracking,
+    tracked_run,
+    ui_command,
+)
+from tests.registry.conftest import Created
+
+
+def test_the_artifact_location_is_absolute_and_beside_the_database(experiment: str, tmp_path: Path) -> None:
+    assert MlflowClient().get_experiment(experiment).artifact_location == (tmp_path / "store/mlartifacts").as_uri()
+    assert (tmp_path / "store/mlflow.db").is_file()
+
+
+def test_opening_again_finds_the_same_experiment(experiment: str, tmp_path: Path) -> None:
+    assert open_tracking(f"sqlite:///{tmp_path}/store/mlflow.db", "pointsman") == experiment
+
+
+def test_a_relative_database_is_resolved_where_the_driver_runs(
+    created: Created, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copyfile(created.path, tmp_path / "here.db")
+    monkeypatch.chdir(tmp_path)
+    open_tracking("sqlite:///here.db", "pointsman")
+    assert mlflow.get_tracking_uri() == f"sqlite:///{tmp_path}/here.db"
+
+
+def test_making_a_database_is_quiet(created: Created) -> None:
+    assert created.printed == ""
+
+
+def test_other_stores_are_refused_with_the_field_name() -> None:
+    with pytest.raises(RegistryError, match=r"registry\.uri: 'mlruns'"):
+        open_tracking("mlruns", "pointsman")
+
+
+def test_a_deleted_experiment_is_named_with_the_remedy(experiment: str, tmp_path: Path) -> None:
+    MlflowClient().delete_experiment(experiment)
+    with pytest.raises(RegistryError, match="mlflow experiments restore"):
+        open_tracking(f"sqlite:///{tmp_path}/store/mlflow.db", "pointsman")
+
+
+def test_a_restarted_job_continues_its_run(experiment: str) -> None:
+    with pytest.raises(KeyboardInterrupt), tracked_run(experiment, "demo", "abc") as first:
+        raise KeyboardInterrupt
+    assert MlflowClient().get_run(first).info.status == "FAILED"
+    with tracked_run(experiment, "demo", "abc") as second:
+        assert active_run().info.run_id == second == first
+    with tracked_run(experiment, "demo", "other") as third:
+        assert third != first
+    assert MlflowClient().get_run(first).info.status == "FINISHED"
+    assert len(MlflowClient().search_runs([experiment])) == 2
+
+
+def test_registering_outside_of_a_run_is_an_error(experiment: str) -> None:
+    with pytest.raises(RegistryError, match="tracked_run"):
+        active_run()
+
+
+def test_a_configuration_is_logged_flat_and_once(experiment: str) -> None:
+    tasks = [TaskConfig.model_validate({"name": n, "train": "t.jsonl", "eval": "e.jsonl"}) for n in ("digits", "clock")]
+    config = LearnConfig(stream=StreamConfig(tasks=tuple(tasks)))
+    with tracked_run(experiment, "demo", "abc") as run:
+        log_config(run, config)
+        log_config(run, config.model_copy(update={"output": "elsewhere"}))
+    params = MlflowClient().get_run(run).data.params
+    assert params["stream.tasks.clock.train.path"] == "t.jsonl"
+    assert params["expert.rank"] == "8"
+    assert params["output"] == "runs"
+
+
+def test_many_points_are_logged_in_batches(experiment: str) -> None:
+    with tracked_run(experiment, "demo", "abc") as run:
+        log_batch(run, [("digits/expert_loss", 1 / (step + 1), step) for step in range(1500)])
+    history = MlflowClient().get_metric_history(run, "digits/expert_loss")
+    assert [point.step for point in history] == list(range(1500))
+
+
+def test_data_lineage_is_recorded_once(experiment: str) -> None:
+    with tracked_run(experiment, "demo", "abc") as run:
+        for _ in range(2):
+            log_dataset(run, "digits", "embedded://digits/train", "f" * 64, samples=100)
+    (entry,) = MlflowClient().get_run(run).inputs.dataset_inputs
+    assert (entry.dataset.name, entry.dataset.digest, entry.dataset.source_type) == ("digits", "f" * 36, "embedded")
+    assert "embedded://digits/train" in entry.dataset.source
+
+
+def test_the_command_for_the_browser(tmp_path: Path) -> None:
+    command = ui_command(f"sqlite:///{tmp_path}/a b.db")
+    assert command[:4] == ["mlflow", "ui", "--backend-store-uri", f"sqlite:///{tmp_path}/a b.db"]
+    assert command[command.index("--host") + 1] == "127.0.0.1"
+    with pytest.raises(RegistryError, match="open that address"):
+        ui_command("http://mlflow:5000")
