@@ -1,0 +1,203 @@
+"""Joins the Ray cluster at hand, or starts a small one on this machine.
+
+- One call for every job: inside a submitted job it joins the job's cluster, with an address it joins that one, else
+  it starts Ray here, reachable from this machine only.
+- The terminal stays readable: what workers print goes to Ray's log folder, progress bars are off.
+- Its settings reach the workers: a local Ray inherits the environment of this process, a running cluster gets them as
+  the job's runtime environment.
+
+Knows nothing of models, data or MLflow.
+"""
+
+import json
+import logging
+import os
+import socket
+import time
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+
+import ray
+import ray.data
+from ray._private import ray_constants
+from ray.util.debug import log_once
+
+log = logging.getLogger(__name__)
+
+SPARE_CPUS = 3
+"""Logical CPUs beyond the real ones, for processes that mostly wait: readers of Ray Data, an evaluator, trial drivers.
+Ray Train books its CPUs first, and Ray Data hangs when none is left."""
+
+QUIET = {
+    "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
+    "RAY_TQDM": "0",
+    "RAY_TRAIN_ENABLE_V2_MIGRATION_WARNINGS": "0",
+    # Ray's coming default, chosen now: CUDA_VISIBLE_DEVICES stays as it is in tasks without a GPU; silences a warning.
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    # The driver's part of Ray's C++ core prints to the terminal, a warning for every actor pool of Ray Data among it.
+    "RAY_BACKEND_LOG_LEVEL": "fatal",
+    "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
+    # Tokenizers warn in every process that forks; Ray's processes are the parallelism here.
+    "TOKENIZERS_PARALLELISM": "false",
+}
+"""Environment of the driver and of every worker; what the user has set stays. OMP_NUM_THREADS is not in it on purpose:
+Ray sets it in each worker to the CPUs that the worker has booked, so `threads` per worker is what torch gets."""
+
+JOB_CONFIG = "RAY_JOB_CONFIG_JSON_ENV_VAR"
+"""Where Ray hands a submitted job its runtime environment."""
+
+
+class ClusterError(ValueError):
+    """The cluster that was asked for cannot be joined; the message names the address and the remedy."""
+
+
+@dataclass(frozen=True)
+class ClusterInfo:
+    """What `connect` found or started."""
+
+    address: str
+    """host:port of the cluster's control store."""
+    started: bool
+    """True if this process started it, and so ends it."""
+    cpus: float
+    """Logical CPUs over all nodes."""
+    gpus: float
+    """GPUs over all nodes."""
+    nodes: int
+    """Nodes alive."""
+    dashboard: str | None
+    """host:port of the dashboard, if there is one."""
+    logs: Path
+    """Folder of the workers' logs, on this node."""
+    seconds: float
+    """Time that joining or starting took."""
+
+
+def connect(address: str | None = None, cpus: int | None = None) -> ClusterInfo:
+    """Joins the cluster at `address` (or that of RAY_ADDRESS, or the job's own), or starts Ray on this machine.
+
+    `cpus` is the number of logical CPUs of a local Ray; default: the machine's plus SPARE_CPUS. A second call returns
+    the cluster that is already joined. Raises ClusterError if the address cannot be joined.
+    """
+    began = time.perf_counter()
+    started = False
+    if not ray.is_initialized():
+        address = address or os.environ.get("RAY_ADDRESS") or None
+        for name, value in QUIET.items():
+            os.environ.setdefault(name, value)
+        if address is None or address == "local":
+            _start(cpus if cpus is not None else available_cpus() + SPARE_CPUS)
+            started = True
+        else:
+            if cpus is not None:
+                log.warning("cpus=%d is ignored: the cluster at %s has its own", cpus, address)
+            _join(address)
+    _quiet_data()
+    context = ray.get_runtime_context()
+    node = ray._private.worker._global_node
+    assert node is not None, "joined above, never through Ray Client"
+    resources = ray.cluster_resources()
+    return ClusterInfo(
+        address=context.gcs_address,
+        started=started,
+        cpus=resources.get("CPU", 0.0),
+        gpus=resources.get("GPU", 0.0),
+        nodes=sum(entry["Alive"] for entry in ray.nodes()),
+        dashboard=node.webui_url or None,
+        logs=Path(node.get_logs_dir_path()),
+        seconds=time.perf_counter() - began,
+    )
+
+
+def _start(cpus: int) -> None:
+    """Starts Ray here with `cpus` logical CPUs, all its ports on loopback."""
+    if not has_gpu():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    # Ray listens on every interface unless it believes that clusters are impossible, as on a Mac. It reads the variable
+    # when it is imported: this process, which has imported it, needs the constant too; the variable is for children.
+    os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
+    ray_constants.ENABLE_RAY_CLUSTER = False
+    ray.init(
+        address="local",  # without it, Ray would join any cluster that it finds on this machine
+        num_cpus=cpus,
+        # Costs 2 to 4 s and 150 MB, and is worth it: without it Ray Train warns every second, and placement groups of
+        # trials that were killed are never given back.
+        include_dashboard=True,
+        dashboard_host="127.0.0.1",
+        log_to_driver=False,
+        logging_level=logging.ERROR,
+    )
+
+
+def _join(address: str) -> None:
+    """Joins a running cluster; the settings go to its workers as this job's runtime environment."""
+    if "://" in address:
+        raise ClusterError(
+            f"address {address!r}: a driver joins a cluster from one of its nodes, by host:port or `auto`; "
+            f"from elsewhere submit the job: pointsman learn CONFIG --address http://HOST:8265"
+        )
+    use_token()
+    # A key that the job already has must not be given again: Ray calls even equal values a conflict.
+    job = json.loads(os.environ.get(JOB_CONFIG, "{}")).get("runtime_env") or {}
+    taken = job.get("env_vars", {})
+    settings = {name: os.environ[name] for name in QUIET if name not in taken}
+    try:
+        if address != "auto":
+            host, _, port = address.rpartition(":")
+            # Ray itself tries for more than 7 minutes, with a warning every few seconds.
+            socket.create_connection((host, int(port)), timeout=10).close()
+        ray.init(
+            address=address,
+            runtime_env={"env_vars": settings},
+            log_to_driver=False,
+            logging_level=logging.ERROR,
+        )
+    except (OSError, ValueError, RuntimeError, ray.exceptions.RayError) as error:
+        raise ClusterError(
+            f"cannot join the Ray cluster at {address!r}: {error}\n"
+            f"    check that it runs (`ray status --address {address}`) and that this user has its token "
+            f"(~/.ray/auth_token or RAY_AUTH_TOKEN); to run on this machine alone, unset RAY_ADDRESS"
+        ) from error
+
+
+def use_token() -> None:
+    """Turns token authentication on for this process if the user has a token and has not chosen a mode.
+
+    `ray start` turns it on by itself when ~/.ray/auth_token exists, a client that is given an address does not, and
+    every call of it is then refused.
+    """
+    if "RAY_AUTH_MODE" not in os.environ and (Path.home() / ".ray" / "auth_token").is_file():
+        os.environ["RAY_AUTH_MODE"] = "token"
+        ray._raylet.Config.initialize("")  # Ray has read the mode when it was imported: read it again
+
+
+def _quiet_data() -> None:
+    """Ray Data in this process: rows in a fixed order, no progress bars, only warnings on the terminal."""
+    context = ray.data.DataContext.get_current()
+    context.enable_progress_bars = False
+    context.execution_options.preserve_order = True
+    # Small sources, read often: the second reader lists files in processes of their own, 3 to 7 s for every source.
+    context.use_datasource_v2 = False
+    context.isolate_read_workers = False
+    warnings.filterwarnings("ignore", module=r"ray\.data")  # hints on tuning, one for every small data set
+    log_once("ray_data_progress_manager_disabled")  # counts as said: the bars are off on purpose
+    for handler in logging.getLogger("ray.data").handlers:
+        if isinstance(handler, logging.StreamHandler):  # its log file in Ray's log folder keeps everything
+            handler.setLevel(logging.WARNING)
+
+
+def available_cpus() -> int:
+    """Returns how many CPUs this process may use: its affinity, or its container's quota (cgroup v2) if less."""
+    count = len(os.sched_getaffinity(0))
+    quota_file = Path("/sys/fs/cgroup/cpu.max")
+    if quota_file.is_file():
+        quota, period = quota_file.read_text().split()
+        if quota != "max":
+            count = min(count, max(1, round(int(quota) / int(period))))
+    return count
+
+
+def has_gpu() -> bool:
+    """Returns whether this machine has an NVIDIA GPU, by the driver's device files (importing torch costs seconds)."""
+    return any(Path("/dev").glob("nvidia[0-9]*"))

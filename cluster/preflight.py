@@ -1,0 +1,210 @@
+"""What has to be true before workers start: resources that suffice, and DeepSpeed's operator built.
+
+Both would otherwise show as a hang: Ray Train asks for missing resources again and again, and DeepSpeed waits for ever
+for the lock that a killed build has left (pytorch #189245).
+"""
+
+import fcntl
+import logging
+import os
+import shutil
+import subprocess
+import sys
+import time
+from importlib.metadata import version
+from pathlib import Path
+
+import ray
+import yaml
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+log = logging.getLogger(__name__)
+
+OP = "deepspeed_shm_comm"
+"""DeepSpeed's shared-memory communication, the one operator that CPU training compiles."""
+
+BUILD = """
+from deepspeed.ops.op_builder.cpu import ShareMemCommBuilder
+ShareMemCommBuilder().load(verbose=False)
+"""
+
+
+class PreflightError(ValueError):
+    """The cluster or the machine lacks something; the message says what and how to get it."""
+
+
+def check_resources(*, workers: int, cpus_per_worker: float, gpus_per_worker: float = 0, extra_cpus: float = 0) -> None:
+    """Raises PreflightError if the connected cluster can never run this many workers.
+
+    `extra_cpus`: logical CPUs for all else: readers, evaluators, trial drivers. Workers are placed on nodes one by one,
+    so a worker must fit into one node, and the sum over nodes must hold all workers.
+    """
+    nodes = _nodes()
+    cpus = sum(node.get("CPU", 0.0) for node in nodes)
+    gpus = sum(node.get("GPU", 0.0) for node in nodes)
+    asked = f"{workers} worker(s) with {cpus_per_worker:g} CPU(s) and {gpus_per_worker:g} GPU(s) each"
+    if extra_cpus:
+        asked += f", and {extra_cpus:g} more CPU(s) for data and evaluation"
+    found = f"the cluster has {cpus:g} CPU(s) and {gpus:g} GPU(s) on {len(nodes)} node(s)"
+    if gpus_per_worker and not gpus:
+        raise PreflightError(
+            f"{asked}: there is no GPU; {found}\n"
+            f"    set training.gpu=false, or submit to a cluster with GPUs (--address)"
+        )
+    places = sum(_places(node, cpus_per_worker, gpus_per_worker) for node in nodes)
+    if places < workers:
+        raise PreflightError(
+            f"{asked}: only {places} worker(s) fit; {found}\n"
+            f"    lower training.workers to {max(places, 1)} or training.threads, or take a larger cluster (--address)"
+        )
+    needed = workers * cpus_per_worker + extra_cpus
+    if needed > cpus:
+        raise PreflightError(
+            f"{asked}: {needed:g} CPUs in all; {found}\n"
+            f"    lower training.workers, training.threads or evaluation.workers; a local Ray takes more logical CPUs "
+            f"than the machine has (connect(cpus={needed:g}))"
+        )
+
+
+def _nodes() -> list[dict[str, float]]:
+    """Returns every node's resources: of those alive, or under `ray up`'s autoscaler of the head and all that may come."""
+    alive = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    plan = Path.home() / "ray_bootstrap_config.yaml"  # `ray up` puts it on the head, where jobs' drivers run
+    if "RAY_ADDRESS" not in os.environ or not plan.is_file():
+        return alive
+    cluster = yaml.safe_load(plan.read_text())
+    heads = [node for node in alive if "node:__internal_head__" in node]
+    to_come = [
+        kind["resources"]
+        for name, kind in cluster["available_node_types"].items()
+        if name != cluster["head_node_type"]
+        for _ in range(kind.get("max_workers", cluster["max_workers"]))
+    ]
+    return heads + to_come[: cluster["max_workers"]]
+
+
+def _places(node: dict[str, float], cpus: float, gpus: float) -> int:
+    """Returns how many workers of this size one node holds."""
+    places = int(node.get("CPU", 0.0) // cpus)
+    return min(places, int(node.get("GPU", 0.0) // gpus)) if gpus else places
+
+
+def build_deepspeed_ops() -> dict[str, str]:
+    """Builds DeepSpeed's CPU operator where workers can run, once; returns the environment that these workers need.
+
+    40 s (idle machine) to 2 min the first time, milliseconds after that. In a cluster of several nodes every node with
+    CPUs builds its own. Raises PreflightError without a compiler or if a build fails.
+
+    PATH is part of the answer: a worker that finds another release of ninja than the build takes its log for damaged
+    and compiles everything again, at the low priority that Ray gives to workers.
+    """
+    folder = extensions_folder()
+    if not ray.is_initialized():
+        build_op(folder)
+    else:
+        here = ray.get_runtime_context().get_node_id()
+        nodes = [node["NodeID"] for node in ray.nodes() if node["Alive"] and node["Resources"].get("CPU")]
+        others = [node for node in nodes if node != here]
+        task = ray.remote(num_cpus=0, max_retries=0)(_build_there)
+        running = [task.options(scheduling_strategy=NodeAffinitySchedulingStrategy(n, soft=False)) for n in others]
+        answers = [run.remote(folder) for run in running]
+        if here in nodes:
+            build_op(folder)
+        failed = [f"node {n[:8]}: {message}" for n, message in zip(others, ray.get(answers), strict=True) if message]
+        if failed:
+            raise PreflightError("\n".join(failed))
+    return _environment(folder)
+
+
+def _environment(folder: Path) -> dict[str, str]:
+    """What the build and all that load its result must have in common (the venv may not be activated in workers)."""
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
+    return {"DS_ACCELERATOR": "cpu", "TORCH_EXTENSIONS_DIR": str(folder), "PATH": path}
+
+
+def _build_there(folder: Path) -> str | None:
+    """`build_op` as a task: the message travels as a value, since Ray would wrap the error in its own."""
+    try:
+        build_op(folder)
+    except PreflightError as error:
+        return str(error)
+    return None
+
+
+def extensions_folder() -> Path:
+    """Returns TORCH_EXTENSIONS_DIR, or our own folder under ~/.cache, named after the versions it is compiled against.
+
+    It has to be on a disk of the node: locks are judged by the processes of this machine.
+    """
+    if given := os.environ.get("TORCH_EXTENSIONS_DIR"):
+        return Path(given).resolve()
+    versions = (
+        f"py{sys.version_info.major}.{sys.version_info.minor}-torch{version('torch')}-deepspeed{version('deepspeed')}"
+    )
+    return Path.home() / ".cache" / "pointsman" / "torch_extensions" / versions
+
+
+def build_op(folder: Path) -> bool:
+    """Builds the operator into `folder` on this node; returns False if it was there already.
+
+    Two callers at once: the second waits for the first. Raises PreflightError with the compiler's last lines.
+    """
+    done, library = folder / f"{OP}.built", folder / OP / f"{OP}.so"
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / f"{OP}.guard").open("w") as guard:
+        fcntl.flock(guard, fcntl.LOCK_EX)  # the kernel releases it when its holder dies, unlike torch's lock file
+        if remove_stale_lock(folder / OP / "lock"):
+            done.unlink(missing_ok=True)  # whoever was killed may have been compiling
+        if done.is_file() and library.is_file():
+            return False
+        environment = _environment(folder)
+        for tool, package in (("c++", "apt-get install g++"), ("ninja", "pip install ninja")):
+            if shutil.which(tool, path=environment["PATH"]) is None:
+                raise PreflightError(f"DeepSpeed on CPU compiles an operator and needs {tool}, not on PATH: {package}")
+        log.warning("building DeepSpeed's shared-memory operator in %s: 40 s to 2 min, only this first time", folder)
+        began = time.perf_counter()
+        # A process of its own: the caller stays free of torch and DeepSpeed, and a crash is only an error.
+        command = [sys.executable, "-c", BUILD]
+        build = subprocess.run(command, env=os.environ | environment, capture_output=True, text=True, check=False)
+        if build.returncode or not library.is_file():
+            tail = "\n".join((build.stdout + build.stderr).splitlines()[-25:])
+            raise PreflightError(f"building DeepSpeed's operator in {folder} failed (exit {build.returncode}):\n{tail}")
+        done.touch()
+        log.warning("built in %.0f s", time.perf_counter() - began)
+        return True
+
+
+def remove_stale_lock(lock: Path) -> bool:
+    """Removes torch's lock file of a killed build; returns whether it did.
+
+    The builder keeps the file open as long as it holds it, so a lock that no process of this machine has open is stale.
+    A lock of another user is left alone: its processes cannot be looked into.
+    """
+    try:
+        status = lock.stat()
+    except FileNotFoundError:
+        return False
+    if status.st_uid != os.getuid() or _is_open(status.st_dev, status.st_ino):
+        return False
+    lock.unlink(missing_ok=True)
+    log.warning("removed %s, left by a build that was killed", lock)
+    return True
+
+
+def _is_open(device: int, inode: int) -> bool:
+    """Returns whether a process of this user has the file open (Linux: /proc/<pid>/fd)."""
+    for process in Path("/proc").iterdir():
+        if not process.name.isdigit():
+            continue
+        try:
+            descriptors = list((process / "fd").iterdir())
+        except (PermissionError, FileNotFoundError):  # someone else's, or gone meanwhile
+            continue
+        for descriptor in descriptors:
+            try:
+                status = descriptor.stat()
+            except (PermissionError, FileNotFoundError):
+                continue
+            if (status.st_dev, status.st_ino) == (device, inode):
+                return True
+    return False

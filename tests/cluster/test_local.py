@@ -1,0 +1,44 @@
+import os
+
+import psutil
+import ray
+import ray.data
+
+from cluster.local import SPARE_CPUS, ClusterInfo, available_cpus, connect
+
+LOOPBACK = {"127.0.0.1", "::ffff:127.0.0.1", "::1"}
+
+
+def test_has_logical_cpus_beyond_the_real_ones(local_ray: ClusterInfo) -> None:
+    assert local_ray.started
+    assert local_ray.nodes == 1
+    assert local_ray.cpus == available_cpus() + SPARE_CPUS
+    assert local_ray.dashboard is not None
+    assert local_ray.logs.is_dir()
+
+
+def test_listens_on_loopback_only(local_ray: ClusterInfo) -> None:
+    me = psutil.Process()
+    sockets = [s for process in (me, *me.children(recursive=True)) for s in process.net_connections("tcp")]
+    listening = {s.laddr.ip for s in sockets if s.status == psutil.CONN_LISTEN}
+    assert listening
+    assert listening <= LOOPBACK
+
+
+def test_settings_reach_workers_and_threads_follow_booked_cpus(local_ray: ClusterInfo) -> None:
+    environment = ray.get(ray.remote(num_cpus=2)(lambda: dict(os.environ)).remote())
+    assert environment["TOKENIZERS_PARALLELISM"] == "false"
+    assert environment["RAY_DATA_DISABLE_PROGRESS_BARS"] == "1"
+    assert environment["OMP_NUM_THREADS"] == "2"
+
+
+def test_data_keep_their_order_and_the_terminal_stays_quiet(local_ray: ClusterInfo, capfd) -> None:
+    rows = ray.data.range(64, override_num_blocks=8).map(lambda row: {"x": 2 * row["id"]}).take_all()
+    assert [row["x"] for row in rows] == list(range(0, 128, 2))
+    assert capfd.readouterr() == ("", "")
+
+
+def test_connecting_again_returns_the_same_cluster(local_ray: ClusterInfo) -> None:
+    again = connect()
+    assert again.address == local_ray.address
+    assert not again.started
