@@ -1,0 +1,117 @@
+"""Measures what the project adds to the work itself, as ratios within one run.
+
+python -m jobs.benchmark training jobs/configs/embedded.yaml
+"""
+
+from statistics import median
+from time import monotonic, time_ns
+from typing import Annotated
+
+import torch
+import typer
+
+from jobs.options import ConfigFile, Overrides, load, user_errors
+from jobs.stream_run import StreamRun, open_run, write_json
+from jobs.summary import now, provenance
+from jobs.terminal import table
+from pipeline.models.bases import load_base
+from pipeline.models.prompts import collate
+from pipeline.streams.preprocess import unpack
+from pipeline.training.stages import warm_up_cosine, with_lora
+
+app = typer.Typer(help="Measure what the project adds to the work itself.", no_args_is_help=True, rich_markup_mode=None)
+
+Rounds = Annotated[int, typer.Option(help="Rounds of plain loop and project, in turn; medians count.")]
+
+
+@app.callback()
+def benchmarks() -> None:
+    """Measure what the project adds to the work itself."""
+
+
+@app.command("training")
+def training(config: ConfigFile, overrides: Overrides = None, rounds: Rounds = 3) -> None:
+    """Expert stage (DeepSpeed, Ray Train, Ray Data) against a plain PyTorch + PEFT loop: same data, batch, threads."""
+    with user_errors():
+        settings = load(config, overrides)
+        with open_run(settings, job="benchmark training") as run:
+            _training(run, rounds)
+
+
+def _training(run: StreamRun, rounds: int) -> None:
+    started = now()
+    task = run.config.stream.tasks[0]
+    rows = run.training_rows(task)
+    plain, ours, waits = [], [], []
+    for number in range(rounds):
+        run.terminal.say(f"round {number + 1}/{rounds}")
+        with run.terminal.working("plain PyTorch + PEFT loop"):
+            plain.append(_plain_loop(run))
+        # A digest of its own: a finished run of the same name would only be read again.
+        job = run.job(task, f"benchmark-{time_ns()}", task=f"benchmark_{task.name}", router_stage=False)
+        trained = run.train(*job)
+        ours.append(trained.figures["expert_seconds"])
+        waits.append(trained.figures["expert_wait_seconds"] / trained.figures["expert_seconds"])
+    steps = run.config.expert.steps
+    summary = provenance(run, started) | {
+        "steps": steps,
+        "batch_size": run.config.expert.batch_size,
+        "rows": rows.counts[task.name],
+        "plain_seconds": plain,
+        "pointsman_seconds": ours,
+        "throughput_ratio": median(plain) / median(ours),
+        "data_wait_share": median(waits),
+    }
+    file = run.folder / "benchmark-training.json"
+    write_json(file, summary)
+    header = ["expert stage", "ms a step (median)", "throughput", "waiting for data"]
+    body = [
+        ["plain PyTorch + PEFT", f"{1e3 * median(plain) / steps:.1f}", "1.00", "-"],
+        [
+            f"Ray + DeepSpeed ZeRO-{run.config.training.zero_stage}",
+            f"{1e3 * median(ours) / steps:.1f}",
+            f"{summary['throughput_ratio']:.2f}",
+            f"{median(waits):.1%}",
+        ],
+    ]
+    run.terminal.console.print(table(f"{steps} steps of {run.config.expert.batch_size} rows", header, body))
+    run.terminal.say(f"summary    {file}")
+
+
+def _plain_loop(run: StreamRun) -> float:
+    """Returns the seconds of the expert stage's steps in a plain loop, in this process, all rows ready in memory."""
+    config = run.config
+    torch.manual_seed(config.seed)
+    torch.set_num_threads(config.training.threads)
+    base = load_base(config.base)
+    base.model.config.use_cache = False
+    model = with_lora(base.model, config.expert)
+    model.train()
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=config.expert.learning_rate, weight_decay=config.expert.weight_decay)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, warm_up_cosine(config.expert))
+    task = config.stream.tasks[0]
+    rows = [
+        row
+        for batch in run.training_rows(task).rows([task.name]).iter_batches(batch_format="numpy")
+        for row in unpack(batch)
+    ]
+    order: list[int] = []
+    started = monotonic()
+    for _ in range(config.expert.steps):
+        if len(order) < config.expert.batch_size:
+            order = torch.randperm(len(rows)).tolist()
+        chosen, order = order[: config.expert.batch_size], order[config.expert.batch_size :]
+        batch = collate([rows[i] for i in chosen], pad_token_id=base.processor.tokenizer.pad_token_id)
+        loss = model(**batch).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(trained, config.expert.clip)
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad(set_to_none=True)
+        loss.item()
+    return monotonic() - started
+
+
+if __name__ == "__main__":
+    app()

@@ -1,0 +1,34 @@
+"""The console command `pointsman`: every job is a subcommand; `--address` submits the same job to a cluster."""
+
+import typer
+from typer.core import TyperCommand
+
+from jobs import benchmark, compare, learn, pretrain_tiny, sweep, ui
+from jobs.options import fields_help
+
+app = typer.Typer(
+    help="Continual learning for vision-language models: one expert a task, a router between them, nothing forgotten.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+)
+
+
+class TeachingCommand(TyperCommand):
+    """A command whose help ends with every field of its configuration."""
+
+    def format_epilog(self, ctx, formatter) -> None:  # type: ignore[no-untyped-def]
+        """Writes the fields as they stand, one to a paragraph."""
+        formatter.write("\n" + fields_help() + "\n")
+
+
+app.command("learn", cls=TeachingCommand)(learn.main)
+app.command("compare", cls=TeachingCommand)(compare.main)
+app.command("sweep", cls=TeachingCommand)(sweep.main)
+app.command("ui")(ui.main)
+app.command("pretrain-tiny")(pretrain_tiny.main)
+app.add_typer(benchmark.app, name="benchmark")
+
+if __name__ == "__main__":
+    app()

@@ -1,0 +1,154 @@
+"""Sets the learned pool beside what one would do instead, at equal steps a task, in one table.
+
+python -m jobs.compare jobs/configs/embedded.yaml
+
+base         the frozen base
+specialist   each task's expert, told which task a prompt belongs to (the upper bound of routing)
+sequential   one LoRA, fine-tuned on task after task
+multitask    one LoRA, trained on all tasks' data at once
+token        the pool, routed token by token (the paper's router)
+prompt       the pool, one closed-form decision a prompt
+"""
+
+from typing import Any
+
+import torch
+
+from jobs.learn import Learned, learn_stream, publish, show, where_next
+from jobs.options import Address, ConfigFile, Overrides, job_command, load, user_errors
+from jobs.stream_run import Stopwatch, StreamRun, open_run, write_json
+from jobs.terminal import methods_table
+from pipeline.config import digest
+from pipeline.evaluation.evaluate import Evaluation
+from pipeline.registry.tracking import log_batch
+from pipeline.routing.expert import Expert, ExpertCard, load_adapters
+from pipeline.routing.pool import Pool
+from pipeline.routing.statistics import PromptStatistics
+from pipeline.streams.preprocess import union
+from pipeline.training.run import Trained
+
+
+def compare_methods(run: StreamRun, learned: Learned) -> dict[str, Any]:
+    """Trains and evaluates the other methods; returns the summary's `methods`."""
+    tasks = learned.summary["tasks"]
+    samples = sum(t["samples"] for t in tasks.values())
+    expert_seconds = sum(t["expert_seconds"] for t in tasks.values())
+    all_seconds = expert_seconds + sum(t["router_seconds"] for t in tasks.values())
+    columns = list(run.columns)
+
+    def routed(kind: str) -> Evaluation:
+        pool = learned.pool.routed_by(kind=kind)
+        folder = pool.save(run.folder / "methods" / f"pool-{kind}")
+        return run.evaluate(columns, folder, digest(learned.pool_digest, pool.router))
+
+    told = run.evaluate(columns, learned.pool_folder, digest(learned.pool_digest), mode="told")
+    sequential, sequential_figures = _sequential(run)
+    multitask, multitask_figures = _multitask(run)
+    return {
+        "base": _method(run, run.evaluate(columns, None, "base"), 0, 0.0),
+        "specialist": _method(run, told, samples, expert_seconds),
+        "sequential": _method(run, sequential, **sequential_figures),
+        "multitask": _method(run, multitask, **multitask_figures),
+        "token": _method(run, routed("token"), samples, all_seconds),
+        "prompt": _method(run, routed("prompt"), samples, all_seconds),
+    }
+
+
+def _method(run: StreamRun, evaluation: Evaluation, samples: int, seconds: float) -> dict[str, Any]:
+    accuracies = evaluation.accuracies()
+    new = [accuracies[task.name] for task in run.config.stream.tasks]
+    old = [accuracies[task.name] for task in run.config.stream.foundation]
+    return {
+        "new": sum(new) / len(new),
+        "foundation": sum(old) / len(old) if old else None,
+        "samples": samples,
+        "seconds": seconds,
+        "columns": accuracies,
+    }
+
+
+def _sequential(run: StreamRun) -> tuple[Evaluation, dict[str, Any]]:
+    """One LoRA goes from task to task."""
+    adapter, key, figures = None, "sequential", {"samples": 0, "seconds": 0.0}
+    for number, task in enumerate(run.config.stream.tasks):
+        run.terminal.say(
+            f"[bold]sequential fine-tuning {number + 1}/{len(run.config.stream.tasks)}: {task.name}[/bold]"
+        )
+        key = digest(key, run.expert_digest(task))
+        start = str(adapter) if adapter else None
+        trained = run.train(*run.job(task, key, task=f"sequential_{task.name}", start=start, router_stage=False))
+        adapter = trained.adapter
+        run.release(task)
+        figures["samples"] += trained.figures["samples"]
+        figures["seconds"] += trained.figures["expert_seconds"]
+    return _only(run, "sequential", trained, key), figures
+
+
+def _multitask(run: StreamRun) -> tuple[Evaluation, dict[str, Any]]:
+    """One LoRA sees all tasks' rows, in as many steps as all experts together."""
+    tasks = run.config.stream.tasks
+    run.terminal.say(f"[bold]multi-task training on all {len(tasks)} tasks[/bold]")
+    key = digest("multitask", [run.expert_digest(task) for task in tasks])
+    expert = run.config.expert.model_copy(update={"steps": run.config.expert.steps * len(tasks)})
+    jobs = [run.job(task, key, task="multitask", expert=expert, router_stage=False) for task in tasks]
+    rows = sum(job.rows for job, _ in jobs)
+    job = jobs[0][0].model_copy(update={"rows": rows, "data_fingerprint": key})
+    trained = run.train(job, union([data for _, data in jobs]))
+    for task in tasks:
+        run.release(task)
+    figures = {"samples": trained.figures["samples"], "seconds": trained.figures["expert_seconds"]}
+    return _only(run, "multitask", trained, key), figures
+
+
+def _only(run: StreamRun, name: str, trained: Trained, key: str) -> Evaluation:
+    """Evaluates a single adapter that answers everything."""
+    config, adapters = load_adapters(trained.adapter)
+    card = ExpertCard(
+        name=name,
+        task=name,
+        base_fingerprint=run.fingerprint,
+        rank=run.config.expert.rank,
+        alpha=run.config.expert.lora_alpha,
+        seed=run.config.seed,
+        data_fingerprint=key,
+        config_digest=key,
+        samples=trained.figures["samples"],
+    )
+    nothing = PromptStatistics.of(torch.zeros(1, 1))  # nobody routes to it
+    pool = Pool(
+        run.config.base.label, run.fingerprint, run.config.router, [Expert(card, config, adapters, {}, nothing)]
+    )
+    folder = pool.save(run.folder / "methods" / name)
+    return run.evaluate(list(run.columns), folder, key, mode="only")
+
+
+def main(config: ConfigFile, overrides: Overrides = None, address: Address = None) -> None:
+    """Compare the learned pool with base, specialists, sequential and multi-task fine-tuning (learns first if need be)."""
+    with user_errors():
+        settings = load(config, overrides)
+        if address:
+            job_command("jobs.compare", config, overrides, address)
+        with open_run(settings, job="compare") as run:
+            learned = learn_stream(run)
+            watch = Stopwatch(run.folder / "state" / "clock-compare.json")
+            methods = compare_methods(run, learned)
+            write_json(run.folder / "methods.json", methods)
+            summary = learned.summary | {
+                "methods": methods,
+                "seconds_total": learned.summary["seconds_total"] + watch.lap(),
+                "peak_memory_bytes": run.memory.bytes,
+            }
+            log_batch(
+                run.run_id,
+                [(f"{m}/{k}", v[k], 0) for m, v in methods.items() for k in ("new", "foundation") if v[k] is not None],
+            )
+            report = publish(run, summary)
+            show(run, summary)
+            run.terminal.console.print(methods_table(methods))
+            where_next(run, report)
+
+
+if __name__ == "__main__":
+    import typer
+
+    typer.run(main)

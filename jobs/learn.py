@@ -1,0 +1,178 @@
+"""Learns a stream of tasks, one after the other, without forgetting; the job that the project is for.
+
+    python -m jobs.learn jobs/configs/embedded.yaml expert.rank=16
+
+For each task: train an expert and its routing vectors from this task's data alone, register it, make a new pool version,
+evaluate the pool on all tasks seen and on what the base could do before. Stopped at any moment, the same command goes on.
+"""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from time import monotonic
+from typing import Any
+
+import mlflow
+
+from jobs.options import Address, ConfigFile, Overrides, job_command, load, user_errors
+from jobs.stream_run import Stopwatch, StreamRun, open_run, write_json
+from jobs.summary import learned, now, provenance, task_figures
+from jobs.terminal import table
+from pipeline.config import TaskConfig, digest
+from pipeline.evaluation.matrix import AccuracyMatrix
+from pipeline.evaluation.report import write_report
+from pipeline.registry.experts import download_expert, find_expert, register_expert
+from pipeline.registry.pools import pool_name, register_pool
+from pipeline.registry.tracking import log_batch, log_dataset, ui_command
+from pipeline.routing.expert import Expert
+from pipeline.routing.pool import Pool
+
+
+@dataclass(frozen=True)
+class Learned:
+    """A stream that has been learned."""
+
+    pool: Pool
+    pool_folder: Path
+    pool_digest: str
+    summary: dict[str, Any]
+
+
+def learn_stream(run: StreamRun) -> Learned:
+    """Learns all tasks of the run's stream; what is finished already is found and skipped."""
+    config, started = run.config, now()
+    watch = Stopwatch(run.folder / "state" / "clock.json")
+    names = [task.name for task in config.stream.tasks]
+    families = [task.name for task in config.stream.foundation]
+    matrix = AccuracyMatrix(names, families)
+    pool = Pool(config.base.label, run.fingerprint, config.router, null=run.null_statistics())
+    pool_folder, figures, versions = run.folder / "pool", {}, {}
+    key = digest(run.fingerprint, config.router)
+    last = run.evaluate([*names, *families], None, "base")
+    matrix.record("base", last.accuracies())
+    for number, task in enumerate(config.stream.tasks):
+        run.terminal.say(f"[bold]task {number + 1}/{len(names)}: {task.name}[/bold]")
+        expert, versions[task.name], figures[task.name] = _expert(run, task)
+        pool = pool.add(expert)
+        key = digest(key, expert.card.config_digest)
+        pool.save(pool_folder)
+        # A null expert is part of the pool, so its sample is part of the pool's name.
+        null = None if pool.null is None else [pool.null.count, float(pool.null.sum_F.sum())]
+        pool_key = digest(key, null)
+        version = register_pool(pool_folder, config.base, digest=pool_key, experts=versions)
+        seen = [*names[: number + 1], *families]
+        last = run.evaluate(seen, pool_folder, pool_key)
+        accuracies = last.accuracies()
+        matrix.record(task.name, accuracies)
+        log_batch(run.run_id, [(f"accuracy/{column}", value, number + 1) for column, value in accuracies.items()])
+        new = [accuracies[name] for name in names[: number + 1]]
+        old = [accuracies[name] for name in families]
+        run.terminal.say(
+            f"  pool version {version.version}: tasks so far {sum(new) / len(new):.3f}"
+            + (f", foundation {sum(old) / len(old):.3f}" if old else "")
+            + f"   ({figures[task.name]['seconds']:.0f} s to learn)"
+        )
+        watch.lap()
+    summary = {
+        **provenance(run, started),
+        "seconds_total": watch.lap(),
+        "peak_memory_bytes": run.memory.bytes,
+        **learned(run, matrix, last, figures),
+    }
+    return Learned(pool, pool_folder, pool_key, summary)
+
+
+def _expert(run: StreamRun, task: TaskConfig) -> tuple[Expert, Any, dict[str, Any]]:
+    """Returns a task's expert, its registry version and its figures: found, or trained now."""
+    key, label = run.expert_digest(task), run.config.base.label
+    folder, file = run.folder / "experts" / task.name, run.folder / "state" / f"task-{key}.json"
+    version = find_expert(label, key)
+    if version is not None and file.exists():
+        if not folder.exists() or Expert.load(folder).card.config_digest != key:
+            download_expert(label, int(version.version), folder)
+        run.terminal.say(f"  learned before, version {version.version} of {label}.experts")
+        return Expert.load(folder), version, json.loads(file.read_text())
+    started = monotonic()
+    with run.terminal.working(f"reading {task.name}"):
+        rows = run.training_rows(task)
+    quarantined = rows.quarantined[task.name]
+    if quarantined:
+        run.terminal.say(f"  {quarantined} bad rows set aside: {run.folder}/quarantine/train/{task.name}.jsonl")
+    trained = run.train(*run.job(task, key))
+    expert = Expert.load(trained.expert)
+    expert.save(folder)
+    assert task.train is not None
+    fingerprint = run.data_fingerprint(task, "train")
+    log_dataset(run.run_id, task.name, task.train.path, fingerprint, samples=rows.counts[task.name])
+    version = register_expert(label, folder)
+    figures = trained.figures | {"seconds": monotonic() - started, "quarantined": quarantined}
+    write_json(file, task_figures(run, task.name, figures))
+    run.release(task)
+    return expert, version, json.loads(file.read_text())
+
+
+def publish(run: StreamRun, summary: dict[str, Any]) -> Path:
+    """Writes summary and report into the run's folder and as artifacts of the MLflow run; returns the report."""
+    write_json(run.folder / "summary.json", summary)
+    report = write_report(summary, run.folder)
+    mlflow.log_artifact(str(run.folder / "summary.json"))
+    mlflow.log_artifact(str(report), "report")
+    mlflow.log_artifacts(str(run.folder / "pictures"), "report/pictures")
+    figures = {key: value for key, value in summary["continual"].items() if value is not None}
+    log_batch(run.run_id, [(f"continual/{key}", value, 0) for key, value in figures.items()])
+    return report
+
+
+def main(config: ConfigFile, overrides: Overrides = None, address: Address = None) -> None:
+    """Learn a stream of tasks one after the other: experts, pool versions, accuracy matrix, report."""
+    with user_errors():
+        settings = load(config, overrides)
+        if address:
+            job_command("jobs.learn", config, overrides, address)
+        with open_run(settings, job="learn") as run:
+            result = learn_stream(run)
+            report = publish(run, _with_comparison(run, result.summary))
+            show(run, result.summary)
+            where_next(run, report)
+
+
+def _with_comparison(run: StreamRun, summary: dict[str, Any]) -> dict[str, Any]:
+    """Keeps the comparison that an earlier `compare` of the same pool has written into the summary."""
+    file = run.folder / "summary.json"
+    if not file.exists():
+        return summary
+    before = json.loads(file.read_text())
+    same = before.get("accuracy_matrix") == summary["accuracy_matrix"] and "methods" in before
+    return before if same else summary
+
+
+def show(run: StreamRun, summary: dict[str, Any]) -> None:
+    """Prints the closing table: accuracy of every task after the last one, and what learning it took."""
+    values = summary["accuracy_matrix"]["values"]
+    columns = summary["accuracy_matrix"]["columns"]
+    rows = []
+    for name, figures in summary["tasks"].items():
+        i = columns.index(name)
+        own = values[1 + list(summary["tasks"]).index(name)][i]
+        rows.append([name, *(f"{v:.3f}" for v in (values[0][i], own, values[-1][i])), f"{figures['seconds']:.0f}"])
+    run.terminal.console.print(table("Tasks", ["task", "base", "when learned", "at the end", "seconds"], rows))
+    c = summary["continual"]
+    parts = [f"{key.replace('_', ' ')} {value:.3f}" for key, value in c.items() if value is not None]
+    run.terminal.say("   ".join(parts))
+
+
+def where_next(run: StreamRun, report: Path) -> None:
+    """Prints where to look."""
+    run.terminal.say(f"\nreport     {report}")
+    run.terminal.say(f"summary    {run.folder / 'summary.json'}")
+    if run.config.registry.uri is None:
+        run.terminal.say(f"registry   {pool_name(run.config.base.label)}@champion; browse it: pointsman ui")
+        run.terminal.say(f"           (that is: {' '.join(ui_command(run.config.tracking_uri))})")
+    else:
+        run.terminal.say(f"registry   {pool_name(run.config.base.label)}@champion at {run.config.registry.uri}")
+
+
+if __name__ == "__main__":
+    import typer
+
+    typer.run(main)

@@ -1,0 +1,202 @@
+"""Pretrains the embedded base on the procedural foundation families and writes it as a checkpoint folder.
+
+    python -m jobs.pretrain_tiny --steps 9000 --output pipeline/models/tiny_base
+
+The shipped base was made by this command; `pretraining.json` beside its weights records configuration, seed, data, time
+and the held-out score of every family.
+"""
+
+import json
+import math
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import torch
+import typer
+from transformers import InternVLForConditionalGeneration
+
+from pipeline.models.processors import load_processor
+from pipeline.models.prompts import IGNORED, Encoded, chat, collate, generate_answers
+from pipeline.models.tiny import TINY_BASE, build_tiny, tiny_processor
+from pipeline.streams.embedded.foundation import FAMILIES, FOUNDATION, Example, vocabulary
+
+RECORD = "pretraining.json"
+"""What the base was made of, beside its weights: commands, examples, seconds, held-out scores."""
+
+EVALUATION_SEED = 1_000_003
+"""Pretraining draws from `SeedSequence([seed, step])`; held-out examples from this seed and the family's number."""
+
+
+def encode_examples(processor: Any, examples: Sequence[Example], *, answer: bool = True) -> list[Encoded]:
+    """Encodes foundation examples in one tokenizer call (pretraining draws hundreds a second)."""
+    image_tokens = (
+        processor.start_image_token + processor.image_token * processor.image_seq_length + processor.end_image_token
+    )
+    prompts, answers, pixels = [], [], []
+    for example in examples:
+        user = {"role": "user", "content": ("<image>" if example.image else "") + example.question}
+        prompt = processor.apply_chat_template(chat([user]), add_generation_prompt=True, tokenize=False)
+        prompts.append(prompt.replace(processor.image_token, image_tokens))
+        answers.append(example.answer + processor.tokenizer.eos_token)
+        if example.image:
+            image = np.asarray(example.image, dtype=np.float32).transpose(2, 0, 1)
+            pixels.append((image[None] / 255 - 0.5) / 0.5)
+        else:
+            pixels.append(np.zeros((0, 3, 64, 64), dtype=np.float32))
+    prompt_ids = processor.tokenizer(prompts, add_special_tokens=False)["input_ids"]
+    answer_ids = processor.tokenizer(answers, add_special_tokens=False)["input_ids"]
+    rows = []
+    for p, a, x in zip(prompt_ids, answer_ids, pixels, strict=True):
+        ids = np.array(p + a if answer else p, dtype=np.int64)
+        labels = ids.copy()
+        labels[: len(p)] = IGNORED
+        rows.append(Encoded(ids, labels, x))
+    return rows
+
+
+def score_families(model: Any, processor: Any, *, prompts: int) -> dict[str, float]:
+    """Returns the exact match of greedy answers on `prompts` held-out questions of every family."""
+    model.eval()
+    scores = {}
+    for number, (name, family) in enumerate(FAMILIES.items()):
+        random = np.random.default_rng([EVALUATION_SEED, number])
+        examples = [family(random) for _ in range(prompts)]
+        rows = encode_examples(processor, examples, answer=False)
+        answers = generate_answers(model, processor, rows, max_new_tokens=10)
+        scores[name] = float(np.mean([a == e.answer for a, e in zip(answers, examples, strict=True)]))
+    model.train()
+    return scores
+
+
+class FamilySampler:
+    """Draws families evenly, or those of `FOUNDATION` in proportion to their running loss.
+
+    The second lets what is learned make room for what is not.
+    """
+
+    FLOOR, MEMORY = 0.03, 0.98
+
+    def __init__(self, *, even: bool) -> None:
+        self.even = even
+        self.losses = np.ones(len(FAMILIES))
+
+    def draw(self, random: np.random.Generator, count: int) -> np.ndarray:
+        """Returns the numbers of `count` families."""
+        if self.even:
+            return random.integers(len(FAMILIES), size=count)
+        weights = np.where([name in FOUNDATION for name in FAMILIES], self.FLOOR + self.losses, 0)
+        return random.choice(len(self.losses), size=count, p=weights / weights.sum())
+
+    def update(self, drawn: np.ndarray, losses: np.ndarray) -> None:
+        """Takes in the mean loss a token of every drawn example."""
+        for family in np.unique(drawn):
+            now = losses[drawn == family].mean()
+            self.losses[family] = self.MEMORY * self.losses[family] + (1 - self.MEMORY) * now
+
+
+def row_losses(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """Returns the mean loss of every row's answer tokens (B,), from logits (B, T, V) and labels (B, T)."""
+    targets = labels[:, 1:]
+    losses = torch.nn.functional.cross_entropy(
+        logits[:, :-1].transpose(1, 2), targets, ignore_index=IGNORED, reduction="none"
+    )
+    return losses.sum(1) / (targets != IGNORED).sum(1)
+
+
+Sampling = Annotated[
+    str, typer.Option(help="Draw all families `even`ly, or the foundation's in proportion to their `loss`.")
+]
+Stop = Annotated[int | None, typer.Option(help="End after this many steps; the schedule keeps the length of --steps.")]
+Start = Annotated[Path | None, typer.Option(help="Checkpoint folder to go on from, with a schedule of its own.")]
+
+
+def main(
+    steps: Annotated[int, typer.Option(help="Optimizer steps.")] = 20_000,
+    batch_size: Annotated[int, typer.Option(help="Examples a step.")] = 64,
+    learning_rate: Annotated[float, typer.Option(help="Peak learning rate (AdamW, warm-up, cosine).")] = 1.5e-3,
+    seed: Annotated[int, typer.Option(help="Of weights and data.")] = 0,
+    threads: Annotated[int, typer.Option(help="CPU threads of torch.")] = 2,
+    sampling: Sampling = "loss",
+    start: Start = None,
+    stop: Stop = None,
+    output: Annotated[Path, typer.Option(help="Checkpoint folder to write.")] = TINY_BASE,
+) -> None:
+    """Pretrain the embedded base on the foundation families (tens of minutes on two cores)."""
+    torch.set_num_threads(threads)
+    torch.manual_seed(seed)
+    history: list[dict[str, Any]] = []
+    if start is None:
+        processor = tiny_processor(vocabulary())
+        model = build_tiny(processor)
+    else:
+        processor = load_processor(start)
+        model = InternVLForConditionalGeneration.from_pretrained(start)
+        history = json.loads((start / RECORD).read_text())["history"]
+    model.train()
+    parameters = sum(p.numel() for p in model.parameters())
+    print(f"{parameters:,} parameters, vocabulary {len(processor.tokenizer)}")
+    optimizer = torch.optim.AdamW(
+        [
+            {"params": [p for p in model.parameters() if p.ndim > 1], "weight_decay": 0.05},
+            {"params": [p for p in model.parameters() if p.ndim <= 1], "weight_decay": 0.0},
+        ],
+        lr=learning_rate,
+        betas=(0.9, 0.98),
+        fused=True,
+    )
+    warm_up = min(500, steps // 10)
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda s: min((s + 1) / warm_up, 0.02 + 0.49 * (1 + math.cos(math.pi * min(1.0, s / steps))))
+    )
+    families, sampler, losses = list(FAMILIES.values()), FamilySampler(even=sampling == "even"), []
+    started = time.monotonic()
+
+    def write(step: int) -> None:
+        scores = score_families(model, processor, prompts=500 if step in (steps, stop) else 100)
+        mean = float(np.mean([scores[name] for name in FOUNDATION]))
+        print(" ".join(f"{name} {score:.2f}" for name, score in scores.items()), f"mean {mean:.3f}", flush=True)
+        command = f"python -m jobs.pretrain_tiny --steps {steps} --batch-size {batch_size} --seed {seed}"
+        command += f" --learning-rate {learning_rate} --threads {threads} --sampling {sampling}" + (
+            f" --start {start}" if start else ""
+        )
+        phase = {
+            "command": command,
+            "steps": step,
+            "examples": step * batch_size,
+            "seconds": round(time.monotonic() - started),
+        }
+        record = {"parameters": parameters, "families": scores, "foundation_mean": mean, "history": [*history, phase]}
+        output.mkdir(parents=True, exist_ok=True)
+        model.save_pretrained(output)
+        processor.save_pretrained(output)
+        (output / RECORD).write_text(json.dumps(record, indent=2) + "\n")
+
+    for step in range(stop or steps):
+        random = np.random.default_rng([seed, step])
+        drawn = sampler.draw(random, batch_size)
+        examples = [families[i](random) for i in drawn]
+        batch = collate(encode_examples(processor, examples), pad_token_id=processor.tokenizer.pad_token_id)
+        output_ = model(**batch)
+        loss = output_.loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad(set_to_none=True)
+        sampler.update(drawn, row_losses(output_.logits.detach(), batch["labels"]).numpy())
+        losses.append(loss.item())
+        done = step + 1
+        if done % 100 == 0:
+            pace = (time.monotonic() - started) / done
+            left = pace * (steps - done) / 60
+            said = f"step {done}/{steps}  loss {np.mean(losses[-100:]):.3f}  {pace * 1e3:.0f} ms a step"
+            print(f"{said}  {left:.0f} min left", flush=True)
+        if done % 1500 == 0 or done in (steps, stop):
+            write(done)
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,253 @@
+"""What all jobs over a stream share: cluster, base, prepared data, training, evaluation, MLflow; all of it resumable.
+
+Whatever is computed is stored under a name derived from what it is computed from (configuration, data, base), in the
+run's folder or in the registry; the same command run again finds it there and goes on with the rest.
+"""
+
+import json
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
+
+import ray
+from safetensors.torch import load_file, save_file
+
+from cluster.local import ClusterInfo, connect
+from cluster.preflight import build_deepspeed_ops, check_resources
+from cluster.usage import PeakMemory
+from jobs.terminal import Terminal
+from pipeline.config import LearnConfig, SourceConfig, TaskConfig, digest
+from pipeline.evaluation.evaluate import Evaluation, Prediction, evaluate
+from pipeline.models.bases import checkpoint_folder, fingerprint
+from pipeline.registry.tracking import log_batch, log_config, open_tracking, tracked_run
+from pipeline.routing.expert import statistics_of, statistics_tensors
+from pipeline.routing.statistics import PromptStatistics
+from pipeline.streams import sources
+from pipeline.streams.preprocess import Part, Prepared, prepare
+from pipeline.training.general import general_statistics
+from pipeline.training.run import Trained, run_training
+from pipeline.training.telemetry import Step
+from pipeline.training.worker import Job
+
+GENERAL = "general"
+"""Name of the general sample among the prompts; tasks may not bear it."""
+
+SPARE_CPUS = 2
+"""Logical CPUs that must be free beside training, for Ray Data."""
+
+
+class StreamRun:
+    """One run over a stream of tasks; made by `open_run`."""
+
+    def __init__(self, config: LearnConfig, cluster: ClusterInfo, terminal: Terminal, memory: PeakMemory) -> None:
+        self.config, self.cluster, self.terminal, self.memory = config, cluster, terminal, memory
+        self.folder = config.folder
+        self.base_folder = checkpoint_folder(config.base)
+        self.fingerprint = fingerprint(self.base_folder)
+        self.data_folder = Path(config.output).resolve() / "data" / "embedded"
+        self.columns: dict[str, TaskConfig] = {t.name: t for t in (*config.stream.tasks, *config.stream.foundation)}
+        self.run_id = ""
+        self._worker_env: dict[str, str] | None = None
+        self._training: dict[str, Prepared] = {}
+
+    # Data
+
+    def data_fingerprint(self, task: TaskConfig, part: Literal["train", "eval"]) -> str:
+        """Returns the fingerprint of a task's rows and of how they are read."""
+        source = task.train if part == "train" else task.eval
+        assert source is not None
+        return digest(sources.fingerprint(source, self.data_folder), task.prompt, self.config.stream.max_tokens)
+
+    def training_rows(self, task: TaskConfig) -> Prepared:
+        """Reads, validates and encodes a task's training rows (once in a run)."""
+        if task.name not in self._training:
+            assert task.train is not None
+            self._training[task.name] = self._prepare({task.name: Part(task.train, task.prompt)}, "train", answer=True)
+        return self._training[task.name]
+
+    def release(self, task: TaskConfig) -> None:
+        """Gives a task's encoded training rows back; memory must not grow with the number of tasks."""
+        self._training.pop(task.name, None)
+
+    @cached_property
+    def prompts(self) -> Prepared:
+        """The evaluation prompts of all tasks and families, and the general sample as `GENERAL`."""
+        parts = {name: Part(self._limited(task.eval), task.prompt) for name, task in self.columns.items()}
+        if self.config.stream.general is not None:
+            parts[GENERAL] = Part(self.config.stream.general)
+        with self.terminal.working(f"reading the prompts of {len(parts)} tasks and families"):
+            return self._prepare(parts, "eval", answer=False)
+
+    def _limited(self, source: SourceConfig) -> SourceConfig:
+        limit = self.config.evaluation.limit
+        return source.model_copy(update={"limit": min(limit, source.limit or limit)}) if limit else source
+
+    def _prepare(self, parts: Mapping[str, Part], kind: str, *, answer: bool) -> Prepared:
+        return prepare(
+            parts,
+            self.config.stream,
+            processor=self.base_folder,
+            data_folder=self.data_folder,
+            quarantine=self.folder / "quarantine" / kind,
+            answer=answer,
+        )
+
+    def null_statistics(self) -> PromptStatistics | None:
+        """Returns the statistics of the general sample, or None where the stream has none."""
+        general = self.config.stream.general
+        if general is None:
+            return None
+        key = digest(sources.fingerprint(general, self.data_folder), self.fingerprint, self.config.router.feature_width)
+        file = self._state(f"general-{key}.safetensors")
+        if not file.exists():
+            with self.terminal.working("reading the general sample"):
+                statistics = general_statistics(
+                    self.prompts.rows([GENERAL]),
+                    self.config.base,
+                    wanted_width=self.config.router.feature_width,
+                    gpu=self.config.training.gpu,
+                )
+            save_file(statistics_tensors(statistics), file.with_suffix(".draft"))
+            file.with_suffix(".draft").rename(file)
+        return statistics_of(load_file(file))
+
+    # Training
+
+    def expert_digest(self, task: TaskConfig) -> str:
+        """Names the expert of a task: everything that it depends on, and nothing else."""
+        config = self.config
+        stage = config.router.model_dump(include={"steps", "learning_rate", "feature_width", "shrinkage", "quantile"})
+        machine = config.training.model_dump(include={"workers", "zero_stage", "precision"})
+        return digest(
+            task.name,
+            self.data_fingerprint(task, "train"),
+            self.fingerprint,
+            config.seed,
+            config.expert,
+            stage,
+            machine,
+        )
+
+    def job(self, task: TaskConfig, digest_: str, /, **changes: Any) -> tuple[Job, ray.data.Dataset]:
+        """Returns the training job of a task and its rows; `changes` to the job make it another method's."""
+        rows = self.training_rows(task)
+        job = Job(
+            task=task.name,
+            digest=digest_,
+            data_fingerprint=self.data_fingerprint(task, "train"),
+            rows=rows.counts[task.name],
+            cached=rows.cache is not None,
+            seed=self.config.seed,
+            base=self.config.base,
+            expert=self.config.expert,
+            router=self.config.router,
+            training=self.config.training,
+        )
+        return job.model_copy(update=changes), rows.rows([task.name])
+
+    def train(self, job: Job, rows: ray.data.Dataset) -> Trained:
+        """Trains, or goes on with a run of the same name; progress in the terminal, loss curves in MLflow meanwhile."""
+        if self._worker_env is None:
+            self._worker_env = {} if self.config.training.gpu else build_deepspeed_ops()
+        with self.terminal.training(job.task) as bar:
+
+            def on_steps(steps: list[Step]) -> None:
+                bar.update(steps)
+                log_batch(self.run_id, [(f"{s.task}/{s.stage}_loss", s.loss, s.step) for s in steps])
+
+            return run_training(
+                job, rows, storage=self.folder / "training", on_steps=on_steps, worker_env=self._worker_env
+            )
+
+    # Evaluation
+
+    def evaluate(
+        self,
+        columns: Sequence[str],
+        pool: Path | None,
+        pool_digest: str,
+        mode: Literal["routed", "told", "only"] = "routed",
+    ) -> Evaluation:
+        """Evaluates a pool on columns (tasks and families), or finds the result of having done so."""
+        data = [self.data_fingerprint(self.columns[column], "eval") for column in columns]
+        key = digest(list(columns), data, self.fingerprint, pool_digest, mode, self.config.evaluation)
+        file = self._state(f"evaluation-{key}.json")
+        if not file.exists():
+            prompts = self.prompts
+            with self.terminal.working(f"evaluating {len(columns)} tasks and families"):
+                result = evaluate(
+                    prompts.rows(columns),
+                    self.columns,
+                    base=self.config.base,
+                    pool=pool,
+                    config=self.config.evaluation,
+                    gpu=self.config.training.gpu,
+                    threads=self.config.training.threads,
+                    mode=mode,
+                )
+            write_json(file, [asdict(prediction) for prediction in result.predictions])
+        return Evaluation([Prediction(**prediction) for prediction in json.loads(file.read_text())])
+
+    def _state(self, name: str) -> Path:
+        folder = self.folder / "state"
+        folder.mkdir(parents=True, exist_ok=True)
+        return folder / name
+
+
+@contextmanager
+def open_run(config: LearnConfig, *, job: str) -> Iterator[StreamRun]:
+    """Joins or starts Ray, checks that the cluster suffices, opens MLflow; yields the run.
+
+    `job` names the kind of MLflow run, so that learning and comparing do not write into each other's.
+    """
+    terminal = Terminal()
+    with PeakMemory() as memory:
+        with terminal.working("starting Ray"):
+            cluster = connect()
+        training = config.training
+        check_resources(
+            workers=training.workers,
+            cpus_per_worker=training.threads,
+            gpus_per_worker=int(training.gpu),
+            extra_cpus=SPARE_CPUS,
+        )
+        run = StreamRun(config, cluster, terminal, memory)
+        run.folder.mkdir(parents=True, exist_ok=True)
+        with terminal.working("opening MLflow"):
+            experiment = open_tracking(config.tracking_uri, config.registry.experiment)
+        with tracked_run(experiment, f"{config.name} {job}", digest(config, run.fingerprint, job)) as run_id:
+            run.run_id = run_id
+            log_config(run_id, config)
+            yield run
+
+
+def write_json(file: Path, value: Any) -> None:
+    """Writes a JSON file, all of it or nothing."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    draft = file.with_name(file.name + ".draft")
+    draft.write_text(json.dumps(value, indent=1) + "\n")
+    draft.rename(file)
+
+
+class Stopwatch:
+    """Seconds that a run has taken over all its restarts, kept in a file."""
+
+    def __init__(self, file: Path) -> None:
+        self._file = file
+        self._before = float(json.loads(file.read_text())["seconds"]) if file.exists() else 0.0
+        self._started = time.monotonic()
+
+    def lap(self) -> float:
+        """Returns the seconds so far and writes them down."""
+        seconds = self._before + time.monotonic() - self._started
+        write_json(self._file, {"seconds": seconds})
+        return seconds
+
+
+def accuracy_text(values: Mapping[str, float]) -> str:
+    """Returns accuracies as one line."""
+    return "  ".join(f"{name} {value:.2f}" for name, value in values.items())

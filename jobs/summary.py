@@ -1,0 +1,122 @@
+"""`summary.json`: what a run measured, for machines and for the report."""
+
+import base64
+import io
+import shlex
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from jobs.stream_run import StreamRun
+from pipeline.evaluation.evaluate import BASE, Evaluation
+from pipeline.evaluation.matrix import AccuracyMatrix, continual_metrics
+from pipeline.streams.sources import first_records
+
+PACKAGES = ("torch", "ray", "transformers", "peft", "deepspeed", "mlflow", "pyarrow")
+SAMPLES = 2
+"""Sample prompts of each column in the report."""
+
+
+def provenance(run: StreamRun, started: datetime) -> dict[str, Any]:
+    """Returns name, command line, seed, commit and versions."""
+    return {
+        "name": run.config.name,
+        "command": command_line(),
+        "seed": run.config.seed,
+        "git_commit": git_commit(),
+        "started": started.isoformat(timespec="seconds"),
+        "versions": {package: version(package) for package in PACKAGES},
+        "base": {"label": run.config.base.label, "fingerprint": run.fingerprint},
+    }
+
+
+def now() -> datetime:
+    """Returns the time in UTC."""
+    return datetime.now(UTC)
+
+
+def command_line() -> str:
+    """Returns the command as the user typed it."""
+    return shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
+
+
+def git_commit() -> str | None:
+    """Returns the commit of the code, or None outside a checkout."""
+    here = Path(__file__).parent
+    answer = subprocess.run(["git", "-C", str(here), "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
+    return answer.stdout.strip() or None
+
+
+def task_figures(run: StreamRun, task: str, figures: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns a task's part of the summary."""
+    return {
+        "seconds": figures["seconds"],
+        "expert_seconds": figures["expert_seconds"],
+        "router_seconds": figures["router_seconds"],
+        "wait_seconds": figures["expert_wait_seconds"] + figures["router_wait_seconds"],
+        "samples": int(figures["samples"]),
+        "quarantined": int(figures["quarantined"]),
+        "expert_loss": _curve(figures["expert_losses"]),
+        "router_loss": _curve(figures["router_losses"]),
+    }
+
+
+def _curve(losses: Sequence[float], points: int = 100) -> list[list[float]]:
+    """Returns [step, loss] pairs, thinned to about `points`."""
+    every = max(1, len(losses) // points)
+    return [[i + 1, round(loss, 4)] for i, loss in enumerate(losses) if i % every == 0 or i == len(losses) - 1]
+
+
+def wait_share(tasks: Mapping[str, Mapping[str, Any]]) -> float:
+    """Returns the share of step time that training stood still for data."""
+    steps = sum(t["expert_seconds"] + t["router_seconds"] for t in tasks.values())
+    return sum(t["wait_seconds"] for t in tasks.values()) / steps if steps else 0.0
+
+
+def learned(run: StreamRun, matrix: AccuracyMatrix, last: Evaluation, tasks: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the parts of the summary that describe what was learned."""
+    names, columns = list(tasks), list(run.columns)
+    experts = [*names, BASE]
+    routing = {"experts": experts, "columns": columns, "shares": last.shares(experts, columns)}
+    return {
+        "tasks": dict(tasks),
+        "data_wait_share": wait_share(tasks),
+        "accuracy_matrix": matrix.to_json(),
+        "continual": continual_metrics(matrix) | {"routing_accuracy": last.routing_accuracy(names)},
+        "routing": routing,
+        "samples": samples(run, last),
+    }
+
+
+def samples(run: StreamRun, evaluation: Evaluation) -> list[dict[str, Any]]:
+    """Returns the first prompts of every column with image, answer and chosen expert."""
+    answered = {(p.column, p.id): p for p in evaluation.predictions}
+    shown = []
+    for name, task in run.columns.items():
+        for record in first_records(task.eval, run.data_folder, task.prompt, SAMPLES):
+            prediction = answered.get((name, record.id))
+            if prediction is None:
+                continue
+            image = None
+            if record.images:
+                stream = io.BytesIO()
+                picture = record.images[0]
+                picture.thumbnail((256, 256))
+                picture.save(stream, format="PNG")
+                image = base64.b64encode(stream.getvalue()).decode()
+            shown.append(
+                {
+                    "column": name,
+                    "question": record.question,
+                    "answer": prediction.answer,
+                    "prediction": prediction.prediction,
+                    "correct": prediction.score == 1.0,
+                    "expert": prediction.expert,
+                    "image": image,
+                }
+            )
+    return shown

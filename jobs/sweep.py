@@ -1,0 +1,119 @@
+"""Sweeps LoRA rank and router temperature for one task of a stream with Ray Tune.
+
+    python -m jobs.sweep jobs/configs/embedded.yaml --task later --ranks 4,8,16 --temperatures 0.2,1,5
+
+An expert is trained once a rank; each temperature then only costs an evaluation, with the token router, inside the pool
+that `pointsman learn` has made (the swept task's own expert replaced). Every trial is an MLflow run nested in the sweep's.
+"""
+
+import math
+from pathlib import Path
+from time import monotonic
+from typing import Annotated
+
+import mlflow
+import typer
+
+from cluster.preflight import build_deepspeed_ops
+from jobs.options import Address, ConfigFile, Overrides, job_command, load, user_errors
+from jobs.stream_run import StreamRun, open_run, write_json
+from jobs.summary import now, provenance
+from jobs.terminal import table
+from pipeline.config import ConfigError, digest
+from pipeline.registry.tracking import log_batch
+from pipeline.routing.pool import Pool
+from tuning.space import SweepSpace
+from tuning.sweep import SweepResult, sweep
+
+Task = Annotated[str | None, typer.Option(help="Task of the stream to sweep; default: its last.")]
+Ranks = Annotated[str, typer.Option(help="LoRA ranks, separated by commas; one training each.")]
+Temperatures = Annotated[str, typer.Option(help="Router temperatures, separated by commas; one evaluation each.")]
+
+
+def main(
+    config: ConfigFile,
+    overrides: Overrides = None,
+    task: Task = None,
+    ranks: Ranks = "4,8,16",
+    temperatures: Temperatures = "0.2,1,5",
+    address: Address = None,
+) -> None:
+    """Sweep LoRA rank x router temperature for one task; trains once a rank, evaluates once a temperature."""
+    with user_errors():
+        settings = load(config, overrides)
+        try:
+            space = SweepSpace(
+                ranks=tuple(int(r) for r in ranks.split(",")),
+                temperatures=tuple(float(t) for t in temperatures.split(",")),
+            )
+        except ValueError as error:
+            raise ConfigError(f"--ranks {ranks} --temperatures {temperatures}: {error}") from None
+        if address:
+            more = ["--ranks", ranks, "--temperatures", temperatures, *(["--task", task] if task else [])]
+            job_command("jobs.sweep", config, overrides, address, *more)
+        with open_run(settings, job=f"sweep {digest(space, task)}") as run:
+            _sweep(run, space, task)
+
+
+def _sweep(run: StreamRun, space: SweepSpace, name: str | None) -> None:
+    started, begun, config = now(), monotonic(), run.config
+    tasks = {task.name: task for task in config.stream.tasks}
+    name = name or list(tasks)[-1]
+    if name not in tasks:
+        raise ConfigError(f"--task {name}: the stream has no such task; there are: {', '.join(tasks)}")
+    task = tasks[name]
+    pool_folder = run.folder / "pool" if (run.folder / "pool" / "pool.json").exists() else None
+    others = [n for n in Pool.load(pool_folder).names if n != name and n in tasks] if pool_folder else []
+    if not others:
+        run.terminal.say(
+            "no learned pool with other tasks: the expert stands alone, and temperature has nothing to weigh; "
+            "run `pointsman learn` first to sweep inside its pool"
+        )
+    prompts = run.prompts.rows([name, *others])
+    job, rows = run.job(task, f"sweep-{run.expert_digest(task)}")
+    folder = run.folder / "sweeps" / f"{name}-{digest(space, job, config.evaluation)}"
+    env = {} if config.training.gpu else build_deepspeed_ops()
+    trials = len(space.ranks) * len(space.temperatures)
+    with run.terminal.working(f"sweeping {name}: {len(space.ranks)} trainings, {trials} evaluations"):
+        result = sweep(
+            space, config, job, rows, prompts=prompts, tasks=tasks, pool=pool_folder, folder=folder, worker_env=env
+        )
+    _log(result, name)
+    summary = provenance(run, started) | {
+        "task": name,
+        "seconds_total": monotonic() - begun,
+        "training_seconds": {str(rank): t["seconds"] for rank, t in result.trainings.items()},
+        "trials": [vars(trial) for trial in result.trials],
+    }
+    write_json(folder / "summary.json", summary)
+    mlflow.log_artifact(str(folder / "summary.json"))
+    _show(run, result, summary, folder)
+
+
+def _log(result: SweepResult, task: str) -> None:
+    """Writes a nested run for every trial."""
+    for trial in result.trials:
+        training = result.trainings[trial.rank]
+        with mlflow.start_run(run_name=f"{task} r{trial.rank} t{trial.temperature:g}", nested=True) as nested:
+            mlflow.log_params({"task": task, "rank": trial.rank, "temperature": trial.temperature})
+            points = [("accuracy", trial.accuracy, 0), ("expert_loss", training["expert_loss"], 0)]
+            if not math.isnan(trial.others):
+                points.append(("others", trial.others, 0))
+            points += [("loss", loss, step + 1) for step, loss in enumerate(training["losses"])]
+            log_batch(nested.info.run_id, points)
+
+
+def _show(run: StreamRun, result: SweepResult, summary: dict[str, object], folder: Path) -> None:
+    rows = [
+        [str(t.rank), f"{t.temperature:g}", f"{t.accuracy:.3f}", f"{t.others:.3f}", f"{t.seconds:.1f}"]
+        for t in result.trials
+    ]
+    header = ["rank", "temperature", f"{summary['task']}", "other tasks", "seconds"]
+    run.terminal.console.print(table("Sweep", header, rows))
+    trainings = ", ".join(f"rank {rank} {t['seconds']:.0f} s" for rank, t in result.trainings.items())
+    run.terminal.say(f"trainings: {trainings}; in all {summary['seconds_total']:.0f} s")
+    run.terminal.say(f"summary    {folder / 'summary.json'}")
+
+
+if __name__ == "__main__":
+    typer.run(main)

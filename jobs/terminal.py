@@ -1,0 +1,106 @@
+"""What a job shows in the terminal: progress with task, stage, loss and time left; lines of what is done; closing tables."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    SpinnerColumn,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from rich.table import Table
+
+from pipeline.training.telemetry import Step
+
+
+class Terminal:
+    """Progress bars on a terminal; plain lines where the output is a file or a job's log."""
+
+    def __init__(self) -> None:
+        self.console = Console(highlight=False)
+        self._progress: Progress | None = None
+
+    def say(self, text: str) -> None:
+        """Prints a line above the bars."""
+        self.console.print(text, soft_wrap=True)
+
+    @contextmanager
+    def working(self, text: str) -> Iterator[None]:
+        """Shows that something without a known length is going on."""
+        if not self.console.is_terminal:
+            self.say(f"  {text} ...")
+            yield
+            return
+        columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
+        with Progress(*columns, console=self.console, transient=True) as progress:
+            progress.add_task(text, total=None)
+            yield
+
+    @contextmanager
+    def training(self, task: str) -> Iterator["TrainingBar"]:
+        """Shows the stages of one task."""
+        if not self.console.is_terminal:
+            yield TrainingBar(self, task, None)
+            return
+        columns = (
+            TextColumn("{task.description:28}"),
+            BarColumn(bar_width=30),
+            MofNCompleteColumn(),
+            TextColumn("loss {task.fields[loss]:.3f}"),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+        )
+        with Progress(*columns, console=self.console, transient=True) as progress:
+            yield TrainingBar(self, task, progress)
+
+
+class TrainingBar:
+    """Turns training steps into bars, or into a line every quarter of a stage."""
+
+    def __init__(self, terminal: Terminal, task: str, progress: Progress | None) -> None:
+        self._terminal, self._progress = terminal, progress
+        self._bars = {}
+        if progress is not None:
+            self._bars["starting"] = progress.add_task(f"{task}: starting workers", total=None, loss=float("nan"))
+
+    def update(self, steps: Sequence[Step]) -> None:
+        """Shows the latest of these steps."""
+        for step in steps:
+            if self._progress is None:
+                if step.step % max(1, step.steps // 4) == 0 or step.step == step.steps:
+                    self._terminal.say(
+                        f"  {step.task}: {step.stage} stage {step.step}/{step.steps}, loss {step.loss:.3f}"
+                    )
+                continue
+            if (starting := self._bars.pop("starting", None)) is not None:
+                self._progress.remove_task(starting)
+            if step.stage not in self._bars:
+                self._bars[step.stage] = self._progress.add_task(
+                    f"{step.task}: {step.stage} stage", total=step.steps, loss=step.loss
+                )
+            self._progress.update(self._bars[step.stage], completed=step.step, loss=step.loss)
+
+
+def table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
+    """Returns a table whose first column is text and whose others are figures."""
+    drawn = Table(title=title, title_justify="left", title_style="bold")
+    for number, name in enumerate(header):
+        drawn.add_column(name, justify="left" if number == 0 else "right")
+    for row in rows:
+        drawn.add_row(*row)
+    return drawn
+
+
+def methods_table(methods: Mapping[str, Mapping[str, object]]) -> Table:
+    """Returns the comparison of methods."""
+    rows = [
+        [name, f"{m['new']:.3f}", f"{m['foundation']:.3f}", f"{m['samples']:,}", f"{m['seconds']:.0f}"]
+        for name, m in methods.items()
+    ]
+    return table("Methods", ["method", "new tasks", "foundation", "training samples", "training seconds"], rows)

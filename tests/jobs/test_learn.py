@@ -1,0 +1,156 @@
+"""The main job as a user runs it: a process of its own, killed, resumed, run again."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+from mlflow import MlflowClient
+
+from pipeline.routing.pool import Pool
+
+ROOT = Path(__file__).parents[2]
+
+
+def stream(tiny_folder: Path, output: Path) -> Path:
+    """Writes a stream of two tasks that takes seconds to learn; one has a bad row."""
+    output.mkdir(parents=True, exist_ok=True)
+    lines = [
+        json.dumps(
+            {
+                "id": f"r{n}",
+                "messages": [
+                    {"role": "user", "content": f"echo {n % 10}"},
+                    {"role": "assistant", "content": str(n % 10)},
+                ],
+            }
+        )
+        for n in range(79)
+    ]
+    (output / "echo.jsonl").write_text("\n".join([*lines, "not a row"]) + "\n")
+    config = {
+        "name": "mini",
+        "output": str(output),
+        "base": {"path": str(tiny_folder), "name": "untrained"},
+        "stream": {
+            "tasks": [
+                {
+                    "name": "digits",
+                    "train": {"path": "embedded://digits/train", "limit": 64},
+                    "eval": {"path": "embedded://digits/eval", "limit": 16},
+                },
+                {
+                    "name": "echo",
+                    "train": str(output / "echo.jsonl"),
+                    "eval": {"path": "embedded://successor/eval", "limit": 16},
+                },
+            ],
+            "foundation": [{"name": "repeat", "eval": {"path": "embedded://repeat/eval", "limit": 16}}],
+            "general": {"path": "embedded://general/train", "limit": 64},
+        },
+        "expert": {"steps": 12, "batch_size": 16, "rank": 4},
+        "router": {"steps": 4},
+        "training": {"threads": 1, "checkpoint_every": 4},
+        "evaluation": {"max_new_tokens": 2},
+    }
+    file = output / "mini.yaml"
+    file.write_text(yaml.safe_dump(config))
+    return file
+
+
+def start(config: Path) -> subprocess.Popen[str]:
+    command = [sys.executable, "-m", "jobs.learn", str(config)]
+    log = (config.parent / "log.txt").open("a")
+    return subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=log, start_new_session=True)
+
+
+def finish(config: Path) -> dict:
+    process = start(config)
+    assert process.wait(timeout=400) == 0, (config.parent / "log.txt").read_text()[-3000:]
+    return json.loads((config.parent / "mini" / "summary.json").read_text())
+
+
+def kill_when(process: subprocess.Popen, ready) -> None:
+    """Kills the driver, and it alone, as soon as `ready()`."""
+    deadline = time.monotonic() + 300
+    while not ready():
+        assert process.poll() is None, "ended before it could be killed"
+        assert time.monotonic() < deadline
+        time.sleep(0.2)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tiny_folder, tmp_path_factory):
+    config = stream(tiny_folder, tmp_path_factory.mktemp("undisturbed"))
+    return config, finish(config)
+
+
+def versions(config: Path, model: str) -> list[str]:
+    client = MlflowClient(f"sqlite:///{config.parent / 'mlflow.db'}")
+    return sorted(v.version for v in client.search_model_versions(f"name = '{model}'"))
+
+
+def test_summary_and_registry(undisturbed):
+    config, summary = undisturbed
+    assert set(summary["tasks"]) == {"digits", "echo"}
+    assert summary["tasks"]["echo"]["quarantined"] == 1
+    assert len(summary["accuracy_matrix"]["values"]) == 3
+    assert summary["peak_memory_bytes"] > 0
+    assert 0 <= summary["data_wait_share"] < 1
+    assert versions(config, "untrained.experts") == ["1", "2"]
+    assert versions(config, "untrained.pool") == ["1", "2"]
+    assert (config.parent / "mini" / "report.html").exists()
+    client = MlflowClient(f"sqlite:///{config.parent / 'mlflow.db'}")
+    (run,) = client.search_runs(["1"])
+    assert len(client.get_metric_history(run.info.run_id, "digits/expert_loss")) == 12
+    assert len(client.get_metric_history(run.info.run_id, "digits/router_loss")) == 4
+
+
+def test_a_finished_run_changes_nothing(undisturbed):
+    config, summary = undisturbed
+    again = finish(config)
+    assert again["accuracy_matrix"] == summary["accuracy_matrix"]
+    assert again["tasks"] == summary["tasks"]
+    assert versions(config, "untrained.experts") == ["1", "2"]
+    assert versions(config, "untrained.pool") == ["1", "2"]
+
+
+def test_killed_driver_goes_on_to_the_same_pool(undisturbed, tiny_folder, tmp_path):
+    config = stream(tiny_folder, tmp_path / "killed")
+    training = config.parent / "mini" / "training"
+    # Once in the middle of the first task's training, once after it was registered.
+    kill_when(start(config), lambda: any(training.glob("digits-*/checkpoint_*")))
+    kill_when(start(config), lambda: any((config.parent / "mini" / "state").glob("task-*.json")))
+    finish(config)
+    assert_same_pool(Pool.load(config.parent / "mini" / "pool"), Pool.load(undisturbed[0].parent / "mini" / "pool"))
+    assert versions(config, "untrained.pool") == ["1", "2"]
+
+
+def assert_same_pool(one: Pool, other: Pool) -> None:
+    assert one.names == other.names
+    for name, expert in one.experts.items():
+        twin = other.experts[name]
+        for path, adapter in expert.adapters.items():
+            assert adapter.b_OR.equal(twin.adapters[path].b_OR)
+            assert expert.vectors[path].equal(twin.vectors[path])
+        assert expert.statistics.sum_F.equal(twin.statistics.sum_F)
+
+
+def test_a_wrong_field_teaches(tiny_folder, tmp_path):
+    config = stream(tiny_folder, tmp_path)
+    answer = subprocess.run(
+        [sys.executable, "-m", "jobs.learn", str(config), "expert.rnak=3"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert answer.returncode == 2
+    assert "did you mean `expert.rank`?" in answer.stderr

@@ -1,0 +1,84 @@
+"""What trials do: one trains an expert of some rank, another evaluates it at some temperature.
+
+A training trial holds only a token of a CPU, since Ray Train books CPUs of its own: a trial that held one while its
+workers wait for it would never end (ray issue 54305).
+"""
+
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+import ray
+from ray import tune
+
+from pipeline.config import BaseModelConfig, EvaluationConfig, RouterConfig, TaskConfig
+from pipeline.evaluation.evaluate import Answerer, Evaluation, score
+from pipeline.routing.expert import Expert
+from pipeline.routing.pool import Pool
+from pipeline.training.run import run_training
+from pipeline.training.worker import Job
+
+TOKEN = {"cpu": 0.01}
+"""What a trial books for itself."""
+
+
+def train_rank(
+    space: dict[str, Any], *, job: dict[str, Any], rows: ray.data.Dataset, storage: str, env: dict[str, str]
+) -> None:
+    """Trains the task's expert at rank `space["rank"]`, or goes on with the run of that name; reports its folder."""
+    started = time.monotonic()
+    base = Job.model_validate(job)
+    rank = space["rank"]
+    expert = base.expert.model_copy(update={"rank": rank, "alpha": None})
+    trained = run_training(
+        base.model_copy(update={"expert": expert, "digest": f"{base.digest}-rank{rank}"}),
+        rows,
+        storage=Path(storage),
+        worker_env=env,
+    )
+    tune.report(
+        {
+            "expert": str(trained.expert),
+            "seconds": time.monotonic() - started,
+            "expert_loss": trained.figures["expert_loss"],
+            "losses": trained.figures["expert_losses"],
+        }
+    )
+
+
+def evaluate_temperature(space: dict[str, Any], *, evaluator: Any, experts: dict[int, str]) -> None:
+    """Evaluates the expert of rank `space["rank"]` inside the pool, routed at `space["temperature"]`."""
+    started = time.monotonic()
+    accuracies = ray.get(evaluator.evaluate.remote(experts[space["rank"]], space["temperature"]))
+    tune.report({**accuracies, "seconds": time.monotonic() - started})
+
+
+@ray.remote
+class Evaluator:
+    """Holds the base and the prompts for all trials, so that a trial costs its answers and nothing else."""
+
+    def __init__(
+        self,
+        base: BaseModelConfig,
+        pool: str | None,
+        prompts: ray.data.Dataset,
+        tasks: Mapping[str, TaskConfig],
+        config: EvaluationConfig,
+        threads: int,
+    ) -> None:
+        self._answerer = Answerer(base, None, "routed", config, threads)
+        self._pool = Pool.load(pool) if pool else None
+        self._tasks = tasks
+        self._batches = list(prompts.iter_batches(batch_size=config.batch_size, batch_format="numpy"))
+
+    def evaluate(self, expert: str, temperature: float) -> dict[str, float]:
+        """Returns `accuracy` on the expert's own task and `others`, the mean over the pool's other tasks."""
+        trained, base = Expert.load(expert), self._answerer.base
+        pool = self._pool or Pool(base.label, base.fingerprint, RouterConfig())
+        self._answerer.attach(pool.add(trained).routed_by(kind="token", temperature=temperature))
+        answered = [score(self._answerer(batch), self._tasks) for batch in self._batches]
+        means = Evaluation([p for predictions in answered for p in predictions]).accuracies()
+        own = means.pop(trained.card.task)
+        return {"accuracy": own, "others": fmean(means.values()) if means else float("nan")}
