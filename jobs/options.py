@@ -1,5 +1,6 @@
 """Options that jobs share: the configuration file, overrides, the cluster's address; how errors of the user are shown."""
 
+import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -8,7 +9,7 @@ from typing import Annotated, NoReturn
 
 import typer
 
-from cluster.local import ClusterError
+from cluster.local import JOB_CONFIG, ClusterError
 from cluster.preflight import PreflightError
 from cluster.submit import SubmitError, submit
 from pipeline.config import ConfigError, LearnConfig, fields_of, load_config
@@ -52,8 +53,16 @@ def user_errors() -> Iterator[None]:
 
 
 def load(config: Path, overrides: list[str] | None) -> LearnConfig:
-    """Reads the configuration of a stream with overrides."""
-    return load_config(config, overrides or [], LearnConfig)
+    """Reads the configuration of a stream with overrides.
+
+    A submitted job runs in a copy of the working folder that Ray throws away; there, a relative `output` counts from
+    `~/pointsman`, so that results last and a job that is submitted again finds them.
+    """
+    settings = load_config(config, overrides or [], LearnConfig)
+    if JOB_CONFIG in os.environ and not Path(settings.output).is_absolute():
+        settings = settings.model_copy(update={"output": str(Path.home() / "pointsman" / settings.output)})
+        typer.echo(f"output goes to {settings.folder}")
+    return settings
 
 
 def job_command(module: str, config: Path, overrides: list[str] | None, address: str, *more: str) -> NoReturn:

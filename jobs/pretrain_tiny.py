@@ -18,7 +18,6 @@ import torch
 import typer
 from transformers import InternVLForConditionalGeneration
 
-from pipeline.models.processors import load_processor
 from pipeline.models.prompts import IGNORED, Encoded, chat, collate, generate_answers
 from pipeline.models.tiny import TINY_BASE, build_tiny, tiny_processor
 from pipeline.streams.embedded.foundation import FAMILIES, FOUNDATION, Example, vocabulary
@@ -128,11 +127,10 @@ def main(
     torch.set_num_threads(threads)
     torch.manual_seed(seed)
     history: list[dict[str, Any]] = []
+    processor = tiny_processor(vocabulary())
     if start is None:
-        processor = tiny_processor(vocabulary())
         model = build_tiny(processor)
     else:
-        processor = load_processor(start)
         model = InternVLForConditionalGeneration.from_pretrained(start)
         history = json.loads((start / RECORD).read_text())["history"]
     model.train()

@@ -32,7 +32,7 @@ class ColumnsConfig(Config):
     """Which columns of a file hold what. Rows with `messages` need no mapping; question/answer rows name theirs."""
 
     id: str = "id"
-    """Column of the row's id; rows of a file without it are numbered in reading order."""
+    """Column of the row's id; rows without one are named by file and content."""
     messages: str = "messages"
     """Column of role/content messages, the last one the assistant's; `<image>` in a text stands for an image."""
     images: str = "images"

@@ -69,8 +69,10 @@ def head() -> Iterator[Head]:
     ]
     try:
         address = f"http://127.0.0.1:{ports[1]}"
-        wait_for(address, processes[0], folder / "nodes.log")
+        wait_for(address, processes, folder / "nodes.log")
         processes.append(start(f"--address=127.0.0.1:{ports[0]}", f"--dashboard-agent-listen-port={ports[3]}"))
+        # No job before both are up: nodes of one machine share a folder, and one that starts clears it of jobs' files.
+        wait_for(address, processes, folder / "nodes.log")
         yield Head(address, token, client)
     finally:
         alive = [psutil.Process(node.pid) for node in processes if node.poll() is None]
@@ -89,17 +91,18 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
-def wait_for(address: str, process: subprocess.Popen[bytes], output: Path) -> None:
-    """Waits until the head has started and its job server answers, be it with a refusal."""
+def wait_for(address: str, nodes: list[subprocess.Popen[bytes]], output: Path) -> None:
+    """Waits until all nodes have started and the job server answers, be it with a refusal."""
     deadline = time.monotonic() + PATIENCE
     while True:
         printed = output.read_text()
-        assert process.poll() is None, printed
+        assert all(node.poll() is None for node in nodes), printed
         assert time.monotonic() < deadline, printed
         try:
             requests.get(f"{address}/api/version", timeout=10)
         except requests.RequestException:
             time.sleep(0.5)
         else:
-            if "Ray runtime started" in printed:
+            if printed.count("Ray runtime started") == len(nodes):
                 return
+            time.sleep(0.5)

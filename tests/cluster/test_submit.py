@@ -26,16 +26,12 @@ print(json.dumps(outcome))
 """
 
 JOB = """
-import os, time
+import os
 from pathlib import Path
 import ray
 from cluster.local import connect
 from cluster.preflight import build_deepspeed_ops
 info = connect()
-for _ in range(120):
-    if len(ray.nodes()) == 2:
-        break
-    time.sleep(1)
 print("NODES", len(ray.nodes()))
 print("JOINED", not info.started, sorted(path.name for path in Path.cwd().iterdir()))
 print("WORKER", ray.get(ray.remote(lambda: os.environ["TOKENIZERS_PARALLELISM"]).remote()))
