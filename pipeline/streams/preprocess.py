@@ -21,7 +21,7 @@ from pipeline.config import SourceConfig, StreamConfig
 from pipeline.models.processors import load_processor
 from pipeline.models.prompts import Encoded, encode
 from pipeline.streams.records import BadRow
-from pipeline.streams.sources import StreamError, count_rows, excerpt, read, record_of
+from pipeline.streams.sources import PATH, StreamError, count_rows, excerpt, read, record_of, row_id
 
 _processor = lru_cache(maxsize=2)(load_processor)
 
@@ -156,17 +156,17 @@ def encode_batch(
     out: list[dict[str, Any]] = []
     for values in zip(*(batch[key] for key in names), strict=True):
         raw = {key: plain(value) for key, value in zip(names, values, strict=True)}
-        row: dict[str, Any] = {"column": column, "source": str(raw.get("path", "")), "reason": "", "excerpt": ""}
+        row = {"column": column, "id": row_id(raw, part.source), "question": "", "answers": "[]"}
+        row |= {"reason": "", "excerpt": "", "source": str(raw.get(PATH, ""))}
         try:
             record = record_of(raw, part.source, part.prompt)
-            row |= {"id": record.id, "question": record.question, "answers": json.dumps(record.answers)}
             encoded = encode(loaded, record.messages, record.images, answer=answer)
             if len(encoded.input_ids) > max_tokens:
                 raise BadRow(f"{len(encoded.input_ids)} tokens, stream.max_tokens allows {max_tokens}")
+            row |= {"question": record.question, "answers": json.dumps(record.answers)}
         except BadRow as error:
             encoded = _NOTHING
-            fallback = {"id": str(raw.get(part.source.columns.id) or ""), "question": "", "answers": "[]"}
-            row = fallback | row | {"reason": str(error), "excerpt": excerpt(raw)}
+            row |= {"reason": str(error), "excerpt": excerpt(raw)}
         out.append(row | pack(encoded))
     return {key: [row[key] for row in out] for key in out[0]} if out else {}
 

@@ -101,13 +101,31 @@ def fingerprint(source: SourceConfig, folder: Path) -> str:
     return digest.hexdigest()[:16]
 
 
+def row_id(row: dict[str, Any], source: SourceConfig) -> str:
+    """Returns the id of a raw row, good or bad; where it has none, its file and a hash of its content."""
+    path, content = str(row.get(PATH, "")), _content(row)
+    values = content
+    if isinstance(content, str):
+        try:
+            values = parse_line(content)
+        except BadRow:
+            values = {}
+    if values.get(source.columns.id) is not None:
+        return str(values[source.columns.id])
+    return f"{Path(path).name}#{hashlib.sha256(repr(content).encode()).hexdigest()[:10]}"
+
+
 def record_of(row: dict[str, Any], source: SourceConfig, prompt: str) -> Record:
-    """Turns a raw row into a record; raises BadRow. A row without an id is named by its file and content."""
-    path = str(row.get(PATH, ""))
-    content = row[LINE] if set(row) <= {LINE, PATH} else row
-    name = f"{Path(path).name}#{hashlib.sha256(repr(content).encode()).hexdigest()[:10]}"
+    """Turns a raw row into a record; raises BadRow."""
+    content = _content(row)
     values = parse_line(content) if isinstance(content, str) else content
-    return to_record(values, source.columns, name=name, prompt=prompt, folder=Path(path).parent)
+    folder = Path(str(row.get(PATH, ""))).parent
+    return to_record(values, source.columns, name=row_id(row, source), prompt=prompt, folder=folder)
+
+
+def _content(row: dict[str, Any]) -> Any:
+    """Returns a jsonl line as text, or a row of columns as it is."""
+    return row[LINE] if set(row) <= {LINE, PATH} else row
 
 
 def first_records(source: SourceConfig, folder: Path, prompt: str, count: int) -> Iterator[Record]:

@@ -44,7 +44,7 @@ class Head:
 
 @pytest.fixture(scope="module")
 def head() -> Iterator[Head]:
-    """`ray start --head` and a second node, with ports, token and temporary folder of their own."""
+    """`ray start --head` with ports, token and temporary folder of its own."""
     folder = Path(tempfile.mkdtemp(prefix="pm", dir="/tmp"))  # short: Ray puts sockets into it
     token = uuid.uuid4().hex
     (folder / ".ray").mkdir()
@@ -52,36 +52,30 @@ def head() -> Iterator[Head]:
     clean = {k: v for k, v in os.environ.items() if not k.startswith("RAY_") and k != "OMP_NUM_THREADS"}
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
     client = clean | {"HOME": str(folder), "PATH": path, "PYTHONPATH": str(ROOT)}
-    nodes = client | {"TORCH_EXTENSIONS_DIR": str(extensions_folder()), "RAY_AUTH_MODE": "token"}
-    del nodes["PYTHONPATH"]  # jobs find the code in their working folder
-    ports = [free_port() for _ in range(4)]
-    output = (folder / "nodes.log").open("w")
-
-    def start(*options: str) -> subprocess.Popen[bytes]:
-        command = ["ray", "start", "--block", "--num-cpus=1", "--disable-usage-stats", *options]
-        return subprocess.Popen(command, env=nodes, stdout=output, stderr=subprocess.STDOUT)
-
-    processes = [
-        start(
-            *("--head", f"--port={ports[0]}", "--dashboard-host=127.0.0.1", f"--dashboard-port={ports[1]}"),
-            *(f"--dashboard-agent-listen-port={ports[2]}", f"--temp-dir={folder}/ray"),
+    node = client | {"TORCH_EXTENSIONS_DIR": str(extensions_folder()), "RAY_AUTH_MODE": "token"}
+    del node["PYTHONPATH"]  # jobs find the code in their working folder
+    ports = [free_port() for _ in range(3)]
+    with (folder / "head.log").open("w") as output:
+        process = subprocess.Popen(
+            [
+                *("ray", "start", "--head", "--block", "--num-cpus=2", "--disable-usage-stats", f"--port={ports[0]}"),
+                *("--dashboard-host=127.0.0.1", f"--dashboard-port={ports[1]}"),
+                *(f"--dashboard-agent-listen-port={ports[2]}", f"--temp-dir={folder}/ray"),
+            ],
+            env=node,
+            stdout=output,
+            stderr=subprocess.STDOUT,
         )
-    ]
     try:
         address = f"http://127.0.0.1:{ports[1]}"
-        wait_for(address, processes, folder / "nodes.log")
-        processes.append(start(f"--address=127.0.0.1:{ports[0]}", f"--dashboard-agent-listen-port={ports[3]}"))
-        # No job before both are up: nodes of one machine share a folder, and one that starts clears it of jobs' files.
-        wait_for(address, processes, folder / "nodes.log")
+        wait_for(address, process, folder / "head.log")
         yield Head(address, token, client)
     finally:
-        alive = [psutil.Process(node.pid) for node in processes if node.poll() is None]
-        family = [member for node in alive for member in (node, *node.children(recursive=True))]
-        for member in alive:
-            member.terminate()
-        for survivor in psutil.wait_procs(family, timeout=20)[1]:
-            survivor.kill()
-        output.close()
+        if process.poll() is None:
+            family = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
+            process.terminate()
+            for survivor in psutil.wait_procs(family, timeout=20)[1]:
+                survivor.kill()
         shutil.rmtree(folder, ignore_errors=True)
 
 
@@ -91,18 +85,11 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
-def wait_for(address: str, nodes: list[subprocess.Popen[bytes]], output: Path) -> None:
-    """Waits until all nodes have started and the job server answers, be it with a refusal."""
+def wait_for(address: str, process: subprocess.Popen[bytes], output: Path) -> None:
+    """Waits until the head has started and its job server answers, be it with a refusal."""
     deadline = time.monotonic() + PATIENCE
-    while True:
-        printed = output.read_text()
-        assert all(node.poll() is None for node in nodes), printed
+    while "Ray runtime started" not in (printed := output.read_text()):
+        assert process.poll() is None, printed
         assert time.monotonic() < deadline, printed
-        try:
-            requests.get(f"{address}/api/version", timeout=10)
-        except requests.RequestException:
-            time.sleep(0.5)
-        else:
-            if printed.count("Ray runtime started") == len(nodes):
-                return
-            time.sleep(0.5)
+        time.sleep(0.5)
+    assert requests.get(f"{address}/api/version", timeout=30).status_code == 401

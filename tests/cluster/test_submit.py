@@ -32,7 +32,6 @@ import ray
 from cluster.local import connect
 from cluster.preflight import build_deepspeed_ops
 info = connect()
-print("NODES", len(ray.nodes()))
 print("JOINED", not info.started, sorted(path.name for path in Path.cwd().iterdir()))
 print("WORKER", ray.get(ray.remote(lambda: os.environ["TOKENIZERS_PARALLELISM"]).remote()))
 print("OPERATOR", build_deepspeed_ops()["DS_ACCELERATOR"])
@@ -65,7 +64,6 @@ def test_job_joins_its_cluster_and_its_output_appears_here(head: Head, folder: P
     printed, outcome = run_client(head, folder, "joins", "python", "job.py")
     assert outcome == outcome | {"submission_id": "joins", "status": "SUCCEEDED", "exit_code": 0}, printed
     assert "JOINED True ['cluster', 'job.py']" in printed
-    assert "NODES 2" in printed
     assert "WORKER false" in printed
     assert "OPERATOR cpu" in printed
 
