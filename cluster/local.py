@@ -25,7 +25,7 @@ from ray.util.debug import log_once
 
 log = logging.getLogger(__name__)
 
-SPARE_CPUS = 3
+SPARE_CPUS = 2
 """Logical CPUs beyond the real ones, for processes that mostly wait: readers of Ray Data, an evaluator, trial drivers.
 Ray Train books its CPUs first, and Ray Data hangs when none is left."""
 

@@ -20,7 +20,7 @@ from jobs.stream_run import StreamRun, open_run, write_json
 from jobs.summary import now, provenance
 from jobs.terminal import table
 from pipeline.config import ConfigError, digest
-from pipeline.registry.tracking import log_batch
+from pipeline.registry.tracking import active_run, log_batch
 from pipeline.routing.pool import Pool
 from tuning.space import SweepSpace
 from tuning.sweep import SweepResult, sweep
@@ -92,9 +92,11 @@ def _sweep(run: StreamRun, space: SweepSpace, name: str | None) -> None:
 
 def _log(result: SweepResult, task: str) -> None:
     """Writes a nested run for every trial."""
+    parent = active_run().info
     for trial in result.trials:
         training = result.trainings[trial.rank]
-        with mlflow.start_run(run_name=f"{task} r{trial.rank} t{trial.temperature:g}", nested=True) as nested:
+        name = f"{task} r{trial.rank} t{trial.temperature:g}"
+        with mlflow.start_run(experiment_id=parent.experiment_id, run_name=name, nested=True) as nested:
             mlflow.log_params({"task": task, "rank": trial.rank, "temperature": trial.temperature})
             points = [("accuracy", trial.accuracy, 0), ("expert_loss", training["expert_loss"], 0)]
             if not math.isnan(trial.others):

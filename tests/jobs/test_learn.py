@@ -94,7 +94,7 @@ def undisturbed(tiny_folder, tmp_path_factory):
 
 def versions(config: Path, model: str) -> list[str]:
     client = MlflowClient(f"sqlite:///{config.parent / 'mlflow.db'}")
-    return sorted(v.version for v in client.search_model_versions(f"name = '{model}'"))
+    return sorted(str(v.version) for v in client.search_model_versions(f"name = '{model}'"))
 
 
 def test_summary_and_registry(undisturbed):
