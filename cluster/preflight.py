@@ -5,6 +5,7 @@ for the lock that a killed build has left (pytorch #189245).
 """
 
 import fcntl
+import hashlib
 import logging
 import os
 import shutil
@@ -132,16 +133,16 @@ def _build_there(folder: Path) -> str | None:
 
 
 def extensions_folder() -> Path:
-    """Returns TORCH_EXTENSIONS_DIR, or our own folder under ~/.cache, named after the versions it is compiled against.
+    """Returns TORCH_EXTENSIONS_DIR, or our own folder under ~/.cache, one for each Python environment.
 
-    It has to be on a disk of the node: locks are judged by the processes of this machine.
+    The build names the environment's paths: shared by two of them, every worker would compile it again. It has to be on a
+    disk of the node: locks are judged by the processes of this machine.
     """
     if given := os.environ.get("TORCH_EXTENSIONS_DIR"):
         return Path(given).resolve()
-    versions = (
-        f"py{sys.version_info.major}.{sys.version_info.minor}-torch{version('torch')}-deepspeed{version('deepspeed')}"
-    )
-    return Path.home() / ".cache" / "pointsman" / "torch_extensions" / versions
+    environment = hashlib.sha256(f"{sys.prefix} {sys.version}".encode()).hexdigest()[:8]
+    built = f"torch{version('torch')}-deepspeed{version('deepspeed')}-{environment}"
+    return Path.home() / ".cache" / "pointsman" / "torch_extensions" / built
 
 
 def build_op(folder: Path) -> bool:
