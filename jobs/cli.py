@@ -1,5 +1,7 @@
 """The console command `pointsman`: every job is a subcommand; `--address` submits the same job to a cluster."""
 
+from typing import Any
+
 import typer
 from typer.core import TyperCommand
 
@@ -18,7 +20,7 @@ app = typer.Typer(
 class TeachingCommand(TyperCommand):
     """A command whose help ends with every field of its configuration."""
 
-    def format_epilog(self, ctx, formatter) -> None:  # type: ignore[no-untyped-def]
+    def format_epilog(self, ctx: Any, formatter: Any) -> None:
         """Writes the fields as they stand, one to a paragraph."""
         formatter.write("\n" + fields_help() + "\n")
 
