@@ -8,6 +8,7 @@ sequential   one LoRA, fine-tuned on task after task
 multitask    one LoRA, trained on all tasks' data at once
 token        the pool, routed token by token (the paper's router)
 prompt       the pool, one closed-form decision a prompt
+two_level    the pool, a short list by prompt, mixed by token
 """
 
 from typing import Any
@@ -51,6 +52,7 @@ def compare_methods(run: StreamRun, learned: Learned) -> dict[str, Any]:
         "multitask": _method(run, multitask, **multitask_figures),
         "token": _method(run, routed("token"), samples, all_seconds),
         "prompt": _method(run, routed("prompt"), samples, all_seconds),
+        "two_level": _method(run, routed("two_level"), samples, all_seconds),
     }
 
 

@@ -57,7 +57,7 @@ def learn_stream(run: StreamRun) -> Learned:
         key = digest(key, expert.card.config_digest)
         pool.save(pool_folder)
         # A null expert is part of the pool, so its sample is part of the pool's name.
-        null = None if pool.null is None else [pool.null.count, float(pool.null.sum_F.sum())]
+        null = None if pool.null is None else [pool.null.count, float(pool.null.mean_F.sum())]
         pool_key = digest(key, null)
         version = register_pool(pool_folder, config.base, digest=pool_key, experts=versions)
         seen = [*names[: number + 1], *families]
@@ -92,6 +92,7 @@ def _expert(run: StreamRun, task: TaskConfig) -> tuple[Expert, Any, dict[str, An
             download_expert(label, int(version.version), folder)
         run.terminal.say(f"  learned before, version {version.version} of {label}.experts")
         return Expert.load(folder), version, json.loads(file.read_text())
+    _ = run.worker_env  # made once a machine: no part of what learning a task takes
     started = monotonic()
     with run.terminal.working(f"reading {task.name}"):
         rows = run.training_rows(task)

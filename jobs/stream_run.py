@@ -51,7 +51,6 @@ class StreamRun:
         self.data_folder = Path(config.output).resolve() / "data" / "embedded"
         self.columns: dict[str, TaskConfig] = {t.name: t for t in (*config.stream.tasks, *config.stream.foundation)}
         self.run_id = ""
-        self._worker_env: dict[str, str] | None = None
         self._training: dict[str, Prepared] = {}
 
     # Data
@@ -149,10 +148,17 @@ class StreamRun:
         )
         return job.model_copy(update=changes), rows.rows([task.name])
 
+    @cached_property
+    def worker_env(self) -> dict[str, str]:
+        """The environment of training workers; without GPUs DeepSpeed's operator is compiled first (once a machine)."""
+        if self.config.training.gpu:
+            return {}
+        with self.terminal.working("preparing DeepSpeed (once on a machine, up to a minute)"):
+            return build_deepspeed_ops()
+
     def train(self, job: Job, rows: ray.data.Dataset) -> Trained:
         """Trains, or goes on with a run of the same name; progress in the terminal, loss curves in MLflow meanwhile."""
-        if self._worker_env is None:
-            self._worker_env = {} if self.config.training.gpu else build_deepspeed_ops()
+        worker_env = self.worker_env
         with self.terminal.training(job.task) as bar:
 
             def on_steps(steps: list[Step]) -> None:
@@ -160,7 +166,7 @@ class StreamRun:
                 log_batch(self.run_id, [(f"{s.task}/{s.stage}_loss", s.loss, s.step) for s in steps])
 
             return run_training(
-                job, rows, storage=self.folder / "training", on_steps=on_steps, worker_env=self._worker_env
+                job, rows, storage=self.folder / "training", on_steps=on_steps, worker_env=worker_env
             )
 
     # Evaluation

@@ -6,7 +6,6 @@ from contextlib import contextmanager
 from rich.console import Console
 from rich.progress import (
     BarColumn,
-    MofNCompleteColumn,
     Progress,
     SpinnerColumn,
     TextColumn,
@@ -48,13 +47,11 @@ class Terminal:
             yield TrainingBar(self, task, None)
             return
         columns = (
-            TextColumn("{task.description:28}"),
-            BarColumn(bar_width=30),
-            MofNCompleteColumn(),
-            TextColumn("loss {task.fields[loss]:.3f}"),
-            TimeElapsedColumn(),
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=16),
+            TextColumn("{task.fields[detail]}"),
+            TimeRemainingColumn(compact=True),  # all of it fits into 80 columns
             TextColumn("left"),
-            TimeRemainingColumn(),
         )
         with Progress(*columns, console=self.console, transient=True) as progress:
             yield TrainingBar(self, task, progress)
@@ -67,7 +64,7 @@ class TrainingBar:
         self._terminal, self._progress = terminal, progress
         self._bars = {}
         if progress is not None:
-            self._bars["starting"] = progress.add_task(f"{task}: starting workers", total=None, loss=float("nan"))
+            self._bars["starting"] = progress.add_task(f"{task}: starting workers", total=None, detail="")
 
     def update(self, steps: Sequence[Step]) -> None:
         """Shows the latest of these steps."""
@@ -81,10 +78,10 @@ class TrainingBar:
             if (starting := self._bars.pop("starting", None)) is not None:
                 self._progress.remove_task(starting)
             if step.stage not in self._bars:
-                self._bars[step.stage] = self._progress.add_task(
-                    f"{step.task}: {step.stage} stage", total=step.steps, loss=step.loss
-                )
-            self._progress.update(self._bars[step.stage], completed=step.step, loss=step.loss)
+                name = f"{step.task}: {step.stage} stage"
+                self._bars[step.stage] = self._progress.add_task(name, total=step.steps, detail="")
+            detail = f"{step.step}/{step.steps} loss {step.loss:.3f}"
+            self._progress.update(self._bars[step.stage], completed=step.step, detail=detail)
 
 
 def table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:

@@ -166,12 +166,15 @@ class ExpertConfig(Config):
 class RouterConfig(Config):
     """Router stage and routing."""
 
-    kind: Literal["prompt", "token"] = "prompt"
-    """Who chooses: `prompt`, one closed-form decision a prompt (the one that measures best), or `token`, the paper's."""
+    kind: Literal["prompt", "token", "two_level"] = "prompt"
+    """Who chooses: `prompt`, one closed-form decision a prompt (the one that measures best); `token`, the paper's, every
+    Linear for every token; `two_level`, the prompt short-lists experts and the tokens mix them."""
     top_k: int = Field(default=2, ge=1)
     """token: experts mixed at each token of each Linear; PHATGOOSE takes 2."""
+    short_list: int = Field(default=3, ge=1)
+    """two_level: places on a prompt's short list, the base among those who may stand on it."""
     temperature: float = Field(default=1.0, gt=0)
-    """token: temperature of the softmax over the chosen experts."""
+    """token, two_level: temperature of the token scores."""
     steps: int = Field(default=25, ge=1)
     """Steps of the router stage, a tenth of the expert stage's."""
     learning_rate: float = Field(default=5e-3, gt=0)

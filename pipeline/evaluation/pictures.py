@@ -17,6 +17,8 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import PercentFormatter, StrMethodFormatter
 
+from pipeline.routing.insight import Explanation
+
 INK, MUTED, LINE = "#1c2430", "#5f6b7a", "#d9dee5"
 TASKS, FOUNDATION = "#0072B2", "#E69F00"
 CYCLE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#4d4d4d")
@@ -30,10 +32,11 @@ METHODS: dict[str, str] = {
     "multitask": "multi-task,\nall data at once",
     "token": "experts,\ntoken router",
     "prompt": "experts,\nprompt router",
+    "two_level": "experts,\ntwo-level router",
 }
 """Methods of a comparison in the order shown, and what they are called."""
 
-OURS = ("token", "prompt")
+OURS = ("token", "prompt", "two_level")
 """The methods that choose among experts themselves; shown in bold."""
 
 GAP = 0.4
@@ -213,6 +216,42 @@ PICTURES: dict[str, Picture] = {
     ),
 }
 """File stem -> picture, in the report's order."""
+
+
+def routing_of_a_prompt(explanation: Explanation, tokens: Sequence[str]) -> Figure:
+    """Heat maps of one prompt: weight of each expert that took part, Linears by tokens; equal neighbours share a column."""
+    runs: list[list[int]] = []
+    for i, token in enumerate(tokens):
+        if runs and tokens[runs[-1][0]] == token:
+            runs[-1].append(i)
+        else:
+            runs.append([i])
+    labels = [tokens[run[0]].strip() or "␣" for run in runs]
+    labels = [f"{label} ×{len(run)}" if len(run) > 1 else label for label, run in zip(labels, runs, strict=True)]
+    paths = list(explanation.weights)
+    taking_part = {name: weight for name, weight in explanation.decision.weights.items() if weight >= 0.01}
+    shown: list[str | None] = [*sorted(taking_part, key=taking_part.__getitem__, reverse=True)[:4]] or [None]
+    cells_LTE = [[explanation.weights[path][run].mean(0).tolist() for run in runs] for path in paths]
+    figure = Figure(figsize=(12, 2.2 + len(shown) * (0.6 + 0.13 * len(paths))), layout="constrained")
+    for axes, name in zip(figure.subplots(len(shown), squeeze=False)[:, 0], shown, strict=True):
+        expert = None if name is None else explanation.experts.index(name)
+        values = [[0.0 if expert is None else cell[expert] for cell in row] for row in cells_LTE]
+        image = axes.imshow(values, cmap=HEAT, vmin=0, vmax=1, aspect="auto")
+        axes.set_title(name or "the base alone", loc="left", color=INK, fontsize=12, fontweight="bold")
+        axes.set_xticks(range(len(labels)), labels, rotation=60, ha="right", fontsize=9)
+        step = max(1, len(paths) // 28)
+        axes.set_yticks(range(0, len(paths), step), [_short(path) for path in paths[::step]], fontsize=7)
+        axes.tick_params(length=0, colors=INK)
+        axes.spines[:].set_visible(False)
+    bar = figure.colorbar(image, ax=figure.axes, fraction=0.02, format=PercentFormatter(1, decimals=0))
+    bar.outline.set_visible(False)
+    return figure
+
+
+def _short(path: str) -> str:
+    """Writes the path of a Linear as layer number and name."""
+    numbers = [part for part in path.split(".") if part.isdigit()]
+    return f"{'.'.join(numbers)} {path.rpartition('.')[2]}"
 
 
 def _figure(height: float) -> tuple[Figure, Axes]:

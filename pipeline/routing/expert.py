@@ -144,20 +144,20 @@ def load_adapters(folder: str | Path) -> tuple[dict[str, Any], dict[str, Adapter
 
 
 def statistics_tensors(statistics: PromptStatistics) -> dict[str, Tensor]:
-    """Returns statistics as named tensors for a safetensors file."""
+    """Returns statistics as named tensors for a safetensors file: half the scatter (it is symmetric), in float32."""
+    upper = torch.triu_indices(statistics.width, statistics.width)
     return {
         "statistics.count": torch.tensor([statistics.count]),
-        "statistics.sum": statistics.sum_F.contiguous(),
-        "statistics.moment": statistics.moment_FF.contiguous(),
+        "statistics.mean": statistics.mean_F.contiguous(),
+        "statistics.scatter": statistics.scatter_FF[upper[0], upper[1]].float(),
         "statistics.radius": torch.tensor([statistics.radius], dtype=torch.float64),
     }
 
 
 def statistics_of(tensors: dict[str, Tensor]) -> PromptStatistics:
     """Reads what `statistics_tensors` wrote."""
-    return PromptStatistics(
-        int(tensors["statistics.count"]),
-        tensors["statistics.sum"],
-        tensors["statistics.moment"],
-        float(tensors["statistics.radius"]),
-    )
+    mean_F = tensors["statistics.mean"]
+    scatter_FF = torch.zeros(len(mean_F), len(mean_F), dtype=torch.float64)
+    row, column = torch.triu_indices(*scatter_FF.shape)
+    scatter_FF[row, column] = scatter_FF[column, row] = tensors["statistics.scatter"].double()
+    return PromptStatistics(int(tensors["statistics.count"]), mean_F, scatter_FF, float(tensors["statistics.radius"]))

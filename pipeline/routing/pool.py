@@ -62,16 +62,21 @@ class Pool:
             )
         expert.check_trained()
         for other in [*(e.statistics for e in self.experts.values()), *([self.null] if self.null else [])]:
-            if other.sum_F.shape != expert.statistics.sum_F.shape:
+            if other.width != expert.statistics.width:
                 raise PoolError(
-                    f"expert {name!r} has {len(expert.statistics.sum_F)} prompt features, others have "
-                    f"{len(other.sum_F)}; train all with the same router.feature_width"
+                    f"expert {name!r} has {expert.statistics.width} prompt features, others have "
+                    f"{other.width}; train all with the same router.feature_width"
                 )
 
     @property
     def names(self) -> list[str]:
         """Names of the experts in order of arrival."""
         return list(self.experts)
+
+    @property
+    def width(self) -> int | None:
+        """Number of prompt features F; None for an empty pool."""
+        return next((expert.statistics.width for expert in self.experts.values()), None)
 
     @property
     def card(self) -> PoolCard:

@@ -8,7 +8,8 @@ shared by all, solved from summed statistics:
 
 Only sums enter, so the router is the same in whatever order the tasks came, equals the one trained on all tasks' prompts
 together, and forgets an expert exactly when its term is left out. Without a null expert it abstains: a prompt that lies
-outside every task's own radius goes to the base. Shapes: B prompts, F features, C classes, E experts.
+outside the own radius of each of its likeliest tasks goes to the base. Shapes: B prompts, F features, C classes, E
+experts, M places on a short list.
 """
 
 from collections.abc import Sequence
@@ -16,7 +17,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from pipeline.routing.route import NOBODY, Base, Fixed, Route
 from pipeline.routing.statistics import PromptStatistics, shrunk_cholesky
+
+CANDIDATES = 8
+"""Without a null expert: how many of the likeliest experts are asked whether a prompt lies within their radius."""
 
 
 class PromptRouter:
@@ -33,9 +38,11 @@ class PromptRouter:
         classes = [*self.experts, *([null] if null else [])]
         total = sum(classes[1:], start=classes[0])
         means_CF = torch.stack([c.mean_F for c in classes])
-        within_FF = torch.stack([c.scatter_FF for c in classes]).sum(0) / total.count
+        within_FF = torch.zeros_like(total.scatter_FF)
+        for c in classes:
+            within_FF += c.scatter_FF
         scale_F = total.scale_F(1e-6)
-        factor_FF = shrunk_cholesky(within_FF, scale_F, shrinkage)
+        factor_FF = shrunk_cholesky(within_FF / total.count, scale_F, shrinkage)
         centre_F = means_CF.mean(0)
         relative_CF = (means_CF - centre_F) / scale_F
         directions_CF = torch.cholesky_solve(relative_CF.T, factor_FF).T
@@ -46,21 +53,43 @@ class PromptRouter:
         """Returns the log-likelihood of every class up to a constant (B, C): the experts, then the null expert."""
         return features_BF.double().cpu() @ self.weight_CF.T + self.bias_C
 
-    def weights(self, features_BF: Tensor) -> Tensor:
-        """Returns the mixing weights (B, E): one-hot, or all zero where the base answers."""
+    def short_list(self, features_BF: Tensor, places: int) -> tuple[Tensor, Tensor]:
+        """Returns the likeliest experts of every prompt (B, M), NOBODY among them, and their log-posterior (B, M).
+
+        In falling order; M is `places`, or less where there are fewer classes.
+        """
         count = len(self.experts)
-        weights_BE = torch.zeros(len(features_BF), count)
         if count == 0:
-            return weights_BE
+            return torch.full((len(features_BF), 1), NOBODY), torch.zeros(len(features_BF), 1, dtype=torch.float64)
         scores_BC = self.scores(features_BF)
         if self.null is None:
-            inside_BE = torch.stack(
-                [s.distance(features_BF.cpu(), shrinkage=self.shrinkage) <= s.radius for s in self.experts], dim=-1
-            )
-            scores_BC = scores_BC.masked_fill(~inside_BE, -torch.inf)
-            answered_B = inside_BE.any(-1)
-        else:
-            answered_B = scores_BC.argmax(-1) < count
-        chosen_B = scores_BC[:, :count].argmax(-1)
-        weights_BE[torch.arange(len(features_BF)), chosen_B] = answered_B.float()
-        return weights_BE
+            scores_BC = self._abstaining(scores_BC, features_BF.cpu())
+        posterior_BC = scores_BC.log_softmax(-1)
+        best_BM, classes_BM = posterior_BC.topk(min(places, posterior_BC.shape[-1]), dim=-1)
+        return torch.where(classes_BM == count, NOBODY, classes_BM), best_BM
+
+    def _abstaining(self, scores_BC: Tensor, features_BF: Tensor) -> Tensor:
+        """Rules out experts whose radius a prompt exceeds, and adds NOBODY as the class that is left when all are."""
+        allowed_BE = torch.full_like(scores_BC, -torch.inf)
+        nearest_BK = scores_BC.topk(min(CANDIDATES, scores_BC.shape[-1]), dim=-1).indices
+        for expert in nearest_BK.unique().tolist():
+            rows = (nearest_BK == expert).any(-1).nonzero().squeeze(-1)
+            statistics = self.experts[expert]
+            inside = statistics.distance(features_BF[rows], shrinkage=self.shrinkage) <= statistics.radius
+            allowed_BE[rows[inside], expert] = scores_BC[rows[inside], expert]
+        nobody_B1 = torch.where(allowed_BE.isinf().all(-1, keepdim=True), 0.0, -torch.inf).to(scores_BC)
+        return torch.cat([allowed_BE, nobody_B1], dim=-1)
+
+    def route(self, features_BF: Tensor) -> Route:
+        """Sends every prompt to its likeliest expert, or to the base."""
+        experts_B1, _ = self.short_list(features_BF, 1)
+        return fixed(experts_B1, torch.ones(experts_B1.shape), features_BF.device)
+
+
+def fixed(experts_BM: Tensor, weights_BM: Tensor, device: torch.device) -> Route:
+    """Returns the route with these weights; in its cheap forms where nobody takes part, or all rows agree."""
+    if (experts_BM == NOBODY).all():
+        return Base()
+    if len(experts_BM) > 1 and (experts_BM == experts_BM[0]).all() and (weights_BM == weights_BM[0]).all():
+        experts_BM, weights_BM = experts_BM[:1], weights_BM[:1]
+    return Fixed(experts_BM.to(device), weights_BM.to(device))

@@ -1,8 +1,8 @@
 """A base with a pool attached: `generate` and `forward` as before, routed inside.
 
-The base's Linears are wrapped, not changed: `detach` puts the very same modules back. The decision is taken at prefill,
-from what the language model is about to read, and holds while the answer is generated (with KV cache). Shapes: B rows,
-T tokens, D width, E experts.
+The base's Linears are wrapped, not changed: `detach` puts the very same modules back, `load` puts another pool in their
+place. The decision is taken at prefill, from what the language model is about to read, and holds while the answer is
+generated (with KV cache). Shapes: B rows, T tokens, D width, E experts, F features.
 """
 
 from collections.abc import Iterator
@@ -14,9 +14,12 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.routing.features import project, prompt_features
-from pipeline.routing.layer import Route, RoutedLinear, Slot
+from pipeline.routing.layer import RoutedLinear, Slot
 from pipeline.routing.pool import Pool, PoolError
-from pipeline.routing.prompt_router import PromptRouter
+from pipeline.routing.prompt_router import PromptRouter, fixed
+from pipeline.routing.route import NOBODY, Base, Route, Router, RoutingState
+from pipeline.routing.token_router import TokenRouter
+from pipeline.routing.two_level import TwoLevelRouter
 
 
 @dataclass(frozen=True)
@@ -24,9 +27,10 @@ class Decision:
     """Who answered a prompt."""
 
     expert: str | None
-    """The expert with the largest weight; None where the base answered."""
+    """The expert with the largest weight; None where the base's is larger."""
     weights: dict[str, float]
-    """Weight of each expert; for the token router its mean over the prompt's tokens and all Linears."""
+    """Weight of each expert; where tokens decide, its mean over the prompt's tokens and all Linears. What is missing to
+    1 is the base's."""
 
 
 class PromptReader:
@@ -72,70 +76,86 @@ class PromptReader:
             hook.remove()
 
 
+def router_of(pool: Pool) -> Router:
+    """Returns the router that a pool's settings ask for."""
+    settings = pool.router
+    if settings.kind == "token":
+        return TokenRouter(top_k=settings.top_k, temperature=settings.temperature)
+    statistics = [expert.statistics for expert in pool.experts.values()]
+    prompts = PromptRouter(statistics, pool.null, shrinkage=settings.shrinkage)
+    if settings.kind == "prompt":
+        return prompts
+    return TwoLevelRouter(prompts, short_list=settings.short_list, temperature=settings.temperature)
+
+
 class RoutedModel:
     """A pool attached to a base."""
 
     def __init__(self, model: Any, pool: Pool) -> None:
         self.model = model
-        self.pool = pool
-        settings = pool.router
-        experts = list(pool.experts.values())
-        self.route = Route(
-            mode="token" if settings.kind == "token" and experts else "row",
-            top_k=settings.top_k,
-            temperature=settings.temperature,
-        )
-        self.router = PromptRouter([e.statistics for e in experts], pool.null, shrinkage=settings.shrinkage)
+        self._replaced: dict[str, nn.Linear] = {}
         self._forced: int | None = None
+        self.load(pool)
+        self._reader = PromptReader(model, self._decide)
+
+    def load(self, pool: Pool) -> None:
+        """Routes by `pool` from now on; the model, its hooks and its caches stay as they are.
+
+        Raises PoolError, with nothing changed, where the pool adapts something that is not a Linear.
+        """
+        experts = list(pool.experts.values())
         paths = sorted({path for expert in experts for path in expert.adapters})
-        self._replaced: dict[str, nn.Linear] = {path: model.get_submodule(path) for path in paths}
-        for path, linear in self._replaced.items():
+        linears = {path: self._replaced.get(path) or self.model.get_submodule(path) for path in paths}
+        for path, linear in linears.items():
             if not isinstance(linear, nn.Linear):
                 raise PoolError(f"{path} is {type(linear).__name__}, not a Linear; is another pool still attached?")
-        for path, linear in self._replaced.items():
+        for path in self._replaced.keys() - linears.keys():
+            self.model.set_submodule(path, self._replaced[path])
+        self._replaced = linears
+        self.pool, self.router, self.state = pool, router_of(pool), RoutingState(len(experts))
+        self.features_BF: Tensor | None = None
+        for path, linear in linears.items():
             slots = [
                 Slot(i, a.a_RD, a.b_OR, a.scaling, expert.vectors.get(path, torch.zeros(a.a_RD.shape[1])))
                 for i, expert in enumerate(experts)
                 if (a := expert.adapters.get(path)) is not None
             ]
-            model.set_submodule(path, RoutedLinear(linear, slots, self.route, len(experts)))
-        self._reader = PromptReader(model, self._decide)
+            self.model.set_submodule(path, RoutedLinear(linear, self.state, path, slots))
 
     @torch.no_grad()
     def _decide(self, features_BS: Tensor | None, tokens_BT: Tensor | None) -> None:
         """Chooses at prefill; keeps the choice while decoding (features None)."""
-        self.route.tokens_BT = tokens_BT
         if features_BS is None:
+            self.state.tokens_BT = None
             return
-        self.route.votes_BE = None
-        forced = self._forced if self.pool.experts else -1
-        if forced is not None:
-            weights_BE = torch.zeros(len(features_BS), len(self.pool.experts))
-            if forced >= 0:
-                weights_BE[:, forced] = 1
-        elif self.route.mode == "row":
-            width = len(self.router.experts[0].sum_F)
-            weights_BE = self.router.weights(project(features_BS, width))
-        else:
-            return
-        self.route.weights_BE = weights_BE.to(features_BS.device)
+        width = self.pool.width or features_BS.shape[-1]
+        self.features_BF = features_BF = project(features_BS, width)
+        route: Route = Base()
+        if self._forced is not None:
+            route = fixed(torch.full((1, 1), self._forced), torch.ones(1, 1), features_BS.device)
+        elif self.pool.experts:
+            route = self.router.route(features_BF)
+        self.state.begin(route, tokens_BT)
+
+    @property
+    def paths(self) -> list[str]:
+        """Paths of the routed Linears, in the model's order."""
+        return [path for path, module in self.model.named_modules() if isinstance(module, RoutedLinear)]
 
     @property
     def decisions(self) -> list[Decision]:
-        """Who answered each row of the last batch."""
-        names = self.pool.names
-        if self.route.mode == "row":
-            weights_BE = self.route.weights_BE
-        else:
-            weights_BE = self.route.votes_BE
-            if weights_BE is not None:
-                weights_BE = weights_BE / weights_BE.sum(-1, keepdim=True)
+        """Who answered each row of the last batch; empty before the first."""
+        rows = 0 if self.features_BF is None else len(self.features_BF)
+        weights_BE = self.state.weights_BE
         if weights_BE is None:
-            return []
+            return [Decision(None, {})] * rows
         decisions = []
-        for row in weights_BE.tolist():
-            weights = {name: weight for name, weight in zip(names, row, strict=True) if weight > 0}
-            decisions.append(Decision(max(weights, key=weights.__getitem__) if weights else None, weights))
+        for row in weights_BE.expand(rows, -1).tolist():
+            weights = {name: weight for name, weight in zip(self.pool.names, row, strict=True) if weight > 0}
+            best = max(weights, key=weights.__getitem__, default=None)
+            if best is not None and weights[best] < 1 - sum(weights.values()):
+                best = None
+            decisions.append(Decision(best, weights))
         return decisions
 
     @contextmanager
@@ -143,13 +163,11 @@ class RoutedModel:
         """Sends every prompt to expert `name` (None: to the base) while the context lasts."""
         if name is not None and name not in self.pool.experts:
             raise PoolError(f"no expert {name!r} in the pool; there are: {', '.join(self.pool.names) or 'none'}")
-        before = self.route.mode
-        self._forced = -1 if name is None else self.pool.names.index(name)
-        self.route.mode = "row"
+        self._forced = NOBODY if name is None else self.pool.names.index(name)
         try:
             yield
         finally:
-            self._forced, self.route.mode = None, before
+            self._forced = None
 
     def detach(self) -> None:
         """Gives the base back exactly as it was."""

@@ -140,7 +140,7 @@ def assert_same_pool(one: Pool, other: Pool) -> None:
         for path, adapter in expert.adapters.items():
             assert adapter.b_OR.equal(twin.adapters[path].b_OR)
             assert expert.vectors[path].equal(twin.vectors[path])
-        assert expert.statistics.sum_F.equal(twin.statistics.sum_F)
+        assert expert.statistics.mean_F.equal(twin.statistics.mean_F)
 
 
 def test_a_wrong_field_teaches(tiny_folder, tmp_path):

@@ -4,8 +4,11 @@ import pytest
 import torch
 from torch import nn
 from torch.nn.functional import layer_norm
+from torch.utils.checkpoint import checkpoint
 
-from pipeline.routing.layer import GatedLinear, Route, RoutedLinear, Slot
+from pipeline.routing import layer
+from pipeline.routing.layer import GatedLinear, RoutedLinear, Slot
+from pipeline.routing.route import NOBODY, Base, Fixed, Free, Mixed, Route, RoutingState
 
 B, T, D, O, POOL = 3, 5, 24, 16, 4  # noqa: E741 - shape letters
 RANKS = {0: 2, 1: 5, 3: 1}
@@ -62,86 +65,185 @@ def token_weight(slots, x_BTD, top_k, temperature):
     return weight
 
 
-def test_row_mode_is_the_weighted_sum(linear, x_BTD):
-    slots = make_slots()
-    weights_BE = torch.rand(B, POOL, generator=random(2))
-    routed = RoutedLinear(linear, slots, Route("row", weights_BE=weights_BE), POOL)
-    expected = naive(linear, slots, x_BTD, lambda b, t, i: weights_BE[b, slots[i].expert])
-    torch.testing.assert_close(routed(x_BTD), expected, rtol=1e-5, atol=1e-5)
+def routed(linear, slots, route: Route) -> RoutedLinear:
+    """A routed Linear in a pool of POOL experts, under this route."""
+    return RoutedLinear(linear, RoutingState(POOL, route), "path", slots)
+
+
+@pytest.fixture(params=["dense", "sparse"])
+def form(request, monkeypatch):
+    """Both forms of choosing from the whole pool."""
+    if request.param == "sparse":
+        monkeypatch.setattr(layer, "DENSE_EXPERTS", 0)
+
+
+LIST_BM = torch.tensor([[0, NOBODY, 3], [1, 0, 2], [NOBODY, 2, 1]])
+"""Each row has a list of its own; expert 2 has no adapter here."""
+
+
+def listed_weight(slots, list_BM, weight):
+    """Turns weights of places, `weight(b, t)` (M,), into weights of slots."""
+
+    def of_slot(b, t, i):
+        row = list_BM[b if len(list_BM) > 1 else 0]
+        return weight(b, t)[row == slots[i].expert].sum()
+
+    return of_slot
+
+
+@pytest.mark.parametrize("rows", [1, B])
+def test_fixed_weights_are_the_weighted_sum(linear, x_BTD, rows):
+    slots, list_BM = make_slots(), LIST_BM[:rows]
+    weights_BM = torch.rand(rows, 3, generator=random(2))
+    found = routed(linear, slots, Fixed(list_BM, weights_BM))(x_BTD)
+    expected = naive(linear, slots, x_BTD, listed_weight(slots, list_BM, lambda b, t: weights_BM[min(b, rows - 1)]))
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("temperature", [0.3, 1.0])
+@pytest.mark.parametrize("rows", [1, B])
+def test_mixing_inside_a_short_list_adds_the_prior_to_the_token_scores(linear, x_BTD, rows, temperature):
+    """Who has no adapter here, and the base, compete with a score of 0."""
+    slots, list_BM = make_slots(), LIST_BM[:rows]
+    prior_BM = torch.randn(rows, 3, generator=random(3))
+    vectors = {slot.expert: slot.vector_D for slot in slots}
+
+    def weight(b, t):
+        row = min(b, rows - 1)
+        x_D = layer_norm(x_BTD[b, t], (D,), eps=1e-5)
+        z_M = torch.zeros(3)
+        for place, expert in enumerate(list_BM[row].tolist()):
+            if expert in vectors:
+                z_M[place] = x_D @ layer_norm(vectors[expert], (D,), eps=1e-5) / D**0.5
+        return (z_M / temperature + prior_BM[row]).softmax(0)
+
+    found = routed(linear, slots, Mixed(list_BM, prior_BM, temperature))(x_BTD)
+    expected = naive(linear, slots, x_BTD, listed_weight(slots, list_BM, weight))
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("temperature", [0.3, 1.0])
 @pytest.mark.parametrize("top_k", [1, 2, 3, 9])
-def test_token_mode_is_the_weighted_sum(linear, x_BTD, top_k, temperature):
+def test_choosing_from_the_whole_pool_is_the_weighted_sum(linear, x_BTD, top_k, temperature, form):
     slots = make_slots()
-    routed = RoutedLinear(linear, slots, Route("token", top_k=top_k, temperature=temperature), POOL)
+    found = routed(linear, slots, Free(top_k, temperature))(x_BTD)
     expected = naive(linear, slots, x_BTD, token_weight(slots, x_BTD, top_k, temperature))
-    torch.testing.assert_close(routed(x_BTD), expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
 
 
 def test_rows_may_go_to_different_experts_or_to_none(linear, x_BTD):
     slots = make_slots()
-    weights_BE = torch.zeros(B, POOL)
-    weights_BE[0, 1] = weights_BE[1, 3] = 1
-    y_BTO = RoutedLinear(linear, slots, Route("row", weights_BE=weights_BE), POOL)(x_BTD)
+    y_BTO = routed(linear, slots, Fixed(torch.tensor([[1], [3], [NOBODY]]), torch.ones(B, 1)))(x_BTD)
     for row, slot in ((0, slots[1]), (1, slots[2])):
         alone = linear(x_BTD[row]) + slot.scaling * x_BTD[row] @ slot.a_RD.T @ slot.b_OR.T
         torch.testing.assert_close(y_BTO[row], alone, rtol=1e-5, atol=1e-5)
     assert y_BTO[2].equal(linear(x_BTD)[2])
 
 
-def test_an_expert_without_this_linear_leaves_it_alone(linear, x_BTD):
-    weights_BE = torch.zeros(B, POOL)
-    weights_BE[:, 2] = 1
-    routed = RoutedLinear(linear, make_slots(), Route("row", weights_BE=weights_BE), POOL)
-    assert routed(x_BTD).equal(linear(x_BTD))
+@pytest.mark.parametrize("expert", [2, NOBODY])
+def test_an_expert_without_this_linear_leaves_it_alone(linear, x_BTD, expert):
+    one = torch.tensor([[expert]])
+    for route in (Fixed(one, torch.ones(1, 1)), Mixed(one, torch.zeros(1, 1))):
+        assert routed(linear, make_slots(), route)(x_BTD).equal(linear(x_BTD))
 
 
-def test_without_weights_the_base_answers(linear, x_BTD):
-    assert RoutedLinear(linear, make_slots(), Route("row"), POOL)(x_BTD).equal(linear(x_BTD))
+@pytest.mark.parametrize("route", [Base(), Free(), Fixed(torch.tensor([[2]]), torch.ones(1, 1))])
+def test_without_any_expert_the_base_answers(linear, x_BTD, route):
+    assert routed(linear, [], route)(x_BTD).equal(linear(x_BTD))
+    assert routed(linear, make_slots(), Base())(x_BTD).equal(linear(x_BTD))
 
 
-def test_one_expert_in_token_mode_is_its_lora(linear, x_BTD):
+def test_one_expert_choosing_for_itself_is_its_lora(linear, x_BTD, form):
     (slot,) = make_slots({0: 3})
     lora = linear(x_BTD) + slot.scaling * x_BTD @ slot.a_RD.T @ slot.b_OR.T
-    torch.testing.assert_close(RoutedLinear(linear, [slot], Route("token"), 1)(x_BTD), lora, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(routed(linear, [slot], Free())(x_BTD), lora, rtol=1e-5, atol=1e-5)
+
+
+def test_loading_other_experts_is_as_if_they_had_been_the_first(linear, x_BTD):
+    module = routed(linear, make_slots(), Free())
+    module(x_BTD)
+    module.load(make_slots({0: 2, 3: 4}))
+    assert module(x_BTD).equal(routed(linear, make_slots({0: 2, 3: 4}), Free())(x_BTD))
+    module.load([])
+    assert module(x_BTD).equal(linear(x_BTD))
 
 
 def test_the_base_linear_is_the_same_object_and_nothing_trains(linear):
-    routed = RoutedLinear(linear, make_slots(), Route(), POOL)
-    assert routed.base is linear
-    assert list(routed.state_dict()) == ["base.weight", "base.bias"]
-    assert not any(p.requires_grad for p in routed.parameters())
+    module = routed(linear, make_slots(), Base())
+    assert module.base is linear
+    assert list(module.state_dict()) == ["base.weight", "base.bias"]
+    assert not any(p.requires_grad for p in module.parameters())
 
 
-def test_half_precision_stays_half_precision(linear, x_BTD):
+ROUTES = [
+    Free(2),
+    Fixed(LIST_BM, torch.full((B, 3), 0.25)),
+    Fixed(LIST_BM[:1], torch.ones(1, 3)),
+    Mixed(LIST_BM, torch.zeros(B, 3)),
+]
+
+
+@pytest.mark.parametrize("route", ROUTES)
+def test_half_precision_stays_half_precision(linear, x_BTD, route, form):
     slots = make_slots()
-    for route in (Route("token"), Route("row", weights_BE=torch.full((B, POOL), 0.25))):
-        exact = RoutedLinear(linear.float(), slots, route, POOL)(x_BTD)
-        half = RoutedLinear(linear.bfloat16(), slots, route, POOL)(x_BTD.bfloat16())
-        assert half.dtype == torch.bfloat16
-        torch.testing.assert_close(half.float(), exact, rtol=0.1, atol=0.5)
+    exact = routed(linear.float(), slots, route)(x_BTD)
+    half = routed(linear.bfloat16(), slots, route)(x_BTD.bfloat16())
+    assert half.dtype == torch.bfloat16
+    torch.testing.assert_close(half.float(), exact, rtol=0.1, atol=0.5)
 
 
-def test_votes_are_mean_weights_over_the_prompts_real_tokens(linear, x_BTD):
+@pytest.mark.parametrize("route", ROUTES)
+def test_compiled_code_computes_the_same(linear, x_BTD, route):
+    module = routed(linear, make_slots(), route)
+    expected = module(x_BTD)
+    torch.compiler.reset()
+    compiled = torch.compile(module, backend="eager", fullgraph=True)
+    torch.testing.assert_close(compiled(x_BTD), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("route", ROUTES)
+def test_gradients_pass_through_to_the_input_with_and_without_checkpointing(linear, x_BTD, route, form):
+    module, grads = routed(linear, make_slots(), route), []
+    for run in (module, lambda x: checkpoint(module, x, use_reentrant=False)):
+        x = x_BTD.clone().requires_grad_()
+        run(x).square().sum().backward()
+        grads.append(x.grad)
+    assert grads[0].abs().max() > 0
+    torch.testing.assert_close(grads[1], grads[0])
+
+
+def test_votes_are_mean_weights_over_the_prompts_real_tokens(linear, x_BTD, form):
     slots = make_slots()
     tokens_BT = torch.ones(B, T)
     tokens_BT[1, :3] = 0
-    route = Route("token", top_k=2, tokens_BT=tokens_BT)
-    routed = RoutedLinear(linear, slots, route, POOL)
-    routed(x_BTD)
+    module = routed(linear, slots, Free(2))
+    module.state.begin(Free(2), tokens_BT)
+    module(x_BTD)
     weight = token_weight(slots, x_BTD, 2, 1.0)
     expected_BE = torch.zeros(B, POOL)
     for b in range(B):
         real = [t for t in range(T) if tokens_BT[b, t]]
         for i, slot in enumerate(slots):
             expected_BE[b, slot.expert] = sum(weight(b, t, i) for t in real) / len(real)
-    torch.testing.assert_close(route.votes_BE, expected_BE, rtol=1e-5, atol=1e-6)
-    routed(x_BTD)
-    torch.testing.assert_close(route.votes_BE, 2 * expected_BE, rtol=1e-5, atol=1e-6)
-    route.tokens_BT = None  # decoding
-    routed(x_BTD[:, -1:])
-    torch.testing.assert_close(route.votes_BE, 2 * expected_BE, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(module.state.weights_BE, expected_BE, rtol=1e-5, atol=1e-6)
+    module(x_BTD)  # as when a checkpointed layer runs again
+    torch.testing.assert_close(module.state.weights_BE, expected_BE, rtol=1e-5, atol=1e-6)
+    module.state.tokens_BT = None  # decoding
+    module(x_BTD[:, -1:])
+    torch.testing.assert_close(module.state.weights_BE, expected_BE, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("route", [Free(2), Mixed(LIST_BM, torch.zeros(B, 3))])
+def test_traces_hold_the_weight_of_every_expert_at_every_token(linear, x_BTD, route, form):
+    module = routed(linear, make_slots(), route)
+    module(x_BTD)
+    assert module.state.traces is None
+    module.state.traces = {}
+    module(x_BTD)
+    weights_BTE = module.state.traces["path"]
+    assert weights_BTE.shape == (B, T, POOL)
+    y_BTO = naive(linear, make_slots(), x_BTD, lambda b, t, i: weights_BTE[b, t, list(RANKS)[i]])
+    torch.testing.assert_close(module(x_BTD), y_BTO, rtol=1e-5, atol=1e-5)
 
 
 def test_a_gate_starts_half_open(linear, x_BTD):

@@ -11,10 +11,12 @@ from pipeline.models.prompts import collate, generate_answers
 from pipeline.routing import Decision, Expert, Pool, PoolError, PromptStatistics, RoutedModel
 from pipeline.routing.features import project
 from pipeline.routing.layer import RoutedLinear
-from pipeline.routing.prompt_router import PromptRouter
+from pipeline.routing.route import Fixed
+from pipeline.routing.routed_model import router_of
 from tests.helpers import ask, attached, batch_of, checksum, features_of, generate, make_expert, prompts
 
 TOKENS = 4
+KINDS = ["prompt", "token", "two_level"]
 FAMILIES = {"reader": "document", "speaker": "repeat", "painter": "describe"}
 """Which foundation family each expert of these tests claims."""
 QUERY_AND_DOWN = r"model\.language_model\.layers\.[02]\..*\.(q_proj|down_proj)"
@@ -91,7 +93,7 @@ def test_without_general_prompts_far_ones_go_to_the_base(tiny_base, pool, mixed)
             assert routed.decisions == one_hot([owners[i] if owners[i] == name else None for i in (0, 2, 3)])
 
 
-@pytest.mark.parametrize("kind", ["prompt", "token"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_a_row_is_answered_the_same_in_a_batch_and_alone(tiny_base, pool, mixed, kind):
     rows, _ = mixed
     with attached(tiny_base, pool.routed_by(kind=kind)) as routed:
@@ -104,7 +106,7 @@ def test_a_row_is_answered_the_same_in_a_batch_and_alone(tiny_base, pool, mixed,
             assert routed.decisions[0].weights == pytest.approx(decisions[i].weights, abs=1e-4)
 
 
-@pytest.mark.parametrize("kind", ["prompt", "token"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_the_cache_changes_nothing(tiny_base, pool, mixed, kind):
     with attached(tiny_base, pool.routed_by(kind=kind)):
         assert_same(generate(tiny_base, mixed[0]), generate(tiny_base, mixed[0], use_cache=False))
@@ -116,12 +118,12 @@ def test_the_prompts_decision_holds_while_the_answer_is_generated(tiny_base, poo
     seen = []
     with attached(tiny_base, pool) as routed:
         hook = tiny_base.model.model.language_model.register_forward_hook(
-            lambda module, args, output: seen.append(routed.route.weights_BE)
+            lambda module, args, output: seen.append(routed.state.route)
         )
         generate(tiny_base, rows, tokens=TOKENS)
         hook.remove()
         assert len(seen) == TOKENS
-        assert all(weights_BE is seen[0] for weights_BE in seen)
+        assert all(route is seen[0] for route in seen)
         assert routed.decisions == one_hot(owners)
 
 
@@ -143,7 +145,7 @@ def test_the_token_router_says_who_took_part(tiny_base, pool, mixed):
             assert decision.expert == max(decision.weights, key=decision.weights.__getitem__)
 
 
-@pytest.mark.parametrize("kind", ["prompt", "token"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_forced_prompts_go_to_one_expert_or_to_the_base(tiny_base, pool, mixed, kind):
     rows, _ = mixed
     plain = generate(tiny_base, rows)
@@ -216,13 +218,13 @@ def test_a_gate_half_open_everywhere_is_half_of_both_worlds(tiny_base, pool):
     x_BTD = torch.randn(1, 3, linear.in_features)
     with attached(tiny_base, one) as routed:
         module = tiny_base.model.get_submodule(path)
-        routed.route.weights_BE = torch.tensor([[0.5]])
+        routed.state.route = Fixed(torch.tensor([[0]]), torch.tensor([[0.5]]))
         half = module(x_BTD)
     expected = linear(x_BTD) + 0.5 * adapter.scaling * x_BTD @ adapter.a_RD.T @ adapter.b_OR.T
     torch.testing.assert_close(half, expected, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("kind", ["prompt", "token"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_an_empty_pool_is_the_base(tiny_base, pool, mixed, kind):
     rows, _ = mixed
     plain = generate(tiny_base, rows)
@@ -237,7 +239,7 @@ def test_an_empty_pool_is_the_base(tiny_base, pool, mixed, kind):
                 assert generate(tiny_base, rows)[1].equal(plain[1])
 
 
-@pytest.mark.parametrize("kind", ["prompt", "token"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_the_base_is_never_changed(tiny_base, pool, mixed, kind):
     model, rows = tiny_base.model, mixed[0]
     generate(tiny_base, rows)  # transformers puts hooks of its own on the model at the first run
@@ -321,13 +323,12 @@ def test_projected_features_route_as_well(tiny_base, pool, mixed):
     projected = Pool(
         "tiny", tiny_base.fingerprint, RouterConfig(feature_width=96), experts, PromptStatistics.of(general)
     )
-    router = PromptRouter([e.statistics for e in experts], projected.null)
-    choices = router.weights(project(features_of(tiny_base, rows), 96)).tolist()
-    names = [*FAMILIES]
+    route = router_of(projected).route(project(features_of(tiny_base, rows), 96))
+    choices = route.experts_BM[:, 0].tolist()
     with attached(tiny_base, projected) as routed:
         generate(tiny_base, rows, tokens=1)
-        assert routed.decisions == one_hot([names[c.index(1)] if 1 in c else None for c in choices])
-    assert len({tuple(c) for c in choices}) == 4
+        assert routed.decisions == one_hot([None if c < 0 else [*FAMILIES][c] for c in choices])
+    assert len(set(choices)) == 4
 
 
 def test_embeddings_instead_of_ids_are_refused(tiny_base, pool):

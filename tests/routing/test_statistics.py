@@ -16,7 +16,7 @@ def test_they_are_count_mean_and_scatter():
     x_NF = features(0, centre=3.0)
     found = PromptStatistics.of(x_NF)
     assert found.count == 60
-    assert found.sum_F.dtype == found.moment_FF.dtype == torch.float64
+    assert found.mean_F.dtype == found.scatter_FF.dtype == torch.float64
     torch.testing.assert_close(found.mean_F, x_NF.double().mean(0))
     torch.testing.assert_close(found.scatter_FF / found.count, torch.cov(x_NF.double().T, correction=0))
     assert found.radius == float("inf")
@@ -28,8 +28,8 @@ def test_they_add_up_in_any_order():
     a, b, c = (PromptStatistics.of(part) for part in parts)
     for total in (a + b + c, c + (b + a)):
         assert total.count == whole.count
-        torch.testing.assert_close(total.sum_F, whole.sum_F, rtol=1e-10, atol=1e-10)
-        torch.testing.assert_close(total.moment_FF, whole.moment_FF, rtol=1e-10, atol=1e-10)
+        torch.testing.assert_close(total.mean_F, whole.mean_F, rtol=1e-10, atol=1e-10)
+        torch.testing.assert_close(total.scatter_FF, whole.scatter_FF, rtol=1e-10, atol=1e-10)
 
 
 def test_distance_is_the_shrunk_mahalanobis_distance_per_feature():

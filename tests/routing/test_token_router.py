@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch.nn.functional import layer_norm
 
-from pipeline.routing.token_router import normalise_vector, token_weights
+from pipeline.routing.token_router import keep_largest, normalise_vector, token_scores
 
 T, D, E = 7, 24, 5
 
@@ -17,9 +17,9 @@ def v_ED():
     return torch.randn(E, D, generator=torch.Generator().manual_seed(1)) - 1
 
 
-def weights(x_TD, v_ED, **settings):
+def weights(x_TD, v_ED, *, top_k, temperature):
     products_TE = x_TD @ torch.stack([normalise_vector(v_D) for v_D in v_ED]).T
-    return token_weights(products_TE, x_TD, **settings)
+    return keep_largest(token_scores(products_TE, x_TD) / temperature, top_k)
 
 
 def scores(x_TD, v_ED, temperature):

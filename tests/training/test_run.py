@@ -154,5 +154,5 @@ def assert_same_expert(one: Expert, other: Expert) -> None:
         assert torch.equal(adapter.a_RD, other.adapters[path].a_RD)
         assert torch.equal(adapter.b_OR, other.adapters[path].b_OR)
         assert torch.equal(one.vectors[path], other.vectors[path])
-    assert torch.equal(one.statistics.moment_FF, other.statistics.moment_FF)
+    assert torch.equal(one.statistics.scatter_FF, other.statistics.scatter_FF)
     assert json.loads(one.card.model_dump_json())["samples"] == other.card.samples

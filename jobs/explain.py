@@ -1,0 +1,108 @@
+"""Says why a pool answers a prompt as it does: whom the routers weighed, how near each task was, who took which token.
+
+python -m jobs.explain --pool runs/demo/pool --image digit.png --prompt "which digit is this ?"
+"""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from PIL import Image, UnidentifiedImageError
+
+from jobs.options import user_errors
+from jobs.terminal import Terminal, table
+from pipeline.config import BaseModelConfig, ConfigError
+from pipeline.evaluation.pictures import routing_of_a_prompt
+from pipeline.models.bases import load_base
+from pipeline.models.prompts import IMAGE_PLACEHOLDER, collate, encode, generate_answers
+from pipeline.routing import Pool, PoolError, RoutedModel
+from pipeline.routing.insight import Candidate, Explanation, explain
+
+PoolFolder = Annotated[Path, typer.Option("--pool", help="A pool's folder, e.g. runs/demo/pool.")]
+Images = Annotated[list[Path] | None, typer.Option("--image", help="An image of the prompt; may be given again.")]
+Prompt = Annotated[str, typer.Option(help="The question; images go before it unless it says <image> itself.")]
+BasePath = Annotated[str, typer.Option("--base", help="The pool's base: checkpoint folder, hub id, or `tiny`.")]
+Picture = Annotated[Path, typer.Option(help="Where the picture of weights by Linear and token goes (PNG).")]
+Kind = Annotated[str | None, typer.Option("--router", help="Another router: token, prompt or two_level.")]
+
+
+def main(
+    pool: PoolFolder,
+    prompt: Prompt,
+    image: Images = None,
+    base: BasePath = "tiny",
+    router: Kind = None,
+    picture: Picture = Path("explanation.png"),
+    max_new_tokens: Annotated[int, typer.Option(help="Longest answer in tokens.")] = 64,
+) -> None:
+    """Explain an answer: experts by likelihood and distance, and a picture of who took part in which token."""
+    with user_errors():
+        loaded = Pool.load(pool)
+        if router is not None:
+            if router not in ("token", "prompt", "two_level"):
+                raise ConfigError(f"--router {router!r}: choose token, prompt or two_level")
+            loaded = loaded.routed_by(kind=router)
+        model = load_base(BaseModelConfig(path=base))
+        if model.fingerprint != loaded.base_fingerprint:
+            raise PoolError(
+                f"{pool}: made for base {loaded.base_label!r} with fingerprint {loaded.base_fingerprint}; "
+                f"--base {base} has {model.fingerprint}"
+            )
+        pictures = [_open(path) for path in image or []]
+        if IMAGE_PLACEHOLDER not in prompt:
+            prompt = IMAGE_PLACEHOLDER * len(pictures) + prompt
+        if prompt.count(IMAGE_PLACEHOLDER) != len(pictures):
+            raise ConfigError(
+                f"--prompt holds {prompt.count(IMAGE_PLACEHOLDER)} x {IMAGE_PLACEHOLDER}, --image was given "
+                f"{len(pictures)} times"
+            )
+        conversation = [{"role": "user", "content": prompt}, {"role": "assistant", "content": ""}]
+        row = encode(model.processor, conversation, pictures, answer=False)
+        routed = RoutedModel(model.model, loaded)
+        (answer,) = generate_answers(model.model, model.processor, [row], max_new_tokens=max_new_tokens)
+        inputs = collate([row], pad_token_id=model.processor.tokenizer.pad_token_id, side="left")
+        del inputs["labels"]
+        (explanation,) = explain(routed, inputs)
+    tokens = [model.processor.tokenizer.decode([token]) for token in row.input_ids.tolist()]
+    routing_of_a_prompt(explanation, tokens).savefig(picture, dpi=150, facecolor="white")
+    show(Terminal(), answer, explanation)
+    typer.echo(f"picture    {picture.resolve()}")
+
+
+def _open(path: Path) -> Image.Image:
+    try:
+        return Image.open(path).convert("RGB")
+    except FileNotFoundError:
+        raise ConfigError(f"--image {path}: no such file") from None
+    except (UnidentifiedImageError, OSError) as error:
+        raise ConfigError(f"--image {path}: not an image that can be read: {error}") from None
+
+
+def show(terminal: Terminal, answer: str, explanation: Explanation) -> None:
+    """Prints the answer, the reason and the table of candidates."""
+    terminal.say(f"answer     {answer}")
+    terminal.say(f"expert     {explanation.decision.expert or 'base'}")
+    terminal.say(f"because    {explanation.reason}")
+    header = ["candidate", "posterior", "log-lik.", "distance", "radius", "within", "weight"]
+    rows = [_row(candidate) for candidate in explanation.candidates]
+    terminal.console.print(table("Whom the routers weighed", header, rows))
+    terminal.say(
+        "posterior and log-likelihood (log-lik.): by the covariance that all experts share, best 0; distance: from the task by its "
+        "own covariance, against the radius that holds nearly all of its prompts; weight: share in the answer"
+    )
+
+
+def _row(candidate: Candidate) -> list[str]:
+    within = {True: "yes", False: "no", None: "-"}[candidate.inside]
+    figures = [candidate.score, candidate.distance, candidate.radius]
+    score, distance, radius = ("-" if value is None else _figure(value) for value in figures)
+    name = candidate.name or "base"
+    return [name, f"{candidate.posterior:.1%}", score, distance, radius, within, f"{candidate.weight:.1%}"]
+
+
+def _figure(value: float) -> str:
+    return f"{value:.2f}" if abs(value) < 1000 else "> 1000" if value > 0 else "< -1000"
+
+
+if __name__ == "__main__":
+    typer.run(main)

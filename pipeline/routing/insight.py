@@ -1,0 +1,130 @@
+"""Why a prompt was answered by whom: what the routers saw, whom they weighed, and how much each token took of whom.
+
+Shapes: B rows, T tokens, E experts.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pipeline.routing.pool import PoolError
+from pipeline.routing.prompt_router import PromptRouter
+from pipeline.routing.routed_model import Decision, RoutedModel
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One expert, or the base, as the routers saw it for one prompt."""
+
+    name: str | None
+    """None is the base."""
+    posterior: float
+    """Probability by the prompt router, among all classes."""
+    score: float | None
+    """Log-likelihood by the shared covariance, relative to the best class's 0; None for the base without a null expert."""
+    distance: float | None
+    """Own squared distance of the prompt from this task, per feature (about 1 for its own prompts)."""
+    radius: float | None
+    """Distance up to which a prompt counts as this task's, where no null expert stands for the rest."""
+    weight: float
+    """Share in the answer, over all Linears and prompt tokens."""
+
+    @property
+    def inside(self) -> bool | None:
+        """Whether the prompt lies within the task's radius."""
+        return None if self.distance is None or self.radius is None else self.distance <= self.radius
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """Why one prompt was answered as it was."""
+
+    decision: Decision
+    """Who answered."""
+    candidates: tuple[Candidate, ...]
+    """Whom the routers weighed, likeliest first."""
+    weights: Mapping[str, Tensor]
+    """By Linear: weight of each of the pool's experts at each prompt token (T, E), padding left out."""
+    experts: tuple[str, ...]
+    """Names along E."""
+
+    @property
+    def reason(self) -> str:
+        """One sentence."""
+        best, *others = self.candidates
+        who = self.decision.expert or "the base"
+        if self.decision.expert != best.name:
+            return f"{who}, by the tokens' own choice: the prompt alone speaks for {best.name or 'the base'}"
+        if best.name is None and best.score is None:
+            near = min((c for c in others if c.distance is not None), key=_excess)
+            return f"the base: outside every task's radius; nearest is {near.name} ({near.distance:.2f} > {near.radius:.2f})"
+        if not others:
+            return f"{who}: nobody else is there"
+        return (
+            f"{who}: {best.posterior:.1%} likely, before {others[0].name or 'the base'} with {others[0].posterior:.1%}"
+        )
+
+
+def _excess(candidate: Candidate) -> float:
+    assert candidate.distance is not None
+    return candidate.distance / max(candidate.radius or 0.0, 1e-9)
+
+
+@torch.inference_mode()
+def explain(routed: RoutedModel, inputs: Mapping[str, Any], *, candidates: int = 10) -> list[Explanation]:
+    """Runs prompts (model inputs, without labels) once and says for each row who would answer, and why.
+
+    `candidates`: how many of the likeliest experts are listed; the base is always listed. Raises PoolError for an empty
+    pool.
+    """
+    pool, state = routed.pool, routed.state
+    if not pool.experts:
+        raise PoolError("the pool is empty: the base answers everything; `pointsman learn` adds experts")
+    state.traces = {}
+    try:
+        routed.model(**inputs, use_cache=False)
+        traces, tokens_BT = state.traces, state.tokens_BT
+    finally:
+        state.traces = None
+    assert tokens_BT is not None
+    assert routed.features_BF is not None
+    features_BF = routed.features_BF.cpu()
+    statistics = [expert.statistics for expert in pool.experts.values()]
+    prompts = PromptRouter(statistics, pool.null, shrinkage=pool.router.shrinkage)
+    listed_BM, posterior_BM = prompts.short_list(features_BF, len(statistics) + 1)
+    scores_BC = prompts.scores(features_BF)
+    scores_BC -= scores_BC.max(-1, keepdim=True).values
+    explanations = []
+    for row, decision in enumerate(routed.decisions):
+        posterior = dict(zip(listed_BM[row].tolist(), posterior_BM[row].exp().tolist(), strict=True))
+        ranked = sorted(range(len(statistics)), key=lambda e: (-posterior.get(e, 0.0), -float(scores_BC[row, e])))
+        found = []
+        for e in ranked[:candidates]:
+            distance = float(statistics[e].distance(features_BF[row : row + 1], shrinkage=prompts.shrinkage))
+            found.append(
+                Candidate(
+                    name=pool.names[e],
+                    posterior=posterior.get(e, 0.0),
+                    score=float(scores_BC[row, e]),
+                    distance=distance,
+                    radius=statistics[e].radius,
+                    weight=decision.weights.get(pool.names[e], 0.0),
+                )
+            )
+        rest = 1 - sum(decision.weights.values())
+        score = float(scores_BC[row, -1]) if pool.null else None
+        found.append(Candidate(None, posterior.get(-1, 0.0), score, None, None, max(rest, 0.0)))
+        found.sort(key=lambda c: -c.posterior)
+        kept_T = tokens_BT[row].bool().cpu()
+        whole = torch.tensor([decision.weights.get(name, 0.0) for name in pool.names])
+        weights = {
+            path: traces[path][row if len(traces[path]) > 1 else 0].cpu()[kept_T]
+            if path in traces
+            else whole.expand(int(kept_T.sum()), -1)
+            for path in routed.paths
+        }
+        explanations.append(Explanation(decision, tuple(found), weights, tuple(pool.names)))
+    return explanations
