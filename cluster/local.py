@@ -117,6 +117,8 @@ def _start(cpus: int) -> None:
     # Ray listens on every interface unless it believes that clusters are impossible, as on a Mac. It reads the variable
     # when it is imported: this process, which has imported it, needs the constant too; the variable is for children.
     os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
+    # Nobody takes this machine away with notice, and on two cores every process that looks out for it slows training.
+    os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
     ray_constants.ENABLE_RAY_CLUSTER = False
     ray.init(
         address="local",  # without it, Ray would join any cluster that it finds on this machine

@@ -1,6 +1,7 @@
 """Measures what the project adds to the work itself, as ratios within one run.
 
-python -m jobs.benchmark training jobs/configs/embedded.yaml
+python -m jobs.benchmark training jobs/configs/embedded.yaml    a stage of training against a plain loop
+python -m jobs.benchmark routing                                routers against PEFT's ways to have several experts
 """
 
 from statistics import median
@@ -10,6 +11,7 @@ from typing import Annotated
 import torch
 import typer
 
+from jobs.benchmark_routing import routing
 from jobs.options import ConfigFile, Overrides, load, user_errors
 from jobs.stream_run import StreamRun, open_run, write_json
 from jobs.summary import now, provenance
@@ -27,6 +29,9 @@ Rounds = Annotated[int, typer.Option(help="Rounds of plain loop and project, in 
 @app.callback()
 def benchmarks() -> None:
     """Measure what the project adds to the work itself."""
+
+
+app.command("routing")(routing)
 
 
 @app.command("training")

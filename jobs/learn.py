@@ -45,7 +45,7 @@ def learn_stream(run: StreamRun) -> Learned:
     names = [task.name for task in config.stream.tasks]
     families = [task.name for task in config.stream.foundation]
     matrix = AccuracyMatrix(names, families)
-    pool = Pool(config.base.label, run.fingerprint, config.router, null=run.null_statistics())
+    pool = Pool(config.base.label, run.fingerprint, config.router, **run.null_expert())
     pool_folder, figures, versions = run.folder / "pool", {}, {}
     key = digest(run.fingerprint, config.router)
     last = run.evaluate([*names, *families], None, "base")

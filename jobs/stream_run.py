@@ -24,8 +24,7 @@ from pipeline.config import LearnConfig, SourceConfig, TaskConfig, digest
 from pipeline.evaluation.evaluate import Evaluation, Prediction, evaluate
 from pipeline.models.bases import checkpoint_folder, fingerprint
 from pipeline.registry.tracking import log_batch, log_config, open_tracking, tracked_run
-from pipeline.routing.expert import statistics_of, statistics_tensors
-from pipeline.routing.statistics import PromptStatistics
+from pipeline.routing.expert import evidence_of, evidence_tensors, statistics_of, statistics_tensors
 from pipeline.streams import sources
 from pipeline.streams.preprocess import Part, Prepared, prepare
 from pipeline.training.general import general_statistics
@@ -95,24 +94,24 @@ class StreamRun:
             answer=answer,
         )
 
-    def null_statistics(self) -> PromptStatistics | None:
-        """Returns the statistics of the general sample, or None where the stream has none."""
+    def null_expert(self) -> dict[str, Any]:
+        """Returns what the general sample gives a pool (`null`, `null_evidence`); nothing where the stream has none."""
         general = self.config.stream.general
         if general is None:
-            return None
-        key = digest(sources.fingerprint(general, self.data_folder), self.fingerprint, self.config.router.feature_width)
+            return {}
+        width, targets = self.config.router.feature_width, self.config.expert.target_modules
+        key = digest(sources.fingerprint(general, self.data_folder), self.fingerprint, width, targets)
         file = self._state(f"general-{key}.safetensors")
         if not file.exists():
+            prompts = self.prompts.rows([GENERAL])
             with self.terminal.working("reading the general sample"):
-                statistics = general_statistics(
-                    self.prompts.rows([GENERAL]),
-                    self.config.base,
-                    wanted_width=self.config.router.feature_width,
-                    gpu=self.config.training.gpu,
+                statistics, evidence = general_statistics(
+                    prompts, self.config.base, wanted_width=width, targets=targets, gpu=self.config.training.gpu
                 )
-            save_file(statistics_tensors(statistics), file.with_suffix(".draft"))
+            save_file(statistics_tensors(statistics) | evidence_tensors(evidence), file.with_suffix(".draft"))
             file.with_suffix(".draft").rename(file)
-        return statistics_of(load_file(file))
+        tensors = load_file(file)
+        return {"null": statistics_of(tensors), "null_evidence": evidence_of(tensors)}
 
     # Training
 
@@ -165,9 +164,7 @@ class StreamRun:
                 bar.update(steps)
                 log_batch(self.run_id, [(f"{s.task}/{s.stage}_loss", s.loss, s.step) for s in steps])
 
-            return run_training(
-                job, rows, storage=self.folder / "training", on_steps=on_steps, worker_env=worker_env
-            )
+            return run_training(job, rows, storage=self.folder / "training", on_steps=on_steps, worker_env=worker_env)
 
     # Evaluation
 

@@ -167,14 +167,17 @@ class RouterConfig(Config):
     """Router stage and routing."""
 
     kind: Literal["prompt", "token", "two_level"] = "prompt"
-    """Who chooses: `prompt`, one closed-form decision a prompt (the one that measures best); `token`, the paper's, every
-    Linear for every token; `two_level`, the prompt short-lists experts and the tokens mix them."""
+    """Who chooses: `prompt`, one closed-form decision a prompt (the one that measures best); `token`, every Linear for
+    itself; `two_level`, the prompt short-lists experts and the Linears weigh them."""
+    token_scores: Literal["evidence", "published"] = "evidence"
+    """token: by what a Linear chooses: `evidence`, what its input says about the whole prompt, from statistics; or, as
+    `published`, for every token by the trained routing vectors."""
     top_k: int = Field(default=2, ge=1)
-    """token: experts mixed at each token of each Linear; PHATGOOSE takes 2."""
+    """token: experts mixed at each Linear (`published`: at each token of it); PHATGOOSE takes 2."""
     short_list: int = Field(default=3, ge=1)
     """two_level: places on a prompt's short list, the base among those who may stand on it."""
     temperature: float = Field(default=1.0, gt=0)
-    """token, two_level: temperature of the token scores."""
+    """token, two_level: divides the scores before the softmax."""
     steps: int = Field(default=25, ge=1)
     """Steps of the router stage, a tenth of the expert stage's."""
     learning_rate: float = Field(default=5e-3, gt=0)

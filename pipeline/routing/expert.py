@@ -8,7 +8,8 @@ D input width, O output width, F prompt features.
 import json
 import re
 import shutil
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -75,6 +76,8 @@ class Expert:
     """Routing vector (D,) by module path."""
     statistics: PromptStatistics
     """Statistics of the task's prompts."""
+    evidence: dict[str, PromptStatistics] = field(default_factory=dict)
+    """Statistics of the prompts as the language model's Linears see them, by module path."""
 
     def save(self, folder: str | Path) -> Path:
         """Writes the folder anew, all of it or nothing."""
@@ -89,7 +92,8 @@ class Expert:
         save_file(weights, draft / ADAPTER_WEIGHTS, metadata={"format": "pt"})
         (draft / ADAPTER_CONFIG).write_text(json.dumps(self.adapter_config, indent=2, sort_keys=True) + "\n")
         router = {f"vector.{path}": vector.contiguous() for path, vector in self.vectors.items()}
-        save_file(router | statistics_tensors(self.statistics), draft / ROUTER_WEIGHTS)
+        router |= statistics_tensors(self.statistics) | evidence_tensors(self.evidence)
+        save_file(router, draft / ROUTER_WEIGHTS)
         (draft / CARD).write_text(self.card.model_dump_json(indent=2) + "\n")
         shutil.rmtree(folder, ignore_errors=True)
         draft.rename(folder)
@@ -106,7 +110,7 @@ class Expert:
         router = load_file(folder / ROUTER_WEIGHTS)
         vectors = {key.removeprefix("vector."): value for key, value in router.items() if key.startswith("vector.")}
         card = ExpertCard.model_validate_json((folder / CARD).read_text())
-        return cls(card, config, adapters, vectors, statistics_of(router))
+        return cls(card, config, adapters, vectors, statistics_of(router), evidence_of(router))
 
     def check_trained(self) -> None:
         """Raises ExpertError if the expert learned nothing (every B zero) or holds a value that is not finite."""
@@ -143,21 +147,36 @@ def load_adapters(folder: str | Path) -> tuple[dict[str, Any], dict[str, Adapter
     return config, {path: Adapter(half["A"], half["B"], scaling) for path, half in sorted(halves.items())}
 
 
-def statistics_tensors(statistics: PromptStatistics) -> dict[str, Tensor]:
+def statistics_tensors(statistics: PromptStatistics, name: str = "statistics") -> dict[str, Tensor]:
     """Returns statistics as named tensors for a safetensors file: half the scatter (it is symmetric), in float32."""
-    upper = torch.triu_indices(statistics.width, statistics.width)
+    row, column = torch.triu_indices(statistics.width, statistics.width)
     return {
-        "statistics.count": torch.tensor([statistics.count]),
-        "statistics.mean": statistics.mean_F.contiguous(),
-        "statistics.scatter": statistics.scatter_FF[upper[0], upper[1]].float(),
-        "statistics.radius": torch.tensor([statistics.radius], dtype=torch.float64),
+        f"{name}.count": torch.tensor([statistics.count]),
+        f"{name}.mean": statistics.mean_F.contiguous(),
+        f"{name}.scatter": statistics.scatter_FF[row, column].float(),
+        f"{name}.radius": torch.tensor([statistics.radius], dtype=torch.float64),
     }
 
 
-def statistics_of(tensors: dict[str, Tensor]) -> PromptStatistics:
+def statistics_of(tensors: Mapping[str, Tensor], name: str = "statistics") -> PromptStatistics:
     """Reads what `statistics_tensors` wrote."""
-    mean_F = tensors["statistics.mean"]
+    mean_F = tensors[f"{name}.mean"]
     scatter_FF = torch.zeros(len(mean_F), len(mean_F), dtype=torch.float64)
     row, column = torch.triu_indices(*scatter_FF.shape)
-    scatter_FF[row, column] = scatter_FF[column, row] = tensors["statistics.scatter"].double()
-    return PromptStatistics(int(tensors["statistics.count"]), mean_F, scatter_FF, float(tensors["statistics.radius"]))
+    scatter_FF[row, column] = scatter_FF[column, row] = tensors[f"{name}.scatter"].double()
+    return PromptStatistics(int(tensors[f"{name}.count"]), mean_F, scatter_FF, float(tensors[f"{name}.radius"]))
+
+
+def evidence_tensors(evidence: Mapping[str, PromptStatistics]) -> dict[str, Tensor]:
+    """Returns the statistics of all Linears as named tensors."""
+    return {
+        key: value
+        for path, own in evidence.items()
+        for key, value in statistics_tensors(own, f"evidence.{path}").items()
+    }
+
+
+def evidence_of(tensors: Mapping[str, Tensor]) -> dict[str, PromptStatistics]:
+    """Reads what `evidence_tensors` wrote."""
+    names = [key.removesuffix(".mean") for key in tensors if key.startswith("evidence.") and key.endswith(".mean")]
+    return {name.removeprefix("evidence."): statistics_of(tensors, name) for name in sorted(names)}

@@ -36,7 +36,7 @@ def feature_width(width: int, wanted: int | None) -> int:
     return wanted or min(3 * width, WIDEST)
 
 
-@lru_cache(maxsize=4)
+@lru_cache(maxsize=16)
 def projection(source: int, target: int) -> Tensor | None:
     """Returns the fixed random projection (source, target) that all experts share, or None where none is needed.
 

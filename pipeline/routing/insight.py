@@ -86,7 +86,7 @@ def explain(routed: RoutedModel, inputs: Mapping[str, Any], *, candidates: int =
     state.traces = {}
     try:
         routed.model(**inputs, use_cache=False)
-        traces, tokens_BT = state.traces, state.tokens_BT
+        traces, votes, tokens_BT = state.traces, state.votes, state.tokens_BT
     finally:
         state.traces = None
     assert tokens_BT is not None
@@ -119,12 +119,13 @@ def explain(routed: RoutedModel, inputs: Mapping[str, Any], *, candidates: int =
         found.append(Candidate(None, posterior.get(-1, 0.0), score, None, None, max(rest, 0.0)))
         found.sort(key=lambda c: -c.posterior)
         kept_T = tokens_BT[row].bool().cpu()
-        whole = torch.tensor([decision.weights.get(name, 0.0) for name in pool.names])
-        weights = {
-            path: traces[path][row if len(traces[path]) > 1 else 0].cpu()[kept_T]
-            if path in traces
-            else whole.expand(int(kept_T.sum()), -1)
-            for path in routed.paths
-        }
+        whole_E = torch.tensor([decision.weights.get(name, 0.0) for name in pool.names])
+        weights = {}
+        for path in routed.paths:
+            if path in traces:
+                weights[path] = traces[path][row].cpu()[kept_T]
+            else:
+                own_E = votes[path][row].cpu() if path in votes else whole_E
+                weights[path] = own_E.expand(int(kept_T.sum()), -1)
         explanations.append(Explanation(decision, tuple(found), weights, tuple(pool.names)))
     return explanations

@@ -2,21 +2,20 @@
 
     y = W x + sum_e w_e s_e B_e A_e x        as        ((w (x) 1_r) o (x A_cat^T)) B_cat^T
 
-    x (B, T, D) --+-- W ----------------------------------------------(+)-- y (B, T, O)
-                  |                                                    |
-                  +-- [A; u] --+-- (B, T, R) -- o w[slot] -- s B ------+
-                               +-- (B, T, E) -- token scores -> w
+    x (B, T, D) --+-- W --------------------------------(+)-- y (B, T, O)
+                  |                                      |
+                  +-- A --- (B, T, R) -- o w[slot] -- s B
 
-Down-projections and scores are one product, the masked up-projection another; nothing of shape (tokens, experts, O).
-Which rows of A, u and B take part depends on the route:
+All down-projections are one product, the masked up-projection another; nothing of shape (tokens, experts, O). Which rows
+of A and B take part depends on the route:
 
-- short list (`Fixed`, `Mixed`): the rows of the listed experts are gathered, each prompt's own; the cost does not depend
-  on the size of the pool;
-- whole pool (`Free`), small: all rows at once;
+- a list of experts (`Fixed`, `Weighed`): their rows are gathered, each prompt's own; the cost does not depend on the size
+  of the pool;
+- whole pool (`Free`), small: all rows at once, the scores of the routing vectors in the same product;
 - whole pool, large: scores of all experts, then each chosen expert once, on the tokens that chose it.
 
-Experts of different ranks stand side by side; an expert without this Linear scores 0 on a short list and changes nothing.
-Shapes: B rows, T tokens, D and O widths of the Linear, E experts here, M places on a short list, R rank, K chosen, S rows.
+Experts of different ranks stand side by side; an expert without this Linear changes nothing in it. Shapes: B rows, T
+tokens, D and O widths of the Linear, E experts here, M places on a list, R rank, K chosen, S rows, X classes.
 """
 
 from collections.abc import Sequence
@@ -26,7 +25,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pipeline.routing.route import Fixed, Free, Mixed, RoutingState, spread
+from pipeline.routing.evidence import Hearing, add_evidence
+from pipeline.routing.route import SLIGHT, Fixed, Free, RoutingState, Weighed, spread
 from pipeline.routing.token_router import keep_largest, normalise_vector, token_scores
 
 DENSE_EXPERTS = 16
@@ -52,16 +52,19 @@ class RoutedLinear(nn.Module):
     """All A, a row of zeros, then all normalised routing vectors."""
     up_SO: Tensor
     """All scaled B, transposed, and a row of zeros."""
-    rows_EX: Tensor
-    """Rows of `down_SD` that belong to an expert of the pool, (E + 1, R + 1): its A, filled up with the row of zeros,
-    then its vector. The last line, NOBODY's, is all zeros, as is that of an expert without this Linear."""
+    rows_ER: Tensor
+    """Rows of `down_SD` that belong to an expert of the pool (E + 1, R), filled up with the row of zeros. The last line,
+    NOBODY's, is all zeros, as is that of an expert without this Linear."""
     pool_E: Tensor
-    """Index in the pool of the experts here, and `owner_S`: which of them a row of A belongs to."""
+    """Index in the pool of the experts here."""
     owner_S: Tensor
+    """Which of the experts here a row of A belongs to."""
 
     def __init__(self, base: nn.Linear, state: RoutingState, path: str, slots: Sequence[Slot] = ()) -> None:
         super().__init__()
         self.base, self.state, self.path = base, state, path
+        self.hearing = Hearing(None)
+        self.held = torch.zeros(1, 0, dtype=torch.long), torch.zeros(1, 0)
         self.load(slots)
 
     def load(self, slots: Sequence[Slot]) -> None:
@@ -70,20 +73,18 @@ class RoutedLinear(nn.Module):
         ranks = [len(slot.a_RD) for slot in slots]
         self.starts = [sum(ranks[:i]) for i in range(len(ranks) + 1)]
         zero = self.starts[-1]
-        width = max(ranks, default=0)
         vectors = [normalise_vector(slot.vector_D.float())[None] for slot in slots]
         nothing_D, nothing_O = (torch.zeros(1, size) for size in (self.base.in_features, self.base.out_features))
         down = torch.cat([*(slot.a_RD.float() for slot in slots), nothing_D, *vectors])
         up = torch.cat([*(slot.scaling * slot.b_OR.float().T for slot in slots), nothing_O])
-        rows = torch.full((self.state.pool_size + 1, width + 1), zero)
+        rows = torch.full((self.state.pool_size + 1, max(ranks, default=0)), zero)
         for i, (slot, rank) in enumerate(zip(slots, ranks, strict=True)):
             rows[slot.expert, :rank] = torch.arange(self.starts[i], self.starts[i + 1])
-            rows[slot.expert, -1] = zero + 1 + i
         owners = torch.repeat_interleave(torch.arange(len(slots)), torch.tensor(ranks, dtype=torch.long))
         tensors = {
             "down_SD": down.to(**kind),
             "up_SO": up.to(**kind),
-            "rows_EX": rows.to(kind["device"]),
+            "rows_ER": rows.to(kind["device"]),
             "pool_E": torch.tensor([slot.expert for slot in slots], dtype=torch.long, device=kind["device"]),
             "owner_S": owners.to(kind["device"]),
         }
@@ -94,32 +95,48 @@ class RoutedLinear(nn.Module):
         """Returns y (B, T, O)."""
         y_BTO = self.base(x_BTD)
         match self.state.route:
-            case Fixed() | Mixed() as route:
-                return self._listed(x_BTD, y_BTO, route)
+            case Fixed() as route:
+                return self._listed(x_BTD, y_BTO, route.experts_BM, route.weights_BM)
+            case Weighed() as route:
+                return self._listed(x_BTD, y_BTO, *self._weigh(x_BTD, route))
             case Free() as route if len(self.pool_E):
                 return self._free(x_BTD, y_BTO, route)
         return y_BTO
 
-    def _listed(self, x_BTD: Tensor, y_BTO: Tensor, route: Fixed | Mixed) -> Tensor:
+    def _listed(self, x_BTD: Tensor, y_BTO: Tensor, experts_BM: Tensor, weights_BM: Tensor) -> Tensor:
         """Adds the listed experts; their rows are gathered, so that every prompt pays for its own list only."""
-        index_BMX = self.rows_EX[route.experts_BM]
-        lists, places, _ = index_BMX.shape
-        index_BMR = index_BMX[..., :-1]
-        if isinstance(route, Fixed):
-            a_BSD = self.down_SD[index_BMR.flatten(1)]
-            h_BTMR = _times(x_BTD, a_BSD).unflatten(-1, (places, -1))
-            weights_BTM = route.weights_BM.unsqueeze(1)
-        else:
-            a_BSD = self.down_SD[index_BMX.flatten(1)]
-            h_BTMR, products_BTM1 = _times(x_BTD, a_BSD).unflatten(-1, (places, -1)).tensor_split([-1], dim=-1)
-            scores_BTM = token_scores(products_BTM1.squeeze(-1), x_BTD) / route.temperature
-            weights_BTM = (scores_BTM + route.prior_BM.unsqueeze(1)).softmax(-1)
-            self._note(spread(weights_BTM, route.experts_BM, self.state.pool_size))
-        b_BSO = self.up_SO[index_BMR.flatten(1)]
-        h_BTS = (h_BTMR * weights_BTM.unsqueeze(-1).to(h_BTMR.dtype)).flatten(2)
-        if lists == 1:
-            return torch.addmm(y_BTO.flatten(0, 1), h_BTS.flatten(0, 1), b_BSO[0]).view_as(y_BTO)
-        return torch.baddbmm(y_BTO, h_BTS, b_BSO)
+        rows_BS = self.rows_ER[experts_BM].flatten(1)
+        weights_BS = weights_BM.repeat_interleave(self.rows_ER.shape[-1], dim=-1).to(x_BTD.dtype)
+        if len(rows_BS) == 1:
+            (rows_S,) = rows_BS
+            h_NS = (x_BTD.flatten(0, 1) @ self.down_SD[rows_S].T) * weights_BS
+            return torch.addmm(y_BTO.flatten(0, 1), h_NS, self.up_SO[rows_S]).view_as(y_BTO)
+        h_BTS = torch.bmm(x_BTD, self.down_SD[rows_BS].transpose(1, 2)) * weights_BS.unsqueeze(1)
+        return torch.baddbmm(y_BTO, h_BTS, self.up_SO[rows_BS])
+
+    def _weigh(self, x_BTD: Tensor, route: Weighed) -> tuple[Tensor, Tensor]:
+        """Weighs the listed experts by the evidence at prefill, and keeps to that: experts and weights (B, M)."""
+        state, follows = self.state, self.hearing.follows
+        if state.tokens_BT is None:
+            return self.held
+        before_BX = None if follows is None else state.evidence[follows]
+        # Set, not added up: gradient checkpointing runs a forward pass twice.
+        evidence_BX = add_evidence(self.hearing, before_BX, x_BTD, state.tokens_BT, state.pool_size + 1)
+        state.evidence[self.path] = evidence_BX
+        experts_BM = route.experts_BM.expand(len(x_BTD), -1)
+        listed_BM = evidence_BX.gather(-1, experts_BM % (state.pool_size + 1))
+        best_BM, place_BM = (listed_BM / route.temperature + route.prior_BM).topk(
+            min(route.top_k, experts_BM.shape[-1]), dim=-1
+        )
+        experts_BM, weights_BM = experts_BM.gather(-1, place_BM), best_BM.softmax(-1)
+        if not torch.compiler.is_compiling():
+            state.votes[self.path] = spread(weights_BM, experts_BM, state.pool_size)
+            places = int((weights_BM >= SLIGHT).sum(-1).max())  # in falling order: who has no weight is cut off
+            experts_BM, weights_BM = experts_BM[:, :places], weights_BM[:, :places]
+            if places == 1 and len(experts_BM) > 1 and (experts_BM == experts_BM[0]).all():
+                experts_BM, weights_BM = experts_BM[:1], torch.ones_like(weights_BM[:1])
+        self.held = experts_BM, weights_BM
+        return self.held
 
     def _free(self, x_BTD: Tensor, y_BTO: Tensor, route: Free) -> Tensor:
         """Adds the experts that the tokens choose from all."""
@@ -128,15 +145,13 @@ class RoutedLinear(nn.Module):
             h_BTS = x_BTD @ self.down_SD.T
             scores_BTE = token_scores(h_BTS[..., -experts:], x_BTD) / route.temperature
             weights_BTE = keep_largest(scores_BTE, route.top_k)
-            self._note(self._in_pool(weights_BTE))
+            self._note(weights_BTE)
             h_BTR = h_BTS[..., : self.starts[-1]] * weights_BTE[..., self.owner_S].to(h_BTS.dtype)
             return torch.addmm(y_BTO.flatten(0, 1), h_BTR.flatten(0, 1), self.up_SO[:-1]).view_as(y_BTO)
         scores_BTE = token_scores(x_BTD @ self.down_SD[-experts:].T, x_BTD) / route.temperature
         best_BTK, chosen_BTK = scores_BTE.topk(min(route.top_k, experts), dim=-1)
         weights_BTK = best_BTK.softmax(-1)
-        if self._noting:
-            weights_BTE = torch.zeros_like(scores_BTE).scatter(-1, chosen_BTK, weights_BTK)
-            self._note(self._in_pool(weights_BTE))
+        self._note(torch.zeros_like(scores_BTE).scatter(-1, chosen_BTK, weights_BTK))
         return self._scatter(x_BTD, y_BTO, weights_BTK, chosen_BTK)
 
     def _scatter(self, x_BTD: Tensor, y_BTO: Tensor, weights_BTK: Tensor, chosen_BTK: Tensor) -> Tensor:
@@ -156,32 +171,19 @@ class RoutedLinear(nn.Module):
             first += count
         return y_NO.view_as(y_BTO)
 
-    def _in_pool(self, weights_BTE: Tensor) -> Tensor:
-        """Turns weights of the experts here into weights of the pool's."""
-        whole = weights_BTE.new_zeros(*weights_BTE.shape[:-1], self.state.pool_size)
-        return whole.index_copy(-1, self.pool_E, weights_BTE)
-
-    @property
-    def _noting(self) -> bool:
-        """Whether anybody wants to know: at prefill, and while traces are kept; never in compiled code."""
-        state = self.state
-        return not torch.compiler.is_compiling() and (state.tokens_BT is not None or state.traces is not None)
-
     def _note(self, weights_BTE: Tensor) -> None:
-        """Notes the weights of the pool's experts (B, T, E). Set, not added: checkpointing runs a forward pass twice."""
-        if not self._noting:
+        """Notes the weights of the experts here, at prefill and while traces are kept; never in compiled code."""
+        state = self.state
+        if torch.compiler.is_compiling() or (state.tokens_BT is None and state.traces is None):
             return
-        tokens_BT = self.state.tokens_BT
+        whole_BTE = weights_BTE.new_zeros(*weights_BTE.shape[:-1], state.pool_size)
+        whole_BTE = whole_BTE.index_copy(-1, self.pool_E, weights_BTE)
+        tokens_BT = state.tokens_BT
         if tokens_BT is not None and tokens_BT.shape == weights_BTE.shape[:2]:
             tokens_BT1 = tokens_BT.unsqueeze(-1).float()
-            self.state.votes[self.path] = (weights_BTE * tokens_BT1).sum(1) / tokens_BT1.sum(1).clamp(min=1)
-        if self.state.traces is not None:
-            self.state.traces[self.path] = weights_BTE.detach()
-
-
-def _times(x_BTD: Tensor, a_BSD: Tensor) -> Tensor:
-    """Returns x A^T (B, T, S) for one A a row, or one for all rows."""
-    return x_BTD @ a_BSD[0].T if len(a_BSD) == 1 else torch.bmm(x_BTD, a_BSD.transpose(1, 2))
+            state.votes[self.path] = (whole_BTE * tokens_BT1).sum(1) / tokens_BT1.sum(1).clamp(min=1)
+        if state.traces is not None:
+            state.traces[self.path] = whole_BTE.detach()
 
 
 class GatedLinear(nn.Module):

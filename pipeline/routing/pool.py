@@ -1,13 +1,13 @@
 """The pool: an ordered set of experts over one base with one router setting; what a user deploys."""
 
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from safetensors.torch import load_file, save_file
 
 from pipeline.config import Config, RouterConfig
-from pipeline.routing.expert import Expert, statistics_of, statistics_tensors
+from pipeline.routing.expert import Expert, evidence_of, evidence_tensors, statistics_of, statistics_tensors
 from pipeline.routing.statistics import PromptStatistics
 
 CARD, NULL = "pool.json", "null.safetensors"
@@ -42,11 +42,13 @@ class Pool:
         router: RouterConfig,
         experts: Iterable[Expert] = (),
         null: PromptStatistics | None = None,
+        null_evidence: Mapping[str, PromptStatistics] | None = None,
     ) -> None:
         self.base_label = base_label
         self.base_fingerprint = base_fingerprint
         self.router = router
         self.null = null
+        self.null_evidence = dict(null_evidence or {})
         self.experts: dict[str, Expert] = {}
         for expert in experts:
             self._check(expert)
@@ -90,7 +92,9 @@ class Pool:
         )
 
     def _with(self, experts: Iterable[Expert], router: RouterConfig | None = None) -> "Pool":
-        return Pool(self.base_label, self.base_fingerprint, router or self.router, experts, self.null)
+        return Pool(
+            self.base_label, self.base_fingerprint, router or self.router, experts, self.null, self.null_evidence
+        )
 
     def add(self, expert: Expert) -> "Pool":
         """Returns the pool with `expert` at the end, or in its place if there is one of that name."""
@@ -115,7 +119,7 @@ class Pool:
         for name, expert in self.experts.items():
             expert.save(draft / "experts" / name)
         if self.null is not None:
-            save_file(statistics_tensors(self.null), draft / NULL)
+            save_file(statistics_tensors(self.null) | evidence_tensors(self.null_evidence), draft / NULL)
         (draft / CARD).write_text(self.card.model_dump_json(indent=2) + "\n")
         shutil.rmtree(folder, ignore_errors=True)
         draft.rename(folder)
@@ -133,5 +137,8 @@ class Pool:
         if card.null and not (folder / NULL).is_file():
             raise PoolError(f"{folder}: {NULL} is missing, which {CARD} says is there; copy the whole folder")
         experts = [Expert.load(folder / "experts" / name) for name in card.experts]
-        null = statistics_of(load_file(folder / NULL)) if card.null else None
-        return cls(card.base_label, card.base_fingerprint, card.router, experts, null)
+        if not card.null:
+            return cls(card.base_label, card.base_fingerprint, card.router, experts)
+        tensors = load_file(folder / NULL)
+        null, evidence = statistics_of(tensors), evidence_of(tensors)
+        return cls(card.base_label, card.base_fingerprint, card.router, experts, null, evidence)

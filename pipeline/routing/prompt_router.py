@@ -1,15 +1,10 @@
 """The prompt router: one decision a prompt, in closed form.
 
-Every class (each expert, and the null expert for general prompts) is a Gaussian with its own mean and one covariance
-shared by all, solved from summed statistics:
-
-    Sigma = sum_c scatter_c / sum_c count_c           C = (1 - a) S^-1 Sigma S^-1 + a I,   S = sqrt(diag Sigma_total)
-    score_c(x) = <x, w_c> - <m_c, w_c> / 2            w_c = S^-1 C^-1 S^-1 m_c,   equal priors
-
-Only sums enter, so the router is the same in whatever order the tasks came, equals the one trained on all tasks' prompts
-together, and forgets an expert exactly when its term is left out. Without a null expert it abstains: a prompt that lies
-outside the own radius of each of its likeliest tasks goes to the base. Shapes: B prompts, F features, C classes, E
-experts, M places on a short list.
+Every class (each expert, and the null expert for general prompts) is a Gaussian over the prompt features, with its own
+mean and one covariance shared by all (`gaussian`). So the router is the same in whatever order the tasks came, equals the
+one trained on all tasks' prompts together, and forgets an expert exactly when its term is left out. Without a null expert
+it abstains: a prompt that lies outside the own radius of each of its likeliest tasks goes to the base. Shapes: B prompts,
+F features, C classes, E experts, M places on a short list.
 """
 
 from collections.abc import Sequence
@@ -17,8 +12,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from pipeline.routing.gaussian import solve
 from pipeline.routing.route import NOBODY, Base, Fixed, Route
-from pipeline.routing.statistics import PromptStatistics, shrunk_cholesky
+from pipeline.routing.statistics import PromptStatistics
 
 CANDIDATES = 8
 """Without a null expert: how many of the likeliest experts are asked whether a prompt lies within their radius."""
@@ -36,18 +32,7 @@ class PromptRouter:
         if not self.experts:
             return
         classes = [*self.experts, *([null] if null else [])]
-        total = sum(classes[1:], start=classes[0])
-        means_CF = torch.stack([c.mean_F for c in classes])
-        within_FF = torch.zeros_like(total.scatter_FF)
-        for c in classes:
-            within_FF += c.scatter_FF
-        scale_F = total.scale_F(1e-6)
-        factor_FF = shrunk_cholesky(within_FF / total.count, scale_F, shrinkage)
-        centre_F = means_CF.mean(0)
-        relative_CF = (means_CF - centre_F) / scale_F
-        directions_CF = torch.cholesky_solve(relative_CF.T, factor_FF).T
-        self.weight_CF = directions_CF / scale_F
-        self.bias_C = -0.5 * (relative_CF * directions_CF).sum(-1) - self.weight_CF @ centre_F
+        self.weight_CF, self.bias_C = solve(classes, shrinkage=shrinkage)
 
     def scores(self, features_BF: Tensor) -> Tensor:
         """Returns the log-likelihood of every class up to a constant (B, C): the experts, then the null expert."""

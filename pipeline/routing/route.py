@@ -10,7 +10,10 @@ import torch
 from torch import Tensor
 
 NOBODY = -1
-"""On a short list: the null expert, that is the base as it is."""
+"""On a list of experts: the null expert, that is the base as it is."""
+
+SLIGHT = 1e-3
+"""Weight or probability below which an expert cannot change an answer visibly; it is left out, and costs nothing."""
 
 
 @dataclass(frozen=True)
@@ -29,20 +32,22 @@ class Fixed:
 
 
 @dataclass(frozen=True)
-class Mixed:
-    """Every Linear mixes inside a short list, for every token."""
+class Weighed:
+    """Every Linear weighs a list of experts by the evidence of its own and all earlier inputs (see `evidence`)."""
 
     experts_BM: Tensor
-    """Short list, as in Fixed."""
+    """List, as in Fixed."""
     prior_BM: Tensor
-    """Log prior, added to the token scores."""
+    """Log prior, added to the evidence."""
+    top_k: int = 2
+    """Places of the list that may have a weight."""
     temperature: float = 1.0
-    """Divides the token scores, not the prior."""
+    """Divides the evidence, not the prior."""
 
 
 @dataclass(frozen=True)
 class Free:
-    """Every Linear chooses from the whole pool, for every token."""
+    """Every Linear chooses from the whole pool, for every token, by the trained routing vectors."""
 
     top_k: int = 2
     """Experts with a weight at each token."""
@@ -50,7 +55,7 @@ class Free:
     """Temperature of the softmax."""
 
 
-Route = Base | Fixed | Mixed | Free
+Route = Base | Fixed | Weighed | Free
 
 
 class Router(Protocol):
@@ -70,8 +75,10 @@ class RoutingState:
     route: Route = Base()
     tokens_BT: Tensor | None = None
     """Prefill: mask of the real tokens; None while decoding."""
+    evidence: dict[str, Tensor] = field(default_factory=dict, repr=False)
+    """By Linear that hears the prompt: log-likelihood of every class so far (B, E + 1), the null expert last."""
     votes: dict[str, Tensor] = field(default_factory=dict, repr=False)
-    """By Linear: mean weight of each expert over the prompt's tokens (B, E), where tokens decide."""
+    """By Linear that decides for itself: mean weight of each expert over the prompt's tokens (B, E)."""
     traces: dict[str, Tensor] | None = field(default=None, repr=False)
     """By Linear: weight of each expert at each token (B, T, E); kept only while this is not None."""
 
@@ -79,10 +86,11 @@ class RoutingState:
         """Starts a prompt."""
         self.route, self.tokens_BT = route, tokens_BT
         self.votes.clear()
+        self.evidence.clear()
 
     @property
     def weights_BE(self) -> Tensor | None:
-        """Mean weight of each expert (B, E): over Linears and tokens where tokens decide, else the decision itself."""
+        """Mean weight of each expert (B, E): over Linears and tokens where they decide, else the decision itself."""
         if isinstance(self.route, Fixed):
             return spread(self.route.weights_BM, self.route.experts_BM, self.pool_size)
         if not self.votes:

@@ -5,7 +5,7 @@ place. The decision is taken at prefill, from what the language model is about t
 generated (with KV cache). Shapes: B rows, T tokens, D width, E experts, F features.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from pipeline.routing.evidence import hearings
+from pipeline.routing.expert import Expert
 from pipeline.routing.features import project, prompt_features
 from pipeline.routing.layer import RoutedLinear, Slot
 from pipeline.routing.pool import Pool, PoolError
@@ -80,7 +82,13 @@ def router_of(pool: Pool) -> Router:
     """Returns the router that a pool's settings ask for."""
     settings = pool.router
     if settings.kind == "token":
-        return TokenRouter(top_k=settings.top_k, temperature=settings.temperature)
+        return TokenRouter(
+            len(pool.experts),
+            null=bool(pool.null_evidence),
+            published=settings.token_scores == "published",
+            top_k=settings.top_k,
+            temperature=settings.temperature,
+        )
     statistics = [expert.statistics for expert in pool.experts.values()]
     prompts = PromptRouter(statistics, pool.null, shrinkage=settings.shrinkage)
     if settings.kind == "prompt":
@@ -121,6 +129,23 @@ class RoutedModel:
                 if (a := expert.adapters.get(path)) is not None
             ]
             self.model.set_submodule(path, RoutedLinear(linear, self.state, path, slots))
+        self._listen(experts)
+
+    def _listen(self, experts: Sequence[Expert]) -> None:
+        """Tells every Linear what it hears, where the router asks for evidence."""
+        settings = self.pool.router
+        if settings.kind == "prompt" or (settings.kind == "token" and settings.token_scores == "published"):
+            return
+        heard = hearings(
+            self.paths,
+            [expert.evidence for expert in experts],
+            self.pool.null_evidence,
+            {path: linear.in_features for path, linear in self._replaced.items()},
+            shrinkage=settings.shrinkage,
+        )
+        for path, hearing in heard.items():
+            module = self.model.get_submodule(path)
+            module.hearing = hearing.to(module.base.weight.device)
 
     @torch.no_grad()
     def _decide(self, features_BS: Tensor | None, tokens_BT: Tensor | None) -> None:

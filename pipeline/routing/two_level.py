@@ -1,11 +1,11 @@
-"""Both levels: the prompt decides who may take part, the tokens decide how much.
+"""Both levels: the prompt decides who may take part, the Linears decide how much.
 
-    L    = the m likeliest classes of the prompt router, the null expert among them       p = its posterior
-    w_te = softmax over e in L of ( z_te / temperature + log p_e )                          z as in the token router
+    L    = the m likeliest classes of the prompt router, the null expert among them, with a probability of SLIGHT or more
+    w_le = softmax over L of ( evidence_le / temperature + log-posterior_e )                evidence: see `evidence`
 
-The null expert and an expert without the Linear at hand score z = 0. Where the prompt is clear, the prior decides and the
-route is the prompt router's; where two tasks look alike, tokens mix them. A class less likely than `SLIGHT` leaves the
-list, so that clear prompts cost one expert. Shapes: B prompts, F features, M places on the short list.
+Where the prompt is clear, the list has one place and the route is the prompt router's, at its price. Where prompts of two
+tasks look alike at the language model's input (the same words in another order, say), what its layers make of them
+decides. Shapes: B prompts, F features, M places on the list.
 """
 
 import math
@@ -14,14 +14,11 @@ import torch
 from torch import Tensor
 
 from pipeline.routing.prompt_router import PromptRouter, fixed
-from pipeline.routing.route import Mixed, Route
-
-SLIGHT = 1e-3
-"""Posterior below which a class cannot change an answer visibly."""
+from pipeline.routing.route import SLIGHT, Route, Weighed
 
 
 class TwoLevelRouter:
-    """Short-lists experts by prompt, mixes them by token."""
+    """Short-lists experts by prompt, weighs them by Linear."""
 
     def __init__(self, prompts: PromptRouter, *, short_list: int, temperature: float) -> None:
         self.prompts, self.places, self.temperature = prompts, short_list, temperature
@@ -29,14 +26,10 @@ class TwoLevelRouter:
     def route(self, features_BF: Tensor) -> Route:
         """Makes the short list of every prompt."""
         experts_BM, prior_BM = self.prompts.short_list(features_BF, self.places)
-        likely_BM = prior_BM >= math.log(SLIGHT)
+        likely_BM = prior_BM >= min(math.log(SLIGHT), float(prior_BM[:, 0].min()))  # the likeliest always
         places = int(likely_BM.sum(-1).max())
-        experts_BM, prior_BM = (
-            experts_BM[:, :places],
-            prior_BM[:, :places].masked_fill(~likely_BM[:, :places], -torch.inf),
-        )
         if places == 1:
-            return fixed(experts_BM, torch.ones(experts_BM.shape), features_BF.device)
-        if len(experts_BM) > 1 and (experts_BM == experts_BM[0]).all() and (prior_BM == prior_BM[0]).all():
-            experts_BM, prior_BM = experts_BM[:1], prior_BM[:1]
-        return Mixed(experts_BM.to(features_BF.device), prior_BM.float().to(features_BF.device), self.temperature)
+            return fixed(experts_BM[:, :1], torch.ones(len(experts_BM), 1), features_BF.device)
+        experts_BM = experts_BM[:, :places].to(features_BF.device)
+        prior_BM = prior_BM[:, :places].masked_fill(~likely_BM[:, :places], -torch.inf).float()
+        return Weighed(experts_BM, prior_BM.to(features_BF.device), places, self.temperature)

@@ -1,4 +1,8 @@
-"""Batches for a training worker: endless epochs from its shard, read ahead in the background, the wait measured."""
+"""Batches for a training worker: endless epochs from its shard, read ahead in the background, the wait measured.
+
+Rows that lie in Ray's object store are drawn from there one by one, without copies; a tenth of the work of shuffling them
+through a buffer, which matters where reader and training share few cores.
+"""
 
 import queue
 import threading
@@ -6,26 +10,32 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
+import numpy as np
 import torch
 
 from pipeline.models.prompts import collate
-from pipeline.streams.preprocess import unpack
+from pipeline.streams.preprocess import PACKED, unpack
 
 AHEAD = 8
 """Batches that are ready before they are asked for; enough to bridge the start of an epoch."""
+
+SHUFFLED = 8
+"""Batches among which streamed rows are shuffled."""
 
 
 class Feed:
     """Yields collated batches epoch after epoch, shuffled by `seed` and the epoch's number.
 
-    `wait_seconds` sums the time for which training stood still for data. Use as a context manager.
+    `cached`: the shard's rows lie in the object store, and a whole epoch is shuffled; else rows stream, and are shuffled
+    among `SHUFFLED` batches. `skip` leaves out the first batches. `wait_seconds` sums the time for which training stood
+    still for data. Use as a context manager.
     """
 
-    def __init__(self, shard: Any, *, batch_size: int, pad_token_id: int, seed: int, shuffle_rows: int, skip: int = 0):
+    def __init__(self, shard: Any, *, batch_size: int, pad_token_id: int, seed: int, cached: bool, skip: int = 0):
         self.wait_seconds = 0.0
         self._shard = shard
         self._batch_size, self._pad, self._seed = batch_size, pad_token_id, seed
-        self._shuffle_rows, self._skip = shuffle_rows, skip
+        self._cached, self._skip = cached, skip
         self._ready: queue.Queue[dict[str, torch.Tensor] | BaseException] = queue.Queue(maxsize=AHEAD)
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._read, name="feed", daemon=True)
@@ -54,7 +64,8 @@ class Feed:
 
     def _read(self) -> None:
         try:
-            for number, batch in enumerate(self._epochs()):
+            epochs = self._drawn() if self._cached else self._streamed()
+            for number, batch in enumerate(epochs):
                 if number < self._skip:
                     continue
                 self._put(collate(unpack(batch), pad_token_id=self._pad))
@@ -70,22 +81,38 @@ class Feed:
             except queue.Full:
                 continue
 
-    def _epochs(self) -> Iterator[Any]:
+    def _drawn(self) -> Iterator[dict[str, list[Any]]]:
+        """Draws rows from the object store, each once an epoch."""
+        blocks = list(self._shard.iter_batches(batch_size=None, batch_format="pyarrow"))
+        rows = [(block, i) for block in blocks for i in range(len(block))]
+        if len(rows) < self._batch_size:
+            raise self._too_few()
+        epoch = 0
+        while True:
+            order = np.random.default_rng(self._seed + epoch).permutation(len(rows))
+            for start in range(0, len(order) - self._batch_size + 1, self._batch_size):
+                chosen = [rows[i] for i in order[start : start + self._batch_size]]
+                yield {name: [block[name][i].as_buffer() for block, i in chosen] for name in PACKED}
+            epoch += 1
+
+    def _streamed(self) -> Iterator[Any]:
+        """Reads the shard anew for every epoch."""
         epoch = 0
         while True:
             batches = self._shard.iter_batches(
                 batch_size=self._batch_size,
                 batch_format="numpy",
                 drop_last=True,
-                local_shuffle_buffer_size=self._shuffle_rows,
+                local_shuffle_buffer_size=SHUFFLED * self._batch_size,
                 local_shuffle_seed=self._seed + epoch,
             )
             rows = 0
             for batch in batches:
                 rows += 1
                 yield batch
-                if self._stop.is_set():
-                    return
             if rows == 0:
-                raise ValueError(f"a worker's shard holds fewer rows than its batch of {self._batch_size}")
+                raise self._too_few()
             epoch += 1
+
+    def _too_few(self) -> ValueError:
+        return ValueError(f"a worker's shard holds fewer rows than its batch of {self._batch_size}")

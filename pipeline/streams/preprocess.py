@@ -183,6 +183,10 @@ def plain(value: Any) -> Any:
     return value.item() if isinstance(value, np.generic) else value
 
 
+PACKED = ("input_ids", "labels", "pixel_values", "pixel_shape")
+"""Columns of an encoded row."""
+
+
 def pack(encoded: Encoded) -> dict[str, Any]:
     """Returns an encoded row as columns."""
     return {
@@ -201,7 +205,5 @@ def unpack(batch: Mapping[str, Any]) -> list[Encoded]:
             np.frombuffer(labels, np.int64),
             np.frombuffer(pixels, np.float32).reshape(tuple(np.frombuffer(shape, np.int64))),
         )
-        for ids, labels, pixels, shape in zip(
-            batch["input_ids"], batch["labels"], batch["pixel_values"], batch["pixel_shape"], strict=True
-        )
+        for ids, labels, pixels, shape in zip(*(batch[name] for name in PACKED), strict=True)
     ]

@@ -10,47 +10,60 @@ from ray.data import ActorPoolStrategy
 from pipeline.config import BaseModelConfig
 from pipeline.models.bases import load_base
 from pipeline.models.prompts import collate
+from pipeline.routing.evidence import EvidenceReader
 from pipeline.routing.features import feature_width, project
 from pipeline.routing.routed_model import PromptReader
 from pipeline.routing.statistics import PromptStatistics
 from pipeline.streams.preprocess import unpack
+from pipeline.training.stages import adapted_paths
+
+FEATURES = "features"
+"""Column of the prompt features; the others bear the path of the Linear whose pooled input they hold."""
 
 
 def general_statistics(
-    rows: ray.data.Dataset, base: BaseModelConfig, *, wanted_width: int | None, gpu: bool = False
-) -> PromptStatistics:
-    """Returns the statistics of encoded prompts (without answers); one pass without gradients."""
+    rows: ray.data.Dataset, base: BaseModelConfig, *, wanted_width: int | None, targets: str, gpu: bool = False
+) -> tuple[PromptStatistics, dict[str, PromptStatistics]]:
+    """Returns the statistics of encoded prompts (without answers), at the language model's input and at its Linears.
+
+    One pass without gradients; `targets` is the regular expression of the Linears that experts adapt.
+    """
     read = rows.map_batches(
-        FeatureReader,
-        fn_constructor_args=(base, wanted_width),
+        GeneralReader,
+        fn_constructor_args=(base, wanted_width, targets),
         batch_size=64,
         batch_format="numpy",
         compute=ActorPoolStrategy(size=1),
         num_gpus=1 if gpu else None,
     )
-    features_NF = np.stack([row["features"] for row in read.iter_rows()])
-    return PromptStatistics.of(torch.from_numpy(features_NF))
+    batches = list(read.iter_batches(batch_size=None, batch_format="numpy"))
+    whole = {key: torch.from_numpy(np.concatenate([batch[key] for batch in batches])) for key in batches[0]}
+    statistics = {key: PromptStatistics.of(samples) for key, samples in whole.items()}
+    return statistics.pop(FEATURES), statistics
 
 
-class FeatureReader:
-    """Reads the prompt features of encoded rows."""
+class GeneralReader:
+    """Reads what routers need to know of encoded prompts."""
 
-    def __init__(self, base: BaseModelConfig, wanted_width: int | None) -> None:
+    def __init__(self, base: BaseModelConfig, wanted_width: int | None, targets: str) -> None:
         self.base = load_base(base)
         self.device = "cuda" if torch.cuda.is_available() else "cpu"
         self.base.model.to(self.device)
         self.width = feature_width(self.base.width, wanted_width)
         self.features: torch.Tensor | None = None
+        self.evidence = EvidenceReader(self.base.model, adapted_paths(self.base.model, targets))
         PromptReader(self.base.model, self._listen)
 
     def _listen(self, features: torch.Tensor | None, tokens: torch.Tensor | None) -> None:
-        self.features = features
+        self.features, self.evidence.tokens_BT = features, tokens
 
     @torch.inference_mode()
     def __call__(self, batch: dict[str, Any]) -> dict[str, np.ndarray]:
-        """Returns `features` (B, F)."""
+        """Returns `features` (B, F), and by path the pooled input of every Linear that hears something new (B, 64)."""
         inputs = collate(unpack(batch), pad_token_id=self.base.processor.tokenizer.pad_token_id, side="left")
         inputs.pop("labels")
         self.base.model(**{name: tensor.to(self.device) for name, tensor in inputs.items()}, use_cache=False)
         assert self.features is not None
-        return {"features": project(self.features, self.width).cpu().numpy()}
+        samples = {path: torch.cat(parts).numpy() for path, parts in self.evidence.samples.items()}
+        self.evidence.samples.clear()
+        return {FEATURES: project(self.features, self.width).cpu().numpy(), **samples}

@@ -7,7 +7,7 @@ routing vector a Linear; in the same pass the features of every prompt are taken
 import math
 import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from pipeline.config import ExpertConfig
 from pipeline.models.prompts import IGNORED
+from pipeline.routing.evidence import EvidenceReader
 from pipeline.routing.expert import ADAPTER_WEIGHTS, load_adapters
 from pipeline.routing.features import project
 from pipeline.routing.layer import GatedLinear
@@ -131,12 +132,16 @@ def with_gates(model: nn.Module, adapter: Path) -> dict[str, GatedLinear]:
     return gates
 
 
-class FeatureLog:
-    """Takes down the prompt features (N, F) of all training rows that pass through a model."""
+class PromptLog:
+    """Takes down what routers need to know of all prompts that pass through a model.
 
-    def __init__(self, model: nn.Module, width: int) -> None:
+    Features at the language model's input, and the pooled inputs of the Linears at `paths`.
+    """
+
+    def __init__(self, model: nn.Module, width: int, paths: Sequence[str]) -> None:
         self._width = width
-        self._rows: list[Tensor] = []
+        self._features: list[Tensor] = []
+        self._evidence = EvidenceReader(model, paths)
         self._reader = PromptReader(model, self._listen)
 
     def expect(self, batch: dict[str, Tensor]) -> None:
@@ -144,18 +149,22 @@ class FeatureLog:
         self._reader.prompt_mask = batch["attention_mask"].bool() & (batch["labels"] == IGNORED)
 
     def _listen(self, features: Tensor | None, tokens: Tensor | None) -> None:
+        self._evidence.tokens_BT = tokens
         if features is not None:
-            self._rows.append(project(features.detach(), self._width).cpu())
+            self._features.append(project(features.detach(), self._width).cpu())
 
-    def collect(self) -> Tensor:
-        """Returns the features of all ranks' rows (N, F), in the same order on every rank."""
+    def collect(self) -> tuple[Tensor, dict[str, Tensor]]:
+        """Returns the features (N, F) and the samples of every distinct input of all ranks' rows, alike on every rank."""
         self._reader.remove()
-        features = torch.cat(self._rows)
+        self._evidence.remove()
+        own = torch.cat(self._features), {path: torch.cat(s) for path, s in self._evidence.samples.items()}
         if dist.get_world_size() == 1:
-            return features
+            return own
         parts: list[Any] = [None] * dist.get_world_size()
-        dist.all_gather_object(parts, features)
-        return torch.cat(parts)
+        dist.all_gather_object(parts, own)
+        return torch.cat([features for features, _ in parts]), {
+            path: torch.cat([samples[path] for _, samples in parts]) for path in own[1]
+        }
 
 
 def adapted_paths(model: nn.Module, pattern: str) -> list[str]:

@@ -1,4 +1,4 @@
-"""Progress while training runs: rank 0 pushes every step, the driver drains in a thread of its own.
+"""Progress while training runs: rank 0 pushes its steps, the driver drains in a thread of its own.
 
 Ray Train's own `report` is a barrier over all workers and its callbacks run in another process; progress bars and MLflow
 want one writer, the driver, at no cost to the workers.
@@ -29,9 +29,9 @@ class Telemetry:
     def __init__(self) -> None:
         self._steps: list[tuple[str, str, int, int, float]] = []
 
-    def push(self, task: str, stage: str, step: int, steps: int, loss: float) -> None:
-        """Adds a step."""
-        self._steps.append((task, stage, step, steps, loss))
+    def push(self, steps: list[tuple[str, str, int, int, float]]) -> None:
+        """Adds steps."""
+        self._steps += steps
 
     def drain(self) -> list[tuple[str, str, int, int, float]]:
         """Returns the steps since the last call."""
@@ -40,7 +40,7 @@ class Telemetry:
 
 
 @contextmanager
-def listening(on_steps: Callable[[list[Step]], None], *, every: float = 0.5) -> Iterator[Any]:
+def listening(on_steps: Callable[[list[Step]], None], *, every: float = 1.0) -> Iterator[Any]:
     """Yields a telemetry actor whose steps reach `on_steps`, in order, about every `every` seconds."""
     actor: Any = Telemetry.remote()  # type: ignore[attr-defined]  # made by ray.remote
     stop = threading.Event()

@@ -21,7 +21,7 @@ from pipeline.routing.statistics import PromptStatistics
 from pipeline.streams.feed import Feed
 from pipeline.training.stages import (
     Divergence,
-    FeatureLog,
+    PromptLog,
     StageClock,
     adapted_paths,
     run_steps,
@@ -36,6 +36,9 @@ PROGRESS, ADAPTER, ENGINE, EXPERT = "progress.json", "adapter", "engine", "exper
 """What a checkpoint holds: where it stands; the adapter once it is trained; until then DeepSpeed's trainable weights and
 optimizer; at the end the expert."""
 
+TELL_EVERY = 0.8
+"""Seconds between messages to the driver."""
+
 
 class Job(Config):
     """All that a worker needs to know of its task."""
@@ -49,7 +52,7 @@ class Job(Config):
     rows: int
     """Good training rows."""
     cached: bool
-    """Whether encoded rows lie in the object store (then a whole shard is shuffled at once)."""
+    """Whether encoded rows lie in the object store."""
     seed: int
     """Of weights and data order."""
     base: BaseModelConfig
@@ -93,6 +96,8 @@ class Worker:
         np.random.seed(job.seed)
         torch.manual_seed(job.seed)
         self.shard = ray.train.get_dataset_shard("train")
+        self._untold: list[tuple[str, str, int, int, float]] = []
+        self._told = 0.0
         self.figures: dict[str, Any] = {"samples": job.expert.steps * self.micro_batch * self.world}
 
     def run(self) -> dict[str, Any]:
@@ -177,7 +182,7 @@ class Worker:
         base.model.config.use_cache = False
         width = feature_width(base.width, config.feature_width)
         gates = with_gates(base.model, adapter)
-        log = FeatureLog(base.model, width)
+        log = PromptLog(base.model, width, list(gates))
         engine = start_engine(
             base.model, settings, learning_rate=config.learning_rate, weight_decay=0.0, schedule=lambda step: 1.0
         )
@@ -193,8 +198,9 @@ class Worker:
                 on_step=lambda step, loss: self._tell("router", step, config.steps, loss),
                 before=log.expect,
             )
-        features = log.collect()
+        features, samples = log.collect()
         statistics = PromptStatistics.of(features, quantile=config.quantile, shrinkage=config.shrinkage)
+        evidence = {path: PromptStatistics.of(sample) for path, sample in samples.items()}
         with gathered([gate.vector for gate in gates.values()]):
             vectors = {path: gate.vector.detach().float().cpu().clone() for path, gate in gates.items()}
         engine.destroy()
@@ -214,7 +220,7 @@ class Worker:
             samples=self.figures["samples"],
             metrics={key: value for key, value in self.figures.items() if isinstance(value, float)},
         )
-        expert = Expert(card, adapter_config, adapters, vectors, statistics)
+        expert = Expert(card, adapter_config, adapters, vectors, statistics, evidence)
         expert.check_trained()
         draft = self._draft({"stage": "done", "step": 0})
         if self.rank == 0:
@@ -227,7 +233,7 @@ class Worker:
             batch_size=self.micro_batch,
             pad_token_id=base.processor.tokenizer.pad_token_id,
             seed=seed * 1000,
-            shuffle_rows=self.job.rows if self.job.cached else 8 * self.micro_batch,
+            cached=self.job.cached,
             skip=skip,
         )
 
@@ -241,8 +247,13 @@ class Worker:
         }
 
     def _tell(self, stage: str, step: int, steps: int, loss: float) -> None:
-        if self.rank == 0 and self.telemetry is not None:
-            self.telemetry.push.remote(self.job.task, stage, step, steps, loss)
+        """Tells the driver of a step, several at a time: a remote call costs about a millisecond of the step's time."""
+        if self.rank != 0 or self.telemetry is None:
+            return
+        self._untold.append((self.job.task, stage, step, steps, loss))
+        if step == steps or time.monotonic() - self._told >= TELL_EVERY:
+            self.telemetry.push.remote(self._untold)
+            self._untold, self._told = [], time.monotonic()
 
     def _draft(self, progress: dict[str, Any]) -> Path:
         """Starts a checkpoint folder of this rank; Ray uploads and removes it."""

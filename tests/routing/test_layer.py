@@ -1,5 +1,7 @@
 """The routed Linear against the sum it stands for: y = W x + sum_e w_e s_e B_e A_e x."""
 
+import dataclasses
+
 import pytest
 import torch
 from torch import nn
@@ -8,7 +10,8 @@ from torch.utils.checkpoint import checkpoint
 
 from pipeline.routing import layer
 from pipeline.routing.layer import GatedLinear, RoutedLinear, Slot
-from pipeline.routing.route import NOBODY, Base, Fixed, Free, Mixed, Route, RoutingState
+from pipeline.routing.evidence import Hearing
+from pipeline.routing.route import NOBODY, Base, Fixed, Free, Route, RoutingState, Weighed
 
 B, T, D, O, POOL = 3, 5, 24, 16, 4  # noqa: E741 - shape letters
 RANKS = {0: 2, 1: 5, 3: 1}
@@ -66,8 +69,12 @@ def token_weight(slots, x_BTD, top_k, temperature):
 
 
 def routed(linear, slots, route: Route) -> RoutedLinear:
-    """A routed Linear in a pool of POOL experts, under this route."""
-    return RoutedLinear(linear, RoutingState(POOL, route), "path", slots)
+    """A routed Linear in a pool of POOL experts, at prefill under this route."""
+    module = RoutedLinear(linear, RoutingState(POOL), "path", slots)
+    if isinstance(route, Weighed):
+        module.state.begin(route, torch.ones(B, T))
+    module.state.route = route
+    return module
 
 
 @pytest.fixture(params=["dense", "sparse"])
@@ -100,26 +107,81 @@ def test_fixed_weights_are_the_weighted_sum(linear, x_BTD, rows):
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
 
 
+HEARING = Hearing(
+    None,
+    classes_C=torch.tensor([0, 1, POOL]),
+    vector_CD=0.1 * torch.randn(3, D, generator=random(5)),
+    bias_C=torch.tensor([0.1, -0.2, 0.3]),
+)
+"""Experts 0 and 1 and the null expert have statistics here, 2 and 3 have none."""
+
+
+def heard(x_TD: torch.Tensor) -> torch.Tensor:
+    """Log-likelihoods of the pool's experts and of the null expert for a prompt (E + 1,), 0 where nothing is known."""
+    own_C = HEARING.vector_CD @ x_TD.mean(0) + HEARING.bias_C
+    return torch.zeros(POOL + 1).index_copy(0, HEARING.classes_C, own_C - own_C.mean())
+
+
 @pytest.mark.parametrize("temperature", [0.3, 1.0])
 @pytest.mark.parametrize("rows", [1, B])
-def test_mixing_inside_a_short_list_adds_the_prior_to_the_token_scores(linear, x_BTD, rows, temperature):
-    """Who has no adapter here, and the base, compete with a score of 0."""
+def test_a_list_is_weighed_by_evidence_and_prior(linear, x_BTD, rows, temperature):
     slots, list_BM = make_slots(), LIST_BM[:rows]
     prior_BM = torch.randn(rows, 3, generator=random(3))
-    vectors = {slot.expert: slot.vector_D for slot in slots}
 
     def weight(b, t):
         row = min(b, rows - 1)
-        x_D = layer_norm(x_BTD[b, t], (D,), eps=1e-5)
-        z_M = torch.zeros(3)
-        for place, expert in enumerate(list_BM[row].tolist()):
-            if expert in vectors:
-                z_M[place] = x_D @ layer_norm(vectors[expert], (D,), eps=1e-5) / D**0.5
-        return (z_M / temperature + prior_BM[row]).softmax(0)
+        return (heard(x_BTD[b])[list_BM[row]] / temperature + prior_BM[row]).softmax(0)
 
-    found = routed(linear, slots, Mixed(list_BM, prior_BM, temperature))(x_BTD)
+    module = routed(linear, slots, route := Weighed(list_BM, prior_BM, 3, temperature))
+    module.hearing = HEARING
+    module.state.begin(route, torch.ones(B, T))
+    found = module(x_BTD)
     expected = naive(linear, slots, x_BTD, listed_weight(slots, list_BM, weight))
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+    module.state.tokens_BT = None  # decoding: the choice holds, whatever comes
+    held = linear(x_BTD[:, :1]) + found[:, :1] - linear(x_BTD[:, :1])
+    torch.testing.assert_close(module(x_BTD[:, :1]), held, rtol=1e-4, atol=1e-4)
+
+
+def test_only_the_likeliest_of_a_list_have_a_weight(linear, x_BTD):
+    everybody = torch.tensor([[0, 1, 2, 3, NOBODY]])
+    route = Weighed(everybody, torch.zeros(1, 5), 1)
+    module = routed(linear, make_slots(), route)
+    module.hearing = HEARING
+    module.state.begin(route, torch.ones(B, T))
+    module(x_BTD)
+    best = [int(heard(x_TD).argmax()) for x_TD in x_BTD]
+    expected = torch.zeros(B, POOL + 1)
+    expected[range(B), best] = 1
+    assert module.state.weights_BE.equal(expected[:, :POOL])
+
+
+def test_evidence_counts_the_prompts_real_tokens_only(linear, x_BTD):
+    tokens_BT = torch.ones(B, T)
+    tokens_BT[1, :3] = 0
+    module = routed(linear, make_slots(), route := Weighed(LIST_BM, torch.zeros(B, 3)))
+    module.hearing = HEARING
+    module.state.begin(route, tokens_BT)
+    module(x_BTD)
+    found_BX = module.state.evidence["path"]
+    expected_BX = torch.stack([heard(x_BTD[0]), heard(x_BTD[1, 3:]), heard(x_BTD[2])])
+    torch.testing.assert_close(found_BX, expected_BX, rtol=1e-5, atol=1e-5)
+
+
+def test_evidence_adds_up_through_the_depth(linear, x_BTD):
+    """The second Linear only repeats the first one's input; the third hears something new."""
+    state = RoutingState(POOL)
+    modules = [RoutedLinear(linear, state, path, make_slots()) for path in "abc"]
+    modules[0].hearing = HEARING
+    modules[1].hearing = Hearing("a")
+    modules[2].hearing = dataclasses.replace(HEARING, follows="a")
+    state.begin(Weighed(LIST_BM, torch.zeros(B, 3)), torch.ones(B, T))
+    for module, x in zip(modules, (x_BTD, x_BTD, 2 * x_BTD), strict=True):
+        module(x)
+        module(x)  # as when a checkpointed layer runs again
+    assert state.evidence["b"].equal(state.evidence["a"])
+    expected_BX = torch.stack([heard(x_TD) + heard(2 * x_TD) for x_TD in x_BTD])
+    torch.testing.assert_close(state.evidence["c"], expected_BX, rtol=1e-5, atol=1e-4)
 
 
 @pytest.mark.parametrize("temperature", [0.3, 1.0])
@@ -143,8 +205,10 @@ def test_rows_may_go_to_different_experts_or_to_none(linear, x_BTD):
 @pytest.mark.parametrize("expert", [2, NOBODY])
 def test_an_expert_without_this_linear_leaves_it_alone(linear, x_BTD, expert):
     one = torch.tensor([[expert]])
-    for route in (Fixed(one, torch.ones(1, 1)), Mixed(one, torch.zeros(1, 1))):
-        assert routed(linear, make_slots(), route)(x_BTD).equal(linear(x_BTD))
+    for route in (Fixed(one, torch.ones(1, 1)), Weighed(one, torch.zeros(1, 1))):
+        module = routed(linear, make_slots(), route)
+        module.state.begin(route, torch.ones(B, T))
+        assert module(x_BTD).equal(linear(x_BTD))
 
 
 @pytest.mark.parametrize("route", [Base(), Free(), Fixed(torch.tensor([[2]]), torch.ones(1, 1))])
@@ -179,7 +243,7 @@ ROUTES = [
     Free(2),
     Fixed(LIST_BM, torch.full((B, 3), 0.25)),
     Fixed(LIST_BM[:1], torch.ones(1, 3)),
-    Mixed(LIST_BM, torch.zeros(B, 3)),
+    Weighed(LIST_BM, torch.zeros(B, 3)),
 ]
 
 
@@ -233,9 +297,8 @@ def test_votes_are_mean_weights_over_the_prompts_real_tokens(linear, x_BTD, form
     torch.testing.assert_close(module.state.weights_BE, expected_BE, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("route", [Free(2), Mixed(LIST_BM, torch.zeros(B, 3))])
-def test_traces_hold_the_weight_of_every_expert_at_every_token(linear, x_BTD, route, form):
-    module = routed(linear, make_slots(), route)
+def test_traces_hold_the_weight_of_every_expert_at_every_token(linear, x_BTD, form):
+    module = routed(linear, make_slots(), Free(2))
     module(x_BTD)
     assert module.state.traces is None
     module.state.traces = {}

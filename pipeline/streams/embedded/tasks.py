@@ -107,7 +107,7 @@ def textures(random: Random, index: int) -> Example:
     """Names the material of a surface that fills the picture."""
     kind = int(random.integers(len(MATERIALS)))
     y, x = np.mgrid[0:SIDE, 0:SIDE].astype(np.float64)
-    phase, period = random.uniform(0, 6.28, size=2), random.uniform(5, 9)
+    phase, period = random.uniform(0, 6.28, size=2), random.uniform(11, 17)
     noise = random.normal(0, 1, (SIDE, SIDE))
     wave = 2 * np.pi / period
     blurred = np.asarray(
@@ -127,7 +127,7 @@ def textures(random: Random, index: int) -> Example:
         np.sin(wave * (y + 3 * np.sin(x / 9 + phase[0])) + phase[1]),
     )[kind]
     tint = np.array(COLORS[choose(random, COLORS)]) * 0.4 + 90
-    pixels = tint + 32 * pattern[..., None] + 5 * noise[..., None]
+    pixels = tint + 45 * pattern[..., None] + 5 * noise[..., None]
     image = Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
     return Example(image, "which material is this surface made of ?", MATERIALS[kind])
 

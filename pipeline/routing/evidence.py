@@ -1,0 +1,144 @@
+"""Evidence: what the inputs of the language model's Linears say about whose prompt it is.
+
+The published token router compares each token with each expert's trained vector. Measured on the embedded stream, that
+loses a third of what the experts know (table below). What makes it strong: vectors solved from statistics, with the null
+expert as a class; scores pooled over the prompt; layers that agree. At each distinct input of adapted Linears (query, key
+and value share one, so do gate and up) the mean over the prompt's tokens, projected to `WIDTH`, is a sample of a Gaussian
+classifier as in `gaussian`, and log-likelihoods add up through the depth:
+
+    h_l  = mean of the Linear's input over the prompt's tokens
+    L_lc = L_(l-1)c + <h_l, u_lc> + b_lc          u, b from the experts' summed statistics
+    w_le = softmax over the list of ( L_le / temperature + log prior_e )
+
+Told which task: 0.858 on new tasks, 0.921 on the foundation (80 and 40 prompts each; embedded stream, six experts).
+
+| scores | new tasks | foundation |
+|---|---|---|
+| published: trained vectors, every token, k = 2 | 0.585 | 0.683 |
+| the same, null expert with score 0 | 0.585 | 0.683 |
+| the same, pooled over the prompt | 0.565 | 0.796 |
+| solved vectors (whitened), every token | 0.521 | 0.823 |
+| solved vectors, summed over the prefix of each token | 0.440 | 0.921 |
+| solved vectors on pooled inputs, diagonal covariance | 0.840 | 0.702 |
+| the same, layers agree | 0.850 | 0.712 |
+| solved vectors on pooled inputs, full covariance | 0.858 | 0.921 |
+| the same, inputs projected to 64 | 0.858 | 0.875 |
+| **the same, inputs projected to 64, layers agree** | **0.858** | **0.919** |
+| the same, inputs projected to 32, layers agree | 0.858 | 0.873 |
+| the same, 64, layers agree, statistics taken with gates at 0.6 | 0.858 | 0.915 |
+
+Why summing over each token's own prefix fails: tokens before the question are answered by whoever the picture speaks for,
+and what they left in the cache misleads the rest. Shapes: B rows, T tokens, D input width, C classes, E experts.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pipeline.routing.features import project, projection
+from pipeline.routing.gaussian import solve
+from pipeline.routing.statistics import PromptStatistics
+
+WIDTH = 64
+"""Width to which inputs are projected: an expert's statistics then weigh little beside its LoRA."""
+
+
+def pooled(x_BTD: Tensor, tokens_BT: Tensor) -> Tensor:
+    """Returns the mean of inputs over the prompt's tokens (B, D), float32."""
+    mask_BT = tokens_BT.to(x_BTD.dtype)
+    sum_BD = torch.bmm(mask_BT.unsqueeze(1), x_BTD).squeeze(1)
+    return sum_BD.float() / mask_BT.float().sum(1, keepdim=True).clamp(min=1)
+
+
+@dataclass(frozen=True)
+class Hearing:
+    """What one Linear hears."""
+
+    follows: str | None
+    """The Linear before it whose evidence it takes over."""
+    classes_C: Tensor | None = None
+    """Classes with statistics here: indices into the pool, the pool's size for the null expert. None: its input is that
+    of the Linear it follows, so there is nothing to add."""
+    vector_CD: Tensor | None = None
+    bias_C: Tensor | None = None
+
+    def to(self, device: torch.device) -> "Hearing":
+        """Returns the same on another device."""
+        tensors = (self.classes_C, self.vector_CD, self.bias_C)
+        return Hearing(self.follows, *(None if t is None else t.to(device) for t in tensors))
+
+
+def hearings(
+    paths: Sequence[str],
+    experts: Sequence[Mapping[str, PromptStatistics]],
+    null: Mapping[str, PromptStatistics],
+    widths: Mapping[str, int],
+    *,
+    shrinkage: float,
+) -> dict[str, Hearing]:
+    """Solves what every Linear hears from the statistics of all experts and of the null expert.
+
+    `paths` are the routed Linears in the order in which the model runs them, `widths` their input widths.
+    """
+    found: dict[str, Hearing] = {}
+    last: str | None = None
+    for path in paths:
+        own = {i: s[path] for i, s in enumerate([*experts, null]) if path in s}
+        if len(own) < 2:
+            found[path] = Hearing(last)
+            continue
+        weight_CF, bias_C = solve(list(own.values()), shrinkage=shrinkage)
+        matrix_DF = projection(widths[path], weight_CF.shape[-1])
+        vector_CD = weight_CF.float() if matrix_DF is None else weight_CF.float() @ matrix_DF.T
+        found[path] = Hearing(last, torch.tensor(list(own)), vector_CD, bias_C.float())
+        last = path
+    return found
+
+
+def add_evidence(hearing: Hearing, before_BX: Tensor | None, x_BTD: Tensor, tokens_BT: Tensor, classes: int) -> Tensor:
+    """Returns the evidence for all `classes` after this Linear's input (B, X).
+
+    A class without statistics here gets the mean of the others: no evidence for or against it.
+    """
+    rows = len(x_BTD)
+    total_BX = x_BTD.new_zeros(rows, classes, dtype=torch.float32) if before_BX is None else before_BX
+    if hearing.classes_C is None or hearing.vector_CD is None or hearing.bias_C is None:
+        return total_BX
+    own_BC = pooled(x_BTD, tokens_BT) @ hearing.vector_CD.T + hearing.bias_C
+    own_BC = own_BC - own_BC.mean(-1, keepdim=True)
+    return total_BX.index_add(-1, hearing.classes_C, own_BC)
+
+
+class EvidenceReader:
+    """Takes down the pooled, projected inputs of Linears while a model reads prompts.
+
+    `tokens_BT` must be set before the language model runs. A Linear that gets the very tensor that the one before it got
+    is left out: it hears nothing new.
+    """
+
+    def __init__(self, model: nn.Module, paths: Sequence[str]) -> None:
+        self.tokens_BT: Tensor | None = None
+        self.samples: dict[str, list[Tensor]] = {}
+        self._last: Any = None
+        known = dict(model.named_modules())
+        self._hooks = [known[path].register_forward_pre_hook(self._hear(path)) for path in paths]
+
+    def _hear(self, path: str) -> Any:
+        def hook(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+            (x_BTD,) = args
+            if x_BTD is self._last or self.tokens_BT is None:
+                return
+            self._last = x_BTD
+            width = min(WIDTH, x_BTD.shape[-1])
+            self.samples.setdefault(path, []).append(project(pooled(x_BTD.detach(), self.tokens_BT), width).cpu())
+
+        return hook
+
+    def remove(self) -> None:
+        """Takes the hooks off the model."""
+        self._last = None
+        for hook in self._hooks:
+            hook.remove()
