@@ -11,6 +11,7 @@ from typing import Annotated
 import torch
 import typer
 
+from jobs.benchmark_routers import routers
 from jobs.benchmark_routing import routing
 from jobs.options import ConfigFile, Overrides, load, user_errors
 from jobs.stream_run import StreamRun, open_run, write_json
@@ -32,6 +33,7 @@ def benchmarks() -> None:
 
 
 app.command("routing")(routing)
+app.command("routers")(routers)
 
 
 @app.command("training")

@@ -2,13 +2,14 @@
 
 python -m jobs.compare jobs/configs/embedded.yaml
 
-base         the frozen base
-specialist   each task's expert, told which task a prompt belongs to (the upper bound of routing)
-sequential   one LoRA, fine-tuned on task after task
-multitask    one LoRA, trained on all tasks' data at once
-token        the pool, routed token by token (the paper's router)
-prompt       the pool, one closed-form decision a prompt
-two_level    the pool, a short list by prompt, mixed by token
+base             the frozen base
+specialist       each task's expert, told which task a prompt belongs to (the upper bound of routing)
+sequential       one LoRA, fine-tuned on task after task
+multitask        one LoRA, trained on all tasks' data at once
+token_published  the pool, routed token by token (the paper's router)
+token            the pool, every Linear for itself, by evidence
+prompt           the pool, one closed-form decision a prompt
+two_level        the pool, a short list by prompt, weighed by Linear
 """
 
 from typing import Any
@@ -28,6 +29,14 @@ from pipeline.routing.statistics import PromptStatistics
 from pipeline.streams.preprocess import union
 from pipeline.training.run import Trained
 
+ROUTERS: dict[str, dict[str, str]] = {
+    "token_published": {"kind": "token", "token_scores": "published"},
+    "token": {"kind": "token", "token_scores": "evidence"},
+    "prompt": {"kind": "prompt"},
+    "two_level": {"kind": "two_level"},
+}
+"""Router settings by the name that results bear."""
+
 
 def compare_methods(run: StreamRun, learned: Learned) -> dict[str, Any]:
     """Trains and evaluates the other methods; returns the summary's `methods`."""
@@ -37,9 +46,9 @@ def compare_methods(run: StreamRun, learned: Learned) -> dict[str, Any]:
     all_seconds = expert_seconds + sum(t["router_seconds"] for t in tasks.values())
     columns = list(run.columns)
 
-    def routed(kind: str) -> Evaluation:
-        pool = learned.pool.routed_by(kind=kind)
-        folder = pool.save(run.folder / "methods" / f"pool-{kind}")
+    def routed(name: str) -> Evaluation:
+        pool = learned.pool.routed_by(**ROUTERS[name])
+        folder = pool.save(run.folder / "methods" / f"pool-{name}")
         return run.evaluate(columns, folder, digest(learned.pool_digest, pool.router))
 
     told = run.evaluate(columns, learned.pool_folder, digest(learned.pool_digest), mode="told")
@@ -50,9 +59,7 @@ def compare_methods(run: StreamRun, learned: Learned) -> dict[str, Any]:
         "specialist": _method(run, told, samples, expert_seconds),
         "sequential": _method(run, sequential, **sequential_figures),
         "multitask": _method(run, multitask, **multitask_figures),
-        "token": _method(run, routed("token"), samples, all_seconds),
-        "prompt": _method(run, routed("prompt"), samples, all_seconds),
-        "two_level": _method(run, routed("two_level"), samples, all_seconds),
+        **{name: _method(run, routed(name), samples, all_seconds) for name in ROUTERS},
     }
 
 

@@ -116,6 +116,7 @@ def samples(run: StreamRun, evaluation: Evaluation) -> list[dict[str, Any]]:
                     "prediction": prediction.prediction,
                     "correct": prediction.score == 1.0,
                     "expert": prediction.expert,
+                    "why": prediction.why,
                     "image": image,
                 }
             )

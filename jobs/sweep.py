@@ -2,7 +2,8 @@
 
     python -m jobs.sweep jobs/configs/embedded.yaml --task later --ranks 4,8,16 --temperatures 0.2,1,5
 
-An expert is trained once a rank; each temperature then only costs an evaluation, with the token router, inside the pool
+An expert is trained once a rank; each temperature then only costs an evaluation, with the published token router (on which
+temperature weighs most), inside the pool
 that `pointsman learn` has made (the swept task's own expert replaced). Every trial is an MLflow run nested in the sweep's.
 """
 
@@ -14,7 +15,6 @@ from typing import Annotated
 import mlflow
 import typer
 
-from cluster.preflight import build_deepspeed_ops
 from jobs.options import Address, ConfigFile, Overrides, job_command, load, user_errors
 from jobs.stream_run import StreamRun, open_run, write_json
 from jobs.summary import now, provenance
@@ -72,11 +72,18 @@ def _sweep(run: StreamRun, space: SweepSpace, name: str | None) -> None:
     prompts = run.prompts.rows([name, *others])
     job, rows = run.job(task, f"sweep-{run.expert_digest(task)}")
     folder = run.folder / "sweeps" / f"{name}-{digest(space, job, config.evaluation)}"
-    env = {} if config.training.gpu else build_deepspeed_ops()
     trials = len(space.ranks) * len(space.temperatures)
     with run.terminal.working(f"sweeping {name}: {len(space.ranks)} trainings, {trials} evaluations"):
         result = sweep(
-            space, config, job, rows, prompts=prompts, tasks=tasks, pool=pool_folder, folder=folder, worker_env=env
+            space,
+            config,
+            job,
+            rows,
+            prompts=prompts,
+            tasks=tasks,
+            pool=pool_folder,
+            folder=folder,
+            worker_env=run.worker_env,
         )
     _log(result, name)
     summary = provenance(run, started) | {

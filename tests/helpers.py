@@ -1,5 +1,6 @@
 """What several test files need: prompts, experts, and ways to look at a model. Shapes as in `pipeline.routing`."""
 
+import dataclasses
 import hashlib
 import re
 from collections.abc import Iterator, Sequence
@@ -11,13 +12,21 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from pipeline.config import LANGUAGE_LINEARS
+from pipeline.config import LANGUAGE_LINEARS, RouterConfig
 from pipeline.models.bases import Base
 from pipeline.models.prompts import Encoded, collate, encode
 from pipeline.routing import Expert, ExpertCard, Pool, PromptStatistics, RoutedModel
+from pipeline.routing.evidence import EvidenceReader
 from pipeline.routing.expert import Adapter
 from pipeline.routing.routed_model import PromptReader
 from pipeline.streams.embedded.foundation import FAMILIES
+
+CLAIMS = {"reader": "document", "speaker": "repeat", "painter": "describe"}
+"""Which foundation family each expert of `claimed_pool` claims."""
+GENERAL = "direction"
+"""The family that stands for general prompts."""
+QUERY_AND_DOWN = r"model\.language_model\.layers\.[02]\..*\.(q_proj|down_proj)"
+"""All that `painter` adapts."""
 
 
 def ask(processor: Any, question: str, *images: Image.Image, answer: str | None = None) -> Encoded:
@@ -114,6 +123,53 @@ def make_expert(
     if features is None:
         features = torch.randn(16, 3 * base.width, generator=random)
     return Expert(card, config, adapters, vectors, PromptStatistics.of(features, quantile=quantile))
+
+
+def language_linears(base: Base) -> list[str]:
+    """Returns the paths of all Linears of the language model, in the model's order."""
+    return [path for path, _ in base.model.named_modules() if re.fullmatch(LANGUAGE_LINEARS, path)]
+
+
+@torch.inference_mode()
+def samples_of(base: Base, rows: Sequence[Encoded], side: str = "left") -> dict[str, Tensor]:
+    """Returns what an EvidenceReader takes down of these prompts at all Linears of the language model (B, F)."""
+    evidence = EvidenceReader(base.model, language_linears(base))
+    reader = PromptReader(base.model, lambda features, tokens: setattr(evidence, "tokens_BT", tokens))
+    base.model(**batch_of(base, rows, side), use_cache=False)
+    reader.remove()
+    evidence.remove()
+    return {path: torch.cat(samples) for path, samples in evidence.samples.items()}
+
+
+def claimed_pool(base: Base, count: int = 24) -> Pool:
+    """Makes a pool that knows `count` prompts of every family in CLAIMS, of GENERAL ones too.
+
+    The experts have different ranks, `painter` adapts some Linears only. Features are those at the language model's
+    input, evidence is read at all its Linears with the expert in place.
+    """
+    experts = []
+    for seed, (name, family) in enumerate(CLAIMS.items()):
+        rows = prompts(base.processor, family, count)
+        targets = QUERY_AND_DOWN if name == "painter" else LANGUAGE_LINEARS
+        features = features_of(base, rows)
+        expert = make_expert(base, name, rank=2 + seed, seed=seed, targets=targets, features=features, quantile=0.99)
+        alone = Pool("tiny", base.fingerprint, RouterConfig(), [expert])
+        with attached(base, alone) as routed, routed.forced(name):
+            evidence = {path: PromptStatistics.of(samples) for path, samples in samples_of(base, rows).items()}
+        experts.append(dataclasses.replace(expert, evidence=evidence))
+    rows = prompts(base.processor, GENERAL, count)
+    null = PromptStatistics.of(features_of(base, rows))
+    null_evidence = {path: PromptStatistics.of(samples) for path, samples in samples_of(base, rows).items()}
+    return Pool("tiny", base.fingerprint, RouterConfig(), experts, null, null_evidence)
+
+
+def claimed_prompts(base: Base, count: int = 2, *, seed: int = 1) -> tuple[list[Encoded], list[str | None]]:
+    """Returns new prompts of all families in CLAIMS and of GENERAL, and who should answer each."""
+    rows, owners = [], []
+    for owner in (*CLAIMS, None):
+        rows += prompts(base.processor, GENERAL if owner is None else CLAIMS[owner], count, seed=seed)
+        owners += [owner] * count
+    return rows, owners
 
 
 @contextmanager

@@ -15,6 +15,7 @@ from pipeline.config import BaseModelConfig, EvaluationConfig, TaskConfig
 from pipeline.evaluation.metrics import METRICS
 from pipeline.models.bases import load_base
 from pipeline.models.prompts import generate_answers
+from pipeline.routing.insight import Candidate, weighed
 from pipeline.routing.pool import Pool
 from pipeline.routing.routed_model import RoutedModel
 from pipeline.streams.preprocess import unpack
@@ -22,6 +23,9 @@ from pipeline.streams.preprocess import unpack
 BASE = "base"
 """What stands for the base among experts."""
 
+
+SHOWN = 2
+"""Candidates that an answer's reason names."""
 
 KEPT = ("column", "id", "question", "answers")
 """Columns of a row that an answer keeps."""
@@ -42,6 +46,8 @@ class Prediction:
     """By the task's metric, 0 to 1."""
     expert: str
     """Expert with the largest weight, or `base`."""
+    why: str = ""
+    """Where a router chose: the likeliest candidates with their figures."""
 
 
 @dataclass(frozen=True)
@@ -102,12 +108,12 @@ def evaluate(
 def score(batch: Mapping[str, np.ndarray], tasks: Mapping[str, TaskConfig]) -> list[Prediction]:
     """Scores a batch that an `Answerer` has answered, each row by its task's metric."""
     scored = []
-    for column, row, question, accepted, prediction, expert in zip(
-        *(batch[key] for key in (*KEPT, "prediction", "expert")), strict=True
+    for column, row, question, accepted, prediction, expert, why in zip(
+        *(batch[key] for key in (*KEPT, "prediction", "expert", "why")), strict=True
     ):
         answers = json.loads(accepted)
         value = METRICS[tasks[column].metric](prediction, answers)
-        scored.append(Prediction(column, row, question, answers[0], prediction, value, expert))
+        scored.append(Prediction(column, row, question, answers[0], prediction, value, expert, why))
     return scored
 
 
@@ -135,14 +141,15 @@ class Answerer:
     def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, Any]:
         """Adds `prediction` and `expert` to the batch's `column`, `id`, `question` and `answers`."""
         encoded = unpack(batch)
-        predictions, experts = [""] * len(encoded), [BASE] * len(encoded)
+        predictions, experts, reasons = [""] * len(encoded), [BASE] * len(encoded), [""] * len(encoded)
         for forced, members in self._groups(list(batch["column"])):
             rows = [encoded[i] for i in members]
-            texts, chosen = self._answer(rows, forced)
-            for i, text, expert in zip(members, texts, chosen, strict=True):
-                predictions[i], experts[i] = text, expert
+            texts, chosen, why = self._answer(rows, forced)
+            for i, text, expert, reason in zip(members, texts, chosen, why, strict=True):
+                predictions[i], experts[i], reasons[i] = text, expert, reason
         kept = {key: batch[key] for key in KEPT}
-        return kept | {"prediction": np.array(predictions, object), "expert": np.array(experts, object)}
+        added = {"prediction": predictions, "expert": experts, "why": reasons}
+        return kept | {key: np.array(values, object) for key, values in added.items()}
 
     def _groups(self, columns: list[str]) -> list[tuple[str | None, list[int]]]:
         """Splits a batch by the expert that must answer: None for the router's choice."""
@@ -152,7 +159,9 @@ class Answerer:
         wanted = [names[0] if self.mode == "only" else column if column in names else BASE for column in columns]
         return [(name, [i for i, w in enumerate(wanted) if w == name]) for name in dict.fromkeys(wanted)]
 
-    def _answer(self, rows: list[Any], forced: str | None) -> tuple[list[str], list[str]]:
+    def _answer(self, rows: list[Any], forced: str | None) -> tuple[list[str], list[str], list[str]]:
+        """Returns answers, who gave them, and why (empty where it was not the router's choice)."""
+
         def generate() -> list[str]:
             return generate_answers(
                 self.base.model,
@@ -162,11 +171,24 @@ class Answerer:
                 device=self.device,
             )
 
+        nothing = [""] * len(rows)
         if self.routed is None:
-            return generate(), [BASE] * len(rows)
+            return generate(), [BASE] * len(rows), nothing
         if forced is not None:
             with self.routed.forced(None if forced == BASE else forced):
-                return generate(), [forced] * len(rows)
+                return generate(), [forced] * len(rows), nothing
         texts = generate()
         chosen = [decision.expert or BASE for decision in self.routed.decisions]
-        return texts, chosen or [BASE] * len(rows)
+        why = [in_short(candidates) for candidates in weighed(self.routed, limit=SHOWN)]
+        return texts, chosen, why or nothing
+
+
+def in_short(candidates: Sequence[Candidate]) -> str:
+    """Writes the likeliest candidates with their probability, and how far the prompt lies from their tasks."""
+    parts = []
+    for candidate in candidates[:SHOWN]:
+        part = f"{candidate.name or BASE} {candidate.posterior:.1%}"
+        if candidate.distance is not None and candidate.radius is not None:
+            part += f" (distance {min(candidate.distance, 999):.2f}, radius {candidate.radius:.2f})"
+        parts.append(part)
+    return ", ".join(parts)

@@ -30,13 +30,14 @@ METHODS: dict[str, str] = {
     "specialist": "one specialist\na task, told which",
     "sequential": "sequential\nfine-tuning",
     "multitask": "multi-task,\nall data at once",
+    "token_published": "experts, token\nrouter, as published",
     "token": "experts,\ntoken router",
     "prompt": "experts,\nprompt router",
     "two_level": "experts,\ntwo-level router",
 }
 """Methods of a comparison in the order shown, and what they are called."""
 
-OURS = ("token", "prompt", "two_level")
+OURS = ("token_published", "token", "prompt", "two_level")
 """The methods that choose among experts themselves; shown in bold."""
 
 GAP = 0.4

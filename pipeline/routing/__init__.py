@@ -1,4 +1,4 @@
-"""The heart: experts, how prompts and tokens choose among them, and the Linear that mixes them.
+"""The heart: experts, how prompts and layers choose among them, and the Linear that mixes them.
 
 Knows torch and PEFT's file format; knows nothing of Ray, MLflow or DeepSpeed. From a notebook:
 
@@ -6,6 +6,8 @@ Knows torch and PEFT's file format; knows nothing of Ray, MLflow or DeepSpeed. F
     routed = RoutedModel(model, pool)
     routed.model.generate(**inputs)          # the router has chosen
     routed.decisions                         # whom, for every row
+    routed.load(pool.remove("clock"))        # another pool, the same model
+    insight.explain(routed, inputs)          # why
 """
 
 from pipeline.routing.expert import Expert, ExpertCard, ExpertError

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from pipeline.routing.pool import PoolError
-from pipeline.routing.prompt_router import PromptRouter
+from pipeline.routing.route import NOBODY
 from pipeline.routing.routed_model import Decision, RoutedModel
 
 
@@ -74,11 +74,56 @@ def _excess(candidate: Candidate) -> float:
 
 
 @torch.inference_mode()
-def explain(routed: RoutedModel, inputs: Mapping[str, Any], *, candidates: int = 10) -> list[Explanation]:
+def weighed(routed: RoutedModel, *, limit: int = 10) -> list[tuple[Candidate, ...]]:
+    """Returns whom the routers weighed for each prompt that the model read last, likeliest first.
+
+    The `limit` likeliest experts, and always the base.
+    """
+    pool, prompts, features_BF = routed.pool, routed.prompts, routed.features_BF
+    if features_BF is None or not pool.experts:
+        return []
+    features_BF = features_BF.cpu()
+    listed_BM, posterior_BM = prompts.short_list(features_BF, len(prompts.experts) + 1)
+    scores_BC = prompts.scores(features_BF)
+    scores_BC = scores_BC - scores_BC.max(-1, keepdim=True).values
+    posteriors = [
+        dict(zip(listed, row, strict=True))
+        for listed, row in zip(listed_BM.tolist(), posterior_BM.exp().tolist(), strict=True)
+    ]
+    everybody = range(len(pool.names))
+    ranked = [
+        [e for _, _, e in sorted((-p.get(e, 0.0), -s[e], e) for e in everybody)[:limit]]
+        for p, s in zip(posteriors, scores_BC.tolist(), strict=True)
+    ]
+    distances = {
+        e: prompts.experts[e].distance(features_BF, shrinkage=prompts.shrinkage).tolist()
+        for e in {e for best in ranked for e in best}
+    }
+    candidates = []
+    for row, decision in enumerate(routed.decisions):
+        score = scores_BC[row].tolist()
+        found = [
+            Candidate(
+                name=pool.names[e],
+                posterior=posteriors[row].get(e, 0.0),
+                score=score[e],
+                distance=distances[e][row],
+                radius=prompts.experts[e].radius,
+                weight=decision.weights.get(pool.names[e], 0.0),
+            )
+            for e in ranked[row]
+        ]
+        rest, base = max(0.0, 1 - sum(decision.weights.values())), posteriors[row].get(NOBODY, 0.0)
+        found.append(Candidate(None, base, score[-1] if pool.null else None, None, None, rest))
+        candidates.append(tuple(sorted(found, key=lambda c: -c.posterior)))
+    return candidates
+
+
+@torch.inference_mode()
+def explain(routed: RoutedModel, inputs: Mapping[str, Any], *, limit: int = 10) -> list[Explanation]:
     """Runs prompts (model inputs, without labels) once and says for each row who would answer, and why.
 
-    `candidates`: how many of the likeliest experts are listed; the base is always listed. Raises PoolError for an empty
-    pool.
+    `limit`: how many of the likeliest experts are listed; the base is always listed. Raises PoolError for an empty pool.
     """
     pool, state = routed.pool, routed.state
     if not pool.experts:
@@ -90,34 +135,8 @@ def explain(routed: RoutedModel, inputs: Mapping[str, Any], *, candidates: int =
     finally:
         state.traces = None
     assert tokens_BT is not None
-    assert routed.features_BF is not None
-    features_BF = routed.features_BF.cpu()
-    statistics = [expert.statistics for expert in pool.experts.values()]
-    prompts = PromptRouter(statistics, pool.null, shrinkage=pool.router.shrinkage)
-    listed_BM, posterior_BM = prompts.short_list(features_BF, len(statistics) + 1)
-    scores_BC = prompts.scores(features_BF)
-    scores_BC -= scores_BC.max(-1, keepdim=True).values
     explanations = []
-    for row, decision in enumerate(routed.decisions):
-        posterior = dict(zip(listed_BM[row].tolist(), posterior_BM[row].exp().tolist(), strict=True))
-        ranked = sorted(range(len(statistics)), key=lambda e: (-posterior.get(e, 0.0), -float(scores_BC[row, e])))
-        found = []
-        for e in ranked[:candidates]:
-            distance = float(statistics[e].distance(features_BF[row : row + 1], shrinkage=prompts.shrinkage))
-            found.append(
-                Candidate(
-                    name=pool.names[e],
-                    posterior=posterior.get(e, 0.0),
-                    score=float(scores_BC[row, e]),
-                    distance=distance,
-                    radius=statistics[e].radius,
-                    weight=decision.weights.get(pool.names[e], 0.0),
-                )
-            )
-        rest = 1 - sum(decision.weights.values())
-        score = float(scores_BC[row, -1]) if pool.null else None
-        found.append(Candidate(None, posterior.get(-1, 0.0), score, None, None, max(rest, 0.0)))
-        found.sort(key=lambda c: -c.posterior)
+    for row, (decision, candidates) in enumerate(zip(routed.decisions, weighed(routed, limit=limit), strict=True)):
         kept_T = tokens_BT[row].bool().cpu()
         whole_E = torch.tensor([decision.weights.get(name, 0.0) for name in pool.names])
         weights = {}
@@ -127,5 +146,5 @@ def explain(routed: RoutedModel, inputs: Mapping[str, Any], *, candidates: int =
             else:
                 own_E = votes[path][row].cpu() if path in votes else whole_E
                 weights[path] = own_E.expand(int(kept_T.sum()), -1)
-        explanations.append(Explanation(decision, tuple(found), weights, tuple(pool.names)))
+        explanations.append(Explanation(decision, candidates, weights, tuple(pool.names)))
     return explanations

@@ -89,11 +89,16 @@ def router_of(pool: Pool) -> Router:
             top_k=settings.top_k,
             temperature=settings.temperature,
         )
-    statistics = [expert.statistics for expert in pool.experts.values()]
-    prompts = PromptRouter(statistics, pool.null, shrinkage=settings.shrinkage)
+    prompts = prompt_router_of(pool)
     if settings.kind == "prompt":
         return prompts
     return TwoLevelRouter(prompts, short_list=settings.short_list, temperature=settings.temperature)
+
+
+def prompt_router_of(pool: Pool) -> PromptRouter:
+    """Returns the prompt router over a pool's experts."""
+    statistics = [expert.statistics for expert in pool.experts.values()]
+    return PromptRouter(statistics, pool.null, shrinkage=pool.router.shrinkage)
 
 
 class RoutedModel:
@@ -122,6 +127,7 @@ class RoutedModel:
         self._replaced = linears
         self.pool, self.router, self.state = pool, router_of(pool), RoutingState(len(experts))
         self.features_BF: Tensor | None = None
+        self._prompts: PromptRouter | None = None
         for path, linear in linears.items():
             slots = [
                 Slot(i, a.a_RD, a.b_OR, a.scaling, expert.vectors.get(path, torch.zeros(a.a_RD.shape[1])))
@@ -161,6 +167,18 @@ class RoutedModel:
         elif self.pool.experts:
             route = self.router.route(features_BF)
         self.state.begin(route, tokens_BT)
+
+    @property
+    def prompts(self) -> PromptRouter:
+        """The prompt router of this pool, whichever router is in force."""
+        match self.router:
+            case PromptRouter():
+                return self.router
+            case TwoLevelRouter():
+                return self.router.prompts
+        if self._prompts is None:
+            self._prompts = prompt_router_of(self.pool)
+        return self._prompts
 
     @property
     def paths(self) -> list[str]:

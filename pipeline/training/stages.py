@@ -158,7 +158,7 @@ class PromptLog:
         self._reader.remove()
         self._evidence.remove()
         own = torch.cat(self._features), {path: torch.cat(s) for path, s in self._evidence.samples.items()}
-        if dist.get_world_size() == 1:
+        if not dist.is_initialized() or dist.get_world_size() == 1:
             return own
         parts: list[Any] = [None] * dist.get_world_size()
         dist.all_gather_object(parts, own)

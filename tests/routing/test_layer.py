@@ -9,8 +9,8 @@ from torch.nn.functional import layer_norm
 from torch.utils.checkpoint import checkpoint
 
 from pipeline.routing import layer
-from pipeline.routing.layer import GatedLinear, RoutedLinear, Slot
 from pipeline.routing.evidence import Hearing
+from pipeline.routing.layer import GatedLinear, RoutedLinear, Slot
 from pipeline.routing.route import NOBODY, Base, Fixed, Free, Route, RoutingState, Weighed
 
 B, T, D, O, POOL = 3, 5, 24, 16, 4  # noqa: E741 - shape letters

@@ -76,11 +76,12 @@ def test_streaming_gives_the_same_rows_as_the_cache(tiny_folder, tmp_path):
     assert one == other
 
 
-def test_the_feed_is_endless_seeded_and_can_skip(tiny_folder, tmp_path):
+@pytest.mark.parametrize("cached", [True, False])
+def test_the_feed_is_endless_seeded_and_can_skip(tiny_folder, tmp_path, cached):
     rows = run(SourceConfig(path="embedded://digits/train", limit=40), tiny_folder, tmp_path).rows(["mine"])
 
     def batches(count: int, skip: int = 0):
-        settings = {"batch_size": 16, "pad_token_id": 0, "seed": 5, "shuffle_rows": 40}
+        settings = {"batch_size": 16, "pad_token_id": 0, "seed": 5, "cached": cached}
         with Feed(rows.iterator(), **settings, skip=skip) as feed:
             return [next(feed)["input_ids"].tolist() for _ in range(count)]
 

@@ -1,0 +1,215 @@
+"""Measures how well routers choose: on the stream that was learned, and in a pool of many synthetic experts.
+
+    python -m jobs.benchmark routers jobs/configs/embedded.yaml
+
+- The stream's pool (learned first, where it is not yet), answered by the bare base, by specialists that are told the task,
+  and by every router; `_abstaining` are those without the general sample, that is without a null expert.
+- Many experts: tasks of `streams.embedded.synthetic`, each learned in seconds by a plain loop in this process (many Ray
+  Train runs would take an hour and teach nothing about routing), then all in one pool.
+"""
+
+from collections.abc import Mapping, Sequence
+from statistics import fmean
+from tempfile import TemporaryDirectory
+from typing import Annotated, Any
+
+import torch
+import typer
+from rich.progress import track
+
+from jobs.compare import ROUTERS
+from jobs.learn import Learned, learn_stream
+from jobs.options import ConfigFile, Overrides, load, user_errors
+from jobs.pretrain_tiny import encode_examples
+from jobs.stream_run import StreamRun, open_run, write_json
+from jobs.summary import now, provenance
+from jobs.terminal import table
+from pipeline.config import digest
+from pipeline.models.bases import Base, load_base
+from pipeline.models.prompts import Encoded, collate, generate_answers
+from pipeline.routing import Expert, ExpertCard, Pool, PromptStatistics, RoutedModel
+from pipeline.routing.expert import load_adapters
+from pipeline.routing.features import feature_width
+from pipeline.streams.embedded import synthetic
+from pipeline.training.stages import PromptLog, warm_up_cosine, with_lora
+
+ABSTAINING = ("prompt", "two_level")
+"""Routers that are also measured without a general sample."""
+STEPS, RATE, TRAIN_ROWS, PROMPTS = 120, 4e-3, 600, 50
+"""Of a synthetic expert: optimizer steps, learning rate, rows to learn from, prompts it is measured on."""
+
+Many = Annotated[int, typer.Option(help="Synthetic experts in one pool; 0 leaves them out.", min=0, max=1000)]
+
+
+def routers(config: ConfigFile, overrides: Overrides = None, many: Many = 50) -> None:
+    """How well routers choose: on the learned stream, without a general sample, and among many synthetic experts."""
+    with user_errors():
+        settings = load(config, overrides)
+        with open_run(settings, job="benchmark routers") as run:
+            started = now()
+            summary = provenance(run, started) | _on_the_stream(run, learn_stream(run))
+            file = run.folder.parent / "benchmark-routers" / "summary.json"
+            write_json(file, summary)
+            _show_stream(run, summary)
+            if many:
+                summary["many"] = _among_many(run, many)
+                write_json(file, summary)
+                _show_many(run, summary["many"])
+            run.terminal.say(f"summary    {file}")
+
+
+def _on_the_stream(run: StreamRun, learned: Learned) -> dict[str, Any]:
+    """Evaluates every router on the stream's tasks and foundation."""
+    columns, tasks = list(run.columns), [task.name for task in run.config.stream.tasks]
+    foundation = [task.name for task in run.config.stream.foundation]
+
+    def measured(pool: Pool | None, name: str, mode: Any = "routed") -> dict[str, Any]:
+        run.terminal.say(f"  {name}")
+        folder = pool.save(run.folder / "routers" / name) if pool else None
+        key = digest(learned.pool_digest, pool.router, bool(pool.null)) if pool else "base"
+        result = run.evaluate(columns, folder, key, mode)
+        accuracy = result.accuracies()
+        return {
+            "new": fmean(accuracy[name] for name in tasks),
+            "foundation": fmean(accuracy[name] for name in foundation) if foundation else None,
+            "routing_accuracy": result.routing_accuracy(tasks),
+            "columns": accuracy,
+        }
+
+    pool = learned.pool
+    found = {name: measured(pool.routed_by(**settings), name) for name, settings in ROUTERS.items()}
+    bare = Pool(pool.base_label, pool.base_fingerprint, pool.router, pool.experts.values())
+    for name in ABSTAINING:
+        found[f"{name}_abstaining"] = measured(bare.routed_by(**ROUTERS[name]), f"{name}_abstaining")
+    return {
+        "base": measured(None, "base"),
+        "specialist": measured(pool, "specialist", "told"),
+        "routers": found,
+    }
+
+
+def _show_stream(run: StreamRun, summary: Mapping[str, Any]) -> None:
+    told, base = summary["specialist"], summary["base"]
+    rows = [["base", f"{base['new']:.3f}", _text(base["foundation"]), "", "", ""]]
+    rows.append(["specialist, told", f"{told['new']:.3f}", _text(told["foundation"]), "1.000", "", ""])
+    for name, r in summary["routers"].items():
+        kept = r["foundation"] / base["foundation"] if base["foundation"] else None
+        ratio = r["new"] / told["new"] if told["new"] else None
+        rows.append(
+            [
+                name,
+                f"{r['new']:.3f}",
+                _text(r["foundation"]),
+                _text(ratio),
+                _text(kept),
+                f"{r['routing_accuracy']:.3f}",
+            ]
+        )
+    header = ["router", "new tasks", "foundation", "/ specialist", "/ base", "routing"]
+    run.terminal.console.print(table("Routers on the stream", header, rows))
+
+
+def _text(value: float | None) -> str:
+    return "-" if value is None else f"{value:.3f}"
+
+
+def _among_many(run: StreamRun, many: int) -> dict[str, Any]:
+    """Trains synthetic experts and measures each alone (told) and in the pool of all."""
+    config = run.config
+    torch.set_num_threads(config.training.threads)
+    base = load_base(config.base)
+    experts, prompts = [], {}
+    pool = Pool(config.base.label, run.fingerprint, config.router, **run.null_expert())
+    for number in track(range(many), "learning synthetic tasks", console=run.terminal.console, transient=True):
+        expert = _synthetic_expert(run, base, number)
+        experts.append(expert)
+        prompts[expert.card.name] = list(synthetic.examples(number, PROMPTS, held_out=True))
+    for expert in experts:
+        pool = pool.add(expert)
+    encoded = {name: encode_examples(base.processor, rows, answer=False) for name, rows in prompts.items()}
+    answers = {name: [row.answer for row in rows] for name, rows in prompts.items()}
+    routed = RoutedModel(base.model, pool)
+    found: dict[str, Any] = {"experts": many, "steps": STEPS, "prompts": PROMPTS, "routers": {}}
+    told = {}
+    for name, rows in encoded.items():
+        with routed.forced(name):
+            told[name] = _accuracy(base, rows, answers[name])
+    found["specialist"] = fmean(told.values())
+    for kind, settings in ROUTERS.items():
+        if kind == "token_published":
+            continue  # it needs routing vectors
+        routed.load(pool.routed_by(**settings))
+        quality, right = {}, []
+        for name, rows in encoded.items():
+            quality[name] = _accuracy(base, rows, answers[name])
+            right.append(fmean(decision.expert == name for decision in routed.decisions))
+        found["routers"][kind] = {
+            "new": fmean(quality.values()),
+            "routing_accuracy": fmean(right),
+            "worst_loss": max(told[name] - quality[name] for name in told),
+        }
+    routed.detach()
+    return found
+
+
+def _show_many(run: StreamRun, found: Mapping[str, Any]) -> None:
+    rows = [["specialist, told", f"{found['specialist']:.3f}", "", ""]]
+    for name, r in found["routers"].items():
+        rows.append([name, f"{r['new']:.3f}", f"{r['routing_accuracy']:.3f}", f"{r['worst_loss']:.3f}"])
+    header = ["router", "new tasks", "routing", "largest loss of a task"]
+    run.terminal.console.print(table(f"Routers among {found['experts']} synthetic experts", header, rows))
+
+
+def _accuracy(base: Base, rows: Sequence[Encoded], answers: Sequence[str]) -> float:
+    """Answers one task's prompts as a batch; returns the share that is right."""
+    given = generate_answers(base.model, base.processor, rows, max_new_tokens=6)
+    return fmean(a == b for a, b in zip(given, answers, strict=True))
+
+
+def _synthetic_expert(run: StreamRun, base: Base, number: int) -> Expert:
+    """Learns a synthetic task in this process: the LoRA, and the statistics that routers need; no routing vectors."""
+    config, name = run.config, f"synthetic_{number:03d}"
+    rows = encode_examples(base.processor, list(synthetic.examples(number, TRAIN_ROWS, held_out=False)))
+    settings = config.expert.model_copy(update={"steps": STEPS, "learning_rate": RATE})
+    pad = base.processor.tokenizer.pad_token_id
+    torch.manual_seed(config.seed + number)
+    model: Any = with_lora(base.model, settings)
+    model.train()
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=RATE, weight_decay=0.0)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, warm_up_cosine(settings))
+    for _ in range(STEPS):
+        chosen = torch.randint(len(rows), (settings.batch_size,)).tolist()
+        model(**collate([rows[i] for i in chosen], pad_token_id=pad), use_cache=False).loss.backward()
+        torch.nn.utils.clip_grad_norm_(trained, settings.clip)
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad(set_to_none=True)
+    model.eval()
+    with TemporaryDirectory() as folder:
+        model.save_pretrained(folder)
+        adapter_config, adapters = load_adapters(folder)
+    width = feature_width(base.width, config.router.feature_width)
+    log = PromptLog(base.model, width, list(adapters))
+    with torch.inference_mode():
+        for start in range(0, len(rows), 100):
+            batch = collate(rows[start : start + 100], pad_token_id=pad)
+            log.expect(batch)
+            model(**batch, use_cache=False)
+    features, samples = log.collect()
+    model.unload()
+    router = config.router
+    statistics = PromptStatistics.of(features, quantile=router.quantile, shrinkage=router.shrinkage)
+    evidence = {path: PromptStatistics.of(sample) for path, sample in samples.items()}
+    card = ExpertCard(
+        name=name,
+        task=name,
+        base_fingerprint=base.fingerprint,
+        rank=settings.rank,
+        alpha=settings.lora_alpha,
+        seed=config.seed,
+        data_fingerprint=name,
+        config_digest=digest(settings, name),
+        samples=STEPS * settings.batch_size,
+    )
+    return Expert(card, adapter_config, adapters, {}, statistics, evidence)
