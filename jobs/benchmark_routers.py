@@ -8,14 +8,14 @@
   Train runs would take an hour and teach nothing about routing), then all in one pool.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from statistics import fmean
 from tempfile import TemporaryDirectory
+from time import monotonic
 from typing import Annotated, Any
 
 import torch
 import typer
-from rich.progress import track
 
 from jobs.compare import ROUTERS
 from jobs.learn import Learned, learn_stream
@@ -24,7 +24,7 @@ from jobs.pretrain_tiny import encode_examples
 from jobs.stream_run import StreamRun, open_run, write_json
 from jobs.summary import now, provenance
 from jobs.terminal import table
-from pipeline.config import digest
+from pipeline.config import LearnConfig, digest
 from pipeline.models.bases import Base, load_base
 from pipeline.models.prompts import Encoded, collate, generate_answers
 from pipeline.routing import Expert, ExpertCard, Pool, PromptStatistics, RoutedModel
@@ -52,7 +52,9 @@ def routers(config: ConfigFile, overrides: Overrides = None, many: Many = 50) ->
             write_json(file, summary)
             _show_stream(run, summary)
             if many:
-                summary["many"] = _among_many(run, many)
+                run.terminal.say(f"learning {many} synthetic tasks")
+                empty = Pool(settings.base.label, run.fingerprint, settings.router, **run.null_expert())
+                summary["many"] = among_many(load_base(settings.base), empty, settings, many, say=run.terminal.say)
                 write_json(file, summary)
                 _show_many(run, summary["many"])
             run.terminal.say(f"summary    {file}")
@@ -113,31 +115,33 @@ def _text(value: float | None) -> str:
     return "-" if value is None else f"{value:.3f}"
 
 
-def _among_many(run: StreamRun, many: int) -> dict[str, Any]:
-    """Trains synthetic experts and measures each alone (told) and in the pool of all."""
-    config = run.config
+def among_many(
+    base: Base, empty: Pool, config: LearnConfig, many: int, *, say: Callable[[str], None] = lambda text: None
+) -> dict[str, Any]:
+    """Trains `many` synthetic experts and measures each alone (told) and in a pool of all.
+
+    `empty` is a pool without experts, with the null expert. Returns the summary's part `many`.
+    """
     torch.set_num_threads(config.training.threads)
-    base = load_base(config.base)
-    experts, prompts = [], {}
-    pool = Pool(config.base.label, run.fingerprint, config.router, **run.null_expert())
-    for number in track(range(many), "learning synthetic tasks", console=run.terminal.console, transient=True):
-        expert = _synthetic_expert(run, base, number)
-        experts.append(expert)
-        prompts[expert.card.name] = list(synthetic.examples(number, PROMPTS, held_out=True))
-    for expert in experts:
-        pool = pool.add(expert)
-    encoded = {name: encode_examples(base.processor, rows, answer=False) for name, rows in prompts.items()}
-    answers = {name: [row.answer for row in rows] for name, rows in prompts.items()}
+    experts, started = [], monotonic()
+    for number in range(many):
+        experts.append(_synthetic_expert(base, config, number))
+        if (number + 1) % 10 == 0:
+            left = (monotonic() - started) / (number + 1) * (many - number - 1)
+            say(f"  {number + 1} of {many} synthetic tasks learned, {left:.0f} s left")
+    pool = Pool(empty.base_label, empty.base_fingerprint, empty.router, experts, empty.null, empty.null_evidence)
+    asked = {name: list(synthetic.examples(i, PROMPTS, held_out=True)) for i, name in enumerate(pool.names)}
+    encoded = {name: encode_examples(base.processor, rows, answer=False) for name, rows in asked.items()}
+    answers = {name: [row.answer for row in rows] for name, rows in asked.items()}
     routed = RoutedModel(base.model, pool)
-    found: dict[str, Any] = {"experts": many, "steps": STEPS, "prompts": PROMPTS, "routers": {}}
     told = {}
     for name, rows in encoded.items():
         with routed.forced(name):
             told[name] = _accuracy(base, rows, answers[name])
-    found["specialist"] = fmean(told.values())
+    found: dict[str, Any] = {"experts": many, "specialist": fmean(told.values()), "routers": {}}
     for kind, settings in ROUTERS.items():
         if kind == "token_published":
-            continue  # it needs routing vectors
+            continue  # it needs routing vectors, which these experts do without
         routed.load(pool.routed_by(**settings))
         quality, right = {}, []
         for name, rows in encoded.items():
@@ -146,7 +150,7 @@ def _among_many(run: StreamRun, many: int) -> dict[str, Any]:
         found["routers"][kind] = {
             "new": fmean(quality.values()),
             "routing_accuracy": fmean(right),
-            "worst_loss": max(told[name] - quality[name] for name in told),
+            "largest_loss": max(told[name] - quality[name] for name in told),
         }
     routed.detach()
     return found
@@ -155,7 +159,7 @@ def _among_many(run: StreamRun, many: int) -> dict[str, Any]:
 def _show_many(run: StreamRun, found: Mapping[str, Any]) -> None:
     rows = [["specialist, told", f"{found['specialist']:.3f}", "", ""]]
     for name, r in found["routers"].items():
-        rows.append([name, f"{r['new']:.3f}", f"{r['routing_accuracy']:.3f}", f"{r['worst_loss']:.3f}"])
+        rows.append([name, f"{r['new']:.3f}", f"{r['routing_accuracy']:.3f}", f"{r['largest_loss']:.3f}"])
     header = ["router", "new tasks", "routing", "largest loss of a task"]
     run.terminal.console.print(table(f"Routers among {found['experts']} synthetic experts", header, rows))
 
@@ -166,9 +170,9 @@ def _accuracy(base: Base, rows: Sequence[Encoded], answers: Sequence[str]) -> fl
     return fmean(a == b for a, b in zip(given, answers, strict=True))
 
 
-def _synthetic_expert(run: StreamRun, base: Base, number: int) -> Expert:
+def _synthetic_expert(base: Base, config: LearnConfig, number: int) -> Expert:
     """Learns a synthetic task in this process: the LoRA, and the statistics that routers need; no routing vectors."""
-    config, name = run.config, f"synthetic_{number:03d}"
+    name = f"synthetic_{number:03d}"
     rows = encode_examples(base.processor, list(synthetic.examples(number, TRAIN_ROWS, held_out=False)))
     settings = config.expert.model_copy(update={"steps": STEPS, "learning_rate": RATE})
     pad = base.processor.tokenizer.pad_token_id

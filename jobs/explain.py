@@ -64,6 +64,7 @@ def main(
         del inputs["labels"]
         (explanation,) = explain(routed, inputs)
     tokens = [model.processor.tokenizer.decode([token]) for token in row.input_ids.tolist()]
+    picture.parent.mkdir(parents=True, exist_ok=True)
     routing_of_a_prompt(explanation, tokens).savefig(picture, dpi=150, facecolor="white")
     show(Terminal(), answer, explanation)
     typer.echo(f"picture    {picture.resolve()}")

@@ -113,7 +113,7 @@ def test_a_wrong_value_comes_with_the_fields_meaning(file):
     assert "Rank r of the update" in message
     message = error_of(file, STREAM, "router.temperature=0")
     assert "router.temperature: Input should be greater than 0 (given: 0)" in message
-    assert "temperature of the softmax" in message
+    assert "divides the scores before the softmax" in message
 
 
 def test_a_wrong_value_in_a_task_comes_with_the_fields_meaning(file):

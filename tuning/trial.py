@@ -77,7 +77,9 @@ class Evaluator:
         """Returns `accuracy` on the expert's own task and `others`, the mean over the pool's other tasks."""
         trained, base = Expert.load(expert), self._answerer.base
         pool = self._pool or Pool(base.label, base.fingerprint, RouterConfig())
-        self._answerer.attach(pool.add(trained).routed_by(kind="token", token_scores="published", temperature=temperature))
+        self._answerer.attach(
+            pool.add(trained).routed_by(kind="token", token_scores="published", temperature=temperature)
+        )
         answered = [score(self._answerer(batch), self._tasks) for batch in self._batches]
         means = Evaluation([p for predictions in answered for p in predictions]).accuracies()
         own = means.pop(trained.card.task)

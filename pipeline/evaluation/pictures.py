@@ -239,7 +239,7 @@ def routing_of_a_prompt(explanation: Explanation, tokens: Sequence[str]) -> Figu
         values = [[0.0 if expert is None else cell[expert] for cell in row] for row in cells_LTE]
         image = axes.imshow(values, cmap=HEAT, vmin=0, vmax=1, aspect="auto")
         axes.set_title(name or "the base alone", loc="left", color=INK, fontsize=12, fontweight="bold")
-        axes.set_xticks(range(len(labels)), labels, rotation=60, ha="right", fontsize=9)
+        axes.set_xticks(range(len(labels)), labels, rotation=60, ha="right", fontsize=9, parse_math=False)
         step = max(1, len(paths) // 28)
         axes.set_yticks(range(0, len(paths), step), [_short(path) for path in paths[::step]], fontsize=7)
         axes.tick_params(length=0, colors=INK)

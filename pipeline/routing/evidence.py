@@ -101,7 +101,8 @@ def hearings(
 def add_evidence(hearing: Hearing, before_BX: Tensor | None, x_BTD: Tensor, tokens_BT: Tensor, classes: int) -> Tensor:
     """Returns the evidence for all `classes` after this Linear's input (B, X).
 
-    A class without statistics here gets the mean of the others: no evidence for or against it.
+    A class without statistics here gets the mean of the others. That is a handicap, since the best of the others gains:
+    training therefore takes statistics at all Linears of the language model, adapted or not.
     """
     rows = len(x_BTD)
     total_BX = x_BTD.new_zeros(rows, classes, dtype=torch.float32) if before_BX is None else before_BX

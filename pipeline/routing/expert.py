@@ -159,7 +159,9 @@ def statistics_tensors(statistics: PromptStatistics, name: str = "statistics") -
 
 
 def statistics_of(tensors: Mapping[str, Tensor], name: str = "statistics") -> PromptStatistics:
-    """Reads what `statistics_tensors` wrote."""
+    """Reads what `statistics_tensors` wrote; raises ExpertError where it is not there."""
+    if f"{name}.mean" not in tensors:
+        raise ExpertError(f"no tensor {name}.mean: written by an older version; train the task again")
     mean_F = tensors[f"{name}.mean"]
     scatter_FF = torch.zeros(len(mean_F), len(mean_F), dtype=torch.float64)
     row, column = torch.triu_indices(*scatter_FF.shape)

@@ -57,10 +57,13 @@ class Explanation:
         best, *others = self.candidates
         who = self.decision.expert or "the base"
         if self.decision.expert != best.name:
-            return f"{who}, by the tokens' own choice: the prompt alone speaks for {best.name or 'the base'}"
+            return f"{who}, by the Linears' own choice: the prompt alone speaks for {best.name or 'the base'}"
         if best.name is None and best.score is None:
-            near = min((c for c in others if c.distance is not None), key=_excess)
-            return f"the base: outside every task's radius; nearest is {near.name} ({near.distance:.2f} > {near.radius:.2f})"
+            near = min((c for c in others if c.inside is False), key=_excess)
+            return (
+                f"the base: outside the radius of every likely task; nearest is {near.name} "
+                f"({near.distance:.2f} > {near.radius:.2f})"
+            )
         if not others:
             return f"{who}: nobody else is there"
         return (

@@ -114,6 +114,7 @@ class RoutedLinear(nn.Module):
         h_BTS = torch.bmm(x_BTD, self.down_SD[rows_BS].transpose(1, 2)) * weights_BS.unsqueeze(1)
         return torch.baddbmm(y_BTO, h_BTS, self.up_SO[rows_BS])
 
+    @torch.no_grad()
     def _weigh(self, x_BTD: Tensor, route: Weighed) -> tuple[Tensor, Tensor]:
         """Weighs the listed experts by the evidence at prefill, and keeps to that: experts and weights (B, M)."""
         state, follows = self.state, self.hearing.follows

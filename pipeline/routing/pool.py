@@ -4,6 +4,7 @@ import shutil
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
+from pydantic import ValidationError
 from safetensors.torch import load_file, save_file
 
 from pipeline.config import Config, RouterConfig
@@ -133,7 +134,10 @@ class Pool:
             raise PoolError(
                 f"{folder}: no {CARD}, so not a pool folder; `pointsman learn` writes one to runs/<name>/pool"
             )
-        card = PoolCard.model_validate_json((folder / CARD).read_text())
+        try:
+            card = PoolCard.model_validate_json((folder / CARD).read_text())
+        except ValidationError as error:
+            raise PoolError(f"{folder / CARD}: not a pool of this version: {error}; learn the stream again") from None
         if card.null and not (folder / NULL).is_file():
             raise PoolError(f"{folder}: {NULL} is missing, which {CARD} says is there; copy the whole folder")
         experts = [Expert.load(folder / "experts" / name) for name in card.experts]

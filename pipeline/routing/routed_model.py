@@ -107,15 +107,18 @@ class RoutedModel:
     def __init__(self, model: Any, pool: Pool) -> None:
         self.model = model
         self._replaced: dict[str, nn.Linear] = {}
-        self._forced: int | None = None
+        self._forced: tuple[str | None] | None = None
         self.load(pool)
         self._reader = PromptReader(model, self._decide)
 
     def load(self, pool: Pool) -> None:
         """Routes by `pool` from now on; the model, its hooks and its caches stay as they are.
 
-        Raises PoolError, with nothing changed, where the pool adapts something that is not a Linear.
+        Raises PoolError, with nothing changed, where the pool adapts something that is not a Linear, or lacks the expert
+        that is forced at the moment.
         """
+        if self._forced is not None and self._forced[0] not in (None, *pool.experts):
+            raise PoolError(f"expert {self._forced[0]!r} is forced at the moment, and the new pool does not have it")
         experts = list(pool.experts.values())
         paths = sorted({path for expert in experts for path in expert.adapters})
         linears = {path: self._replaced.get(path) or self.model.get_submodule(path) for path in paths}
@@ -163,7 +166,9 @@ class RoutedModel:
         self.features_BF = features_BF = project(features_BS, width)
         route: Route = Base()
         if self._forced is not None:
-            route = fixed(torch.full((1, 1), self._forced), torch.ones(1, 1), features_BS.device)
+            (name,) = self._forced
+            expert = NOBODY if name is None else self.pool.names.index(name)
+            route = fixed(torch.full((1, 1), expert), torch.ones(1, 1), features_BS.device)
         elif self.pool.experts:
             route = self.router.route(features_BF)
         self.state.begin(route, tokens_BT)
@@ -206,7 +211,7 @@ class RoutedModel:
         """Sends every prompt to expert `name` (None: to the base) while the context lasts."""
         if name is not None and name not in self.pool.experts:
             raise PoolError(f"no expert {name!r} in the pool; there are: {', '.join(self.pool.names) or 'none'}")
-        self._forced = NOBODY if name is None else self.pool.names.index(name)
+        self._forced = (name,)
         try:
             yield
         finally:

@@ -26,7 +26,7 @@ class TwoLevelRouter:
     def route(self, features_BF: Tensor) -> Route:
         """Makes the short list of every prompt."""
         experts_BM, prior_BM = self.prompts.short_list(features_BF, self.places)
-        likely_BM = prior_BM >= min(math.log(SLIGHT), float(prior_BM[:, 0].min()))  # the likeliest always
+        likely_BM = prior_BM >= prior_BM[:, :1].clamp(max=math.log(SLIGHT))  # the likeliest always
         places = int(likely_BM.sum(-1).max())
         if places == 1:
             return fixed(experts_BM[:, :1], torch.ones(len(experts_BM), 1), features_BF.device)

@@ -15,7 +15,7 @@ from pipeline.routing.features import feature_width, project
 from pipeline.routing.routed_model import PromptReader
 from pipeline.routing.statistics import PromptStatistics
 from pipeline.streams.preprocess import unpack
-from pipeline.training.stages import adapted_paths
+from pipeline.training.stages import heard_paths
 
 FEATURES = "features"
 """Column of the prompt features; the others bear the path of the Linear whose pooled input they hold."""
@@ -51,7 +51,7 @@ class GeneralReader:
         self.base.model.to(self.device)
         self.width = feature_width(self.base.width, wanted_width)
         self.features: torch.Tensor | None = None
-        self.evidence = EvidenceReader(self.base.model, adapted_paths(self.base.model, targets))
+        self.evidence = EvidenceReader(self.base.model, heard_paths(self.base.model, targets))
         PromptReader(self.base.model, self._listen)
 
     def _listen(self, features: torch.Tensor | None, tokens: torch.Tensor | None) -> None:

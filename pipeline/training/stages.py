@@ -18,7 +18,7 @@ from peft import LoraConfig, get_peft_model, get_peft_model_state_dict, set_peft
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from pipeline.config import ExpertConfig
+from pipeline.config import LANGUAGE_LINEARS, ExpertConfig
 from pipeline.models.prompts import IGNORED
 from pipeline.routing.evidence import EvidenceReader
 from pipeline.routing.expert import ADAPTER_WEIGHTS, load_adapters
@@ -40,6 +40,8 @@ class StageClock:
     seconds: float = 0.0
     wait_seconds: float = 0.0
     losses: list[float] = field(default_factory=list)
+    step_seconds: list[float] = field(default_factory=list)
+    """Of every step; `seconds` may hold more than their sum."""
 
 
 def warm_up_cosine(config: ExpertConfig) -> Callable[[int], float]:
@@ -91,7 +93,8 @@ def run_steps(
                 f"the loss rose from {clock.losses[0]:.3g} to {value:.3g} by step {step + 1} (training.explosion is "
                 f"{explosion:g}); lower the learning rate"
             )
-        clock.seconds += time.monotonic() - started
+        clock.step_seconds.append(time.monotonic() - started)
+        clock.seconds += clock.step_seconds[-1]
         clock.wait_seconds += feed.wait_seconds - waited
         on_step(step + 1, value)
 
@@ -173,3 +176,11 @@ def adapted_paths(model: nn.Module, pattern: str) -> list[str]:
     if not paths:
         raise ValueError(f"expert.target_modules: {pattern!r} matches no Linear of the base")
     return paths
+
+
+def heard_paths(model: nn.Module, pattern: str) -> list[str]:
+    """Returns the Linears whose inputs are evidence: all of the language model, and those that `pattern` adapts.
+
+    Not only the adapted ones: experts that adapt different Linears are compared at all of them.
+    """
+    return adapted_paths(model, f"(?:{LANGUAGE_LINEARS})|(?:{pattern})")

@@ -24,6 +24,7 @@ from pipeline.training.stages import (
     PromptLog,
     StageClock,
     adapted_paths,
+    heard_paths,
     run_steps,
     save_lora,
     warm_up_cosine,
@@ -181,8 +182,9 @@ class Worker:
         base = load_base(job.base)
         base.model.config.use_cache = False
         width = feature_width(base.width, config.feature_width)
+        heard = heard_paths(base.model, job.expert.target_modules)
         gates = with_gates(base.model, adapter)
-        log = PromptLog(base.model, width, list(gates))
+        log = PromptLog(base.model, width, heard)
         engine = start_engine(
             base.model, settings, learning_rate=config.learning_rate, weight_decay=0.0, schedule=lambda step: 1.0
         )
@@ -244,6 +246,7 @@ class Worker:
             f"{stage}_wait_seconds": clock.wait_seconds,
             f"{stage}_loss": sum(last) / len(last),
             f"{stage}_losses": clock.losses,
+            f"{stage}_step_seconds": clock.step_seconds,
         }
 
     def _tell(self, stage: str, step: int, steps: int, loss: float) -> None:

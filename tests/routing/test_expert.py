@@ -5,8 +5,20 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from pipeline.routing import Expert, ExpertError
-from pipeline.routing.expert import ADAPTER_CONFIG, ADAPTER_WEIGHTS, CARD, ROUTER_WEIGHTS, Adapter, load_adapters
+from pipeline.routing import Expert, ExpertError, PromptStatistics
+from pipeline.routing.evidence import WIDTH
+from pipeline.routing.expert import (
+    ADAPTER_CONFIG,
+    ADAPTER_WEIGHTS,
+    CARD,
+    ROUTER_WEIGHTS,
+    Adapter,
+    evidence_tensors,
+    load_adapters,
+    statistics_of,
+    statistics_tensors,
+)
+from pipeline.routing.features import feature_width
 from tests.helpers import make_expert
 
 FILES = [ADAPTER_CONFIG, ADAPTER_WEIGHTS, ROUTER_WEIGHTS, CARD]
@@ -129,3 +141,20 @@ def test_weights_that_are_not_finite_are_refused(expert, value):
     vectors = {path: vector * value for path, vector in expert.vectors.items()}
     with pytest.raises(ExpertError, match="not finite"):
         dataclasses.replace(expert, vectors=vectors).check_trained()
+
+
+def test_statistics_weigh_little_beside_a_lora_of_internvl2_2b():
+    """InternLM2-1.8B: 24 layers, width 2048, 8 key-value heads of 128, intermediate width 8192; rank 16 in bfloat16."""
+    width, keys, inner, layers, rank = 2048, 1024, 8192, 24, 16
+    linears = [(width, width), (width, keys), (width, keys), (width, width), *[(width, inner)] * 2, (inner, width)]
+    lora = 2 * layers * rank * sum(d + o for d, o in linears)
+    prompt = PromptStatistics.of(torch.randn(4, feature_width(width, None)))
+    heard = PromptStatistics.of(torch.randn(4, WIDTH))  # at the inputs of query, output, gate and down
+    evidence = {f"layers.{layer}.{name}": heard for layer in range(layers) for name in ("q", "o", "gate", "down")}
+    tensors = statistics_tensors(prompt) | evidence_tensors(evidence)
+    assert sum(tensor.nbytes for tensor in tensors.values()) <= 0.05 * lora
+
+
+def test_statistics_of_an_older_version_are_refused():
+    with pytest.raises(ExpertError, match=r"statistics\.mean: written by an older version"):
+        statistics_of({"statistics.moment": torch.zeros(1)})

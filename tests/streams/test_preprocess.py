@@ -91,6 +91,23 @@ def test_the_feed_is_endless_seeded_and_can_skip(tiny_folder, tmp_path, cached):
     assert first[:2] != first[2:4], "epochs are shuffled differently"
 
 
+def test_rows_are_the_same_drawn_and_streamed(tiny_folder, tmp_path):
+    rows = run(SourceConfig(path="embedded://digits/train", limit=40), tiny_folder, tmp_path).rows(["mine"])
+
+    def epoch(cached: bool) -> list[tuple[list[int], float]]:
+        with Feed(rows.iterator(), batch_size=8, pad_token_id=0, seed=5, cached=cached) as feed:
+            batches = [next(feed) for _ in range(5)]
+        return [
+            (ids.tolist(), float(pixels.double().sum()))
+            for batch in batches
+            for ids, pixels in zip(batch["labels"], batch["pixel_values"], strict=True)
+        ]
+
+    drawn, streamed = epoch(cached=True), epoch(cached=False)
+    assert sorted(drawn) == sorted(streamed)
+    assert len(drawn) == 40
+
+
 def test_encoded_rows_learn_the_answer_only(tiny_folder, tmp_path):
     prepared = run(SourceConfig(path="embedded://successor/train", limit=4), tiny_folder, tmp_path)
     for batch in prepared.rows(["mine"]).iter_batches(batch_format="numpy"):

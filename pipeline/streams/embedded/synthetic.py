@@ -2,7 +2,8 @@
 
 Task number k has a call of its own (two words that mean nothing here) and a secret dictionary of its own. Four of five are
 text only, and answer two words by their translations; every fifth shows a shape and wants its translation. Training never
-shows the pairs that are asked later.
+shows the pairs that are asked later. From number 1,000 on, calls are those of the first thousand with their words swapped:
+the same words in another order.
 """
 
 from collections.abc import Iterator
@@ -24,19 +25,22 @@ NOUNS = "dog cat sun moon tree house car fish bird book milk bread apple river k
 """What dictionaries are made of."""
 MEANINGS = 6
 """Words in a dictionary; pairs of them make questions."""
+DIFFERENT = 1000
+"""Tasks whose calls differ in their words."""
 HELD_OUT = 9
 """Pairs of a dictionary's 36 that are kept for evaluation."""
 
 
 @cache
 def _calls() -> list[str]:
-    """Returns the calls of all tasks: every two words once, in a fixed random order."""
+    """Returns the calls of all tasks: every two words once, in a fixed random order, then the other way round."""
     pairs = list(combinations(CALLS.split(), 2))
-    return [" ".join(pairs[i]) for i in np.random.default_rng(29).permutation(len(pairs))]
+    chosen = [pairs[i] for i in np.random.default_rng(29).permutation(len(pairs))[:DIFFERENT]]
+    return [f"{a} {b}" for a, b in chosen] + [f"{b} {a}" for a, b in chosen]
 
 
 def examples(number: int, count: int, *, held_out: bool) -> Iterator[Example]:
-    """Yields `count` examples of task `number` (below 1,000), to learn from or kept for evaluation."""
+    """Yields `count` examples of task `number` (below 2,000), to learn from or kept for evaluation."""
     secret = np.random.default_rng([31, number])
     illustrated = number % 5 == 4
     words = list(SHAPES)[:MEANINGS] if illustrated else sample(secret, NOUNS.split(), MEANINGS)
