@@ -12,7 +12,7 @@ import shutil
 import subprocess
 import sys
 import time
-from importlib.metadata import version
+from importlib.metadata import distribution, version
 from pathlib import Path
 
 import ray
@@ -140,7 +140,9 @@ def extensions_folder() -> Path:
     """
     if given := os.environ.get("TORCH_EXTENSIONS_DIR"):
         return Path(given).resolve()
-    environment = hashlib.sha256(f"{sys.prefix} {sys.version}".encode()).hexdigest()[:8]
+    # An environment that was made anew in the same place has newer headers: ninja would compile again, in the workers.
+    made = Path(str(distribution("torch").locate_file("torch/version.py"))).stat().st_mtime_ns
+    environment = hashlib.sha256(f"{sys.prefix} {sys.version} {made}".encode()).hexdigest()[:8]
     built = f"torch{version('torch')}-deepspeed{version('deepspeed')}-{environment}"
     return Path.home() / ".cache" / "pointsman" / "torch_extensions" / built
 
