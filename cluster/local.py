@@ -32,6 +32,7 @@ Ray Train books its CPUs first, and Ray Data hangs when none is left."""
 QUIET = {
     "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
     "RAY_TQDM": "0",
+    "RAY_AIR_NEW_OUTPUT": "0",  # Tune's boxes and hints; the other form can be silenced
     "RAY_TRAIN_ENABLE_V2_MIGRATION_WARNINGS": "0",
     # Ray's coming default, chosen now: CUDA_VISIBLE_DEVICES stays as it is in tasks without a GPU; silences a warning.
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",

@@ -74,9 +74,18 @@ class StreamRun:
     @cached_property
     def prompts(self) -> Prepared:
         """The evaluation prompts of all tasks and families, and the general sample as `GENERAL`."""
-        parts = {name: Part(self._limited(task.eval), task.prompt) for name, task in self.columns.items()}
-        if self.config.stream.general is not None:
-            parts[GENERAL] = Part(self.config.stream.general)
+        names = [*self.columns, *([GENERAL] if self.config.stream.general is not None else [])]
+        return self.read_prompts(names)
+
+    def read_prompts(self, names: Sequence[str]) -> Prepared:
+        """Reads the evaluation prompts of these tasks and families, or of the general sample."""
+        parts = {}
+        for name in names:
+            task = self.columns.get(name)
+            if task is not None:
+                parts[name] = Part(self._limited(task.eval), task.prompt)
+            elif self.config.stream.general is not None:
+                parts[name] = Part(self.config.stream.general)
         with self.terminal.working(f"reading the prompts of {len(parts)} tasks and families"):
             return self._prepare(parts, "eval", answer=False)
 

@@ -69,7 +69,7 @@ def _sweep(run: StreamRun, space: SweepSpace, name: str | None) -> None:
             "no learned pool with other tasks: the expert stands alone, and temperature has nothing to weigh; "
             "run `pointsman learn` first to sweep inside its pool"
         )
-    prompts = run.prompts.rows([name, *others])
+    prompts = run.read_prompts([name, *others]).rows([name, *others])
     job, rows = run.job(task, f"sweep-{run.expert_digest(task)}")
     folder = run.folder / "sweeps" / f"{name}-{digest(space, job, config.evaluation)}"
     trials = len(space.ranks) * len(space.temperatures)

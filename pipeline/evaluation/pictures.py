@@ -26,14 +26,14 @@ DASHES = ("-", "--", ":", "-.")
 HEAT = LinearSegmentedColormap.from_list("heat", ["#f4f8fc", "#b5d4ea", "#4f9bcb", "#0072B2", "#00395c"])
 
 METHODS: dict[str, str] = {
-    "base": "base,\nnothing learned",
-    "specialist": "one specialist\na task, told which",
+    "base": "base,\nnothing\nlearned",
+    "specialist": "one specialist\na task, told\nwhich",
     "sequential": "sequential\nfine-tuning",
-    "multitask": "multi-task,\nall data at once",
-    "token_published": "experts, token\nrouter, as published",
+    "multitask": "multi-task,\nall data\nat once",
+    "token_published": "experts,\ntoken router\nas published",
     "token": "experts,\ntoken router",
     "prompt": "experts,\nprompt router",
-    "two_level": "experts,\ntwo-level router",
+    "two_level": "experts,\ntwo-level\nrouter",
 }
 """Methods of a comparison in the order shown, and what they are called."""
 
