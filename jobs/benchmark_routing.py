@@ -177,6 +177,8 @@ class Measuring:
             self._floor = build("single", self._setup, 1)
         setup = self._setup
         reasons = {tokens: self._too_much(setup, experts, name, tokens) for tokens in PHASES}
+        if setup.is_model and reasons[PROMPT]:  # decoding comes after a prefill
+            reasons[1] = reasons[1] or reasons[PROMPT]
         engine = None if all(reasons.values()) else build(name, setup, experts)
         decision = {}
         if isinstance(engine, Routed) and setup.is_model:
