@@ -5,7 +5,7 @@ python -m jobs.benchmark routing                                routers against 
 """
 
 from statistics import fmean, median
-from time import monotonic, time_ns
+from time import time_ns
 from typing import Annotated
 
 import torch
@@ -14,14 +14,14 @@ import typer
 from jobs.benchmark_routers import routers
 from jobs.benchmark_routing import routing
 from jobs.options import ConfigFile, Overrides, load, user_errors
+from jobs.plain_loop import plain_steps, shuffled_batches
 from jobs.stream_run import StreamRun, open_run, write_json
 from jobs.summary import now, provenance
 from jobs.terminal import table
 from pipeline.config import ConfigError
 from pipeline.models.bases import load_base
-from pipeline.models.prompts import collate
 from pipeline.streams.preprocess import unpack
-from pipeline.training.stages import warm_up_cosine, with_lora
+from pipeline.training.stages import with_lora
 
 app = typer.Typer(help="Measure what the project adds to the work itself.", no_args_is_help=True, rich_markup_mode=None)
 
@@ -98,35 +98,14 @@ def _plain_loop(run: StreamRun) -> list[float]:
     torch.manual_seed(config.seed)
     torch.set_num_threads(config.training.threads)
     base = load_base(config.base)
-    base.model.config.use_cache = False
-    model = with_lora(base.model, config.expert)
-    model.train()
-    trained = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=config.expert.learning_rate, weight_decay=config.expert.weight_decay)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, warm_up_cosine(config.expert))
     task = config.stream.tasks[0]
     rows = [
         row
         for batch in run.training_rows(task).rows([task.name]).iter_batches(batch_format="numpy")
         for row in unpack(batch)
     ]
-    order: list[int] = []
-    seconds = []
-    for _ in range(config.expert.steps):
-        started = monotonic()
-        if len(order) < config.expert.batch_size:
-            order = torch.randperm(len(rows)).tolist()
-        chosen, order = order[: config.expert.batch_size], order[config.expert.batch_size :]
-        batch = collate([rows[i] for i in chosen], pad_token_id=base.processor.tokenizer.pad_token_id)
-        loss = model(**batch).loss
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(trained, config.expert.clip)
-        optimizer.step()
-        schedule.step()
-        optimizer.zero_grad(set_to_none=True)
-        loss.item()
-        seconds.append(monotonic() - started)
-    return seconds
+    batches = shuffled_batches(rows, config.expert.batch_size, pad_token_id=base.processor.tokenizer.pad_token_id)
+    return plain_steps(with_lora(base.model, config.expert), config.expert, batches)
 
 
 if __name__ == "__main__":

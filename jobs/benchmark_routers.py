@@ -20,6 +20,7 @@ import typer
 from jobs.compare import ROUTERS
 from jobs.learn import Learned, learn_stream
 from jobs.options import ConfigFile, Overrides, load, user_errors
+from jobs.plain_loop import plain_steps, shuffled_batches
 from jobs.pretrain_tiny import encode_examples
 from jobs.stream_run import StreamRun, open_run, write_json
 from jobs.summary import now, provenance
@@ -31,7 +32,7 @@ from pipeline.routing import Expert, ExpertCard, Pool, PromptStatistics, RoutedM
 from pipeline.routing.expert import load_adapters
 from pipeline.routing.features import feature_width
 from pipeline.streams.embedded import synthetic
-from pipeline.training.stages import PromptLog, warm_up_cosine, with_lora
+from pipeline.training.stages import PromptLog, with_lora
 
 ABSTAINING = ("prompt", "two_level")
 """Routers that are also measured without a general sample."""
@@ -68,7 +69,12 @@ def _on_the_stream(run: StreamRun, learned: Learned) -> dict[str, Any]:
     def measured(pool: Pool | None, name: str, mode: Any = "routed") -> dict[str, Any]:
         run.terminal.say(f"  {name}")
         folder = pool.save(run.folder / "routers" / name) if pool else None
-        key = digest(learned.pool_digest, pool.router, bool(pool.null)) if pool else "base"
+        if pool is None:
+            key = "base"
+        elif mode == "told":
+            key = digest(learned.pool_digest)
+        else:  # as `compare` names them, so that nothing is answered twice
+            key = digest(learned.pool_digest, pool.router, *([] if pool.null else ["no null expert"]))
         result = run.evaluate(columns, folder, key, mode)
         accuracy = result.accuracies()
         return {
@@ -178,18 +184,7 @@ def _synthetic_expert(base: Base, config: LearnConfig, number: int) -> Expert:
     pad = base.processor.tokenizer.pad_token_id
     torch.manual_seed(config.seed + number)
     model: Any = with_lora(base.model, settings)
-    model.train()
-    trained = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=RATE, weight_decay=0.0)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, warm_up_cosine(settings))
-    for _ in range(STEPS):
-        chosen = torch.randint(len(rows), (settings.batch_size,)).tolist()
-        model(**collate([rows[i] for i in chosen], pad_token_id=pad), use_cache=False).loss.backward()
-        torch.nn.utils.clip_grad_norm_(trained, settings.clip)
-        optimizer.step()
-        schedule.step()
-        optimizer.zero_grad(set_to_none=True)
-    model.eval()
+    plain_steps(model, settings, shuffled_batches(rows, settings.batch_size, pad_token_id=pad))
     with TemporaryDirectory() as folder:
         model.save_pretrained(folder)
         adapter_config, adapters = load_adapters(folder)

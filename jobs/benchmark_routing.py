@@ -84,8 +84,8 @@ def routing(
 
     On a model, prefill with this project's routers includes the whole decision, from the prompt's features on: one layer
     pays here for what all layers of a base share. decision_seconds is its own time. While decoding the decision is held;
-    so it is on a single Linear. token always mixes
-    two experts here and two_level three, their dearest case; the cheap one is prompt.
+    so it is on a single Linear. token always mixes two experts here and two_level three, their dearest case; the cheap one
+    is prompt.
 
     Results: a table of ratios, summary.json and routing.png. The whole run takes about 15 minutes on two cores.
     """

@@ -265,7 +265,7 @@ class LearnConfig(Config):
 C = TypeVar("C", bound=Config)
 
 
-def load_config(path: str | Path, overrides: Sequence[str] = (), kind: type[C] = LearnConfig) -> C:  # type: ignore[assignment]
+def load_config(path: str | Path, overrides: Sequence[str], kind: type[C]) -> C:
     """Reads a YAML file into `kind` and lays `field.sub=value` overrides on top (values are YAML).
 
     Raises ConfigError naming file, field and remedy.

@@ -32,7 +32,7 @@ def file(tmp_path):
 def error_of(file: Path, text: str, *overrides: str) -> str:
     file.write_text(text)
     with pytest.raises(ConfigError) as error:
-        load_config(file, overrides)
+        load_config(file, overrides, LearnConfig)
     return str(error.value)
 
 
@@ -43,7 +43,7 @@ def task(**fields) -> str:
 
 def test_a_small_file_is_enough(file):
     file.write_text(STREAM)
-    config = load_config(file)
+    config = load_config(file, [], LearnConfig)
     assert config.stream.tasks[0].train == SourceConfig(path="data/train")
     assert config.expert == ExpertConfig()
     assert config.folder == Path("runs").resolve() / "demo"
@@ -55,7 +55,7 @@ def test_what_the_file_says_is_in_force(file):
         STREAM + "name: mine\noutput: /out\nexpert: {rank: 16}\nregistry: {uri: 'http://mlflow:5000'}\n"
         "base: {path: some/InternVL3_5-1B-HF}\n"
     )
-    config = load_config(file)
+    config = load_config(file, [], LearnConfig)
     assert config.folder == Path("/out/mine")
     assert config.tracking_uri == "http://mlflow:5000"
     assert (config.expert.rank, config.expert.lora_alpha) == (16, 32)
@@ -64,7 +64,7 @@ def test_what_the_file_says_is_in_force(file):
 
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
 def test_shipped_configurations_load(path):
-    assert load_config(path).stream.tasks
+    assert load_config(path, [], LearnConfig).stream.tasks
 
 
 def test_overrides_lie_on_top_of_the_file(file):
@@ -72,8 +72,8 @@ def test_overrides_lie_on_top_of_the_file(file):
     overrides = ["expert.rank=4", "expert.learning_rate=1e-3", "training.gpu=true", "router.feature_width=null",
                  "stream.general=embedded://general/train", "seed=7", "name=a=b"]  # fmt: skip
     with pytest.raises(ConfigError, match="name: String should match"):
-        load_config(file, overrides)
-    config = load_config(file, overrides[:-1])
+        load_config(file, overrides, LearnConfig)
+    config = load_config(file, overrides[:-1], LearnConfig)
     assert (config.expert.rank, config.training.gpu, config.router.feature_width, config.seed) == (4, True, None, 7)
     assert config.expert.learning_rate == 1e-3
     assert config.stream.general == SourceConfig(path="embedded://general/train")
@@ -140,9 +140,9 @@ def test_a_missing_field_is_named(file):
 
 def test_a_file_that_cannot_be_read_is_named(file, tmp_path):
     with pytest.raises(ConfigError, match=r"stream\.yaml: no such configuration file"):
-        load_config(file)
+        load_config(file, [], LearnConfig)
     with pytest.raises(ConfigError, match=str(tmp_path)):
-        load_config(tmp_path)
+        load_config(tmp_path, [], LearnConfig)
 
 
 def test_a_file_that_is_no_configuration_is_named(file):

@@ -22,7 +22,6 @@ class Step(NamedTuple):
     loss: float
 
 
-@ray.remote(num_cpus=0)
 class Telemetry:
     """Holds the steps that the driver has not fetched yet."""
 
@@ -42,7 +41,7 @@ class Telemetry:
 @contextmanager
 def listening(on_steps: Callable[[list[Step]], None], *, every: float = 1.0) -> Iterator[Any]:
     """Yields a telemetry actor whose steps reach `on_steps`, in order, about every `every` seconds."""
-    actor: Any = Telemetry.remote()  # type: ignore[attr-defined]  # made by ray.remote
+    actor: Any = ray.remote(num_cpus=0)(Telemetry).remote()
     stop = threading.Event()
 
     def deliver() -> None:

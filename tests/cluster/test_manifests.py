@@ -10,10 +10,10 @@ import pytest
 import ray
 import yaml
 
-from pipeline.config import load_config
+from pipeline.config import LearnConfig, load_config
 
 ROOT = Path(__file__).resolve().parents[2]
-CONFIG = load_config(ROOT / "jobs" / "configs" / "internvl2_2b.yaml")
+CONFIG = load_config(ROOT / "jobs" / "configs" / "internvl2_2b.yaml", [], LearnConfig)
 DOCKERFILE = (ROOT / "cluster" / "Dockerfile").read_text()
 AWS = yaml.safe_load((ROOT / "cluster" / "ray-cluster.yaml").read_text())
 CLAIM, JOB = yaml.safe_load_all((ROOT / "cluster" / "kuberay-rayjob.yaml").read_text())
@@ -33,7 +33,7 @@ def test_entrypoint_exists_and_starts_in_the_images_folder() -> None:
     python, flag, module, config = JOB["spec"]["entrypoint"].split()
     assert (python, flag) == ("python", "-m")
     assert (ROOT / module.replace(".", "/")).with_suffix(".py").is_file()
-    assert load_config(ROOT / config) == CONFIG
+    assert load_config(ROOT / config, [], LearnConfig) == CONFIG
     folder = re.search(r"^WORKDIR (\S+)$", DOCKERFILE, re.MULTILINE)
     assert folder is not None
     assert {pod["containers"][0]["workingDir"] for pod in PODS} == {folder[1]}

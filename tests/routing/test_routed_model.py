@@ -1,5 +1,7 @@
 """A pool attached to the tiny base: whole-model invariants."""
 
+import dataclasses
+
 import pytest
 import torch
 from peft import PeftModel
@@ -13,40 +15,35 @@ from pipeline.routing.features import project
 from pipeline.routing.layer import RoutedLinear
 from pipeline.routing.route import Fixed
 from pipeline.routing.routed_model import router_of
-from tests.helpers import ask, attached, batch_of, checksum, features_of, generate, make_expert, prompts
+from tests.helpers import (
+    CLAIMS,
+    ask,
+    assert_same,
+    attached,
+    batch_of,
+    checksum,
+    claimed_prompts,
+    features_of,
+    generate,
+    make_expert,
+    prompts,
+)
 
 TOKENS = 4
 KINDS = ["prompt", "token", "two_level"]
-FAMILIES = {"reader": "document", "speaker": "repeat", "painter": "describe"}
-"""Which foundation family each expert of these tests claims."""
-QUERY_AND_DOWN = r"model\.language_model\.layers\.[02]\..*\.(q_proj|down_proj)"
 
 
 @pytest.fixture(scope="module")
-def pool(tiny_base) -> Pool:
-    """Three experts of different ranks; `painter` adapts some Linears only; `direction` stands for general prompts."""
-    experts = [
-        make_expert(
-            tiny_base,
-            name,
-            rank=2 + i,
-            seed=i,
-            features=features_of(tiny_base, prompts(tiny_base.processor, family, 24)),
-            quantile=0.99,
-            **({"targets": QUERY_AND_DOWN} if name == "painter" else {}),
-        )
-        for i, (name, family) in enumerate(FAMILIES.items())
-    ]
-    null = PromptStatistics.of(features_of(tiny_base, prompts(tiny_base.processor, "direction", 24)))
-    return Pool("tiny", tiny_base.fingerprint, RouterConfig(), experts, null)
+def pool(known_pool) -> Pool:
+    """Three experts of different ranks, of whom only prompts are known: no Linear hears anything."""
+    experts = [dataclasses.replace(expert, evidence={}) for expert in known_pool.experts.values()]
+    return Pool(known_pool.base_label, known_pool.base_fingerprint, known_pool.router, experts, known_pool.null)
 
 
 @pytest.fixture(scope="module")
 def mixed(tiny_base):
     """New prompts of all families, of different lengths, with and without images; with who should answer them."""
-    owners = [*FAMILIES, None]
-    rows = [prompts(tiny_base.processor, FAMILIES.get(o, "direction"), 2, seed=1) for o in owners]
-    return [row for pair in rows for row in pair], [owner for owner in owners for _ in range(2)]
+    return claimed_prompts(tiny_base)
 
 
 def hooks_of(model: nn.Module) -> list[tuple[str, int, int]]:
@@ -56,12 +53,6 @@ def hooks_of(model: nn.Module) -> list[tuple[str, int, int]]:
 
 def one_hot(experts: list[str | None]) -> list[Decision]:
     return [Decision(name, {name: 1.0} if name else {}) for name in experts]
-
-
-def assert_same(found, expected, atol=2e-4):
-    """Compares what `generate` returns: tokens exactly, logits up to rounding."""
-    torch.testing.assert_close(found[1], expected[1], rtol=1e-4, atol=atol)
-    assert found[0].equal(expected[0])
 
 
 def test_every_prompt_goes_to_its_expert_and_general_ones_to_the_base(tiny_base, pool, mixed):
@@ -318,7 +309,7 @@ def test_projected_features_route_as_well(tiny_base, pool, mixed):
             expert.card, expert.adapter_config, expert.adapters, expert.vectors, PromptStatistics.of(features)
         )
 
-    experts = [narrow(pool.experts[name], family) for name, family in FAMILIES.items()]
+    experts = [narrow(pool.experts[name], family) for name, family in CLAIMS.items()]
     general = project(features_of(tiny_base, prompts(tiny_base.processor, "direction", 24)), 96)
     projected = Pool(
         "tiny", tiny_base.fingerprint, RouterConfig(feature_width=96), experts, PromptStatistics.of(general)
@@ -327,7 +318,7 @@ def test_projected_features_route_as_well(tiny_base, pool, mixed):
     choices = route.experts_BM[:, 0].tolist()
     with attached(tiny_base, projected) as routed:
         generate(tiny_base, rows, tokens=1)
-        assert routed.decisions == one_hot([None if c < 0 else [*FAMILIES][c] for c in choices])
+        assert routed.decisions == one_hot([None if c < 0 else [*CLAIMS][c] for c in choices])
     assert len(set(choices)) == 4
 
 
@@ -352,7 +343,7 @@ def test_generated_texts_are_the_experts_own(tiny_base, pool, mixed):
     rows, owners = mixed
     with attached(tiny_base, pool) as routed:
         answers = generate_answers(tiny_base.model, tiny_base.processor, rows, max_new_tokens=TOKENS)
-        for owner in (*FAMILIES, None):
+        for owner in (*CLAIMS, None):
             with routed.forced(owner):
                 forced = generate_answers(tiny_base.model, tiny_base.processor, rows, max_new_tokens=TOKENS)
             mine = [i for i, name in enumerate(owners) if name == owner]

@@ -15,6 +15,7 @@ from pipeline.routing.expert import Adapter
 from pipeline.routing.layer import RoutedLinear
 from pipeline.routing.route import NOBODY, Fixed, Weighed
 from tests.helpers import (
+    assert_same,
     attached,
     batch_of,
     checksum,
@@ -67,12 +68,6 @@ def pool(request, known_pool) -> Pool:
 
 def experts(routed: RoutedModel) -> list[str | None]:
     return [decision.expert for decision in routed.decisions]
-
-
-def assert_same(found, expected):
-    """Compares what `generate` returns: tokens exactly, logits up to rounding."""
-    torch.testing.assert_close(found[1], expected[1], rtol=1e-4, atol=2e-4)
-    assert found[0].equal(expected[0])
 
 
 def test_every_prompt_goes_to_its_expert_and_general_ones_to_the_base(tiny_base, pool, mixed):
