@@ -73,6 +73,7 @@ def _sweep(run: StreamRun, space: SweepSpace, name: str | None) -> None:
     job, rows = run.job(task, f"sweep-{run.expert_digest(task)}")
     folder = run.folder / "sweeps" / f"{name}-{digest(space, job, config.evaluation)}"
     trials = len(space.ranks) * len(space.temperatures)
+    worker_env = run.worker_env
     with run.terminal.working(f"sweeping {name}: {len(space.ranks)} trainings, {trials} evaluations"):
         result = sweep(
             space,
@@ -83,7 +84,7 @@ def _sweep(run: StreamRun, space: SweepSpace, name: str | None) -> None:
             tasks=tasks,
             pool=pool_folder,
             folder=folder,
-            worker_env=run.worker_env,
+            worker_env=worker_env,
         )
     _log(result, name)
     summary = provenance(run, started) | {

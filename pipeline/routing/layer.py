@@ -130,12 +130,14 @@ class RoutedLinear(nn.Module):
             min(route.top_k, experts_BM.shape[-1]), dim=-1
         )
         experts_BM, weights_BM = experts_BM.gather(-1, place_BM), best_BM.softmax(-1)
+        weights_BM = weights_BM.where(weights_BM >= SLIGHT, 0)
+        weights_BM = weights_BM / weights_BM.sum(-1, keepdim=True)
         if not torch.compiler.is_compiling():
             state.votes[self.path] = spread(weights_BM, experts_BM, state.pool_size)
-            places = int((weights_BM >= SLIGHT).sum(-1).max())  # in falling order: who has no weight is cut off
+            places = int((weights_BM > 0).sum(-1).max())  # in falling order: who has no weight is cut off
             experts_BM, weights_BM = experts_BM[:, :places], weights_BM[:, :places]
             if places == 1 and len(experts_BM) > 1 and (experts_BM == experts_BM[0]).all():
-                experts_BM, weights_BM = experts_BM[:1], torch.ones_like(weights_BM[:1])
+                experts_BM, weights_BM = experts_BM[:1], weights_BM[:1]
         self.held = experts_BM, weights_BM
         return self.held
 

@@ -82,6 +82,8 @@ def train(settings: dict[str, Any]) -> dict[str, Any]:
         return worker.run()
     except (Divergence, ExpertError) as error:
         return {"failure": str(error)}
+    finally:
+        worker.tell()  # the last losses before a failure are those one wants to see
 
 
 class Worker:
@@ -149,7 +151,7 @@ class Worker:
         clock = StageClock(**progress.get("clock", {}))
 
         def on_step(step: int, loss: float) -> None:
-            self._tell("expert", step, config.steps, loss)
+            self._step_done("expert", step, config.steps, loss)
             if step % job.training.checkpoint_every == 0 and step < config.steps:
                 draft = self._draft({"stage": "expert", "step": step, "clock": vars(clock)})
                 engine.save_checkpoint(str(draft / ENGINE), tag="last", exclude_frozen_parameters=True)
@@ -197,7 +199,7 @@ class Worker:
                 range(config.steps),
                 explosion=job.training.explosion,
                 clock=clock,
-                on_step=lambda step, loss: self._tell("router", step, config.steps, loss),
+                on_step=lambda step, loss: self._step_done("router", step, config.steps, loss),
                 before=log.expect,
             )
         features, samples = log.collect()
@@ -249,12 +251,17 @@ class Worker:
             f"{stage}_step_seconds": clock.step_seconds,
         }
 
-    def _tell(self, stage: str, step: int, steps: int, loss: float) -> None:
+    def _step_done(self, stage: str, step: int, steps: int, loss: float) -> None:
         """Tells the driver of a step, several at a time: a remote call costs about a millisecond of the step's time."""
         if self.rank != 0 or self.telemetry is None:
             return
         self._untold.append((self.job.task, stage, step, steps, loss))
         if step == steps or time.monotonic() - self._told >= TELL_EVERY:
+            self.tell()
+
+    def tell(self) -> None:
+        """Tells the driver of the steps that it does not know yet."""
+        if self._untold:
             self.telemetry.push.remote(self._untold)
             self._untold, self._told = [], time.monotonic()
 
