@@ -138,9 +138,11 @@ def test_zero_stages_and_workers(workers, stage, trained, rows, tiny_folder, wor
 
 
 def test_a_loss_that_is_not_finite_is_a_clear_error(rows, tiny_folder, worker_env, tmp_path):
+    told = []
     job = make_job(tiny_folder, "wild", training=ONE, learning_rate=1e30)
-    with pytest.raises(TrainingError, match="the loss is nan at step .*lower the learning rate"):
-        run_training(job, rows, storage=tmp_path, worker_env=worker_env)
+    with pytest.raises(TrainingError, match="the loss is nan at step .*lower the learning rate") as failure:
+        run_training(job, rows, storage=tmp_path, on_steps=told.extend, worker_env=worker_env)
+    assert f"at step {len(told) + 1};" in str(failure.value), "every step before it has been told"
 
 
 def test_an_expert_that_learned_nothing_is_refused(rows, tiny_folder, worker_env, tmp_path):
