@@ -73,6 +73,7 @@ def _method(run: StreamRun, evaluation: Evaluation, samples: int, seconds: float
         "samples": samples,
         "seconds": seconds,
         "columns": accuracies,
+        "columns_by_row": evaluation.row_accuracies(),
     }
 
 

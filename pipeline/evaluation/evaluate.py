@@ -1,9 +1,9 @@
 """Answers evaluation prompts with a pool, on Ray Data, and scores them."""
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import fmean
 from typing import Any, Literal
 
 import numpy as np
@@ -18,7 +18,8 @@ from pipeline.models.prompts import generate_answers
 from pipeline.routing.insight import Candidate, weighed
 from pipeline.routing.pool import Pool
 from pipeline.routing.routed_model import RoutedModel
-from pipeline.streams.preprocess import unpack
+from pipeline.streams.packing import unpack
+from pipeline.streams.records import Reference
 
 BASE = "base"
 """What stands for the base among experts."""
@@ -27,7 +28,7 @@ BASE = "base"
 SHOWN = 2
 """Candidates that an answer's reason names."""
 
-KEPT = ("column", "id", "question", "answers")
+KEPT = ("column", "id", "question", "reference")
 """Columns of a row that an answer keeps."""
 
 
@@ -48,6 +49,8 @@ class Prediction:
     """Expert with the largest weight, or `base`."""
     why: str = ""
     """Where a router chose: the likeliest candidates with their figures."""
+    group: str = ""
+    """Predictions of one group in a column are one question; empty: a question of its own."""
 
 
 @dataclass(frozen=True)
@@ -57,11 +60,31 @@ class Evaluation:
     predictions: list[Prediction]
 
     def accuracies(self) -> dict[str, float]:
-        """Returns the mean score of every column."""
-        scores: dict[str, list[float]] = {}
+        """Returns the accuracy of every column: the mean over its questions of the worst of their predictions.
+
+            A[c] = 1/|Q_c| · Σ_{q in Q_c} min_{p in q} score(p)
+
+        Q_c: the predictions of column c, divided into their groups; one without a group is a question of its own, so that
+        without groups A[c] is the mean score. With one group for the rotations of a multiple-choice question this is
+        CircularEval: right only if all are. Source: Liu et al. 2023 (MMBench), arXiv 2307.06281.
+        """
+        worst: dict[str, dict[str | int, float]] = {}
+        for number, p in enumerate(self.predictions):
+            questions, question = worst.setdefault(p.column, {}), p.group or number
+            questions[question] = min(p.score, questions.get(question, p.score))
+        return {column: fmean(questions.values()) for column, questions in worst.items()}
+
+    def row_accuracies(self) -> dict[str, float]:
+        """Returns the mean score over the predictions, groups or not, of every column that has groups.
+
+        With rotations as groups: the accuracy that asking each rotation alone would have shown (MMBench's VanillaEval
+        asks only the first).
+        """
+        scores: dict[str, list[float]] = {p.column: [] for p in self.predictions if p.group}
         for p in self.predictions:
-            scores.setdefault(p.column, []).append(p.score)
-        return {column: float(np.mean(values)) for column, values in scores.items()}
+            if p.column in scores:
+                scores[p.column].append(p.score)
+        return {column: fmean(values) for column, values in scores.items()}
 
     def routing_accuracy(self, tasks: Sequence[str]) -> float:
         """Returns the share of prompts answered by the right one: a task's by its expert, others by the base."""
@@ -85,6 +108,7 @@ def evaluate(
     config: EvaluationConfig,
     gpu: bool = False,
     threads: int = 2,
+    vision: bool = True,
     mode: Literal["routed", "told", "only"] = "routed",
 ) -> Evaluation:
     """Answers encoded prompts and scores each by the metric of its task.
@@ -94,7 +118,7 @@ def evaluate(
     """
     answered = rows.map_batches(
         Answerer,
-        fn_constructor_args=(base, str(pool) if pool else None, mode, config, threads),
+        fn_constructor_args=(base, str(pool) if pool else None, mode, config, threads, vision),
         batch_size=config.batch_size,
         batch_format="numpy",
         compute=ActorPoolStrategy(size=config.workers),
@@ -111,9 +135,10 @@ def score(batch: Mapping[str, np.ndarray], tasks: Mapping[str, TaskConfig]) -> l
     for column, row, question, accepted, prediction, expert, why in zip(
         *(batch[key] for key in (*KEPT, "prediction", "expert", "why")), strict=True
     ):
-        answers = json.loads(accepted)
-        value = METRICS[tasks[column].metric](prediction, answers)
-        scored.append(Prediction(column, row, question, answers[0], prediction, value, expert, why))
+        reference = Reference.model_validate_json(accepted)
+        value = METRICS[tasks[column].metric](prediction, reference)
+        answer, group = reference.answers[0], reference.group
+        scored.append(Prediction(column, row, question, answer, prediction, value, expert, why, group))
     return scored
 
 
@@ -121,10 +146,16 @@ class Answerer:
     """Holds base and pool, answers batch after batch."""
 
     def __init__(
-        self, base: BaseModelConfig, pool: str | None, mode: str, config: EvaluationConfig, threads: int
+        self,
+        base: BaseModelConfig,
+        pool: str | None,
+        mode: str,
+        config: EvaluationConfig,
+        threads: int,
+        vision: bool = True,
     ) -> None:
         torch.set_num_threads(threads)
-        self.base = load_base(base)
+        self.base = load_base(base, vision=vision)
         self.device = "cuda" if torch.cuda.is_available() else "cpu"
         self.base.model.to(self.device)
         self.mode, self.config = mode, config
@@ -139,7 +170,7 @@ class Answerer:
         self.routed = RoutedModel(self.base.model, pool)
 
     def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, Any]:
-        """Adds `prediction` and `expert` to the batch's `column`, `id`, `question` and `answers`."""
+        """Adds `prediction` and `expert` to the batch's `column`, `id`, `question` and `reference`."""
         encoded = unpack(batch)
         predictions, experts, reasons = [""] * len(encoded), [BASE] * len(encoded), [""] * len(encoded)
         for forced, members in self._groups(list(batch["column"])):

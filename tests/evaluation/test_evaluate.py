@@ -1,0 +1,77 @@
+"""From answered rows to accuracies: scores by the task's metric, groups of rows as one question."""
+
+import json
+from dataclasses import asdict
+
+import numpy as np
+import pytest
+
+from pipeline.config import TaskConfig
+from pipeline.evaluation.evaluate import Evaluation, Prediction, score
+from pipeline.streams.records import Reference
+
+
+def predicted(column: str, value: float, group: str = "") -> Prediction:
+    return Prediction(column, "id", "question", "answer", "prediction", value, "base", group=group)
+
+
+def test_without_groups_accuracy_is_the_mean_score() -> None:
+    scores = {"a": [1.0, 0.5, 0.0], "b": [0.3]}
+    evaluation = Evaluation([predicted(column, value) for column, values in scores.items() for value in values])
+    assert evaluation.accuracies() == {"a": pytest.approx(0.5), "b": 0.3}
+    assert evaluation.row_accuracies() == {}
+
+
+def test_a_group_is_right_only_if_all_its_rows_are() -> None:
+    rows = {"first": [1, 1, 1, 1], "second": [1, 1, 0, 1], "third": [1, 1]}
+    predictions = [predicted("mmbench", float(value), group) for group, values in rows.items() for value in values]
+    evaluation = Evaluation([*predictions, predicted("digits", 1.0)])
+    assert evaluation.accuracies() == {"mmbench": pytest.approx(2 / 3), "digits": 1.0}
+    assert evaluation.row_accuracies() == {"mmbench": pytest.approx(9 / 10)}
+
+
+def test_rows_without_a_group_stand_alone_beside_groups() -> None:
+    predictions = [predicted("a", 1.0, "g"), predicted("a", 0.0, "g"), predicted("a", 1.0), predicted("a", 1.0)]
+    assert Evaluation(predictions).accuracies() == {"a": pytest.approx(2 / 3)}
+
+
+def test_a_groups_score_is_its_lowest() -> None:
+    assert Evaluation([predicted("a", 0.9, "g"), predicted("a", 0.6, "g")]).accuracies() == {"a": 0.6}
+
+
+def test_groups_of_different_columns_are_different() -> None:
+    evaluation = Evaluation([predicted("a", 1.0, "0"), predicted("b", 0.0, "0"), predicted("b", 1.0)])
+    assert evaluation.accuracies() == {"a": 1.0, "b": 0.5}
+
+
+def test_the_order_of_rows_does_not_matter() -> None:
+    predictions = [predicted("a", float(i % 3 > 0), f"g{i % 4}") for i in range(24)] + [predicted("a", 0.0)]
+    backwards = Evaluation(predictions[::-1]).accuracies()
+    assert backwards == {"a": pytest.approx(Evaluation(predictions).accuracies()["a"])}
+
+
+def test_rotations_are_scored_and_counted_as_one_question() -> None:
+    choices = [{"A": "dog", "B": "cat"}, {"A": "cat", "B": "dog"}]
+    references = [Reference(answers=(right,), choices=c, group="7") for right, c in zip("BA", choices, strict=True)]
+    batch = {
+        "column": ["animals"] * 2,
+        "id": ["7", "1000007"],
+        "question": ["which?"] * 2,
+        "reference": [reference.model_dump_json() for reference in references],
+        "prediction": ["B", "The answer is B."],  # true to the letter, not to the cat
+        "expert": ["animals"] * 2,
+        "why": [""] * 2,
+    }
+    task = TaskConfig(name="animals", eval={"path": "x.jsonl"}, metric="mmbench")
+    predictions = score({key: np.array(values, object) for key, values in batch.items()}, {"animals": task})
+    assert [(p.answer, p.score, p.group) for p in predictions] == [("B", 1.0, "7"), ("A", 0.0, "7")]
+    assert Evaluation(predictions).accuracies() == {"animals": 0.0}
+    assert Evaluation(predictions).row_accuracies() == {"animals": 0.5}
+
+
+def test_predictions_survive_json_and_old_ones_have_no_group() -> None:
+    prediction = predicted("a", 1.0, "g")
+    plain = json.loads(json.dumps(asdict(prediction)))
+    assert Prediction(**plain) == prediction
+    del plain["group"]
+    assert Prediction(**plain).group == ""
