@@ -183,7 +183,7 @@ def _synthetic_expert(base: Base, config: LearnConfig, number: int) -> Expert:
     settings = config.expert.model_copy(update={"steps": STEPS, "learning_rate": RATE})
     pad = base.processor.tokenizer.pad_token_id
     torch.manual_seed(config.seed + number)
-    model: Any = with_lora(base.model, settings)
+    model: Any = with_lora(base, settings)
     plain_steps(model, settings, shuffled_batches(rows, settings.batch_size, pad_token_id=pad))
     with TemporaryDirectory() as folder:
         model.save_pretrained(folder)

@@ -14,7 +14,7 @@ from jobs.terminal import Terminal, table
 from pipeline.config import BaseModelConfig, ConfigError
 from pipeline.evaluation.pictures import routing_of_a_prompt
 from pipeline.models.bases import load_base
-from pipeline.models.prompts import IMAGE_PLACEHOLDER, collate, encode, generate_answers
+from pipeline.models.prompts import IMAGE_PLACEHOLDER, collate_for, encode, generate_answers
 from pipeline.routing import Pool, PoolError, RoutedModel
 from pipeline.routing.insight import Candidate, Explanation, explain
 
@@ -60,7 +60,7 @@ def main(
         row = encode(model.processor, conversation, pictures, answer=False)
         routed = RoutedModel(model.model, loaded)
         (answer,) = generate_answers(model.model, model.processor, [row], max_new_tokens=max_new_tokens)
-        inputs = collate([row], pad_token_id=model.processor.tokenizer.pad_token_id, side="left")
+        inputs = collate_for(model.processor, [row], "left")
         del inputs["labels"]
         (explanation,) = explain(routed, inputs)
     tokens = [model.processor.tokenizer.decode([token]) for token in row.input_ids.tolist()]

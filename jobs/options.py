@@ -13,7 +13,8 @@ from cluster.local import JOB_CONFIG, ClusterError
 from cluster.preflight import PreflightError
 from cluster.submit import SubmitError, submit
 from pipeline.config import ConfigError, LearnConfig, fields_of, load_config
-from pipeline.models.bases import BaseError
+from pipeline.models.checkpoints import BaseError
+from pipeline.models.internvl2 import ConversionError
 from pipeline.registry.tracking import RegistryError
 from pipeline.routing.expert import ExpertError
 from pipeline.routing.pool import PoolError
@@ -37,7 +38,7 @@ Address = Annotated[
 
 USER_ERRORS = (
     ConfigError, BaseError, StreamError, TrainingError, ClusterError, PreflightError, SubmitError, RegistryError,
-    ExpertError, PoolError,
+    ExpertError, PoolError, ConversionError,
 )  # fmt: skip
 """What a user can mend; shown as a message, not as a traceback."""
 

@@ -34,17 +34,18 @@ def encode_examples(processor: Any, examples: Sequence[Example], *, answer: bool
     image_tokens = (
         processor.start_image_token + processor.image_token * processor.image_seq_length + processor.end_image_token
     )
-    prompts, answers, pixels = [], [], []
+    prompts, answers = [], []
+    pixels: list[dict[str, np.ndarray]] = []
     for example in examples:
         user = {"role": "user", "content": ("<image>" if example.image else "") + example.question}
         prompt = processor.apply_chat_template(chat([user]), add_generation_prompt=True, tokenize=False)
         prompts.append(prompt.replace(processor.image_token, image_tokens))
         answers.append(example.answer + processor.tokenizer.eos_token)
-        if example.image:
-            image = np.asarray(example.image, dtype=np.float32).transpose(2, 0, 1)
-            pixels.append((image[None] / 255 - 0.5) / 0.5)
+        if example.image is None:
+            pixels.append({})
         else:
-            pixels.append(np.zeros((0, 3, 64, 64), dtype=np.float32))
+            image = np.asarray(example.image, dtype=np.float32).transpose(2, 0, 1)
+            pixels.append({"pixel_values": (image[None] / 255 - 0.5) / 0.5})
     prompt_ids = processor.tokenizer(prompts, add_special_tokens=False)["input_ids"]
     answer_ids = processor.tokenizer(answers, add_special_tokens=False)["input_ids"]
     rows = []

@@ -22,7 +22,7 @@ from cluster.usage import PeakMemory
 from jobs.terminal import Terminal
 from pipeline.config import LearnConfig, SourceConfig, TaskConfig, digest
 from pipeline.evaluation.evaluate import Evaluation, Prediction, evaluate
-from pipeline.models.bases import checkpoint_folder, fingerprint
+from pipeline.models.checkpoints import checkpoint, fingerprint
 from pipeline.registry.tracking import log_batch, log_config, open_tracking, tracked_run
 from pipeline.routing.expert import evidence_of, evidence_tensors, statistics_of, statistics_tensors
 from pipeline.streams import sources
@@ -45,8 +45,7 @@ class StreamRun:
     def __init__(self, config: LearnConfig, cluster: ClusterInfo, terminal: Terminal, memory: PeakMemory) -> None:
         self.config, self.cluster, self.terminal, self.memory = config, cluster, terminal, memory
         self.folder = config.folder
-        self.base_folder = checkpoint_folder(config.base)
-        self.fingerprint = fingerprint(self.base_folder)
+        self.fingerprint = fingerprint(checkpoint(config.base))
         self.data_folder = Path(config.output).resolve() / "data" / "embedded"
         self.columns: dict[str, TaskConfig] = {t.name: t for t in (*config.stream.tasks, *config.stream.foundation)}
         self.run_id = ""
@@ -58,13 +57,20 @@ class StreamRun:
         """Returns the fingerprint of a task's rows and of how they are read."""
         source = task.train if part == "train" else task.eval
         assert source is not None
-        return digest(sources.fingerprint(source, self.data_folder), task.prompt, self.config.stream.max_tokens)
+        return self._rows_key(source, task.prompt)
+
+    def _rows_key(self, source: SourceConfig, prompt: str) -> str:
+        """Names the rows of a source as this run reads them."""
+        config = self.config
+        return digest(
+            sources.fingerprint(source, self.data_folder), prompt, config.data.max_tokens, config.base.max_tiles
+        )
 
     def training_rows(self, task: TaskConfig) -> Prepared:
         """Reads, validates and encodes a task's training rows (once in a run)."""
         if task.name not in self._training:
             assert task.train is not None
-            self._training[task.name] = self._prepare({task.name: Part(task.train, task.prompt)}, "train", answer=True)
+            self._training[task.name] = self._prepare({task.name: (task.train, task.prompt)}, "train", answer=True)
         return self._training[task.name]
 
     def release(self, task: TaskConfig) -> None:
@@ -79,13 +85,13 @@ class StreamRun:
 
     def read_prompts(self, names: Sequence[str]) -> Prepared:
         """Reads the evaluation prompts of these tasks and families, or of the general sample."""
-        parts = {}
+        parts: dict[str, tuple[SourceConfig, str]] = {}
         for name in names:
             task = self.columns.get(name)
             if task is not None:
-                parts[name] = Part(self._limited(task.eval), task.prompt)
+                parts[name] = self._limited(task.eval), task.prompt
             elif self.config.stream.general is not None:
-                parts[name] = Part(self.config.stream.general)
+                parts[name] = self.config.stream.general, "{question}"
         with self.terminal.working(f"reading the prompts of {len(parts)} tasks and families"):
             return self._prepare(parts, "eval", answer=False)
 
@@ -93,14 +99,31 @@ class StreamRun:
         limit = self.config.evaluation.limit
         return source.model_copy(update={"limit": min(limit, source.limit or limit)}) if limit else source
 
-    def _prepare(self, parts: Mapping[str, Part], kind: str, *, answer: bool) -> Prepared:
+    @property
+    def vision(self) -> bool:
+        """Whether those who train and answer need the vision tower: not where its features are kept."""
+        return self.config.data.vision_cache == "off"
+
+    def _prepare(self, sources_: Mapping[str, tuple[SourceConfig, str]], kind: str, *, answer: bool) -> Prepared:
+        config = self.config
+        parts = {
+            name: Part(
+                source,
+                prompt,
+                key=digest(self._rows_key(source, prompt), self.fingerprint, answer, config.base.dtype),
+                metric=self.columns[name].metric if name in self.columns and not answer else None,
+            )
+            for name, (source, prompt) in sources_.items()
+        }
         return prepare(
             parts,
-            self.config.stream,
-            processor=self.base_folder,
+            config.data,
+            base=self.config.base,
             data_folder=self.data_folder,
             quarantine=self.folder / "quarantine" / kind,
             answer=answer,
+            features=Path(self.config.output).resolve() / "data" / "features",
+            gpu=self.config.training.gpu,
         )
 
     def null_expert(self) -> dict[str, Any]:
@@ -115,7 +138,12 @@ class StreamRun:
             prompts = self.prompts.rows([GENERAL])
             with self.terminal.working("reading the general sample"):
                 statistics, evidence = general_statistics(
-                    prompts, self.config.base, wanted_width=width, targets=targets, gpu=self.config.training.gpu
+                    prompts,
+                    self.config.base,
+                    wanted_width=width,
+                    targets=targets,
+                    gpu=self.config.training.gpu,
+                    vision=self.vision,
                 )
             save_file(statistics_tensors(statistics) | evidence_tensors(evidence), file.with_suffix(".draft"))
             file.with_suffix(".draft").rename(file)
@@ -128,7 +156,7 @@ class StreamRun:
         """Names the expert of a task: everything that it depends on, and nothing else."""
         config = self.config
         stage = config.router.model_dump(include={"steps", "learning_rate", "feature_width", "shrinkage", "quantile"})
-        machine = config.training.model_dump(include={"workers", "zero_stage", "precision"})
+        machine = config.training.model_dump(include={"workers", "zero_stage", "precision", "micro_batch"})
         return digest(
             task.name,
             self.data_fingerprint(task, "train"),
@@ -137,6 +165,7 @@ class StreamRun:
             config.expert,
             stage,
             machine,
+            config.data.by_length,
         )
 
     def job(self, task: TaskConfig, digest_: str, /, **changes: Any) -> tuple[Job, ray.data.Dataset]:
@@ -153,6 +182,8 @@ class StreamRun:
             expert=self.config.expert,
             router=self.config.router,
             training=self.config.training,
+            vision=self.vision,
+            by_length=self.config.data.by_length,
         )
         return job.model_copy(update=changes), rows.rows([task.name])
 
@@ -185,7 +216,7 @@ class StreamRun:
         mode: Literal["routed", "told", "only"] = "routed",
     ) -> Evaluation:
         """Evaluates a pool on columns (tasks and families), or finds the result of having done so."""
-        data = [self.data_fingerprint(self.columns[column], "eval") for column in columns]
+        data = [(self.data_fingerprint(self.columns[column], "eval"), self.columns[column].metric) for column in columns]
         key = digest(list(columns), data, self.fingerprint, pool_digest, mode, self.config.evaluation)
         file = self._state(f"evaluation-{key}.json")
         if not file.exists():
@@ -199,6 +230,7 @@ class StreamRun:
                     config=self.config.evaluation,
                     gpu=self.config.training.gpu,
                     threads=self.config.training.threads,
+                    vision=self.vision,
                     mode=mode,
                 )
             write_json(file, [asdict(prediction) for prediction in result.predictions])

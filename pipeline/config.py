@@ -14,9 +14,6 @@ from typing import Annotated, Any, Literal, TypeVar, get_args
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
-LANGUAGE_LINEARS = r"model\.language_model\..*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)"
-"""Every Linear of the language model; anchored there, since InternVL's vision tower has projections of the same names."""
-
 
 class ConfigError(ValueError):
     """A mistake in a configuration file or an override; the message names file, field and remedy."""
@@ -32,28 +29,53 @@ class ColumnsConfig(Config):
     """Which columns of a file hold what. Rows with `messages` need no mapping; question/answer rows name theirs."""
 
     id: str = "id"
-    """Column of the row's id; rows without one are named by file and content."""
+    """Column of the row's id; rows without one are named by file and number."""
     messages: str = "messages"
-    """Column of role/content messages, the last one the assistant's; `<image>` in a text stands for an image."""
+    """Column of the conversation, the last message the assistant's: role/content, or LLaVA's from/value; a content is text,
+    where `<image>` stands for an image, or a list of parts; all of it may be a JSON string."""
     images: str = "images"
-    """Column of the images: encoded bytes, paths, or {bytes, path}; one or a list."""
+    """Column of the images: encoded bytes, base64, paths, or {bytes, path}; one or a list."""
     question: str | None = None
     """Column of the question, for benchmark files that have no messages."""
     answer: str | None = None
-    """Column of the answer (or the list of accepted answers) that goes with `question`."""
+    """Column of the answer (or the list of accepted answers) that goes with `question`; without `question` the task's prompt
+    is what is asked, as for captions."""
+    choices: str | None = None
+    """Column of the options of a multiple-choice question, text by letter, for the metric `mmbench`."""
+    group: str | None = None
+    """Column of what rows have in common that count as one question, right only if all are; for the metric `mmbench`."""
+
+    @model_validator(mode="after")
+    def _questions_have_answers(self) -> "ColumnsConfig":
+        if self.question is not None and self.answer is None:
+            raise ValueError("`question` without `answer`; name the column of the answers too")
+        return self
 
 
 class SourceConfig(Config):
     """Where rows come from. A plain string in YAML is a path."""
 
     path: str
-    """File, folder, glob or URI of parquet or jsonl; `embedded://<task>/<train|eval>` for the data that ship here."""
-    format: Literal["auto", "parquet", "jsonl"] = "auto"
-    """File format; `auto` goes by the file's ending."""
+    """File, folder, glob or URI (s3://, gs://) of parquet, jsonl, json, tsv or csv files, compressed or not;
+    `embedded://<task>/<train|eval>` for the data that ship here."""
+    format: Literal["auto", "parquet", "jsonl", "json", "tsv", "csv"] = "auto"
+    """File format; `auto` goes by the files' endings. `json` is one array of rows, as LLaVA's; in a folder `auto` takes json
+    files only where there is nothing else, since they often describe the other files."""
+    layout: Literal["chartqa", "docvqa", "mmbench"] | None = None
+    """Published layout of the files, instead of `columns`. `mmbench` writes the options under the question and asks each
+    question once for every rotation of its options."""
     columns: ColumnsConfig = ColumnsConfig()
     """Column names, where they differ from the canonical ones."""
+    image_root: str | None = None
+    """Folder or URI that image paths count from, and must lie in; default: the folder of the file that names them."""
     limit: int | None = Field(default=None, ge=1)
-    """Read at most this many rows."""
+    """Read at most this many rows, the first in order of the files' names."""
+
+    @model_validator(mode="after")
+    def _a_layout_has_its_columns(self) -> "SourceConfig":
+        if self.layout is not None and self.columns != ColumnsConfig():
+            raise ValueError(f"layout {self.layout!r} names the columns itself; give either `layout` or `columns`")
+        return self
 
 
 def _as_source(value: Any) -> Any:
@@ -74,8 +96,9 @@ class TaskConfig(Config):
     """Held-out rows; never seen in training."""
     prompt: str = "{question}"
     """Template around the text of the first user message; `{question}` is that text."""
-    metric: Literal["exact_match", "relaxed_accuracy", "anls"] = "exact_match"
-    """How an answer is scored: exact match, ChartQA's relaxed accuracy (5 %), or DocVQA's ANLS."""
+    metric: Literal["exact_match", "relaxed_accuracy", "anls", "mmbench", "vqa_accuracy", "token_f1"] = "exact_match"
+    """How an answer is scored: exact match, ChartQA's relaxed accuracy (5 %), DocVQA's ANLS, MMBench's option letter (all
+    rotations of a question must be right, where the source is circular), VQA's agreement with ten people, token F1."""
 
     @model_validator(mode="after")
     def _names_are_safe(self) -> "TaskConfig":
@@ -95,15 +118,6 @@ class StreamConfig(Config):
     """Benchmarks of what the base can already do; evaluated after every task, never trained on."""
     general: Source | None = None
     """Small sample of general prompts; its statistics are the null expert. Without it the router abstains by distance."""
-    max_bad_share: float = Field(default=0.05, ge=0, le=1)
-    """Share of bad rows above which a task fails; below it they are set aside in a quarantine file."""
-    max_tokens: int = Field(default=4096, ge=16)
-    """Longest row in tokens, image tokens included; longer rows are set aside, never cut."""
-    readers: int = Field(default=2, ge=1)
-    """Parallel preprocessing tasks, one CPU each; about one a core, fewer where training computes on the same cores."""
-    cache: Literal["auto", "memory", "none"] = "auto"
-    """Keep preprocessed rows in Ray's object store over the epochs; `auto` does if they fit into a quarter of it."""
-
     @model_validator(mode="after")
     def _tasks_are_distinct(self) -> "StreamConfig":
         names = [task.name for task in (*self.tasks, *self.foundation)]
@@ -115,22 +129,49 @@ class StreamConfig(Config):
         return self
 
 
+class DataConfig(Config):
+    """How rows are read, checked and encoded."""
+
+    max_bad_share: float = Field(default=0.05, ge=0, le=1)
+    """Share of bad rows above which a task fails; below it they are set aside in a quarantine file."""
+    max_tokens: int = Field(default=4096, ge=16)
+    """Longest row in tokens, image tokens included; longer rows are set aside, never cut."""
+    max_pixels: int = Field(default=200_000_000, ge=1)
+    """Largest image in pixels; larger ones (decompression bombs) are set aside unread. A 10,000 x 10,000 scan fits."""
+    readers: int = Field(default=2, ge=1)
+    """Parallel preprocessing tasks, one CPU each; about one a core, fewer where training computes on the same cores."""
+    cache: Literal["auto", "memory", "none"] = "auto"
+    """Keep preprocessed rows in Ray's object store over the epochs; `auto` does if they fit into a quarter of it."""
+    vision_cache: Literal["off", "features"] = "off"
+    """`features`: the frozen vision tower sees every image once; what it says of it is kept on disk and read by all
+    epochs, stages and evaluations. Pays from the second time that a row is read."""
+    by_length: bool = False
+    """Batches of rows of similar length: less padding where lengths differ much."""
+
+
 class BaseModelConfig(Config):
     """The frozen vision-language model."""
 
     path: str = "tiny"
-    """Checkpoint folder or hub id of an InternVL; `tiny` is the base that ships with the project."""
+    """Checkpoint folder, hub id, URI (s3://, gs://) or GGUF file; `tiny` is the base that ships with the project."""
+    revision: str | None = None
+    """Branch, tag or commit, for a hub id."""
     name: str | None = Field(default=None, pattern=r"^[A-Za-z0-9_.-]+$")
     """Name in the registry; default: the last part of `path`."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Precision of the frozen weights; bfloat16 on GPUs (slow on CPUs)."""
+    attention: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
+    """Attention implementation; `flash_attention_2` needs the package flash-attn and a GPU."""
+    max_tiles: int | None = Field(default=None, ge=1)
+    """Most tiles an image is cut into; default: what the base's processor says (12 for InternVL). Fewer tiles, fewer
+    tokens; for bases that tile."""
     trust_remote_code: bool = False
     """Run Python code that comes with a checkpoint. Off: only transformers' own classes."""
 
     @property
     def label(self) -> str:
         """The base's name in the registry."""
-        return self.name or Path(self.path).name
+        return self.name or Path(self.path).name.removesuffix(".gguf")
 
 
 class ExpertConfig(Config):
@@ -142,8 +183,9 @@ class ExpertConfig(Config):
     """LoRA's alpha, the update is scaled by alpha / r; default 2 r, as InternVL's recipe."""
     dropout: float = Field(default=0.0, ge=0, lt=1)
     """Dropout on the adapter's input."""
-    target_modules: str = LANGUAGE_LINEARS
-    """Regular expression that the full module path must match."""
+    target_modules: str = "auto"
+    """Regular expression that the full path of a Linear must match; `auto`: every Linear in the language model's layers,
+    by the base's family."""
     steps: int = Field(default=250, ge=1)
     """Optimizer steps."""
     batch_size: int = Field(default=32, ge=1)
@@ -203,7 +245,15 @@ class TrainingConfig(Config):
     """DeepSpeed ZeRO stage. 1 shards what LoRA training adds (optimizer states) and costs no extra
     communication; 3 also shards the frozen base, for bases that do not fit on one GPU."""
     precision: Literal["fp32", "bf16"] = "fp32"
-    """Precision of the trained weights and activations."""
+    """Precision of activations and gradients. With bf16 DeepSpeed's optimizer keeps the trained weights in fp32 and
+    works on those; a prompt's statistics are summed in fp64 either way."""
+    micro_batch: int | None = Field(default=None, ge=1)
+    """Rows of one forward pass of one worker; default: the whole of its share. Smaller ones are accumulated to
+    `expert.batch_size`: less memory, the same step."""
+    gradient_checkpointing: bool = False
+    """Compute the language model's activations twice instead of keeping them: a third more time, far less memory."""
+    offload: Literal["none", "optimizer", "all"] = "none"
+    """What waits in CPU memory: optimizer states (ZeRO 1 to 3), or with `all` the sharded base too (ZeRO 3)."""
     checkpoint_every: int = Field(default=100, ge=1)
     """Steps between checkpoints (adapter, its optimizer state, position in the data; never the base)."""
     max_failures: int = Field(default=2, ge=0)
@@ -245,6 +295,7 @@ class LearnConfig(Config):
     """Seed of weights, data order and projections."""
     base: BaseModelConfig = BaseModelConfig()
     stream: StreamConfig
+    data: DataConfig = DataConfig()
     expert: ExpertConfig = ExpertConfig()
     router: RouterConfig = RouterConfig()
     training: TrainingConfig = TrainingConfig()

@@ -12,8 +12,9 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from pipeline.config import LANGUAGE_LINEARS, RouterConfig
+from pipeline.config import RouterConfig
 from pipeline.models.bases import Base
+from pipeline.models.families import FAMILIES as BASES
 from pipeline.models.prompts import Encoded, collate, encode
 from pipeline.routing import Expert, ExpertCard, Pool, PromptStatistics, RoutedModel
 from pipeline.routing.evidence import EvidenceReader
@@ -23,6 +24,8 @@ from pipeline.streams.embedded.foundation import FAMILIES
 
 CLAIMS = {"reader": "document", "speaker": "repeat", "painter": "describe"}
 """Which foundation family each expert of `claimed_pool` claims."""
+LANGUAGE_LINEARS = BASES["internvl"].linears
+"""All Linears of the language model's layers."""
 GENERAL = "direction"
 """The family that stands for general prompts."""
 QUERY_AND_DOWN = r"model\.language_model\.layers\.[02]\..*\.(q_proj|down_proj)"

@@ -118,7 +118,7 @@ def test_a_wrong_value_comes_with_the_fields_meaning(file):
 
 def test_a_wrong_value_in_a_task_comes_with_the_fields_meaning(file):
     message = error_of(file, task(metric="f1"))
-    assert "stream.tasks.0.metric: Input should be 'exact_match', 'relaxed_accuracy' or 'anls'" in message
+    assert "stream.tasks.0.metric: Input should be 'exact_match', 'relaxed_accuracy', 'anls', 'mmbench'" in message
     assert "How an answer is scored" in message
     message = error_of(file, task(train="{path: a, limit: 0}"))
     assert "stream.tasks.0.train.limit" in message

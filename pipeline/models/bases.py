@@ -1,21 +1,24 @@
-"""A base: the frozen vision-language model with its processor and the fingerprint that experts are bound to."""
+"""A base: the frozen model with its processor and the fingerprint that experts are bound to."""
 
-import hashlib
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import torch
-from transformers import AutoModelForImageTextToText, PreTrainedModel
+from torch import nn
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoTokenizer,
+    PreTrainedModel,
+    ProcessorMixin,
+)
 from transformers.utils import logging
 
 from pipeline.config import BaseModelConfig
-from pipeline.models.processors import ImageTextProcessor, load_processor
-from pipeline.models.tiny import TINY_BASE
-
-
-class BaseError(ValueError):
-    """A base that cannot be found or loaded."""
+from pipeline.models.checkpoints import BaseError, checkpoint, fingerprint
+from pipeline.models.families import TEXT, Family, FamilyError, family_of
 
 
 @dataclass(frozen=True)
@@ -23,7 +26,8 @@ class Base:
     """A loaded base."""
 
     model: PreTrainedModel
-    processor: ImageTextProcessor
+    processor: Any
+    family: Family
     fingerprint: str
     label: str
     folder: Path
@@ -34,66 +38,59 @@ class Base:
         return self.model.config.get_text_config().hidden_size
 
 
-def checkpoint_folder(config: BaseModelConfig) -> Path:
-    """Returns the local folder of a base's checkpoint; downloads it if `path` is a hub id.
-
-    Raises BaseError where there is neither.
-    """
-    if config.path == "tiny":
-        folder = TINY_BASE
-    elif Path(config.path).exists():
-        folder = Path(config.path).resolve()
-    elif config.path.count("/") == 1 and not config.path.startswith((".", "/")):
-        from huggingface_hub import snapshot_download
-        from huggingface_hub.errors import HFValidationError
-
-        try:
-            folder = Path(
-                snapshot_download(config.path, allow_patterns=["*.json", "*.safetensors", "*.jinja", "*.model"])
-            )
-        except (OSError, HFValidationError) as error:
-            raise BaseError(
-                f"base.path: {config.path} is neither a folder here nor to be had from the hub: {error}"
-            ) from None
-    else:
-        raise BaseError(f"base.path: {config.path} does not exist; give a checkpoint folder, a hub id, or `tiny`")
-    if not (folder / "config.json").is_file() or not list(folder.glob("*.safetensors")):
-        raise BaseError(f"base.path: {folder} holds no config.json with *.safetensors (pickled weights are refused)")
-    return folder
+def family_at(folder: Path, *, trust_remote_code: bool = False) -> Family:
+    """Returns the family of a checkpoint; raises BaseError for one that the table does not have."""
+    try:
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+        return family_of(config)
+    except FamilyError as error:
+        raise BaseError(f"base.path: {folder}: {error}") from None
+    except ImportError as error:
+        raise BaseError(f"base.path: {folder}: a package is missing: {error}") from None
+    except (ValueError, OSError) as error:
+        raise BaseError(f"base.path: {folder}: its configuration cannot be read: {error}") from None
 
 
-def fingerprint(folder: Path) -> str:
-    """Returns 16 hex digits over the checkpoint's configuration and weights (reads all of them: about 1 s a GB)."""
-    files = [folder / "config.json", *sorted(folder.glob("*.safetensors"))]
-    return _fingerprint(tuple((file, file.stat().st_size, file.stat().st_mtime_ns) for file in files))
+def load_processor(config: BaseModelConfig) -> Any:
+    """Loads the processor of a base, by the rule of its family."""
+    folder = checkpoint(config)
+    family = family_at(folder, trust_remote_code=config.trust_remote_code)
+    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=config.trust_remote_code)
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    settings, _ = ProcessorMixin.get_processor_dict(str(folder))
+    processor = family.processor(folder, tokenizer, settings, config.max_tiles)
+    if processor.chat_template is None:
+        raise BaseError(
+            f"base.path: {folder} has no chat template, so there is no telling how a prompt is written; put the "
+            "template of the instruction-tuned model there as chat_template.jinja"
+        )
+    return processor
 
 
-@lru_cache(maxsize=4)
-def _fingerprint(files: tuple[tuple[Path, int, int], ...]) -> str:
-    """Hashes names and contents; sizes and times are there for the cache to notice a folder that was written anew."""
-    digest = hashlib.sha256()
-    for file, _, _ in files:
-        digest.update(file.name.encode())
-        with file.open("rb") as stream:
-            while block := stream.read(1 << 22):
-                digest.update(block)
-    return digest.hexdigest()[:16]
-
-
-def load_base(config: BaseModelConfig) -> Base:
+def load_base(config: BaseModelConfig, *, vision: bool = True) -> Base:
     """Loads model (frozen, in evaluation mode), processor and fingerprint.
 
-    Safetensors only; code that comes with a checkpoint runs only with `trust_remote_code`.
+    Safetensors only; code that comes with a checkpoint runs only with `trust_remote_code`. Without
+    `vision` the parts that see images are left out of memory: image features must have been computed before.
     """
-    folder = checkpoint_folder(config)
+    folder = checkpoint(config)
+    family = family_at(folder, trust_remote_code=config.trust_remote_code)
     logging.disable_progress_bar()  # one bar for every worker and evaluator
-    model = AutoModelForImageTextToText.from_pretrained(
-        folder,
-        dtype=getattr(torch, config.dtype),
-        use_safetensors=True,
-        trust_remote_code=config.trust_remote_code,
-    )
+    kind = AutoModelForCausalLM if family is TEXT else AutoModelForImageTextToText
+    try:
+        model = kind.from_pretrained(
+            folder,
+            dtype=getattr(torch, config.dtype),
+            attn_implementation=config.attention,
+            use_safetensors=True,
+            trust_remote_code=config.trust_remote_code,
+        )
+    except ImportError as error:
+        raise BaseError(f"base.path: {folder} cannot be loaded: {error}") from None
+    if not vision:
+        for path in family.vision:
+            model.set_submodule(path, nn.Identity())
     model.requires_grad_(False)
     model.eval()
-    processor = load_processor(folder, trust_remote_code=config.trust_remote_code)
-    return Base(model, processor, fingerprint(folder), config.label, folder)
+    return Base(model, load_processor(config), family, fingerprint(folder), config.label, folder)

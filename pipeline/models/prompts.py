@@ -1,22 +1,35 @@
 """From a conversation to tensors and back: prompts, labels, padding, answers.
 
 The one place that knows how a row becomes model inputs, for training and for generation alike. Shapes: B rows, T tokens
-(padded), N image tiles over all rows of a batch.
+(padded), D the language model's width; image arrays begin with an axis of tiles, patches or images, as the family has it.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
+from transformers.modeling_outputs import BaseModelOutputWithPooling
+
+from pipeline.models.processors import Layout
 
 IGNORED = -100
 """Label of a token that the loss leaves out."""
 
 IMAGE_PLACEHOLDER = "<image>"
 """What stands for an image inside a message's text."""
+
+FEATURES = "image_features"
+"""Image array of a row that holds what the vision tower said of it (tokens, D), instead of pixels."""
+
+_PIXELS_BY_ROW = ("pixel_values", "pixel_attention_mask")
+"""Arrays with an axis of rows before that of images, in families that have one."""
+
+
+class PromptError(ValueError):
+    """A conversation that this base cannot read; the message is the reason."""
 
 
 @dataclass(frozen=True)
@@ -27,8 +40,10 @@ class Encoded:
     """(T,) int64."""
     labels: np.ndarray
     """(T,) int64; `IGNORED` on the prompt."""
-    pixel_values: np.ndarray
-    """(N, 3, H, W) float32, the tiles of this row; N is 0 for a text-only row."""
+    images: Mapping[str, np.ndarray] = field(default_factory=dict)
+    """Arrays of this row's images by name (`pixel_values`, ...); none for a text-only row."""
+    marks: Mapping[str, np.ndarray] = field(default_factory=dict)
+    """Further arrays with a value a token (T,), such as Qwen's `mm_token_type_ids`."""
 
 
 def chat(messages: Sequence[Mapping[str, str]]) -> list[dict[str, Any]]:
@@ -52,19 +67,24 @@ def encode(
     """Encodes a conversation whose last message is the assistant's answer.
 
     Prompt and answer are tokenized apart, so that a training row starts with exactly the tokens that generation will
-    start with. With `answer=False` only the prompt is encoded.
+    start with. With `answer=False` only the prompt is encoded. Raises PromptError for images that a text model cannot see.
     """
+    if images and processor.image_processor is None:
+        raise PromptError(f"{len(images)} images, but the base reads text only")
     conversation = chat(messages)
     prompt = processor.apply_chat_template(conversation[:-1], add_generation_prompt=True, tokenize=False)
-    inputs = processor(images=list(images) or None, text=[prompt], return_tensors="np")
-    prompt_ids = np.asarray(inputs["input_ids"][0], dtype=np.int64)
-    if images:
-        pixels = np.asarray(inputs["pixel_values"], dtype=np.float32)
-    else:
-        size = processor.image_processor.size
-        pixels = np.zeros((0, 3, size["height"], size["width"]), dtype=np.float32)
+    inputs = dict(processor(images=list(images) or None, text=[prompt], return_tensors="np"))
+    ids = np.asarray(inputs.pop("input_ids")[0], dtype=np.int64)
+    for unused in ("attention_mask", "token_type_ids"):
+        inputs.pop(unused, None)
+    marks = {name: np.asarray(a[0]) for name, a in inputs.items() if np.shape(a) == (1, len(ids))}
+    arrays = {name: np.asarray(a) for name, a in inputs.items() if name not in marks}
+    if processor.layout.row_axis:
+        arrays |= {name: arrays[name][0] for name in _PIXELS_BY_ROW if name in arrays}
+    if "pixel_values" in arrays:
+        arrays["pixel_values"] = arrays["pixel_values"].astype(np.float32, copy=False)
     if not answer:
-        return Encoded(prompt_ids, np.full_like(prompt_ids, IGNORED), pixels)
+        return Encoded(ids, np.full_like(ids, IGNORED), arrays, marks)
     whole = processor.apply_chat_template(conversation, tokenize=False)
     if not whole.startswith(prompt):
         raise ValueError(
@@ -72,34 +92,63 @@ def encode(
         )
     answer_ids = processor.tokenizer(whole[len(prompt) :], add_special_tokens=False)["input_ids"]
     answer_ids = np.asarray(answer_ids, dtype=np.int64)
+    zeros = np.zeros(len(answer_ids), dtype=np.int64)
     return Encoded(
-        input_ids=np.concatenate([prompt_ids, answer_ids]),
-        labels=np.concatenate([np.full_like(prompt_ids, IGNORED), answer_ids]),
-        pixel_values=pixels,
+        input_ids=np.concatenate([ids, answer_ids]),
+        labels=np.concatenate([np.full_like(ids, IGNORED), answer_ids]),
+        images=arrays,
+        marks={name: np.concatenate([values, zeros]) for name, values in marks.items()},
     )
 
 
-def collate(rows: Sequence[Encoded], *, pad_token_id: int, side: str = "right") -> dict[str, torch.Tensor]:
-    """Pads rows to one length (`side` "right" to train, "left" to generate) and stacks all their tiles.
+def collate(
+    rows: Sequence[Encoded], *, pad_token_id: int, side: str = "right", layout: Layout | None = None
+) -> dict[str, Any]:
+    """Pads rows to one length (`side` "right" to train, "left" to generate) and joins all their images.
 
-    Returns `input_ids`, `attention_mask`, `labels` (B, T) and, where any row has an image, `pixel_values` (N, 3, H, W).
+    Returns `input_ids`, `attention_mask`, `labels` and marks (B, T), and the image arrays that the rows have, joined along
+    their first axis; features that were computed before go under `mm_encoder_outputs`, which transformers' models read
+    instead of pixels.
     """
+    layout = layout or Layout()
     length = max(len(row.input_ids) for row in rows)
-    input_ids = np.full((len(rows), length), pad_token_id, dtype=np.int64)
-    attention_mask = np.zeros((len(rows), length), dtype=np.int64)
-    labels = np.full((len(rows), length), IGNORED, dtype=np.int64)
+    pads = {"input_ids": pad_token_id, "labels": IGNORED, "attention_mask": 0}
+    pads |= {name: 0 for row in rows for name in row.marks}
+    padded = {name: np.full((len(rows), length), pad, dtype=np.int64) for name, pad in pads.items()}
     for i, row in enumerate(rows):
         place = slice(0, len(row.input_ids)) if side == "right" else slice(length - len(row.input_ids), length)
-        input_ids[i, place], attention_mask[i, place], labels[i, place] = row.input_ids, 1, row.labels
-    batch = {
-        "input_ids": torch.from_numpy(input_ids),
-        "attention_mask": torch.from_numpy(attention_mask),
-        "labels": torch.from_numpy(labels),
-    }
-    tiles = [row.pixel_values for row in rows if len(row.pixel_values)]
-    if tiles:
-        batch["pixel_values"] = torch.from_numpy(np.concatenate(tiles))
+        values: dict[str, Any] = {"input_ids": row.input_ids, "labels": row.labels, "attention_mask": 1, **row.marks}
+        for name, value in values.items():
+            padded[name][i, place] = value
+    batch: dict[str, Any] = {name: torch.from_numpy(values) for name, values in padded.items()}
+    for name in dict.fromkeys(name for row in rows for name in row.images):
+        joined = torch.from_numpy(np.concatenate([row.images[name] for row in rows if name in row.images]))
+        if name == FEATURES:
+            batch["mm_encoder_outputs"] = {"image": _encoder_output(joined, layout)}
+        else:
+            batch[name] = joined[None] if layout.row_axis and name in _PIXELS_BY_ROW else joined
     return batch
+
+
+def collate_for(processor: Any, rows: Sequence[Encoded], side: str = "right") -> dict[str, Any]:
+    """Makes a batch as a processor's base wants it; see `collate`."""
+    return collate(rows, pad_token_id=processor.tokenizer.pad_token_id, side=side, layout=processor.layout)
+
+
+def _encoder_output(features_ND: torch.Tensor, layout: Layout) -> BaseModelOutputWithPooling:
+    if features_ND.dtype == torch.uint16:  # numpy has no bfloat16; its bits travel as integers
+        features_ND = features_ND.view(torch.bfloat16)
+    return BaseModelOutputWithPooling(pooler_output=[features_ND] if layout.features == "list" else features_ND)
+
+
+def to_device(value: Any, device: str | torch.device) -> Any:
+    """Moves all tensors of a batch, wherever they are nested in it."""
+    if isinstance(value, torch.Tensor):
+        return value.to(device)
+    if isinstance(value, Mapping):
+        moved = {key: to_device(item, device) for key, item in value.items()}
+        return type(value)(**moved) if isinstance(value, BaseModelOutputWithPooling) else moved
+    return [to_device(item, device) for item in value] if isinstance(value, list) else value
 
 
 @torch.inference_mode()
@@ -107,9 +156,8 @@ def generate_answers(
     model: Any, processor: Any, rows: Sequence[Encoded], *, max_new_tokens: int, device: str | torch.device = "cpu"
 ) -> list[str]:
     """Answers encoded prompts greedily, as one batch; returns the decoded texts without special tokens."""
-    batch = collate(rows, pad_token_id=processor.tokenizer.pad_token_id, side="left")
+    batch = to_device(collate_for(processor, rows, "left"), device)
     batch.pop("labels")
-    batch = {name: tensor.to(device) for name, tensor in batch.items()}
     output = model.generate(**batch, max_new_tokens=max_new_tokens, do_sample=False)
     new = output[:, batch["input_ids"].shape[1] :]
     return [text.strip() for text in processor.tokenizer.batch_decode(new, skip_special_tokens=True)]

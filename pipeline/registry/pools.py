@@ -20,7 +20,7 @@ from mlflow.types.schema import AnyType
 
 import pipeline
 from pipeline.config import BaseModelConfig
-from pipeline.models.bases import checkpoint_folder
+from pipeline.models.checkpoints import checkpoint
 from pipeline.registry import pyfunc_model
 from pipeline.registry.experts import experts_name
 from pipeline.registry.tracking import RegistryError, active_run
@@ -98,11 +98,11 @@ def register_pool(
         model = mlflow.pyfunc.log_model(
             name="pool",
             python_model=pyfunc_model.__file__,
-            artifacts={"base": str(checkpoint_folder(base)), "pool": str(folder)},
+            artifacts={"base": str(checkpoint(base)), "pool": str(folder)},
             code_paths=[str(_copy_code(Path(scratch)))],
             signature=SIGNATURE,
             pip_requirements=pip_requirements(),
-            model_config=base.model_dump(include={"dtype", "trust_remote_code"}),
+            model_config=base.model_dump(include={"dtype", "max_tiles", "trust_remote_code"}),
             tags={key: str(value) for key, value in tags.items()},
             model_type="pool",
         )

@@ -38,17 +38,17 @@ class Decision:
 class PromptReader:
     """Takes down the features of every prompt that a model is about to read, at prefill.
 
-    Works on any transformers VLM whose inner model merges image tokens and then calls `language_model(inputs_embeds=...)`.
+    Works on any transformers model whose decoder gets merged embeddings (VLMs) or token ids (text models).
     `listener` gets the features (B, 3 D) and the mask of real tokens (B, T), before the language model runs.
     """
 
     def __init__(self, model: Any, listener: Any) -> None:
         self.listener = listener
-        self._image_token = model.config.image_token_id
+        self._image_token: int | None = getattr(model.config, "image_token_id", None)
         self._masks: tuple[Tensor, Tensor] | None = None
         self._hooks = [
-            model.model.register_forward_pre_hook(self._outer, with_kwargs=True),
-            model.model.language_model.register_forward_pre_hook(self._inner, with_kwargs=True),
+            model.register_forward_pre_hook(self._outer, with_kwargs=True),
+            model.get_decoder().register_forward_pre_hook(self._inner, with_kwargs=True),
         ]
         self.prompt_mask: Tensor | None = None
         """Set to (B, T) to count only these tokens as prompt (training rows contain the answer as well)."""
@@ -59,18 +59,23 @@ class PromptReader:
             raise PoolError("routing needs input_ids (image tokens are recognised by their id), not inputs_embeds")
         attention = kwargs.get("attention_mask")
         real = torch.ones_like(input_ids) if attention is None else attention[:, -input_ids.shape[1] :]
-        image = input_ids == self._image_token
+        image = torch.zeros_like(input_ids, dtype=torch.bool)
+        if self._image_token is not None:
+            image = input_ids == self._image_token
         prompt = real.bool() if self.prompt_mask is None else self.prompt_mask.bool()
         self._masks = image & prompt, prompt & ~image
 
-    def _inner(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def _inner(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         cache = kwargs.get("past_key_values")
         if cache is not None and cache.get_seq_length() > 0:
             self.listener(None, None)
             return
-        assert self._masks is not None, "the inner model runs before the language model"
+        assert self._masks is not None, "the model begins before its decoder"
         image_BT, text_BT = self._masks
-        self.listener(prompt_features(kwargs["inputs_embeds"], image_BT, text_BT), image_BT | text_BT)
+        embeds_BTD = kwargs.get("inputs_embeds")
+        if embeds_BTD is None:
+            embeds_BTD = module.get_input_embeddings()(kwargs["input_ids"] if "input_ids" in kwargs else args[0])
+        self.listener(prompt_features(embeds_BTD, image_BT, text_BT), image_BT | text_BT)
 
     def remove(self) -> None:
         """Takes the hooks off the model."""

@@ -7,14 +7,13 @@ through a buffer, which matters where reader and training share few cores.
 import queue
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
-import torch
 
-from pipeline.models.prompts import collate
-from pipeline.streams.preprocess import PACKED, unpack
+from pipeline.models.prompts import Encoded
+from pipeline.streams.packing import PACKED, unpack
 
 AHEAD = 8
 """Batches that are ready before they are asked for; enough to bridge the start of an epoch."""
@@ -22,21 +21,34 @@ AHEAD = 8
 SHUFFLED = 8
 """Batches among which streamed rows are shuffled."""
 
+NEIGHBOURS = 16
+"""Batches whose rows are sorted together where batches are made of rows of similar length."""
+
 
 class Feed:
     """Yields collated batches epoch after epoch, shuffled by `seed` and the epoch's number.
 
     `cached`: the shard's rows lie in the object store, and a whole epoch is shuffled; else rows stream, and are shuffled
-    among `SHUFFLED` batches. `skip` leaves out the first batches. `wait_seconds` sums the time for which training stood
-    still for data. Use as a context manager.
+    among `SHUFFLED` batches. `by_length` makes batches of rows of similar length, from cached rows. `skip` leaves out the
+    first batches. `wait_seconds` sums the time for which training stood still for data. Use as a context manager.
     """
 
-    def __init__(self, shard: Any, *, batch_size: int, pad_token_id: int, seed: int, cached: bool, skip: int = 0):
+    def __init__(
+        self,
+        shard: Any,
+        *,
+        batch_size: int,
+        collate: Callable[[Sequence[Encoded]], dict[str, Any]],
+        seed: int,
+        cached: bool,
+        by_length: bool = False,
+        skip: int = 0,
+    ) -> None:
         self.wait_seconds = 0.0
         self._shard = shard
-        self._batch_size, self._pad, self._seed = batch_size, pad_token_id, seed
-        self._cached, self._skip = cached, skip
-        self._ready: queue.Queue[dict[str, torch.Tensor] | BaseException] = queue.Queue(maxsize=AHEAD)
+        self._batch_size, self._collate, self._seed = batch_size, collate, seed
+        self._cached, self._by_length, self._skip = cached, by_length, skip
+        self._ready: queue.Queue[dict[str, Any] | BaseException] = queue.Queue(maxsize=AHEAD)
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._read, name="feed", daemon=True)
 
@@ -51,7 +63,7 @@ class Feed:
                 self._ready.get_nowait()
             self._thread.join(0.05)
 
-    def __next__(self) -> dict[str, torch.Tensor]:
+    def __next__(self) -> dict[str, Any]:
         started = time.monotonic()
         batch = self._ready.get()
         self.wait_seconds += time.monotonic() - started
@@ -68,13 +80,13 @@ class Feed:
             for number, batch in enumerate(epochs):
                 if number < self._skip:
                     continue
-                self._put(collate(unpack(batch), pad_token_id=self._pad))
+                self._put(self._collate(unpack(batch)))
                 if self._stop.is_set():
                     return
         except BaseException as error:  # noqa: BLE001 - handed to the training thread, which raises it
             self._put(error)
 
-    def _put(self, item: dict[str, torch.Tensor] | BaseException) -> None:
+    def _put(self, item: dict[str, Any] | BaseException) -> None:
         while not self._stop.is_set():
             try:
                 return self._ready.put(item, timeout=0.1)
@@ -87,10 +99,15 @@ class Feed:
         rows = [(block, i) for block in blocks for i in range(len(block))]
         if len(rows) < self._batch_size:
             raise self._too_few()
+        lengths = np.array([block["input_ids"][i].as_buffer().size for block, i in rows])
         epoch = 0
         while True:
             order = np.random.default_rng(self._seed + epoch).permutation(len(rows))
-            for start in range(0, len(order) - self._batch_size + 1, self._batch_size):
+            starts = list(range(0, len(order) - self._batch_size + 1, self._batch_size))
+            if self._by_length:
+                order = _by_length(order, lengths, self._batch_size * NEIGHBOURS)
+                np.random.default_rng([self._seed + epoch, 1]).shuffle(starts)
+            for start in starts:
                 chosen = [rows[i] for i in order[start : start + self._batch_size]]
                 yield {name: [block[name][i].as_buffer() for block, i in chosen] for name in PACKED}
             epoch += 1
@@ -116,3 +133,9 @@ class Feed:
 
     def _too_few(self) -> ValueError:
         return ValueError(f"a worker's shard holds fewer rows than its batch of {self._batch_size}")
+
+
+def _by_length(order: np.ndarray, lengths: np.ndarray, size: int) -> np.ndarray:
+    """Sorts a random order by length within each `size` rows: neighbours are alike, and still differ every epoch."""
+    parts = [order[start : start + size] for start in range(0, len(order), size)]
+    return np.concatenate([part[np.argsort(lengths[part], kind="stable")] for part in parts])

@@ -6,7 +6,8 @@ object store over the epochs; large ones stay encoded bytes until the moment the
 
 import json
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from pathlib import Path
@@ -17,13 +18,21 @@ import ray
 from ray.data import TaskPoolStrategy
 from ray.data.expressions import col
 
-from pipeline.config import SourceConfig, StreamConfig
-from pipeline.models.processors import load_processor
-from pipeline.models.prompts import Encoded, encode
-from pipeline.streams.records import BadRow
-from pipeline.streams.sources import PATH, StreamError, count_rows, excerpt, read, record_of, row_id
+from pipeline.config import BaseModelConfig, DataConfig, SourceConfig
+from pipeline.models.bases import load_processor
+from pipeline.models.prompts import Encoded, PromptError, encode
+from pipeline.streams.packing import pack
+from pipeline.streams.records import BadRow, Reference
+from pipeline.streams.sources import PATH, StreamError, count_rows, excerpt, first_records, read, record_of, row_id
+from pipeline.streams.vision import with_features
 
 _processor = lru_cache(maxsize=2)(load_processor)
+
+_PIECE = 32 << 20
+"""Bytes of encoded images after which a batch is handed on; keeps memory flat, however many tiles an image has."""
+
+_SAMPLE = 4
+"""Rows a part that are encoded to guess how much room all of them will take."""
 
 
 @dataclass(frozen=True)
@@ -32,6 +41,10 @@ class Part:
 
     source: SourceConfig
     prompt: str = "{question}"
+    key: str = ""
+    """Names what its encoded rows depend on; needed where they are kept on disk."""
+    metric: str | None = None
+    """What its answers will be scored by; rows that this metric cannot score are set aside."""
 
 
 @dataclass(frozen=True)
@@ -39,7 +52,7 @@ class Prepared:
     """Sources ready for use."""
 
     parts: Mapping[str, ray.data.Dataset]
-    """Encoded rows by task (see `unpack`), lazily: with `id`, `column` (the task), `question` and `answers` (JSON)."""
+    """Encoded rows by task (see `packing`), lazily: with `id`, `column` (the task), `question` and `reference` (JSON)."""
     cache: ray.data.Dataset | None
     """All good rows in the object store, where they fit."""
     counts: Mapping[str, int]
@@ -67,34 +80,31 @@ def union(datasets: Sequence[ray.data.Dataset]) -> ray.data.Dataset:
 
 def prepare(
     parts: Mapping[str, Part],
-    stream: StreamConfig,
+    data: DataConfig,
     *,
-    processor: Path,
+    base: BaseModelConfig,
     data_folder: Path,
     quarantine: Path,
     answer: bool,
+    features: Path | None = None,
+    gpu: bool = False,
 ) -> Prepared:
     """Validates and encodes the rows of one or more tasks in a single pass.
 
-    Rows that cannot be used go to `quarantine` (`<task>.jsonl` in that folder) with id and reason. `processor` is the
-    base's checkpoint folder; `answer` says whether rows are to be learned or only asked. Raises StreamError when a task's
-    share of bad rows exceeds `stream.max_bad_share`, or no row is left.
+    Rows that cannot be used go to `quarantine` (`<task>.jsonl` in that folder) with id and reason. `answer` says whether
+    rows are to be learned or only asked. With `data.vision_cache` what the vision tower says of the images is kept below
+    the folder `features`, under each part's key. Raises StreamError when a task's share of bad rows exceeds
+    `data.max_bad_share`, or no row is left.
     """
     encoded = {}
     for name, part in parts.items():
-        work = partial(
-            encode_batch,
-            part=part,
-            column=name,
-            processor=str(processor),
-            max_tokens=stream.max_tokens,
-            answer=answer,
-        )
-        encoded[name] = read(part.source, data_folder).map_batches(
-            work, batch_size=64, batch_format="numpy", compute=TaskPoolStrategy(stream.readers)
-        )
+        rows = encoded_rows(part, name, data, base=base, data_folder=data_folder, answer=answer)
+        if data.vision_cache == "features":
+            assert features is not None, "whoever asks for features says where they go"
+            rows = with_features(rows, base, features / f"{name}-{part.key}", gpu=gpu)
+        encoded[name] = rows
     rows = union(list(encoded.values()))
-    cached = stream.cache == "memory" or (stream.cache == "auto" and _fits(parts, data_folder, processor))
+    cached = data.cache == "memory" or (data.cache == "auto" and _fits(parts, data, base, data_folder))
     if cached:
         rows = rows.materialize()
     totals: Counter[str] = Counter()
@@ -104,7 +114,7 @@ def prepare(
         for i in np.flatnonzero(batch["reason"] != ""):
             bad[batch["column"][i]].append({key: str(batch[key][i]) for key in _NOTES[1:]})
     for name, part in parts.items():
-        _set_aside(name, part, bad[name], totals[name], quarantine / f"{name}.jsonl", stream.max_bad_share)
+        _set_aside(name, part, bad[name], totals[name], quarantine / f"{name}.jsonl", data.max_bad_share)
     if cached and any(bad.values()):
         rows = rows.filter(expr=_GOOD).materialize()
     return Prepared(
@@ -112,6 +122,16 @@ def prepare(
         cache=rows if cached else None,
         counts={name: totals[name] - len(bad[name]) for name in parts},
         quarantined={name: len(bad[name]) for name in parts},
+    )
+
+
+def encoded_rows(
+    part: Part, name: str, data: DataConfig, *, base: BaseModelConfig, data_folder: Path, answer: bool
+) -> ray.data.Dataset:
+    """Returns a part's rows, encoded when they are read; bad ones have a `reason`."""
+    work = partial(encode_batch, part=part, column=name, base=base, data=data, answer=answer)
+    return read(part.source, data_folder).map_batches(
+        work, batch_size=64, batch_format="numpy", compute=TaskPoolStrategy(data.readers)
     )
 
 
@@ -124,54 +144,76 @@ def _set_aside(name: str, part: Part, bad: list[dict[str, str]], total: int, fil
     if total == len(bad) or len(bad) > allowed * total:
         reasons = "; ".join(f"{row['id'] or 'a row'}: {row['reason']}" for row in bad[:3]) or "the files are empty"
         raise StreamError(
-            f"task {name!r}: {len(bad)} of {total} rows of {part.source.path} cannot be used (stream.max_bad_share "
+            f"task {name!r}: {len(bad)} of {total} rows of {part.source.path} cannot be used (data.max_bad_share "
             f"allows {allowed:.0%}). First: {reasons}. All of them with reasons: {file}"
         )
 
 
-def _fits(parts: Mapping[str, Part], data_folder: Path, processor: Path) -> bool:
-    """Whether all rows, encoded at their largest, take at most a quarter of the cluster's object store."""
-    images = _processor(str(processor)).image_processor
-    tiles = images.max_patches + 1 if images.max_patches > 1 else 1  # the crops and the thumbnail
-    row_bytes = tiles * 3 * images.size["height"] * images.size["width"] * 4
-    store = ray.cluster_resources().get("object_store_memory", 0)
-    return sum(count_rows(part.source, data_folder) for part in parts.values()) * row_bytes <= store / 4
+def _fits(parts: Mapping[str, Part], data: DataConfig, base: BaseModelConfig, data_folder: Path) -> bool:
+    """Whether all rows take at most a quarter of the cluster's object store, going by the first ones of each part."""
+    processor, total = _processor(base), 0.0
+    for part in parts.values():
+        sizes = []
+        for record in first_records(part.source, data_folder, part.prompt, _SAMPLE):
+            with suppress(PromptError):
+                row = encode(processor, record.messages, record.images, answer=False)
+                sizes.append(sum(array.nbytes for array in row.images.values()) + row.input_ids.nbytes)
+        total += max(sizes, default=0) * count_rows(part.source, data_folder)
+    return total <= ray.cluster_resources().get("object_store_memory", 0) / 4
 
 
 def encode_batch(
-    batch: Mapping[str, np.ndarray],
-    *,
-    part: Part,
-    column: str,
-    processor: str,
-    max_tokens: int,
-    answer: bool,
-) -> dict[str, Any]:
+    batch: Mapping[str, np.ndarray], *, part: Part, column: str, base: BaseModelConfig, data: DataConfig, answer: bool
+) -> Iterator[dict[str, Any]]:
     """Encodes a batch of raw rows; a row that fails gets a `reason` instead of an exception.
 
-    Rows differ in shape, so tensors travel as bytes: `input_ids` and `labels` int64, `pixel_values` float32.
+    Yields as soon as `_PIECE` bytes have come together: twelve tiles of one image are 29 MB.
     """
-    loaded = _processor(processor)
+    processor = _processor(base)
     names = list(batch)
     out: list[dict[str, Any]] = []
+    size = 0
     for values in zip(*(batch[key] for key in names), strict=True):
         raw = {key: plain(value) for key, value in zip(names, values, strict=True)}
-        row = {"column": column, "id": row_id(raw, part.source), "question": "", "answers": "[]"}
+        row = {"column": column, "id": row_id(raw, part.source), "question": "", "reference": ""}
         row |= {"reason": "", "excerpt": "", "source": str(raw.get(PATH, ""))}
         try:
-            record = record_of(raw, part.source, part.prompt)
-            encoded = encode(loaded, record.messages, record.images, answer=answer)
-            if len(encoded.input_ids) > max_tokens:
-                raise BadRow(f"{len(encoded.input_ids)} tokens, stream.max_tokens allows {max_tokens}")
-            row |= {"question": record.question, "answers": json.dumps(record.answers)}
-        except BadRow as error:
+            record = record_of(raw, part.source, part.prompt, max_pixels=data.max_pixels)
+            encoded = encode(processor, record.messages, record.images, answer=answer)
+            check_metric(record.reference, part.metric)
+            if len(encoded.input_ids) > data.max_tokens:
+                raise BadRow(f"{len(encoded.input_ids)} tokens, data.max_tokens allows {data.max_tokens}")
+            row |= {"question": record.question, "reference": record.reference.model_dump_json()}
+        except (BadRow, PromptError) as error:
             encoded = _NOTHING
             row |= {"reason": str(error), "excerpt": excerpt(raw)}
         out.append(row | pack(encoded))
-    return {key: [row[key] for row in out] for key in out[0]} if out else {}
+        size += len(out[-1]["arrays"])
+        if size >= _PIECE:
+            yield _columns(out)
+            out, size = [], 0
+    if out:
+        yield _columns(out)
 
 
-_NOTHING = Encoded(np.zeros(0, np.int64), np.zeros(0, np.int64), np.zeros((0, 3, 0, 0), np.float32))
+VOTES = 4
+"""Answers of people below which VQA accuracy has no meaning: not even a unanimous one could reach 1."""
+
+
+def check_metric(reference: Reference, metric: str | None) -> None:
+    """Raises BadRow where a metric cannot score answers against this reference."""
+    if metric == "mmbench" and reference.answers[0] not in reference.choices:
+        options = ", ".join(reference.choices) or "none"
+        raise BadRow(f"metric mmbench: the answer {reference.answers[0]!r} is not an option's letter (options: {options})")
+    if metric == "vqa_accuracy" and len(reference.answers) < VOTES:
+        raise BadRow(f"metric vqa_accuracy needs at least {VOTES} answers of people, found {len(reference.answers)}")
+
+
+def _columns(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    return {key: [row[key] for row in rows] for key in rows[0]}
+
+
+_NOTHING = Encoded(np.zeros(0, np.int64), np.zeros(0, np.int64))
 
 
 def plain(value: Any) -> Any:
@@ -181,29 +223,3 @@ def plain(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: plain(item) for key, item in value.items()}
     return value.item() if isinstance(value, np.generic) else value
-
-
-PACKED = ("input_ids", "labels", "pixel_values", "pixel_shape")
-"""Columns of an encoded row."""
-
-
-def pack(encoded: Encoded) -> dict[str, Any]:
-    """Returns an encoded row as columns."""
-    return {
-        "input_ids": encoded.input_ids.tobytes(),
-        "labels": encoded.labels.tobytes(),
-        "pixel_values": encoded.pixel_values.tobytes(),
-        "pixel_shape": np.asarray(encoded.pixel_values.shape, dtype=np.int64).tobytes(),
-    }
-
-
-def unpack(batch: Mapping[str, Any]) -> list[Encoded]:
-    """Reads encoded rows from a batch of columns, without copying the pixels."""
-    return [
-        Encoded(
-            np.frombuffer(ids, np.int64),
-            np.frombuffer(labels, np.int64),
-            np.frombuffer(pixels, np.float32).reshape(tuple(np.frombuffer(shape, np.int64))),
-        )
-        for ids, labels, pixels, shape in zip(*(batch[name] for name in PACKED), strict=True)
-    ]

@@ -2,30 +2,40 @@
 
 Canonical: `messages` (role and content, the last one the assistant's answer, `<image>` where an image belongs) and
 `images` (encoded bytes or paths), as LLaMA-Factory and ms-swift read them. Accepted beside it: LLaVA's `conversations`
-(from/value, `image`) and benchmark rows with a question, an answer or a list of answers, and an image. Text-only rows are
-normal.
+(from/value, `image`), messages made of parts, and benchmark rows with a question, an answer or a list of answers, and an
+image. Text-only rows are normal. Of a conversation of several turns the last answer is learned, the others are context.
 """
 
-import io
-import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
+from string import ascii_uppercase
 from typing import Any
 
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
+from pydantic import Field
 
-from pipeline.config import ColumnsConfig
+from pipeline.config import ColumnsConfig, Config
 from pipeline.models.prompts import IMAGE_PLACEHOLDER
+from pipeline.streams.conversations import Conversation, checked, conversation_of, text_of
+from pipeline.streams.elements import parse
+from pipeline.streams.faults import BadRow as BadRow
+from pipeline.streams.faults import printable
+from pipeline.streams.images import MAX_PIXELS, Folder, load_image
 
-_LLAVA_ROLES = {"human": "user", "gpt": "assistant"}
-_ROLES = ("system", "user", "assistant")
 _LEADING_IMAGES = re.compile(rf"(\s*{re.escape(IMAGE_PLACEHOLDER)})*")
+_LONGEST_ID = 200
 
 
-class BadRow(ValueError):
-    """A row that cannot be used; the message is the reason that goes into the quarantine file."""
+class Reference(Config):
+    """What an answer is measured against."""
+
+    answers: tuple[str, ...] = Field(min_length=1)
+    """Accepted answers; the first is the one to learn."""
+    choices: dict[str, str] = {}
+    """Options of a multiple-choice question, text by letter."""
+    group: str = ""
+    """Rows of one group count as one question, right only if all are (MMBench's circular evaluation); empty: alone."""
 
 
 @dataclass(frozen=True)
@@ -35,8 +45,7 @@ class Record:
     id: str
     messages: list[dict[str, str]]
     images: list[Image.Image]
-    answers: list[str]
-    """Accepted answers; the first is the one to learn."""
+    reference: Reference
 
     @property
     def question(self) -> str:
@@ -45,101 +54,84 @@ class Record:
         return text.replace(IMAGE_PLACEHOLDER, "").strip()
 
 
-def to_record(row: Mapping[str, Any], columns: ColumnsConfig, *, name: str, prompt: str, folder: Path) -> Record:
+def to_record(
+    row: Mapping[str, Any],
+    columns: ColumnsConfig,
+    *,
+    name: str,
+    prompt: str,
+    folder: Folder,
+    max_pixels: int = MAX_PIXELS,
+) -> Record:
     """Turns a user's row into a record; raises BadRow with the reason where that is impossible.
 
-    `name` is the row's id where the file has none; `prompt` the task's template; relative image paths count from `folder`.
+    `name` is the row's id where the file has none; `prompt` the task's template; image paths are read from `folder`; images
+    of more than `max_pixels` are refused undecoded. The row itself is left as it is.
     """
-    identity = row.get(columns.id)
-    name = name if identity is None else str(identity)
-    images = _images(row, columns, folder)
-    messages, answers = _messages(row, columns)
-    if len(messages) < 2 or messages[-1]["role"] != "assistant":
-        raise BadRow("the last message must be the assistant's answer, after at least one of the user")
-    if not messages[-1]["content"].strip():
-        raise BadRow("the answer is empty")
-    placeholders = sum(m["content"].count(IMAGE_PLACEHOLDER) for m in messages)
-    if placeholders == 0 and images:
-        first = next(i for i, m in enumerate(messages) if m["role"] == "user")
-        messages[first]["content"] = IMAGE_PLACEHOLDER * len(images) + messages[first]["content"]
-    elif placeholders != len(images):
-        raise BadRow(f"{placeholders} {IMAGE_PLACEHOLDER} in the messages, but {len(images)} images")
+    said = conversation_of(row, columns)
+    items = _items(row, columns, said)
+    messages = _with_template(said.messages, prompt)
+    reference = Reference(answers=said.answers, choices=_choices(row, columns), group=_group(row, columns))
+    images = [load_image(item, folder, max_pixels=max_pixels) for item in items]
+    return Record(identity(row, columns) or name, messages, images, reference)
+
+
+def identity(row: Mapping[str, Any], columns: ColumnsConfig) -> str:
+    """Returns a row's id as text that can be shown; empty where it has none."""
+    value = row.get(columns.id)
+    missing = value is None or value != value  # NaN
+    return "" if missing else printable(str(value), _LONGEST_ID).replace("\x00", "")
+
+
+def _items(row: Mapping[str, Any], columns: ColumnsConfig, said: Conversation) -> list[Any]:
+    """Returns the row's images in the order of their placeholders; writes placeholders where there are none."""
+    found = row.get(columns.images)
+    if found is None or found != found:
+        found = row.get("image")
+    given = list(found) if isinstance(found, (list, tuple)) else [found]
+    given = [item for item in given if not (item is None or item == "" or item != item)]
+    placeholders = sum(m["content"].count(IMAGE_PLACEHOLDER) for m in said.messages)
+    if placeholders == 0 and given:
+        first = next(m for m in said.messages if m["role"] == "user")
+        first["content"] = IMAGE_PLACEHOLDER * len(given) + first["content"]
+        return given
+    if placeholders != len(given) + len(said.inline):
+        raise BadRow(f"{placeholders} {IMAGE_PLACEHOLDER} in the messages, but {len(given) + len(said.inline)} images")
+    rest = iter(given)
+    return [said.inline[place] if place in said.inline else next(rest) for place in range(placeholders)]
+
+
+def _with_template(messages: list[dict[str, str]], prompt: str) -> list[dict[str, str]]:
+    """Puts the task's template around the first question, after the images that lead it."""
     first = next(i for i, m in enumerate(messages) if m["role"] == "user")
     text = messages[first]["content"]
     question = _LEADING_IMAGES.sub("", text, count=1)
-    messages[first]["content"] = text.removesuffix(question) + prompt.replace("{question}", question)
-    return Record(name, messages, images, answers)
+    text = text.removesuffix(question) + prompt.replace("{question}", question)
+    if not text.replace(IMAGE_PLACEHOLDER, "").strip():
+        raise BadRow("there is no question: name `columns.question`, or ask one in the task's prompt")
+    return [*messages[:first], messages[first] | {"content": text}, *messages[first + 1 :]]
 
 
-def _messages(row: Mapping[str, Any], columns: ColumnsConfig) -> tuple[list[dict[str, str]], list[str]]:
-    """Returns the conversation and the accepted answers."""
-    if columns.question is not None and columns.answer is not None:
-        question, answer = row.get(columns.question), row.get(columns.answer)
-        if question is None or answer is None:
-            missing = columns.question if question is None else columns.answer
-            raise BadRow(f"column {missing!r} is missing or null")
-        answers = [str(a) for a in answer if a is not None] if isinstance(answer, (list, tuple)) else [str(answer)]
-        if not answers:
-            raise BadRow(f"column {columns.answer!r} holds no answer")
-        return [{"role": "user", "content": str(question)}, {"role": "assistant", "content": answers[0]}], answers
-    if row.get(columns.messages) is not None:
-        said = _turns(row, columns.messages, "role", "content")
-    elif row.get("conversations") is not None:
-        said = [(_LLAVA_ROLES.get(role, role), text) for role, text in _turns(row, "conversations", "from", "value")]
-    else:
-        raise BadRow(f"no column {columns.messages!r} (map `columns` in the task if yours is named otherwise)")
-    for role, content in said:
-        if role not in _ROLES:
-            raise BadRow(f"unknown role {role!r}; known: {', '.join(_ROLES)}")
-        if not isinstance(content, str):
-            raise BadRow(f"the {role}'s content is not text")
-    if not any(role == "user" for role, _ in said):
-        raise BadRow("no message of the user")
-    messages = [{"role": role, "content": content} for role, content in said]
-    return messages, [messages[-1]["content"]]
+def _choices(row: Mapping[str, Any], columns: ColumnsConfig) -> dict[str, str]:
+    """Returns the options by their letters; a list's options are A, B, C, ..."""
+    found = row.get(columns.choices) if columns.choices is not None else None
+    if isinstance(found, str):
+        try:
+            found = parse(found)
+        except ValueError:
+            raise BadRow(f"column {columns.choices!r} is neither a mapping nor a list of options") from None
+    if found is None or found != found:
+        return {}
+    if isinstance(found, (list, tuple)):
+        found = dict(zip(ascii_uppercase, found, strict=False))
+    if not isinstance(found, Mapping):
+        raise BadRow(f"column {columns.choices!r} is neither a mapping nor a list of options")
+    what = f"column {columns.choices!r}"
+    texts = {str(letter): text_of(text, what) for letter, text in found.items()}
+    return {letter: checked(text, "an option") for letter, text in texts.items() if text is not None}
 
 
-def _turns(row: Mapping[str, Any], column: str, role: str, text: str) -> list[tuple[Any, Any]]:
-    """Returns role and text of the messages in `column`, by the keys `role` and `text`."""
-    turns = row[column]
-    if not isinstance(turns, (list, tuple)) or not all(isinstance(turn, Mapping) for turn in turns):
-        raise BadRow(f"column {column!r} is not a list of messages")
-    return [(turn.get(role), turn.get(text)) for turn in turns]
-
-
-def _images(row: Mapping[str, Any], columns: ColumnsConfig, folder: Path) -> list[Image.Image]:
-    """Decodes the row's images to RGB."""
-    found = row.get(columns.images)
-    if found is None:
-        found = row.get("image")
-    if found is None:
-        return []
-    items = list(found) if isinstance(found, (list, tuple)) else [found]
-    return [_image(item, folder) for item in items if item is not None]
-
-
-def _image(item: Any, folder: Path) -> Image.Image:
-    if isinstance(item, Mapping):
-        item = item.get("bytes") or item.get("path")
-    if isinstance(item, str):
-        path = folder / item
-        if not path.is_file():
-            raise BadRow(f"image file {item!r} does not exist")
-        item = path.read_bytes()
-    if not isinstance(item, bytes):
-        raise BadRow("an image must be encoded bytes, a path, or a mapping with one of them")
-    try:
-        return Image.open(io.BytesIO(item)).convert("RGB")
-    except (UnidentifiedImageError, OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise BadRow(f"an image cannot be decoded: {error}") from None
-
-
-def parse_line(line: str) -> dict[str, Any]:
-    """Parses one line of a jsonl file; raises BadRow."""
-    try:
-        row = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise BadRow(f"not valid JSON: {error}") from None
-    if not isinstance(row, dict):
-        raise BadRow("a line must hold one JSON object")
-    return row
+def _group(row: Mapping[str, Any], columns: ColumnsConfig) -> str:
+    if columns.group is None:
+        return ""
+    return checked(text_of(row.get(columns.group), f"column {columns.group!r}") or "", "the group")

@@ -1,148 +1,197 @@
-"""Where rows come from: parquet and jsonl files, read by Ray Data; their fingerprints; a few rows to show.
+"""Rows of a source: read as a Ray Dataset, counted, fingerprinted, turned into records one by one.
 
-A raw row is a user's row plus `PATH`, the file it came from; a line of jsonl stays text until validation, so that one
-broken line costs one row and not the file.
+- A raw row is `PATH` (its file), `NUMBER` (its place there), `ROOT` (what its image paths count from; empty: its file's folder)
+  and `RAW` (the user's row, pickled). All formats have these columns: one broken line costs one row, files may differ in
+  their columns, and a file that cannot be read is a row that says so.
+- Rows are known by file and number: two rows with the same id are two rows.
 """
 
 import hashlib
 import json
-from collections.abc import Iterator
-from pathlib import Path
+import pickle
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import lru_cache, partial
+from itertools import islice
+from pathlib import Path, PurePosixPath
 from typing import Any
 
+import pyarrow as pa
 import pyarrow.fs as fs
 import pyarrow.parquet as pq
 import ray
+from ray.data.block import BlockMetadata
+from ray.data.datasource import Datasource, ReadTask
 
 from pipeline.config import SourceConfig
-from pipeline.streams.embedded.files import SCHEME, embedded_file
-from pipeline.streams.records import BadRow, Record, parse_line, to_record
+from pipeline.streams import mmbench
+from pipeline.streams.embedded.files import SCHEME
+from pipeline.streams.faults import SHOWN, BadRow, Fault, printable
+from pipeline.streams.faults import StreamError as StreamError
+from pipeline.streams.files import resolve, split_glob
+from pipeline.streams.formats import Row, rows_of
+from pipeline.streams.images import MAX_PIXELS
+from pipeline.streams.layouts import columns_of, wanted_columns
+from pipeline.streams.records import Record, identity, to_record
+from pipeline.streams.storage import ImageFolder, place_of, unreachable
 
-PATH, LINE = "path", "text"
-"""Columns that reading adds: the file of a row, and a jsonl line as it stands."""
+PATH, NUMBER, ROOT, RAW = "path", "number", "root", "raw"
+"""Columns of a raw row."""
 
+_SCHEMA = pa.schema([(PATH, pa.string()), (NUMBER, pa.int64()), (ROOT, pa.string()), (RAW, pa.binary())])
+_BLOCK_ROWS, _BLOCK_BYTES = 256, 16 << 20
+"""Raw rows that are handed to Ray at a time: so many, or so many bytes."""
 _HASHED_BYTES = 64 << 20
 """Files up to this size are fingerprinted by content, larger ones by size and time of change."""
-
-
-class StreamError(ValueError):
-    """Data that cannot be found or used; the message names path and remedy."""
-
-
-def resolve(source: SourceConfig, folder: Path) -> tuple[fs.FileSystem, list[fs.FileInfo], str]:
-    """Finds a source's files: filesystem, files in order of their names, and format (`parquet` or `jsonl`).
-
-    `folder` is where embedded data are written. Raises StreamError when there are none.
-    """
-    path = str(embedded_file(source.path, folder)) if source.path.startswith(SCHEME) else source.path
-    if "://" not in path:
-        path = str(Path(path).expanduser().resolve())
-    pattern = path.rsplit("/", 1)[-1] if any(c in path.rsplit("/", 1)[-1] for c in "*?[") else None
-    filesystem, place = fs.FileSystem.from_uri(path.rsplit("/", 1)[0] if pattern else path)
-    info = filesystem.get_file_info(place)
-    if info.type == fs.FileType.Directory:
-        found = filesystem.get_file_info(fs.FileSelector(place, recursive=True))
-        files = sorted((f for f in found if f.type == fs.FileType.File), key=lambda f: f.path)
-        if pattern:
-            files = [f for f in files if Path(f.path).match(pattern)]
-    else:
-        files = [info] if info.type == fs.FileType.File else []
-    files = [f for f in files if source.format != "auto" or _format(f.path)]
-    if not files:
-        raise StreamError(f"{source.path}: no parquet or jsonl files there (is the path right, and mounted here?)")
-    formats = {source.format if source.format != "auto" else _format(f.path) for f in files}
-    if len(formats) != 1:
-        raise StreamError(f"{source.path}: parquet and jsonl mixed; give a glob such as {source.path}/*.parquet")
-    return filesystem, files, str(formats.pop())
-
-
-def _format(path: str) -> str:
-    return {".parquet": "parquet", ".jsonl": "jsonl", ".ndjson": "jsonl"}.get(Path(path).suffix.lower(), "")
+_SAMPLE = 200
+"""Rows of a text file from whose length the number of all is guessed."""
+_COMPRESSION = 4
+"""How much longer texts are guessed to be than their compressed files."""
 
 
 def read(source: SourceConfig, folder: Path) -> ray.data.Dataset:
-    """Returns the raw rows of a source as a lazy Ray Dataset with the column `PATH`."""
-    filesystem, files, kind = resolve(source, folder)
-    paths = [file.path for file in files]
-    if kind == "jsonl":
-        rows = ray.data.read_text(paths, filesystem=filesystem, include_paths=True, drop_empty_lines=True)
-    else:
-        rows = ray.data.read_parquet(paths, filesystem=filesystem, include_paths=True)
-    return rows.limit(source.limit) if source.limit else rows
+    """Returns the raw rows of a source as a lazy Ray Dataset. Raises StreamError where `resolve` does."""
+    return ray.data.read_datasource(_Rows(source, folder))
 
 
-def count_rows(source: SourceConfig, folder: Path) -> int:
-    """Returns about how many rows there are: from parquet's metadata, or by counting lines (empty ones too)."""
-    filesystem, files, kind = resolve(source, folder)
-    rows = 0
-    for file in files:
-        if kind == "parquet":
-            with filesystem.open_input_file(file.path) as stream:
-                rows += pq.read_metadata(stream).num_rows
-        else:
-            with filesystem.open_input_stream(file.path) as stream:
-                while block := stream.read(1 << 22):
-                    rows += block.count(b"\n")
-            rows += 1  # a last line without an end
-    return min(rows, source.limit) if source.limit else rows
+class _Rows(Datasource):
+    """Reads one file a task; all in one where rows depend on those before them (a limit, MMBench's rotations)."""
+
+    def __init__(self, source: SourceConfig, folder: Path) -> None:
+        super().__init__()
+        self._filesystem, self._files, self._kind = resolve(source, folder)
+        self._source = source
+        self._root = _absolute(source.image_root) if source.image_root is not None else ""
+
+    def get_name(self) -> str:
+        """Returns what Ray calls the reading."""
+        return self._kind.capitalize()
+
+    def estimate_inmemory_data_size(self) -> int:
+        """Returns the bytes of all files."""
+        return sum(file.size or 0 for file in self._files)
+
+    def get_read_tasks(
+        self, parallelism: int, per_task_row_limit: int | None = None, data_context: Any = None
+    ) -> list[ReadTask]:
+        """Returns the tasks, at most `parallelism`."""
+        together = self._source.limit is not None or self._source.layout == "mmbench"
+        count = 1 if together else max(1, min(parallelism, len(self._files)))
+        edges = [len(self._files) * i // count for i in range(count + 1)]
+        tasks = []
+        for start, end in zip(edges, edges[1:], strict=False):
+            files = self._files[start:end]
+            paths = [file.path for file in files]
+            size = sum(file.size or 0 for file in files)
+            metadata = BlockMetadata(num_rows=None, size_bytes=size, exec_stats=None, input_files=tuple(paths))
+            work = partial(_tables, self._filesystem, paths, self._kind, self._source, self._root)
+            tasks.append(ReadTask(work, metadata, _SCHEMA, per_task_row_limit))
+        return tasks
 
 
-def fingerprint(source: SourceConfig, folder: Path) -> str:
-    """Returns 16 hex digits that change when a source's files change."""
-    filesystem, files, kind = resolve(source, folder)
-    digest = hashlib.sha256(f"{kind} {source.limit} {source.columns.model_dump_json()}".encode())
-    for file in files:
-        digest.update(f"{Path(file.path).name} {file.size}".encode())
-        if file.size <= _HASHED_BYTES:
-            with filesystem.open_input_stream(file.path) as stream:
-                digest.update(stream.read())
-        else:
-            digest.update(str(file.mtime_ns).encode())
-    return digest.hexdigest()[:16]
+def _absolute(path: str) -> str:
+    """Returns a path that means the same on workers, which run elsewhere."""
+    return path if "://" in path else str(Path(path).expanduser().resolve())
 
 
-def row_id(row: dict[str, Any], source: SourceConfig) -> str:
-    """Returns the id of a raw row, good or bad; where it has none, its file and a hash of its content."""
-    path, content = str(row.get(PATH, "")), _content(row)
-    values = content
-    if isinstance(content, str):
-        try:
-            values = parse_line(content)
-        except BadRow:
-            values = {}
-    if values.get(source.columns.id) is not None:
-        return str(values[source.columns.id])
-    return f"{Path(path).name}#{hashlib.sha256(repr(content).encode()).hexdigest()[:10]}"
+def _tables(
+    filesystem: fs.FileSystem, paths: Sequence[str], kind: str, source: SourceConfig, root: str
+) -> Iterator[pa.Table]:
+    """Yields the raw rows of these files in tables."""
+    rows: list[dict[str, Any]] = []
+    size = 0
+    for row in _raw_rows(filesystem, paths, kind, source, root):
+        rows.append(row)
+        size += len(row[RAW])
+        if len(rows) == _BLOCK_ROWS or size >= _BLOCK_BYTES:
+            yield pa.Table.from_pylist(rows, schema=_SCHEMA)
+            rows, size = [], 0
+    yield pa.Table.from_pylist(rows, schema=_SCHEMA)
 
 
-def record_of(row: dict[str, Any], source: SourceConfig, prompt: str) -> Record:
+def _raw_rows(
+    filesystem: fs.FileSystem, paths: Sequence[str], kind: str, source: SourceConfig, root: str
+) -> Iterator[dict[str, Any]]:
+    known = wanted_columns(source)
+
+    def numbered() -> Iterable[mmbench.Numbered]:
+        return ((path, number, row) for path in paths for number, row in rows_of(filesystem, path, kind, known))
+
+    circular = source.layout == "mmbench"
+    for path, number, row in (
+        mmbench.questions(numbered, source.limit) if circular else islice(numbered(), source.limit)
+    ):
+        yield {PATH: path, NUMBER: number, ROOT: root, RAW: _packed(row)}
+
+
+def _packed(row: Row) -> bytes:
+    try:
+        return pickle.dumps(row, pickle.HIGHEST_PROTOCOL)
+    except RecursionError:
+        return pickle.dumps(Fault("nested too deeply"), pickle.HIGHEST_PROTOCOL)
+
+
+def _content(row: Mapping[str, Any]) -> Row:
+    return pickle.loads(row[RAW])
+
+
+def row_id(row: Mapping[str, Any], source: SourceConfig) -> str:
+    """Returns the id of a raw row, good or bad; where it has none, its file and its number there."""
+    content = _content(row)
+    found = "" if isinstance(content, Fault) else identity(content, columns_of(source, content))
+    return found or f"{PurePosixPath(row[PATH]).name}#{row[NUMBER]}"
+
+
+def record_of(row: Mapping[str, Any], source: SourceConfig, prompt: str, *, max_pixels: int = MAX_PIXELS) -> Record:
     """Turns a raw row into a record; raises BadRow."""
     content = _content(row)
-    values = parse_line(content) if isinstance(content, str) else content
-    folder = Path(str(row.get(PATH, ""))).parent
-    return to_record(values, source.columns, name=row_id(row, source), prompt=prompt, folder=folder)
+    if isinstance(content, Fault):
+        raise BadRow(content.reason)
+    columns = columns_of(source, content)
+    if source.layout is not None and content.get(columns.images) is None:
+        raise BadRow(f"column {columns.images!r} is missing or null; every row of layout {source.layout} has an image")
+    if row[ROOT]:
+        folder = _folder(row[ROOT])
+    else:
+        where = "/" if source.path.startswith(SCHEME) else split_glob(source.path)[0]
+        folder = ImageFolder(_folder(where).filesystem, str(PurePosixPath(row[PATH]).parent))
+    return to_record(content, columns, name=row_id(row, source), prompt=prompt, folder=folder, max_pixels=max_pixels)
 
 
-def _content(row: dict[str, Any]) -> Any:
-    """Returns a jsonl line as text, or a row of columns as it is."""
-    return row[LINE] if set(row) <= {LINE, PATH} else row
+@lru_cache(maxsize=64)
+def _folder(path: str) -> ImageFolder:
+    """Opens a folder once; with some storage that is a round trip."""
+    return ImageFolder(*place_of(path))
+
+
+def excerpt(row: Mapping[str, Any]) -> str:
+    """Returns the beginning of a raw row as text, for the quarantine file."""
+    content = _content(row)
+    if isinstance(content, Fault):
+        return content.excerpt
+    return printable(json.dumps(_shortened(content), ensure_ascii=False, default=str))
+
+
+def _shortened(value: Any, depth: int = 4) -> Any:
+    """Returns a value without what would not be shown anyway."""
+    if isinstance(value, bytes):
+        return f"<{len(value)} bytes>"
+    if isinstance(value, str):
+        return value[:SHOWN]
+    if isinstance(value, (list, tuple)):
+        return [_shortened(item, depth - 1) for item in value[:SHOWN]] if depth else "..."
+    if isinstance(value, Mapping):
+        return {str(key)[:SHOWN]: _shortened(item, depth - 1) for key, item in value.items()} if depth else "..."
+    return value
 
 
 def first_records(source: SourceConfig, folder: Path, prompt: str, count: int) -> Iterator[Record]:
     """Yields the first good records of a source, read here and now (for showing samples)."""
     filesystem, files, kind = resolve(source, folder)
-    path = files[0].path
-    if kind == "parquet":
-        with filesystem.open_input_file(path) as stream:
-            batch = next(pq.ParquetFile(stream).iter_batches(batch_size=2 * count), None)
-            rows = batch.to_pylist() if batch is not None else []
-    else:
-        with filesystem.open_input_stream(path) as stream:
-            rows = [{LINE: line} for line in stream.read(1 << 22).decode(errors="replace").splitlines()[: 2 * count]]
+    root = _absolute(source.image_root) if source.image_root is not None else ""
     good = 0
-    for row in rows:
+    for row in islice(_raw_rows(filesystem, [file.path for file in files], kind, source, root), 4 * count):
         try:
-            yield record_of(row | {PATH: path}, source, prompt)
+            yield record_of(row, source, prompt)
         except BadRow:
             continue
         good += 1
@@ -150,7 +199,47 @@ def first_records(source: SourceConfig, folder: Path, prompt: str, count: int) -
             return
 
 
-def excerpt(row: dict[str, Any]) -> str:
-    """Returns the beginning of a raw row as text, for the quarantine file."""
-    shown = row[LINE] if LINE in row else json.dumps(row, default=lambda value: f"<{type(value).__name__}>")
-    return str(shown)[:300]
+def count_rows(source: SourceConfig, folder: Path) -> int:
+    """Returns about how many rows there are: from parquet's metadata, or guessed from the first rows of a text.
+
+    Of small files the number is exact.
+    """
+    filesystem, files, kind = resolve(source, folder)
+    rows = sum(_count(filesystem, file, kind, wanted_columns(source)) for file in files)
+    rows *= 4 if source.layout == "mmbench" else 1  # at most: a question has up to four rotations
+    return min(rows, source.limit) if source.limit else rows
+
+
+def _count(filesystem: fs.FileSystem, file: fs.FileInfo, kind: str, known: frozenset[str]) -> int:
+    if kind == "parquet":
+        try:
+            with filesystem.open_input_file(file.path) as stream:
+                return pq.read_metadata(stream).num_rows
+        except (OSError, pa.ArrowException):
+            return 1  # a damaged file is one row, which says so
+    lengths = [len(_packed(row)) for _, row in islice(rows_of(filesystem, file.path, kind, known), _SAMPLE)]
+    if len(lengths) < _SAMPLE:
+        return len(lengths)
+    size = file.size * (1 if PurePosixPath(file.path).suffix.lower() == f".{kind}" else _COMPRESSION)
+    return max(_SAMPLE, size * _SAMPLE // sum(lengths))
+
+
+def fingerprint(source: SourceConfig, folder: Path) -> str:
+    """Returns 16 hex digits that change when a source's files change, or how they are read.
+
+    Images that rows name by their paths are not looked at.
+    """
+    filesystem, files, kind = resolve(source, folder)
+    settings = source.model_dump_json(exclude={"path", "format"})
+    digest = hashlib.sha256(f"{kind} {settings}".encode())
+    try:
+        for file in files:
+            digest.update(f"{PurePosixPath(file.path).name} {file.size}".encode())
+            if file.size <= _HASHED_BYTES:
+                with filesystem.open_input_file(file.path) as stream:
+                    digest.update(stream.read())
+            else:
+                digest.update(str(file.mtime_ns).encode())
+    except (OSError, pa.ArrowException) as error:
+        raise unreachable(source.path, error) from None
+    return digest.hexdigest()[:16]

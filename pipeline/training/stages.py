@@ -18,8 +18,9 @@ from peft import LoraConfig, get_peft_model, get_peft_model_state_dict, set_peft
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from pipeline.config import LANGUAGE_LINEARS, ExpertConfig
-from pipeline.models.prompts import IGNORED
+from pipeline.config import ExpertConfig
+from pipeline.models.bases import Base
+from pipeline.models.prompts import IGNORED, to_device
 from pipeline.routing.evidence import EvidenceReader
 from pipeline.routing.expert import ADAPTER_WEIGHTS, load_adapters
 from pipeline.routing.features import project
@@ -64,23 +65,26 @@ def run_steps(
     explosion: float,
     clock: StageClock,
     on_step: Callable[[int, float], None],
-    before: Callable[[dict[str, Tensor]], None] = lambda batch: None,
+    before: Callable[[dict[str, Any]], None] = lambda batch: None,
 ) -> None:
     """Runs optimizer steps; `on_step(step, loss)` after each, `before(batch)` ahead of each forward pass.
 
-    The loss is averaged over workers, so that all of them see a divergence at the same step. Raises Divergence when it
-    is not finite, or exceeds `explosion` times the first one.
+    A step takes as many batches as the engine accumulates; its loss is the mean of their means, averaged over workers, so
+    that all of them see a divergence at the same step. Raises Divergence when it is not finite, or exceeds `explosion`
+    times the first one.
     """
     device = engine.device
     for step in steps:
         started = time.monotonic()
         waited = feed.wait_seconds
-        batch = {name: tensor.to(device) for name, tensor in next(feed).items()}
-        before(batch)
-        loss = engine(**batch).loss
-        engine.backward(loss)
-        engine.step()
-        mean = loss.detach().float()
+        mean = torch.zeros((), device=device)
+        for _ in range(engine.gradient_accumulation_steps()):
+            batch = to_device(next(feed), device)
+            before(batch)
+            loss = engine(**batch).loss
+            engine.backward(loss)
+            engine.step()
+            mean += loss.detach().float() / engine.gradient_accumulation_steps()
         if dist.get_world_size() > 1:
             dist.all_reduce(mean)
             mean /= dist.get_world_size()
@@ -99,17 +103,18 @@ def run_steps(
         on_step(step + 1, value)
 
 
-def with_lora(model: nn.Module, config: ExpertConfig, *, start: Path | None = None) -> nn.Module:
+def with_lora(base: Base, config: ExpertConfig, *, start: Path | None = None) -> nn.Module:
     """Returns the PEFT model of the expert stage: a fresh LoRA, or the one in the folder `start`."""
+    pattern = base.family.linears if config.target_modules == "auto" else config.target_modules
     lora = LoraConfig(
         r=config.rank,
         lora_alpha=int(config.lora_alpha) if float(config.lora_alpha).is_integer() else config.lora_alpha,
         lora_dropout=config.dropout,
-        target_modules=config.target_modules,
+        target_modules=pattern,
         bias="none",
         task_type="CAUSAL_LM",
     )
-    peft = get_peft_model(model, lora)
+    peft = get_peft_model(base.model, lora)
     if start is not None:
         set_peft_model_state_dict(peft, load_file(start / ADAPTER_WEIGHTS))
     return peft
@@ -147,7 +152,7 @@ class PromptLog:
         self._evidence = EvidenceReader(model, paths)
         self._reader = PromptReader(model, self._listen)
 
-    def expect(self, batch: dict[str, Tensor]) -> None:
+    def expect(self, batch: dict[str, Any]) -> None:
         """Says which tokens of the coming batch are prompt: those that carry no label."""
         self._reader.prompt_mask = batch["attention_mask"].bool() & (batch["labels"] == IGNORED)
 
@@ -170,17 +175,22 @@ class PromptLog:
         }
 
 
-def adapted_paths(model: nn.Module, pattern: str) -> list[str]:
-    """Returns the paths of the Linears that a target regex matches in full; raises ValueError if there is none."""
-    paths = [n for n, m in model.named_modules() if isinstance(m, nn.Linear) and re.fullmatch(pattern, n)]
+def adapted_paths(base: Base, pattern: str) -> list[str]:
+    """Returns the paths of the Linears that an expert adapts, by `expert.target_modules`.
+
+    `auto` is the regular expression of the base's family. Raises ValueError if it matches no Linear in full.
+    """
+    pattern = base.family.linears if pattern == "auto" else pattern
+    paths = [n for n, m in base.model.named_modules() if isinstance(m, nn.Linear) and re.fullmatch(pattern, n)]
     if not paths:
         raise ValueError(f"expert.target_modules: {pattern!r} matches no Linear of the base")
     return paths
 
 
-def heard_paths(model: nn.Module, pattern: str) -> list[str]:
+def heard_paths(base: Base, pattern: str) -> list[str]:
     """Returns the Linears whose inputs are evidence: all of the language model, and those that `pattern` adapts.
 
     Not only the adapted ones: experts that adapt different Linears are compared at all of them.
     """
-    return adapted_paths(model, f"(?:{LANGUAGE_LINEARS})|(?:{pattern})")
+    wanted = {*adapted_paths(base, "auto"), *adapted_paths(base, pattern)}
+    return [name for name, _ in base.model.named_modules() if name in wanted]

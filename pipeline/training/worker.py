@@ -4,6 +4,7 @@ import json
 import random
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ import torch.distributed as dist
 
 from pipeline.config import BaseModelConfig, Config, ExpertConfig, RouterConfig, TrainingConfig
 from pipeline.models.bases import Base, load_base
+from pipeline.models.prompts import collate_for
 from pipeline.routing.expert import Expert, ExpertCard, ExpertError, load_adapters
 from pipeline.routing.features import feature_width
 from pipeline.routing.statistics import PromptStatistics
@@ -64,6 +66,10 @@ class Job(Config):
     """Router stage."""
     training: TrainingConfig
     """Machine."""
+    vision: bool = True
+    """False: rows hold image features, and the vision tower is not loaded."""
+    by_length: bool = False
+    """Batches of rows of similar length."""
     start: str | None = None
     """Adapter folder to go on from, instead of a fresh LoRA (sequential fine-tuning, the method we compare with)."""
     router_stage: bool = True
@@ -93,7 +99,9 @@ class Worker:
         context = ray.train.get_context()
         self.job, self.telemetry = job, telemetry
         self.rank, self.world = context.get_world_rank(), context.get_world_size()
-        self.micro_batch = min(max(1, job.expert.batch_size // self.world), job.rows // self.world)
+        share = max(1, job.expert.batch_size // self.world)
+        self.micro_batch = min(job.training.micro_batch or share, share, job.rows // self.world)
+        self.accumulated = share // self.micro_batch
         torch.set_num_threads(job.training.threads)
         random.seed(job.seed)
         np.random.seed(job.seed)
@@ -101,7 +109,7 @@ class Worker:
         self.shard = ray.train.get_dataset_shard("train")
         self._untold: list[tuple[str, str, int, int, float]] = []
         self._told = 0.0
-        self.figures: dict[str, Any] = {"samples": job.expert.steps * self.micro_batch * self.world}
+        self.figures: dict[str, Any] = {"samples": job.expert.steps * self.micro_batch * self.accumulated * self.world}
 
     def run(self) -> dict[str, Any]:
         """Runs what the last checkpoint leaves to do."""
@@ -128,12 +136,11 @@ class Worker:
     def _expert_stage(self, folder: Path | None, progress: dict[str, Any]) -> Path:
         """Trains the LoRA; returns the folder of the finished adapter."""
         job, config = self.job, self.job.expert
-        settings = zero_config(job.training, micro_batch=self.micro_batch, clip=config.clip)
+        settings = self._zero_config()
         keep = sharded_loading(settings)
-        base = load_base(job.base)
-        adapted_paths(base.model, config.target_modules)
-        base.model.config.use_cache = False
-        peft = with_lora(base.model, config, start=Path(job.start) if job.start else None)
+        base = self._base()
+        adapted_paths(base, config.target_modules)
+        peft = with_lora(base, config, start=Path(job.start) if job.start else None)
         if job.training.precision == "bf16":
             peft = peft.to(torch.bfloat16)
         engine = start_engine(
@@ -157,7 +164,7 @@ class Worker:
                 engine.save_checkpoint(str(draft / ENGINE), tag="last", exclude_frozen_parameters=True)
                 self._report(draft)
 
-        with self._feed(base, job.seed, skip=begin) as feed:
+        with self._feed(base, job.seed, skip=begin * self.accumulated) as feed:
             run_steps(
                 engine, feed, range(begin, config.steps), explosion=job.training.explosion, clock=clock, on_step=on_step
             )
@@ -179,12 +186,11 @@ class Worker:
         """Trains the routing vectors, takes the prompt statistics and reports the finished expert."""
         job, config = self.job, self.job.router
         started = time.monotonic()
-        settings = zero_config(job.training, micro_batch=self.micro_batch, clip=job.expert.clip)
+        settings = self._zero_config()
         keep = sharded_loading(settings)
-        base = load_base(job.base)
-        base.model.config.use_cache = False
+        base = self._base()
         width = feature_width(base.width, config.feature_width)
-        heard = heard_paths(base.model, job.expert.target_modules)
+        heard = heard_paths(base, job.expert.target_modules)
         gates = with_gates(base.model, adapter)
         log = PromptLog(base.model, width, heard)
         engine = start_engine(
@@ -231,13 +237,29 @@ class Worker:
             expert.save(draft / EXPERT)
         self._report(draft)
 
+    def _base(self) -> Base:
+        """Loads the frozen model as this task trains on it."""
+        base = load_base(self.job.base, vision=self.job.vision)
+        base.model.config.use_cache = False
+        if self.job.training.gradient_checkpointing:
+            # Not the re-entrant form: that one needs an input which requires gradients, and a frozen embedding gives none.
+            base.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        return base
+
+    def _zero_config(self) -> dict[str, Any]:
+        job = self.job
+        return zero_config(
+            job.training, micro_batch=self.micro_batch, accumulated=self.accumulated, clip=job.expert.clip
+        )
+
     def _feed(self, base: Base, seed: int, *, skip: int = 0) -> Feed:
         return Feed(
             self.shard,
             batch_size=self.micro_batch,
-            pad_token_id=base.processor.tokenizer.pad_token_id,
+            collate=partial(collate_for, base.processor),
             seed=seed * 1000,
             cached=self.job.cached,
+            by_length=self.job.by_length,
             skip=skip,
         )
 

@@ -9,16 +9,22 @@ from torch import nn
 from pipeline.config import TrainingConfig
 
 
-def zero_config(training: TrainingConfig, *, micro_batch: int, clip: float) -> dict[str, Any]:
-    """Returns the DeepSpeed configuration of one stage; `micro_batch` rows a worker and step."""
+def zero_config(training: TrainingConfig, *, micro_batch: int, accumulated: int = 1, clip: float) -> dict[str, Any]:
+    """Returns the DeepSpeed configuration of one stage: `micro_batch` rows a worker, `accumulated` times a step."""
+    zero: dict[str, Any] = {"stage": training.zero_stage}
+    if training.offload != "none":
+        zero["offload_optimizer"] = {"device": "cpu", "pin_memory": training.gpu}
+    if training.offload == "all":
+        zero["offload_param"] = {"device": "cpu", "pin_memory": training.gpu}
     return {
         "train_micro_batch_size_per_gpu": micro_batch,
-        "gradient_accumulation_steps": 1,
+        "gradient_accumulation_steps": accumulated,
         "gradient_clipping": clip,
-        "zero_optimization": {"stage": training.zero_stage},
+        "zero_optimization": zero,
         "bf16": {"enabled": training.precision == "bf16"},
         # The optimizer is torch's AdamW: DeepSpeed's own would compile another extension for a few small tensors.
         "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
         "steps_per_print": 1 << 30,
     }
 

@@ -7,7 +7,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from pipeline.config import BaseModelConfig
-from pipeline.models.bases import BaseError, checkpoint_folder, fingerprint, load_base
+from pipeline.models.bases import load_base
+from pipeline.models.checkpoints import BaseError, checkpoint, fingerprint
 from tests.helpers import checksum
 
 
@@ -88,7 +89,7 @@ def test_a_hub_id_that_cannot_be_had_is_named(path, monkeypatch, tmp_path):
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
     with pytest.raises(BaseError, match=rf"base\.path: {path} is neither a folder here nor"):
-        checkpoint_folder(BaseModelConfig(path=path))
+        checkpoint(BaseModelConfig(path=path))
 
 
 def test_pickled_weights_are_refused(folder):

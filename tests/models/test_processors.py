@@ -6,9 +6,12 @@ import pytest
 from PIL import Image
 from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import GotOcr2ImageProcessorPil
 
-from pipeline.models.processors import ImageTextProcessor, load_processor
-from pipeline.models.tiny import tiny_processor, tiny_tokenizer
+from pipeline.config import BaseModelConfig
+from pipeline.models.bases import load_processor
+from pipeline.models.processors import ImageTextProcessor
+from pipeline.models.tiny import CHAT_TEMPLATE, tiny_config, tiny_processor, tiny_tokenizer
 from pipeline.streams.embedded.foundation import vocabulary
+from tests.helpers import ask
 
 
 @pytest.fixture(scope="module")
@@ -30,26 +33,32 @@ def assert_same_inputs(one, other, image):
     assert all((first[key] == second[key]).all() for key in first)
 
 
+def checkpoint_of(processor, folder):
+    """Writes a checkpoint folder as far as a processor looks at one."""
+    processor.save_pretrained(folder)
+    tiny_config(processor).save_pretrained(folder)
+    (folder / "model.safetensors").touch()
+    return BaseModelConfig(path=str(folder))
+
+
 def test_a_saved_processor_gives_the_same_inputs(processor, image, tmp_path):
-    processor.save_pretrained(tmp_path)
-    loaded = load_processor(tmp_path)
+    loaded = load_processor(checkpoint_of(processor, tmp_path))
     assert_same_inputs(processor, loaded, image)
     assert loaded.image_seq_length == processor.image_seq_length == 16
     assert loaded.chat_template == processor.chat_template
     assert loaded.tokenizer.padding_side == "left"
-    loaded.save_pretrained(tmp_path / "again")
-    assert_same_inputs(processor, load_processor(tmp_path / "again"), image)
+    assert_same_inputs(processor, load_processor(checkpoint_of(loaded, tmp_path / "again")), image)
 
 
 def test_the_older_layout_of_folders_loads_as_well(processor, image, tmp_path):
     """`preprocessor_config.json` for the images, `processor_config.json` for the rest, as InternVL's folders have."""
-    processor.save_pretrained(tmp_path)
+    config = checkpoint_of(processor, tmp_path)
     (tmp_path / "processor_config.json").write_text(
         json.dumps({"processor_class": "InternVLProcessor", "image_seq_length": 16})
     )
     processor.image_processor.save_pretrained(tmp_path / "images")
     shutil.copy(tmp_path / "images" / "preprocessor_config.json", tmp_path)
-    assert_same_inputs(processor, load_processor(tmp_path), image)
+    assert_same_inputs(processor, load_processor(config), image)
 
 
 def test_an_image_is_start_context_and_end_tokens(processor, image):
@@ -78,6 +87,27 @@ def test_tiles_of_a_large_image_get_their_tokens(image):
     tiles = len(inputs["pixel_values"])
     assert tiles == 4 + 1 + 1  # four crops and the thumbnail; one
     assert (np.asarray(inputs["input_ids"]) == tiling.image_token_id).sum() == 4 * tiles
+
+
+TILES = {(448, 448): 1, (100, 100): 1, (900, 440): 3, (1344, 896): 7, (4480, 448): 11, (50, 900): 13, (3000, 4000): 13}
+"""Tiles of an image of this width and height, its thumbnail among them, where at most twelve are allowed."""
+
+
+@pytest.mark.parametrize(("size", "tiles"), TILES.items())
+def test_internvl_tiles_as_published(size, tiles):
+    """1 to 12 tiles of 448 by the nearest aspect ratio, and a thumbnail where there are several; 256 tokens each."""
+    images = GotOcr2ImageProcessorPil(
+        size={"height": 448, "width": 448}, crop_to_patches=True, min_patches=1, max_patches=12
+    )
+    processor = ImageTextProcessor(
+        images, tiny_tokenizer(vocabulary()), image_seq_length=256, chat_template=CHAT_TEMPLATE
+    )
+    image = Image.radial_gradient("L").resize(size).convert("RGB")
+    row = ask(processor, "what ?", image)
+    assert len(row.images["pixel_values"]) == tiles
+    assert (row.input_ids == processor.image_token_id).sum() == 256 * tiles
+    expected = images(images=[image], return_tensors="np")["pixel_values"]
+    assert (row.images["pixel_values"] == expected).all()
 
 
 def test_text_alone_has_no_pixels(processor):

@@ -3,7 +3,8 @@ import pytest
 import torch
 from PIL import Image
 
-from pipeline.models.processors import load_processor
+from pipeline.config import BaseModelConfig
+from pipeline.models.bases import load_processor
 from pipeline.models.prompts import IGNORED, Encoded, chat, collate, encode, generate_answers
 from tests.helpers import ask, batch_of, generate
 
@@ -53,7 +54,8 @@ def test_training_starts_with_the_tokens_that_generation_starts_with(tiny_base, 
     assert (row.input_ids[: len(prompt.input_ids)] == prompt.input_ids).all()
     assert tokens(tiny_base, prompt.input_ids[-1:]) == ["<|assistant|>"]
     assert (prompt.labels == IGNORED).all()
-    assert (prompt.pixel_values == row.pixel_values).all()
+    assert prompt.images.keys() == row.images.keys() == ({"pixel_values"} if images else set())
+    assert all((prompt.images[name] == row.images[name]).all() for name in row.images)
 
 
 def test_an_answer_is_tokenized_apart_from_the_prompt(tiny_base):
@@ -67,10 +69,10 @@ def test_several_images_stand_where_their_placeholders_stand(tiny_base):
     found = tokens(tiny_base, row.input_ids)
     image = ["<img>", *["<IMG_CONTEXT>"] * 16, "</img>"]
     assert found == ["<|user|>", "is", *image, "l", "##i", "##k", "##e", *image, "?", "<|assistant|>"]
-    assert row.pixel_values.shape == (2, 3, 64, 64)
-    assert row.pixel_values.dtype == np.float32
-    for pixels, image in zip(row.pixel_values, (RED, BLUE), strict=True):
-        alone = ask(tiny_base.processor, "?", image).pixel_values
+    assert row.images["pixel_values"].shape == (2, 3, 64, 64)
+    assert row.images["pixel_values"].dtype == np.float32
+    for pixels, image in zip(row.images["pixel_values"], (RED, BLUE), strict=True):
+        alone = ask(tiny_base.processor, "?", image).images["pixel_values"]
         assert (pixels == alone[0]).all()
 
 
@@ -90,7 +92,7 @@ def test_earlier_turns_belong_to_the_prompt(tiny_base):
 
 
 def test_a_template_that_hides_the_prompt_is_refused(tiny_folder):
-    processor = load_processor(tiny_folder)
+    processor = load_processor(BaseModelConfig(path=str(tiny_folder)))
     processor.chat_template = "{{ messages | length }}{% if add_generation_prompt %}>{% endif %}"
     with pytest.raises(ValueError, match="does not put the generation prompt before the answer"):
         ask(processor, "what ?", answer="red")
@@ -99,7 +101,8 @@ def test_a_template_that_hides_the_prompt_is_refused(tiny_folder):
 def row_of(length: int, tiles: int = 0) -> Encoded:
     ids = np.arange(10, 10 + length)
     labels = np.where(ids >= 12, ids, IGNORED)
-    return Encoded(ids, labels, np.full((tiles, 3, 2, 2), length, dtype=np.float32))
+    pixels = {"pixel_values": np.full((tiles, 3, 2, 2), length, dtype=np.float32)} if tiles else {}
+    return Encoded(ids, labels, pixels)
 
 
 @pytest.mark.parametrize("side", ["right", "left"])

@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from pipeline.config import RouterConfig
-from pipeline.models.bases import fingerprint
+from pipeline.models.checkpoints import fingerprint
 from pipeline.registry.tracking import open_tracking
 from pipeline.routing import Expert, ExpertCard, Pool, PromptStatistics
 from pipeline.routing.expert import Adapter

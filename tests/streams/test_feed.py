@@ -2,15 +2,16 @@
 
 from collections import Counter
 from collections.abc import Iterator
+from functools import partial
 
 import numpy as np
 import pyarrow as pa
 import pytest
 import torch
 
-from pipeline.models.prompts import IGNORED, Encoded
+from pipeline.models.prompts import IGNORED, Encoded, collate
 from pipeline.streams.feed import Feed
-from pipeline.streams.preprocess import pack
+from pipeline.streams.packing import pack
 
 ROWS, PAD = 23, 7
 
@@ -19,7 +20,8 @@ def row(number: int) -> Encoded:
     """Row `number`: its first token names it; lengths differ, every third row has no image."""
     ids = np.arange(1 + number % 4, dtype=np.int64) + 100 * (number + 1)
     labels = np.where(ids % 2, ids, IGNORED)
-    return Encoded(ids, labels, np.full((number % 3, 3, 2, 2), number, np.float32))
+    pixels = {"pixel_values": np.full((number % 3, 3, 2, 2), number, np.float32)} if number % 3 else {}
+    return Encoded(ids, labels, pixels)
 
 
 class Shard:
@@ -39,7 +41,7 @@ class Shard:
 
 
 def feed(shard: Shard, *, batch_size: int = 4, seed: int = 5, skip: int = 0) -> Feed:
-    return Feed(shard, batch_size=batch_size, pad_token_id=PAD, seed=seed, cached=True, skip=skip)
+    return Feed(shard, batch_size=batch_size, collate=partial(collate, pad_token_id=PAD), seed=seed, cached=True, skip=skip)
 
 
 def fill(found: Feed) -> None:
@@ -85,13 +87,26 @@ def test_rows_are_collated_as_they_were_packed():
             assert ids_T.tolist() == [*expected.input_ids, *[PAD] * (len(ids_T) - length)]
             assert labels_T.tolist() == [*expected.labels, *[IGNORED] * (len(ids_T) - length)]
             assert mask_T.tolist() == [1] * length + [0] * (len(ids_T) - length)
-            tiles += [expected.pixel_values]
-        pixels = np.concatenate(tiles)
-        assert (
-            len(pixels) == 0
-            if "pixel_values" not in batch
-            else batch["pixel_values"].numpy().tolist() == pixels.tolist()
-        )
+            tiles += list(expected.images.values())
+        if tiles:
+            assert batch["pixel_values"].numpy().tolist() == np.concatenate(tiles).tolist()
+        assert bool(tiles) == ("pixel_values" in batch)
+
+
+def test_batches_of_similar_length_hold_every_row_once():
+    def epoch(**settings):
+        feed = Feed(Shard(96), batch_size=8, collate=list, seed=3, cached=True, **settings)
+        with feed:
+            return [[len(row.input_ids) for row in next(feed)] for _ in range(12)]
+
+    def padding(batches):
+        return sum(max(lengths) * len(lengths) - sum(lengths) for lengths in batches)
+
+    plain, grouped = epoch(), epoch(by_length=True)
+    assert sorted(sum(plain, [])) == sorted(sum(grouped, []))
+    assert padding(grouped) < padding(plain) / 3
+    assert grouped == epoch(by_length=True)
+    assert grouped != sorted(grouped), "batches come in random order"
 
 
 def test_rows_without_any_image():

@@ -1,15 +1,19 @@
 """Validation, quarantine and encoding on a real Ray."""
 
 import json
+from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 
 import pytest
 
 from cluster.local import connect
-from pipeline.config import ColumnsConfig, SourceConfig, StreamConfig
-from pipeline.models.prompts import IGNORED
+from pipeline.config import BaseModelConfig, ColumnsConfig, DataConfig, SourceConfig
+from pipeline.models.prompts import IGNORED, collate
 from pipeline.streams.feed import Feed
-from pipeline.streams.preprocess import Part, prepare, unpack
+from pipeline.streams.packing import unpack
+from pipeline.streams.preprocess import Part, check_metric, prepare
+from pipeline.streams.records import BadRow, Reference
 from pipeline.streams.sources import StreamError
 
 
@@ -18,11 +22,11 @@ def _ray() -> None:
     connect()
 
 
-def run(source: SourceConfig, tiny_folder: Path, folder: Path, *, answer: bool = True, **stream):
+def run(source: SourceConfig, tiny_folder: Path, folder: Path, *, answer: bool = True, **data):
     return prepare(
         {"mine": Part(source)},
-        StreamConfig(tasks=(), **stream),
-        processor=tiny_folder,
+        DataConfig(**data),
+        base=BaseModelConfig(path=str(tiny_folder)),
         data_folder=folder,
         quarantine=folder / "quarantine",
         answer=answer,
@@ -47,7 +51,7 @@ def test_bad_rows_are_set_aside_with_reason_and_id(tiny_folder, tmp_path):
     bad = [json.loads(text) for text in (tmp_path / "quarantine" / "mine.jsonl").read_text().splitlines()]
     reasons = {row["id"]: row["reason"] for row in bad}
     assert "the answer is empty" in reasons["row9"]
-    assert "stream.max_tokens allows 32" in reasons["row11"]
+    assert "data.max_tokens allows 32" in reasons["row11"]
     assert any("not valid JSON" in reason for reason in reasons.values())
     assert all(row["source"].endswith("rows.jsonl") for row in bad)
 
@@ -62,7 +66,7 @@ def test_question_and_answers_columns(tiny_folder, tmp_path):
     (tmp_path / "rows.jsonl").write_text(json.dumps({"query": "what ?", "label": ["a", "b"]}) + "\n")
     source = SourceConfig(path=str(tmp_path / "rows.jsonl"), columns=ColumnsConfig(question="query", answer="label"))
     (row,) = run(source, tiny_folder, tmp_path, answer=False).rows(["mine"]).take_all()
-    assert json.loads(row["answers"]) == ["a", "b"]
+    assert json.loads(row["reference"])["answers"] == ["a", "b"]
     assert row["question"] == "what ?"
 
 
@@ -81,7 +85,7 @@ def test_the_feed_is_endless_seeded_and_can_skip(tiny_folder, tmp_path, cached):
     rows = run(SourceConfig(path="embedded://digits/train", limit=40), tiny_folder, tmp_path).rows(["mine"])
 
     def batches(count: int, skip: int = 0):
-        settings = {"batch_size": 16, "pad_token_id": 0, "seed": 5, "cached": cached}
+        settings = {"batch_size": 16, "collate": partial(collate, pad_token_id=0), "seed": 5, "cached": cached}
         with Feed(rows.iterator(), **settings, skip=skip) as feed:
             return [next(feed)["input_ids"].tolist() for _ in range(count)]
 
@@ -95,7 +99,7 @@ def test_rows_are_the_same_drawn_and_streamed(tiny_folder, tmp_path):
     rows = run(SourceConfig(path="embedded://digits/train", limit=40), tiny_folder, tmp_path).rows(["mine"])
 
     def epoch(cached: bool) -> list[tuple[list[int], float]]:
-        with Feed(rows.iterator(), batch_size=8, pad_token_id=0, seed=5, cached=cached) as feed:
+        with Feed(rows.iterator(), batch_size=8, collate=partial(collate, pad_token_id=0), seed=5, cached=cached) as feed:
             batches = [next(feed) for _ in range(5)]
         return [
             (ids.tolist(), float(pixels.double().sum()))
@@ -113,15 +117,15 @@ def test_encoded_rows_learn_the_answer_only(tiny_folder, tmp_path):
     for batch in prepared.rows(["mine"]).iter_batches(batch_format="numpy"):
         for row in unpack(batch):
             assert (row.labels != IGNORED).sum() == 4  # three digits and the end token
-            assert row.pixel_values.shape == (0, 3, 64, 64)
+            assert not row.images
 
 
 def test_several_tasks_in_one_pass(tiny_folder, tmp_path):
     parts = {name: Part(SourceConfig(path=f"embedded://{name}/eval", limit=10)) for name in ("shape", "repeat")}
     prepared = prepare(
         parts,
-        StreamConfig(tasks=()),
-        processor=tiny_folder,
+        DataConfig(),
+        base=BaseModelConfig(path=str(tiny_folder)),
         data_folder=tmp_path,
         quarantine=tmp_path,
         answer=False,
@@ -129,3 +133,20 @@ def test_several_tasks_in_one_pass(tiny_folder, tmp_path):
     assert prepared.counts == {"shape": 10, "repeat": 10}
     assert {row["column"] for row in prepared.rows(["repeat"]).take_all()} == {"repeat"}
     assert prepared.rows(["shape", "repeat"]).count() == 20
+
+
+@pytest.mark.parametrize(
+    ("metric", "reference", "said"),
+    [
+        ("mmbench", Reference(answers=("A",), choices={"A": "red", "B": "blue"}), None),
+        ("mmbench", Reference(answers=("C",), choices={"A": "red"}), "the answer 'C' is not an option's letter"),
+        ("mmbench", Reference(answers=("A",)), r"\(options: none\)"),
+        ("vqa_accuracy", Reference(answers=("red",) * 10), None),
+        ("vqa_accuracy", Reference(answers=("red",)), "needs at least 4 answers of people, found 1"),
+        ("exact_match", Reference(answers=("red",)), None),
+        (None, Reference(answers=("red",)), None),
+    ],
+)
+def test_rows_that_a_metric_cannot_score_are_bad(metric, reference, said):
+    with pytest.raises(BadRow, match=said) if said else nullcontext():
+        check_metric(reference, metric)

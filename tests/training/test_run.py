@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 
 from cluster.local import connect
 from cluster.preflight import build_deepspeed_ops
-from pipeline.config import BaseModelConfig, ExpertConfig, RouterConfig, SourceConfig, StreamConfig, TrainingConfig
+from pipeline.config import BaseModelConfig, DataConfig, ExpertConfig, RouterConfig, SourceConfig, TrainingConfig
 from pipeline.models.bases import load_base
 from pipeline.routing.expert import Expert
 from pipeline.streams.preprocess import Part, prepare
@@ -33,8 +33,8 @@ def rows(worker_env, tiny_folder: Path, tmp_path_factory) -> ray.data.Dataset:
     folder = tmp_path_factory.mktemp("rows")
     prepared = prepare(
         {"digits": Part(SourceConfig(path="embedded://digits/train", limit=ROWS))},
-        StreamConfig(tasks=()),
-        processor=tiny_folder,
+        DataConfig(),
+        base=BaseModelConfig(path=str(tiny_folder)),
         data_folder=folder,
         quarantine=folder,
         answer=True,
@@ -135,6 +135,36 @@ def test_zero_stages_and_workers(workers, stage, trained, rows, tiny_folder, wor
     assert expert.statistics.count == 4 * 16
     assert result.figures["expert_losses"][-1] == pytest.approx(trained[0].figures["expert_losses"][-1], abs=0.5)
     assert all(a.a_RD.shape[0] == 4 for a in expert.adapters.values()), "no empty shards of ZeRO-3"
+
+
+def test_small_batches_accumulate_to_the_same_step(trained, rows, tiny_folder, worker_env, tmp_path):
+    """Also without keeping activations, and with the optimizer's states in CPU memory: all change memory, not results."""
+    saving = {"micro_batch": 4, "gradient_checkpointing": True, "offload": "optimizer"}
+    job = make_job(tiny_folder, "saving", training=TrainingConfig(threads=1, **saving))
+    result = run_training(job, rows, storage=tmp_path, worker_env=worker_env)
+    expected, found = trained[0].figures, result.figures
+    assert found["samples"] == expected["samples"] == 12 * 16
+    assert len(found["expert_losses"]) == 12
+    assert found["expert_losses"] == pytest.approx(expected["expert_losses"], rel=0.05)
+    assert Expert.load(result.expert).statistics.count == 4 * 16
+
+
+def test_experts_learn_from_features_as_from_pixels(trained, worker_env, tiny_folder, tmp_path):
+    """The vision tower's answers are kept on disk; those who train do not load it."""
+    part = Part(SourceConfig(path="embedded://digits/train", limit=ROWS), key="rows")
+    settings = {
+        "base": BaseModelConfig(path=str(tiny_folder)), "data_folder": tmp_path, "quarantine": tmp_path, "answer": True,
+        "features": tmp_path / "features",
+    }  # fmt: skip
+    prepared = prepare({"digits": part}, DataConfig(vision_cache="features"), **settings)
+    written = [file.stat().st_mtime_ns for file in (tmp_path / "features" / "digits-rows").glob("*.parquet")]
+    job = make_job(tiny_folder, "features", training=ONE).model_copy(update={"vision": False})
+    result = run_training(job, prepared.rows(["digits"]), storage=tmp_path, worker_env=worker_env)
+    assert result.figures["expert_losses"] == pytest.approx(trained[0].figures["expert_losses"], rel=1e-3)
+    again = prepare({"digits": part}, DataConfig(vision_cache="features"), **settings)
+    assert again.counts == prepared.counts == {"digits": ROWS}
+    files = (tmp_path / "features" / "digits-rows").glob("*.parquet")
+    assert written == [file.stat().st_mtime_ns for file in files] != [], "computed once"
 
 
 def test_a_loss_that_is_not_finite_is_a_clear_error(rows, tiny_folder, worker_env, tmp_path):

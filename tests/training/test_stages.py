@@ -22,6 +22,9 @@ class Engine:
 
     device = "cpu"
 
+    def gradient_accumulation_steps(self) -> int:
+        return 1
+
     def __call__(self, loss: torch.Tensor) -> SimpleNamespace:
         return SimpleNamespace(loss=loss)
 
@@ -75,4 +78,4 @@ def test_learning_rate_rises_then_falls() -> None:
 
 def test_a_regex_that_matches_nothing_is_an_error(tiny_base) -> None:
     with pytest.raises(ValueError, match=r"expert\.target_modules"):
-        adapted_paths(tiny_base.model, "nothing")
+        adapted_paths(tiny_base, "nothing")

@@ -1,0 +1,129 @@
+"""Where a base's files are: a folder here, a hub id, a URI, a GGUF file; and what identifies them."""
+
+import hashlib
+import os
+import shutil
+from functools import lru_cache
+from pathlib import Path
+
+import fsspec
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from pipeline.config import BaseModelConfig
+from pipeline.models.tiny import TINY_BASE
+
+NEEDED = ("*.json", "*.safetensors", "*.jinja", "*.model", "*.txt")
+"""Files of a checkpoint that loading needs: never pickled weights, never code."""
+
+CACHE = Path.home() / ".cache" / "pointsman" / "bases"
+"""Where bases from URIs and GGUF files are kept."""
+
+
+class BaseError(ValueError):
+    """A base that cannot be found or loaded; the message names it and the remedy."""
+
+
+def checkpoint(config: BaseModelConfig) -> Path:
+    """Returns the folder of a base's files; fetches or unpacks them if `path` is a hub id, a URI or a GGUF file.
+
+    Raises BaseError.
+    """
+    path = config.path
+    if path == "tiny":
+        folder = TINY_BASE
+    elif "://" in path:
+        folder = _fetched(path)
+    elif Path(path).expanduser().is_dir():
+        folder = Path(path).expanduser().resolve()
+    elif Path(path).expanduser().is_file():
+        folder = _unpacked(Path(path).expanduser().resolve())
+    elif path.count("/") == 1 and not path.startswith((".", "/", "~")):
+        folder = _downloaded(path, config.revision)
+    else:
+        raise BaseError(f"base.path: {path} does not exist; give a checkpoint folder, a hub id, a URI, or `tiny`")
+    if not (folder / "config.json").is_file() or not list(folder.glob("*.safetensors")):
+        raise BaseError(f"base.path: {folder} holds no config.json with *.safetensors (pickled weights are refused)")
+    return folder
+
+
+def _downloaded(name: str, revision: str | None) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HFValidationError
+
+    try:
+        return Path(snapshot_download(name, revision=revision, allow_patterns=list(NEEDED)))
+    except (OSError, HFValidationError) as error:
+        raise BaseError(f"base.path: {name} is neither a folder here nor to be had from the hub: {error}") from None
+
+
+def _fetched(uri: str) -> Path:
+    """Copies a folder from an object store into the cache, once; files whose size has changed are copied anew."""
+    folder = CACHE / hashlib.sha256(uri.rstrip("/").encode()).hexdigest()[:16]
+    try:
+        filesystem, root = fsspec.core.url_to_fs(uri)
+        root = root.rstrip("/")
+        found = [file for pattern in NEEDED for file in filesystem.glob(f"{root}/{pattern}")]
+        if not found:
+            raise BaseError(f"base.path: {uri} holds no checkpoint: no config.json with *.safetensors")
+        folder.mkdir(parents=True, exist_ok=True)
+        for file in found:
+            target = folder / Path(file).name
+            if not target.exists() or target.stat().st_size != filesystem.size(file):
+                draft = target.with_name(target.name + ".draft")
+                filesystem.get_file(file, str(draft))
+                draft.rename(target)
+    except ImportError as error:
+        raise BaseError(
+            f"base.path: {uri}: its filesystem is not installed: {error} (pip install s3fs, or gcsfs)"
+        ) from None
+    except (OSError, ValueError) as error:
+        if isinstance(error, BaseError):
+            raise
+        raise BaseError(f"base.path: {uri} cannot be read: {error}") from None
+    return folder
+
+
+def _unpacked(file: Path) -> Path:
+    """Writes a GGUF file's model and tokenizer as a checkpoint folder, once: reading the file takes half a minute."""
+    if file.suffix != ".gguf":
+        raise BaseError(f"base.path: {file} is a file; give the checkpoint's folder, or a GGUF file")
+    folder = CACHE / f"{file.stem}-{_fingerprint(((file, file.stat().st_size, file.stat().st_mtime_ns),))}"
+    if folder.exists():
+        return folder
+    draft = folder.with_name(f"{folder.name}.{os.getpid()}")
+    try:
+        source = {"pretrained_model_name_or_path": file.parent, "gguf_file": file.name}
+        read = AutoModelForCausalLM.from_pretrained(**source, dtype="float32")
+        config = type(read.config).from_dict(read.config.to_dict() | {"quantization_config": None})
+        model = AutoModelForCausalLM.from_config(config)  # the one that was read counts as quantized: not to be saved
+        model.load_state_dict(read.state_dict())
+        model.generation_config = read.generation_config
+        model.save_pretrained(draft)
+        AutoTokenizer.from_pretrained(**source).save_pretrained(draft)
+    except ImportError as error:
+        raise BaseError(f"base.path: {file}: {error} (pip install gguf)") from None
+    except (ValueError, OSError) as error:
+        raise BaseError(f"base.path: {file} cannot be read: {error}") from None
+    try:
+        draft.rename(folder)
+    except OSError:  # another process was faster
+        shutil.rmtree(draft)
+    return folder
+
+
+def fingerprint(folder: Path) -> str:
+    """Returns 16 hex digits over the checkpoint's configuration and weights (reads all of them: about 1 s a GB)."""
+    files = [folder / "config.json", *sorted(folder.glob("*.safetensors"))]
+    return _fingerprint(tuple((file, file.stat().st_size, file.stat().st_mtime_ns) for file in files))
+
+
+@lru_cache(maxsize=4)
+def _fingerprint(files: tuple[tuple[Path, int, int], ...]) -> str:
+    """Hashes names and contents; sizes and times are there for the cache to notice a folder that was written anew."""
+    digest = hashlib.sha256()
+    for file, _, _ in files:
+        digest.update(file.name.encode())
+        with file.open("rb") as stream:
+            while block := stream.read(1 << 22):
+                digest.update(block)
+    return digest.hexdigest()[:16]

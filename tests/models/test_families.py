@@ -1,0 +1,139 @@
+"""Every family on a small random model: rows, batches, cached features, routing."""
+
+import re
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import nn
+
+from jobs.small_models import SMALL, write_small
+from pipeline.config import BaseModelConfig
+from pipeline.models.bases import Base, load_base
+from pipeline.models.checkpoints import BaseError
+from pipeline.models.families import FAMILIES
+from pipeline.models.prompts import FEATURES, IGNORED, PromptError, collate_for, generate_answers
+from pipeline.streams.packing import pack, unpack_row
+from pipeline.streams.sources import StreamError
+from pipeline.streams.vision import VisionReader
+from tests.helpers import ask
+
+PICTURES = [
+    Image.fromarray(np.random.default_rng(seed).integers(0, 256, size, dtype=np.uint8))
+    for seed, size in enumerate([(80, 150, 3), (64, 40, 3)])
+]
+
+
+@pytest.fixture(scope="module", params=SMALL)
+def base(request, tmp_path_factory) -> Base:
+    folder = write_small(request.param, tmp_path_factory.mktemp("small") / request.param)
+    return load_base(BaseModelConfig(path=str(folder)))
+
+
+def sees(base: Base) -> bool:
+    return base.processor.image_processor is not None
+
+
+def rows_of(base: Base, answer: str | None = "red") -> list:
+    """One image, none, two: a mixed batch."""
+    one, two = (PICTURES[:1], PICTURES) if sees(base) else ([], [])
+    return [
+        ask(base.processor, "what color ?", *one, answer=answer),
+        ask(base.processor, "repeat : red", answer=answer),
+        ask(base.processor, "is this like this ?", *two, answer=answer),
+    ]
+
+
+@torch.no_grad()
+def logits(base: Base, rows: list, side: str = "right") -> list[torch.Tensor]:
+    """Logits of each row's own tokens."""
+    batch = collate_for(base.processor, rows, side)
+    found = base.model(**batch, use_cache=False).logits
+    return [own[mask.bool()] for own, mask in zip(found, batch["attention_mask"], strict=True)]
+
+
+@pytest.mark.parametrize("side", ["right", "left"])
+def test_rows_do_not_depend_on_their_batch(base, side):
+    rows = rows_of(base)
+    for row, found in zip(rows, logits(base, rows, side), strict=True):
+        torch.testing.assert_close(found, logits(base, [row])[0], rtol=1e-4, atol=1e-4)
+
+
+def test_images_are_seen(base):
+    if not sees(base):
+        pytest.skip("reads text only")
+    one, other = (logits(base, [ask(base.processor, "what ?", p.resize((64, 64)))])[0] for p in PICTURES)
+    assert (one[-1] - other[-1]).abs().max() > 0.01
+
+
+def test_the_loss_is_on_the_answer(base):
+    for row in rows_of(base):
+        answer = base.processor.tokenizer.convert_ids_to_tokens(row.labels[row.labels != IGNORED])
+        assert answer == ["red", "<|end|>"]
+
+
+def test_rows_survive_packing(base):
+    for row in rows_of(base):
+        again = unpack_row(*pack(row).values())
+        assert again.images.keys() == row.images.keys()
+        assert again.marks.keys() == row.marks.keys()
+        for name, array in (row.images | row.marks).items():
+            found = (again.images | again.marks)[name]
+            assert found.dtype == array.dtype
+            assert (found == array).all()
+
+
+def test_linears_of_the_language_model_only(base):
+    adapted = [n for n, m in base.model.named_modules() if re.fullmatch(base.family.linears, n)]
+    assert len(adapted) == 7 * base.model.config.get_text_config().num_hidden_layers
+    assert all(isinstance(base.model.get_submodule(name), nn.Linear) for name in adapted)
+    assert not any(name.startswith(base.family.vision) for name in adapted if base.family.vision)
+
+
+def test_vision_parts_are_all_that_sees(base):
+    """Frozen vision parts and language model together are the whole model."""
+    parts = [*base.family.vision, base.family.language, "lm_head"]
+    assert all(name.startswith(tuple(parts)) for name, _ in base.model.named_parameters())
+
+
+def seen(base: Base, rows: list) -> list:
+    reader = VisionReader(BaseModelConfig(path=str(base.folder)))
+    packed = [pack(row) for row in rows]
+    batch = {name: np.array([row[name] for row in packed], object) for name in packed[0]}
+    found = reader(batch)
+    return [unpack_row(*(found[name][i] for name in packed[0])) for i in range(len(rows))]
+
+
+def test_features_stand_for_pixels(base):
+    rows = rows_of(base)
+    if not base.family.features:
+        with pytest.raises(StreamError, match="cannot be kept; set data.vision_cache=off"):
+            seen(base, rows)
+        return
+    cached = seen(base, rows)
+    assert [FEATURES in row.images for row in cached] == [sees(base), False, sees(base)]
+    blind = load_base(BaseModelConfig(path=str(base.folder)), vision=False)
+    for found, expected in zip(logits(blind, cached), logits(base, rows), strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+    asked = rows_of(base, None)
+    answers = generate_answers(base.model, base.processor, asked, max_new_tokens=4)
+    assert generate_answers(blind.model, blind.processor, seen(base, asked), max_new_tokens=4) == answers
+
+
+def test_text_models_refuse_images(base):
+    if sees(base):
+        pytest.skip("sees images")
+    with pytest.raises(PromptError, match="2 images, but the base reads text only"):
+        ask(base.processor, "what ?", *PICTURES)
+
+
+def test_a_family_that_is_not_known_says_what_to_add(tmp_path):
+    (tmp_path / "config.json").write_text('{"model_type": "gpt2"}')
+    (tmp_path / "model.safetensors").touch()
+    with pytest.raises(BaseError, match=r"'gpt2' is a text model and in no family.*Add a line to FAMILIES"):
+        load_base(BaseModelConfig(path=str(tmp_path)))
+
+
+def test_every_vision_language_family_has_a_small_model():
+    assert set(FAMILIES) == set(SMALL) - {"text"}
