@@ -5,7 +5,7 @@ from typing import Any
 import typer
 from typer.core import TyperCommand
 
-from jobs import benchmark, compare, explain, learn, pretrain_tiny, sweep, ui
+from jobs import benchmark, compare, convert_internvl2, explain, learn, plan, pretrain_tiny, sweep, ui
 from jobs.options import fields_help
 
 app = typer.Typer(
@@ -28,9 +28,11 @@ class TeachingCommand(TyperCommand):
 app.command("learn", cls=TeachingCommand)(learn.main)
 app.command("compare", cls=TeachingCommand)(compare.main)
 app.command("sweep", cls=TeachingCommand)(sweep.main)
+app.command("plan", cls=TeachingCommand)(plan.main)
 app.command("explain")(explain.main)
 app.command("ui")(ui.main)
 app.command("pretrain-tiny")(pretrain_tiny.main)
+app.command("convert-internvl2")(convert_internvl2.main)
 app.add_typer(benchmark.app, name="benchmark")
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import ray
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from cluster.local import ClusterInfo, connect
 from cluster.preflight import build_deepspeed_ops, check_resources
@@ -24,7 +24,7 @@ from pipeline.config import LearnConfig, SourceConfig, TaskConfig, digest
 from pipeline.evaluation.evaluate import Evaluation, Prediction, evaluate
 from pipeline.models.checkpoints import checkpoint, fingerprint
 from pipeline.registry.tracking import log_batch, log_config, open_tracking, tracked_run
-from pipeline.routing.expert import evidence_of, evidence_tensors, statistics_of, statistics_tensors
+from pipeline.routing.expert import evidence_of, evidence_tensors, statistics_of, statistics_tensors, write_tensors
 from pipeline.streams import sources
 from pipeline.streams.preprocess import Part, Prepared, prepare
 from pipeline.training.general import general_statistics
@@ -145,7 +145,7 @@ class StreamRun:
                     gpu=self.config.training.gpu,
                     vision=self.vision,
                 )
-            save_file(statistics_tensors(statistics) | evidence_tensors(evidence), file.with_suffix(".draft"))
+            write_tensors(file.with_suffix(".draft"), statistics_tensors(statistics) | evidence_tensors(evidence))
             file.with_suffix(".draft").rename(file)
         tensors = load_file(file)
         return {"null": statistics_of(tensors), "null_evidence": evidence_of(tensors)}

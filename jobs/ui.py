@@ -4,6 +4,7 @@ python -m jobs.ui --output runs
 """
 
 import os
+import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -25,7 +26,8 @@ def main(
             )
         command = ui_command(f"sqlite:///{database}")
         typer.echo(f"{' '.join(command)}")
-        os.execvp(command[0], command)
+        # By this environment's Python: the environment need not be activated.
+        os.execv(sys.executable, [sys.executable, "-m", *command])
 
 
 if __name__ == "__main__":

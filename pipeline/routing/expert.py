@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor
 
 from pipeline.config import Config
@@ -89,11 +89,11 @@ class Expert:
         for path, adapter in self.adapters.items():
             weights[f"base_model.model.{path}.lora_A.weight"] = adapter.a_RD.contiguous()
             weights[f"base_model.model.{path}.lora_B.weight"] = adapter.b_OR.contiguous()
-        save_file(weights, draft / ADAPTER_WEIGHTS, metadata={"format": "pt"})
+        write_tensors(draft / ADAPTER_WEIGHTS, weights, metadata={"format": "pt"})
         (draft / ADAPTER_CONFIG).write_text(json.dumps(self.adapter_config, indent=2, sort_keys=True) + "\n")
         router = {f"vector.{path}": vector.contiguous() for path, vector in self.vectors.items()}
         router |= statistics_tensors(self.statistics) | evidence_tensors(self.evidence)
-        save_file(router, draft / ROUTER_WEIGHTS)
+        write_tensors(draft / ROUTER_WEIGHTS, router)
         (draft / CARD).write_text(self.card.model_dump_json(indent=2) + "\n")
         shutil.rmtree(folder, ignore_errors=True)
         draft.rename(folder)
@@ -145,6 +145,11 @@ def load_adapters(folder: str | Path) -> tuple[dict[str, Any], dict[str, Adapter
         if missing := {"A", "B"} - half.keys():
             raise ExpertError(f"{folder / ADAPTER_WEIGHTS}: {path} has no lora_{missing.pop()}; train the task again")
     return config, {path: Adapter(half["A"], half["B"], scaling) for path, half in sorted(halves.items())}
+
+
+def write_tensors(file: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str] | None = None) -> None:
+    """Writes a safetensors file that has the usual rights; `save_file` makes one that only its owner can read."""
+    file.write_bytes(save(dict(tensors), metadata=metadata))
 
 
 def statistics_tensors(statistics: PromptStatistics, name: str = "statistics") -> dict[str, Tensor]:

@@ -5,10 +5,17 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from pydantic import ValidationError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from pipeline.config import Config, RouterConfig
-from pipeline.routing.expert import Expert, evidence_of, evidence_tensors, statistics_of, statistics_tensors
+from pipeline.routing.expert import (
+    Expert,
+    evidence_of,
+    evidence_tensors,
+    statistics_of,
+    statistics_tensors,
+    write_tensors,
+)
 from pipeline.routing.statistics import PromptStatistics
 
 CARD, NULL = "pool.json", "null.safetensors"
@@ -120,7 +127,7 @@ class Pool:
         for name, expert in self.experts.items():
             expert.save(draft / "experts" / name)
         if self.null is not None:
-            save_file(statistics_tensors(self.null) | evidence_tensors(self.null_evidence), draft / NULL)
+            write_tensors(draft / NULL, statistics_tensors(self.null) | evidence_tensors(self.null_evidence))
         (draft / CARD).write_text(self.card.model_dump_json(indent=2) + "\n")
         shutil.rmtree(folder, ignore_errors=True)
         draft.rename(folder)

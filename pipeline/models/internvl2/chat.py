@@ -1,0 +1,56 @@
+"""How InternVL2 was talked to in its training, as a chat template.
+
+Roles, separators and the default system message are those of `internvl_chat/internvl/conversation.py`
+(https://github.com/OpenGVLab/InternVL). There is no line break between messages, and an image stands on a line of its own:
+
+    <s><|im_start|>system\\n...<|im_end|><|im_start|>user\\n<IMG_CONTEXT>\\nWhat is this?<|im_end|><|im_start|>assistant\\n
+"""
+
+from dataclasses import dataclass
+
+SYSTEM_MESSAGE = (
+    "你是由上海人工智能实验室联合商汤科技开发的书生多模态大模型，英文名叫InternVL, 是一个有用无害的人工智能助手。"
+)
+"""What InternVL2 was told in training: who made it, its name, and that it is a helpful and harmless assistant."""
+
+
+@dataclass(frozen=True)
+class Chat:
+    """How one kind of conversation marks who speaks."""
+
+    start: str
+    """What opens a message, with the role in the place of `ROLE`."""
+    end: str
+    """Token that ends a message, and so an answer."""
+
+    def template(self, begin: str) -> str:
+        """Returns the Jinja template; `begin` is the token that starts a text, or nothing.
+
+        A conversation without a system message gets the default one. Whole conversations start with the very text of the
+        generation prompt, and end with `end`.
+        """
+        before, after = self.start.split("ROLE")
+        return (
+            f"{{{{ {begin!r} }}}}"
+            "{% if not messages or messages[0]['role'] != 'system' %}"
+            f"{{{{ {before + 'system' + after + SYSTEM_MESSAGE + self.end!r} }}}}"
+            "{% endif %}"
+            "{% for message in messages %}"
+            f"{{{{ {before!r} + message['role'] + {after!r} }}}}{_CONTENT}{{{{ {self.end!r} }}}}"
+            "{% endfor %}"
+            f"{{% if add_generation_prompt %}}{{{{ {before + 'assistant' + after!r} }}}}{{% endif %}}"
+        )
+
+
+_CONTENT = (
+    "{% if message['content'] is string %}{{ message['content'] }}{% else %}{% for part in message['content'] %}"
+    "{% if part['type'] == 'image' %}{{ '<IMG_CONTEXT>\\n' }}"
+    "{% elif part['type'] == 'text' %}{{ part['text'] }}{% endif %}"
+    "{% endfor %}{% endif %}"
+)
+
+CHATML = Chat("<|im_start|>ROLE\n", "<|im_end|>")
+PHI3 = Chat("<|ROLE|>\n", "<|end|>")
+
+CHATS = {"internlm2-chat": CHATML, "Hermes-2": CHATML, "phi3-chat": PHI3}
+"""Kinds of conversation by `template` in config.json."""

@@ -1,0 +1,199 @@
+"""Conversations with a converted base: its tokens, its chat template, its images."""
+
+import json
+import shutil
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+from transformers import AutoTokenizer
+from transformers.models.qwen2.tokenization_qwen2 import Qwen2Tokenizer
+
+from pipeline.config import BaseModelConfig
+from pipeline.models.bases import load_base
+from pipeline.models.internvl2 import convert
+from pipeline.models.prompts import IGNORED, encode, generate_answers
+from tests.models import published
+from tests.models.published import small_config, write_folder
+
+INTERNLM2, QWEN2, PHI3 = "InternLM2ForCausalLM", "Qwen2ForCausalLM", "Phi3ForCausalLM"
+
+
+@pytest.fixture(scope="module", params=[INTERNLM2, QWEN2, PHI3])
+def base(request, tmp_path_factory):
+    folder = tmp_path_factory.mktemp(request.param)
+    write_folder(folder / "source", small_config(request.param))
+    return load_base(BaseModelConfig(path=str(convert(folder / "source", folder / "target").folder)))
+
+
+def kind_of(base: Any) -> str:
+    return base.folder.parent.name.rstrip("0123456789")
+
+
+def test_a_converted_folder_is_a_base_that_answers(base):
+    tokenizer = base.processor.tokenizer
+    assert tokenizer.padding_side == "left"
+    assert tokenizer.eos_token == ("<|end|>" if kind_of(base) == PHI3 else "<|im_end|>")
+    assert tokenizer.pad_token == ("<|endoftext|>" if kind_of(base) == QWEN2 else "</s>")
+    assert base.model.config.image_token_id == tokenizer.convert_tokens_to_ids("<IMG_CONTEXT>")
+    assert base.model.generation_config.eos_token_id[0] == tokenizer.eos_token_id
+    assert 2 in base.model.generation_config.eos_token_id
+    assert base.model.generation_config.pad_token_id == tokenizer.pad_token_id
+    picture = Image.new("RGB", (130, 60), "red")
+    rows = [
+        encode(
+            base.processor,
+            [{"role": "user", "content": text}, {"role": "assistant", "content": ""}],
+            images,
+            answer=False,
+        )
+        for text, images in (("<image>what color is this", [picture]), ("the star", []))
+    ]
+    assert len(generate_answers(base.model, base.processor, rows, max_new_tokens=2)) == 2
+
+
+def test_a_training_row_is_the_published_conversation(base):
+    """The text of the published conversation, with its tokens; the answer and the end of its message are learned."""
+    picture = Image.new("RGB", (56, 56), "blue")
+    messages = [
+        {"role": "user", "content": "<image>what color is this"},
+        {"role": "assistant", "content": "blue"},
+        {"role": "user", "content": "the star"},
+        {"role": "assistant", "content": "red"},
+    ]
+    row = encode(base.processor, messages, [picture])
+    phi3 = kind_of(base) == PHI3
+    # Phi-3's tokens that open a message take the line break with them.
+    start, end = ("<|{}|>", "<|end|>") if phi3 else ("<|im_start|>{}\n", "<|im_end|>")
+    system = (
+        "你是由上海人工智能实验室联合商汤科技开发的书生多模态大模型，英文名叫InternVL, 是一个有用无害的人工智能助手。"
+    )
+    image = "<img>" + "<IMG_CONTEXT>" * 4 + "</img>\n"
+    text = "" if kind_of(base) == QWEN2 else "<s>"
+    for role, content in (
+        ("system", system),
+        ("user", f"{image}what color is this"),
+        ("assistant", "blue"),
+        ("user", "the star"),
+        ("assistant", "red"),
+    ):
+        text += start.format(role) + content + end
+    assert base.processor.tokenizer.decode(row.input_ids) == text
+    learned = row.labels != IGNORED
+    assert base.processor.tokenizer.decode(row.labels[learned]) == f"red{end}"
+    assert learned.nonzero()[0][0] == len(row.input_ids) - learned.sum()
+    assert base.processor.tokenizer.decode(row.input_ids, skip_special_tokens=True).endswith("red")
+
+
+def test_a_system_message_of_ones_own_takes_the_place_of_the_published_one(base):
+    messages = [{"role": "system", "content": "read"}, {"role": "user", "content": "the star"}]
+    text = base.processor.apply_chat_template(
+        [{"role": m["role"], "content": m["content"]} for m in messages], tokenize=False, add_generation_prompt=True
+    )
+    assert "InternVL" not in text
+    assert text.index("read") < text.index("the star") < text.index("assistant")
+
+
+def test_images_are_cut_into_tiles_with_a_thumbnail(base):
+    inputs = base.processor(images=[Image.new("RGB", (300, 200))], text=["<IMG_CONTEXT>"], return_tensors="np")
+    assert base.processor.image_processor.crop_to_patches
+    tiles = len(inputs["pixel_values"])
+    assert tiles == 7  # three by two, and the whole
+    assert (inputs["input_ids"] == base.processor.image_token_id).sum() == 4 * tiles
+    (black,) = base.processor(images=[Image.new("RGB", (56, 56))], text=["<IMG_CONTEXT>"])["pixel_values"]
+    np.testing.assert_allclose(black[:, 0, 0], [-0.485 / 0.229, -0.456 / 0.224, -0.406 / 0.225], rtol=1e-5)
+
+
+TEXTS = [
+    "the color is red.",
+    "what  is\nthe  blue\n\nstar",
+    "thethe",
+    "image of a Ünïcode 星 user",
+    " the",
+    "",
+    "statarstar",
+    "a\tb",
+]
+
+
+@pytest.mark.parametrize("text", TEXTS)
+def test_internlm2_tokens_are_those_of_sentencepiece(tmp_path_factory, text):
+    tokenizer = converted_tokenizer(tmp_path_factory, INTERNLM2)
+    model = published.sentencepiece_model()
+    assert tokenizer(text)["input_ids"] == published.sentencepiece_encode(model, text)
+    assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
+    start, end = (tokenizer.convert_tokens_to_ids(f"<|im_{name}|>") for name in ("start", "end"))
+    between = published.sentencepiece_encode(model, text)
+    assert tokenizer(f"<|im_start|>{text}<|im_end|>")["input_ids"] == [start, *between, end]
+
+
+def test_added_tokens_keep_their_numbers(tmp_path_factory):
+    """InternLM2's last unused pieces make room for them; image tokens follow after the vocabulary."""
+    tokenizer = converted_tokenizer(tmp_path_factory, INTERNLM2)
+    pieces = len(published.sentencepiece_model().pieces)
+    words = ["<|im_end|>", "<|im_start|>", "<img>", "</img>", "<IMG_CONTEXT>"]
+    assert tokenizer.convert_tokens_to_ids(words) == list(range(pieces - 2, pieces + 3))
+    assert len(tokenizer) == pieces + len(published.IMAGE_WORDS)
+    assert tokenizer.convert_tokens_to_ids(["<unk>", "<s>", "</s>"]) == [0, 1, 2]
+    assert tokenizer.context_image_token_id == pieces + 2
+
+
+def test_phi3_puts_no_space_behind_special_tokens(tmp_path_factory):
+    """As published: only a text without any special token would begin with a space, and no conversation does."""
+    tokenizer = converted_tokenizer(tmp_path_factory, PHI3)
+    model = published.sentencepiece_model(0)
+    user, end = tokenizer.convert_tokens_to_ids(["<|user|>", "<|end|>"])
+    words = published.sentencepiece_encode(model, "the star")
+    assert tokenizer("<|user|>\nthe star<|end|>")["input_ids"] == [user, *words, end]
+
+
+def test_an_older_llama_tokenizer_puts_a_space_before_every_text(tmp_path):
+    write_folder(tmp_path / "source", small_config(PHI3))
+    file = tmp_path / "source" / "tokenizer_config.json"
+    settings = json.loads(file.read_text())
+    del settings["legacy"]
+    file.write_text(json.dumps(settings))
+    tokenizer = AutoTokenizer.from_pretrained(convert(tmp_path / "source", tmp_path / "target").folder)
+    words = published.sentencepiece_encode(published.sentencepiece_model(0, prefix=True), "the star")
+    assert tokenizer("<|user|>\nthe star")["input_ids"][1:] == words
+    assert tokenizer.decode(words) == "the star"
+
+
+def test_qwen2_tokens_are_those_of_its_own_tokenizer(tmp_path_factory):
+    tokenizer = converted_tokenizer(tmp_path_factory, QWEN2)
+    files = {"vocab": tokenizer.source / "vocab.json", "merges": tokenizer.source / "merges.txt"}
+    own = Qwen2Tokenizer(**{name: str(file) for name, file in files.items()})
+    for text in TEXTS:
+        assert tokenizer(text)["input_ids"] == own(text, add_special_tokens=False)["input_ids"]
+    assert tokenizer.bos_token is None
+    assert tokenizer.convert_tokens_to_ids("<|im_end|>") == len(json.loads(files["vocab"].read_text())) + 2
+
+
+def test_a_tokenizer_json_is_taken_as_it_is(tmp_path, tmp_path_factory):
+    """As the 76B has; whether texts begin with a token is what its post-processor does."""
+    write_folder(tmp_path / "source", small_config())
+    ready = converted_tokenizer(tmp_path_factory, INTERNLM2)
+    ready.add_bos_token = True
+    ready.save_pretrained(tmp_path / "ready")
+    shutil.copy(tmp_path / "ready" / "tokenizer.json", tmp_path / "source")
+    (tmp_path / "source" / "tokenizer.model").unlink()
+    tokenizer = AutoTokenizer.from_pretrained(convert(tmp_path / "source", tmp_path / "target").folder)
+    ready.add_bos_token = False
+    for text in TEXTS:
+        assert tokenizer(text)["input_ids"] == ready(text)["input_ids"]
+    prompt = tokenizer.apply_chat_template([{"role": "user", "content": "the"}])["input_ids"]
+    assert prompt[:2] == [1, tokenizer.convert_tokens_to_ids("<|im_start|>")]
+
+
+_tokenizers: dict[str, Any] = {}
+
+
+def converted_tokenizer(factory: pytest.TempPathFactory, kind: str) -> Any:
+    """Returns the converted tokenizer of a small model; `source` is where the published one lies."""
+    if kind not in _tokenizers:
+        folder = factory.mktemp("tokenizer")
+        write_folder(folder / "source", small_config(kind))
+        _tokenizers[kind] = AutoTokenizer.from_pretrained(convert(folder / "source", folder / "target").folder)
+        _tokenizers[kind].source = folder / "source"
+    return _tokenizers[kind]
