@@ -1,0 +1,349 @@
+"""Says what learning a stream will take before any GPU is rented: parameters, memory, operations, hours, disk.
+
+    python -m jobs.plan jobs/configs/internvl2_2b.yaml --gpu a10g --base-config jobs/configs/bases/internvl2_2b
+
+Reads the stream's configuration and the base's config.json; no weights, no data, no GPU.
+"""
+
+import inspect
+import json
+from dataclasses import replace
+from importlib.metadata import version
+from pathlib import Path
+from typing import Annotated, Any
+
+import psutil
+import typer
+
+from jobs.options import ConfigFile, Overrides, load, user_errors
+from jobs.stream_run import write_json
+from jobs.summary import PACKAGES, command_line, git_commit, now
+from jobs.terminal import Terminal, table
+from pipeline.config import ConfigError, LearnConfig
+from pipeline.models.architecture import Architecture, architecture_of, base_configuration
+from pipeline.training.planning import activations, compute, sizes, states
+from pipeline.training.planning.advice import Change, advice, largest_micro_batch
+from pipeline.training.planning.compute import GPUS
+from pipeline.training.planning.plan import CONTEXT, FRAGMENTATION, Assumptions, Plan
+
+POOLS = (10, 50, 100)
+"""Pools whose size is told beside that of the stream's own."""
+
+EXPLAINED = {
+    activations: ("layer_bytes", "attention_bytes", "mask_bytes", "logits_bytes", "backward_bytes", "vision_bytes"),
+    states: ("states",),
+    compute: ("operations", "vision_operations", "gathering_seconds", "answering_seconds"),
+    sizes: ("sizes",),
+}
+"""The functions whose documentation is the formulas, by module."""
+
+Gpu = Annotated[
+    str | None,
+    typer.Option(help=f"One of {', '.join(GPUS)}.", show_default="a10g; this machine's memory without training.gpu"),
+]
+BaseConfig = Annotated[
+    Path | None,
+    typer.Option(help="The base's config.json, or its folder, where base.path is not on this machine.", metavar="FILE"),
+]
+Output = Annotated[Path | None, typer.Option(help="Folder of plan.json.", show_default="runs/<name>")]
+
+
+def main(
+    config: ConfigFile,
+    overrides: Overrides = None,
+    gpu: Gpu = None,
+    base_config: BaseConfig = None,
+    tiles: Annotated[int, typer.Option(help="Tiles of a typical row, thumbnail included.", min=0)] = Assumptions.tiles,
+    text_tokens: Annotated[
+        int, typer.Option(help="Text tokens of a typical row, template and answer included.", min=1)
+    ] = Assumptions.text_tokens,
+    utilisation: Annotated[
+        float, typer.Option(help="Share of the GPU's operations that training reaches.", min=0.01, max=1)
+    ] = Assumptions.utilisation,
+    link: Annotated[
+        float | None,
+        typer.Option(
+            help="GB/s between workers, one way, where they are not in one machine: 3 for 25 Gbit/s.",
+            show_default="NVLink or PCIe by --gpu",
+        ),
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the figures as JSON instead of tables.")] = False,
+    explain: Annotated[bool, typer.Option("--explain", help="Print all formulas with their sources.")] = False,
+    output: Output = None,
+) -> None:
+    """Plan a stream before any GPU is rented: memory by part, what to change if it does not fit, hours, disk."""
+    started = now()
+    with user_errors():
+        settings = load(config, overrides)
+        plan = make_plan(
+            settings,
+            architecture_of(
+                base_configuration(settings.base, _config_json(base_config)), settings.expert.target_modules
+            ),
+            gpu=gpu,
+            assumptions=Assumptions(tiles, text_tokens, utilisation),
+            link=link,
+        )
+        changes = advice(plan)
+        figures = summary(plan, gpu_name(settings, gpu), changes)
+    figures = {
+        "name": settings.name,
+        "command": command_line(),
+        "seed": settings.seed,
+        "git_commit": git_commit(),
+        "started": started.isoformat(timespec="seconds"),
+        "versions": {package: version(package) for package in PACKAGES},
+        **figures,
+    }
+    file = (output or Path("runs") / settings.name) / "plan.json"
+    write_json(file, figures)
+    if as_json:
+        typer.echo(json.dumps(figures, indent=1))
+        return
+    terminal = Terminal()
+    show(terminal, plan, gpu_name(settings, gpu), changes)
+    if explain:
+        typer.echo(formulas())
+    terminal.say(f"summary    {file}")
+
+
+def _config_json(given: Path | None) -> Path | None:
+    return given / "config.json" if given is not None and given.is_dir() else given
+
+
+def gpu_name(config: LearnConfig, given: str | None) -> str | None:
+    """Returns the GPU that is planned for, None for CPUs; raises ConfigError for an unknown one."""
+    if given is not None and given not in GPUS:
+        raise ConfigError(f"--gpu {given}: not known; choose one of {', '.join(GPUS)}")
+    return given or ("a10g" if config.training.gpu else None)
+
+
+def make_plan(
+    config: LearnConfig,
+    architecture: Architecture,
+    *,
+    gpu: str | None = None,
+    assumptions: Assumptions | None = None,
+    link: float | None = None,
+) -> Plan:
+    """Returns the plan of a stream over a base; `link` in GB/s between workers, where the GPU's own does not reach."""
+    name = gpu_name(config, gpu)
+    found = GPUS[name] if name else None
+    if found and link is not None:
+        found = replace(found, link=1e9 * link)
+    capacity = found.memory if found else psutil.virtual_memory().total / config.training.workers
+    return Plan(config, architecture, found, capacity, assumptions or Assumptions())
+
+
+def summary(plan: Plan, gpu: str | None, changes: list[Change]) -> dict[str, Any]:
+    """Returns the plan for machines: SI units in the names of keys."""
+    config, architecture, disk, operations = plan.config, plan.architecture, plan.sizes, plan.operations
+    moment, peak = plan.peak(plan.longest)
+    return {
+        "base": {"label": config.base.label, "kind": architecture.kind},
+        "gpu": {"name": gpu, "memory_bytes": plan.capacity, "workers": config.training.workers},
+        "assumptions": vars(plan.assumptions) | {"context_bytes": CONTEXT, "fragmentation": FRAGMENTATION},
+        "parameters": {
+            "frozen": dict(architecture.parameters),
+            "trained": architecture.adapter_parameters(config.expert.rank),
+            "routing_vectors": architecture.vector_parameters,
+            "adapted_linears": len(architecture.adapted),
+        },
+        "step": {
+            "rows": plan.rows_per_step,
+            "micro_batch": plan.micro_batch,
+            "accumulated": plan.accumulated,
+            "typical_row_tokens": plan.typical.tokens,
+            "longest_row_tokens": plan.longest.tokens,
+            "tokens": plan.rows_per_step * plan.typical.tokens,
+            "operations": plan.rows_per_step * operations.total,
+            "operations_of_a_row": vars(operations),
+            "attention": plan.kernel,
+            "seconds": plan.step_seconds,
+            "gathering_seconds": plan.gathering_seconds,
+        },
+        "memory": {
+            "fits": plan.fits,
+            "peak_bytes": peak,
+            "peak_moment": moment,
+            "longest_row_bytes": plan.moments(plan.longest),
+            "typical_row_bytes": plan.moments(plan.typical),
+            "cpu_bytes": plan.cpu,
+            "largest_micro_batch": largest_micro_batch(plan),
+            "advice": [{"settings": dict(c.settings), "peak_bytes": c.bytes, "fits": c.fits} for c in changes],
+        },
+        "hours": {
+            "expert_stage_seconds": plan.expert_seconds,
+            "router_stage_seconds": plan.router_seconds,
+            "row_features_gpu_seconds": plan.caching_seconds,
+            "evaluation_gpu_seconds": plan.evaluation_seconds,
+            "stream_gpu_seconds": plan.gpu_seconds,
+        },
+        "disk": {
+            "adapter_bytes": disk.adapter,
+            "vectors_bytes": disk.vectors,
+            "statistics_bytes": disk.statistics,
+            "expert_bytes": disk.expert,
+            "pool_bytes": {str(n): disk.pool(n) for n in (len(config.stream.tasks), *POOLS)},
+            "checkpoint_bytes": disk.checkpoint,
+            "row_features_bytes": disk.row_features,
+        },
+    }
+
+
+def show(terminal: Terminal, plan: Plan, gpu: str | None, changes: list[Change]) -> None:
+    """Prints the plan."""
+    for drawn in (_parameters(plan), _memory(plan, gpu), _time(plan, gpu), _disk(plan)):
+        terminal.console.print(drawn)
+    for line in _notes(plan):
+        terminal.say(line)
+    for line in verdict(plan, gpu, changes):
+        terminal.say(line)
+
+
+def _parameters(plan: Plan) -> Any:
+    architecture, expert = plan.architecture, plan.config.expert
+    rows = [[part, f"{count:,}", "frozen"] for part, count in architecture.parameters.items() if count]
+    rows.append(["base", f"{architecture.total:,}", "frozen"])
+    adapter = architecture.adapter_parameters(expert.rank)
+    rows.append([f"adapter, rank {expert.rank}", f"{adapter:,}", f"trained ({adapter / architecture.total:.2%})"])
+    rows.append(["routing vectors", f"{architecture.vector_parameters:,}", "trained after it"])
+    kinds = list(dict.fromkeys(linear.path.rpartition(".")[2] for linear in architecture.adapted))
+    title = f"{plan.config.base.label}: {len(architecture.adapted)} Linears adapted ({', '.join(kinds)})"
+    return table(title, ["parameters", "count", ""], rows)
+
+
+def _memory(plan: Plan, gpu: str | None) -> Any:
+    """Both rows' peaks by part, and all moments' totals below."""
+    columns = {"typical row": plan.typical, "longest row": plan.longest}
+    moments = {name: plan.moments(row) for name, row in columns.items()}
+    peaks = {name: plan.peak(row)[0] for name, row in columns.items()}
+    small = plan.peak(plan.longest)[1] < 1e9
+
+    def size(value: float) -> str:
+        return f"{value / 1e6:.1f}" if small else _gb(value)
+
+    parts = dict.fromkeys(part for name in columns for part in moments[name][peaks[name]])
+    rows = []
+    for part in parts:
+        values = [moments[name][peaks[name]].get(part, 0) for name in columns]
+        if any(values):
+            rows.append([part, *map(size, values)])
+    rows.append(["[bold]at the peak[/bold]", *(f"[bold]{size(plan.peak(row)[1])}[/bold]" for row in columns.values())])
+    for moment in next(iter(moments.values())):
+        rows.append([f"  {moment}", *(size(sum(moments[name][moment].values())) for name in columns)])
+    rows += [[f"in CPU memory: {part}", *[size(value)] * 2] for part, value in plan.cpu.items()]
+    what, workers = f"GPU ({gpu})" if gpu else "worker", plan.config.training.workers
+    where = f"each of {workers} {what.replace('GPU', 'GPUs') if gpu else 'workers'}" if workers > 1 else f"the {what}"
+    header = ["MB, rows of" if small else "GB, rows of", *(f"{row.tokens:,} tokens" for row in columns.values())]
+    return table(f"Memory of {where}, micro-batch {plan.micro_batch}", header, rows)
+
+
+def _time(plan: Plan, gpu: str | None) -> Any:
+    config, operations = plan.config, plan.operations
+    rows = [
+        ["rows a step", f"{plan.rows_per_step} = {config.training.workers} x {plan.accumulated} x {plan.micro_batch}"],
+        ["tokens a step", f"{plan.rows_per_step * plan.typical.tokens:,}"],
+    ]
+    rows += [[f"operations a row: {name}", _tera(value)] for name, value in vars(operations).items() if value]
+    rows.append(["operations a step", _tera(plan.rows_per_step * operations.total)])
+    if plan.expert_seconds is None or plan.router_seconds is None or plan.step_seconds is None:
+        rows.append(["hours", "not known for CPUs; give --gpu, or measure: pointsman benchmark training"])
+    else:
+        if plan.gathering_seconds:
+            rows.append(["gathering weights (ZeRO-3), in the background", f"{plan.gathering_seconds:.1f} s a step"])
+        rows.append(["a step", f"{plan.step_seconds:.1f} s"])
+        if plan.caching_seconds is not None:
+            rows.append(["image features of 1,000 rows, once", f"{_hours(1000 * plan.caching_seconds)} of one GPU"])
+        rows.append([f"a task: expert stage, {config.expert.steps} steps", _hours(plan.expert_seconds)])
+        rows.append([f"a task: router stage, {config.router.steps} steps", _hours(plan.router_seconds)])
+        rows.append(
+            [f"all evaluations, {plan.evaluated_columns} columns", f"{_hours(plan.evaluation_seconds)} of one GPU"]
+        )
+        rows.append(
+            [
+                f"[bold]the stream, {len(config.stream.tasks)} tasks[/bold]",
+                f"[bold]{_hours(plan.gpu_seconds)} of GPU[/bold]",
+            ]
+        )
+    return table(f"Time on {config.training.workers} x {gpu or 'CPU'}", ["", ""], rows)
+
+
+def _disk(plan: Plan) -> Any:
+    disk, tasks = plan.sizes, len(plan.config.stream.tasks)
+    rows = [
+        [
+            "expert",
+            f"{_mb(disk.expert)} = adapter {_mb(disk.adapter)}, vectors {_mb(disk.vectors)}, statistics {_mb(disk.statistics)}",
+        ],
+        [f"pool of this stream's {tasks}", _mb(disk.pool(tasks))],
+        *([f"pool of {count}", _mb(disk.pool(count))] for count in POOLS),
+        ["checkpoint while a task trains", _mb(disk.checkpoint)],
+    ]
+    if disk.row_features:
+        rows.append(["image features of 1,000 rows", _mb(1000 * disk.row_features)])
+    return table("Disk", ["", ""], rows)
+
+
+def _notes(plan: Plan) -> list[str]:
+    """What the plan takes for granted."""
+    own, notes = plan.assumptions, []
+    if plan.architecture.tower:
+        notes.append(
+            f"A typical row, which time is planned for, has {own.tiles} tiles of {plan.architecture.tile_tokens} tokens and "
+            f"{own.text_tokens} of text (--tiles, --text-tokens); the longest is what data.max_tokens lets in."
+        )
+    if plan.gpu is not None:
+        notes.append(
+            f"Training reaches {own.utilisation:.0%} of {plan.gpu.operations / 1e12:g} dense bf16 TFLOP/s (--utilisation); "
+            f"allowance for CUDA {_gb(CONTEXT)} GB and {FRAGMENTATION:.0%} of all tensors."
+        )
+    notes.append("Formulas and sources: --explain. How well memory is predicted: pointsman benchmark plan.")
+    return notes
+
+
+def verdict(plan: Plan, gpu: str | None, changes: list[Change]) -> list[str]:
+    """Returns whether the longest row fits, and otherwise what to change, in order."""
+    moment, needed = plan.peak(plan.longest)
+    room = f"{_gb(needed)} of {_gb(plan.capacity)} GB on {gpu or 'this machine'} ({moment})"
+    if plan.fits:
+        most = largest_micro_batch(plan)
+        more = f"; up to training.micro_batch={most} would fit" if most and most > plan.micro_batch else ""
+        return [f"[bold green]fits[/bold green]       {room}{more}"]
+    lines = [f"[bold red]does not fit[/bold red]  {room}"]
+    lines += [f"  then {'fits' if c.fits else 'still not'}: {c}   {_gb(c.bytes)} GB ({c.moment})" for c in changes]
+    if not changes or not changes[-1].fits:
+        lines.append(
+            "  no setting makes it fit: take a larger GPU, shorter rows (data.max_tokens, base.max_tiles) or more workers"
+        )
+    return lines
+
+
+def formulas() -> str:
+    """Returns the documentation of all that a plan computes."""
+    parts = []
+    for module, names in EXPLAINED.items():
+        parts.append(inspect.cleandoc(module.__doc__ or ""))
+        parts += [f"{name}: {inspect.getdoc(getattr(module, name))}" for name in names]
+    return "\n\n".join(parts) + "\n"
+
+
+def _gb(value: float) -> str:
+    return f"{value / 1e9:.2f}"
+
+
+def _mb(value: float) -> str:
+    return f"{value / 1e9:.1f} GB" if value >= 1e9 else f"{value / 1e6:.1f} MB"
+
+
+def _tera(value: float) -> str:
+    return f"{value / 1e12:,.2f} T" if value >= 1e11 else f"{value / 1e9:,.2f} G"
+
+
+def _hours(seconds: float | None) -> str:
+    assert seconds is not None
+    return f"{seconds / 3600:.1f} h" if seconds >= 3600 else f"{seconds / 60:.1f} min"
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,1 @@
+"""What training an expert needs, computed before any GPU is rented: memory, operations, hours, disk."""

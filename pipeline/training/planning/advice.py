@@ -1,0 +1,95 @@
+"""What to change where a plan does not fit: settings in order of what they cost, each on top of those before."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from pipeline.training.planning.plan import Plan
+
+NOTICEABLE = 0.005
+"""Share of the peak that a setting must save to be named."""
+
+
+@dataclass(frozen=True)
+class Change:
+    """Settings to change, and what is needed then."""
+
+    settings: Mapping[str, Any]
+    moment: str
+    bytes: int
+    fits: bool
+
+    def __str__(self) -> str:
+        """Returns the settings as overrides."""
+        return " ".join(f"{field}={str(value).lower()}" for field, value in self.settings.items())
+
+
+def changed(plan: Plan, settings: Mapping[str, Any]) -> Plan:
+    """Returns the plan with other settings, given by dotted name."""
+    config = plan.config
+    for field, value in settings.items():
+        group, name = field.split(".")
+        config = config.model_copy(update={group: getattr(config, group).model_copy(update={name: value})})
+    return replace(plan, config=config)
+
+
+def advice(plan: Plan) -> list[Change]:
+    """Returns what makes the longest row fit: nothing, if it does; all there is, if nothing suffices.
+
+    In this order: attention that keeps no matrix, cached image features, gradient checkpointing, a smaller micro-batch (all
+    of them give the same adapter, up to rounding), ZeRO-3, offload to CPU memory (both slower). Settings that save nothing
+    here are left out.
+    """
+    found: list[Change] = []
+    for settings in (_attention, _vision, _checkpointing, _micro_batch, _zero, _offload):
+        if plan.fits:
+            break
+        wanted = settings(plan)
+        if wanted is None:
+            continue
+        after = changed(plan, wanted)
+        before, (moment, needed) = plan.peak(plan.longest)[1], after.peak(after.longest)
+        if needed <= (1 - NOTICEABLE) * before:
+            found.append(Change(wanted, moment, needed, after.fits))
+            plan = after
+    return found
+
+
+def largest_micro_batch(plan: Plan) -> int | None:
+    """Returns the largest micro-batch that divides a worker's share and fits, other settings as they are; or None."""
+    for rows in range(plan.share, 0, -1):
+        if plan.share % rows == 0 and changed(plan, {"training.micro_batch": rows}).fits:
+            return rows
+    return None
+
+
+def _attention(plan: Plan) -> dict[str, Any] | None:
+    return {"base.attention": "sdpa"} if plan.config.base.attention == "eager" else None
+
+
+def _vision(plan: Plan) -> dict[str, Any] | None:
+    return {"data.vision_cache": "features"} if plan.architecture.cacheable and not plan.cached_vision else None
+
+
+def _checkpointing(plan: Plan) -> dict[str, Any] | None:
+    return None if plan.config.training.gradient_checkpointing else {"training.gradient_checkpointing": True}
+
+
+def _micro_batch(plan: Plan) -> dict[str, Any] | None:
+    rows = largest_micro_batch(plan) or 1
+    return {"training.micro_batch": rows} if rows < plan.micro_batch else None
+
+
+def _zero(plan: Plan) -> dict[str, Any] | None:
+    training = plan.config.training
+    return {"training.zero_stage": 3} if training.zero_stage < 3 and training.workers > 1 else None
+
+
+def _offload(plan: Plan) -> dict[str, Any] | None:
+    training = plan.config.training
+    settings = {"training.zero_stage": 3, "training.offload": "all"}
+    return (
+        None
+        if training.offload == "all"
+        else {k: v for k, v in settings.items() if k != "training.zero_stage" or training.zero_stage < 3}
+    )

@@ -1,0 +1,338 @@
+"""The plan of a stream: memory of one GPU at every moment of a step, operations, hours, disk; and what to change.
+
+Memory is planned for the longest row that `data.max_tokens` lets in, since one such batch is enough to fail; time for the
+typical row, whose tiles and text are assumptions that the caller states.
+"""
+
+from dataclasses import dataclass
+from functools import cached_property
+
+from pipeline.config import LearnConfig
+from pipeline.models.architecture import PROJECTOR, VISION, Architecture
+from pipeline.training.planning.activations import Activations, Kernel, Pass, activations
+from pipeline.training.planning.compute import (
+    Gpu,
+    Operations,
+    answering_seconds,
+    gathering_seconds,
+    operations,
+    vision_operations,
+)
+from pipeline.training.planning.sizes import Sizes, sizes
+from pipeline.training.planning.states import States, states
+from pipeline.training.zero import zero_config
+
+CONTEXT = 1.0e9
+"""Bytes that CUDA's context, its libraries' workspaces and NCCL take before the first tensor; an allowance, the figure
+differs by driver and GPU."""
+
+FRAGMENTATION = 0.08
+"""Share of the tensors' bytes that the caching allocator holds without using them; an allowance."""
+
+TILES = 12
+"""Tiles that InternVL's processor cuts an image into at most, unless `base.max_tiles` says less; a thumbnail comes on top."""
+
+
+@dataclass(frozen=True)
+class Assumptions:
+    """What a plan cannot read from a configuration."""
+
+    tiles: int = 6
+    """Tiles of a typical row, thumbnail included."""
+    text_tokens: int = 200
+    """Text tokens of a typical row: template, question and answer."""
+    utilisation: float = 0.35
+    """Share of the GPU's operations that training reaches."""
+    prompts: int = 1000
+    """Evaluation prompts a task or benchmark, where `evaluation.limit` does not say."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """A row's length."""
+
+    tokens: int
+    tiles: int
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What learning a stream takes."""
+
+    config: LearnConfig
+    architecture: Architecture
+    gpu: Gpu | None
+    """None on CPUs."""
+    capacity: float
+    """Bytes that a worker may use."""
+    assumptions: Assumptions
+
+    # Rows and batches
+
+    @property
+    def share(self) -> int:
+        """Rows of a step that fall to one worker."""
+        return max(1, self.config.expert.batch_size // self.config.training.workers)
+
+    @property
+    def micro_batch(self) -> int:
+        """Rows of one pass."""
+        return min(self.config.training.micro_batch or self.share, self.share)
+
+    @property
+    def accumulated(self) -> int:
+        """Passes of a step."""
+        return self.share // self.micro_batch
+
+    @property
+    def rows_per_step(self) -> int:
+        """Rows of a step, over all workers."""
+        return self.micro_batch * self.accumulated * self.config.training.workers
+
+    @property
+    def cached_vision(self) -> bool:
+        """Whether image features are read from disk, and the vision tower is not there."""
+        return self.config.data.vision_cache == "features"
+
+    @property
+    def typical(self) -> Row:
+        """The row that time is planned for."""
+        tokens = self.assumptions.tiles * self.architecture.tile_tokens + self.assumptions.text_tokens
+        return Row(min(tokens, self.longest.tokens), self.assumptions.tiles if self.architecture.tower else 0)
+
+    @property
+    def longest(self) -> Row:
+        """The longest row that is let in."""
+        tokens = min(self.config.data.max_tokens, self.architecture.longest)
+        if self.architecture.tower is None:
+            return Row(tokens, 0)
+        most = (self.config.base.max_tiles or TILES) + 1
+        return Row(tokens, min(most, tokens // self.architecture.tile_tokens))
+
+    # Memory
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of a frozen weight and of an activation."""
+        return 2 if self.config.training.precision == "bf16" or self.config.base.dtype == "bfloat16" else 4
+
+    @property
+    def adapter_bytes(self) -> int:
+        """Bytes of an adapter's weight."""
+        return 2 if self.config.training.precision == "bf16" else 4
+
+    @property
+    def kernel(self) -> Kernel:
+        """How attention is computed: rows of a micro-batch differ in length, so more than one means padding."""
+        attention = self.config.base.attention
+        if attention == "eager":
+            return "eager"
+        return "masked" if attention == "sdpa" and self.micro_batch > 1 else "flash"
+
+    @property
+    def loaded(self) -> int:
+        """Parameters of the base that a worker loads."""
+        left_out = (VISION, PROJECTOR) if self.cached_vision else ()
+        return sum(count for part, count in self.architecture.parameters.items() if part not in left_out)
+
+    @cached_property
+    def states(self) -> States:
+        """Memory that does not depend on the batch."""
+        config = self.config
+        zero = zero_config(
+            config.training, micro_batch=self.micro_batch, accumulated=self.accumulated, clip=config.expert.clip
+        )
+        return states(
+            base=self.loaded,
+            adapter=self.architecture.adapter_parameters(config.expert.rank),
+            training=config.training,
+            weight_bytes=self.bytes,
+            adapter_bytes=self.adapter_bytes,
+            zero=zero["zero_optimization"],
+            gpu=self.gpu is not None,
+        )
+
+    @property
+    def cpu(self) -> dict[str, int]:
+        """Bytes of CPU memory by one worker: what is offloaded, and the base while it loads (ZeRO-3 shards it at once)."""
+        size = 2 if self.config.base.dtype == "bfloat16" else 4
+        loading = size * self.architecture.total
+        whole = {} if self.gpu is None or self.config.training.zero_stage == 3 else {"the base while it loads": loading}
+        return whole | dict(self.states.cpu)
+
+    def step(self, row: Row) -> Pass:
+        """Returns the pass of a micro-batch of such rows."""
+        return Pass(
+            rows=self.micro_batch,
+            tokens=row.tokens,
+            tiles=0 if self.cached_vision else self.micro_batch * row.tiles,
+            rank=self.config.expert.rank,
+            kernel=self.kernel,
+            dropout=self.config.expert.dropout > 0,
+            checkpointing=self.config.training.gradient_checkpointing,
+            bytes=self.bytes,
+            adapter_bytes=self.adapter_bytes,
+            gpu=self.gpu is not None,
+        )
+
+    def moments(self, row: Row) -> dict[str, dict[str, int]]:
+        """Returns bytes of one worker by moment and part, for a micro-batch of such rows.
+
+        Moments: the vision tower runs; logits and loss; the last and the first layer run backward; the optimizer steps. The
+        allowance for the allocator and CUDA is a part of its own; CPUs have none.
+        """
+        found, layers = activations(self.architecture, self.step(row)), self.architecture.decoder.layers
+        own = moments_of(found, self.states, layers=layers, accumulating=self.accumulated > 1)
+        moments = {name: self._always(row) | parts for name, parts in own.items()}
+        if self.gpu is not None:
+            for parts in moments.values():
+                parts["CUDA and allocator (allowance)"] = int(CONTEXT + FRAGMENTATION * sum(parts.values()))
+        return moments
+
+    def _always(self, row: Row) -> dict[str, int]:
+        own = self.states
+        tower = self.architecture.tower
+        images = 0
+        if tower is not None:
+            said = self.architecture.tile_tokens * self.architecture.decoder.width * self.bytes
+            images = self.micro_batch * row.tiles * (said if self.cached_vision else 4 * tower.pixels)
+        return {
+            "frozen weights": own.weights,
+            "frozen weights, gathered": own.gathered,
+            "adapter": own.adapter,
+            "optimizer states": own.optimizer,
+            "buffers between workers": own.bucket if own.bucket_stays else 0,
+            "batch": images + 24 * self.micro_batch * row.tokens,
+        }
+
+    def peak(self, row: Row) -> tuple[str, int]:
+        """Returns the moment that needs most, and its bytes."""
+        totals = {name: sum(parts.values()) for name, parts in self.moments(row).items()}
+        name = max(totals, key=totals.__getitem__)
+        return name, totals[name]
+
+    @property
+    def fits(self) -> bool:
+        """Whether the longest row fits."""
+        return self.peak(self.longest)[1] <= self.capacity
+
+    # Time
+
+    @property
+    def operations(self) -> Operations:
+        """Operations of a typical row."""
+        return operations(
+            self.architecture,
+            tokens=self.typical.tokens,
+            tiles=0 if self.cached_vision else self.typical.tiles,
+            rank=self.config.expert.rank,
+            kernel=self.kernel,
+            checkpointing=self.config.training.gradient_checkpointing,
+        )
+
+    @property
+    def step_seconds(self) -> float | None:
+        """Seconds of a step: computing, or gathering weights where that takes longer; None on CPUs."""
+        if self.gpu is None:
+            return None
+        rows = self.rows_per_step / self.config.training.workers
+        computing = rows * self.operations.total / (self.gpu.operations * self.assumptions.utilisation)
+        return max(computing, self.gathering_seconds)
+
+    @property
+    def gathering_seconds(self) -> float:
+        """Seconds of a step in which ZeRO-3 gathers weights; 0 otherwise."""
+        training = self.config.training
+        if self.gpu is None or training.zero_stage < 3 or training.workers == 1:
+            return 0.0
+        passes = 3 if training.gradient_checkpointing else 2
+        weights = self.bytes * self.loaded
+        return self.accumulated * gathering_seconds(weights, training.workers, self.gpu, passes=passes)
+
+    @property
+    def caching_seconds(self) -> float | None:
+        """Seconds in which one GPU computes the image features of a typical row, once; None without cache."""
+        if self.gpu is None or not self.cached_vision:
+            return None
+        return vision_operations(self.architecture, self.typical.tiles) / (
+            self.gpu.operations * self.assumptions.utilisation
+        )
+
+    @property
+    def expert_seconds(self) -> float | None:
+        """Seconds of the expert stage of one task."""
+        return None if self.step_seconds is None else self.config.expert.steps * self.step_seconds
+
+    @property
+    def router_seconds(self) -> float | None:
+        """Seconds of the router stage of one task; its steps cost what the expert stage's do."""
+        return None if self.step_seconds is None else self.config.router.steps * self.step_seconds
+
+    @property
+    def evaluated_columns(self) -> int:
+        """Tasks and benchmarks answered over the whole stream: all of them by the base, then after each task those so far."""
+        new, old = len(self.config.stream.tasks), len(self.config.stream.foundation)
+        return new + old + sum(task + old for task in range(1, new + 1))
+
+    @property
+    def evaluation_seconds(self) -> float | None:
+        """Seconds of one GPU for all evaluations of the stream."""
+        if self.gpu is None:
+            return None
+        evaluation = self.config.evaluation
+        return answering_seconds(
+            self.architecture,
+            prompts=self.evaluated_columns * (evaluation.limit or self.assumptions.prompts),
+            tokens=self.typical.tokens,
+            tiles=0 if self.cached_vision else self.typical.tiles,
+            new=evaluation.max_new_tokens,
+            batch=evaluation.batch_size,
+            weights=(2 if self.config.base.dtype == "bfloat16" else 4) * self.loaded,
+            gpu=self.gpu,
+            use=self.assumptions.utilisation,
+        )
+
+    @property
+    def gpu_seconds(self) -> float | None:
+        """GPU-seconds of the whole stream: both stages of all tasks on all workers, and evaluations."""
+        if self.expert_seconds is None or self.router_seconds is None or self.evaluation_seconds is None:
+            return None
+        training = (self.expert_seconds + self.router_seconds) * self.config.training.workers
+        return len(self.config.stream.tasks) * training + self.evaluation_seconds
+
+    # Disk
+
+    @property
+    def sizes(self) -> Sizes:
+        """What comes to lie on disk."""
+        return sizes(
+            self.architecture,
+            rank=self.config.expert.rank,
+            wanted_width=self.config.router.feature_width,
+            adapter_bytes=self.adapter_bytes,
+            feature_bytes=(2 if self.config.base.dtype == "bfloat16" else 4) if self.cached_vision else 0,
+            tiles=self.typical.tiles,
+        )
+
+
+def moments_of(found: Activations, own: States, *, layers: int, accumulating: bool) -> dict[str, dict[str, int]]:
+    """Returns the parts that come on top of what is always there, by moment.
+
+    On its way down, the backward pass frees what layers keep and fills in gradients, so that memory peaks at one of its ends.
+    Where micro-batches accumulate, gradients are there from the start.
+    """
+    whole = {"gradients": own.gradients}
+    before = whole if accumulating else {}
+    early = whole if accumulating else {"gradients": own.gradients // layers}
+    layer = {
+        "buffers between workers": own.bucket,
+        "one layer again": found.recomputed,
+        "gradients of activations": found.backward,
+    }
+    vision = {"vision tower": before | {"vision tower's activations": found.vision}} if found.vision else {}
+    return vision | {
+        "logits and loss": before | {"activations": found.kept, "logits and loss": found.logits},
+        "last layer backward": early | {"activations": found.kept_last} | layer,
+        "first layer backward": whole | {"activations": found.kept_first} | layer,
+        "optimizer": whole | {"optimizer's temporaries": own.step},
+    }

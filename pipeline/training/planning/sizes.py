@@ -1,0 +1,65 @@
+"""What experts, pools and checkpoints weigh on disk."""
+
+from dataclasses import dataclass
+
+from pipeline.models.architecture import Architecture
+from pipeline.routing.evidence import WIDTH
+from pipeline.routing.features import feature_width
+
+FLOAT, DOUBLE = 4, 8
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Bytes on disk."""
+
+    adapter: int
+    vectors: int
+    statistics: int
+    checkpoint: int
+    """The checkpoint that a half-trained task goes on from; the last one stays."""
+    row_features: int
+    """Cached image features of one row; 0 without cache."""
+
+    @property
+    def expert(self) -> int:
+        """One expert: adapter, routing vectors, statistics."""
+        return self.adapter + self.vectors + self.statistics
+
+    def pool(self, experts: int) -> int:
+        """A pool of so many experts: it holds all of them, and the null expert's statistics."""
+        return experts * self.expert + self.statistics
+
+
+def sizes(
+    architecture: Architecture,
+    *,
+    rank: int,
+    wanted_width: int | None,
+    adapter_bytes: int,
+    feature_bytes: int,
+    tiles: int,
+) -> Sizes:
+    """Returns the sizes of one expert and its by-products.
+
+    adapter      a P, in the precision that it trains in
+    vectors      4 D for each adapted Linear
+    statistics   8 F + 2 F (F + 1) of F features of the prompts, and of 64 at each of the four inputs of all layers
+    checkpoint   the adapter, its float32 weights and AdamW's moments: (a + 12) P
+    """
+    parameters = architecture.adapter_parameters(rank)
+    decoder = architecture.decoder
+    features = feature_width(decoder.width, wanted_width)
+    heard = 4 * decoder.layers * _moments(min(WIDTH, decoder.width))
+    return Sizes(
+        adapter=adapter_bytes * parameters,
+        vectors=FLOAT * architecture.vector_parameters,
+        statistics=_moments(features) + heard,
+        checkpoint=(adapter_bytes + 3 * FLOAT) * parameters,
+        row_features=tiles * architecture.tile_tokens * decoder.width * feature_bytes,
+    )
+
+
+def _moments(width: int) -> int:
+    """Returns the bytes of a mean in float64 and half a symmetric matrix in float32."""
+    return DOUBLE * width + FLOAT * width * (width + 1) // 2
