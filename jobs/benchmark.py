@@ -1,26 +1,34 @@
 """Measures what the project adds to the work itself, as ratios within one run.
 
 python -m jobs.benchmark training jobs/configs/embedded.yaml    a stage of training against a plain loop
+python -m jobs.benchmark plan                                   planned memory against measured
 python -m jobs.benchmark routing                                routers against PEFT's ways to have several experts
+python -m jobs.benchmark data                                   preprocessing against datasets.map, memory, bad rows
+python -m jobs.benchmark families                               every family of bases, learned, registered, reloaded
+python -m jobs.benchmark text                                   two tasks on pretrained weights, and what was kept
 """
 
 from statistics import fmean, median
-from time import time_ns
+from time import perf_counter, time_ns
 from typing import Annotated
 
 import torch
 import typer
 
+from jobs.benchmark_data import data
+from jobs.benchmark_families import families
+from jobs.benchmark_plan import plan
 from jobs.benchmark_routers import routers
 from jobs.benchmark_routing import routing
+from jobs.benchmark_text import text
 from jobs.options import ConfigFile, Overrides, load, user_errors
 from jobs.plain_loop import plain_steps, shuffled_batches
 from jobs.stream_run import StreamRun, open_run, write_json
 from jobs.summary import now, provenance
 from jobs.terminal import table
-from pipeline.config import ConfigError
+from pipeline.config import ConfigError, LearnConfig
 from pipeline.models.bases import load_base
-from pipeline.streams.preprocess import unpack
+from pipeline.streams.packing import unpack
 from pipeline.training.stages import with_lora
 
 app = typer.Typer(help="Measure what the project adds to the work itself.", no_args_is_help=True, rich_markup_mode=None)
@@ -36,13 +44,20 @@ def benchmarks() -> None:
     """Measure what the project adds to the work itself."""
 
 
+app.command("plan")(plan)
 app.command("routing")(routing)
 app.command("routers")(routers)
+app.command("data")(data)
+app.command("families")(families)
+app.command("text")(text)
 
 
 @app.command("training")
 def training(config: ConfigFile, overrides: Overrides = None, rounds: Rounds = 3) -> None:
-    """Expert stage (DeepSpeed, Ray Train, Ray Data) against a plain PyTorch + PEFT loop: same data, batch, threads."""
+    """Expert stage (DeepSpeed, Ray Train, Ray Data) against a plain PyTorch + PEFT loop: same data, batch, threads.
+
+    Beside them the same stage with `data.vision_cache=features`: what it saves to run the frozen vision tower once.
+    """
     with user_errors():
         settings = load(config, overrides)
         with open_run(settings, job="benchmark training") as run:
@@ -56,16 +71,27 @@ def _training(run: StreamRun, rounds: int) -> None:
         raise ConfigError(f"expert.steps={steps}: the first {WARM_UP} steps are start-up and do not count; take more")
     task = run.config.stream.tasks[0]
     rows = run.training_rows(task)
-    plain, ours, waits = [], [], []
+    cached = StreamRun(_with_features(run.config), run.cluster, run.terminal, run.memory)
+    cached.run_id = run.run_id
+    with run.terminal.working("computing image features"):
+        began = perf_counter()
+        cached.training_rows(task)
+        feature_seconds = perf_counter() - began
+    plain: list[float] = []
+    ours: list[float] = []
+    features: list[float] = []
+    waits: list[float] = []
     for number in range(rounds):
         run.terminal.say(f"round {number + 1}/{rounds}")
         with run.terminal.working("plain PyTorch + PEFT loop"):
             plain.append(fmean(_plain_loop(run)[WARM_UP:]))
-        # A digest of its own: a finished run of the same name would only be read again.
-        job = run.job(task, f"benchmark-{time_ns()}", task=f"benchmark_{task.name}", router_stage=False)
-        trained = run.train(*job)
-        ours.append(fmean(trained.figures["expert_step_seconds"][WARM_UP:]))
-        waits.append(trained.figures["expert_wait_seconds"] / trained.figures["expert_seconds"])
+        for which, seconds in ((run, ours), (cached, features)):
+            # A digest of its own: a finished run of the same name would only be read again.
+            job = which.job(task, f"benchmark-{time_ns()}", task=f"benchmark_{task.name}", router_stage=False)
+            figures = which.train(*job).figures
+            seconds.append(fmean(figures["expert_step_seconds"][WARM_UP:]))
+            if which is run:
+                waits.append(figures["expert_wait_seconds"] / figures["expert_seconds"])
     summary = provenance(run, started) | {
         "steps": steps,
         "batch_size": run.config.expert.batch_size,
@@ -75,6 +101,9 @@ def _training(run: StreamRun, rounds: int) -> None:
         "pointsman_step_seconds": ours,
         "throughput_ratio": median(plain) / median(ours),
         "data_wait_share": median(waits),
+        "features_step_seconds": features,
+        "features_speed_up": median(ours) / median(features),
+        "features_seconds": feature_seconds,
     }
     file = run.folder / "benchmark-training.json"
     write_json(file, summary)
@@ -87,9 +116,20 @@ def _training(run: StreamRun, rounds: int) -> None:
             f"{summary['throughput_ratio']:.2f}",
             f"{median(waits):.1%}",
         ],
+        [
+            "the same, vision_cache=features",
+            f"{1e3 * median(features):.1f}",
+            f"{median(plain) / median(features):.2f}",
+            "-",
+        ],
     ]
     run.terminal.console.print(table(f"{steps} steps of {run.config.expert.batch_size} rows", header, body))
     run.terminal.say(f"summary    {file}")
+
+
+def _with_features(config: LearnConfig) -> LearnConfig:
+    data_ = config.data.model_copy(update={"vision_cache": "features"})
+    return config.model_copy(update={"data": data_})
 
 
 def _plain_loop(run: StreamRun) -> list[float]:
@@ -105,7 +145,7 @@ def _plain_loop(run: StreamRun) -> list[float]:
         for row in unpack(batch)
     ]
     batches = shuffled_batches(rows, config.expert.batch_size, pad_token_id=base.processor.tokenizer.pad_token_id)
-    return plain_steps(with_lora(base.model, config.expert), config.expert, batches)
+    return plain_steps(with_lora(base, config.expert), config.expert, batches)
 
 
 if __name__ == "__main__":

@@ -250,7 +250,7 @@ def taking_turns(steps: Sequence[Step], seconds: float) -> list[list[float]]:
     return times
 
 
-class _Allocations(TorchDispatchMode):
+class Allocations(TorchDispatchMode):
     """Follows the tensors that operators make, those that composed operators make inside too, until they are gone."""
 
     def __init__(self) -> None:
@@ -287,7 +287,7 @@ def peak_bytes(run: Callable[[], object]) -> int:
     Counts storages from the operator that makes them until they are freed. Scratch memory inside one operator is not
     seen; on the CPU the engines here have none to speak of: PyTorch's profiler counts the same.
     """
-    with _Allocations() as allocations:
+    with Allocations() as allocations:
         run()
     return allocations.peak
 

@@ -129,6 +129,10 @@ class StreamConfig(Config):
         return self
 
 
+def _off(value: Any) -> Any:
+    return "off" if value is False else value  # how YAML reads the word
+
+
 class DataConfig(Config):
     """How rows are read, checked and encoded."""
 
@@ -142,7 +146,7 @@ class DataConfig(Config):
     """Parallel preprocessing tasks, one CPU each; about one a core, fewer where training computes on the same cores."""
     cache: Literal["auto", "memory", "none"] = "auto"
     """Keep preprocessed rows in Ray's object store over the epochs; `auto` does if they fit into a quarter of it."""
-    vision_cache: Literal["off", "features"] = "off"
+    vision_cache: Annotated[Literal["off", "features"], BeforeValidator(_off)] = "off"
     """`features`: the frozen vision tower sees every image once; what it says of it is kept on disk and read by all
     epochs, stages and evaluations. Pays from the second time that a row is read."""
     by_length: bool = False

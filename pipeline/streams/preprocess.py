@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import ray
 from ray.data import TaskPoolStrategy
 from ray.data.expressions import col
@@ -131,7 +132,7 @@ def encoded_rows(
     """Returns a part's rows, encoded when they are read; bad ones have a `reason`."""
     work = partial(encode_batch, part=part, column=name, base=base, data=data, answer=answer)
     return read(part.source, data_folder).map_batches(
-        work, batch_size=64, batch_format="numpy", compute=TaskPoolStrategy(data.readers)
+        work, batch_size=64, batch_format="pyarrow", compute=TaskPoolStrategy(data.readers)
     )
 
 
@@ -163,18 +164,16 @@ def _fits(parts: Mapping[str, Part], data: DataConfig, base: BaseModelConfig, da
 
 
 def encode_batch(
-    batch: Mapping[str, np.ndarray], *, part: Part, column: str, base: BaseModelConfig, data: DataConfig, answer: bool
+    batch: pa.Table, *, part: Part, column: str, base: BaseModelConfig, data: DataConfig, answer: bool
 ) -> Iterator[dict[str, Any]]:
     """Encodes a batch of raw rows; a row that fails gets a `reason` instead of an exception.
 
     Yields as soon as `_PIECE` bytes have come together: twelve tiles of one image are 29 MB.
     """
     processor = _processor(base)
-    names = list(batch)
     out: list[dict[str, Any]] = []
     size = 0
-    for values in zip(*(batch[key] for key in names), strict=True):
-        raw = {key: plain(value) for key, value in zip(names, values, strict=True)}
+    for raw in batch.to_pylist():
         row = {"column": column, "id": row_id(raw, part.source), "question": "", "reference": ""}
         row |= {"reason": "", "excerpt": "", "source": str(raw.get(PATH, ""))}
         try:
@@ -204,7 +203,9 @@ def check_metric(reference: Reference, metric: str | None) -> None:
     """Raises BadRow where a metric cannot score answers against this reference."""
     if metric == "mmbench" and reference.answers[0] not in reference.choices:
         options = ", ".join(reference.choices) or "none"
-        raise BadRow(f"metric mmbench: the answer {reference.answers[0]!r} is not an option's letter (options: {options})")
+        raise BadRow(
+            f"metric mmbench: the answer {reference.answers[0]!r} is not an option's letter (options: {options})"
+        )
     if metric == "vqa_accuracy" and len(reference.answers) < VOTES:
         raise BadRow(f"metric vqa_accuracy needs at least {VOTES} answers of people, found {len(reference.answers)}")
 
@@ -214,12 +215,3 @@ def _columns(rows: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 _NOTHING = Encoded(np.zeros(0, np.int64), np.zeros(0, np.int64))
-
-
-def plain(value: Any) -> Any:
-    """Turns numpy values, as Ray Data hands them out, back into plain Python."""
-    if isinstance(value, np.ndarray):
-        return [plain(item) for item in value]
-    if isinstance(value, dict):
-        return {key: plain(item) for key, item in value.items()}
-    return value.item() if isinstance(value, np.generic) else value

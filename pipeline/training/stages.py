@@ -17,6 +17,8 @@ import torch.distributed as dist
 from peft import LoraConfig, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from torch.nn import functional
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from pipeline.config import ExpertConfig
 from pipeline.models.bases import Base
@@ -81,7 +83,7 @@ def run_steps(
         for _ in range(engine.gradient_accumulation_steps()):
             batch = to_device(next(feed), device)
             before(batch)
-            loss = engine(**batch).loss
+            loss = answer_loss(engine, batch)
             engine.backward(loss)
             engine.step()
             mean += loss.detach().float() / engine.gradient_accumulation_steps()
@@ -101,6 +103,43 @@ def run_steps(
         clock.seconds += clock.step_seconds[-1]
         clock.wait_seconds += feed.wait_seconds - waited
         on_step(step + 1, value)
+
+
+def answer_loss(model: Any, batch: dict[str, Any]) -> Tensor:
+    """Returns the mean cross-entropy of the answers' tokens, the loss that transformers' models return for `labels`.
+
+    Logits are computed only where a token of some row is learned. Over all T tokens they would be the largest tensor of
+    all: 12 T V bytes with their gradient, 4.5 GB for a row of 4,096 tokens and InternVL-2's vocabulary V.
+    """
+    inputs = {name: value for name, value in batch.items() if name != "labels"}
+    next_BT = batch["labels"][:, 1:]
+    kept_K = (next_BT != IGNORED).any(0).nonzero().squeeze(-1)
+    logits_BKV = model(**inputs, logits_to_keep=kept_K).logits
+    return functional.cross_entropy(
+        logits_BKV.float().flatten(0, 1), next_BT[:, kept_K].flatten(), ignore_index=IGNORED
+    )
+
+
+def checkpoint_activations(base: Base) -> None:
+    """Makes the language model compute activations again for the backward pass instead of keeping them.
+
+    To be called when adapters are in place: PEFT, when it finds checkpointing on, makes all embeddings require gradients,
+    those of image patches among them, and the vision tower would run backward. Only the re-entrant form needs that.
+    """
+    language = base.model.get_submodule(base.family.language)
+    language.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
+    language.disable_input_require_grads()
+
+
+def without_dropout(model: nn.Module) -> None:
+    """Puts a model into evaluation mode, in which layers that are checkpointed go on being so.
+
+    Transformers' layers look at their own `training` before they compute anything twice; what is inside them does not.
+    """
+    model.eval()
+    for module in model.modules():
+        if isinstance(module, GradientCheckpointingLayer):
+            module.training = True
 
 
 def with_lora(base: Base, config: ExpertConfig, *, start: Path | None = None) -> nn.Module:

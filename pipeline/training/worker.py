@@ -26,12 +26,14 @@ from pipeline.training.stages import (
     PromptLog,
     StageClock,
     adapted_paths,
+    checkpoint_activations,
     heard_paths,
     run_steps,
     save_lora,
     warm_up_cosine,
     with_gates,
     with_lora,
+    without_dropout,
 )
 from pipeline.training.zero import gathered, sharded_loading, start_engine, zero_config
 
@@ -141,6 +143,8 @@ class Worker:
         base = self._base()
         adapted_paths(base, config.target_modules)
         peft = with_lora(base, config, start=Path(job.start) if job.start else None)
+        if job.training.gradient_checkpointing:
+            checkpoint_activations(base)
         if job.training.precision == "bf16":
             peft = peft.to(torch.bfloat16)
         engine = start_engine(
@@ -196,7 +200,9 @@ class Worker:
         engine = start_engine(
             base.model, settings, learning_rate=config.learning_rate, weight_decay=0.0, schedule=lambda step: 1.0
         )
-        engine.eval()  # nothing but the gates moves: no dropout in the base
+        if job.training.gradient_checkpointing:
+            checkpoint_activations(base)
+        without_dropout(engine)  # nothing but the gates moves
         clock = StageClock()
         with self._feed(base, job.seed + 1) as feed:
             run_steps(
@@ -241,9 +247,6 @@ class Worker:
         """Loads the frozen model as this task trains on it."""
         base = load_base(self.job.base, vision=self.job.vision)
         base.model.config.use_cache = False
-        if self.job.training.gradient_checkpointing:
-            # Not the re-entrant form: that one needs an input which requires gradients, and a frozen embedding gives none.
-            base.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         return base
 
     def _zero_config(self) -> dict[str, Any]:

@@ -11,7 +11,8 @@ from pipeline.config import TrainingConfig
 
 def zero_config(training: TrainingConfig, *, micro_batch: int, accumulated: int = 1, clip: float) -> dict[str, Any]:
     """Returns the DeepSpeed configuration of one stage: `micro_batch` rows a worker, `accumulated` times a step."""
-    zero: dict[str, Any] = {"stage": training.zero_stage}
+    # What is trained is small: DeepSpeed's own bucket of 5e8 values would take 1 GB beside an adapter of 0.1 GB.
+    zero: dict[str, Any] = {"stage": training.zero_stage, "reduce_bucket_size": int(5e7)}
     if training.offload != "none":
         zero["offload_optimizer"] = {"device": "cpu", "pin_memory": training.gpu}
     if training.offload == "all":

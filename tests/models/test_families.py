@@ -17,6 +17,7 @@ from pipeline.models.prompts import FEATURES, IGNORED, PromptError, collate_for,
 from pipeline.streams.packing import pack, unpack_row
 from pipeline.streams.sources import StreamError
 from pipeline.streams.vision import VisionReader
+from pipeline.training.stages import answer_loss, checkpoint_activations, without_dropout
 from tests.helpers import ask
 
 PICTURES = [
@@ -71,6 +72,35 @@ def test_the_loss_is_on_the_answer(base):
     for row in rows_of(base):
         answer = base.processor.tokenizer.convert_ids_to_tokens(row.labels[row.labels != IGNORED])
         assert answer == ["red", "<|end|>"]
+
+
+def test_the_loss_needs_logits_of_answers_only(base):
+    batch = collate_for(base.processor, rows_of(base))
+    with torch.no_grad():
+        torch.testing.assert_close(answer_loss(base.model, batch), base.model(**batch).loss)
+
+
+def test_layers_are_checkpointed_in_both_stages(base):
+    """In the second one without dropout; the vision tower stays out of the backward pass in both."""
+    language = base.model.get_submodule(base.family.language)
+    batch = collate_for(base.processor, rows_of(base))
+    expected = answer_loss(base.model, batch).item()
+    seen = []
+    hook = language.layers[0].self_attn.register_forward_pre_hook(lambda *args: seen.append(None))
+    gate = base.model.get_submodule(f"{base.family.language}.layers.0.mlp.down_proj").weight.requires_grad_()
+    try:
+        checkpoint_activations(base)
+        without_dropout(base.model)
+        loss = answer_loss(base.model, batch)
+        assert not language.get_input_embeddings()(batch["input_ids"]).requires_grad
+        loss.backward()
+    finally:
+        hook.remove()
+        language.gradient_checkpointing_disable()
+        gate.requires_grad_(False).grad = None
+        base.model.eval()
+    assert loss.item() == pytest.approx(expected, rel=1e-5)
+    assert len(seen) == 2, "forward, and again for backward"
 
 
 def test_rows_survive_packing(base):

@@ -10,7 +10,7 @@ from jobs.malformed_corpus import Case, build
 from pipeline.config import BaseModelConfig, DataConfig
 from pipeline.streams.preprocess import Part, prepare
 
-GROUP = 20
+GROUP = 10
 """Cases that are prepared at a time; Ray plans their readings together."""
 
 

@@ -1,11 +1,10 @@
 """The loop that both stages share, on a stand-in engine: what it does about losses."""
 
-from types import SimpleNamespace
-
 import pytest
 import torch
 
 from pipeline.config import ExpertConfig
+from pipeline.training import stages
 from pipeline.training.stages import Divergence, StageClock, adapted_paths, run_steps, warm_up_cosine
 
 
@@ -17,16 +16,18 @@ def _group(tmp_path_factory):
     torch.distributed.destroy_process_group()
 
 
+@pytest.fixture(autouse=True)
+def _losses_are_given(monkeypatch) -> None:
+    monkeypatch.setattr(stages, "answer_loss", lambda engine, batch: batch["loss"])
+
+
 class Engine:
-    """Answers every batch with the loss that the batch holds."""
+    """Takes no step at all."""
 
     device = "cpu"
 
-    def gradient_accumulation_steps(self) -> int:
-        return 1
-
-    def __call__(self, loss: torch.Tensor) -> SimpleNamespace:
-        return SimpleNamespace(loss=loss)
+    def __init__(self, accumulated: int = 1) -> None:
+        self.gradient_accumulation_steps = lambda: accumulated
 
     def backward(self, loss: torch.Tensor) -> None: ...
 
@@ -45,15 +46,26 @@ class Losses:
         return {"loss": torch.tensor(next(self._losses))}
 
 
-def run(*losses: float, explosion: float = 3.0) -> StageClock:
+def run(*losses: float, explosion: float = 3.0, accumulated: int = 1) -> StageClock:
     clock = StageClock()
-    steps = range(len(losses))
-    run_steps(Engine(), Losses(*losses), steps, explosion=explosion, clock=clock, on_step=lambda step, loss: None)
+    steps = range(len(losses) // accumulated)
+    run_steps(
+        Engine(accumulated),
+        Losses(*losses),
+        steps,
+        explosion=explosion,
+        clock=clock,
+        on_step=lambda step, loss: None,
+    )
     return clock
 
 
 def test_losses_are_taken_down() -> None:
     assert run(2.0, 1.5, 1.0).losses == [2.0, 1.5, 1.0]
+
+
+def test_a_step_is_as_many_batches_as_the_engine_accumulates() -> None:
+    assert run(2.0, 1.0, 1.0, 0.5, accumulated=2).losses == [1.5, 0.75]
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
