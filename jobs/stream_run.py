@@ -123,7 +123,7 @@ class StreamRun:
             quarantine=self.folder / "quarantine" / kind,
             answer=answer,
             features=Path(self.config.output).resolve() / "data" / "features",
-            gpu=self.config.training.gpu,
+            gpus=config.training.workers if config.training.gpu else 0,
         )
 
     def null_expert(self) -> dict[str, Any]:

@@ -88,13 +88,13 @@ def prepare(
     quarantine: Path,
     answer: bool,
     features: Path | None = None,
-    gpu: bool = False,
+    gpus: int = 0,
 ) -> Prepared:
     """Validates and encodes the rows of one or more tasks in a single pass.
 
     Rows that cannot be used go to `quarantine` (`<task>.jsonl` in that folder) with id and reason. `answer` says whether
     rows are to be learned or only asked. With `data.vision_cache` what the vision tower says of the images is kept below
-    the folder `features`, under each part's key. Raises StreamError when a task's share of bad rows exceeds
+    the folder `features`, under each part's key, computed on `gpus` GPUs. Raises StreamError when a task's share of bad rows exceeds
     `data.max_bad_share`, or no row is left.
     """
     encoded = {}
@@ -102,7 +102,7 @@ def prepare(
         rows = encoded_rows(part, name, data, base=base, data_folder=data_folder, answer=answer)
         if data.vision_cache == "features":
             assert features is not None, "whoever asks for features says where they go"
-            rows = with_features(rows, base, features / f"{name}-{part.key}", gpu=gpu)
+            rows = with_features(rows, base, features / f"{name}-{part.key}", gpus=gpus)
         encoded[name] = rows
     rows = union(list(encoded.values()))
     cached = data.cache == "memory" or (data.cache == "auto" and _fits(parts, data, base, data_folder))

@@ -27,8 +27,11 @@ IMAGES_AT_ONCE = 16
 """Rows whose images pass through the tower together."""
 
 
-def with_features(rows: ray.data.Dataset, base: BaseModelConfig, folder: Path, *, gpu: bool) -> ray.data.Dataset:
-    """Returns encoded rows with image features instead of pixels, from `folder` or computed now and written there."""
+def with_features(rows: ray.data.Dataset, base: BaseModelConfig, folder: Path, *, gpus: int = 0) -> ray.data.Dataset:
+    """Returns encoded rows with image features instead of pixels, from `folder` or computed now and written there.
+
+    On `gpus` GPUs at a time, or on the CPU.
+    """
     if not (folder / DONE).exists():
         draft = folder.with_name(folder.name + ".draft")
         shutil.rmtree(draft, ignore_errors=True)
@@ -37,8 +40,8 @@ def with_features(rows: ray.data.Dataset, base: BaseModelConfig, folder: Path, *
             fn_constructor_args=(base,),
             batch_size=IMAGES_AT_ONCE,
             batch_format="numpy",
-            compute=ActorPoolStrategy(size=1),
-            num_gpus=1 if gpu else None,
+            compute=ActorPoolStrategy(size=max(1, gpus)),
+            num_gpus=1 if gpus else None,
         )
         seen.write_parquet(str(draft))
         (draft / DONE).touch()
