@@ -111,6 +111,11 @@ def _unpacked(file: Path) -> Path:
     return folder
 
 
+def files_of(folder: Path) -> list[Path]:
+    """Returns the files of a checkpoint folder that loading needs."""
+    return sorted({file for pattern in NEEDED for file in folder.glob(pattern)})
+
+
 def fingerprint(folder: Path) -> str:
     """Returns 16 hex digits over the checkpoint's configuration and weights (reads all of them: about 1 s a GB)."""
     files = [folder / "config.json", *sorted(folder.glob("*.safetensors"))]

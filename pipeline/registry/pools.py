@@ -1,7 +1,8 @@
 """Pools in the registry: `<base>.pool` holds a version per pool, each a model that answers prompts by itself.
 
-`mlflow.pyfunc.load_model("models:/<base>.pool@champion").predict(...)` and `mlflow models serve` need nothing but what
-the version holds: base, experts, router, code. Alias `champion` marks the version in use; rolling back is moving it.
+`mlflow.pyfunc.load_model("models:/<base>.pool@champion").predict(...)` and `mlflow models serve` need nothing but the
+registry: a version holds experts, router and code, and points at its base. Alias `champion` marks the version in use; rolling
+back is moving it.
 """
 
 import shutil
@@ -20,11 +21,11 @@ from mlflow.types.schema import AnyType
 
 import pipeline
 from pipeline.config import BaseModelConfig
-from pipeline.models.checkpoints import checkpoint
 from pipeline.registry import pyfunc_model
+from pipeline.registry.bases import register_base
 from pipeline.registry.experts import experts_name
 from pipeline.registry.tracking import RegistryError, active_run
-from pipeline.registry.versions import DIGEST, create_version, find_finished, get_version, log_lineage
+from pipeline.registry.versions import DIGEST, create_version, find_finished, get_version, log_lineage, logged_model
 from pipeline.routing.pool import Pool
 
 CHAMPION = "champion"
@@ -66,7 +67,7 @@ def pool_name(base_label: str) -> str:
 def register_pool(
     folder: str | Path, base: BaseModelConfig, *, digest: str, experts: Mapping[str, ModelVersion]
 ) -> ModelVersion:
-    """Registers a pool folder with its base as a new version and makes it champion; needs an open run.
+    """Registers a pool folder as a new version and makes it champion, its base too if it is new; needs an open run.
 
     `digest` names what the pool is made of; `experts` are the versions of its experts by name, recorded as tags
     `expert.<name>` and as inputs of the run. A pool with the same digest is returned as it is, and `champion` stays
@@ -91,6 +92,8 @@ def register_pool(
         **{f"expert.{expert}": experts[expert].version for expert in pool.names},
         **{f"router.{key}": value for key, value in pool.router.model_dump().items()},
     }
+    base_version = register_base(base)
+    tags["base_version"] = base_version.version
     log_lineage(run.info.run_id, experts)
     with tempfile.TemporaryDirectory() as scratch, warnings.catch_warnings():
         # An example would make MLflow load and run the whole model before it logs it; the signature is our own.
@@ -98,11 +101,14 @@ def register_pool(
         model = mlflow.pyfunc.log_model(
             name="pool",
             python_model=pyfunc_model.__file__,
-            artifacts={"base": str(checkpoint(base)), "pool": str(folder)},
+            artifacts={"pool": str(folder)},
             code_paths=[str(_copy_code(Path(scratch)))],
             signature=SIGNATURE,
             pip_requirements=pip_requirements(),
-            model_config=base.model_dump(include={"dtype", "max_tiles", "trust_remote_code"}),
+            model_config={
+                "base_model_id": logged_model(base_version),
+                **base.model_dump(include={"dtype", "max_tiles", "trust_remote_code"}),
+            },
             tags={key: str(value) for key, value in tags.items()},
             model_type="pool",
         )

@@ -18,6 +18,7 @@ from PIL import Image, UnidentifiedImageError
 from pipeline.config import BaseModelConfig
 from pipeline.models.bases import load_base
 from pipeline.models.prompts import IMAGE_PLACEHOLDER, Encoded, encode, generate_answers
+from pipeline.registry.bases import base_folder
 from pipeline.routing.pool import Pool
 from pipeline.routing.routed_model import RoutedModel
 
@@ -39,16 +40,18 @@ class RoutedPool(mlflow.pyfunc.PythonModel):
     """A base with a pool attached."""
 
     def load_context(self, context: Any) -> None:
-        """Loads the artifacts `base` and `pool`, on a GPU where there is one.
+        """Loads the artifact `pool` and its base, on a GPU where there is one.
 
-        Raises ValueError if they do not match.
+        Raises RegistryError where the base is not to be had, ValueError if it does not match.
         """
-        base = load_base(BaseModelConfig(path=context.artifacts["base"], **context.model_config))
+        settings = dict(context.model_config)
+        folder = base_folder(settings.pop("base_model_id"))
+        base = load_base(BaseModelConfig(path=str(folder), **settings))
         pool = Pool.load(context.artifacts["pool"])
         if pool.base_fingerprint != base.fingerprint:
             raise ValueError(
-                f"{context.artifacts['base']}: this base has fingerprint {base.fingerprint}, the pool was made for "
-                f"{pool.base_fingerprint}; log the pool together with its own base"
+                f"{folder}: this base has fingerprint {base.fingerprint}, the pool was made for "
+                f"{pool.base_fingerprint}; has the registered checkpoint been changed? Register the pool again"
             )
         self.processor = base.processor
         self.routed = RoutedModel(base.model.to("cuda" if torch.cuda.is_available() else "cpu"), pool)

@@ -42,7 +42,8 @@ def conversation_of(row: Mapping[str, Any], columns: ColumnsConfig) -> Conversat
         return Conversation(messages, answers)
     column = columns.messages if row.get(columns.messages) is not None else "conversations"
     if row.get(column) is None:
-        raise BadRow(f"no column {columns.messages!r} (map `columns`, or name a `layout`, if yours is named otherwise)")
+        what = f"column {columns.messages!r} is missing or null"
+        raise BadRow(f"{what} (map `columns`, or name a `layout`, if yours is named otherwise)")
     inline: dict[int, Any] = {}
     messages = _messages(row[column], column, inline)
     _check_order(messages)

@@ -42,6 +42,8 @@ def parse(text: str) -> Any:
         raise ValueError(f"not valid JSON: {error}{hint}") from None
     except RecursionError:
         raise ValueError("not valid JSON: nested too deeply") from None
+    except ValueError as error:  # a number of thousands of digits
+        raise ValueError(f"not valid JSON: {error}") from None
 
 
 class Elements:

@@ -154,7 +154,7 @@ def _table(delimiter: str) -> Callable[..., Iterator[tuple[int, Row]]]:
                     number += 1
                     lines.put_back()
                     what = fault or f"{len(cells)} cells, the header has {len(names)}"
-                    excerpt = printable(lines.record[0])
+                    excerpt = printable(lines.record[0].rstrip())
                     yield (
                         number,
                         Fault(f"line {lines.number}: {what} (a quote that is not closed, a cut file?)", excerpt),

@@ -119,9 +119,9 @@ def decode(data: bytes, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
     except BadRow:
         raise
     except Image.DecompressionBombError as error:
-        raise BadRow(f"an image is too large: {error}") from None
+        raise BadRow(f"an image is larger than data.max_pixels allows ({max_pixels:,}): {first_line(error)}") from None
     except UnidentifiedImageError:
-        raise BadRow(f"an image cannot be decoded: it is none of {', '.join(FORMATS)}") from None
+        raise BadRow(f"an image cannot be decoded: it is none of {', '.join(FORMATS)}, or cut") from None
     except Exception as error:  # noqa: BLE001 - decoders raise anything on broken data (IndexError, struct.error, ...)
         raise BadRow(f"an image cannot be decoded: {first_line(error)}") from None
 

@@ -94,8 +94,8 @@ def prepare(
 
     Rows that cannot be used go to `quarantine` (`<task>.jsonl` in that folder) with id and reason. `answer` says whether
     rows are to be learned or only asked. With `data.vision_cache` what the vision tower says of the images is kept below
-    the folder `features`, under each part's key, computed on `gpus` GPUs. Raises StreamError when a task's share of bad rows exceeds
-    `data.max_bad_share`, or no row is left.
+    the folder `features`, under each part's key, computed on `gpus` GPUs. Raises StreamError when a task's share of bad
+    rows exceeds `data.max_bad_share`, or no row is left.
     """
     encoded = {}
     for name, part in parts.items():

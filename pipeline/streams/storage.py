@@ -74,16 +74,20 @@ class ImageFolder:
                 f"image {shown} lies outside of {self.place}; a folder with all images can be named as image_root"
             )
         try:
-            info = self.filesystem.get_file_info(place)
-            if info.type == fs.FileType.NotFound:
-                raise BadRow(f"image file {shown} does not exist in {self.place}")
-            if info.type == fs.FileType.Directory:
-                raise BadRow(f"image file {shown} is a folder")
-            if info.size is not None and info.size > MAX_FILE:
-                raise BadRow(f"image file {shown} has {info.size:,} bytes, {MAX_FILE:,} are read at most")
             with self.filesystem.open_input_file(place) as stream:
+                if stream.size() > MAX_FILE:
+                    raise BadRow(f"image file {shown} has {stream.size():,} bytes, {MAX_FILE:,} are read at most")
                 return stream.read()
         except BadRow:
             raise
         except (OSError, ValueError, pa.ArrowException) as error:
-            raise BadRow(f"image file {shown} cannot be read: {first_line(error)}") from None
+            raise BadRow(f"image file {shown} {self._why(place, error)}") from None
+
+    def _why(self, place: str, error: BaseException) -> str:
+        """Returns what is wrong with a file that cannot be opened; asked only then, since asking is a round trip."""
+        try:
+            kind = self.filesystem.get_file_info(place).type
+        except (OSError, ValueError, pa.ArrowException):
+            kind = fs.FileType.Unknown
+        known = {fs.FileType.NotFound: f"does not exist in {self.place}", fs.FileType.Directory: "is a folder"}
+        return known.get(kind, f"cannot be read: {first_line(error)}")

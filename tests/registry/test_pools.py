@@ -7,8 +7,11 @@ import mlflow
 import pytest
 from mlflow import MlflowClient
 from mlflow.entities.model_registry import ModelVersion
+from safetensors import safe_open
 
 from pipeline.config import BaseModelConfig
+from pipeline.models.checkpoints import fingerprint
+from pipeline.registry.bases import base_folder
 from pipeline.registry.experts import register_expert
 from pipeline.registry.pools import champion, find_pool, pip_requirements, promote, register_pool
 from pipeline.registry.tracking import RegistryError, tracked_run
@@ -45,6 +48,19 @@ def test_a_version_names_its_parts(learned: Learned) -> None:
     assert version.tags["null_expert"] == "False"
     inputs = {entry.model_id for entry in MlflowClient().get_run(run).inputs.model_inputs}
     assert inputs == {logged_model(v) for v in versions.values()}
+
+
+def test_the_base_is_stored_once(learned: Learned, experiment: str, tiny_folder: Path) -> None:
+    """However many pools stand on it, and loading one copies nothing."""
+    (version,) = MlflowClient().search_model_versions("name = 'untrained.bases'")
+    folder = base_folder(logged_model(version))
+    assert folder == base_folder(logged_model(version))
+    assert fingerprint(folder) == fingerprint(tiny_folder) == version.tags["config_digest"]
+    assert champion("untrained").tags["base_version"] == str(version.version)
+    pool = Path(mlflow.artifacts.download_artifacts("models:/untrained.pool@champion"))
+    names = {name for file in pool.rglob("*.safetensors") for name in safe_open(file, "pt").keys()}  # noqa: SIM118
+    assert names
+    assert not any("embed_tokens" in name for name in names)
 
 
 def test_rolling_back_is_moving_the_alias(learned: Learned) -> None:

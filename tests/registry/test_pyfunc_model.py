@@ -15,10 +15,12 @@ from PIL import Image
 from pipeline.config import BaseModelConfig
 from pipeline.models.bases import load_base
 from pipeline.models.prompts import encode, generate_answers
+from pipeline.registry.bases import register_base
 from pipeline.registry.experts import register_expert
 from pipeline.registry.pools import register_pool
 from pipeline.registry.pyfunc_model import RoutedPool, RowError, read_image
-from pipeline.registry.tracking import tracked_run
+from pipeline.registry.tracking import RegistryError, tracked_run
+from pipeline.registry.versions import logged_model
 from pipeline.routing import Pool, RoutedModel
 from tests.registry.conftest import Created, MakeExpert, new_experiment
 
@@ -99,15 +101,25 @@ def test_a_bad_row_is_named(model: mlflow.pyfunc.PyFuncModel) -> None:
         model.predict(pd.DataFrame({"prompt": ["<image>what is it ?"]}))
 
 
-def test_another_base_is_refused(tiny_folder: Path, pool_folder: Path, tmp_path: Path) -> None:
+def test_another_base_is_refused(experiment: str, tiny_folder: Path, pool_folder: Path, tmp_path: Path) -> None:
     other = load_base(BaseModelConfig(path=str(tiny_folder)))
     with torch.no_grad():
         next(other.model.parameters()).add_(1)
     other.model.save_pretrained(tmp_path / "other")
     other.processor.save_pretrained(tmp_path / "other")
+    with tracked_run(experiment, "other", "other"):
+        version = register_base(BaseModelConfig(path=str(tmp_path / "other")))
     context = mlflow.pyfunc.PythonModelContext(
-        artifacts={"base": str(tmp_path / "other"), "pool": str(pool_folder)},
-        model_config={"dtype": "float32", "trust_remote_code": False},
+        artifacts={"pool": str(pool_folder)},
+        model_config={"base_model_id": logged_model(version), "dtype": "float32", "trust_remote_code": False},
     )
-    with pytest.raises(ValueError, match="log the pool together with its own base"):
+    with pytest.raises(ValueError, match="has the registered checkpoint been changed"):
+        RoutedPool().load_context(context)
+
+
+def test_a_base_that_is_not_in_the_registry_says_so(experiment: str, pool_folder: Path) -> None:
+    context = mlflow.pyfunc.PythonModelContext(
+        artifacts={"pool": str(pool_folder)}, model_config={"base_model_id": "m-nowhere", "dtype": "float32"}
+    )
+    with pytest.raises(RegistryError, match="Set MLFLOW_TRACKING_URI to the registry that the pool comes from"):
         RoutedPool().load_context(context)

@@ -1,0 +1,55 @@
+"""Bases in the registry: `<base>.bases` holds one version for each checkpoint that pools stand on.
+
+Pool versions point at it. A copy in each of them would be 16 GB a task for an 8B base.
+"""
+
+import tempfile
+from pathlib import Path
+
+import mlflow
+from mlflow import MlflowClient
+from mlflow.entities.model_registry import ModelVersion
+from mlflow.exceptions import MlflowException
+
+from pipeline.config import BaseModelConfig
+from pipeline.models.checkpoints import checkpoint, files_of, fingerprint
+from pipeline.registry.tracking import RegistryError, active_run
+from pipeline.registry.versions import DIGEST, create_version, find_finished, log_folder
+
+CURRENT = "current"
+"""Alias of the checkpoint that the newest pools stand on."""
+
+
+def bases_name(base_label: str) -> str:
+    """Returns the registered model that holds a base's checkpoints."""
+    return f"{base_label}.bases"
+
+
+def register_base(base: BaseModelConfig) -> ModelVersion:
+    """Uploads a base's checkpoint as a new version, unless it is there already; needs an open run."""
+    run, folder, name = active_run(), checkpoint(base), bases_name(base.label)
+    print_ = fingerprint(folder)
+    if (version := find_finished(name, print_)) is not None:
+        return version
+    tags = {DIGEST: print_, "base_label": base.label, "path": base.path}
+    with tempfile.TemporaryDirectory() as scratch:
+        for file in files_of(folder):  # a downloaded folder may hold more than a base needs
+            (Path(scratch) / file.name).symlink_to(file.resolve())
+        model_id = log_folder(base.label, Path(scratch), tags, kind="base")
+    about = f"Checkpoints of {base.label}, one version each; pools point at them"
+    return create_version(name, model_id, run.info.run_id, tags, alias=CURRENT, about=about)
+
+
+def base_folder(model_id: str) -> Path:
+    """Returns the folder of a registered base: where it lies if that is this machine, else a download.
+
+    Raises RegistryError where the registry at hand does not have it.
+    """
+    try:
+        location = MlflowClient().get_logged_model(model_id).artifact_location
+        return Path(mlflow.artifacts.download_artifacts(artifact_uri=location))
+    except MlflowException as error:
+        raise RegistryError(
+            f"this pool stands on the base {model_id}, which {mlflow.get_tracking_uri()} does not have: {error.message}. "
+            "Set MLFLOW_TRACKING_URI to the registry that the pool comes from"
+        ) from None
