@@ -7,6 +7,7 @@ messages show.
 import difflib
 import hashlib
 import json
+import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, get_args
@@ -69,7 +70,7 @@ class SourceConfig(Config):
     image_root: str | None = None
     """Folder or URI that image paths count from, and must lie in; default: the folder of the file that names them."""
     limit: int | None = Field(default=None, ge=1)
-    """Read at most this many rows, the first in order of the files' names."""
+    """Read at most this many rows, the first in order of the files' names; of `mmbench` whole questions, at least one."""
 
     @model_validator(mode="after")
     def _a_layout_has_its_columns(self) -> "SourceConfig":
@@ -118,6 +119,7 @@ class StreamConfig(Config):
     """Benchmarks of what the base can already do; evaluated after every task, never trained on."""
     general: Source | None = None
     """Small sample of general prompts; its statistics are the null expert. Without it the router abstains by distance."""
+
     @model_validator(mode="after")
     def _tasks_are_distinct(self) -> "StreamConfig":
         names = [task.name for task in (*self.tasks, *self.foundation)]
@@ -392,6 +394,11 @@ def _group(annotation: Any) -> type[Config] | None:
     if isinstance(annotation, type) and issubclass(annotation, Config):
         return annotation
     return next((group for part in get_args(annotation) if (group := _group(part))), None)
+
+
+def without_secrets(path: str) -> str:
+    """Returns a path without the keys that a URI may hold."""
+    return re.sub(r"://[^/@]*@", "://", path.split("?", 1)[0] if "://" in path else path)
 
 
 def digest(*parts: Any) -> str:

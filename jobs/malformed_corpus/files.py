@@ -70,8 +70,12 @@ def parquet(corpus: Corpus) -> None:
             f"{name}_parquet", {"a.parquet": good, "b.parquet": data}, 3, 1, "b.parquet: the file cannot be read at all"
         )
     other = table([{"id": 1, "text": "x"}, {"id": 2, "text": "y"}])
-    corpus.add("differing_columns", {"a.parquet": good, "b.parquet": other}, 3, 2, "no column 'messages'")
-    corpus.add("null_cells", {"a.parquet": table([ask(), {"messages": None}])}, 1, 1, "no column 'messages'")
+    corpus.add(
+        "differing_columns", {"a.parquet": good, "b.parquet": other}, 3, 2, "column 'messages' is missing or null"
+    )
+    corpus.add(
+        "null_cells", {"a.parquet": table([ask(), {"messages": None}])}, 1, 1, "column 'messages' is missing or null"
+    )
     groups = table([ask(id=f"{n:09}") for n in range(6)], row_group_size=2, compression="none", use_dictionary=False)
     spot = groups.index(b"000000002") - 12
     corpus.add(

@@ -60,9 +60,9 @@ def no_images(corpus: Corpus) -> None:
         ("postscript", b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "it is none of JPEG, PNG"),
         ("web_page", b"<!DOCTYPE html>\n<html><body>404</body></html>", "a web page"),
         ("lfs_pointer", b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n", "git lfs pull"),
-        ("bomb", bomb(100_000, 100_000), "an image is too large"),
+        ("bomb", bomb(100_000, 100_000), "larger than data.max_pixels allows"),
         ("small_bomb", bomb(20_000, 15_000), "data.max_pixels allows 200,000,000"),
-        ("endless_bomb", bomb(2**31 - 1, 2**31 - 1), "an image is too large"),
+        ("endless_bomb", bomb(2**31 - 1, 2**31 - 1), "larger than data.max_pixels allows"),
     ):
         corpus.image(name, data, reason)
     for name, image, reason in (

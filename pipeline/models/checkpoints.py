@@ -9,7 +9,7 @@ from pathlib import Path
 import fsspec
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from pipeline.config import BaseModelConfig
+from pipeline.config import BaseModelConfig, without_secrets
 from pipeline.models.tiny import TINY_BASE
 
 NEEDED = ("*.json", "*.safetensors", "*.jinja", "*.model", "*.txt")
@@ -58,13 +58,14 @@ def _downloaded(name: str, revision: str | None) -> Path:
 
 def _fetched(uri: str) -> Path:
     """Copies a folder from an object store into the cache, once; files whose size has changed are copied anew."""
+    shown = without_secrets(uri)
     folder = CACHE / hashlib.sha256(uri.rstrip("/").encode()).hexdigest()[:16]
     try:
         filesystem, root = fsspec.core.url_to_fs(uri)
         root = root.rstrip("/")
         found = [file for pattern in NEEDED for file in filesystem.glob(f"{root}/{pattern}")]
         if not found:
-            raise BaseError(f"base.path: {uri} holds no checkpoint: no config.json with *.safetensors")
+            raise BaseError(f"base.path: {shown} holds no checkpoint: no config.json with *.safetensors")
         folder.mkdir(parents=True, exist_ok=True)
         for file in found:
             target = folder / Path(file).name
@@ -74,12 +75,12 @@ def _fetched(uri: str) -> Path:
                 draft.rename(target)
     except ImportError as error:
         raise BaseError(
-            f"base.path: {uri}: its filesystem is not installed: {error} (pip install s3fs, or gcsfs)"
+            f"base.path: {shown}: its filesystem is not installed: {error} (pip install s3fs, or gcsfs)"
         ) from None
     except (OSError, ValueError) as error:
         if isinstance(error, BaseError):
             raise
-        raise BaseError(f"base.path: {uri} cannot be read: {error}") from None
+        raise BaseError(f"base.path: {shown} cannot be read: {error}") from None
     return folder
 
 

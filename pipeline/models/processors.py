@@ -129,8 +129,7 @@ class TextProcessor:
     """A tokenizer in the shape of a processor, for bases that read text only."""
 
     layout = Layout()
-    image_processor = None
-    image_token_id = None
+    image_processor = image_token = image_token_id = None
 
     def __init__(self, tokenizer: Any, chat_template: str | None = None) -> None:
         self.tokenizer = tokenizer

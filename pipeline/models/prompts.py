@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from jinja2 import TemplateError
 from PIL import Image
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
@@ -67,13 +68,23 @@ def encode(
     """Encodes a conversation whose last message is the assistant's answer.
 
     Prompt and answer are tokenized apart, so that a training row starts with exactly the tokens that generation will
-    start with. With `answer=False` only the prompt is encoded. Raises PromptError for images that a text model cannot see.
+    start with. With `answer=False` only the prompt is encoded. Raises PromptError for what this base cannot read: images
+    where it sees none or whose shape its processor refuses, roles that its chat template does not know.
     """
     if images and processor.image_processor is None:
         raise PromptError(f"{len(images)} images, but the base reads text only")
     conversation = chat(messages)
-    prompt = processor.apply_chat_template(conversation[:-1], add_generation_prompt=True, tokenize=False)
-    inputs = dict(processor(images=list(images) or None, text=[prompt], return_tensors="np"))
+    for part in (part for message in conversation for part in message["content"] if part["type"] == "text"):
+        if processor.image_token and processor.image_token in part["text"]:
+            raise PromptError(
+                f"the text holds {processor.image_token}, which stands for an image in this base's prompts"
+            )
+    try:
+        prompt = processor.apply_chat_template(conversation[:-1], add_generation_prompt=True, tokenize=False)
+        whole = processor.apply_chat_template(conversation, tokenize=False) if answer else ""
+        inputs = dict(processor(images=list(images) or None, text=[prompt], return_tensors="np"))
+    except (ValueError, TemplateError) as error:
+        raise PromptError(f"the base's processor refuses it: {error}") from None
     ids = np.asarray(inputs.pop("input_ids")[0], dtype=np.int64)
     for unused in ("attention_mask", "token_type_ids"):
         inputs.pop(unused, None)
@@ -85,7 +96,6 @@ def encode(
         arrays["pixel_values"] = arrays["pixel_values"].astype(np.float32, copy=False)
     if not answer:
         return Encoded(ids, np.full_like(ids, IGNORED), arrays, marks)
-    whole = processor.apply_chat_template(conversation, tokenize=False)
     if not whole.startswith(prompt):
         raise ValueError(
             "the chat template does not put the generation prompt before the answer; cannot mask the prompt"

@@ -19,7 +19,7 @@ from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param
 from mlflow.utils.mlflow_tags import MLFLOW_DATASET_CONTEXT
 from mlflow.utils.validation import MAX_METRICS_PER_BATCH, MAX_PARAMS_TAGS_PER_BATCH
 
-from pipeline.config import Config
+from pipeline.config import Config, without_secrets
 
 SQLITE = "sqlite:///"
 
@@ -114,7 +114,7 @@ def active_run() -> mlflow.ActiveRun:
 
 
 def log_config(run_id: str, config: Config) -> None:
-    """Logs a configuration as parameters `group.field`.
+    """Logs a configuration as parameters `group.field`, URIs without the keys that they may hold.
 
     Parameters never change in MLflow. What a restarted job finds already logged stays: the digest that led it to this
     run covers all that matters to the result.
@@ -135,7 +135,8 @@ def flatten(value: Any, prefix: str = "") -> Iterator[tuple[str, str]]:
             (item["name"] if isinstance(item, Mapping) and "name" in item else i, item) for i, item in enumerate(value)
         ]
     else:
-        yield prefix, str(value)
+        text = str(value)
+        yield prefix, text if any(map(str.isspace, text)) else without_secrets(text)
         return
     for key, item in items:
         yield from flatten(item, f"{prefix}.{key}" if prefix else str(key))

@@ -11,11 +11,11 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.fs as fs
 
-from pipeline.config import SourceConfig
+from pipeline.config import SourceConfig, without_secrets
 from pipeline.streams.embedded.files import SCHEME, embedded_file
 from pipeline.streams.faults import StreamError
 from pipeline.streams.formats import format_of
-from pipeline.streams.storage import place_of, unreachable, without_secrets
+from pipeline.streams.storage import place_of, unreachable
 
 _HIDDEN = re.compile(r"(^|/)[._]")
 _FORMATS = "parquet, jsonl, json, tsv or csv"

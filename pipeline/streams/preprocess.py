@@ -19,7 +19,7 @@ import ray
 from ray.data import TaskPoolStrategy
 from ray.data.expressions import col
 
-from pipeline.config import BaseModelConfig, DataConfig, SourceConfig
+from pipeline.config import BaseModelConfig, DataConfig, SourceConfig, without_secrets
 from pipeline.models.bases import load_processor
 from pipeline.models.prompts import Encoded, PromptError, encode
 from pipeline.streams.packing import pack
@@ -144,8 +144,9 @@ def _set_aside(name: str, part: Part, bad: list[dict[str, str]], total: int, fil
         file.write_text("".join(json.dumps(row) + "\n" for row in bad))
     if total == len(bad) or len(bad) > allowed * total:
         reasons = "; ".join(f"{row['id'] or 'a row'}: {row['reason']}" for row in bad[:3]) or "the files are empty"
+        path = without_secrets(part.source.path)
         raise StreamError(
-            f"task {name!r}: {len(bad)} of {total} rows of {part.source.path} cannot be used (data.max_bad_share "
+            f"task {name!r}: {len(bad)} of {total} rows of {path} cannot be used (data.max_bad_share "
             f"allows {allowed:.0%}). First: {reasons}. All of them with reasons: {file}"
         )
 

@@ -4,13 +4,13 @@ Knows nothing of rows; image paths are read here so that none leads out of its f
 """
 
 import posixpath
-import re
 from dataclasses import dataclass
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.fs as fs
 
+from pipeline.config import without_secrets
 from pipeline.streams.faults import BadRow, StreamError, first_line, printable
 
 MAX_FILE = 1 << 30
@@ -42,11 +42,6 @@ def unreachable(path: str, error: BaseException) -> StreamError:
         f"{without_secrets(path)}: cannot be read: {first_line(error)} (are name, region and credentials right, and does "
         "this machine reach it?)"
     )
-
-
-def without_secrets(path: str) -> str:
-    """Returns a path without the keys that a URI may hold."""
-    return re.sub(r"://[^/@]*@", "://", path.split("?", 1)[0] if "://" in path else path)
 
 
 @dataclass(frozen=True)

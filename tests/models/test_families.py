@@ -158,6 +158,23 @@ def test_text_models_refuse_images(base):
         ask(base.processor, "what ?", *PICTURES)
 
 
+def test_what_a_processor_refuses_is_a_bad_prompt(base):
+    """Its reason goes into the quarantine file; no row stops the job."""
+    if sees(base) and base.processor.image_token != "<image>":
+        with pytest.raises(PromptError, match="which stands for an image in this base's prompts"):
+            ask(base.processor, f"what is {base.processor.image_token} ?")
+    if "qwen" in base.model.config.model_type:
+        with pytest.raises(PromptError, match="aspect ratio"):
+            ask(base.processor, "what ?", Image.new("RGB", (3000, 10)))
+    template = base.processor.chat_template
+    base.processor.chat_template = "{{ raise_exception('no system role here') }}"
+    try:
+        with pytest.raises(PromptError, match="refuses it: no system role here"):
+            ask(base.processor, "what ?")
+    finally:
+        base.processor.chat_template = template
+
+
 def test_a_family_that_is_not_known_says_what_to_add(tmp_path):
     (tmp_path / "config.json").write_text('{"model_type": "gpt2"}')
     (tmp_path / "model.safetensors").touch()

@@ -41,7 +41,9 @@ class Shard:
 
 
 def feed(shard: Shard, *, batch_size: int = 4, seed: int = 5, skip: int = 0) -> Feed:
-    return Feed(shard, batch_size=batch_size, collate=partial(collate, pad_token_id=PAD), seed=seed, cached=True, skip=skip)
+    return Feed(
+        shard, batch_size=batch_size, collate=partial(collate, pad_token_id=PAD), seed=seed, cached=True, skip=skip
+    )
 
 
 def fill(found: Feed) -> None:

@@ -4,11 +4,10 @@ from types import SimpleNamespace
 
 import pytest
 
-from pipeline.config import SourceConfig
+from pipeline.config import SourceConfig, without_secrets
 from pipeline.streams import storage
 from pipeline.streams.faults import StreamError
 from pipeline.streams.files import matches, resolve, split_glob
-from pipeline.streams.storage import without_secrets
 
 
 def touch(folder, *names: str) -> None:

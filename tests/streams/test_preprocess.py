@@ -99,7 +99,9 @@ def test_rows_are_the_same_drawn_and_streamed(tiny_folder, tmp_path):
     rows = run(SourceConfig(path="embedded://digits/train", limit=40), tiny_folder, tmp_path).rows(["mine"])
 
     def epoch(cached: bool) -> list[tuple[list[int], float]]:
-        with Feed(rows.iterator(), batch_size=8, collate=partial(collate, pad_token_id=0), seed=5, cached=cached) as feed:
+        with Feed(
+            rows.iterator(), batch_size=8, collate=partial(collate, pad_token_id=0), seed=5, cached=cached
+        ) as feed:
             batches = [next(feed) for _ in range(5)]
         return [
             (ids.tolist(), float(pixels.double().sum()))

@@ -149,8 +149,8 @@ IMAGE = encoded()
 @pytest.mark.parametrize(
     ("row", "said"),
     [
-        ({}, "no column 'messages' (map `columns`, or name a `layout`, if yours is named otherwise)"),
-        ({"messages": None}, "no column 'messages'"),
+        ({}, "column 'messages' is missing or null (map `columns`, or name a `layout`, if yours is named otherwise)"),
+        ({"messages": None}, "column 'messages' is missing or null"),
         ({"messages": []}, "no message of the user"),
         ({"messages": turns("what ?")}, "the last message must be the assistant's answer"),
         ({"messages": turns("what ?", "red", "why ?")}, "the last message must be the assistant's answer"),

@@ -98,7 +98,7 @@ def test_files_may_differ_in_their_columns(tmp_path):
     pq.write_table(pa.table({"other": [5]}), tmp_path / "c.parquet")
     (rows,) = tasks(source(tmp_path), tmp_path, 1)
     assert record_of(rows[0], source(tmp_path), "{question}").id == "row0"
-    for entry, said in zip(rows[1:], ("no message of the user", "no column 'messages'"), strict=True):
+    for entry, said in zip(rows[1:], ("no message of the user", "column 'messages' is missing or null"), strict=True):
         with pytest.raises(BadRow, match=said):
             record_of(entry, source(tmp_path), "{question}")
 
