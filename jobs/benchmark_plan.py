@@ -33,12 +33,12 @@ from pipeline.models.prompts import IGNORED
 from pipeline.training.planning.activations import Kernel, Pass, activations
 from pipeline.training.planning.plan import moments_of
 from pipeline.training.planning.states import States
-from pipeline.training.stages import with_lora
+from pipeline.training.stages import answer_loss, checkpoint_activations, with_lora
 
 PACKAGES = ("torch", "transformers", "peft")
 IMAGE_TOKEN, PATCH = 3, 14
-ANSWER = 16
-"""Tokens at the end of a row that carry a label."""
+SHORTER = 24
+"""Tokens by which the last of padded rows is shorter than the others."""
 
 
 @dataclass(frozen=True)
@@ -55,6 +55,8 @@ class Case:
     rows: int = 2
     tokens: int = 256
     """Of every row, image tokens among them."""
+    answer: int = 16
+    """Tokens at the end of every row that are learned."""
     tiles: int = 2
     """Of every row."""
     side: int = 112
@@ -66,6 +68,8 @@ class Case:
     attention: Literal["sdpa", "eager"] = "sdpa"
     padded: bool = False
     """Whether rows differ in length."""
+    targets: str = "auto"
+    """Linears that are adapted; as `expert.target_modules`."""
     checkpointing: bool = False
     dtype: Literal["float32", "bfloat16"] = "float32"
 
@@ -73,6 +77,11 @@ class Case:
     def kernel(self) -> Kernel:
         """How its attention is computed."""
         return "eager" if self.attention == "eager" else "masked" if self.padded else "flash"
+
+    @property
+    def answer_tokens(self) -> int:
+        """Positions at which logits are computed, in every row: where rows differ in length, so do the places of answers."""
+        return self.answer + (min(self.answer, SHORTER) if self.padded else 0)
 
     def configuration(self) -> InternVLConfig:
         """Returns the architecture."""
@@ -103,6 +112,13 @@ class Case:
         )
 
 
+UPPER_HALF = r".*language_model\.layers\.[23]\..*_proj"
+
+SHIPPED: dict[str, Any] = {"rows": 1, "tokens": 1024, "rank": 4, "dropout": 0.05, "dtype": "bfloat16"}
+AS_2B = SHIPPED | {"width": 256, "inner": 1024, "heads": 8, "key_value_heads": 4, "layers": 6}
+AS_8B = SHIPPED | {"width": 256, "inner": 896, "heads": 8, "key_value_heads": 2, "layers": 8, "checkpointing": True}
+"""As the configurations that ship train InternVL-2, at an eighth and a sixteenth of its widths."""
+
 CASES = (
     Case("plain"),
     Case("checkpointing", checkpointing=True, layers=8),
@@ -117,31 +133,44 @@ CASES = (
     Case("bf16, checkpointing", dtype="bfloat16", checkpointing=True, layers=8),
     Case("bf16, eager", dtype="bfloat16", attention="eager"),
     Case("bf16, dropout, padded", dtype="bfloat16", dropout=0.05, rows=3, padded=True),
-    Case("large vocabulary", vocabulary=20_000, layers=2),
-    Case("large vocabulary, checkpointing, bf16", vocabulary=20_000, checkpointing=True, dtype="bfloat16"),
+    Case("padded, dropout, checkpointing", padded=True, dropout=0.05, checkpointing=True),
     Case("one long row", rows=1, tokens=1024, tiles=6),
+    Case("one long row, checkpointing, bf16", rows=1, tokens=1024, tiles=6, checkpointing=True, dtype="bfloat16"),
     Case("many short rows", rows=16, tokens=64, tiles=1),
     Case("wide", width=384, inner=1024, heads=6, key_value_heads=6, layers=3),
     Case("deep", layers=16, width=96, inner=256),
     Case("high rank", rank=64),
     Case("many tiles", tiles=8, tokens=160, layers=2, vision_width=192, vocabulary=200),
     Case("text only", tiles=0),
-    Case("small vocabulary", vocabulary=100),
-    Case("small vocabulary, eager", vocabulary=100, attention="eager"),
-    Case("small vocabulary, checkpointing", vocabulary=100, checkpointing=True, layers=8),
+    Case("text only, checkpointing", tiles=0, checkpointing=True),
+    Case("upper half adapted", targets=UPPER_HALF),
+    Case("upper half adapted, checkpointing", targets=UPPER_HALF, checkpointing=True),
+    Case("large vocabulary, short answers", vocabulary=20_000),
     Case(
-        "small vocabulary, padded, dropout, checkpointing",
-        vocabulary=100,
-        checkpointing=True,
-        padded=True,
-        dropout=0.05,
+        "large vocabulary, short answers, checkpointing, bf16", vocabulary=20_000, checkpointing=True, dtype="bfloat16"
     ),
-    Case("small vocabulary, eager, checkpointing", vocabulary=100, attention="eager", checkpointing=True),
-    Case("small vocabulary, eager, bf16", vocabulary=100, attention="eager", dtype="bfloat16"),
-    Case("small vocabulary, checkpointing, bf16", vocabulary=100, checkpointing=True, dtype="bfloat16", tokens=512),
-    Case("as 2B, an eighth", width=256, inner=1024, heads=8, key_value_heads=4, layers=6, vocabulary=11_569, rank=4),
+    Case("long answers", answer=200),
+    Case("long answers, eager", answer=200, attention="eager"),
+    Case("long answers, padded, checkpointing", answer=200, rows=4, padded=True, checkpointing=True),
+    Case("large vocabulary, long answers", vocabulary=20_000, answer=200, layers=2),
+    Case("large vocabulary, long answers, bf16", vocabulary=20_000, answer=200, dtype="bfloat16"),
+    Case(
+        "large vocabulary, long answers, padded, checkpointing, bf16",
+        vocabulary=20_000,
+        answer=100,
+        rows=3,
+        padded=True,
+        checkpointing=True,
+        dtype="bfloat16",
+    ),
+    Case("as 2B, an eighth", **AS_2B, vocabulary=11_569, answer=64),
+    Case("as 2B, an eighth, captions", **AS_2B, vocabulary=11_569, answer=512),
+    Case("as 8B, a sixteenth", **AS_8B, vocabulary=5_784, answer=64),
+    Case("as 8B, a sixteenth, two rows", **AS_8B | {"rows": 2, "padded": True}, vocabulary=5_784, answer=64),
 )
-QUICK = (CASES[0], CASES[1], CASES[2], CASES[10])
+QUICK = tuple(
+    case for case in CASES if case.name in ("plain", "checkpointing", "eager", "bf16, checkpointing", "long answers")
+)
 
 
 @dataclass(frozen=True)
@@ -179,10 +208,11 @@ def compare(case: Case) -> list[Comparison]:
 
 def predicted(case: Case) -> dict[str, int]:
     """Returns what the plan's formulas say, by part."""
-    architecture = architecture_of(case.configuration())
+    architecture = architecture_of(case.configuration(), case.targets)
     step = Pass(
         rows=case.rows,
         tokens=case.tokens,
+        answer_tokens=case.answer_tokens,
         tiles=case.rows * case.tiles,
         rank=case.rank,
         kernel=case.kernel,
@@ -196,7 +226,7 @@ def predicted(case: Case) -> dict[str, int]:
     own = _plain_states(architecture, case.rank, step.bytes)
     moments = moments_of(found, own, layers=case.layers, accumulating=False)
     peak = own.adapter + own.optimizer + max(sum(parts.values()) for parts in moments.values())
-    kept = found.kept + 4 * step.total * case.vocabulary  # between the passes the log-softmax is there, too
+    kept = found.kept + 4 * step.learned * case.vocabulary  # between the passes the log-softmax is there, too
     parts = {"frozen weights": own.weights, "optimizer states": own.optimizer, "kept for backward": kept}
     if case.tiles:
         parts["vision tower"] = found.vision
@@ -227,13 +257,11 @@ def build(case: Case) -> tuple[Any, dict[str, Tensor]]:
     model = InternVLForConditionalGeneration(configuration).to(getattr(torch, case.dtype))
     model.requires_grad_(False)
     base = Base(model, None, family_of(configuration), "", case.name, Path())
-    peft = with_lora(base, ExpertConfig(rank=case.rank, dropout=case.dropout))
+    peft = with_lora(base, ExpertConfig(rank=case.rank, dropout=case.dropout, target_modules=case.targets))
+    if case.checkpointing:
+        checkpoint_activations(base)
     if case.dtype == "bfloat16":
         peft = peft.to(torch.bfloat16)
-    if case.checkpointing:
-        # After PEFT has wrapped it, which would otherwise make the vision tower's output need gradients.
-        language = model.get_submodule(base.family.language)
-        language.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
     return peft.train(), _batch(case, configuration)
 
 
@@ -261,7 +289,7 @@ def _step(
 ) -> tuple[int, int]:
     """Runs one optimizer step; returns the bytes alive between forward and backward, and the most at any time."""
     seen.peak = seen.live
-    loss = model(**batch, use_cache=False).loss
+    loss = answer_loss(model, batch)
     kept = seen.live
     loss.backward()
     torch.nn.utils.clip_grad_norm_(trained, ExpertConfig().clip)
@@ -273,11 +301,11 @@ def _step(
 def _batch(case: Case, configuration: InternVLConfig) -> dict[str, Tensor]:
     ids = torch.randint(IMAGE_TOKEN + 1, case.vocabulary, (case.rows, case.tokens))
     ids[:, : case.tiles * configuration.image_seq_length] = IMAGE_TOKEN
-    labels = torch.full_like(ids, IGNORED)
-    labels[:, -ANSWER:] = ids[:, -ANSWER:]
-    mask = torch.ones_like(ids)
-    if case.padded:
-        mask[-1, -ANSWER // 2 :] = 0
+    labels, mask = torch.full_like(ids, IGNORED), torch.ones_like(ids)
+    for row in range(case.rows):
+        end = case.tokens - (SHORTER if case.padded and row == case.rows - 1 else 0)
+        labels[row, end - case.answer : end] = ids[row, end - case.answer : end]
+        mask[row, end:] = 0
     batch = {"input_ids": ids, "attention_mask": mask, "labels": labels}
     if case.tiles:
         batch["pixel_values"] = torch.rand(case.rows * case.tiles, 3, case.side, case.side)

@@ -77,7 +77,7 @@ def packaged_base() -> str | None:
 
 
 def measure(run: StreamRun, learned: Learned, *, sequential: bool) -> dict[str, Any]:
-    """Returns the summary's parts `general_text` (perplexities, and who was chosen) and `sequential`."""
+    """Returns the summary's parts `general_text` (perplexities, shares answered by the base) and `sequential`."""
     pool, tasks = learned.pool, learned.pool.names
     tuned = _sequential(run, learned) if sequential else None
     torch.set_num_threads(run.config.training.threads)
@@ -85,16 +85,21 @@ def measure(run: StreamRun, learned: Learned, *, sequential: bool) -> dict[str, 
     rows = {
         task.name: [
             encode(base.processor, record.messages, record.images)
-            for record in first_records(task.eval, run.data_folder, task.prompt, run.config.evaluation.limit or QUESTIONS)
+            for record in first_records(
+                task.eval, run.data_folder, task.prompt, run.config.evaluation.limit or QUESTIONS
+            )
         ]
         for task in run.config.stream.foundation
     }
     routed = RoutedModel(base.model, pool)
-    found = {}
+    found: dict[str, dict[str, float]] = {}
+    to_base: dict[str, dict[str, float]] = {}
 
     def note(name: str) -> None:
         started = monotonic()
-        found[name] = {column: perplexity(base.model, kept) for column, kept in rows.items()}
+        read = {column: perplexity(routed, kept) for column, kept in rows.items()}
+        found[name] = {column: value for column, (value, _) in read.items()}
+        to_base[name] = {column: share for column, (_, share) in read.items()}
         figures = "  ".join(f"{column} {value:.3f}" for column, value in found[name].items())
         run.terminal.say(f"  perplexity, {name}: {figures}   ({monotonic() - started:.0f} s)")
 
@@ -111,11 +116,10 @@ def measure(run: StreamRun, learned: Learned, *, sequential: bool) -> dict[str, 
         with routed.forced(tuned.card.name):
             note("sequential fine-tuning")
     routed.detach()
-    shares = dict(zip(learned.summary["routing"]["columns"], learned.summary["routing"]["shares"][-1], strict=True))
     general = {
         "prompts": {column: len(kept) for column, kept in rows.items()},
         "perplexity": found,
-        "to_base": {column: shares[column] for column in rows},
+        "to_base": to_base,
     }
     return {"general_text": general} | ({} if tuned is None else {"sequential": _evaluated(run, pool, tuned)})
 
@@ -132,12 +136,14 @@ def _alone(pool: Pool, expert: Expert) -> Pool:
 
 
 @torch.inference_mode()
-def perplexity(model: Any, rows: Sequence[Encoded]) -> float:
-    """Returns the perplexity of the rows' answers, exp(mean over all their tokens of -log p(token | what stands before)).
+def perplexity(routed: RoutedModel, rows: Sequence[Encoded]) -> tuple[float, float]:
+    """Returns the perplexity of the rows' answers, and the share of the rows that the base answered.
+
+        perplexity = exp(mean over all tokens of all answers of -log p(token | what stands before it))
 
     Read as an answer is generated: the prompt first, by which a router decides, then the answer from the cache.
     """
-    loss, tokens = 0.0, 0
+    model, loss, tokens, left = routed.model, 0.0, 0, 0
     for row in rows:
         begin = int((row.labels == IGNORED).sum())
         ids = torch.from_numpy(row.input_ids)[None]
@@ -152,7 +158,8 @@ def perplexity(model: Any, rows: Sequence[Encoded]) -> float:
         logits_TV = torch.cat([before.logits[0, -1:], after.logits[0]]).float()
         loss += cross_entropy(logits_TV, answer[0], reduction="sum").item()
         tokens += answer.shape[1]
-    return math.exp(loss / tokens)
+        left += routed.decisions[0].expert is None
+    return math.exp(loss / tokens), left / len(rows)
 
 
 def _sequential(run: StreamRun, learned: Learned) -> Expert:
@@ -179,10 +186,12 @@ def _evaluated(run: StreamRun, pool: Pool, tuned: Expert) -> dict[str, float]:
 def _show(run: StreamRun, found: Mapping[str, Any]) -> None:
     general = found["general_text"]
     columns = list(general["prompts"])
-    rows = [[name, *(f"{v[c]:.3f}" for c in columns)] for name, v in general["perplexity"].items()]
-    run.terminal.console.print(table("Perplexity of general text", ["who answers", *columns], rows))
-    shares = ", ".join(f"{column} {share:.1%}" for column, share in general["to_base"].items())
-    run.terminal.say(f"general prompts that the router left to the base: {shares}")
+    rows = [
+        [name, *(f"{values[c]:.3f}" for c in columns), *(f"{general['to_base'][name][c]:.1%}" for c in columns)]
+        for name, values in general["perplexity"].items()
+    ]
+    header = ["who answers", *columns, *(f"{c} to base" for c in columns)]
+    run.terminal.console.print(table("Perplexity of general text, and how much of it the base answers", header, rows))
     if "sequential" in found:
         values = "  ".join(f"{name} {value:.3f}" for name, value in found["sequential"].items())
         run.terminal.say(f"accuracy of sequential fine-tuning at the end: {values}")

@@ -30,7 +30,15 @@ POOLS = (10, 50, 100)
 """Pools whose size is told beside that of the stream's own."""
 
 EXPLAINED = {
-    activations: ("layer_bytes", "attention_bytes", "mask_bytes", "logits_bytes", "backward_bytes", "vision_bytes"),
+    activations: (
+        "layer_bytes",
+        "attention_bytes",
+        "mask_bytes",
+        "logits_bytes",
+        "final_norm_bytes",
+        "backward_bytes",
+        "vision_bytes",
+    ),
     states: ("states",),
     compute: ("operations", "vision_operations", "gathering_seconds", "answering_seconds"),
     sizes: ("sizes",),
@@ -57,6 +65,12 @@ def main(
     text_tokens: Annotated[
         int, typer.Option(help="Text tokens of a typical row, template and answer included.", min=1)
     ] = Assumptions.text_tokens,
+    answer_tokens: Annotated[
+        int, typer.Option(help="Learned tokens of a typical row: its answer's.", min=1)
+    ] = Assumptions.answer_tokens,
+    longest_answer: Annotated[
+        int, typer.Option(help="Learned tokens of the longest row, or --answer-tokens if that is more.", min=1)
+    ] = Assumptions.longest_answer,
     utilisation: Annotated[
         float, typer.Option(help="Share of the GPU's operations that training reaches.", min=0.01, max=1)
     ] = Assumptions.utilisation,
@@ -75,13 +89,17 @@ def main(
     started = now()
     with user_errors():
         settings = load(config, overrides)
+        if answer_tokens > text_tokens:
+            raise ConfigError(
+                f"--answer-tokens {answer_tokens}: --text-tokens {text_tokens} includes them; raise it, too"
+            )
         plan = make_plan(
             settings,
             architecture_of(
                 base_configuration(settings.base, _config_json(base_config)), settings.expert.target_modules
             ),
             gpu=gpu,
-            assumptions=Assumptions(tiles, text_tokens, utilisation),
+            assumptions=Assumptions(tiles, text_tokens, answer_tokens, longest_answer, utilisation),
             link=link,
         )
         changes = advice(plan)
@@ -155,6 +173,8 @@ def summary(plan: Plan, gpu: str | None, changes: list[Change]) -> dict[str, Any
             "accumulated": plan.accumulated,
             "typical_row_tokens": plan.typical.tokens,
             "longest_row_tokens": plan.longest.tokens,
+            "typical_row_logits": plan.step(plan.typical).answer_tokens,
+            "longest_row_logits": plan.step(plan.longest).answer_tokens,
             "tokens": plan.rows_per_step * plan.typical.tokens,
             "operations": plan.rows_per_step * operations.total,
             "operations_of_a_row": vars(operations),
@@ -252,7 +272,7 @@ def _time(plan: Plan, gpu: str | None) -> Any:
     else:
         if plan.gathering_seconds:
             rows.append(["gathering weights (ZeRO-3), in the background", f"{plan.gathering_seconds:.1f} s a step"])
-        rows.append(["a step", f"{plan.step_seconds:.1f} s"])
+        rows.append(["a step", f"{plan.step_seconds:.2f} s"])
         if plan.caching_seconds is not None:
             rows.append(["image features of 1,000 rows, once", f"{_hours(1000 * plan.caching_seconds)} of one GPU"])
         rows.append([f"a task: expert stage, {config.expert.steps} steps", _hours(plan.expert_seconds)])
@@ -293,6 +313,11 @@ def _notes(plan: Plan) -> list[str]:
             f"A typical row, which time is planned for, has {own.tiles} tiles of {plan.architecture.tile_tokens} tokens and "
             f"{own.text_tokens} of text (--tiles, --text-tokens); the longest is what data.max_tokens lets in."
         )
+    apart = f", so {plan.step(plan.longest).answer_tokens} in each of its rows" if plan.micro_batch > 1 else ""
+    notes.append(
+        f"Logits are computed where any row of a micro-batch has its answer: {plan.typical.answer_tokens} tokens of a typical "
+        f"row, {plan.longest.answer_tokens} of the longest (--answer-tokens, --longest-answer), at different places{apart}."
+    )
     if plan.gpu is not None:
         notes.append(
             f"Training reaches {own.utilisation:.0%} of {plan.gpu.operations / 1e12:g} dense bf16 TFLOP/s (--utilisation); "

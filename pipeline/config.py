@@ -257,7 +257,8 @@ class TrainingConfig(Config):
     """Rows of one forward pass of one worker; default: the whole of its share. Smaller ones are accumulated to
     `expert.batch_size`: less memory, the same step."""
     gradient_checkpointing: bool = False
-    """Compute the language model's activations twice instead of keeping them: a third more time, far less memory."""
+    """Compute the language model's activations twice instead of keeping them: about half as much time again behind a
+    frozen base, far less memory."""
     offload: Literal["none", "optimizer", "all"] = "none"
     """What waits in CPU memory: optimizer states (ZeRO 1 to 3), or with `all` the sharded base too (ZeRO 3)."""
     checkpoint_every: int = Field(default=100, ge=1)

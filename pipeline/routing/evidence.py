@@ -119,16 +119,18 @@ def add_evidence(hearing: Hearing, before_BX: Tensor | None, x_BTD: Tensor, toke
 class EvidenceReader:
     """Takes down the pooled, projected inputs of Linears while a model reads prompts.
 
-    `tokens_BT` must be set before the language model runs. A Linear that gets the very tensor that the one before it got
+    `tokens_BT` must be set before the language model runs; it holds for one pass of it, so that layers which compute their
+    activations again for a backward pass are not heard twice. A Linear that gets the very tensor that the one before it got
     is left out: it hears nothing new.
     """
 
-    def __init__(self, model: nn.Module, paths: Sequence[str]) -> None:
+    def __init__(self, model: Any, paths: Sequence[str]) -> None:
         self.tokens_BT: Tensor | None = None
         self.samples: dict[str, list[Tensor]] = {}
         self._last: Any = None
         known = dict(model.named_modules())
         self._hooks = [known[path].register_forward_pre_hook(self._hear(path)) for path in paths]
+        self._hooks.append(model.get_decoder().register_forward_hook(self._end))
 
     def _hear(self, path: str) -> Any:
         def hook(module: nn.Module, args: tuple[Tensor, ...]) -> None:
@@ -141,8 +143,11 @@ class EvidenceReader:
 
         return hook
 
+    def _end(self, *_: Any) -> None:
+        self.tokens_BT = self._last = None
+
     def remove(self) -> None:
         """Takes the hooks off the model."""
-        self._last = None
+        self._end()
         for hook in self._hooks:
             hook.remove()

@@ -131,7 +131,7 @@ def encoded_rows(
 ) -> ray.data.Dataset:
     """Returns a part's rows, encoded when they are read; bad ones have a `reason`."""
     work = partial(encode_batch, part=part, column=name, base=base, data=data, answer=answer)
-    return read(part.source, data_folder).map_batches(
+    return read(part.source, data_folder, readers=data.readers).map_batches(
         work, batch_size=64, batch_format="pyarrow", compute=TaskPoolStrategy(data.readers)
     )
 

@@ -19,6 +19,7 @@ import pyarrow as pa
 import pyarrow.fs as fs
 import pyarrow.parquet as pq
 import ray
+from ray.data import TaskPoolStrategy
 from ray.data.block import BlockMetadata
 from ray.data.datasource import Datasource, ReadTask
 
@@ -48,9 +49,14 @@ _COMPRESSION = 4
 """How much longer texts are guessed to be than their compressed files."""
 
 
-def read(source: SourceConfig, folder: Path) -> ray.data.Dataset:
-    """Returns the raw rows of a source as a lazy Ray Dataset. Raises StreamError where `resolve` does."""
-    return ray.data.read_datasource(_Rows(source, folder))
+def read(source: SourceConfig, folder: Path, *, readers: int | None = None) -> ray.data.Dataset:
+    """Returns the raw rows of a source as a lazy Ray Dataset. Raises StreamError where `resolve` does.
+
+    `readers` is the number of tasks that will work on the rows at a time. A fourth as many read: raw rows come faster than
+    they can be worked on, and would pile up in the object store.
+    """
+    compute = None if readers is None else TaskPoolStrategy(max(1, readers // 4))
+    return ray.data.read_datasource(_Rows(source, folder), compute=compute)
 
 
 class _Rows(Datasource):

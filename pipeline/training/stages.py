@@ -114,7 +114,7 @@ def answer_loss(model: Any, batch: dict[str, Any]) -> Tensor:
     inputs = {name: value for name, value in batch.items() if name != "labels"}
     next_BT = batch["labels"][:, 1:]
     kept_K = (next_BT != IGNORED).any(0).nonzero().squeeze(-1)
-    logits_BKV = model(**inputs, logits_to_keep=kept_K).logits
+    logits_BKV = model(**inputs, logits_to_keep=kept_K, use_cache=False).logits
     return functional.cross_entropy(
         logits_BKV.float().flatten(0, 1), next_BT[:, kept_K].flatten(), ignore_index=IGNORED
     )

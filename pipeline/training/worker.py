@@ -140,7 +140,7 @@ class Worker:
         job, config = self.job, self.job.expert
         settings = self._zero_config()
         keep = sharded_loading(settings)
-        base = self._base()
+        base = load_base(job.base, vision=job.vision)
         adapted_paths(base, config.target_modules)
         peft = with_lora(base, config, start=Path(job.start) if job.start else None)
         if job.training.gradient_checkpointing:
@@ -192,7 +192,7 @@ class Worker:
         started = time.monotonic()
         settings = self._zero_config()
         keep = sharded_loading(settings)
-        base = self._base()
+        base = load_base(job.base, vision=job.vision)
         width = feature_width(base.width, config.feature_width)
         heard = heard_paths(base, job.expert.target_modules)
         gates = with_gates(base.model, adapter)
@@ -242,12 +242,6 @@ class Worker:
         if self.rank == 0:
             expert.save(draft / EXPERT)
         self._report(draft)
-
-    def _base(self) -> Base:
-        """Loads the frozen model as this task trains on it."""
-        base = load_base(self.job.base, vision=self.job.vision)
-        base.model.config.use_cache = False
-        return base
 
     def _zero_config(self) -> dict[str, Any]:
         job = self.job

@@ -11,7 +11,7 @@ from jobs.library_text import MODULES, descriptions, paragraphs, write_library
 from pipeline.config import LearnConfig, load_config
 from pipeline.models.prompts import collate_for
 from pipeline.streams.sources import StreamError
-from tests.helpers import ask
+from tests.helpers import ask, attached
 
 TEXT = "Return something that is long enough to describe a function well"
 
@@ -79,8 +79,13 @@ def test_the_stream_names_the_files_that_are_written(library):
     assert written | {"modules-train"} == set(library[0])
 
 
-def test_perplexity_is_that_of_one_pass(tiny_base):
+def test_perplexity_is_that_of_one_pass(tiny_base, known_pool):
     row = ask(tiny_base.processor, "repeat : red blue", answer="red blue")
     with torch.no_grad():
         loss = tiny_base.model(**collate_for(tiny_base.processor, [row])).loss.item()
-    assert perplexity(tiny_base.model, [row]) == pytest.approx(math.exp(loss), rel=1e-4)
+    with attached(tiny_base, known_pool) as routed:
+        with routed.forced(None):
+            assert perplexity(routed, [row]) == (pytest.approx(math.exp(loss), rel=1e-4), 1)
+        value, to_base = perplexity(routed, [row])
+    assert value != pytest.approx(math.exp(loss), rel=1e-4)
+    assert to_base == 0

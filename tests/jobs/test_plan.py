@@ -26,7 +26,8 @@ def test_it_says_what_is_needed_and_that_it_fits(run: Any, tmp_path: Path) -> No
     outcome = run(STREAM, *BASE)
     assert outcome.exit_code == 0, outcome.output
     for words in ("vision tower", "17,301,504", "Memory of each of 4 GPUs (a10g)", "logits and loss", "allowance",
-                  "16 = 4 x 4 x 1", "the stream, 2 tasks", "pool of 100", "fits       10.63 of 24.00 GB"):  # fmt: skip
+                  "16 = 4 x 4 x 1", "the stream, 2 tasks", "pool of 100", "fits       20.66 of 24.00 GB",
+                  "64 tokens of a typical row, 512 of the longest (--answer-tokens, --longest-answer)"):  # fmt: skip
         assert words in outcome.output, words
     figures = json.loads((tmp_path / "plan.json").read_text())
     assert figures["name"] == "internvl2-2b"
@@ -42,16 +43,14 @@ def test_json_is_the_file(run: Any, tmp_path: Path) -> None:
 
 
 def test_it_says_what_to_change(run: Any) -> None:
-    outcome = run(
-        STREAM, *BASE, "training.gradient_checkpointing=false", "data.vision_cache='off'", "training.micro_batch=4"
-    )
+    outcome = run(STREAM, *BASE, "data.vision_cache=off", "training.micro_batch=4", "data.max_tokens=8192")
     assert outcome.exit_code == 0, outcome.output
     said = [line.split("   ")[0] for line in outcome.output.splitlines() if "does not fit" in line or "  then" in line]
     assert said == [
-        "does not fit  90.13 of 24.00 GB on a10g (logits and loss)",
+        "does not fit  151.75 of 24.00 GB on a10g (logits and loss)",
         "  then still not: data.vision_cache=features",
-        "  then still not: training.gradient_checkpointing=true",
-        "  then fits: training.micro_batch=2",
+        "  then still not: training.micro_batch=1",
+        "  then fits: training.gradient_checkpointing=true",
     ]
 
 
@@ -80,6 +79,7 @@ def test_mistakes_are_one_line(run: Any) -> None:
     mistakes = {
         "--gpu v100: not known; choose one of a10": run(STREAM, *BASE, "--gpu", "v100"),
         "--base-config path/to/config.json": run(STREAM),
+        "--answer-tokens 300: --text-tokens 200 includes them": run(STREAM, *BASE, "--answer-tokens", "300"),
         "training.offload=all: only ZeRO-3 shards the base": run(STREAM, *BASE, "training.offload=all"),
     }
     for words, outcome in mistakes.items():

@@ -12,9 +12,11 @@ from pipeline.models.architecture import Architecture, architecture_of
 from pipeline.training.planning.activations import Pass, activations, layer_bytes
 from pipeline.training.planning.compute import operations, vision_operations
 from pipeline.training.planning.states import DEFAULTS, States, states
+from pipeline.training.stages import answer_loss
 
 CASE = Case("test", tiles=2)
-STEP = Pass(rows=2, tokens=256, tiles=4, rank=8, kernel="flash")
+STEP = Pass(rows=2, tokens=256, answer_tokens=16, tiles=4, rank=8, kernel="flash")
+READERS = {"attention": 3, "heads": 1, "mlp": 2, "inner": 1}
 
 
 @pytest.fixture(scope="module")
@@ -33,9 +35,18 @@ def test_planned_memory_is_what_training_takes() -> None:
 def test_checkpointing_keeps_inputs_and_makes_one_layer_again(small: Architecture) -> None:
     plain, again = (activations(small, replace(STEP, checkpointing=on)) for on in (False, True))
     assert again.kept < plain.kept / 5
-    assert again.recomputed == plain.kept_first + STEP.total * (4 * 128 + 4)  # one layer, its first norm included
-    assert plain.recomputed == 0
+    layer = layer_bytes(small.decoder, STEP, READERS)
+    assert (again.recomputed, plain.recomputed) == (layer, 0)
+    rotary = 2 * 2 * 256 * 32
+    assert again.kept_first == STEP.total * 2 * 128 + rotary  # the first layer's input
+    assert plain.kept_first == layer - STEP.total * (4 * 128 + 4) + rotary  # without its first norm
     assert again.logits == plain.logits
+
+
+def test_logits_are_computed_where_answers_are(small: Architecture) -> None:
+    few, many = (activations(small, replace(STEP, answer_tokens=tokens)) for tokens in (16, 160))
+    assert (few.logits, many.logits) == (12 * 2 * 16 * 2000, 12 * 2 * 160 * 2000)
+    assert replace(few, logits=0) == replace(many, logits=0)
 
 
 def test_attention_kernels_keep_what_they_are_said_to(small: Architecture) -> None:
@@ -48,21 +59,20 @@ def test_attention_kernels_keep_what_they_are_said_to(small: Architecture) -> No
 
 
 def test_dropout_keeps_inputs_and_masks_by_device(small: Architecture) -> None:
-    readers = {"attention": 3, "heads": 1, "mlp": 2, "inner": 1}
     widths = 3 * 128 + 128 + 2 * 128 + 352
-    without = layer_bytes(small.decoder, STEP, readers)
+    without = layer_bytes(small.decoder, STEP, READERS)
     shared = STEP.total * 2 * (128 + 128 + 352)
     for gpu, mask in ((True, 1), (False, 2)):
-        extra = layer_bytes(small.decoder, replace(STEP, dropout=True, gpu=gpu), readers) - without
+        extra = layer_bytes(small.decoder, replace(STEP, dropout=True, gpu=gpu), READERS) - without
         assert extra == STEP.total * widths * (2 + mask) - shared
 
 
-def test_nothing_is_kept_below_the_first_adapter() -> None:
-    configuration = CASE.configuration()
-    whole, top = (
-        activations(architecture_of(configuration, t), STEP).kept for t in ("auto", r".*\.layers\.3\..*_proj")
-    )
-    assert top < whole / 3
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_nothing_is_kept_below_the_first_adapter(small: Architecture, checkpointing: bool) -> None:
+    step = replace(STEP, checkpointing=checkpointing)
+    top = architecture_of(CASE.configuration(), r".*\.layers\.3\..*_proj")
+    found, whole = activations(top, step), activations(small, step)
+    assert found.kept_last == found.kept_first == whole.kept_first
 
 
 def test_cached_features_need_no_vision_tower(small: Architecture) -> None:
@@ -116,9 +126,15 @@ def test_operations_are_those_that_pytorch_counts(checkpointing: bool) -> None:
     model, batch = build(case)
     architecture = architecture_of(case.configuration())
     with FlopCounterMode(display=False) as seen:
-        model(**batch, use_cache=False).loss.backward()
+        answer_loss(model, batch).backward()
     expected = operations(
-        architecture, tokens=case.tokens, tiles=case.tiles, rank=case.rank, kernel="eager", checkpointing=checkpointing
+        architecture,
+        tokens=case.tokens,
+        answer_tokens=case.answer_tokens,
+        tiles=case.tiles,
+        rank=case.rank,
+        kernel="eager",
+        checkpointing=checkpointing,
     )
     assert case.rows * expected.total == pytest.approx(seen.get_total_flops(), rel=0.05)
     with FlopCounterMode(display=False) as seen, torch.no_grad():
@@ -129,6 +145,6 @@ def test_operations_are_those_that_pytorch_counts(checkpointing: bool) -> None:
 
 
 def test_a_frozen_base_takes_two_thirds(small: Architecture) -> None:
-    found = operations(small, tokens=512, tiles=0, rank=1, kernel="eager", checkpointing=False)
+    found = operations(small, tokens=512, answer_tokens=512, tiles=0, rank=1, kernel="eager", checkpointing=False)
     assert found.backward == found.forward + 4 * 512**2 * 128 * 4
     assert found.vision == 0

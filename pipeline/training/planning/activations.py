@@ -5,8 +5,9 @@ idea and the notation follow Korthikanti et al., "Reducing Activation Recomputat
 2205.05198, section 4), whose 34 s b h + 5 a s^2 b holds for full training of GPT-3's layer in 16 bits and not here: frozen
 Linears do not keep their input, RMSNorm computes in float32, the MLP is gated. `pointsman benchmark plan` measures it.
 
-Symbols: n = rows x padded tokens; T padded tokens a row; D width; Q = heads x head width; K = key-value heads x head width;
-H heads; I width of the MLP; L layers; V vocabulary; r rank; b bytes of an activation, a of an adapter's.
+Symbols: n = rows x padded tokens; m = rows x positions at which logits are computed; T padded tokens a row; D width; Q =
+heads x head width; K = key-value heads x head width; H heads; I width of the MLP; L layers; V vocabulary; r rank; b bytes of
+an activation, a of an adapter's.
 """
 
 from collections import Counter
@@ -29,6 +30,8 @@ class Pass:
     rows: int
     tokens: int
     """Tokens of every row, padding included."""
+    answer_tokens: int
+    """Positions of every row at which logits are computed: those whose next token is learned in any row of the batch."""
     tiles: int
     """Tiles of all rows that the vision tower sees; 0 where features are cached."""
     rank: int
@@ -49,6 +52,11 @@ class Pass:
         """Tokens of all rows: n."""
         return self.rows * self.tokens
 
+    @property
+    def learned(self) -> int:
+        """Positions of all rows at which logits are computed: m."""
+        return self.rows * self.answer_tokens
+
 
 @dataclass(frozen=True)
 class Activations:
@@ -64,6 +72,8 @@ class Activations:
     """One layer's saved tensors, made again for its backward pass; 0 without checkpointing."""
     logits: int
     """Logits and loss, at the most."""
+    final_norm: int
+    """Gradients while the final norm runs backward."""
     backward: int
     """Gradients of activations while a layer runs backward."""
     vision: int
@@ -77,21 +87,24 @@ def activations(architecture: Architecture, step: Pass) -> Activations:
     first = min(linear.layer for linear in architecture.adapted)
     layers = {layer: layer_bytes(decoder, step, _reads(readers, layer)) for layer in range(first, decoder.layers)}
     norm = step.total * (FLOAT * decoder.width + FLOAT)
+    rotary = 2 * step.bytes * step.tokens * decoder.head_width  # cosines and sines, alike for all rows and layers
+    # Below the first adapter nothing needs a gradient and nothing is kept.
     if step.checkpointing:
         stream = step.total * decoder.width * step.bytes
-        kept_first = (2 if tower else 1) * stream + mask_bytes(step)  # embeddings, before and after images were put in
-        kept_last = kept_first + (decoder.layers - 1) * stream
-        recomputed = max(layers.values())
+        kept_first = stream + mask_bytes(step) + rotary
+        kept_last = kept_first + (len(layers) - 1) * stream
+        # In float32 the input that a layer's first norm keeps is the very one that the checkpoint holds.
+        recomputed = max(layers.values()) - (stream if step.bytes == FLOAT else 0)
     else:
-        # Below the first adapter nothing needs a gradient and nothing is kept; its own first norm lies there, too.
-        kept_last, kept_first, recomputed = sum(layers.values()) - norm, layers[first] - norm, 0
-    said = step.bytes * step.tiles * architecture.tile_tokens * decoder.width
+        kept_first = layers[first] - norm + rotary  # its first norm lies below the adapter, too
+        kept_last, recomputed = sum(layers.values()) - norm + rotary, 0
     return Activations(
         kept=kept_last + norm,
         kept_last=kept_last,
         kept_first=kept_first,
         recomputed=recomputed,
-        logits=logits_bytes(decoder, step, said),
+        logits=logits_bytes(decoder, step),
+        final_norm=final_norm_bytes(decoder, step),
         backward=backward_bytes(decoder, step),
         vision=vision_bytes(tower, step) if tower else 0,
     )
@@ -157,28 +170,28 @@ def mask_bytes(step: Pass) -> int:
     return step.total * step.tokens * {"eager": step.bytes, "flash": 0, "masked": 1}[step.kernel]
 
 
-def logits_bytes(decoder: Decoder, step: Pass, features: int) -> int:
-    """Returns what logits and loss take at the most, 12 n V as a rule: the larger of forward and backward.
+def logits_bytes(decoder: Decoder, step: Pass) -> int:
+    """Returns what logits and loss take at the most: 12 m V, in the backward pass.
 
-    forward     b n V of logits, 4 n V of them in float32 (unless b is 4), 4 n V of log-softmax; and `features`, the bytes of
-                image features, which last until the pass ends
-    backward    4 n V each: the log-softmax that was kept, the loss's gradient by it, and the gradient by the logits
-
-    The loss is computed in float32 over all tokens, whether they carry a label or not.
+    forward     b m V of logits, 4 m V of them in float32 (unless b is 4), 4 m V of log-softmax: 10 m V, 8 where b is 4
+    backward    4 m V each: the log-softmax that was kept, the loss's gradient by it, and the gradient by the logits
     """
-    table = step.total * decoder.vocabulary
-    forward = table * (step.bytes + (FLOAT if step.bytes != FLOAT else 0) + FLOAT) + features
-    return max(forward, 3 * FLOAT * table)
+    return 3 * FLOAT * step.learned * decoder.vocabulary
+
+
+def final_norm_bytes(decoder: Decoder, step: Pass) -> int:
+    """Returns gradients while the final norm runs backward: 20 n D, five tensors of the stream's size in float32."""
+    return 5 * FLOAT * step.total * decoder.width
 
 
 def backward_bytes(decoder: Decoder, step: Pass) -> int:
     """Returns gradients of activations while the last layer runs backward: the larger of MLP and attention.
 
-    MLP         b n (2 I + 2 D): two gradients by the inner product, the stream's and the residual's
+    MLP         b n (2 I + D): two gradients by the inner product and the stream's
     attention   eager only: 8 n H T for the gradients before and after the softmax, less the MLP's tensors, gone by then
     """
     n, b = step.total, step.bytes
-    mlp = b * n * (2 * decoder.inner_width + 2 * decoder.width)
+    mlp = b * n * (2 * decoder.inner_width + decoder.width)
     if step.kernel != "eager":
         return mlp
     matrices = 2 * FLOAT * n * decoder.heads * step.tokens

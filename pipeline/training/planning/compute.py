@@ -4,7 +4,8 @@ A multiplication and an addition count as two operations. Forward, backward and 
 (arXiv 2001.08361, section 2.1) and in PaLM's definition of utilisation (arXiv 2204.02311, appendix B), with what a frozen
 base leaves out. GPUs by their datasheets: dense 16-bit tensor operations with float32 accumulation, without sparsity.
 
-Symbols: M parameters of the decoder layers' Linears, P of the adapter, V vocabulary, D width, Q heads x head width, T tokens.
+Symbols: M parameters of the decoder layers' Linears, P of the adapter, V vocabulary, D width, Q heads x head width, T tokens, A
+those at which logits are computed.
 """
 
 from dataclasses import dataclass
@@ -70,13 +71,20 @@ class Operations:
 
 
 def operations(
-    architecture: Architecture, *, tokens: int, tiles: int, rank: int, kernel: Kernel, checkpointing: bool
+    architecture: Architecture,
+    *,
+    tokens: int,
+    answer_tokens: int,
+    tiles: int,
+    rank: int,
+    kernel: Kernel,
+    checkpointing: bool,
 ) -> Operations:
-    """Returns the operations of one training row of `tokens` T and `tiles`.
+    """Returns the operations of one training row of `tokens` T, `answer_tokens` A and `tiles`.
 
-    forward      2 T (M + D V) + attention; attention is 4 T^2 Q a layer, half of it where the kernel skips what the causal
-                 mask hides (flash)
-    backward     2 T (M + D V) + attention twice, 2.5 times where flash computes its matrix again (arXiv 2307.08691,
+    forward      2 T M + 2 A D V + attention; attention is 4 T^2 Q a layer, half of it where the kernel skips what the
+                 causal mask hides (flash)
+    backward     2 T M + 2 A D V + attention twice, 2.5 times where flash computes its matrix again (arXiv 2307.08691,
                  section 4.1)
     adapter      6 T P: forward, gradients of activations, gradients of weights
     recomputed   2 T M + attention, and 2 T P of the adapter
@@ -90,7 +98,7 @@ def operations(
     flash = kernel == "flash"
     attention = attention // 2 if flash else attention
     layers = 2 * tokens * decoder.matrices
-    head = 2 * tokens * decoder.width * decoder.vocabulary
+    head = 2 * answer_tokens * decoder.width * decoder.vocabulary
     return Operations(
         forward=layers + head + attention,
         backward=layers + head + attention * (2.5 if flash else 2),

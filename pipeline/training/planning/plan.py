@@ -41,6 +41,11 @@ class Assumptions:
     """Tiles of a typical row, thumbnail included."""
     text_tokens: int = 200
     """Text tokens of a typical row: template, question and answer."""
+    answer_tokens: int = 64
+    """Tokens of a typical row that are learned: those of its answer."""
+    longest_answer: int = 512
+    """Tokens of the longest row that are learned; where `answer_tokens` are more, those. It is long because of images and
+    documents, and its answer as short as others; but captions and explanations have hundreds."""
     utilisation: float = 0.35
     """Share of the GPU's operations that training reaches."""
     prompts: int = 1000
@@ -53,6 +58,8 @@ class Row:
 
     tokens: int
     tiles: int
+    answer_tokens: int
+    """Those of `tokens` that are learned."""
 
 
 @dataclass(frozen=True)
@@ -98,16 +105,16 @@ class Plan:
     def typical(self) -> Row:
         """The row that time is planned for."""
         tokens = self.assumptions.tiles * self.architecture.tile_tokens + self.assumptions.text_tokens
-        return Row(min(tokens, self.longest.tokens), self.assumptions.tiles if self.architecture.tower else 0)
+        tiles = self.assumptions.tiles if self.architecture.tower else 0
+        return Row(min(tokens, self.longest.tokens), tiles, self.assumptions.answer_tokens)
 
     @property
     def longest(self) -> Row:
         """The longest row that is let in."""
-        tokens = min(self.config.data.max_tokens, self.architecture.longest)
-        if self.architecture.tower is None:
-            return Row(tokens, 0)
-        most = (self.config.base.max_tiles or TILES) + 1
-        return Row(tokens, min(most, tokens // self.architecture.tile_tokens))
+        tokens, tiles = min(self.config.data.max_tokens, self.architecture.longest), 0
+        if self.architecture.tower is not None:
+            tiles = min((self.config.base.max_tiles or TILES) + 1, tokens // self.architecture.tile_tokens)
+        return Row(tokens, tiles, max(self.assumptions.answer_tokens, self.assumptions.longest_answer))
 
     # Memory
 
@@ -161,10 +168,15 @@ class Plan:
         return whole | dict(self.states.cpu)
 
     def step(self, row: Row) -> Pass:
-        """Returns the pass of a micro-batch of such rows."""
+        """Returns the pass of a micro-batch of such rows.
+
+        Padded at their ends, rows that differ in length have their answers at different places: logits are computed in every
+        row where any row has its answer.
+        """
         return Pass(
             rows=self.micro_batch,
             tokens=row.tokens,
+            answer_tokens=min(self.micro_batch * row.answer_tokens, row.tokens),
             tiles=0 if self.cached_vision else self.micro_batch * row.tiles,
             rank=self.config.expert.rank,
             kernel=self.kernel,
@@ -178,8 +190,8 @@ class Plan:
     def moments(self, row: Row) -> dict[str, dict[str, int]]:
         """Returns bytes of one worker by moment and part, for a micro-batch of such rows.
 
-        Moments: the vision tower runs; logits and loss; the last and the first layer run backward; the optimizer steps. The
-        allowance for the allocator and CUDA is a part of its own; CPUs have none.
+        Moments: the vision tower runs; logits and loss; the final norm, the last and the first layer run backward; the
+        optimizer steps. The allowance for the allocator and CUDA is a part of its own; CPUs have none.
         """
         found, layers = activations(self.architecture, self.step(row)), self.architecture.decoder.layers
         own = moments_of(found, self.states, layers=layers, accumulating=self.accumulated > 1)
@@ -224,6 +236,7 @@ class Plan:
         return operations(
             self.architecture,
             tokens=self.typical.tokens,
+            answer_tokens=self.step(self.typical).answer_tokens,
             tiles=0 if self.cached_vision else self.typical.tiles,
             rank=self.config.expert.rank,
             kernel=self.kernel,
@@ -332,6 +345,7 @@ def moments_of(found: Activations, own: States, *, layers: int, accumulating: bo
     vision = {"vision tower": before | {"vision tower's activations": found.vision}} if found.vision else {}
     return vision | {
         "logits and loss": before | {"activations": found.kept, "logits and loss": found.logits},
+        "final norm backward": before | {"activations": found.kept, "gradients of activations": found.final_norm},
         "last layer backward": early | {"activations": found.kept_last} | layer,
         "first layer backward": whole | {"activations": found.kept_first} | layer,
         "optimizer": whole | {"optimizer's temporaries": own.step},
