@@ -182,6 +182,8 @@ def _quiet_data() -> None:
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
     context.execution_options.preserve_order = True
+    # Ray's 128 MB a block are what a task holds until it hands rows on, and what waits between tasks; images are large.
+    context.target_max_block_size = 32 << 20
     # Small sources, read often: the second reader lists files in processes of their own, 3 to 7 s for every source.
     context.use_datasource_v2 = False
     context.isolate_read_workers = False

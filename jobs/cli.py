@@ -5,7 +5,8 @@ from typing import Any
 import typer
 from typer.core import TyperCommand
 
-from jobs import benchmark, compare, convert_internvl2, explain, learn, plan, pretrain_tiny, sweep, ui
+from jobs import compare, convert_internvl2, explain, learn, plan, pretrain_tiny, sweep, ui
+from jobs.benchmark.app import app as benchmarks
 from jobs.options import fields_help
 
 app = typer.Typer(
@@ -33,7 +34,7 @@ app.command("explain")(explain.main)
 app.command("ui")(ui.main)
 app.command("pretrain-tiny")(pretrain_tiny.main)
 app.command("convert-internvl2")(convert_internvl2.main)
-app.add_typer(benchmark.app, name="benchmark")
+app.add_typer(benchmarks, name="benchmark")
 
 if __name__ == "__main__":
     app()

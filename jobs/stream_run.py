@@ -216,7 +216,9 @@ class StreamRun:
         mode: Literal["routed", "told", "only"] = "routed",
     ) -> Evaluation:
         """Evaluates a pool on columns (tasks and families), or finds the result of having done so."""
-        data = [(self.data_fingerprint(self.columns[column], "eval"), self.columns[column].metric) for column in columns]
+        data = [
+            (self.data_fingerprint(self.columns[column], "eval"), self.columns[column].metric) for column in columns
+        ]
         key = digest(list(columns), data, self.fingerprint, pool_digest, mode, self.config.evaluation)
         file = self._state(f"evaluation-{key}.json")
         if not file.exists():

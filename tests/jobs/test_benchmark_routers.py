@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from jobs import benchmark_routers
-from jobs.benchmark_routers import among_many
+from jobs.benchmark import routers
+from jobs.benchmark.routers import among_many
 from pipeline.config import LearnConfig, StreamConfig
 from pipeline.routing import Pool
 from tests.helpers import checksum
@@ -14,7 +14,7 @@ from tests.helpers import checksum
 def quick(monkeypatch: pytest.MonkeyPatch) -> LearnConfig:
     """So few steps that nothing is learned, which routing does not mind."""
     for name, value in {"STEPS": 2, "TRAIN_ROWS": 64, "PROMPTS": 8}.items():
-        monkeypatch.setattr(benchmark_routers, name, value)
+        monkeypatch.setattr(routers, name, value)
     config = LearnConfig(stream=StreamConfig(tasks=()))
     return config.model_copy(update={"training": config.training.model_copy(update={"threads": 1})})
 

@@ -10,11 +10,11 @@ import torch
 from peft import ArrowConfig, create_arrow_model
 from typer.testing import CliRunner
 
-from jobs.benchmark import app
-from jobs.benchmark_engines import ENGINES, PLACES, PROMPT, RANK, TOP_K, Engine, Routed, Setup, build
-from jobs.benchmark_engines import _lora_layers as lora_layers
-from jobs.benchmark_engines import _with_adapters as with_adapters
-from jobs.benchmark_routing import Measuring, peak_bytes
+from jobs.benchmark.app import app
+from jobs.benchmark.engines import ENGINES, PLACES, PROMPT, RANK, TOP_K, Engine, Routed, Setup, build
+from jobs.benchmark.engines import _lora_layers as lora_layers
+from jobs.benchmark.engines import _with_adapters as with_adapters
+from jobs.benchmark.routing import Measuring, peak_bytes
 from pipeline.routing.route import Weighed
 
 LINEAR = "24x40"

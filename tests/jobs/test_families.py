@@ -2,7 +2,7 @@
 
 import pytest
 
-from jobs.benchmark_families import difference, prove
+from jobs.benchmark.families import difference, prove
 from pipeline.routing import Pool
 
 

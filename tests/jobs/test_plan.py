@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
-from jobs import benchmark_plan
-from jobs.benchmark import app as benchmarks
+from jobs.benchmark import plan as benchmark_plan
+from jobs.benchmark.app import app as benchmarks
 from jobs.cli import app
 
 CONFIGS = Path(__file__).parents[2] / "jobs" / "configs"

@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 from torch import nn
 
-from jobs.small_models import SMALL, write_small
+from jobs.benchmark.small_models import SMALL, write_small
 from pipeline.config import BaseModelConfig
 from pipeline.models.bases import Base, load_base
 from pipeline.models.checkpoints import BaseError

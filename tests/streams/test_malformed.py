@@ -6,7 +6,7 @@ from collections.abc import Iterator
 import pytest
 
 from cluster.local import connect
-from jobs.malformed_corpus import Case, build
+from jobs.benchmark.malformed_corpus import Case, build
 from pipeline.config import BaseModelConfig, DataConfig
 from pipeline.streams.preprocess import Part, prepare
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from jobs.benchmark_plan import PEAK, QUICK, Case, build, measure
+from jobs.benchmark.plan import PEAK, QUICK, Case, build, measure
 from pipeline.config import ConfigError, TrainingConfig
 from pipeline.models.architecture import Architecture, architecture_of
 from pipeline.training.planning.activations import Pass, activations, layer_bytes

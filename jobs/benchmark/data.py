@@ -30,8 +30,8 @@ from PIL import Image
 
 from cluster.local import available_cpus, connect
 from cluster.usage import PeakMemory, memory_bytes
-from jobs.benchmark_plan import PEAK, measure
-from jobs.malformed_corpus import Case, build
+from jobs.benchmark.malformed_corpus import Case, build
+from jobs.benchmark.plan import PEAK, measure
 from jobs.options import user_errors
 from jobs.stream_run import write_json
 from jobs.summary import command_line, git_commit, now

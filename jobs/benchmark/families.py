@@ -23,10 +23,10 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 import pipeline
+from jobs.benchmark.reload_pool import TOKENS, routed_logits
+from jobs.benchmark.small_models import SMALL, write_small
 from jobs.learn import Learned, learn_stream
 from jobs.options import user_errors
-from jobs.reload_pool import TOKENS, routed_logits
-from jobs.small_models import SMALL, write_small
 from jobs.stream_run import StreamRun, open_run, write_json
 from jobs.summary import PACKAGES, command_line, git_commit, now
 from jobs.terminal import Terminal, table
@@ -175,7 +175,7 @@ def _reloaded(run: StreamRun, learned: Learned) -> dict[str, Any]:
     write_json(folder / "prompts.json", rows)
     model = f"models:/{pool_name(run.config.base.label)}@{CHAMPION}"
     started = monotonic()
-    command = [sys.executable, "-m", "jobs.reload_pool", run.config.tracking_uri, model]
+    command = [sys.executable, "-m", "jobs.benchmark.reload_pool", run.config.tracking_uri, model]
     subprocess.run([*command, str(folder / "prompts.json"), str(folder)], check=True)
     seconds = monotonic() - started
     there, answers = load_file(folder / "logits.safetensors"), json.loads((folder / "answers.json").read_text())

@@ -17,10 +17,10 @@ from typing import Annotated, Any
 import torch
 import typer
 
+from jobs.benchmark.plain_loop import plain_steps, shuffled_batches
 from jobs.compare import ROUTERS
 from jobs.learn import Learned, learn_stream
 from jobs.options import ConfigFile, Overrides, load, user_errors
-from jobs.plain_loop import plain_steps, shuffled_batches
 from jobs.pretrain_tiny import encode_examples
 from jobs.stream_run import StreamRun, open_run, write_json
 from jobs.summary import now, provenance

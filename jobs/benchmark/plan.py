@@ -21,7 +21,7 @@ from torch import Tensor
 from transformers import InternVLConfig, InternVLForConditionalGeneration, LlamaConfig
 from transformers.models.internvl.configuration_internvl import InternVLVisionConfig
 
-from jobs.benchmark_routing import Allocations
+from jobs.benchmark.routing import Allocations
 from jobs.stream_run import write_json
 from jobs.summary import command_line, git_commit, now
 from jobs.terminal import Terminal, table
