@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, get_args
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 
 class ConfigError(ValueError):
@@ -155,10 +155,16 @@ class DataConfig(Config):
     """Batches of rows of similar length: less padding where lengths differ much."""
 
 
+def _here(path: str) -> str:
+    """Makes the path of something that is here absolute: workers run in other folders."""
+    found = Path(path).expanduser()
+    return str(found.absolute()) if path != "tiny" and found.exists() else path
+
+
 class BaseModelConfig(Config):
     """The frozen vision-language model."""
 
-    path: str = "tiny"
+    path: Annotated[str, AfterValidator(_here)] = "tiny"
     """Checkpoint folder, hub id, URI (s3://, gs://) or GGUF file; `tiny` is the base that ships with the project."""
     revision: str | None = None
     """Branch, tag or commit, for a hub id."""

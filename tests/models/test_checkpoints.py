@@ -71,3 +71,12 @@ def test_a_file_that_is_no_checkpoint(tmp_path):
     (tmp_path / "model.gguf").write_bytes(b"no")
     with pytest.raises(BaseError, match=r"model\.gguf"):
         checkpoint(BaseModelConfig(path=str(tmp_path / "model.gguf")))
+
+
+def test_a_relative_path_holds_wherever_workers_run(tiny_folder, tmp_path, monkeypatch):
+    monkeypatch.chdir(tiny_folder.parent)
+    config = BaseModelConfig(path=tiny_folder.name)
+    monkeypatch.chdir(tmp_path)
+    assert checkpoint(config) == tiny_folder
+    assert config.label == tiny_folder.name
+    assert BaseModelConfig(path="tiny").path == "tiny"
