@@ -221,11 +221,11 @@ def _matrices(module: nn.Module, *, where: str = "") -> int:
     return sum(m.weight.numel() for name, m in module.named_modules() if isinstance(m, kinds) and where in name)
 
 
-def _decoder(text: Any, layers: nn.Module) -> Decoder:
+def _decoder(text: Any, layers: nn.ModuleList) -> Decoder:
     heads, key_value_heads = text.num_attention_heads, text.num_key_value_heads
     head_width = getattr(text, "head_dim", None) or text.hidden_size // heads
     norms = []
-    for name, module in layers[0].named_modules():  # type: ignore[index]
+    for name, module in layers[0].named_modules():
         if type(module).__name__.endswith("Norm"):
             several = {"q_norm": heads, "k_norm": key_value_heads}.get(name.rpartition(".")[2], 1)
             norms.append(module.weight.numel() * (several if module.weight.numel() == head_width else 1))

@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from google.protobuf.message import DecodeError
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers
 from transformers import PreTrainedTokenizerFast, Qwen2Tokenizer
 from transformers.convert_slow_tokenizer import import_protobuf
@@ -105,7 +106,7 @@ def from_sentencepiece(file: Path, added: dict[int, AddedToken], *, prefix: bool
     model = import_protobuf().ModelProto()
     try:
         model.ParseFromString(file.read_bytes())
-    except Exception as error:  # noqa: BLE001 - protobuf's DecodeError; its package has no types to import it by
+    except DecodeError as error:
         raise ConversionError(f"{file}: not a sentencepiece model ({error}); download it again") from None
     if model.trainer_spec.model_type != BPE:
         raise ConversionError(f"{file}: a sentencepiece model, but not of BPE; is it InternVL2's?")
