@@ -173,8 +173,8 @@ def summary(plan: Plan, gpu: str | None, changes: list[Change]) -> dict[str, Any
             "accumulated": plan.accumulated,
             "typical_row_tokens": plan.typical.tokens,
             "longest_row_tokens": plan.longest.tokens,
-            "typical_row_logits": plan.step(plan.typical).answer_tokens,
-            "longest_row_logits": plan.step(plan.longest).answer_tokens,
+            "typical_row_logits": plan.typical.answer_tokens,
+            "longest_row_logits": plan.longest.answer_tokens,
             "tokens": plan.rows_per_step * plan.typical.tokens,
             "operations": plan.rows_per_step * operations.total,
             "operations_of_a_row": vars(operations),
@@ -313,10 +313,9 @@ def _notes(plan: Plan) -> list[str]:
             f"A typical row, which time is planned for, has {own.tiles} tiles of {plan.architecture.tile_tokens} tokens and "
             f"{own.text_tokens} of text (--tiles, --text-tokens); the longest is what data.max_tokens lets in."
         )
-    apart = f", so {plan.step(plan.longest).answer_tokens} in each of its rows" if plan.micro_batch > 1 else ""
     notes.append(
-        f"Logits are computed where any row of a micro-batch has its answer: {plan.typical.answer_tokens} tokens of a typical "
-        f"row, {plan.longest.answer_tokens} of the longest (--answer-tokens, --longest-answer), at different places{apart}."
+        f"Logits are computed at answers only: {plan.typical.answer_tokens} tokens of a typical row, "
+        f"{plan.longest.answer_tokens} of the longest (--answer-tokens, --longest-answer)."
     )
     if plan.gpu is not None:
         notes.append(

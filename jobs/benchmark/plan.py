@@ -78,11 +78,6 @@ class Case:
         """How its attention is computed."""
         return "eager" if self.attention == "eager" else "masked" if self.padded else "flash"
 
-    @property
-    def answer_tokens(self) -> int:
-        """Positions at which logits are computed, in every row: where rows differ in length, so do the places of answers."""
-        return self.answer + (min(self.answer, SHORTER) if self.padded else 0)
-
     def configuration(self) -> InternVLConfig:
         """Returns the architecture."""
         vision = InternVLVisionConfig(
@@ -212,7 +207,7 @@ def predicted(case: Case) -> dict[str, int]:
     step = Pass(
         rows=case.rows,
         tokens=case.tokens,
-        answer_tokens=case.answer_tokens,
+        answer_tokens=case.answer,
         tiles=case.rows * case.tiles,
         rank=case.rank,
         kernel=case.kernel,
@@ -268,6 +263,17 @@ def build(case: Case) -> tuple[Any, dict[str, Tensor]]:
 def measured(case: Case) -> dict[str, int]:
     """Trains two steps and returns what the second one took, by part."""
     model, batch = build(case)
+    parts = taken(model, batch)
+    if case.tiles:
+        with Allocations() as seen:
+            inner = model.get_base_model().model
+            inner.get_image_features(batch["pixel_values"], vision_feature_layer=-1, return_dict=True)
+        parts["vision tower"] = seen.peak
+    return parts
+
+
+def taken(model: Any, batch: dict[str, Tensor]) -> dict[str, int]:
+    """Trains a model two steps and returns what the second one took, by part."""
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     weights, adapter = (sum(p.nbytes for p in model.parameters() if p.requires_grad is on) for on in (False, True))
     optimizer = torch.optim.AdamW(trained)
@@ -275,13 +281,12 @@ def measured(case: Case) -> dict[str, int]:
         _step(model, optimizer, trained, batch, seen)
         states = seen.live
         kept, peak = _step(model, optimizer, trained, batch, seen)
-        parts = {"frozen weights": weights, "optimizer states": states, "kept for backward": kept - states}
-        if case.tiles:
-            before = seen.peak = seen.live
-            inner = model.get_base_model().model
-            inner.get_image_features(batch["pixel_values"], vision_feature_layer=-1, return_dict=True)
-            parts["vision tower"] = seen.peak - before
-    return parts | {PEAK: peak + adapter}
+    return {
+        "frozen weights": weights,
+        "optimizer states": states,
+        "kept for backward": kept - states,
+        PEAK: peak + adapter,
+    }
 
 
 def _step(

@@ -47,7 +47,7 @@ def test_it_says_what_to_change(run: Any) -> None:
     assert outcome.exit_code == 0, outcome.output
     said = [line.split("   ")[0] for line in outcome.output.splitlines() if "does not fit" in line or "  then" in line]
     assert said == [
-        "does not fit  151.75 of 24.00 GB on a10g (logits and loss)",
+        "does not fit  144.38 of 24.00 GB on a10g (logits and loss)",
         "  then still not: data.vision_cache=features",
         "  then still not: training.micro_batch=1",
         "  then fits: training.gradient_checkpointing=true",

@@ -1,18 +1,20 @@
 """The memory model: against measured runs, against DeepSpeed's own defaults, and what each setting must change."""
 
 from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from jobs.benchmark.plan import PEAK, QUICK, Case, build, measure
+from jobs.benchmark.plan import PEAK, QUICK, Case, build, measure, taken
 from pipeline.config import ConfigError, TrainingConfig
 from pipeline.models.architecture import Architecture, architecture_of
 from pipeline.training.planning.activations import Pass, activations, layer_bytes
 from pipeline.training.planning.compute import operations, vision_operations
 from pipeline.training.planning.states import DEFAULTS, States, states
-from pipeline.training.stages import answer_loss
+from pipeline.training.stages import answer_loss, save_lora, with_gates, without_dropout
 
 CASE = Case("test", tiles=2)
 STEP = Pass(rows=2, tokens=256, answer_tokens=16, tiles=4, rank=8, kernel="flash")
@@ -30,6 +32,19 @@ def test_planned_memory_is_what_training_takes() -> None:
     for comparison in comparisons:
         assert comparison.error <= 0.15, comparison
     assert max(c.error for c in comparisons if c.part == PEAK) <= 0.15
+
+
+@pytest.mark.parametrize("changes", [{}, {"checkpointing": True}, {"rows": 4, "padded": True}])
+def test_the_router_stage_fits_where_the_expert_stage_does(changes: dict[str, Any], tmp_path: Path) -> None:
+    """So one plan serves both: gates keep the inputs that a LoRA keeps, and there are fewer gradients and moments."""
+    model, batch = build(replace(CASE, **changes))
+    expert = taken(model, batch)[PEAK]
+    save_lora(model, tmp_path, write=True)
+    model = model.unload()
+    gates = with_gates(model, tmp_path)
+    without_dropout(model)
+    frozen = sum(gate.a_RD.nbytes + gate.b_OR.nbytes for gate in gates.values())
+    assert taken(model, batch)[PEAK] + frozen < expert
 
 
 def test_checkpointing_keeps_inputs_and_makes_one_layer_again(small: Architecture) -> None:
@@ -130,7 +145,7 @@ def test_operations_are_those_that_pytorch_counts(checkpointing: bool) -> None:
     expected = operations(
         architecture,
         tokens=case.tokens,
-        answer_tokens=case.answer_tokens,
+        answer_tokens=case.answer,
         tiles=case.tiles,
         rank=case.rank,
         kernel="eager",

@@ -4,8 +4,9 @@ What autograd keeps is counted tensor by tensor for transformers' decoder layers
 idea and the notation follow Korthikanti et al., "Reducing Activation Recomputation in Large Transformer Models" (arXiv
 2205.05198, section 4), whose 34 s b h + 5 a s^2 b holds for full training of GPT-3's layer in 16 bits and not here: frozen
 Linears do not keep their input, RMSNorm computes in float32, the MLP is gated. `pointsman benchmark plan` measures it.
+The router stage takes less than the expert stage: gates keep the inputs that a LoRA keeps, and vectors are small.
 
-Symbols: n = rows x padded tokens; m = rows x positions at which logits are computed; T padded tokens a row; D width; Q =
+Symbols: n = rows x padded tokens; m = rows x tokens at which logits are computed; T padded tokens a row; D width; Q =
 heads x head width; K = key-value heads x head width; H heads; I width of the MLP; L layers; V vocabulary; r rank; b bytes of
 an activation, a of an adapter's.
 """
@@ -31,7 +32,7 @@ class Pass:
     tokens: int
     """Tokens of every row, padding included."""
     answer_tokens: int
-    """Positions of every row at which logits are computed: those whose next token is learned in any row of the batch."""
+    """Tokens of every row at which logits are computed: those whose next token is learned."""
     tiles: int
     """Tiles of all rows that the vision tower sees; 0 where features are cached."""
     rank: int
@@ -54,7 +55,7 @@ class Pass:
 
     @property
     def learned(self) -> int:
-        """Positions of all rows at which logits are computed: m."""
+        """Tokens of all rows at which logits are computed: m."""
         return self.rows * self.answer_tokens
 
 

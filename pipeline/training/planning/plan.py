@@ -168,15 +168,11 @@ class Plan:
         return whole | dict(self.states.cpu)
 
     def step(self, row: Row) -> Pass:
-        """Returns the pass of a micro-batch of such rows.
-
-        Padded at their ends, rows that differ in length have their answers at different places: logits are computed in every
-        row where any row has its answer.
-        """
+        """Returns the pass of a micro-batch of such rows."""
         return Pass(
             rows=self.micro_batch,
             tokens=row.tokens,
-            answer_tokens=min(self.micro_batch * row.answer_tokens, row.tokens),
+            answer_tokens=min(row.answer_tokens, row.tokens),
             tiles=0 if self.cached_vision else self.micro_batch * row.tiles,
             rank=self.config.expert.rank,
             kernel=self.kernel,
@@ -236,7 +232,7 @@ class Plan:
         return operations(
             self.architecture,
             tokens=self.typical.tokens,
-            answer_tokens=self.step(self.typical).answer_tokens,
+            answer_tokens=self.typical.answer_tokens,
             tiles=0 if self.cached_vision else self.typical.tiles,
             rank=self.config.expert.rank,
             kernel=self.kernel,

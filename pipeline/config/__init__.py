@@ -1,0 +1,40 @@
+"""Typed, frozen configurations: YAML in, dotted overrides on top, errors that name file, field and remedy.
+
+Every field says what it is, its unit and why its default is what it is; the same sentences are what `--help` and error
+messages show.
+"""
+
+from pipeline.config.group import Config, ConfigError, digest, without_secrets
+from pipeline.config.learning import (
+    BaseModelConfig,
+    EvaluationConfig,
+    ExpertConfig,
+    LearnConfig,
+    RegistryConfig,
+    RouterConfig,
+    TrainingConfig,
+)
+from pipeline.config.loading import fields_of, load_config
+from pipeline.config.stream import ColumnsConfig, DataConfig, Source, SourceConfig, StreamConfig, TaskConfig
+
+__all__ = [
+    "BaseModelConfig",
+    "ColumnsConfig",
+    "Config",
+    "ConfigError",
+    "DataConfig",
+    "EvaluationConfig",
+    "ExpertConfig",
+    "LearnConfig",
+    "RegistryConfig",
+    "RouterConfig",
+    "Source",
+    "SourceConfig",
+    "StreamConfig",
+    "TaskConfig",
+    "TrainingConfig",
+    "digest",
+    "fields_of",
+    "load_config",
+    "without_secrets",
+]

@@ -1,0 +1,180 @@
+"""How it is learned: the base, the two stages, the machine, evaluation and registry; `LearnConfig` holds it all."""
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import AfterValidator, Field
+
+from pipeline.config.group import Config
+from pipeline.config.stream import DataConfig, StreamConfig
+
+
+def _here(path: str) -> str:
+    """Makes the path of something that is here absolute: workers run in other folders."""
+    found = Path(path).expanduser()
+    return str(found.absolute()) if path != "tiny" and found.exists() else path
+
+
+class BaseModelConfig(Config):
+    """The frozen vision-language model."""
+
+    path: Annotated[str, AfterValidator(_here)] = "tiny"
+    """Checkpoint folder, hub id, URI (s3://, gs://) or GGUF file; `tiny` is the base that ships with the project."""
+    revision: str | None = None
+    """Branch, tag or commit, for a hub id."""
+    name: str | None = Field(default=None, pattern=r"^[A-Za-z0-9_.-]+$")
+    """Name in the registry; default: the last part of `path`."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Precision of the frozen weights; bfloat16 on GPUs (slow on CPUs)."""
+    attention: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
+    """Attention implementation; `flash_attention_2` needs the package flash-attn and a GPU."""
+    max_tiles: int | None = Field(default=None, ge=1)
+    """Most tiles an image is cut into; default: what the base's processor says (12 for InternVL). Fewer tiles, fewer
+    tokens; for bases that tile."""
+    trust_remote_code: bool = False
+    """Run Python code that comes with a checkpoint. Off: only transformers' own classes."""
+
+    @property
+    def label(self) -> str:
+        """The base's name in the registry."""
+        return self.name or Path(self.path).name.removesuffix(".gguf")
+
+
+class ExpertConfig(Config):
+    """Expert stage: one LoRA on every Linear of the language model."""
+
+    rank: int = Field(default=8, ge=1, le=1024)
+    """Rank r of the update; 8 suffices at width 128, InternVL's own recipe takes 16."""
+    alpha: float | None = Field(default=None, gt=0)
+    """LoRA's alpha, the update is scaled by alpha / r; default 2 r, as InternVL's recipe."""
+    dropout: float = Field(default=0.0, ge=0, lt=1)
+    """Dropout on the adapter's input."""
+    target_modules: str = "auto"
+    """Regular expression that the full path of a Linear must match; `auto`: every Linear in the language model's layers,
+    by the base's family."""
+    steps: int = Field(default=250, ge=1)
+    """Optimizer steps."""
+    batch_size: int = Field(default=32, ge=1)
+    """Rows a step, over all workers."""
+    learning_rate: float = Field(default=2e-3, gt=0)
+    """Peak learning rate (AdamW, cosine); 2e-3 suits the tiny base, 4e-5 InternVL-2."""
+    warm_up: float = Field(default=0.06, ge=0, lt=1)
+    """Share of the steps with a rising learning rate."""
+    weight_decay: float = Field(default=0.0, ge=0)
+    """AdamW's weight decay."""
+    clip: float = Field(default=1.0, gt=0)
+    """Largest gradient norm."""
+
+    @property
+    def lora_alpha(self) -> float:
+        """The alpha in force."""
+        return self.alpha if self.alpha is not None else 2.0 * self.rank
+
+
+class RouterConfig(Config):
+    """Router stage and routing."""
+
+    kind: Literal["prompt", "token", "two_level"] = "prompt"
+    """Who chooses: `prompt`, one closed-form decision a prompt (the one that measures best); `token`, every Linear for
+    itself; `two_level`, the prompt short-lists experts and the Linears weigh them."""
+    token_scores: Literal["evidence", "published"] = "evidence"
+    """token: by what a Linear chooses: `evidence`, what its input says about the whole prompt, from statistics; or, as
+    `published`, for every token by the trained routing vectors."""
+    top_k: int = Field(default=2, ge=1)
+    """token: experts mixed at each Linear (`published`: at each token of it); PHATGOOSE takes 2."""
+    short_list: int = Field(default=3, ge=1)
+    """two_level: places on a prompt's short list, the base among those who may stand on it."""
+    temperature: float = Field(default=1.0, gt=0)
+    """token, two_level: divides the scores before the softmax."""
+    steps: int = Field(default=25, ge=1)
+    """Steps of the router stage, a tenth of the expert stage's."""
+    learning_rate: float = Field(default=5e-3, gt=0)
+    """Learning rate of the routing vectors (AdamW, constant)."""
+    feature_width: int | None = Field(default=None, ge=8)
+    """prompt: project features to this width (one fixed seeded projection) where three times the base's width is too much."""
+    shrinkage: float = Field(default=0.05, gt=0, lt=1)
+    """prompt: weight of the identity in the standardised covariance."""
+    quantile: float = Field(default=0.99, gt=0.5, lt=1)
+    """prompt: without a general sample, prompts farther from every task than this quantile of its own go to the base."""
+
+
+class TrainingConfig(Config):
+    """How a task's run uses the machine."""
+
+    workers: int = Field(default=1, ge=1)
+    """Ray Train workers (one GPU each, if `gpu`)."""
+    gpu: bool = False
+    """Give every worker a GPU."""
+    threads: int = Field(default=2, ge=1)
+    """CPUs of each worker and threads of torch in it; two workers on two cores take 1."""
+    zero_stage: Literal[0, 1, 2, 3] = 1
+    """DeepSpeed ZeRO stage. 1 shards what LoRA training adds (optimizer states) and costs no extra
+    communication; 3 also shards the frozen base, for bases that do not fit on one GPU."""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """Precision of activations and gradients. With bf16 DeepSpeed's optimizer keeps the trained weights in fp32 and
+    works on those; a prompt's statistics are summed in fp64 either way."""
+    micro_batch: int | None = Field(default=None, ge=1)
+    """Rows of one forward pass of one worker; default: the whole of its share. Smaller ones are accumulated to
+    `expert.batch_size`: less memory, the same step."""
+    gradient_checkpointing: bool = False
+    """Compute the language model's activations twice instead of keeping them: about half as much time again behind a
+    frozen base, far less memory."""
+    offload: Literal["none", "optimizer", "all"] = "none"
+    """What waits in CPU memory: optimizer states (ZeRO 1 to 3), or with `all` the sharded base too (ZeRO 3)."""
+    checkpoint_every: int = Field(default=100, ge=1)
+    """Steps between checkpoints (adapter, its optimizer state, position in the data; never the base)."""
+    max_failures: int = Field(default=2, ge=0)
+    """How often a task restarts from its last checkpoint when a worker dies."""
+    explosion: float = Field(default=20.0, gt=1)
+    """Stop the task when the loss exceeds this multiple of its first value (or is not finite)."""
+
+
+class EvaluationConfig(Config):
+    """Evaluation after every task."""
+
+    batch_size: int = Field(default=64, ge=1)
+    """Prompts a batch."""
+    max_new_tokens: int = Field(default=12, ge=1)
+    """Longest answer in tokens."""
+    workers: int = Field(default=1, ge=1)
+    """Parallel evaluators, one GPU each if training has GPUs."""
+    limit: int | None = Field(default=None, ge=1)
+    """At most this many prompts a task."""
+
+
+class RegistryConfig(Config):
+    """MLflow tracking and model registry."""
+
+    uri: str | None = None
+    """Tracking server, e.g. http://mlflow:5000; default: SQLite file `mlflow.db` beside the output folder."""
+    experiment: str = "pointsman"
+    """MLflow experiment."""
+
+
+class LearnConfig(Config):
+    """Everything that `pointsman learn` needs; one YAML file."""
+
+    name: str = Field(default="demo", pattern=r"^[A-Za-z0-9_-]+$")
+    """Name of the run; its folder is `<output>/<name>`."""
+    output: str = "runs"
+    """Folder for results, checkpoints and, by default, MLflow's database; shared storage on a cluster."""
+    seed: int = 0
+    """Seed of weights, data order and projections."""
+    base: BaseModelConfig = BaseModelConfig()
+    stream: StreamConfig
+    data: DataConfig = DataConfig()
+    expert: ExpertConfig = ExpertConfig()
+    router: RouterConfig = RouterConfig()
+    training: TrainingConfig = TrainingConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+    registry: RegistryConfig = RegistryConfig()
+
+    @property
+    def folder(self) -> Path:
+        """Absolute folder of this run (workers run elsewhere, so relative paths would not do)."""
+        return Path(self.output).resolve() / self.name
+
+    @property
+    def tracking_uri(self) -> str:
+        """The MLflow tracking URI in force."""
+        return self.registry.uri or f"sqlite:///{Path(self.output).resolve() / 'mlflow.db'}"

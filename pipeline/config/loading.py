@@ -1,0 +1,87 @@
+"""From a YAML file and dotted overrides to a checked configuration; errors name file, field and remedy."""
+
+import difflib
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, TypeVar, get_args
+
+import yaml
+from pydantic import ValidationError
+
+from pipeline.config.group import Config, ConfigError
+
+C = TypeVar("C", bound=Config)
+
+
+def load_config(path: str | Path, overrides: Sequence[str], kind: type[C]) -> C:
+    """Reads a YAML file into `kind` and lays `field.sub=value` overrides on top (values are YAML).
+
+    Raises ConfigError naming file, field and remedy.
+    """
+    path = Path(path)
+    try:
+        values = yaml.safe_load(path.read_text()) or {}
+    except FileNotFoundError:
+        raise ConfigError(f"{path}: no such configuration file") from None
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read: {error.strerror}") from None
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path}: not valid YAML: {error}") from None
+    if not isinstance(values, dict):
+        raise ConfigError(f"{path}: must be a mapping of fields, found {type(values).__name__}")
+    for override in overrides:
+        _override(values, override, kind)
+    try:
+        return kind.model_validate(values)
+    except ValidationError as error:
+        raise ConfigError("\n".join(_explain(path, kind, e) for e in error.errors())) from None
+
+
+def _override(values: dict[str, Any], override: str, kind: type[Config]) -> None:
+    key, separator, text = override.partition("=")
+    if not separator:
+        raise ConfigError(f"override {override!r}: write it as field.sub=value, e.g. expert.rank=16")
+    *path, last = key.strip().split(".")
+    place = values
+    for part in path:
+        place = place.setdefault(part, {})
+        if not isinstance(place, dict):
+            raise ConfigError(f"override {override!r}: {part!r} is not a group of fields")
+    try:
+        place[last] = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"override {override!r}: not valid YAML: {error}") from None
+
+
+def _explain(path: Path, kind: type[Config], error: Any) -> str:
+    """One readable line for a pydantic error: where, what, and what would be right."""
+    place = ".".join(str(part) for part in error["loc"]) or "(file)"
+    key = ".".join(part for part in error["loc"] if isinstance(part, str))  # without the numbers of tasks
+    fields = dict(fields_of(kind, everywhere=True))
+    if error["type"] == "extra_forbidden":
+        near = difflib.get_close_matches(key, fields, n=1, cutoff=0.4)
+        hint = f"did you mean `{near[0]}`?" if near else "`pointsman learn --help` lists the fields"
+        return f"{path}: {place}: no such field; {hint}"
+    field = fields.get(key)
+    meaning = f"\n    {place}: {field.description}" if field is not None and field.description else ""
+    given = "" if error["type"] == "missing" else f" (given: {error['input']!r})"
+    return f"{path}: {place}: {error['msg']}{given}{meaning}"
+
+
+def fields_of(kind: type[Config], prefix: str = "", *, everywhere: bool = False) -> Iterator[tuple[str, Any]]:
+    """Yields (dotted name, pydantic field) of a configuration class, depth first.
+
+    With `everywhere` also the fields of optional groups and of the groups in lists, e.g. `stream.tasks.name`.
+    """
+    for name, field in kind.model_fields.items():
+        yield f"{prefix}{name}", field
+        group = _group(field.annotation) if everywhere else field.annotation
+        if isinstance(group, type) and issubclass(group, Config):
+            yield from fields_of(group, f"{prefix}{name}.", everywhere=everywhere)
+
+
+def _group(annotation: Any) -> type[Config] | None:
+    """Returns the group inside an annotation such as `tuple[TaskConfig, ...]` or `Source | None`."""
+    if isinstance(annotation, type) and issubclass(annotation, Config):
+        return annotation
+    return next((group for part in get_args(annotation) if (group := _group(part))), None)

@@ -1,0 +1,136 @@
+"""What is learned: rows and where they come from, tasks, the stream, and how rows are read."""
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BeforeValidator, Field, model_validator
+
+from pipeline.config.group import Config
+
+
+class ColumnsConfig(Config):
+    """Which columns of a file hold what. Rows with `messages` need no mapping; question/answer rows name theirs."""
+
+    id: str = "id"
+    """Column of the row's id; rows without one are named by file and number."""
+    messages: str = "messages"
+    """Column of the conversation, the last message the assistant's: role/content, or LLaVA's from/value; a content is text,
+    where `<image>` stands for an image, or a list of parts; all of it may be a JSON string."""
+    images: str = "images"
+    """Column of the images: encoded bytes, base64, paths, or {bytes, path}; one or a list."""
+    question: str | None = None
+    """Column of the question, for benchmark files that have no messages."""
+    answer: str | None = None
+    """Column of the answer (or the list of accepted answers) that goes with `question`; without `question` the task's prompt
+    is what is asked, as for captions."""
+    choices: str | None = None
+    """Column of the options of a multiple-choice question, text by letter, for the metric `mmbench`."""
+    group: str | None = None
+    """Column of what rows have in common that count as one question, right only if all are; for the metric `mmbench`."""
+
+    @model_validator(mode="after")
+    def _questions_have_answers(self) -> "ColumnsConfig":
+        if self.question is not None and self.answer is None:
+            raise ValueError("`question` without `answer`; name the column of the answers too")
+        return self
+
+
+class SourceConfig(Config):
+    """Where rows come from. A plain string in YAML is a path."""
+
+    path: str
+    """File, folder, glob or URI (s3://, gs://) of parquet, jsonl, json, tsv or csv files, compressed or not;
+    `embedded://<task>/<train|eval>` for the data that ship here."""
+    format: Literal["auto", "parquet", "jsonl", "json", "tsv", "csv"] = "auto"
+    """File format; `auto` goes by the files' endings. `json` is one array of rows, as LLaVA's; in a folder `auto` takes json
+    files only where there is nothing else, since they often describe the other files."""
+    layout: Literal["chartqa", "docvqa", "mmbench"] | None = None
+    """Published layout of the files, instead of `columns`. `mmbench` writes the options under the question and asks each
+    question once for every rotation of its options."""
+    columns: ColumnsConfig = ColumnsConfig()
+    """Column names, where they differ from the canonical ones."""
+    image_root: str | None = None
+    """Folder or URI that image paths count from, and must lie in; default: the folder of the file that names them."""
+    limit: int | None = Field(default=None, ge=1)
+    """Read at most this many rows, the first in order of the files' names; of `mmbench` whole questions, at least one."""
+
+    @model_validator(mode="after")
+    def _a_layout_has_its_columns(self) -> "SourceConfig":
+        if self.layout is not None and self.columns != ColumnsConfig():
+            raise ValueError(f"layout {self.layout!r} names the columns itself; give either `layout` or `columns`")
+        return self
+
+
+def _as_source(value: Any) -> Any:
+    return {"path": value} if isinstance(value, str) else value
+
+
+Source = Annotated[SourceConfig, BeforeValidator(_as_source)]
+
+
+class TaskConfig(Config):
+    """One task of the stream, or one foundation benchmark (then without `train`)."""
+
+    name: str = Field(pattern=r"^[a-z][a-z0-9_]{0,47}$")
+    """Name of the task and of its expert: lower-case letters, digits, underscores."""
+    train: Source | None = None
+    """Rows to learn from."""
+    eval: Source
+    """Held-out rows; never seen in training."""
+    prompt: str = "{question}"
+    """Template around the text of the first user message; `{question}` is that text."""
+    metric: Literal["exact_match", "relaxed_accuracy", "anls", "mmbench", "vqa_accuracy", "token_f1"] = "exact_match"
+    """How an answer is scored: exact match, ChartQA's relaxed accuracy (5 %), DocVQA's ANLS, MMBench's option letter (all
+    rotations of a question must be right, where the source is circular), VQA's agreement with ten people, token F1."""
+
+    @model_validator(mode="after")
+    def _names_are_safe(self) -> "TaskConfig":
+        if self.name in {"null", "base", "general", "default"} or self.name in "lora_":
+            raise ValueError(f"{self.name!r} is reserved; choose another task name")
+        if "{question}" not in self.prompt:
+            raise ValueError("the prompt template must contain {question}")
+        return self
+
+
+class StreamConfig(Config):
+    """The tasks in order of arrival, and what must not be forgotten meanwhile."""
+
+    tasks: tuple[TaskConfig, ...]
+    """New tasks, in the order in which they are learned."""
+    foundation: tuple[TaskConfig, ...] = ()
+    """Benchmarks of what the base can already do; evaluated after every task, never trained on."""
+    general: Source | None = None
+    """Small sample of general prompts; its statistics are the null expert. Without it the router abstains by distance."""
+
+    @model_validator(mode="after")
+    def _tasks_are_distinct(self) -> "StreamConfig":
+        names = [task.name for task in (*self.tasks, *self.foundation)]
+        if twice := {name for name in names if names.count(name) > 1}:
+            raise ValueError(f"task names must differ; twice: {', '.join(sorted(twice))}")
+        for task in self.tasks:
+            if task.train is None:
+                raise ValueError(f"task {task.name!r} has no `train` source; only foundation benchmarks go without")
+        return self
+
+
+def _off(value: Any) -> Any:
+    return "off" if value is False else value  # how YAML reads the word
+
+
+class DataConfig(Config):
+    """How rows are read, checked and encoded."""
+
+    max_bad_share: float = Field(default=0.05, ge=0, le=1)
+    """Share of bad rows above which a task fails; below it they are set aside in a quarantine file."""
+    max_tokens: int = Field(default=4096, ge=16)
+    """Longest row in tokens, image tokens included; longer rows are set aside, never cut."""
+    max_pixels: int = Field(default=200_000_000, ge=1)
+    """Largest image in pixels; larger ones (decompression bombs) are set aside unread. A 10,000 x 10,000 scan fits."""
+    readers: int = Field(default=2, ge=1)
+    """Parallel preprocessing tasks, one CPU each; about one a core, fewer where training computes on the same cores."""
+    cache: Literal["auto", "memory", "none"] = "auto"
+    """Keep preprocessed rows in Ray's object store over the epochs; `auto` does if they fit into a quarter of it."""
+    vision_cache: Annotated[Literal["off", "features"], BeforeValidator(_off)] = "off"
+    """`features`: the frozen vision tower sees every image once; what it says of it is kept on disk and read by all
+    epochs, stages and evaluations. Pays from the second time that a row is read."""
+    by_length: bool = False
+    """Batches of rows of similar length: less padding where lengths differ much."""
