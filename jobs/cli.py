@@ -2,20 +2,9 @@
 
 from typing import Any
 
-import typer
 from typer.core import TyperCommand
 
-from jobs import compare, convert_internvl2, explain, learn, plan, pretrain_tiny, sweep, ui
-from jobs.benchmark.app import app as benchmarks
-from jobs.options import fields_help
-
-app = typer.Typer(
-    help="Continual learning for vision-language models: one expert a task, a router between them, nothing forgotten.",
-    no_args_is_help=True,
-    add_completion=False,
-    rich_markup_mode=None,
-    pretty_exceptions_enable=False,
-)
+from jobs.lazy import Lazy, lazy_group
 
 
 class TeachingCommand(TyperCommand):
@@ -23,18 +12,28 @@ class TeachingCommand(TyperCommand):
 
     def format_epilog(self, ctx: Any, formatter: Any) -> None:
         """Writes the fields as they stand, one to a paragraph."""
+        from jobs.options import fields_help  # with all that jobs need: not before a job is looked at
+
         formatter.write("\n" + fields_help() + "\n")
 
 
-app.command("learn", cls=TeachingCommand)(learn.main)
-app.command("compare", cls=TeachingCommand)(compare.main)
-app.command("sweep", cls=TeachingCommand)(sweep.main)
-app.command("plan", cls=TeachingCommand)(plan.main)
-app.command("explain")(explain.main)
-app.command("ui")(ui.main)
-app.command("pretrain-tiny")(pretrain_tiny.main)
-app.command("convert-internvl2")(convert_internvl2.main)
-app.add_typer(benchmarks, name="benchmark")
+JOBS = {
+    "learn": Lazy("jobs.learn:main", "Learn a stream of tasks one after the other.", TeachingCommand),
+    "compare": Lazy("jobs.compare:main", "Compare the learned pool with the alternatives.", TeachingCommand),
+    "sweep": Lazy("jobs.sweep:main", "Sweep LoRA rank x router temperature for one task.", TeachingCommand),
+    "plan": Lazy("jobs.plan:main", "Plan a stream before any GPU is rented.", TeachingCommand),
+    "explain": Lazy("jobs.explain:main", "Explain an answer: whom the router weighed, and why."),
+    "ui": Lazy("jobs.ui:main", "Browse experts, pools and runs in MLflow."),
+    "convert-internvl2": Lazy(
+        "jobs.convert_internvl2:main", "Convert an InternVL2 checkpoint to transformers' layout."
+    ),
+    "pretrain-tiny": Lazy("jobs.pretrain_tiny:main", "Pretrain the embedded base."),
+    "benchmark": Lazy("jobs.benchmark.app:app", "Measure what the project adds to the work itself."),
+}
+
+app = lazy_group(
+    JOBS, "Continual learning for vision-language models: one expert a task, a router between them, nothing forgotten."
+)
 
 if __name__ == "__main__":
     app()

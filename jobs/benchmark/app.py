@@ -9,22 +9,16 @@ python -m jobs.benchmark families                               every family of 
 python -m jobs.benchmark text                                   two tasks on pretrained weights, and what was kept
 """
 
-import typer
+from jobs.lazy import Lazy, lazy_group
 
-from jobs.benchmark.data import data
-from jobs.benchmark.families import families
-from jobs.benchmark.plan import plan
-from jobs.benchmark.routers import routers
-from jobs.benchmark.routing import routing
-from jobs.benchmark.text import text
-from jobs.benchmark.training import training
+BENCHMARKS = {
+    "training": Lazy("jobs.benchmark.training:training", "The expert stage against a plain loop."),
+    "plan": Lazy("jobs.benchmark.plan:plan", "How well a plan predicts memory."),
+    "routing": Lazy("jobs.benchmark.routing:routing", "What routing costs, beside PEFT's ways."),
+    "routers": Lazy("jobs.benchmark.routers:routers", "How well routers choose, among fifty experts too."),
+    "data": Lazy("jobs.benchmark.data:data", "Preprocessing beside datasets.map, memory, bad rows."),
+    "families": Lazy("jobs.benchmark.families:families", "Every family: learned, registered, reloaded."),
+    "text": Lazy("jobs.benchmark.text:text", "Two tasks on pretrained weights, and what was kept."),
+}
 
-app = typer.Typer(help="Measure what the project adds to the work itself.", no_args_is_help=True, rich_markup_mode=None)
-
-for measure in (training, plan, routing, routers, data, families, text):
-    app.command(measure.__name__)(measure)
-
-
-@app.callback()
-def benchmarks() -> None:
-    """Measure what the project adds to the work itself."""
+app = lazy_group(BENCHMARKS, "Measure what the project adds to the work itself.")

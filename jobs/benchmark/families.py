@@ -226,12 +226,11 @@ def difference(one: Pool, other: Pool) -> dict[str, float]:
 def _show(terminal: Terminal, found: Mapping[str, Mapping[str, Any]]) -> None:
     rows = []
     for name, proof in found.items():
-        times = [f"{proof[key]:.0f}" for key in ("learning_seconds", "reload_seconds")]
         weights = f"{proof['weight_difference']:.1e}" if "weight_difference" in proof else ""
         equal = "equal" if proof["decisions_equal"] else "DIFFER"
         apart, effect = f"{proof['logit_difference']:.1e}", f"{proof['effect_of_experts']:.1e}"
-        rows.append([name, str(len(proof["experts"])), *times, apart, effect, equal, weights])
-    header = ["family", "experts", "learn s", "reload s", "logits", "effect", "choices", "weights"]
+        rows.append([name, f"{proof['learning_seconds']:.0f}", apart, effect, equal, weights])
+    header = ["family", "learn s", "logits", "effect", "choices", "weights"]
     terminal.console.print(table("Families: learned, registered, reloaded in another process", header, rows))
     terminal.say(
         "logits: largest difference between the processes; effect: what the experts change in them; weights: largest "

@@ -1,0 +1,55 @@
+"""Groups of commands that are imported when they are called: the libraries of all jobs together take seconds to import."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib import import_module
+from typing import Any
+
+import typer
+from typer.core import TyperCommand, TyperGroup
+
+
+@dataclass(frozen=True)
+class Lazy:
+    """A command, or a group of them, and where it is."""
+
+    target: str
+    """`module:name` of a function or of a Typer app."""
+    summary: str
+    """What it does, for the list of commands."""
+    look: type[TyperCommand] | None = None
+    """Class of the command, where it is not Typer's own."""
+
+    def load(self) -> Any:
+        """Imports it; returns the command."""
+        module, _, name = self.target.partition(":")
+        found = getattr(import_module(module), name)
+        if not isinstance(found, typer.Typer):
+            found, function = typer.Typer(**STYLE), found
+            found.command(cls=self.look)(function)
+        return typer.main.get_command(found)
+
+
+STYLE: Any = {"add_completion": False, "rich_markup_mode": None, "pretty_exceptions_enable": False}
+"""Plain help, plain tracebacks."""
+
+
+def lazy_group(commands: Mapping[str, Lazy], summary: str) -> typer.Typer:
+    """Returns the app of a group; its list of commands imports none of them."""
+
+    class Group(TyperGroup):
+        def __init__(self, **attributes: Any) -> None:
+            super().__init__(**attributes)
+            names: Any = dict.fromkeys(commands)  # what Typer looks for similar names in
+            self.commands = names
+
+        def get_command(self, ctx: Any, name: str) -> Any:
+            return commands[name].load() if name in commands else None
+
+        def format_commands(self, ctx: Any, formatter: Any) -> None:
+            with formatter.section("Commands"):
+                formatter.write_dl([(name, command.summary) for name, command in commands.items()])
+
+    app = typer.Typer(cls=Group, help=summary, no_args_is_help=True, **STYLE)
+    app.callback()(lambda: None)  # a Typer without commands of its own needs one
+    return app

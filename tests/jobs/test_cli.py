@@ -1,0 +1,40 @@
+"""The console command: quick to say what there is, and every part of it can be called."""
+
+import subprocess
+import sys
+
+import pytest
+from typer.testing import CliRunner
+
+from jobs.benchmark.app import BENCHMARKS
+from jobs.cli import JOBS, app
+
+LIST = """
+import sys
+from typer.testing import CliRunner
+from jobs.cli import app
+for words in ([], ["benchmark"]):
+    print(CliRunner().invoke(app, [*words, "--help"]).output)
+assert not {"torch", "ray", "mlflow", "transformers"} & sys.modules.keys()
+"""
+
+
+def test_the_list_of_commands_imports_none_of_them():
+    answer = subprocess.run([sys.executable, "-c", LIST], capture_output=True, text=True, check=False)
+    assert answer.returncode == 0, answer.stderr
+    for name, command in (JOBS | BENCHMARKS).items():
+        assert f"{name} " in answer.stdout
+        assert command.summary in answer.stdout
+
+
+@pytest.mark.parametrize("words", [*([name] for name in JOBS), *(["benchmark", name] for name in BENCHMARKS)])
+def test_every_command_has_its_help(words):
+    outcome = CliRunner().invoke(app, [*words, "--help"])
+    assert outcome.exit_code == 0, outcome.output
+    assert outcome.output.startswith(f"Usage: root {' '.join(words)} [OPTIONS]")
+
+
+def test_a_mistyped_command_is_told_the_nearest():
+    outcome = CliRunner().invoke(app, ["lern"])
+    assert outcome.exit_code == 2
+    assert "Did you mean 'learn'?" in outcome.output
