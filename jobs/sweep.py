@@ -48,19 +48,19 @@ def main(
             )
         except ValueError as error:
             raise ConfigError(f"--ranks {ranks} --temperatures {temperatures}: {error}") from None
+        names = [known.name for known in settings.stream.tasks]
+        if task is not None and task not in names:
+            raise ConfigError(f"--task {task}: the stream has no such task; there are: {', '.join(names)}")
         if address:
             more = ["--ranks", ranks, "--temperatures", temperatures, *(["--task", task] if task else [])]
             job_command("jobs.sweep", config, overrides, address, *more)
         with open_run(settings, job=f"sweep {digest(space, task)}") as run:
-            _sweep(run, space, task)
+            _sweep(run, space, task or names[-1])
 
 
-def _sweep(run: StreamRun, space: SweepSpace, name: str | None) -> None:
+def _sweep(run: StreamRun, space: SweepSpace, name: str) -> None:
     started, begun, config = now(), monotonic(), run.config
     tasks = {task.name: task for task in config.stream.tasks}
-    name = name or list(tasks)[-1]
-    if name not in tasks:
-        raise ConfigError(f"--task {name}: the stream has no such task; there are: {', '.join(tasks)}")
     task = tasks[name]
     pool_folder = run.folder / "pool" if (run.folder / "pool" / "pool.json").exists() else None
     others = [n for n in Pool.load(pool_folder).names if n != name and n in tasks] if pool_folder else []

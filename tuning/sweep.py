@@ -107,7 +107,7 @@ def _run(trainable: Any, space: dict[str, Any], *, at_once: int, folder: Path, n
     results = Tuner(
         tune.with_resources(trainable, TOKEN),
         param_space=space,
-        tune_config=TuneConfig(max_concurrent_trials=at_once, reuse_actors=False),
+        tune_config=TuneConfig(max_concurrent_trials=at_once, reuse_actors=True),
         run_config=RunConfig(
             name=name, storage_path=str(folder), verbose=0, checkpoint_config=CheckpointConfig(num_to_keep=1)
         ),
