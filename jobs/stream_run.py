@@ -17,7 +17,7 @@ import ray
 from safetensors.torch import load_file
 
 from cluster.local import ClusterInfo, connect
-from cluster.preflight import build_deepspeed_ops, check_resources
+from cluster.preflight import build_deepspeed_ops, build_op, check_resources, extensions_folder
 from cluster.usage import PeakMemory
 from jobs.terminal import Terminal
 from pipeline.config import LearnConfig, SourceConfig, TaskConfig, digest
@@ -189,11 +189,8 @@ class StreamRun:
 
     @cached_property
     def worker_env(self) -> dict[str, str]:
-        """The environment of training workers; without GPUs DeepSpeed's operator is compiled first (once a machine)."""
-        if self.config.training.gpu:
-            return {}
-        with self.terminal.working("preparing DeepSpeed (once on a machine, up to a minute)"):
-            return build_deepspeed_ops()
+        """The environment of training workers; without GPUs DeepSpeed's operator is compiled first, on every node."""
+        return {} if self.config.training.gpu else build_deepspeed_ops()
 
     def train(self, job: Job, rows: ray.data.Dataset) -> Trained:
         """Trains, or goes on with a run of the same name; progress in the terminal, loss curves in MLflow meanwhile."""
@@ -252,6 +249,10 @@ def open_run(config: LearnConfig, *, job: str) -> Iterator[StreamRun]:
     """
     terminal = Terminal()
     with PeakMemory() as memory:
+        if not config.training.gpu:
+            # Before Ray's processes are there: the compiler takes 3 GB.
+            with terminal.working("preparing DeepSpeed (once on a machine, up to a minute)"):
+                build_op(extensions_folder())
         with terminal.working("starting Ray"):
             cluster = connect()
         training = config.training

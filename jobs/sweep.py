@@ -85,6 +85,7 @@ def _sweep(run: StreamRun, space: SweepSpace, name: str) -> None:
             pool=pool_folder,
             folder=folder,
             worker_env=worker_env,
+            say=run.terminal.say,
         )
     _log(result, name)
     summary = provenance(run, started) | {

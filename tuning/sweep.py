@@ -1,19 +1,20 @@
 """The sweep: train an expert at every rank, then evaluate each at every temperature, both with Ray Tune."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import ray
 from ray import tune
-from ray.tune import CheckpointConfig, ResultGrid, RunConfig, TuneConfig, Tuner
+from ray.tune import Callback, CheckpointConfig, ResultGrid, RunConfig, TuneConfig, Tuner
 
+from cluster.local import available_cpus
 from pipeline.config import LearnConfig, TaskConfig
 from pipeline.training.run import TrainingError
 from pipeline.training.worker import Job
 from tuning.space import SweepSpace
-from tuning.trial import TOKEN, Evaluator, evaluate_temperature, train_rank
+from tuning.trial import TOKEN, EvaluateTemperature, train_rank
 
 
 @dataclass(frozen=True)
@@ -51,17 +52,15 @@ def sweep(
     pool: Path | None,
     folder: Path,
     worker_env: dict[str, str],
+    say: Callable[[str], None] = lambda text: None,
 ) -> SweepResult:
     """Sweeps rank and temperature for one task's expert inside `pool` (None: a pool of its own).
 
     `job` is the task's training job; `prompts` the encoded evaluation prompts of the swept task and the pool's others.
-    Raises TrainingError with the trial's error if a trial fails.
+    `say` is told of every trial that is done. Raises TrainingError with the trial's error if a trial fails.
     """
-    threads = config.training.threads
-    actor: Any = Evaluator
-    evaluator = actor.options(num_cpus=0).remote(  # it computes while no training does
-        config.base, str(pool) if pool else None, prompts, tasks, config.evaluation, threads
-    )
+    at_once, threads = _together(job, len(space.ranks))
+    job = job.model_copy(update={"training": job.training.model_copy(update={"threads": threads})})
     trained = _run(
         tune.with_parameters(
             train_rank,
@@ -71,23 +70,32 @@ def sweep(
             env=worker_env,
         ),
         {"rank": tune.grid_search(list(space.ranks))},
-        at_once=_trainings_at_once(job),
+        at_once=at_once,
         folder=folder / "tune",
         name="ranks",
+        say=say,
     )
     trainings = {result.config["rank"]: dict(result.metrics) for result in trained}
-    experts = {rank: metrics["expert"] for rank, metrics in trainings.items()}
     evaluated = _run(
-        tune.with_parameters(evaluate_temperature, evaluator=evaluator, experts=experts),
+        tune.with_parameters(
+            EvaluateTemperature,
+            experts={rank: metrics["expert"] for rank, metrics in trainings.items()},
+            base=config.base,
+            pool=str(pool) if pool else None,
+            prompts=prompts,
+            tasks=dict(tasks),
+            evaluation=config.evaluation,
+            threads=threads,
+        ),
         {
             "rank": tune.grid_search(list(space.ranks)),
             "temperature": tune.grid_search(list(space.temperatures)),
         },
-        at_once=2,
+        at_once=at_once,
         folder=folder / "tune",
         name="temperatures",
+        say=say,
     )
-    ray.kill(evaluator)
     trials = [
         Trial(
             result.config["rank"],
@@ -102,14 +110,20 @@ def sweep(
     return SweepResult(trainings, trials)
 
 
-def _run(trainable: Any, space: dict[str, Any], *, at_once: int, folder: Path, name: str) -> ResultGrid:
+def _run(
+    trainable: Any, space: dict[str, Any], *, at_once: int, folder: Path, name: str, say: Callable[[str], None]
+) -> ResultGrid:
     """Runs every point of a grid, `at_once` of them together; raises TrainingError if one fails."""
     results = Tuner(
         tune.with_resources(trainable, TOKEN),
         param_space=space,
         tune_config=TuneConfig(max_concurrent_trials=at_once, reuse_actors=True),
         run_config=RunConfig(
-            name=name, storage_path=str(folder), verbose=0, checkpoint_config=CheckpointConfig(num_to_keep=1)
+            name=name,
+            storage_path=str(folder),
+            verbose=0,
+            checkpoint_config=CheckpointConfig(checkpoint_at_end=False),
+            callbacks=[_Progress(say)],
         ),
     ).fit()
     if results.errors:
@@ -117,11 +131,34 @@ def _run(trainable: Any, space: dict[str, Any], *, at_once: int, folder: Path, n
     return results
 
 
-def _trainings_at_once(job: Job) -> int:
-    """Returns how many trainings the cluster holds together, by its GPUs or else its real cores.
+class _Progress(Callback):
+    """Says of every trial that is done what came out."""
 
-    Logical CPUs would let trainings on a laptop crowd each other out.
+    def __init__(self, say: Callable[[str], None]) -> None:
+        self._say = say
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What Tune stores of it: nothing, a terminal cannot be stored."""
+        return {"_say": str}
+
+    def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        """Called by Tune."""
+        point = ", ".join(f"{name} {value:g}" for name, value in trial.config.items())
+        found = trial.last_result
+        figures = [f"{name} {found[name]:.3f}" for name in ("expert_loss", "accuracy", "others") if name in found]
+        self._say(f"  {point}: {', '.join(figures)} ({found['seconds']:.0f} s)")
+
+
+def _together(job: Job, ranks: int) -> tuple[int, int]:
+    """Returns how many trainings the cluster holds together, and the threads of each of their workers.
+
+    By its GPUs, or else its real cores: logical CPUs would let trainings on a laptop crowd each other out. Two trainings of
+    one thread each on two cores are done long before one after the other with two threads, which wait for each other.
     """
+    workers, threads = job.training.workers, job.training.threads
     if job.training.gpu:
-        return max(1, int(ray.cluster_resources().get("GPU", 0)) // job.training.workers)
-    return 1 if len(ray.nodes()) == 1 else max(1, len(ray.nodes()) // job.training.workers)
+        return max(1, int(ray.cluster_resources().get("GPU", 0)) // workers), threads
+    if len(ray.nodes()) > 1:
+        return max(1, len(ray.nodes()) // workers), threads
+    at_once = max(1, min(ranks, available_cpus() // workers))
+    return at_once, max(1, min(threads, available_cpus() // (at_once * workers)))

@@ -48,39 +48,44 @@ def train_rank(
     )
 
 
-def evaluate_temperature(space: dict[str, Any], *, evaluator: Any, experts: dict[int, str]) -> None:
-    """Evaluates the expert of rank `space["rank"]` inside the pool, routed at `space["temperature"]`."""
-    started = time.monotonic()
-    accuracies = ray.get(evaluator.evaluate.remote(experts[space["rank"]], space["temperature"]))
-    tune.report({**accuracies, "seconds": time.monotonic() - started})
+class EvaluateTemperature(tune.Trainable):
+    """Evaluates the expert of rank `config["rank"]` inside the pool, routed at `config["temperature"]`.
 
+    One process evaluates several trials, so that each costs its answers and nothing else.
+    """
 
-@ray.remote
-class Evaluator:
-    """Holds the base and the prompts for all trials, so that a trial costs its answers and nothing else."""
-
-    def __init__(
+    def setup(
         self,
+        config: dict[str, Any],
+        *,
+        experts: Mapping[int, str],
         base: BaseModelConfig,
         pool: str | None,
         prompts: ray.data.Dataset,
         tasks: Mapping[str, TaskConfig],
-        config: EvaluationConfig,
+        evaluation: EvaluationConfig,
         threads: int,
     ) -> None:
-        self._answerer = Answerer(base, None, "routed", config, threads)
+        """Loads base, pool and the encoded prompts of all tasks in it; called once a process."""
+        self._experts, self._tasks = experts, tasks
+        self._answerer = Answerer(base, None, "routed", evaluation, threads)
         self._pool = Pool.load(pool) if pool else None
-        self._tasks = tasks
-        self._batches = list(prompts.iter_batches(batch_size=config.batch_size, batch_format="numpy"))
+        self._batches = list(prompts.iter_batches(batch_size=evaluation.batch_size, batch_format="numpy"))
 
-    def evaluate(self, expert: str, temperature: float) -> dict[str, float]:
-        """Returns `accuracy` on the expert's own task and `others`, the mean over the pool's other tasks."""
-        trained, base = Expert.load(expert), self._answerer.base
+    def reset_config(self, new_config: dict[str, Any]) -> bool:
+        """Agrees to the next trial."""
+        return True
+
+    def step(self) -> dict[str, Any]:
+        """Returns `accuracy` on the expert's own task, `others`, the mean over the pool's other tasks, and `seconds`."""
+        started = time.monotonic()
+        trained, base = Expert.load(self._experts[self.config["rank"]]), self._answerer.base
         pool = self._pool or Pool(base.label, base.fingerprint, RouterConfig())
         self._answerer.attach(
-            pool.add(trained).routed_by(kind="token", token_scores="published", temperature=temperature)
+            pool.add(trained).routed_by(kind="token", token_scores="published", temperature=self.config["temperature"])
         )
         answered = [score(self._answerer(batch), self._tasks) for batch in self._batches]
         means = Evaluation([p for predictions in answered for p in predictions]).accuracies()
         own = means.pop(trained.card.task)
-        return {"accuracy": own, "others": fmean(means.values()) if means else float("nan")}
+        others = fmean(means.values()) if means else float("nan")
+        return {"accuracy": own, "others": others, "seconds": time.monotonic() - started, "done": True}
