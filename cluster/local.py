@@ -12,6 +12,7 @@ Knows nothing of models, data or MLflow.
 import json
 import logging
 import os
+import re
 import socket
 import time
 import warnings
@@ -20,7 +21,7 @@ from pathlib import Path
 
 import ray
 import ray.data
-from ray._private import ray_constants
+from ray._private import ray_constants, ray_logging
 from ray.util.debug import log_once
 
 log = logging.getLogger(__name__)
@@ -95,6 +96,8 @@ def connect(address: str | None = None, cpus: int | None = None) -> ClusterInfo:
                 log.warning("cpus=%d is ignored: the cluster at %s has its own", cpus, address)
             _join(address)
     _quiet_data()
+    # Every service of Ray Train and Ray Data is a process here; from the eighth on Ray warns that there are many.
+    ray_logging.stdout_deduplicator.skip_re = re.compile("worker processes have been started")
     context = ray.get_runtime_context()
     node = ray._private.worker._global_node
     assert node is not None, "joined above, never through Ray Client"

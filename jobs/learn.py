@@ -92,7 +92,7 @@ def _expert(run: StreamRun, task: TaskConfig) -> tuple[Expert, Any, dict[str, An
             download_expert(label, int(version.version), folder)
         run.terminal.say(f"  learned before, version {version.version} of {label}.experts")
         return Expert.load(folder), version, json.loads(file.read_text())
-    _ = run.worker_env  # made once a machine: no part of what learning a task takes
+    _ = run.worker_env  # made once a node: no part of what learning a task takes
     started = monotonic()
     with run.terminal.working(f"reading {task.name}"):
         rows = run.training_rows(task)
