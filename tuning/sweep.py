@@ -1,21 +1,20 @@
-"""The sweep: an expert trained at every rank, evaluated at every temperature, with Ray Tune."""
+"""The sweep: train an expert at every rank, then evaluate each at every temperature, both with Ray Tune."""
 
 from collections.abc import Callable, Mapping
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import ray
 from ray import tune
-from ray.tune import Callback, CheckpointConfig, RunConfig, TuneConfig, Tuner
+from ray.tune import Callback, CheckpointConfig, ResultGrid, RunConfig, TuneConfig, Tuner
 
 from cluster.local import available_cpus
 from pipeline.config import LearnConfig, TaskConfig
 from pipeline.training.run import TrainingError
 from pipeline.training.worker import Job
 from tuning.space import SweepSpace
-from tuning.trial import TOKEN, EvaluateTemperature, Trainings
+from tuning.trial import TOKEN, EvaluateTemperature, train_rank
 
 
 @dataclass(frozen=True)
@@ -62,48 +61,43 @@ def sweep(
     """
     at_once, threads = _together(job, len(space.ranks))
     job = job.model_copy(update={"training": job.training.model_copy(update={"threads": threads})})
-    actor: Any = Trainings
-    trials_at_once = at_once * (job.training.workers if job.training.gpu else 1)
-    trainings = actor.options(max_concurrency=len(space.ranks) + trials_at_once).remote(
-        job, rows, space.ranks, at_once=at_once, storage=str(folder / "training"), env=worker_env
-    )
-    running = {trainings.finished.remote(rank): rank for rank in space.ranks}
-    # Trials of a rank wait for its training; those of ranks that are done are evaluated beside the trainings that go on. But
-    # not where each holds a GPU: trials that wait for trainings would leave them none.
-    gpu = job.training.gpu
-    if gpu:
-        ray.wait(list(running), num_returns=len(running))
-    results = Tuner(
-        tune.with_resources(
-            tune.with_parameters(
-                EvaluateTemperature,
-                trainings=trainings,
-                base=config.base,
-                pool=str(pool) if pool else None,
-                prompts=prompts,
-                tasks=dict(tasks),
-                evaluation=config.evaluation,
-                threads=threads,
-            ),
-            TOKEN | ({"gpu": 1} if gpu else {}),
+    trained = _run(
+        tune.with_parameters(
+            train_rank,
+            job=job.model_dump(),
+            rows=rows,
+            storage=str(folder / "training"),
+            env=worker_env,
         ),
-        param_space={
+        {"rank": tune.grid_search(list(space.ranks))},
+        at_once=at_once,
+        holding=TOKEN,
+        folder=folder / "tune",
+        name="ranks",
+        say=say,
+    )
+    trainings = {result.config["rank"]: dict(result.metrics) for result in trained}
+    evaluated = _run(
+        tune.with_parameters(
+            EvaluateTemperature,
+            experts={rank: metrics["expert"] for rank, metrics in trainings.items()},
+            base=config.base,
+            pool=str(pool) if pool else None,
+            prompts=prompts,
+            tasks=dict(tasks),
+            evaluation=config.evaluation,
+            threads=threads,
+        ),
+        {
             "rank": tune.grid_search(list(space.ranks)),
             "temperature": tune.grid_search(list(space.temperatures)),
         },
-        tune_config=TuneConfig(max_concurrent_trials=trials_at_once, reuse_actors=True),
-        run_config=RunConfig(
-            name="temperatures",
-            storage_path=str(folder / "tune"),
-            verbose=0,
-            checkpoint_config=CheckpointConfig(checkpoint_at_end=False),
-            callbacks=[_Progress(running, say)],
-        ),
-    ).fit()
-    if results.errors:
-        raise TrainingError(f"sweep: {len(results.errors)} of {len(results)} trials failed; first: {results.errors[0]}")
-    found = {rank: ray.get(training) for training, rank in running.items()}
-    ray.kill(trainings)
+        at_once=at_once * (job.training.workers if job.training.gpu else 1),
+        holding=TOKEN | ({"gpu": 1} if job.training.gpu else {}),
+        folder=folder / "tune",
+        name="temperatures",
+        say=say,
+    )
     trials = [
         Trial(
             result.config["rank"],
@@ -112,37 +106,59 @@ def sweep(
             result.metrics["others"],
             result.metrics["seconds"],
         )
-        for result in results
+        for result in evaluated
     ]
     trials.sort(key=lambda t: (-t.accuracy, t.rank, t.temperature))
-    return SweepResult(found, trials)
+    return SweepResult(trainings, trials)
+
+
+def _run(
+    trainable: Any,
+    space: dict[str, Any],
+    *,
+    at_once: int,
+    holding: dict[str, float],
+    folder: Path,
+    name: str,
+    say: Callable[[str], None],
+) -> ResultGrid:
+    """Runs every point of a grid, `at_once` of them together, each `holding` resources.
+
+    Raises TrainingError if one fails.
+    """
+    results = Tuner(
+        tune.with_resources(trainable, holding),
+        param_space=space,
+        tune_config=TuneConfig(max_concurrent_trials=at_once, reuse_actors=True),
+        run_config=RunConfig(
+            name=name,
+            storage_path=str(folder),
+            verbose=0,
+            checkpoint_config=CheckpointConfig(checkpoint_at_end=False),
+            callbacks=[_Progress(say)],
+        ),
+    ).fit()
+    if results.errors:
+        raise TrainingError(f"sweep: {len(results.errors)} of {len(results)} trials failed; first: {results.errors[0]}")
+    return results
 
 
 class _Progress(Callback):
-    """Says of every training and trial that is done what came out."""
+    """Says of every trial that is done what came out."""
 
-    def __init__(self, running: Mapping[Any, int], say: Callable[[str], None]) -> None:
-        self._running, self._say = dict(running), say
+    def __init__(self, say: Callable[[str], None]) -> None:
+        self._say = say
 
     def __getstate__(self) -> dict[str, Any]:
         """What Tune stores of it: nothing, a terminal cannot be stored."""
-        return {"_say": str, "_running": {}}
-
-    def on_step_begin(self, iteration: int, trials: list[Any], **info: Any) -> None:
-        """Called by Tune, again and again."""
-        for done in ray.wait(list(self._running), timeout=0)[0] if self._running else []:
-            rank = self._running.pop(done)
-            with suppress(ray.exceptions.RayError):  # the trials that wait for it fail, and say why
-                training = ray.get(done)
-                self._say(f"  rank {rank}: trained, loss {training['expert_loss']:.3f} ({training['seconds']:.0f} s)")
+        return {"_say": str}
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         """Called by Tune."""
+        point = ", ".join(f"{name} {value:g}" for name, value in trial.config.items())
         found = trial.last_result
-        self._say(
-            f"  rank {trial.config['rank']}, temperature {trial.config['temperature']:g}: accuracy {found['accuracy']:.3f}, "
-            f"others {found['others']:.3f} ({found['seconds']:.0f} s)"
-        )
+        figures = [f"{name} {found[name]:.3f}" for name in ("expert_loss", "accuracy", "others") if name in found]
+        self._say(f"  {point}: {', '.join(figures)} ({found['seconds']:.0f} s)")
 
 
 def _together(job: Job, ranks: int) -> tuple[int, int]:
