@@ -143,6 +143,8 @@ def test_a_file_that_cannot_be_read_is_named(file, tmp_path):
         load_config(file, [], LearnConfig)
     with pytest.raises(ConfigError, match=str(tmp_path)):
         load_config(tmp_path, [], LearnConfig)
+    with pytest.raises(ConfigError, match="it comes first, and FIELD=VALUE after it"):
+        load_config("expert.rank=16", [], LearnConfig)
 
 
 def test_a_file_that_is_no_configuration_is_named(file):

@@ -22,7 +22,8 @@ def load_config(path: str | Path, overrides: Sequence[str], kind: type[C]) -> C:
     try:
         values = yaml.safe_load(path.read_text()) or {}
     except FileNotFoundError:
-        raise ConfigError(f"{path}: no such configuration file") from None
+        hint = "; it comes first, and FIELD=VALUE after it" if "=" in path.name else ""
+        raise ConfigError(f"{path}: no such configuration file{hint}") from None
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read: {error.strerror}") from None
     except yaml.YAMLError as error:
