@@ -85,10 +85,11 @@ def connect(address: str | None = None, cpus: int | None = None) -> ClusterInfo:
     began = time.perf_counter()
     started = False
     if not ray.is_initialized():
-        address = address or os.environ.get("RAY_ADDRESS") or None
+        here = starts_here(address)
+        address = address or os.environ.get("RAY_ADDRESS") or "local"
         for name, value in QUIET.items():
             os.environ.setdefault(name, value)
-        if address is None or address == "local":
+        if here:
             _start(cpus if cpus is not None else available_cpus() + SPARE_CPUS)
             started = True
         else:
@@ -96,8 +97,6 @@ def connect(address: str | None = None, cpus: int | None = None) -> ClusterInfo:
                 log.warning("cpus=%d is ignored: the cluster at %s has its own", cpus, address)
             _join(address)
     _quiet_data()
-    # Every service of Ray Train and Ray Data is a process here; from the eighth on Ray warns that there are many.
-    ray_logging.stdout_deduplicator.skip_re = re.compile("worker processes have been started")
     context = ray.get_runtime_context()
     node = ray._private.worker._global_node
     assert node is not None, "joined above, never through Ray Client"
@@ -112,6 +111,11 @@ def connect(address: str | None = None, cpus: int | None = None) -> ClusterInfo:
         logs=Path(node.get_logs_dir_path()),
         seconds=time.perf_counter() - began,
     )
+
+
+def starts_here(address: str | None = None) -> bool:
+    """Returns whether `connect` would start Ray on this machine rather than join a cluster."""
+    return not ray.is_initialized() and (address or os.environ.get("RAY_ADDRESS") or "local") == "local"
 
 
 def _start(cpus: int) -> None:
@@ -138,6 +142,9 @@ def _start(cpus: int) -> None:
         log_to_driver=False,
         logging_level=logging.ERROR,
     )
+    # Every service of Ray Train and Ray Data is a process here; from the eighth on Ray warns that there are many.
+    if ray_logging.stdout_deduplicator.skip_re is None:  # what the user has set stays
+        ray_logging.stdout_deduplicator.skip_re = re.compile("worker processes have been started")
 
 
 def _join(address: str) -> None:

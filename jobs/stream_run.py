@@ -16,7 +16,7 @@ from typing import Any, Literal
 import ray
 from safetensors.torch import load_file
 
-from cluster.local import ClusterInfo, connect
+from cluster.local import ClusterInfo, connect, starts_here
 from cluster.preflight import build_deepspeed_ops, build_op, check_resources, extensions_folder
 from cluster.usage import PeakMemory
 from jobs.terminal import Terminal
@@ -34,6 +34,8 @@ from pipeline.training.worker import Job
 
 GENERAL = "general"
 """Name of the general sample among the prompts; tasks may not bear it."""
+
+PREPARING = "preparing DeepSpeed (once on a machine, up to a minute)"
 
 SPARE_CPUS = 2
 """Logical CPUs that must be free beside training, for Ray Data."""
@@ -190,7 +192,12 @@ class StreamRun:
     @cached_property
     def worker_env(self) -> dict[str, str]:
         """The environment of training workers; without GPUs DeepSpeed's operator is compiled first, on every node."""
-        return {} if self.config.training.gpu else build_deepspeed_ops()
+        if self.config.training.gpu:
+            return {}
+        if self.cluster.started:  # so it has been prepared
+            return build_deepspeed_ops()
+        with self.terminal.working(PREPARING):
+            return build_deepspeed_ops()
 
     def train(self, job: Job, rows: ray.data.Dataset) -> Trained:
         """Trains, or goes on with a run of the same name; progress in the terminal, loss curves in MLflow meanwhile."""
@@ -249,9 +256,9 @@ def open_run(config: LearnConfig, *, job: str) -> Iterator[StreamRun]:
     """
     terminal = Terminal()
     with PeakMemory() as memory:
-        if not config.training.gpu:
+        if starts_here() and not config.training.gpu:
             # Before Ray's processes are there: the compiler takes 3 GB.
-            with terminal.working("preparing DeepSpeed (once on a machine, up to a minute)"):
+            with terminal.working(PREPARING):
                 build_op(extensions_folder())
         with terminal.working("starting Ray"):
             cluster = connect()
