@@ -157,7 +157,9 @@ class StreamRun:
     def expert_digest(self, task: TaskConfig) -> str:
         """Names the expert of a task: everything that it depends on, and nothing else."""
         config = self.config
-        stage = config.router.model_dump(include={"steps", "learning_rate", "feature_width", "shrinkage", "quantile"})
+        stage = config.router.model_dump(
+            include={"steps", "learning_rate", "feature_width", "shrinkage", "quantile", "statistics_rows"}
+        )
         machine = config.training.model_dump(include={"workers", "zero_stage", "precision", "micro_batch"})
         return digest(
             task.name,

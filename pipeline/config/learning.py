@@ -94,6 +94,12 @@ class RouterConfig(Config):
     """prompt: project features to this width (one fixed seeded projection) where three times the base's width is too much."""
     shrinkage: float = Field(default=0.05, gt=0, lt=1)
     """prompt: weight of the identity in the standardised covariance."""
+    statistics_rows: int = Field(default=4096, ge=4)
+    """Most distinct prompts of a task that its statistics describe, read in one pass; 4096 are eight for each of 512
+    features."""
+    null_components: int = Field(default=12, ge=1)
+    """prompt: Gaussians that stand for the general prompts together (k-means, the seed is fixed). One is too coarse where
+    tasks resemble what the base can do."""
     quantile: float = Field(default=0.99, gt=0.5, lt=1)
     """prompt: without a general sample, prompts farther from every task than this quantile of its own go to the base."""
 
