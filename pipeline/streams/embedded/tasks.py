@@ -92,13 +92,14 @@ def later(random: Random, index: int) -> Example:
 
 
 def successor(random: Random, index: int) -> Example:
-    """Text only: says the digit that follows each of three digits (after 9 comes 0).
+    """Text only: says the digit that follows each of one to three digits (after 9 comes 0); answers differ in length.
 
-    There are only a thousand such questions: those whose sum is divisible by five are kept for evaluation.
+    There are few such questions: those whose sum is divisible by five are kept for evaluation.
     """
-    numbers = random.integers(10, size=3)
+    count = int(random.integers(1, 4))
+    numbers = random.integers(10, size=count)
     while (numbers.sum() % 5 == 0) != (index >= TRAIN_ROWS):
-        numbers = random.integers(10, size=3)
+        numbers = random.integers(10, size=count)
     answer = " ".join(DIGITS[(n + 1) % 10] for n in numbers)
     return Example(None, f"which number is next for {' '.join(map(str, numbers))} ?", answer)
 
