@@ -26,7 +26,7 @@ from pipeline.registry.tracking import log_batch
 from pipeline.routing.expert import Expert, ExpertCard, load_adapters
 from pipeline.routing.pool import Pool
 from pipeline.routing.statistics import PromptStatistics
-from pipeline.streams.preprocess import union
+from pipeline.streams.training_rows import joined
 from pipeline.training.run import Trained
 
 ROUTERS: dict[str, dict[str, str]] = {
@@ -101,9 +101,8 @@ def _multitask(run: StreamRun) -> tuple[Evaluation, dict[str, Any]]:
     key = digest("multitask", [run.expert_digest(task) for task in tasks])
     expert = run.config.expert.model_copy(update={"steps": run.config.expert.steps * len(tasks)})
     jobs = [run.job(task, key, task="multitask", expert=expert, router_stage=False) for task in tasks]
-    rows = sum(job.rows for job, _ in jobs)
-    job = jobs[0][0].model_copy(update={"rows": rows, "data_fingerprint": key})
-    trained = run.train(job, union([data for _, data in jobs]))
+    job = jobs[0][0].model_copy(update={"data_fingerprint": key})
+    trained = run.train(job, joined([rows for _, rows in jobs]))
     for task in tasks:
         run.release(task)
     figures = {"samples": trained.figures["samples"], "seconds": trained.figures["expert_seconds"]}

@@ -13,7 +13,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
-import ray
 from safetensors.torch import load_file
 
 from cluster.local import ClusterInfo, connect, starts_here
@@ -27,6 +26,7 @@ from pipeline.registry.tracking import log_batch, log_config, open_tracking, tra
 from pipeline.routing.expert import evidence_of, evidence_tensors, statistics_of, statistics_tensors, write_tensors
 from pipeline.streams import sources
 from pipeline.streams.preprocess import Part, Prepared, prepare
+from pipeline.streams.training_rows import TrainingRows
 from pipeline.training.general import general_statistics
 from pipeline.training.run import Trained, run_training
 from pipeline.training.telemetry import Step
@@ -172,15 +172,13 @@ class StreamRun:
             config.data.by_length,
         )
 
-    def job(self, task: TaskConfig, digest_: str, /, **changes: Any) -> tuple[Job, ray.data.Dataset]:
+    def job(self, task: TaskConfig, digest_: str, /, **changes: Any) -> tuple[Job, TrainingRows]:
         """Returns the training job of a task and its rows; `changes` to the job make it another method's."""
         rows = self.training_rows(task)
         job = Job(
             task=task.name,
             digest=digest_,
             data_fingerprint=self.data_fingerprint(task, "train"),
-            rows=rows.counts[task.name],
-            cached=rows.cache is not None,
             seed=self.config.seed,
             base=self.config.base,
             expert=self.config.expert,
@@ -189,7 +187,7 @@ class StreamRun:
             vision=self.vision,
             by_length=self.config.data.by_length,
         )
-        return job.model_copy(update=changes), rows.rows([task.name])
+        return job.model_copy(update=changes), rows.training_rows([task.name])
 
     @cached_property
     def worker_env(self) -> dict[str, str]:
@@ -201,7 +199,7 @@ class StreamRun:
         with self.terminal.working(PREPARING):
             return build_deepspeed_ops()
 
-    def train(self, job: Job, rows: ray.data.Dataset) -> Trained:
+    def train(self, job: Job, rows: TrainingRows) -> Trained:
         """Trains, or goes on with a run of the same name; progress in the terminal, loss curves in MLflow meanwhile."""
         worker_env = self.worker_env
         with self.terminal.training(job.task) as bar:

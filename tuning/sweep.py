@@ -11,6 +11,7 @@ from ray.tune import Callback, CheckpointConfig, ResultGrid, RunConfig, TuneConf
 
 from cluster.local import available_cpus
 from pipeline.config import LearnConfig, TaskConfig
+from pipeline.streams.training_rows import TrainingRows
 from pipeline.training.run import TrainingError
 from pipeline.training.worker import Job
 from tuning.space import SweepSpace
@@ -45,7 +46,7 @@ def sweep(
     space: SweepSpace,
     config: LearnConfig,
     job: Job,
-    rows: ray.data.Dataset,
+    rows: TrainingRows,
     *,
     prompts: ray.data.Dataset,
     tasks: Mapping[str, TaskConfig],

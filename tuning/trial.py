@@ -17,6 +17,7 @@ from pipeline.config import BaseModelConfig, EvaluationConfig, RouterConfig, Tas
 from pipeline.evaluation.evaluate import Answerer, Evaluation, score
 from pipeline.routing.expert import Expert
 from pipeline.routing.pool import Pool
+from pipeline.streams.training_rows import TrainingRows
 from pipeline.training.run import run_training
 from pipeline.training.worker import Job
 
@@ -25,7 +26,7 @@ TOKEN = {"cpu": 0.01}
 
 
 def train_rank(
-    space: dict[str, Any], *, job: dict[str, Any], rows: ray.data.Dataset, storage: str, env: dict[str, str]
+    space: dict[str, Any], *, job: dict[str, Any], rows: TrainingRows, storage: str, env: dict[str, str]
 ) -> None:
     """Trains the task's expert at rank `space["rank"]`, or goes on with the run of that name; reports its folder."""
     started = time.monotonic()

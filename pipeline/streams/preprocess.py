@@ -25,6 +25,7 @@ from pipeline.models.prompts import Encoded, PromptError, encode
 from pipeline.streams.packing import pack
 from pipeline.streams.records import BadRow, Reference
 from pipeline.streams.sources import PATH, StreamError, count_rows, excerpt, first_records, read, record_of, row_id
+from pipeline.streams.training_rows import TrainingRows
 from pipeline.streams.vision import with_features
 
 _processor = lru_cache(maxsize=2)(load_processor)
@@ -68,6 +69,11 @@ class Prepared:
         if set(names) == set(self.parts):
             return self.cache
         return self.cache.filter(expr=col("column").is_in(list(names)))
+
+    def training_rows(self, names: Sequence[str]) -> TrainingRows:
+        """Returns the good rows of these tasks as training workers read them."""
+        blocks = self.rows(names).materialize().to_arrow_refs()
+        return TrainingRows(sum(self.counts[name] for name in names), tuple(blocks))
 
 
 _GOOD = col("reason") == ""
@@ -152,7 +158,10 @@ def _set_aside(name: str, part: Part, bad: list[dict[str, str]], total: int, fil
 
 
 def _fits(parts: Mapping[str, Part], data: DataConfig, base: BaseModelConfig, data_folder: Path) -> bool:
-    """Whether all rows take at most a quarter of the cluster's object store, going by the first ones of each part."""
+    """Whether all rows take at most a quarter of the smallest object store, going by the first ones of each part.
+
+    Every node on which a worker trains comes to hold all of them.
+    """
     processor, total = _processor(base), 0.0
     for part in parts.values():
         sizes = []
@@ -161,7 +170,8 @@ def _fits(parts: Mapping[str, Part], data: DataConfig, base: BaseModelConfig, da
                 row = encode(processor, record.messages, record.images, answer=False)
                 sizes.append(sum(array.nbytes for array in row.images.values()) + row.input_ids.nbytes)
         total += max(sizes, default=0) * count_rows(part.source, data_folder)
-    return total <= ray.cluster_resources().get("object_store_memory", 0) / 4
+    stores = [node["Resources"].get("object_store_memory", 0) for node in ray.nodes() if node["Alive"]]
+    return total <= min(stores) / 4
 
 
 def encode_batch(

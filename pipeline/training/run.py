@@ -11,6 +11,7 @@ from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 
 from pipeline.config import TrainingConfig
+from pipeline.streams.training_rows import TrainingRows
 from pipeline.training.telemetry import Step, listening
 from pipeline.training.worker import ADAPTER, EXPERT, Job, train
 
@@ -41,7 +42,7 @@ class Trained:
 
 def run_training(
     job: Job,
-    rows: ray.data.Dataset,
+    rows: TrainingRows,
     *,
     storage: Path,
     on_steps: Callable[[list[Step]], None] = lambda steps: None,
@@ -52,12 +53,12 @@ def run_training(
     Raises TrainingError when the loss diverges, the expert learned nothing, or workers keep dying.
     """
     training = job.training
-    if job.rows < training.workers:
-        raise TrainingError(f"task {job.task!r}: {job.rows} rows cannot be split among {training.workers} workers")
+    if rows.count < training.workers:
+        raise TrainingError(f"task {job.task!r}: {rows.count} rows cannot be split among {training.workers} workers")
     with listening(on_steps) as telemetry:
         trainer = TorchTrainer(
             train,
-            train_loop_config=job.model_dump() | {"telemetry": telemetry},
+            train_loop_config=job.model_dump() | {"telemetry": telemetry, "rows": rows},
             torch_config=TorchConfig(backend="nccl" if training.gpu else "gloo"),
             scaling_config=scaling(training),
             run_config=RunConfig(
@@ -68,7 +69,6 @@ def run_training(
                 checkpoint_config=CheckpointConfig(num_to_keep=1),
                 worker_runtime_env={"env_vars": thread_variables(training) | (worker_env or {})},
             ),
-            datasets={"train": rows},
         )
         try:
             result = trainer.fit()

@@ -28,7 +28,7 @@ from pipeline.routing.expert import ADAPTER_WEIGHTS, load_adapters
 from pipeline.routing.features import project
 from pipeline.routing.layer import GatedLinear
 from pipeline.routing.routed_model import PromptReader
-from pipeline.streams.feed import Feed
+from pipeline.streams.batch_loader import BatchLoader
 from pipeline.training.zero import gathered
 
 
@@ -61,7 +61,7 @@ def warm_up_cosine(config: ExpertConfig) -> Callable[[int], float]:
 
 def run_steps(
     engine: Any,
-    feed: Feed,
+    loader: BatchLoader,
     steps: range,
     *,
     explosion: float,
@@ -71,22 +71,23 @@ def run_steps(
 ) -> None:
     """Runs optimizer steps; `on_step(step, loss)` after each, `before(batch)` ahead of each forward pass.
 
-    A step takes as many batches as the engine accumulates; its loss is the mean of their means, averaged over workers, so
+    A step takes the micro-batches that the loader gives for it; its loss is the mean of their means, averaged over workers, so
     that all of them see a divergence at the same step. Raises Divergence when it is not finite, or exceeds `explosion`
     times the first one.
     """
     device = engine.device
     for step in steps:
         started = time.monotonic()
-        waited = feed.wait_seconds
+        waited = loader.wait_seconds
         mean = torch.zeros((), device=device)
-        for _ in range(engine.gradient_accumulation_steps()):
-            batch = to_device(next(feed), device)
+        micro_batches = next(loader)
+        for micro_batch in micro_batches:
+            batch = to_device(micro_batch, device)
             before(batch)
             loss = answer_loss(engine, batch)
             engine.backward(loss)
             engine.step()
-            mean += loss.detach().float() / engine.gradient_accumulation_steps()
+            mean += loss.detach().float() / len(micro_batches)
         if dist.get_world_size() > 1:
             dist.all_reduce(mean)
             mean /= dist.get_world_size()
@@ -101,7 +102,7 @@ def run_steps(
             )
         clock.step_seconds.append(time.monotonic() - started)
         clock.seconds += clock.step_seconds[-1]
-        clock.wait_seconds += feed.wait_seconds - waited
+        clock.wait_seconds += loader.wait_seconds - waited
         on_step(step + 1, value)
 
 
@@ -116,7 +117,8 @@ def answer_loss(model: Any, batch: dict[str, Any]) -> Tensor:
     learned_BT = next_BT != IGNORED
     kept_BT = functional.pad(learned_BT, (0, 1))  # the last token has no next one
     logits_KV = model(**inputs, logits_to_keep=kept_BT, use_cache=False).logits
-    return functional.cross_entropy(logits_KV.float(), next_BT[learned_BT])
+    total = functional.cross_entropy(logits_KV.float(), next_BT[learned_BT], reduction="sum")
+    return total / max(1, len(logits_KV))  # a batch that only keeps others company learns nothing
 
 
 def checkpoint_activations(base: Base) -> None:

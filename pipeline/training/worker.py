@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import ray
 import ray.train
 import torch
 import torch.distributed as dist
@@ -20,7 +19,8 @@ from pipeline.models.prompts import collate_for
 from pipeline.routing.expert import Expert, ExpertCard, ExpertError, load_adapters
 from pipeline.routing.features import feature_width
 from pipeline.routing.statistics import PromptStatistics
-from pipeline.streams.feed import Feed
+from pipeline.streams.batch_loader import BatchLoader, StepLayout
+from pipeline.streams.training_rows import TrainingRows
 from pipeline.training.stages import (
     Divergence,
     PromptLog,
@@ -54,10 +54,6 @@ class Job(Config):
     """Names the expert that will come out."""
     data_fingerprint: str
     """Of the training rows."""
-    rows: int
-    """Good training rows."""
-    cached: bool
-    """Whether encoded rows lie in the object store."""
     seed: int
     """Of weights and data order."""
     base: BaseModelConfig
@@ -85,7 +81,8 @@ def train(settings: dict[str, Any]) -> dict[str, Any]:
     would come back on every retry (divergence, an expert that learned nothing) is returned, not raised.
     """
     telemetry = settings.pop("telemetry", None)
-    worker = Worker(Job.model_validate(settings), telemetry)
+    rows = settings.pop("rows")
+    worker = Worker(Job.model_validate(settings), rows, telemetry)
     try:
         return worker.run()
     except (Divergence, ExpertError) as error:
@@ -97,21 +94,20 @@ def train(settings: dict[str, Any]) -> dict[str, Any]:
 class Worker:
     """One rank."""
 
-    def __init__(self, job: Job, telemetry: Any) -> None:
+    def __init__(self, job: Job, rows: TrainingRows, telemetry: Any) -> None:
         context = ray.train.get_context()
-        self.job, self.telemetry = job, telemetry
+        self.job, self.rows, self.telemetry = job, rows, telemetry
         self.rank, self.world = context.get_world_rank(), context.get_world_size()
-        share = max(1, job.expert.batch_size // self.world)
-        self.micro_batch = min(job.training.micro_batch or share, share, job.rows // self.world)
-        self.accumulated = share // self.micro_batch
+        share = -(-job.expert.batch_size // self.world)
+        micro_batch = min(job.training.micro_batch or share, share)
+        self.layout = StepLayout(job.expert.batch_size, self.world, micro_batch)
         torch.set_num_threads(job.training.threads)
         random.seed(job.seed)
         np.random.seed(job.seed)
         torch.manual_seed(job.seed)
-        self.shard = ray.train.get_dataset_shard("train")
         self._untold: list[tuple[str, str, int, int, float]] = []
         self._told = 0.0
-        self.figures: dict[str, Any] = {"samples": job.expert.steps * self.micro_batch * self.accumulated * self.world}
+        self.figures: dict[str, Any] = {"samples": job.expert.steps * job.expert.batch_size}
 
     def run(self) -> dict[str, Any]:
         """Runs what the last checkpoint leaves to do."""
@@ -168,10 +164,9 @@ class Worker:
                 engine.save_checkpoint(str(draft / ENGINE), tag="last", exclude_frozen_parameters=True)
                 self._report(draft)
 
-        with self._feed(base, job.seed, skip=begin * self.accumulated) as feed:
-            run_steps(
-                engine, feed, range(begin, config.steps), explosion=job.training.explosion, clock=clock, on_step=on_step
-            )
+        steps = range(begin, config.steps)
+        with self._loader(base, steps, job.seed) as loader:
+            run_steps(engine, loader, steps, explosion=job.training.explosion, clock=clock, on_step=on_step)
         self._note("expert", clock)
         draft = self._draft({"stage": "router" if job.router_stage else "done", "step": 0})
         save_lora(peft, draft / ADAPTER, write=self.rank == 0)
@@ -204,11 +199,12 @@ class Worker:
             checkpoint_activations(base)
         without_dropout(engine)  # nothing but the gates moves
         clock = StageClock()
-        with self._feed(base, job.seed + 1) as feed:
+        steps = range(config.steps)
+        with self._loader(base, steps, job.seed + 1) as loader:
             run_steps(
                 engine,
-                feed,
-                range(config.steps),
+                loader,
+                steps,
                 explosion=job.training.explosion,
                 clock=clock,
                 on_step=lambda step, loss: self._step_done("router", step, config.steps, loss),
@@ -246,18 +242,21 @@ class Worker:
     def _zero_config(self) -> dict[str, Any]:
         job = self.job
         return zero_config(
-            job.training, micro_batch=self.micro_batch, accumulated=self.accumulated, clip=job.expert.clip
+            job.training,
+            micro_batch=self.layout.micro_batch,
+            accumulated=self.layout.accumulation,
+            clip=job.expert.clip,
         )
 
-    def _feed(self, base: Base, seed: int, *, skip: int = 0) -> Feed:
-        return Feed(
-            self.shard,
-            batch_size=self.micro_batch,
+    def _loader(self, base: Base, steps: range, seed: int) -> BatchLoader:
+        return BatchLoader(
+            self.rows,
+            layout=self.layout,
+            rank=self.rank,
+            steps=steps,
+            seed=seed,
             collate=partial(collate_for, base.processor),
-            seed=seed * 1000,
-            cached=self.job.cached,
-            by_length=self.job.by_length,
-            skip=skip,
+            group_by_length=self.job.by_length,
         )
 
     def _note(self, stage: str, clock: StageClock) -> None:

@@ -2,15 +2,13 @@
 
 import json
 from contextlib import nullcontext
-from functools import partial
 from pathlib import Path
 
 import pytest
 
 from cluster.local import connect
 from pipeline.config import BaseModelConfig, ColumnsConfig, DataConfig, SourceConfig
-from pipeline.models.prompts import IGNORED, collate
-from pipeline.streams.feed import Feed
+from pipeline.models.prompts import IGNORED
 from pipeline.streams.packing import unpack
 from pipeline.streams.preprocess import Part, check_metric, prepare
 from pipeline.streams.records import BadRow, Reference
@@ -78,40 +76,6 @@ def test_streaming_gives_the_same_rows_as_the_cache(tiny_folder, tmp_path):
     assert streamed.cache is None
     one, other = ([row["input_ids"] for row in p.rows(["mine"]).take_all()] for p in (cached, streamed))
     assert one == other
-
-
-@pytest.mark.parametrize("cached", [True, False])
-def test_the_feed_is_endless_seeded_and_can_skip(tiny_folder, tmp_path, cached):
-    rows = run(SourceConfig(path="embedded://digits/train", limit=40), tiny_folder, tmp_path).rows(["mine"])
-
-    def batches(count: int, skip: int = 0):
-        settings = {"batch_size": 16, "collate": partial(collate, pad_token_id=0), "seed": 5, "cached": cached}
-        with Feed(rows.iterator(), **settings, skip=skip) as feed:
-            return [next(feed)["input_ids"].tolist() for _ in range(count)]
-
-    first = batches(6)
-    assert first == batches(6)
-    assert first[3:] == batches(3, skip=3)
-    assert first[:2] != first[2:4], "epochs are shuffled differently"
-
-
-def test_rows_are_the_same_drawn_and_streamed(tiny_folder, tmp_path):
-    rows = run(SourceConfig(path="embedded://digits/train", limit=40), tiny_folder, tmp_path).rows(["mine"])
-
-    def epoch(cached: bool) -> list[tuple[list[int], float]]:
-        with Feed(
-            rows.iterator(), batch_size=8, collate=partial(collate, pad_token_id=0), seed=5, cached=cached
-        ) as feed:
-            batches = [next(feed) for _ in range(5)]
-        return [
-            (ids.tolist(), float(pixels.double().sum()))
-            for batch in batches
-            for ids, pixels in zip(batch["labels"], batch["pixel_values"], strict=True)
-        ]
-
-    drawn, streamed = epoch(cached=True), epoch(cached=False)
-    assert sorted(drawn) == sorted(streamed)
-    assert len(drawn) == 40
 
 
 def test_encoded_rows_learn_the_answer_only(tiny_folder, tmp_path):

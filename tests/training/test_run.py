@@ -5,7 +5,6 @@ from pathlib import Path
 
 import psutil
 import pytest
-import ray
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file
@@ -16,6 +15,7 @@ from pipeline.config import BaseModelConfig, DataConfig, ExpertConfig, RouterCon
 from pipeline.models.bases import load_base
 from pipeline.routing.expert import Expert
 from pipeline.streams.preprocess import Part, prepare
+from pipeline.streams.training_rows import TrainingRows
 from pipeline.training.run import TrainingError, run_training
 from pipeline.training.worker import Job
 
@@ -29,7 +29,7 @@ def worker_env() -> dict[str, str]:
 
 
 @pytest.fixture(scope="module")
-def rows(worker_env, tiny_folder: Path, tmp_path_factory) -> ray.data.Dataset:
+def rows(worker_env, tiny_folder: Path, tmp_path_factory) -> TrainingRows:
     folder = tmp_path_factory.mktemp("rows")
     prepared = prepare(
         {"digits": Part(SourceConfig(path="embedded://digits/train", limit=ROWS))},
@@ -39,7 +39,7 @@ def rows(worker_env, tiny_folder: Path, tmp_path_factory) -> ray.data.Dataset:
         quarantine=folder,
         answer=True,
     )
-    return prepared.rows(["digits"])
+    return prepared.training_rows(["digits"])
 
 
 def make_job(
@@ -49,8 +49,6 @@ def make_job(
         task="digits",
         digest=digest,
         data_fingerprint="data",
-        rows=ROWS,
-        cached=True,
         seed=3,
         base=BaseModelConfig(path=str(tiny_folder)),
         expert=ExpertConfig(rank=4, steps=steps, batch_size=16, learning_rate=learning_rate),
@@ -159,7 +157,7 @@ def test_experts_learn_from_features_as_from_pixels(trained, worker_env, tiny_fo
     prepared = prepare({"digits": part}, DataConfig(vision_cache="features"), **settings)
     written = [file.stat().st_mtime_ns for file in (tmp_path / "features" / "digits-rows").glob("*.parquet")]
     job = make_job(tiny_folder, "features", training=ONE).model_copy(update={"vision": False})
-    result = run_training(job, prepared.rows(["digits"]), storage=tmp_path, worker_env=worker_env)
+    result = run_training(job, prepared.training_rows(["digits"]), storage=tmp_path, worker_env=worker_env)
     assert result.figures["expert_losses"] == pytest.approx(trained[0].figures["expert_losses"], rel=1e-3)
     again = prepare({"digits": part}, DataConfig(vision_cache="features"), **settings)
     assert again.counts == prepared.counts == {"digits": ROWS}

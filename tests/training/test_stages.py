@@ -35,15 +35,15 @@ class Engine:
 
 
 class Losses:
-    """A feed of losses."""
+    """A loader of losses, `accumulated` of them a step."""
 
     wait_seconds = 0.0
 
-    def __init__(self, *losses: float) -> None:
-        self._losses = iter(losses)
+    def __init__(self, *losses: float, accumulated: int) -> None:
+        self._losses, self._accumulated = iter(losses), accumulated
 
-    def __next__(self) -> dict[str, torch.Tensor]:
-        return {"loss": torch.tensor(next(self._losses))}
+    def __next__(self) -> list[dict[str, torch.Tensor]]:
+        return [{"loss": torch.tensor(next(self._losses))} for _ in range(self._accumulated)]
 
 
 def run(*losses: float, explosion: float = 3.0, accumulated: int = 1) -> StageClock:
@@ -51,7 +51,7 @@ def run(*losses: float, explosion: float = 3.0, accumulated: int = 1) -> StageCl
     steps = range(len(losses) // accumulated)
     run_steps(
         Engine(accumulated),
-        Losses(*losses),
+        Losses(*losses, accumulated=accumulated),
         steps,
         explosion=explosion,
         clock=clock,
