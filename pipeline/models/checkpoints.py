@@ -1,15 +1,21 @@
 """Where a base's files are: a folder here, a hub id, a URI, a GGUF file; and what identifies them."""
 
 import hashlib
-import os
+import json
 import shutil
+import socket
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import fsspec
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from pipeline.config import BaseModelConfig, without_secrets
+from pipeline.locks import file_lock
 from pipeline.models.tiny import TINY_BASE
 
 NEEDED = ("*.json", "*.safetensors", "*.jinja", "*.model", "*.txt")
@@ -17,6 +23,10 @@ NEEDED = ("*.json", "*.safetensors", "*.jinja", "*.model", "*.txt")
 
 CACHE = Path.home() / ".cache" / "pointsman" / "bases"
 """Where bases from URIs and GGUF files are kept."""
+
+
+_VERSION_KEYS = ("ETag", "etag", "md5Hash", "mtime", "LastModified", "last_modified", "updated", "created")
+"""What stores call the version of a file's content, the surest first."""
 
 
 class BaseError(ValueError):
@@ -57,22 +67,21 @@ def _downloaded(name: str, revision: str | None) -> Path:
 
 
 def _fetched(uri: str) -> Path:
-    """Copies a folder from an object store into the cache, once; files whose size has changed are copied anew."""
+    """Copies a folder from an object store into the cache, once; files that have changed there are copied anew.
+
+    Of several processes on a machine one copies and the others wait. A file appears under its name when all of it is here.
+    """
     shown = without_secrets(uri)
     folder = CACHE / hashlib.sha256(uri.rstrip("/").encode()).hexdigest()[:16]
     try:
         filesystem, root = fsspec.core.url_to_fs(uri)
         root = root.rstrip("/")
-        found = [file for pattern in NEEDED for file in filesystem.glob(f"{root}/{pattern}")]
+        filesystem.invalidate_cache()  # a listing from earlier in this process would hide what has changed
+        found = {Path(file).name: file for pattern in NEEDED for file in filesystem.glob(f"{root}/{pattern}")}
         if not found:
             raise BaseError(f"base.path: {shown} holds no checkpoint: no config.json with *.safetensors")
-        folder.mkdir(parents=True, exist_ok=True)
-        for file in found:
-            target = folder / Path(file).name
-            if not target.exists() or target.stat().st_size != filesystem.size(file):
-                draft = target.with_name(target.name + ".draft")
-                filesystem.get_file(file, str(draft))
-                draft.rename(target)
+        with _alone(folder) as staging:
+            _synchronize(filesystem, found, folder, staging)
     except ImportError as error:
         raise BaseError(
             f"base.path: {shown}: its filesystem is not installed: {error} (pip install s3fs, or gcsfs)"
@@ -84,6 +93,55 @@ def _fetched(uri: str) -> Path:
     return folder
 
 
+def _synchronize(filesystem: Any, found: Mapping[str, str], folder: Path, staging: Path) -> None:
+    """Makes `folder` hold the files `found` (their places in the store by name) and no others."""
+    folder.mkdir(parents=True, exist_ok=True)
+    record = folder.with_name(f"{folder.name}.files")
+    known: dict[str, list[object]] = json.loads(record.read_text()) if record.exists() else {}
+    for name, file in found.items():
+        target, info = folder / name, filesystem.info(file)
+        size, version = int(info["size"]), _version(info)
+        # Without a record (of an earlier release) a file of the right size is taken for the same.
+        same = known.get(name, [size, version]) == [size, version]
+        known[name] = [size, version]
+        if same and target.exists() and target.stat().st_size == size:
+            continue
+        filesystem.get_file(file, str(staging / name))
+        if (staging / name).stat().st_size != size:
+            raise OSError(f"{name}: {(staging / name).stat().st_size:,} of {size:,} bytes; was it being written?")
+        (staging / name).rename(target)
+        _write_record(record, known, staging)
+    for file_here in files_of(folder):  # of a checkpoint that was sharded otherwise
+        if file_here.name not in found:
+            file_here.unlink()
+    _write_record(record, {name: known[name] for name in found}, staging)
+
+
+def _version(info: Mapping[str, Any]) -> str | None:
+    """Returns what changes when a file in a store is written anew, if the store tells."""
+    return next((str(info[key]) for key in _VERSION_KEYS if info.get(key) is not None), None)
+
+
+def _write_record(record: Path, known: Mapping[str, list[object]], staging: Path) -> None:
+    draft = staging / record.name
+    draft.write_text(json.dumps(known))
+    draft.rename(record)
+
+
+@contextmanager
+def _alone(folder: Path) -> Iterator[Path]:
+    """Yields a folder for unfinished files to the one process that may write `folder`; it is gone afterwards."""
+    prefix = f"{folder.name}.staging."
+    with file_lock(folder.with_name(f"{folder.name}.lock"), why="which fetches the base"):
+        for left in folder.parent.glob(f"{prefix}{socket.gethostname()}.*"):  # its process was killed
+            shutil.rmtree(left, ignore_errors=True)
+        staging = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f"{prefix}{socket.gethostname()}."))
+        try:
+            yield staging
+        finally:
+            shutil.rmtree(staging, ignore_errors=True)
+
+
 def _unpacked(file: Path) -> Path:
     """Writes a GGUF file's model and tokenizer as a checkpoint folder, once: reading the file takes half a minute."""
     if file.suffix != ".gguf":
@@ -91,7 +149,15 @@ def _unpacked(file: Path) -> Path:
     folder = CACHE / f"{file.stem}-{_fingerprint(((file, file.stat().st_size, file.stat().st_mtime_ns),))}"
     if folder.exists():
         return folder
-    draft = folder.with_name(f"{folder.name}.{os.getpid()}")
+    with _alone(folder) as staging:
+        if not folder.exists():  # else another process was faster
+            _write_checkpoint(file, staging / folder.name)
+            (staging / folder.name).rename(folder)
+    return folder
+
+
+def _write_checkpoint(file: Path, folder: Path) -> None:
+    """Writes a GGUF file's model and tokenizer into a new folder."""
     try:
         source = {"pretrained_model_name_or_path": file.parent, "gguf_file": file.name}
         read = AutoModelForCausalLM.from_pretrained(**source, dtype="float32")
@@ -99,17 +165,12 @@ def _unpacked(file: Path) -> Path:
         model = AutoModelForCausalLM.from_config(config)  # the one that was read counts as quantized: not to be saved
         model.load_state_dict(read.state_dict())
         model.generation_config = read.generation_config
-        model.save_pretrained(draft)
-        AutoTokenizer.from_pretrained(**source).save_pretrained(draft)
+        model.save_pretrained(folder)
+        AutoTokenizer.from_pretrained(**source).save_pretrained(folder)
     except ImportError as error:
         raise BaseError(f"base.path: {file}: {error} (pip install gguf)") from None
     except (ValueError, OSError) as error:
         raise BaseError(f"base.path: {file} cannot be read: {error}") from None
-    try:
-        draft.rename(folder)
-    except OSError:  # another process was faster
-        shutil.rmtree(draft)
-    return folder
 
 
 def files_of(folder: Path) -> list[Path]:

@@ -1,5 +1,10 @@
 """Where bases come from: folders, URIs, files; what is refused."""
 
+import hashlib
+import socket
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+
 import fsspec
 import pytest
 
@@ -39,7 +44,40 @@ def test_a_file_that_changed_is_fetched_again(bucket):
     folder = checkpoint(BaseModelConfig(path=bucket))
     fsspec.filesystem("memory").pipe("/bucket/tiny/config.json", b'{"model_type": "internvl", "more": 1}')
     assert "more" in (checkpoint(BaseModelConfig(path=bucket)) / "config.json").read_text()
-    assert not list(folder.glob("*.draft"))
+    assert not list(folder.parent.glob("*.staging.*"))
+
+
+def test_a_file_of_the_same_size_that_changed_is_fetched_again(bucket):
+    checkpoint(BaseModelConfig(path=bucket))
+    store = fsspec.filesystem("memory")
+    changed = store.cat("/bucket/tiny/config.json").replace(b'"internvl"', b'"internvm"')
+    store.pipe("/bucket/tiny/config.json", changed)
+    assert (checkpoint(BaseModelConfig(path=bucket)) / "config.json").read_bytes() == changed
+
+
+def test_a_shard_that_is_gone_there_is_gone_here(bucket, tiny_base):
+    store = fsspec.filesystem("memory")
+    store.copy("/bucket/tiny/model.safetensors", "/bucket/tiny/model-00001-of-00002.safetensors")
+    checkpoint(BaseModelConfig(path=bucket))
+    store.rm("/bucket/tiny/model-00001-of-00002.safetensors")
+    assert fingerprint(checkpoint(BaseModelConfig(path=bucket))) == tiny_base.fingerprint
+
+
+def _fingerprint_of(uri):
+    return fingerprint(checkpoint(BaseModelConfig(path=uri)))
+
+
+def test_several_processes_on_a_machine_fetch_one_copy(tiny_folder, tiny_base, tmp_path, monkeypatch):
+    cache = tmp_path / "shared"
+    name = hashlib.sha256(tiny_folder.as_uri().encode()).hexdigest()[:16]
+    left = cache / f"{name}.staging.{socket.gethostname()}.killed"
+    left.mkdir(parents=True)
+    (left / "model.safetensors").write_bytes(b"half of it")
+    monkeypatch.setattr(checkpoints, "CACHE", cache)
+    with ProcessPoolExecutor(4, mp_context=get_context("fork")) as pool:
+        started = [pool.submit(_fingerprint_of, tiny_folder.as_uri()) for _ in range(4)]
+        assert {answer.result(timeout=60) for answer in started} == {tiny_base.fingerprint}
+    assert not list(cache.glob("*.staging.*"))
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,104 @@
+"""File locks between processes: who holds one is written into it, and the kernel releases it when its holder dies.
+
+A file that was left behind locks nothing. Storage without file locks (some network file systems) is told by a warning:
+there, only the name of the holder is left to go by.
+"""
+
+import errno
+import fcntl
+import json
+import logging
+import os
+import socket
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TextIO
+
+POLL_SECONDS = 0.1
+PATIENT_SECONDS = 3.0
+"""How long one waits for a lock before one says so."""
+
+_UNSUPPORTED = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP}
+
+_logger = logging.getLogger(__name__)
+
+
+class LockedError(RuntimeError):
+    """A lock that another process holds; `holder` names it."""
+
+    def __init__(self, file: Path, holder: str) -> None:
+        super().__init__(f"{file} is locked by {holder}")
+        self.holder = holder
+
+
+@contextmanager
+def file_lock(
+    file: Path, *, wait: bool = True, on_wait: Callable[[str], None] = _logger.warning, why: str = ""
+) -> Iterator[None]:
+    """Holds the lock `file`, made if need be; waits for it, or raises LockedError without `wait`.
+
+    Whoever waits for more than PATIENT_SECONDS calls `on_wait` once, with a sentence that names `why` and the holder.
+    """
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with file.open("a+") as opened:
+        began, told = time.monotonic(), False
+        while not _locked(opened):
+            if not wait:
+                raise LockedError(file, _holder(opened))
+            if not told and time.monotonic() - began > PATIENT_SECONDS:
+                on_wait(f"waiting for {_holder(opened)}{f', {why}' if why else ''} ({file})")
+                told = True
+            time.sleep(POLL_SECONDS)
+        _write(opened, json.dumps(_self()))
+        try:
+            yield
+        finally:
+            _write(opened, "")  # closing the file releases the lock
+
+
+def _locked(opened: TextIO) -> bool:
+    try:
+        fcntl.flock(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError as error:
+        if error.errno not in _UNSUPPORTED:
+            raise
+        _logger.warning("%s: this storage has no file locks; last held by %s", opened.name, _holder(opened))
+        return True
+    left = _read(opened)
+    if left and left.get("host") != socket.gethostname():
+        # Some network file systems lock within one machine only; mostly, though, its holder was killed.
+        _logger.warning("%s: %s did not release it; should it still be running, end it", opened.name, _holder(opened))
+    return True
+
+
+def _self() -> dict[str, object]:
+    now = datetime.now(UTC).isoformat(timespec="seconds")
+    return {"host": socket.gethostname(), "pid": os.getpid(), "since": now}
+
+
+def _read(opened: TextIO) -> dict[str, object]:
+    opened.seek(0)
+    try:
+        found = json.loads(opened.read() or "{}")
+    except ValueError:  # caught while it is written
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def _holder(opened: TextIO) -> str:
+    found = _read(opened)
+    if not found:
+        return "another process"
+    return f"process {found.get('pid')} on {found.get('host')} (since {found.get('since')})"
+
+
+def _write(opened: TextIO, text: str) -> None:
+    opened.seek(0)
+    opened.truncate()
+    opened.write(text)
+    opened.flush()

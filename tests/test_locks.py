@@ -1,0 +1,74 @@
+"""Locks between real processes."""
+
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from pipeline import locks
+from pipeline.locks import LockedError, file_lock
+
+HOLD = """
+import sys, time
+from pathlib import Path
+from pipeline.locks import file_lock
+with file_lock(Path(sys.argv[1])):
+    print("held", flush=True)
+    time.sleep(float(sys.argv[2]))
+"""
+
+
+@contextmanager
+def holding(file: Path, seconds: float = 60) -> Iterator[subprocess.Popen[str]]:
+    """Another process that holds the lock."""
+    command = [sys.executable, "-c", HOLD, str(file), str(seconds)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "held\n"
+        try:
+            yield process
+        finally:
+            process.kill()
+
+
+def test_who_holds_it_is_said(tmp_path: Path) -> None:
+    with (
+        holding(tmp_path / "lock") as process,
+        pytest.raises(LockedError) as error,
+        file_lock(tmp_path / "lock", wait=False),
+    ):
+        pass
+    assert f"process {process.pid} on " in error.value.holder
+
+
+def test_the_kernel_releases_it_when_its_holder_is_killed(tmp_path: Path) -> None:
+    with holding(tmp_path / "lock") as process:
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        with file_lock(tmp_path / "lock", wait=False):
+            pass
+
+
+def test_whoever_waits_long_says_so_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(locks, "PATIENT_SECONDS", 0.0)
+    told: list[str] = []
+    with (
+        holding(tmp_path / "lock", seconds=0.5) as process,
+        file_lock(tmp_path / "lock", on_wait=told.append, why="which makes it"),
+    ):
+        pass
+    (sentence,) = told
+    assert sentence.startswith(f"waiting for process {process.pid} on ")
+    assert ", which makes it" in sentence
+
+
+def test_a_lock_left_by_another_machine_is_a_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (tmp_path / "lock").write_text('{"host": "elsewhere", "pid": 7, "since": "yesterday"}')
+    with file_lock(tmp_path / "lock"):
+        pass
+    assert "process 7 on elsewhere (since yesterday) did not release it" in caplog.text
+    assert (tmp_path / "lock").read_text() == ""
