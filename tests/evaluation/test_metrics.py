@@ -112,6 +112,12 @@ def test_relaxed_accuracy(prediction: str, answers: list[str], score: float) -> 
         ("invoice 12", ["invoice 13", "nothing"], 0.9),
         ("", ["a"], 0.0),
         ("", [""], 1.0),
+        ("", ["  "], 1.0),
+        ("two  wards", ["two words"], 1 - 1 / 10),  # the length as it stands, not the collapsed 9
+        (" two wards", ["two words"], 1 - 1 / 10),
+        ("two wards", ["two   words"], 1 - 1 / 11),
+        ("strasse", ["straße"], 1 - 2 / 7),
+        ("maß", ["mas"], 1 - 1 / 4),  # "MASS" has four letters
     ],
 )
 def test_anls(prediction: str, answers: list[str], score: float) -> None:
@@ -169,6 +175,12 @@ def test_vqa_accuracy_normalises_both_sides(prediction: str, answer: str) -> Non
 )
 def test_vqa_accuracy_keeps_apart(prediction: str, answer: str) -> None:
     assert vqa_accuracy(prediction, accepting(*[answer] * 10)) == 0.0
+
+
+def test_vqa_accuracy_normalises_whether_people_agree_or_not() -> None:
+    """VQA's own code leaves all texts as they stand where all people gave the same answer."""
+    assert vqa_accuracy("Two.", accepting(*["2"] * 10)) == 1.0
+    assert vqa_accuracy("Two.", accepting(*["2"] * 9, "3")) == 1.0
 
 
 def test_vqa_accuracy_of_fewer_people() -> None:
@@ -247,6 +259,27 @@ def test_a_text_chooses_no_option(prediction: str) -> None:
 )
 def test_articles_and_options_within_options(prediction: str, letter: str) -> None:
     assert chosen_option(prediction, SCENES) == letter
+
+
+HELD = {"A": "Vitamin C", "B": "an apple", "C": "a bottle of plan B", "D": "type A blood, or B"}
+
+
+@pytest.mark.parametrize(
+    ("prediction", "letter"),
+    [
+        ("holding Vitamin C", "A"),
+        ("The woman is holding vitamin  C.", "A"),
+        ("She is holding: vitamin\nC", "A"),
+        ("It is B, not Vitamin C", "B"),
+        ("The answer is C. She is not holding Vitamin C.", "C"),
+        ("There is a bottle of plan B", "C"),
+        ("This must be type A blood, or B", "D"),
+        ("holding Vitamin D", "D"),  # no option's text: the letter
+        ("holding Vitamin C or an apple", None),
+    ],
+)
+def test_a_letter_inside_an_options_text_is_no_choice(prediction: str, letter: str | None) -> None:
+    assert chosen_option(prediction, HELD) == letter
 
 
 def test_options_that_are_letters_numbers_or_empty() -> None:

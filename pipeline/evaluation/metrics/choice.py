@@ -52,20 +52,24 @@ def chosen_option(prediction: str, choices: Mapping[str, str]) -> str | None:
     4. a capital letter stands alone among its last four words, and no other option's letter anywhere;
     5. it contains an option's text, and is at most twice as long as all options together.
 
-    "A" before another word on the line is the article, not the letter, unless that word is `and`, `or`, `is` or `because`;
-    "I" likewise.
+    For 3 and 4, "A" before another word on the line is the article, not the letter, unless that word is `and`, `or`, `is` or
+    `because`; "I" likewise. Nor is a letter a choice where it is a word of an option's text: "holding Vitamin C" does not
+    choose C where an option is "Vitamin C".
 
     3 to 5 are the rules of VLMEvalKit (`can_infer`, vlmeval/utils/matching_util.py), there in the order 4, 3, 5. It reads
     neither lower-case letters except in 3, nor an option's text that holds another's letter ("Vitamin C" as option B) or
-    text ("female" beside "male"), and takes the article in short texts for the letter: hence 1, 2 and the line on articles.
+    text ("female" beside "male"), and takes the article in short texts for the letter: hence 1, 2 and the exceptions.
     """
     words = _plain(prediction)
     if not words:
         return None
     if words.upper() in choices:
         return words.upper()
-    rules = (_whole, _declared, _lettered, _contained)
-    found = (rule(prediction, choices) for rule in rules)
+    named = _ARTICLE.sub("", _without_texts(prediction, choices))
+    found = (
+        rule(text, choices)
+        for rule, text in ((_whole, prediction), (_declared, named), (_lettered, named), (_contained, prediction))
+    )
     return next((options[0] for options in found if len(options) == 1), None)
 
 
@@ -77,13 +81,13 @@ def _whole(prediction: str, choices: Mapping[str, str]) -> list[str]:
 
 def _declared(prediction: str, choices: Mapping[str, str]) -> list[str]:
     """Returns the options that the prediction calls its answer, by letter."""
-    letters = {letter.upper() for letter in _DECLARED.findall(_ARTICLE.sub("", prediction))}
+    letters = {letter.upper() for letter in _DECLARED.findall(prediction)}
     return [letter for letter in choices if letter in letters]
 
 
 def _lettered(prediction: str, choices: Mapping[str, str]) -> list[str]:
     """Returns the options whose letters stand alone; none if the only one stands before the last words."""
-    words = _ARTICLE.sub("", prediction).translate(_MARKS).split()
+    words = prediction.translate(_MARKS).split()
     letters = [letter for letter in choices if letter in words]
     return letters if len(letters) > 1 or set(letters) & set(words[-LAST_WORDS:]) else []
 
@@ -95,6 +99,15 @@ def _contained(prediction: str, choices: Mapping[str, str]) -> list[str]:
     if len(said) > 2 * sum(map(len, texts.values())):
         return []
     return [letter for letter, text in texts.items() if text and text in said]
+
+
+def _without_texts(prediction: str, choices: Mapping[str, str]) -> str:
+    """Returns a prediction with `_` for each word of an option's text of several words: no letter there is a choice."""
+    for words in sorted((_plain(text).split() for text in choices.values()), key=len, reverse=True):
+        if len(words) > 1:
+            text = r"\W+".join(map(re.escape, words))
+            prediction = re.sub(rf"(?<!\w){text}(?!\w)", " ".join("_" * len(words)), prediction, flags=re.IGNORECASE)
+    return prediction
 
 
 def _plain(text: str) -> str:

@@ -48,9 +48,10 @@ def vqa_accuracy(prediction: str, reference: Reference) -> float:
     4. contractions that lack one apostrophe get it back ("dont" is "don't").
 
     Source: Antol et al. 2015, arXiv 1505.00468; Goyal et al. 2017 (VQA v2), arXiv 1612.00837; the evaluation code at
-    github.com/GT-Vision-Lab/VQA. That code applies only 1 and 2 to people's answers, and only where those differ; here all
-    steps apply to both sides, as in VLMEvalKit. TextVQA's scorer (MMF, LLaVA, InternVL) does so too, but first splits off
-    "'s" and deletes commas and question marks.
+    github.com/GT-Vision-Lab/VQA. That code normalises prediction and answers only where people's answers differ (its first
+    versions: answers by 1 and 2 alone); where all agree, it compares texts as they stand, so that "Two" is not their "2".
+    Here all steps apply to both sides always, as in VLMEvalKit. TextVQA's scorer (MMF, LLaVA, InternVL) does so too, but
+    first splits off "'s" and deletes commas and question marks.
     """
     if len(reference.answers) <= AGREEING:
         raise ValueError(
