@@ -3,10 +3,12 @@
 - Each is transformers' own processor without its video half: the stock classes insist on a video processor, which insists
   on torchvision. Images go through the PIL forms of transformers' image processors, so results do not depend on what else
   is installed.
+- What they save is what transformers' own processors save, so that those load it as well.
 - `layout` says how the arrays of several rows make a batch.
 - Which family takes which rule stands in `families`; folders are loaded by `bases.load_processor`.
 """
 
+import json
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -45,6 +47,23 @@ class _ImagesAndText(ProcessorMixin):
         """Names the parts that are saved and loaded."""
         return ["image_processor", "tokenizer"]
 
+    @classmethod
+    def stock_name(cls) -> str:
+        """Names the class of transformers that this one is without its video half."""
+        return next(kind.__name__ for kind in cls.__mro__ if kind.__module__.startswith("transformers."))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns what `processor_config.json` holds."""
+        return {**super().to_dict(), "processor_class": self.stock_name()}
+
+    def save_pretrained(self, save_directory: str | Path, push_to_hub: bool = False, **kwargs: Any) -> list[str]:
+        """Writes processor and tokenizer into a folder; returns the files."""
+        files: list[str] = super().save_pretrained(save_directory, push_to_hub, **kwargs)
+        config = Path(save_directory, "tokenizer_config.json")
+        settings = json.loads(config.read_text(encoding="utf-8")) | {"processor_class": self.stock_name()}
+        config.write_text(json.dumps(settings, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        return files
+
 
 class ImageTextProcessor(_ImagesAndText, InternVLProcessor):
     """InternVL's processor for images and text only.
@@ -71,6 +90,22 @@ class ImageTextProcessor(_ImagesAndText, InternVLProcessor):
         self.image_token = tokenizer.context_image_token
         self.image_token_id = tokenizer.context_image_token_id
         self.multimodal_pattern = re.compile(f"(?P<image>{re.escape(self.image_token)})")
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns what `processor_config.json` holds: for transformers' own processor, also how a video's frames are read.
+
+        They are read as images of one tile.
+        """
+        saved = super().to_dict()
+        frames = {name: value for name, value in saved["image_processor"].items() if name in _OF_FRAMES}
+        return {**saved, "video_processor": {**frames, "video_processor_type": "InternVLVideoProcessor"}}
+
+
+_OF_FRAMES = {
+    *("do_convert_rgb", "do_resize", "size", "resample", "do_rescale", "rescale_factor"),
+    *("do_normalize", "image_mean", "image_std"),
+}
+"""Settings of an image processor that a video processor has too."""
 
 
 class LlavaImageTextProcessor(_ImagesAndText, LlavaProcessor):

@@ -6,6 +6,7 @@ The one place that knows how a row becomes model inputs, for training and for ge
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -47,19 +48,36 @@ class Encoded:
     """Further arrays with a value a token (T,), such as Qwen's `mm_token_type_ids`."""
 
 
-def chat(messages: Sequence[Mapping[str, str]]) -> list[dict[str, Any]]:
-    """Turns `<image>` placeholders inside message texts into the content parts that chat templates expect."""
+def chat(messages: Sequence[Mapping[str, str]], *, spaces: bool = True) -> list[dict[str, Any]]:
+    """Turns `<image>` placeholders inside message texts into the content parts that chat templates expect.
+
+    White space at both ends of a message is dropped. White space beside an image is kept with `spaces`; without, it is
+    dropped too, for templates that separate images from text themselves.
+    """
     conversation = []
     for message in messages:
-        pieces = message["content"].split(IMAGE_PLACEHOLDER)
+        pieces = message["content"].strip().split(IMAGE_PLACEHOLDER)
         parts: list[dict[str, str]] = []
         for i, piece in enumerate(pieces):
             if i:
                 parts.append({"type": "image"})
-            if piece.strip():
-                parts.append({"type": "text", "text": piece.strip()})
+            if text := piece if spaces else piece.strip():
+                parts.append({"type": "text", "text": text})
         conversation.append({"role": message["role"], "content": parts})
     return conversation
+
+
+@lru_cache(maxsize=8)
+def _leaves_space(processor: Any, template: str) -> bool:
+    """Whether a base's chat template adds no white space between an image and text that brings its own."""
+    before, after = "\u2062 ", " \u2063"  # characters that no template holds
+    parts = [{"type": "text", "text": before}, {"type": "image"}, {"type": "text", "text": after}]
+    try:
+        text = processor.apply_chat_template([{"role": "user", "content": parts}], tokenize=False)
+    except (ValueError, TemplateError):
+        return False
+    image = text.partition(before)[2].partition(after)[0]
+    return bool(image) and image == image.strip()
 
 
 def encode(
@@ -73,7 +91,7 @@ def encode(
     """
     if images and processor.image_processor is None:
         raise PromptError(f"{len(images)} images, but the base reads text only")
-    conversation = chat(messages)
+    conversation = chat(messages, spaces=bool(images) and _leaves_space(processor, str(processor.chat_template)))
     for part in (part for message in conversation for part in message["content"] if part["type"] == "text"):
         if processor.image_token and processor.image_token in part["text"]:
             raise PromptError(

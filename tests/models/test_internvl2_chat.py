@@ -7,12 +7,15 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
-from transformers import AutoTokenizer
+from transformers import AutoProcessor, AutoTokenizer
+from transformers.models.internvl.processing_internvl import InternVLProcessor
 from transformers.models.qwen2.tokenization_qwen2 import Qwen2Tokenizer
+from transformers.processing_utils import VideosKwargs
 
 from pipeline.config import BaseModelConfig
 from pipeline.models.bases import load_base
-from pipeline.models.internvl2 import convert
+from pipeline.models.internvl2 import ConversionError, convert
+from pipeline.models.internvl2.chat import SYSTEM_MESSAGE
 from pipeline.models.prompts import IGNORED, encode, generate_answers
 from tests.models import published
 from tests.models.published import small_config, write_folder
@@ -70,7 +73,7 @@ def test_a_training_row_is_the_published_conversation(base):
         "你是由上海人工智能实验室联合商汤科技开发的书生多模态大模型，英文名叫InternVL, 是一个有用无害的人工智能助手。"
     )
     image = "<img>" + "<IMG_CONTEXT>" * 4 + "</img>\n"
-    text = "" if kind_of(base) == QWEN2 else "<s>"
+    text = {QWEN2: "", INTERNLM2: "<s>", PHI3: "<s> "}[kind_of(base)]
     for role, content in (
         ("system", system),
         ("user", f"{image}what color is this"),
@@ -84,6 +87,72 @@ def test_a_training_row_is_the_published_conversation(base):
     assert base.processor.tokenizer.decode(row.labels[learned]) == f"red{end}"
     assert learned.nonzero()[0][0] == len(row.input_ids) - learned.sum()
     assert base.processor.tokenizer.decode(row.input_ids, skip_special_tokens=True).endswith("red")
+
+
+@pytest.mark.parametrize(
+    "question",
+    [
+        "<image>\nwhat color is this",
+        "Image-1: <image>\nImage-2: <image>\nwhat is the color",
+        "is <image> red, or  <image>",
+        "the star <image>\n\nis it red",
+    ],
+)
+def test_white_space_beside_images_is_that_of_the_question(base, question):
+    """As the published code, which puts an image's tokens into the question in the place of `<image>`."""
+    count = question.count("<image>")
+    messages = [{"role": "user", "content": question}, {"role": "assistant", "content": ""}]
+    row = encode(base.processor, messages, [Image.new("RGB", (56, 56))] * count, answer=False)
+    text = base.processor.tokenizer.decode(row.input_ids)
+    start = "<|user|>" if kind_of(base) == PHI3 else "<|im_start|>user\n"
+    expected = question.replace("<image>", "<img>" + "<IMG_CONTEXT>" * 4 + "</img>")
+    assert text.split(start)[1].split("<|end|>")[0].split("<|im_end|>")[0] == expected
+
+
+def test_transformers_own_processor_loads_the_folder_too(base, monkeypatch):
+    """As vLLM does; its video half needs torchvision, so what it would read is checked instead."""
+    saved = json.loads((base.folder / "processor_config.json").read_text())
+    frames = saved["video_processor"]
+    assert frames.pop("video_processor_type") == "InternVLVideoProcessor"
+    assert set(frames) <= set(VideosKwargs.__annotations__)
+    assert frames == {name: saved["image_processor"][name] for name in frames}
+    assert set(frames) >= {"size", "image_mean", "image_std", "rescale_factor"}
+    names = [
+        saved["processor_class"],
+        json.loads((base.folder / "tokenizer_config.json").read_text())["processor_class"],
+    ]
+    assert names == ["InternVLProcessor", "InternVLProcessor"]
+    monkeypatch.setattr(InternVLProcessor, "get_attributes", staticmethod(lambda: ["image_processor", "tokenizer"]))
+    for loader in (AutoProcessor, InternVLProcessor):
+        stock = loader.from_pretrained(base.folder)
+        assert type(stock) is InternVLProcessor
+        assert len(stock.tokenizer) == len(base.processor.tokenizer) <= base.model.config.text_config.vocab_size
+        conversation = [
+            {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "what color is this"}]},
+        ]
+        images = [Image.effect_noise((130, 60), 60).convert("RGB")]
+        one, other = (
+            processor(
+                images=images,
+                text=[processor.apply_chat_template(conversation, tokenize=False, add_generation_prompt=True)],
+                return_tensors="np",
+            )
+            for processor in (stock, base.processor)
+        )
+        for name in ("input_ids", "pixel_values"):
+            np.testing.assert_array_equal(one[name], other[name])
+
+
+def test_the_system_message_is_that_of_the_published_configuration(tmp_path):
+    said = "You are 'InternVL', and you read \"all\" {{ images }}.\nAlways."
+    for name, message, expected in (("own", said, said), ("empty", "", ""), ("null", None, SYSTEM_MESSAGE)):
+        write_folder(tmp_path / name, small_config() | {"system_message": message})
+        tokenizer = AutoTokenizer.from_pretrained(convert(tmp_path / name, tmp_path / f"new-{name}").folder)
+        text = tokenizer.apply_chat_template([{"role": "user", "content": "the"}], tokenize=False)
+        assert text == f"<s><|im_start|>system\n{expected}<|im_end|><|im_start|>user\nthe<|im_end|>"
+    write_folder(tmp_path / "number", small_config() | {"system_message": 5})
+    with pytest.raises(ConversionError, match=r"config\.json: system_message: must be text, found 5"):
+        convert(tmp_path / "number", tmp_path / "new")
 
 
 def test_a_system_message_of_ones_own_takes_the_place_of_the_published_one(base):
@@ -146,6 +215,27 @@ def test_phi3_puts_no_space_behind_special_tokens(tmp_path_factory):
     user, end = tokenizer.convert_tokens_to_ids(["<|user|>", "<|end|>"])
     words = published.sentencepiece_encode(model, "the star")
     assert tokenizer("<|user|>\nthe star<|end|>")["input_ids"] == [user, *words, end]
+
+
+@pytest.mark.parametrize(
+    ("settings", "pieces"),
+    [
+        ({}, ["<s>", "▁", "<|system|>"]),
+        ({"additional_special_tokens": ["<img>", "<|system|>"]}, ["<s>", "<|system|>"]),
+        ({"additional_special_tokens": [{"content": "<|system|>"}]}, ["<s>", "<|system|>"]),
+        ({"add_prefix_space": False}, ["<s>", "<|system|>"]),
+        ({"legacy": True}, ["<s>", "<|system|>"]),
+        ({"add_bos_token": False}, ["▁", "<|system|>"]),
+    ],
+)
+def test_phi3_puts_a_space_before_its_first_token(tmp_path, settings, pieces):
+    """Llama's tokenizer takes that space away again only before tokens that it knows as special."""
+    write_folder(tmp_path / "source", small_config(PHI3))
+    file = tmp_path / "source" / "tokenizer_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | settings))
+    tokenizer = AutoTokenizer.from_pretrained(convert(tmp_path / "source", tmp_path / "target").folder)
+    prompt = tokenizer.apply_chat_template([{"role": "user", "content": "the"}])["input_ids"]
+    assert tokenizer.convert_ids_to_tokens(prompt[: len(pieces)]) == pieces
 
 
 def test_an_older_llama_tokenizer_puts_a_space_before_every_text(tmp_path):

@@ -21,20 +21,45 @@ def test_placeholders_become_image_parts():
         {"role": "user", "content": "<image>\n<image> compare <image> ?"},
         {"role": "assistant", "content": "no"},
     ]
-    assert chat(messages) == [
-        {"role": "system", "content": [{"type": "text", "text": "read"}]},
-        {
-            "role": "user",
-            "content": [
-                {"type": "image"},
-                {"type": "image"},
-                {"type": "text", "text": "compare"},
-                {"type": "image"},
-                {"type": "text", "text": "?"},
-            ],
-        },
-        {"role": "assistant", "content": [{"type": "text", "text": "no"}]},
+    system, user, assistant = (message["content"] for message in chat(messages))
+    assert [message["role"] for message in chat(messages)] == ["system", "user", "assistant"]
+    assert system == [{"type": "text", "text": "read"}]
+    assert user == [
+        {"type": "image"},
+        {"type": "text", "text": "\n"},
+        {"type": "image"},
+        {"type": "text", "text": " compare "},
+        {"type": "image"},
+        {"type": "text", "text": " ?"},
     ]
+    assert assistant == [{"type": "text", "text": "no"}]
+    texts = [part.get("text") for part in chat(messages, spaces=False)[1]["content"]]
+    assert texts == [None, None, "compare", None, "?"]
+
+
+PARTS = "{% for m in messages %}{% for p in m['content'] %}IMAGE{% endfor %}{% endfor %}".replace(
+    "IMAGE", "{% if p['type'] == 'image' %}<IMG_CONTEXT>{% else %}{{ p['text'] }}{% endif %}"
+)
+
+
+@pytest.mark.parametrize(
+    ("template", "text"),
+    [
+        (PARTS, "one: <IMG_CONTEXT>\n two: <IMG_CONTEXT> ?"),
+        (PARTS.replace("_CONTEXT>", "_CONTEXT>\n"), "one:<IMG_CONTEXT>\ntwo:<IMG_CONTEXT>\n?"),
+        (PARTS.replace("{{ p['text'] }}", "{{ p['text'] | trim }} "), "one: <IMG_CONTEXT>two: <IMG_CONTEXT>? "),
+        ("{{ '<IMG_CONTEXT> ' * 2 }}" + PARTS.replace("<IMG_CONTEXT>", ""), "<IMG_CONTEXT> <IMG_CONTEXT> one:two:?"),
+    ],
+)
+def test_white_space_beside_images_is_the_texts_own_or_the_templates(tiny_folder, template, text):
+    """Kept where the template adds none, so that no base gets both."""
+    processor = load_processor(BaseModelConfig(path=str(tiny_folder)))
+    processor.chat_template = template
+    rendered = []
+    stock = processor.apply_chat_template
+    processor.apply_chat_template = lambda *args, **settings: rendered.append(stock(*args, **settings)) or rendered[-1]
+    ask(processor, " one: <image>\n two: <image> ? ", RED, BLUE)
+    assert text in rendered
 
 
 @pytest.mark.parametrize("images", [(), (RED,), (RED, BLUE)])

@@ -1,7 +1,9 @@
 """How InternVL2 was talked to in its training, as a chat template.
 
 Roles, separators and the default system message are those of `internvl_chat/internvl/conversation.py`
-(https://github.com/OpenGVLab/InternVL). There is no line break between messages, and an image stands on a line of its own:
+(https://github.com/OpenGVLab/InternVL). There is no line break between messages. Text beside an image stands as it was
+written; where no white space follows an image, a line break does, as the published code puts one behind an image that the
+question does not place:
 
     <s><|im_start|>system\\n...<|im_end|><|im_start|>user\\n<IMG_CONTEXT>\\nWhat is this?<|im_end|><|im_start|>assistant\\n
 """
@@ -23,17 +25,22 @@ class Chat:
     end: str
     """Token that ends a message, and so an answer."""
 
-    def template(self, begin: str) -> str:
-        """Returns the Jinja template; `begin` is the token that starts a text, or nothing.
+    @property
+    def first(self) -> str:
+        """Token that every conversation starts with: the one that opens the system message."""
+        opening = self.start.replace("ROLE", "system")
+        return opening[: opening.index("|>") + 2]
 
-        A conversation without a system message gets the default one. Whole conversations start with the very text of the
-        generation prompt, and end with `end`.
+    def template(self, begin: str, system: str = SYSTEM_MESSAGE) -> str:
+        """Returns the Jinja template; `begin` is what starts a text, `system` the message of a conversation without one.
+
+        Whole conversations start with the very text of the generation prompt, and end with `end`.
         """
         before, after = self.start.split("ROLE")
         return (
             f"{{{{ {begin!r} }}}}"
             "{% if not messages or messages[0]['role'] != 'system' %}"
-            f"{{{{ {before + 'system' + after + SYSTEM_MESSAGE + self.end!r} }}}}"
+            f"{{{{ {before + 'system' + after + system + self.end!r} }}}}"
             "{% endif %}"
             "{% for message in messages %}"
             f"{{{{ {before!r} + message['role'] + {after!r} }}}}{_CONTENT}{{{{ {self.end!r} }}}}"
@@ -44,7 +51,9 @@ class Chat:
 
 _CONTENT = (
     "{% if message['content'] is string %}{{ message['content'] }}{% else %}{% for part in message['content'] %}"
-    "{% if part['type'] == 'image' %}{{ '<IMG_CONTEXT>\\n' }}"
+    "{% if part['type'] == 'image' %}{{ '<IMG_CONTEXT>' }}"
+    "{% set next = loop.nextitem | default(none) %}"
+    "{% if next and (next['type'] != 'text' or next['text'][:1].strip()) %}{{ '\\n' }}{% endif %}"
     "{% elif part['type'] == 'text' %}{{ part['text'] }}{% endif %}"
     "{% endfor %}{% endif %}"
 )

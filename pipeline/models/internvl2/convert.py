@@ -19,7 +19,7 @@ from transformers import GenerationConfig, InternVLConfig
 from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import GotOcr2ImageProcessorPil
 
-from pipeline.models.internvl2.chat import CHATS
+from pipeline.models.internvl2.chat import CHATS, SYSTEM_MESSAGE
 from pipeline.models.internvl2.config import (
     Fields,
     architecture,
@@ -104,7 +104,10 @@ def _check_place(source: Path, target: Path, *, force: bool) -> None:
 def _processor(fields: Fields, found: SourceFolder) -> ImageTextProcessor:
     """Tiles of an image as in training: up to `max_dynamic_patch` and a thumbnail, ImageNet's mean and deviation."""
     chat = CHATS[fields.only("template", tuple(CHATS), None)]
-    tokenizer = convert_tokenizer(found, chat)
+    system = fields.values.get("system_message")
+    if not isinstance(system, str | None):
+        raise fields.error("system_message", f"must be text, found {system!r}")
+    tokenizer = convert_tokenizer(found, chat, SYSTEM_MESSAGE if system is None else system)
     side, dynamic = image_side(fields), fields.values.get("dynamic_image_size", False)
     images = GotOcr2ImageProcessorPil(
         size={"height": side, "width": side},

@@ -6,7 +6,8 @@
 
 Added tokens keep their numbers; those of InternLM2 take the places of unused pieces. The result knows the names that the
 processor asks for, pads on the left, and ends an answer with the token that ends a message. Nothing is put before a text
-by itself: the chat template begins with the token that starts a text, where the published tokenizer put one.
+by itself: the chat template begins with the token that starts a text, where the published tokenizer put one, and with the
+space that some put behind it.
 """
 
 from collections.abc import Mapping
@@ -18,16 +19,24 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalize
 from transformers import PreTrainedTokenizerFast, Qwen2Tokenizer
 from transformers.convert_slow_tokenizer import import_protobuf
 
-from pipeline.models.internvl2.chat import Chat
+from pipeline.models.internvl2.chat import SYSTEM_MESSAGE, Chat
 from pipeline.models.internvl2.source import ConversionError, SourceFolder
 
-IMAGE_TOKENS = {"start_image_token": "<img>", "end_image_token": "</img>", "context_image_token": "<IMG_CONTEXT>"}
+PROCESSOR_TOKENS = {
+    **{"start_image_token": "<img>", "end_image_token": "</img>", "context_image_token": "<IMG_CONTEXT>"},
+    "video_token": "<quad>",
+}
+"""Tokens by the names that processors ask for. transformers' own wants one that stands for a video; it must be in the
+vocabulary already, since a new one would have a number for which the model has no embedding."""
 BPE, NORMAL, USER_DEFINED = 2, 1, 4
 """Numbers of sentencepiece's format: kind of model, kinds of pieces."""
 
 
-def convert_tokenizer(source: SourceFolder, chat: Chat) -> PreTrainedTokenizerFast:
-    """Returns the tokenizer of a published folder with its chat template; raises ConversionError where it is incomplete."""
+def convert_tokenizer(source: SourceFolder, chat: Chat, system: str = SYSTEM_MESSAGE) -> PreTrainedTokenizerFast:
+    """Returns the tokenizer of a published folder with its chat template; raises ConversionError where it is incomplete.
+
+    `system` is the system message of a conversation that has none.
+    """
     settings = source.json("special_tokens_map.json", required=False) | source.json("tokenizer_config.json")
     added = _added_tokens(source, settings)
     backend, begins = _backend(source.folder, settings, added)
@@ -38,7 +47,7 @@ def convert_tokenizer(source: SourceFolder, chat: Chat) -> PreTrainedTokenizerFa
                 f"{source.folder / 'tokenizer_config.json'}: added token {token.content!r} is to be number {number}, but the "
                 f"vocabulary makes it {backend.token_to_id(token.content)}; take all tokenizer files from one release"
             )
-    for name in (*IMAGE_TOKENS.values(), chat.end):
+    for name in (*PROCESSOR_TOKENS.values(), chat.end):
         if backend.token_to_id(name) is None:
             raise ConversionError(f"{source.folder / 'tokenizer_config.json'}: no token {name!r}; is it InternVL2's?")
     bos, unk, eos = (_content(settings.get(f"{name}_token")) for name in ("bos", "unk", "eos"))
@@ -51,13 +60,29 @@ def convert_tokenizer(source: SourceFolder, chat: Chat) -> PreTrainedTokenizerFa
         add_bos_token=False,
         add_eos_token=False,
         padding_side="left",
-        extra_special_tokens=IMAGE_TOKENS,
+        extra_special_tokens=PROCESSOR_TOKENS,
         clean_up_tokenization_spaces=False,
         model_max_length=settings.get("model_max_length"),
         model_input_names=["input_ids", "attention_mask"],
     )
-    tokenizer.chat_template = chat.template(bos if begins and bos else "")
+    begin = bos if begins and bos else ""
+    if not (source.folder / "tokenizer.json").is_file() and _leads_with_space(settings, chat.first):
+        begin += " "
+    tokenizer.chat_template = chat.template(begin, system)
     return tokenizer
+
+
+def _leads_with_space(settings: Mapping[str, Any], first: str) -> bool:
+    """Whether the published tokenizer puts a space before a text that starts with the token `first`.
+
+    Llama's does since `legacy: false`, and takes it away again before a token that has a name (`bos_token`, ...) or is one of
+    the `additional_special_tokens`; Phi-3's `<|system|>` is neither.
+    """
+    if settings.get("tokenizer_class") not in ("LlamaTokenizer", "LlamaTokenizerFast") or settings.get("legacy", True):
+        return False
+    named = [value for name, value in settings.items() if name.endswith("_token") and value]
+    special = {_content(token) for token in (*named, *(settings.get("additional_special_tokens") or ()))}
+    return settings.get("add_prefix_space") is not False and first not in special
 
 
 def _content(token: Any) -> str | None:
