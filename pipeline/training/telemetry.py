@@ -1,15 +1,23 @@
 """Progress while training runs: rank 0 pushes its steps, the driver drains in a thread of its own.
 
 Ray Train's own `report` is a barrier over all workers and its callbacks run in another process; progress bars and MLflow
-want one writer, the driver, at no cost to the workers.
+want one writer, the driver, at no cost to the workers. What goes wrong here never ends a training: it is told as a warning.
 """
 
+import logging
 import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import ray
+from ray.exceptions import RayError
+
+ATTEMPTS = 3
+"""How often the last steps are asked for when training is over."""
+
+_logger = logging.getLogger(__name__)
 
 
 class Step(NamedTuple):
@@ -23,41 +31,70 @@ class Step(NamedTuple):
 
 
 class Telemetry:
-    """Holds the steps that the driver has not fetched yet."""
+    """Holds the steps until the driver has told that it has them: an answer that gets lost is given again."""
 
     def __init__(self) -> None:
         self._steps: list[tuple[str, str, int, int, float]] = []
+        self._dropped = 0
 
     def push(self, steps: list[tuple[str, str, int, int, float]]) -> None:
         """Adds steps."""
         self._steps += steps
 
-    def drain(self) -> list[tuple[str, str, int, int, float]]:
-        """Returns the steps since the last call."""
-        steps, self._steps = self._steps, []
-        return steps
+    def after(self, count: int) -> list[tuple[str, str, int, int, float]]:
+        """Drops the first `count` steps ever pushed, which the driver has, and returns the others."""
+        self._steps = self._steps[count - self._dropped :]
+        self._dropped = count
+        return self._steps
 
 
 @contextmanager
-def listening(on_steps: Callable[[list[Step]], None], *, every: float = 1.0) -> Iterator[Any]:
-    """Yields a telemetry actor whose steps reach `on_steps`, in order, about every `every` seconds."""
+def listening(on_steps: Callable[[list[Step]], None], *, every: float = 1.0, timeout: float = 10.0) -> Iterator[Any]:
+    """Yields a telemetry actor whose steps reach `on_steps`, in order and once, about every `every` seconds.
+
+    An exception of `on_steps` neither ends the training nor keeps later steps from being delivered: the first one is
+    told as a warning, and their number at the end. Steps that Ray does not hand over within `timeout` seconds come with
+    the next ones.
+    """
     actor: Any = ray.remote(num_cpus=0)(Telemetry).remote()
     stop = threading.Event()
+    delivered, failures = 0, 0
 
-    def deliver() -> None:
-        if steps := [Step(*step) for step in ray.get(actor.drain.remote())]:
-            on_steps(steps)
+    def deliver() -> bool:
+        """Delivers what there is; returns whether Ray has answered."""
+        nonlocal delivered, failures
+        try:
+            steps = [Step(*step) for step in ray.get(actor.after.remote(delivered), timeout=timeout)]
+        except RayError as error:
+            _logger.info("training's steps cannot be fetched now: %s", error)
+            return False
+        delivered += len(steps)
+        # By way of a future: whatever a listener raises is an object there, and ends nothing.
+        if steps and (error := listener.submit(on_steps, steps).exception()) is not None:
+            failures += 1
+            if failures == 1:
+                _logger.warning(
+                    "training goes on, but its progress could not be told: %s: %s",
+                    type(error).__name__,
+                    error,
+                    exc_info=error,
+                )
+        return True
 
     def listen() -> None:
         while not stop.wait(every):
             deliver()
 
-    thread = threading.Thread(target=listen, name="telemetry", daemon=True)
-    thread.start()
-    try:
-        yield actor
-    finally:
-        stop.set()
-        thread.join()
-        deliver()
-        ray.kill(actor)
+    with ThreadPoolExecutor(1, thread_name_prefix="telemetry") as listener:
+        thread = threading.Thread(target=listen, name="telemetry", daemon=True)
+        thread.start()
+        try:
+            yield actor
+        finally:
+            stop.set()
+            thread.join()
+            if not any(deliver() for _ in range(ATTEMPTS)):
+                _logger.warning("the last steps of this training could not be fetched: its curves end early")
+            if failures:
+                _logger.warning("progress could not be told %d times; the training itself is whole", failures)
+            ray.kill(actor)
