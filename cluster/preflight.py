@@ -67,6 +67,30 @@ def check_resources(*, workers: int, cpus_per_worker: float, gpus_per_worker: fl
         )
 
 
+READER_CPUS = 1
+"""CPUs that reading rows takes beside inference: Ray Data starts workers first, and then waits for rows."""
+
+
+def check_inference(*, workers: int, cpus_per_worker: float, gpus_per_worker: float = 0) -> None:
+    """Raises PreflightError if the connected cluster can never run this many evaluators.
+
+    Ray Data would wait for the missing ones for ever. Image features and base prompts are read by the same number.
+    """
+    nodes = _nodes()
+    cpus = sum(node.get("CPU", 0.0) for node in nodes)
+    gpus = sum(node.get("GPU", 0.0) for node in nodes)
+    asked = f"evaluation.workers={workers} with {cpus_per_worker:g} CPU(s) and {gpus_per_worker:g} GPU(s) each"
+    found = f"the cluster has {cpus:g} CPU(s) and {gpus:g} GPU(s) on {len(nodes)} node(s)"
+    places = sum(_places(node, cpus_per_worker, gpus_per_worker) for node in nodes)
+    fitting = min(places, int((cpus - READER_CPUS) // cpus_per_worker))
+    if fitting < workers:
+        fewer = "evaluation.gpus_per_worker or " if gpus_per_worker > 1 else ""
+        raise PreflightError(
+            f"{asked}, and {READER_CPUS} CPU for reading rows: only {max(fitting, 0)} of them fit; {found}\n"
+            f"    lower evaluation.workers to {max(fitting, 1)}, {fewer}training.threads, or take a larger cluster (--address)"
+        )
+
+
 def _nodes() -> list[dict[str, float]]:
     """Returns every node's resources: of those alive, or under `ray up`'s autoscaler of the head and all that may come."""
     alive = [node["Resources"] for node in ray.nodes() if node["Alive"]]

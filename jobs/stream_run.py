@@ -16,12 +16,13 @@ from typing import Any, Literal
 from safetensors.torch import load_file
 
 from cluster.local import ClusterInfo, connect, starts_here
-from cluster.preflight import build_deepspeed_ops, build_op, check_resources, extensions_folder
+from cluster.preflight import build_deepspeed_ops, build_op, check_inference, check_resources, extensions_folder
 from cluster.usage import PeakMemory
 from jobs.terminal import Terminal
 from pipeline.config import LearnConfig, SourceConfig, TaskConfig, digest
 from pipeline.evaluation.evaluate import Evaluation, Prediction, evaluate
 from pipeline.models.checkpoints import checkpoint, fingerprint
+from pipeline.models.inference import InferenceWorkers
 from pipeline.registry.tracking import log_batch, log_config, open_tracking, tracked_run
 from pipeline.routing.expert import evidence_of, evidence_tensors, statistics_of, statistics_tensors, write_tensors
 from pipeline.streams import sources
@@ -106,6 +107,11 @@ class StreamRun:
         """Whether those who train and answer need the vision tower: not where its features are kept."""
         return self.config.data.vision_cache == "off"
 
+    @property
+    def inference_workers(self) -> InferenceWorkers:
+        """Who reads base prompts, encodes images and evaluates."""
+        return InferenceWorkers.of(self.config.training, self.config.evaluation)
+
     def _prepare(self, sources_: Mapping[str, tuple[SourceConfig, str]], kind: str, *, answer: bool) -> Prepared:
         config = self.config
         parts = {
@@ -125,7 +131,7 @@ class StreamRun:
             quarantine=self.folder / "quarantine" / kind,
             answer=answer,
             features=Path(self.config.output).resolve() / "data" / "features",
-            gpus=config.training.workers if config.training.gpu else 0,
+            workers=self.inference_workers,
         )
 
     def null_expert(self) -> dict[str, Any]:
@@ -144,7 +150,7 @@ class StreamRun:
                     self.config.base,
                     wanted_width=width,
                     targets=targets,
-                    gpu=self.config.training.gpu,
+                    workers=self.inference_workers,
                     vision=self.vision,
                 )
             write_tensors(file.with_suffix(".draft"), statistics_tensors(statistics) | evidence_tensors(evidence))
@@ -233,9 +239,8 @@ class StreamRun:
                     self.columns,
                     base=self.config.base,
                     pool=pool,
-                    config=self.config.evaluation,
-                    gpu=self.config.training.gpu,
-                    threads=self.config.training.threads,
+                    max_new_tokens=self.config.evaluation.max_new_tokens,
+                    workers=self.inference_workers,
                     vision=self.vision,
                     mode=mode,
                 )
@@ -269,6 +274,8 @@ def open_run(config: LearnConfig, *, job: str) -> Iterator[StreamRun]:
             gpus_per_worker=int(training.gpu),
             extra_cpus=SPARE_CPUS,
         )
+        inference = InferenceWorkers.of(training, config.evaluation)
+        check_inference(workers=inference.count, cpus_per_worker=inference.threads, gpus_per_worker=inference.gpus)
         run = StreamRun(config, cluster, terminal, memory)
         run.folder.mkdir(parents=True, exist_ok=True)
         with terminal.working("opening MLflow"):

@@ -11,6 +11,7 @@ from ray.tune import Callback, CheckpointConfig, ResultGrid, RunConfig, TuneConf
 
 from cluster.local import available_cpus
 from pipeline.config import LearnConfig, TaskConfig
+from pipeline.models.inference import InferenceWorkers
 from pipeline.streams.training_rows import TrainingRows
 from pipeline.training.run import TrainingError
 from pipeline.training.worker import Job
@@ -62,6 +63,7 @@ def sweep(
     """
     at_once, threads = _together(job, len(space.ranks))
     job = job.model_copy(update={"training": job.training.model_copy(update={"threads": threads})})
+    workers = InferenceWorkers.of(job.training, config.evaluation)
     trained = _run(
         tune.with_parameters(
             train_rank,
@@ -86,15 +88,15 @@ def sweep(
             pool=str(pool) if pool else None,
             prompts=prompts,
             tasks=dict(tasks),
-            evaluation=config.evaluation,
-            threads=threads,
+            max_new_tokens=config.evaluation.max_new_tokens,
+            workers=workers,
         ),
         {
             "rank": tune.grid_search(list(space.ranks)),
             "temperature": tune.grid_search(list(space.temperatures)),
         },
-        at_once=at_once * (job.training.workers if job.training.gpu else 1),
-        holding=TOKEN | ({"gpu": 1} if job.training.gpu else {}),
+        at_once=max(1, at_once * job.training.workers // workers.gpus) if workers.gpus else at_once,
+        holding=TOKEN | ({"gpu": workers.gpus} if workers.gpus else {}),
         folder=folder / "tune",
         name="temperatures",
         say=say,

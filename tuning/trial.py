@@ -13,8 +13,9 @@ from typing import Any
 import ray
 from ray import tune
 
-from pipeline.config import BaseModelConfig, EvaluationConfig, RouterConfig, TaskConfig
-from pipeline.evaluation.evaluate import Answerer, Evaluation, score
+from pipeline.config import BaseModelConfig, RouterConfig, TaskConfig
+from pipeline.evaluation.evaluate import Evaluation, Predictor, score
+from pipeline.models.inference import InferenceWorkers
 from pipeline.routing.expert import Expert
 from pipeline.routing.pool import Pool
 from pipeline.streams.training_rows import TrainingRows
@@ -64,14 +65,14 @@ class EvaluateTemperature(tune.Trainable):
         pool: str | None,
         prompts: ray.data.Dataset,
         tasks: Mapping[str, TaskConfig],
-        evaluation: EvaluationConfig,
-        threads: int,
+        max_new_tokens: int,
+        workers: InferenceWorkers,
     ) -> None:
         """Loads base, pool and the encoded prompts of all tasks in it; called once a process."""
         self._experts, self._tasks = experts, tasks
-        self._answerer = Answerer(base, None, "routed", evaluation, threads)
+        self._predictor = Predictor(base, workers, None, "routed", max_new_tokens)
         self._pool = Pool.load(pool) if pool else None
-        self._batches = list(prompts.iter_batches(batch_size=evaluation.batch_size, batch_format="numpy"))
+        self._batches = list(prompts.iter_batches(batch_size=workers.batch_size, batch_format="numpy"))
 
     def reset_config(self, new_config: dict[str, Any]) -> bool:
         """Agrees to the next trial."""
@@ -80,12 +81,12 @@ class EvaluateTemperature(tune.Trainable):
     def step(self) -> dict[str, Any]:
         """Returns `accuracy` on the expert's own task, `others`, the mean over the pool's other tasks, and `seconds`."""
         started = time.monotonic()
-        trained, base = Expert.load(self._experts[self.config["rank"]]), self._answerer.base
+        trained, base = Expert.load(self._experts[self.config["rank"]]), self._predictor.base
         pool = self._pool or Pool(base.label, base.fingerprint, RouterConfig())
-        self._answerer.attach(
+        self._predictor.attach(
             pool.add(trained).routed_by(kind="token", token_scores="published", temperature=self.config["temperature"])
         )
-        answered = [score(self._answerer(batch), self._tasks) for batch in self._batches]
+        answered = [score(self._predictor(batch), self._tasks) for batch in self._batches]
         means = Evaluation([p for predictions in answered for p in predictions]).accuracies()
         own = means.pop(trained.card.task)
         others = fmean(means.values()) if means else float("nan")

@@ -136,14 +136,20 @@ class TrainingConfig(Config):
 
 
 class EvaluationConfig(Config):
-    """Evaluation after every task."""
+    """Inference: evaluation after every task, base prompts, image features."""
 
     batch_size: int = Field(default=64, ge=1)
-    """Prompts a batch."""
+    """Most prompts in a batch."""
+    tokens_per_batch: int = Field(default=16384, ge=16)
+    """Most tokens in a batch, padding included: long prompts come in smaller batches. 16,384 keep a GPU busy, and beside an
+    8B base take 4 of 24 GB; a single longer prompt is a batch of its own."""
     max_new_tokens: int = Field(default=12, ge=1)
     """Longest answer in tokens."""
     workers: int = Field(default=1, ge=1)
-    """Parallel evaluators, one GPU each if training has GPUs."""
+    """Parallel evaluators with `training.threads` CPUs each; they also read base prompts and compute image features."""
+    gpus_per_worker: int = Field(default=1, ge=1)
+    """GPUs of each evaluator, if `training.gpu`; 1 unless the base is larger than one GPU. With more, each holds a part of
+    the base's layers."""
     limit: int | None = Field(default=None, ge=1)
     """At most this many prompts a task."""
 

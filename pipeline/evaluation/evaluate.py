@@ -8,16 +8,14 @@ from typing import Any, Literal
 
 import numpy as np
 import ray
-import torch
-from ray.data import ActorPoolStrategy
 
-from pipeline.config import BaseModelConfig, EvaluationConfig, TaskConfig
+from pipeline.config import BaseModelConfig, TaskConfig
 from pipeline.evaluation.metrics import METRICS
-from pipeline.models.bases import load_base
-from pipeline.models.prompts import generate_answers
+from pipeline.models.inference import FrozenBase, InferenceWorkers
 from pipeline.routing.insight import Candidate, weighed
 from pipeline.routing.pool import Pool
 from pipeline.routing.routed_model import RoutedModel
+from pipeline.streams.actors import on_workers
 from pipeline.streams.packing import unpack
 from pipeline.streams.records import Reference
 
@@ -105,9 +103,8 @@ def evaluate(
     *,
     base: BaseModelConfig,
     pool: Path | None,
-    config: EvaluationConfig,
-    gpu: bool = False,
-    threads: int = 2,
+    max_new_tokens: int,
+    workers: InferenceWorkers,
     vision: bool = True,
     mode: Literal["routed", "told", "only"] = "routed",
 ) -> Evaluation:
@@ -116,21 +113,23 @@ def evaluate(
     `pool` is a pool's folder, None evaluates the bare base. `mode`: `routed`, by the pool's router; `told`, each task's
     prompts by its own expert and all others by the base (the upper bound); `only`, everything by the pool's single expert.
     """
-    answered = rows.map_batches(
-        Answerer,
-        fn_constructor_args=(base, str(pool) if pool else None, mode, config, threads, vision),
-        batch_size=config.batch_size,
-        batch_format="numpy",
-        compute=ActorPoolStrategy(size=config.workers),
-        num_gpus=1 if gpu else None,
-        num_cpus=threads,
+    answered = on_workers(
+        rows,
+        Predictor,
+        base,
+        str(pool) if pool else None,
+        mode,
+        max_new_tokens,
+        vision,
+        workers=workers,
+        rows_at_once=workers.batch_size,
     )
     predictions = [p for batch in answered.iter_batches(batch_format="numpy") for p in score(batch, tasks)]
     return Evaluation(predictions)
 
 
 def score(batch: Mapping[str, np.ndarray], tasks: Mapping[str, TaskConfig]) -> list[Prediction]:
-    """Scores a batch that an `Answerer` has answered, each row by its task's metric."""
+    """Scores a batch that a `Predictor` has answered, each row by its task's metric."""
     scored = []
     for column, row, question, accepted, prediction, expert, why in zip(
         *(batch[key] for key in (*KEPT, "prediction", "expert", "why")), strict=True
@@ -142,23 +141,20 @@ def score(batch: Mapping[str, np.ndarray], tasks: Mapping[str, TaskConfig]) -> l
     return scored
 
 
-class Answerer:
+class Predictor(FrozenBase):
     """Holds base and pool, answers batch after batch."""
 
     def __init__(
         self,
         base: BaseModelConfig,
+        workers: InferenceWorkers,
         pool: str | None,
         mode: str,
-        config: EvaluationConfig,
-        threads: int,
+        max_new_tokens: int,
         vision: bool = True,
     ) -> None:
-        torch.set_num_threads(threads)
-        self.base = load_base(base, vision=vision)
-        self.device = "cuda" if torch.cuda.is_available() else "cpu"
-        self.base.model.to(self.device)
-        self.mode, self.config = mode, config
+        super().__init__(base, workers, vision=vision)
+        self.mode, self.max_new_tokens = mode, max_new_tokens
         self.routed: RoutedModel | None = None
         if pool:
             self.attach(Pool.load(pool))
@@ -173,11 +169,12 @@ class Answerer:
         """Adds `prediction` and `expert` to the batch's `column`, `id`, `question` and `reference`."""
         encoded = unpack(batch)
         predictions, experts, reasons = [""] * len(encoded), [BASE] * len(encoded), [""] * len(encoded)
-        for forced, members in self._groups(list(batch["column"])):
-            rows = [encoded[i] for i in members]
-            texts, chosen, why = self._answer(rows, forced)
-            for i, text, expert, reason in zip(members, texts, chosen, why, strict=True):
-                predictions[i], experts[i], reasons[i] = text, expert, reason
+        for forced, group in self._groups(list(batch["column"])):
+            for members, rows in self.batches([encoded[i] for i in group]):
+                answered = zip(members, *self._answer(rows, forced), strict=True)
+                for member, text, expert, reason in answered:
+                    i = group[member]
+                    predictions[i], experts[i], reasons[i] = text, expert, reason
         kept = {key: batch[key] for key in KEPT}
         added = {"prediction": predictions, "expert": experts, "why": reasons}
         return kept | {key: np.array(values, object) for key, values in added.items()}
@@ -192,23 +189,13 @@ class Answerer:
 
     def _answer(self, rows: list[Any], forced: str | None) -> tuple[list[str], list[str], list[str]]:
         """Returns answers, who gave them, and why (empty where it was not the router's choice)."""
-
-        def generate() -> list[str]:
-            return generate_answers(
-                self.base.model,
-                self.base.processor,
-                rows,
-                max_new_tokens=self.config.max_new_tokens,
-                device=self.device,
-            )
-
         nothing = [""] * len(rows)
         if self.routed is None:
-            return generate(), [BASE] * len(rows), nothing
+            return self.answer(rows, self.max_new_tokens), [BASE] * len(rows), nothing
         if forced is not None:
             with self.routed.forced(None if forced == BASE else forced):
-                return generate(), [forced] * len(rows), nothing
-        texts = generate()
+                return self.answer(rows, self.max_new_tokens), [forced] * len(rows), nothing
+        texts = self.answer(rows, self.max_new_tokens)
         chosen = [decision.expert or BASE for decision in self.routed.decisions]
         why = [in_short(candidates) for candidates in weighed(self.routed, limit=SHOWN)]
         return texts, chosen, why or nothing

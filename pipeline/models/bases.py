@@ -1,5 +1,6 @@
 """A base: the frozen model with its processor and the fingerprint that experts are bound to."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from transformers.utils import logging
 from pipeline.config import BaseModelConfig
 from pipeline.models.checkpoints import BaseError, checkpoint, fingerprint
 from pipeline.models.families import TEXT, Family, FamilyError, family_of
+from pipeline.models.placement import CPU, device_map
 
 
 @dataclass(frozen=True)
@@ -68,15 +70,17 @@ def load_processor(config: BaseModelConfig) -> Any:
     return processor
 
 
-def load_base(config: BaseModelConfig, *, vision: bool = True) -> Base:
+def load_base(config: BaseModelConfig, *, vision: bool = True, devices: Sequence[str] = (CPU,)) -> Base:
     """Loads model (frozen, in evaluation mode), processor and fingerprint.
 
     Safetensors only; code that comes with a checkpoint runs only with `trust_remote_code`. Without
-    `vision` the parts that see images are left out of memory: image features must have been computed before.
+    `vision` the parts that see images are left out of memory: image features must have been computed before. Several
+    `devices` each hold a part of the layers (see `placement`); inputs go to the first, which answers, too.
     """
     folder = checkpoint(config)
     family = family_at(folder, trust_remote_code=config.trust_remote_code)
     logging.disable_progress_bar()  # one bar for every worker and evaluator
+    placed = _placed(folder, config, family, vision, devices) if tuple(devices) != (CPU,) else None
     kind = AutoModelForCausalLM if family is TEXT else AutoModelForImageTextToText
     try:
         model = kind.from_pretrained(
@@ -85,6 +89,7 @@ def load_base(config: BaseModelConfig, *, vision: bool = True) -> Base:
             attn_implementation=config.attention,
             use_safetensors=True,
             trust_remote_code=config.trust_remote_code,
+            device_map=placed,
         )
     except ImportError as error:
         raise BaseError(f"base.path: {folder} cannot be loaded: {error}") from None
@@ -94,3 +99,17 @@ def load_base(config: BaseModelConfig, *, vision: bool = True) -> Base:
     model.requires_grad_(False)
     model.eval()
     return Base(model, load_processor(config), family, fingerprint(folder), config.label, folder)
+
+
+def _placed(
+    folder: Path, config: BaseModelConfig, family: Family, vision: bool, devices: Sequence[str]
+) -> dict[str, str]:
+    """Returns the device of each part of a base, by its path."""
+    if len(devices) == 1:
+        return {"": devices[0]}
+    settings = AutoConfig.from_pretrained(folder, trust_remote_code=config.trust_remote_code)
+    kind = AutoModelForCausalLM if family is TEXT else AutoModelForImageTextToText
+    with torch.device("meta"):
+        model = kind.from_config(settings, trust_remote_code=config.trust_remote_code)
+    model.tie_weights()
+    return device_map(model, family, devices, vision=vision)

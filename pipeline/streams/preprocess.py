@@ -21,6 +21,7 @@ from ray.data.expressions import col
 
 from pipeline.config import BaseModelConfig, DataConfig, SourceConfig, without_secrets
 from pipeline.models.bases import load_processor
+from pipeline.models.inference import InferenceWorkers
 from pipeline.models.prompts import Encoded, PromptError, encode
 from pipeline.streams.packing import pack
 from pipeline.streams.records import BadRow, Reference
@@ -94,13 +95,13 @@ def prepare(
     quarantine: Path,
     answer: bool,
     features: Path | None = None,
-    gpus: int = 0,
+    workers: InferenceWorkers | None = None,
 ) -> Prepared:
     """Validates and encodes the rows of one or more tasks in a single pass.
 
     Rows that cannot be used go to `quarantine` (`<task>.jsonl` in that folder) with id and reason. `answer` says whether
     rows are to be learned or only asked. With `data.vision_cache` what the vision tower says of the images is kept below
-    the folder `features`, under each part's key, computed on `gpus` GPUs. Raises StreamError when a task's share of bad
+    the folder `features`, under each part's key, computed by `workers`. Raises StreamError when a task's share of bad
     rows exceeds `data.max_bad_share`, or no row is left.
     """
     encoded = {}
@@ -108,7 +109,7 @@ def prepare(
         rows = encoded_rows(part, name, data, base=base, data_folder=data_folder, answer=answer)
         if data.vision_cache == "features":
             assert features is not None, "whoever asks for features says where they go"
-            rows = with_features(rows, base, features / f"{name}-{part.key}", gpus=gpus)
+            rows = with_features(rows, base, features / f"{name}-{part.key}", workers=workers or InferenceWorkers())
         encoded[name] = rows
     rows = union(list(encoded.values()))
     cached = data.cache == "memory" or (data.cache == "auto" and _fits(parts, data, base, data_folder))

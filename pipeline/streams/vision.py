@@ -12,37 +12,29 @@ from typing import Any
 import numpy as np
 import ray
 import torch
-from ray.data import ActorPoolStrategy
 
 from pipeline.config import BaseModelConfig
-from pipeline.models.bases import load_base
-from pipeline.models.prompts import FEATURES, Encoded, collate_for, to_device
+from pipeline.models.inference import FrozenBase, InferenceWorkers
+from pipeline.models.prompts import FEATURES, Encoded
+from pipeline.streams.actors import on_workers
 from pipeline.streams.packing import pack, unpack
 from pipeline.streams.sources import StreamError
 
 DONE = "_SUCCESS"
 """Marks a folder of features that is complete."""
 
-IMAGES_AT_ONCE = 16
-"""Rows whose images pass through the tower together."""
+ROWS_AT_ONCE = 16
+"""Rows that a worker takes at a time; their images pass through the tower row by row."""
 
 
-def with_features(rows: ray.data.Dataset, base: BaseModelConfig, folder: Path, *, gpus: int = 0) -> ray.data.Dataset:
-    """Returns encoded rows with image features instead of pixels, from `folder` or computed now and written there.
-
-    On `gpus` GPUs at a time, or on the CPU.
-    """
+def with_features(
+    rows: ray.data.Dataset, base: BaseModelConfig, folder: Path, *, workers: InferenceWorkers
+) -> ray.data.Dataset:
+    """Returns encoded rows with image features instead of pixels, from `folder` or computed now and written there."""
     if not (folder / DONE).exists():
         draft = folder.with_name(folder.name + ".draft")
         shutil.rmtree(draft, ignore_errors=True)
-        seen = rows.map_batches(
-            VisionReader,
-            fn_constructor_args=(base,),
-            batch_size=IMAGES_AT_ONCE,
-            batch_format="numpy",
-            compute=ActorPoolStrategy(size=max(1, gpus)),
-            num_gpus=1 if gpus else None,
-        )
+        seen = on_workers(rows, ImageEncoder, base, workers=workers, rows_at_once=ROWS_AT_ONCE)
         seen.write_parquet(str(draft))
         (draft / DONE).touch()
         shutil.rmtree(folder, ignore_errors=True)
@@ -50,34 +42,27 @@ def with_features(rows: ray.data.Dataset, base: BaseModelConfig, folder: Path, *
     return ray.data.read_parquet(str(folder))
 
 
-class VisionReader:
-    """Holds a base and turns the pixels of encoded rows into image features, in the precision of the base."""
+class ImageEncoder(FrozenBase):
+    """Turns the pixels of encoded rows into image features, in the precision of the base."""
 
-    def __init__(self, base: BaseModelConfig) -> None:
-        self.base = load_base(base)
+    def __init__(self, base: BaseModelConfig, workers: InferenceWorkers) -> None:
+        super().__init__(base, workers)
         if not self.base.family.features:
             raise StreamError(
                 f"data.vision_cache=features: {base.path} feeds inner layers of its vision tower into the language model, "
                 "so its features cannot be kept; set data.vision_cache=off"
             )
-        self.device = "cuda" if torch.cuda.is_available() else "cpu"
-        self.base.model.to(self.device)
 
     def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, Any]:
         """Replaces the image arrays of a batch of packed rows."""
-        rows = [self._seen(row) for row in unpack(batch)]
-        packed = [pack(row) for row in rows]
+        packed = [pack(self._encoded(row)) for row in unpack(batch)]
         return batch | {name: np.array([row[name] for row in packed], object) for name in packed[0]}
 
-    @torch.inference_mode()
-    def _seen(self, row: Encoded) -> Encoded:
+    def _encoded(self, row: Encoded) -> Encoded:
         """Returns the row with features (image tokens, D); one row at a time, so that it does not depend on its batch."""
         if "pixel_values" not in row.images:
             return row
-        batch = collate_for(self.base.processor, [row])
-        arrays = {name: to_device(batch[name], self.device) for name in row.images}
-        found = self.base.model.base_model.get_image_features(**arrays, return_dict=True).pooler_output
-        features_ND = torch.cat([part.flatten(0, -2) for part in found])
+        features_ND = self.image_features(row)
         if features_ND.dtype == torch.bfloat16:
             features_ND = features_ND.view(torch.uint16)
         kept = {name: array for name, array in row.images.items() if name.endswith("grid_thw")}

@@ -13,6 +13,7 @@ from cluster.preflight import (
     PreflightError,
     build_deepspeed_ops,
     build_op,
+    check_inference,
     check_resources,
     extensions_folder,
     remove_stale_lock,
@@ -48,6 +49,17 @@ def test_no_cpus_left_for_data(local_ray: ClusterInfo) -> None:
 def test_no_gpu(local_ray: ClusterInfo) -> None:
     with pytest.raises(PreflightError, match=r"(?s)there is no GPU.*training\.gpu=false"):
         check_resources(workers=1, cpus_per_worker=1, gpus_per_worker=1)
+
+
+def test_too_many_evaluators(local_ray: ClusterInfo) -> None:
+    """Ray Data would wait for them for ever."""
+    check_inference(workers=1, cpus_per_worker=local_ray.cpus - 1)
+    with pytest.raises(PreflightError, match=r"(?s)evaluation\.workers=99 with 1 CPU.*lower evaluation\.workers to \d"):
+        check_inference(workers=99, cpus_per_worker=1)
+    with pytest.raises(PreflightError, match=r"(?s)1 CPU for reading rows: only 0 of them fit"):
+        check_inference(workers=1, cpus_per_worker=local_ray.cpus)
+    with pytest.raises(PreflightError, match=r"(?s)2 GPU.*evaluation\.gpus_per_worker"):
+        check_inference(workers=1, cpus_per_worker=1, gpus_per_worker=2)
 
 
 def test_counts_nodes_that_the_autoscaler_may_add(local_ray: ClusterInfo, tmp_path, monkeypatch) -> None:

@@ -13,10 +13,11 @@ from pipeline.config import BaseModelConfig
 from pipeline.models.bases import Base, load_base
 from pipeline.models.checkpoints import BaseError
 from pipeline.models.families import FAMILIES
+from pipeline.models.inference import InferenceWorkers
 from pipeline.models.prompts import FEATURES, IGNORED, PromptError, collate_for, generate_answers
 from pipeline.streams.packing import pack, unpack_row
 from pipeline.streams.sources import StreamError
-from pipeline.streams.vision import VisionReader
+from pipeline.streams.vision import ImageEncoder
 from pipeline.training.stages import answer_loss, checkpoint_activations, without_dropout
 from tests.helpers import ask
 
@@ -128,7 +129,7 @@ def test_vision_parts_are_all_that_sees(base):
 
 
 def seen(base: Base, rows: list) -> list:
-    reader = VisionReader(BaseModelConfig(path=str(base.folder)))
+    reader = ImageEncoder(BaseModelConfig(path=str(base.folder)), InferenceWorkers(threads=1))
     packed = [pack(row) for row in rows]
     batch = {name: np.array([row[name] for row in packed], object) for name in packed[0]}
     found = reader(batch)

@@ -1,0 +1,108 @@
+"""Inference with a frozen base: the one place that loads it for anything but training and makes batches of prompts.
+
+- The base is loaded once for each worker, on the CPU, on a GPU, or with its layers spread over several.
+- A batch is bounded by its tokens, padding included, so memory does not depend on how long prompts are. Prompts of similar
+  length share a batch; results come in the order of the prompts, whatever the batches.
+- Logits are computed at the last token only: over all tokens they would be the largest tensor of all.
+
+`evaluation`, `streams.vision`, `training.general` build their Ray Data actors on it. Shapes: B rows, T tokens.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from pipeline.config import BaseModelConfig, EvaluationConfig, TrainingConfig
+from pipeline.models.bases import load_base
+from pipeline.models.placement import CPU
+from pipeline.models.prompts import Encoded, collate_for, generate_answers, to_device
+
+
+@dataclass(frozen=True)
+class InferenceWorkers:
+    """How many workers run inference, what each of them holds, and how large its batches are."""
+
+    count: int = 1
+    threads: int = 2
+    """CPUs of each."""
+    gpus: int = 0
+    """GPUs of each; 0: it computes on the CPU, whatever the machine has."""
+    batch_size: int = 64
+    """Most rows in a batch."""
+    tokens_per_batch: int = 16384
+    """Most tokens in a batch, padding included."""
+
+    @classmethod
+    def of(cls, training: TrainingConfig, evaluation: EvaluationConfig) -> "InferenceWorkers":
+        """Returns the workers that a configuration asks for."""
+        return cls(
+            count=evaluation.workers,
+            threads=training.threads,
+            gpus=evaluation.gpus_per_worker if training.gpu else 0,
+            batch_size=evaluation.batch_size,
+            tokens_per_batch=evaluation.tokens_per_batch,
+        )
+
+    @property
+    def devices(self) -> tuple[str, ...]:
+        """Devices of one worker, as it sees them."""
+        return tuple(f"cuda:{i}" for i in range(self.gpus)) or (CPU,)
+
+
+def batches(lengths: Sequence[int], *, rows: int, tokens: int) -> list[list[int]]:
+    """Groups prompts of these lengths: indices, longest first, at most `rows` a group and `tokens` with padding.
+
+    A prompt longer than `tokens` is a group of its own.
+    """
+    groups: list[list[int]] = []
+    room = 0
+    for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        if not room:
+            groups.append([])
+            room = max(1, min(rows, tokens // max(1, lengths[i])))  # the first of a group is its longest
+        groups[-1].append(i)
+        room -= 1
+    return groups
+
+
+class FrozenBase:
+    """A base that a worker holds; what it does with rows comes from here."""
+
+    def __init__(self, config: BaseModelConfig, workers: InferenceWorkers, *, vision: bool = True) -> None:
+        torch.set_num_threads(workers.threads)
+        self.workers = workers
+        self.base = load_base(config, vision=vision, devices=workers.devices)
+
+    @property
+    def device(self) -> str:
+        """Where inputs go."""
+        return self.workers.devices[0]
+
+    def batches(self, rows: Sequence[Encoded]) -> Iterator[tuple[list[int], list[Encoded]]]:
+        """Yields indices and rows of one batch after the other."""
+        lengths = [len(row.input_ids) for row in rows]
+        for group in batches(lengths, rows=self.workers.batch_size, tokens=self.workers.tokens_per_batch):
+            yield group, [rows[i] for i in group]
+
+    @torch.inference_mode()
+    def read(self, rows: Sequence[Encoded]) -> None:
+        """Runs the base over prompts (one batch), for hooks to see; logits at each row's last token only."""
+        inputs = to_device(collate_for(self.base.processor, rows, "left"), self.device)
+        del inputs["labels"]
+        self.base.model(**inputs, use_cache=False, logits_to_keep=1)
+
+    def answer(self, rows: Sequence[Encoded], max_new_tokens: int) -> list[str]:
+        """Answers prompts (one batch) greedily."""
+        return generate_answers(
+            self.base.model, self.base.processor, rows, max_new_tokens=max_new_tokens, device=self.device
+        )
+
+    @torch.inference_mode()
+    def image_features(self, row: Encoded) -> torch.Tensor:
+        """Returns what the vision tower says of a row's images (image tokens, D)."""
+        batch = collate_for(self.base.processor, [row])
+        arrays: dict[str, Any] = {name: to_device(batch[name], self.device) for name in row.images}
+        found = self.base.model.base_model.get_image_features(**arrays, return_dict=True).pooler_output
+        return torch.cat([part.flatten(0, -2) for part in found])

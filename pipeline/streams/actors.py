@@ -1,0 +1,31 @@
+"""Inference on Ray Data: every worker holds a base, batch after batch passes through it, rows keep their order."""
+
+from typing import Any
+
+import ray
+from ray.data import ActorPoolStrategy
+
+from pipeline.config import BaseModelConfig
+from pipeline.models.inference import FrozenBase, InferenceWorkers
+
+
+def on_workers(
+    rows: ray.data.Dataset,
+    actor: type[FrozenBase],
+    base: BaseModelConfig,
+    *arguments: Any,
+    workers: InferenceWorkers,
+    rows_at_once: int,
+) -> ray.data.Dataset:
+    """Returns what `actor(base, workers, *arguments)`, built once in each worker, makes of batches of `rows_at_once` rows."""
+    if workers.count > 1:  # a small source is a single block, and one worker would read it alone
+        rows = rows.repartition(target_num_rows_per_block=rows_at_once)
+    return rows.map_batches(
+        actor,
+        fn_constructor_args=(base, workers, *arguments),
+        batch_size=rows_at_once,
+        batch_format="numpy",
+        compute=ActorPoolStrategy(size=workers.count),
+        num_gpus=workers.gpus or None,
+        num_cpus=workers.threads,
+    )
