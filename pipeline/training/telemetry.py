@@ -70,14 +70,14 @@ def listening(on_steps: Callable[[list[Step]], None], *, every: float = 1.0, tim
             return False
         delivered += len(steps)
         # By way of a future: whatever a listener raises is an object there, and ends nothing.
-        if steps and (error := listener.submit(on_steps, steps).exception()) is not None:
+        if steps and (raised := listener.submit(on_steps, steps).exception()) is not None:
             failures += 1
             if failures == 1:
                 _logger.warning(
                     "training goes on, but its progress could not be told: %s: %s",
-                    type(error).__name__,
-                    error,
-                    exc_info=error,
+                    type(raised).__name__,
+                    raised,
+                    exc_info=raised,
                 )
         return True
 
