@@ -13,7 +13,9 @@ import json
 import logging
 import os
 import re
+import signal
 import socket
+import threading
 import time
 import warnings
 from dataclasses import dataclass
@@ -23,6 +25,8 @@ import ray
 import ray.data
 from ray._private import ray_constants, ray_logging
 from ray.util.debug import log_once
+
+from pipeline.errors import UserError
 
 log = logging.getLogger(__name__)
 
@@ -35,6 +39,7 @@ QUIET = {
     "RAY_TQDM": "0",
     "RAY_AIR_NEW_OUTPUT": "0",  # Tune's boxes and hints; the other form can be silenced
     "RAY_TRAIN_ENABLE_V2_MIGRATION_WARNINGS": "0",
+    "TUNE_DISABLE_SIGINT_HANDLER": "1",  # the job ends by itself; Tune's own handler would carry on as if it were done
     # Ray's coming default, chosen now: CUDA_VISIBLE_DEVICES stays as it is in tasks without a GPU; silences a warning.
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     # The driver's part of Ray's C++ core prints to the terminal, a warning for every actor pool of Ray Data among it.
@@ -50,7 +55,7 @@ JOB_CONFIG = "RAY_JOB_CONFIG_JSON_ENV_VAR"
 """Where Ray hands a submitted job its runtime environment."""
 
 
-class ClusterError(ValueError):
+class ClusterError(UserError):
     """The cluster that was asked for cannot be joined; the message names the address and the remedy."""
 
 
@@ -85,7 +90,7 @@ def connect(address: str | None = None, cpus: int | None = None) -> ClusterInfo:
     began = time.perf_counter()
     started = False
     if not ray.is_initialized():
-        here = starts_here(address)
+        here, on_sigterm = starts_here(address), signal.getsignal(signal.SIGTERM)
         address = address or os.environ.get("RAY_ADDRESS") or "local"
         for name, value in QUIET.items():
             os.environ.setdefault(name, value)
@@ -96,6 +101,9 @@ def connect(address: str | None = None, cpus: int | None = None) -> ClusterInfo:
             if cpus is not None:
                 log.warning("cpus=%d is ignored: the cluster at %s has its own", cpus, address)
             _join(address)
+        # Ray takes the signal for itself; what this process wanted of it stays. Python's default would end it uncleaned.
+        if callable(on_sigterm) and threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, on_sigterm)
     _quiet_data()
     context = ray.get_runtime_context()
     node = ray._private.worker._global_node

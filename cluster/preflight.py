@@ -19,6 +19,8 @@ import ray
 import yaml
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from pipeline.errors import UserError
+
 log = logging.getLogger(__name__)
 
 OP = "deepspeed_shm_comm"
@@ -30,7 +32,7 @@ ShareMemCommBuilder().load(verbose=False)
 """
 
 
-class PreflightError(ValueError):
+class PreflightError(UserError):
     """The cluster or the machine lacks something; the message says what and how to get it."""
 
 

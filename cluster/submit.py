@@ -18,6 +18,7 @@ from ray.exceptions import AuthenticationError
 from ray.job_submission import JobStatus, JobSubmissionClient
 
 from cluster.local import use_token
+from pipeline.errors import UserError
 
 EXCLUDES = (
     ".git",  # .gitignore is honoured, but does not name .git, and that can be large
@@ -35,7 +36,7 @@ EXCLUDES = (
 POLL_SECONDS = 1.0
 
 
-class SubmitError(ValueError):
+class SubmitError(UserError):
     """The job could not be handed over or followed; the message names the address and the remedy."""
 
 

@@ -84,7 +84,7 @@ def _sequential(run: StreamRun) -> tuple[Evaluation, dict[str, Any]]:
         run.terminal.say(
             f"[bold]sequential fine-tuning {number + 1}/{len(run.config.stream.tasks)}: {task.name}[/bold]"
         )
-        key = digest(key, run.expert_digest(task))
+        key = digest(key, run.identity.expert(task))
         start = str(adapter) if adapter else None
         trained = run.train(*run.job(task, key, task=f"sequential_{task.name}", start=start, router_stage=False))
         adapter = trained.adapter
@@ -98,7 +98,7 @@ def _multitask(run: StreamRun) -> tuple[Evaluation, dict[str, Any]]:
     """One LoRA sees all tasks' rows, in as many steps as all experts together."""
     tasks = run.config.stream.tasks
     run.terminal.say(f"[bold]multi-task training on all {len(tasks)} tasks[/bold]")
-    key = digest("multitask", [run.expert_digest(task) for task in tasks])
+    key = digest("multitask", [run.identity.expert(task) for task in tasks])
     expert = run.config.expert.model_copy(update={"steps": run.config.expert.steps * len(tasks)})
     jobs = [run.job(task, key, task="multitask", expert=expert, router_stage=False) for task in tasks]
     job = jobs[0][0].model_copy(update={"data_fingerprint": key})

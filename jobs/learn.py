@@ -18,7 +18,7 @@ from jobs.options import Address, ConfigFile, Overrides, job_command, load, user
 from jobs.stream_run import Stopwatch, StreamRun, open_run, write_json
 from jobs.summary import learned, now, provenance, task_figures
 from jobs.terminal import table
-from pipeline.config import TaskConfig, digest
+from pipeline.config import TaskConfig
 from pipeline.evaluation.matrix import AccuracyMatrix
 from pipeline.evaluation.report import write_report
 from pipeline.registry.experts import download_expert, find_expert, register_expert
@@ -47,18 +47,14 @@ def learn_stream(run: StreamRun) -> Learned:
     matrix = AccuracyMatrix(names, families)
     pool = Pool(config.base.label, run.fingerprint, config.router, **run.null_expert())
     pool_folder, figures, versions = run.folder / "pool", {}, {}
-    key = digest(run.fingerprint, config.router)
     last = run.evaluate([*names, *families], None, "base")
     matrix.record("base", last.accuracies())
     for number, task in enumerate(config.stream.tasks):
         run.terminal.say(f"[bold]task {number + 1}/{len(names)}: {task.name}[/bold]")
         expert, versions[task.name], figures[task.name] = _expert(run, task)
         pool = pool.add(expert)
-        key = digest(key, expert.card.config_digest)
         pool.save(pool_folder)
-        # A null expert is part of the pool, so its sample is part of the pool's name.
-        null = None if pool.null is None else [pool.null.count, float(pool.null.mean_F.sum())]
-        pool_key = digest(key, null)
+        pool_key = run.identity.pool([expert.card.config_digest for expert in pool.experts.values()], pool.router)
         version = register_pool(pool_folder, config.base, digest=pool_key, experts=versions)
         seen = [*names[: number + 1], *families]
         last = run.evaluate(seen, pool_folder, pool_key)
@@ -84,7 +80,7 @@ def learn_stream(run: StreamRun) -> Learned:
 
 def _expert(run: StreamRun, task: TaskConfig) -> tuple[Expert, Any, dict[str, Any]]:
     """Returns a task's expert, its registry version and its figures: found, or trained now."""
-    key, label = run.expert_digest(task), run.config.base.label
+    key, label = run.identity.expert(task), run.config.base.label
     folder, file = run.folder / "experts" / task.name, run.folder / "state" / f"task-{key}.json"
     version = find_expert(label, key)
     if version is not None and file.exists():
@@ -103,7 +99,7 @@ def _expert(run: StreamRun, task: TaskConfig) -> tuple[Expert, Any, dict[str, An
     expert = Expert.load(trained.expert)
     expert.save(folder)
     assert task.train is not None
-    fingerprint = run.data_fingerprint(task, "train")
+    fingerprint = run.identity.training_rows(task)
     log_dataset(run.run_id, task.name, task.train.path, fingerprint, samples=rows.counts[task.name])
     version = register_expert(label, folder)
     figures = trained.figures | {"seconds": monotonic() - started, "quarantined": quarantined}

@@ -9,17 +9,11 @@ from typing import Annotated, NoReturn
 
 import typer
 
-from cluster.local import JOB_CONFIG, ClusterError
-from cluster.preflight import PreflightError
-from cluster.submit import SubmitError, submit
+from cluster.local import JOB_CONFIG
+from cluster.submit import submit
+from jobs.endings import message_of, outside_errors, stoppable
 from pipeline.config import ConfigError, LearnConfig, fields_of, load_config
-from pipeline.models.checkpoints import BaseError
-from pipeline.models.internvl2 import ConversionError
-from pipeline.registry.tracking import RegistryError
-from pipeline.routing.expert import ExpertError
-from pipeline.routing.pool import PoolError
-from pipeline.streams.sources import StreamError
-from pipeline.training.run import TrainingError
+from pipeline.errors import UserError
 
 EMBEDDED = Path(__file__).parent / "configs" / "embedded.yaml"
 """The stream that ships with the project."""
@@ -36,21 +30,22 @@ Address = Annotated[
     ),
 ]
 
-USER_ERRORS = (
-    ConfigError, BaseError, StreamError, TrainingError, ClusterError, PreflightError, SubmitError, RegistryError,
-    ExpertError, PoolError, ConversionError,
-)  # fmt: skip
-"""What a user can mend; shown as a message, not as a traceback."""
-
 
 @contextmanager
 def user_errors() -> Iterator[None]:
-    """Turns a mistake of the user into a message and exit code 2."""
-    try:
-        yield
-    except USER_ERRORS as error:
-        typer.secho(f"error: {error}", fg=typer.colors.RED, err=True)
-        sys.exit(2)
+    """Ends the job as its user needs it: a mistake is a message and exit code 2, a signal its own exit code.
+
+    The first SIGINT or SIGTERM unwinds the job, so that it can say and store where it stands; the second ends it at once.
+    """
+    with stoppable() as stopped:
+        try:
+            with outside_errors():
+                yield
+        except UserError as error:
+            typer.secho(f"error: {message_of(error)}", fg=typer.colors.RED, err=True)
+            sys.exit(2)
+        except KeyboardInterrupt:
+            sys.exit(stopped.exit_code)
 
 
 def load(config: Path, overrides: list[str] | None) -> LearnConfig:

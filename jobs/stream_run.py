@@ -5,6 +5,7 @@ run's folder or in the registry; the same command run again finds it there and g
 """
 
 import json
+import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -18,6 +19,8 @@ from safetensors.torch import load_file
 from cluster.local import ClusterInfo, connect, starts_here
 from cluster.preflight import build_deepspeed_ops, build_op, check_inference, check_resources, extensions_folder
 from cluster.usage import PeakMemory
+from jobs.endings import outside_errors
+from jobs.identity import GENERAL_PROMPT, Identity
 from jobs.terminal import Terminal
 from pipeline.config import LearnConfig, SourceConfig, TaskConfig, digest
 from pipeline.evaluation.evaluate import Evaluation, Prediction, evaluate
@@ -25,7 +28,6 @@ from pipeline.models.checkpoints import checkpoint, fingerprint
 from pipeline.models.inference import InferenceWorkers
 from pipeline.registry.tracking import log_batch, log_config, open_tracking, tracked_run
 from pipeline.routing.expert import evidence_of, evidence_tensors, statistics_of, statistics_tensors, write_tensors
-from pipeline.streams import sources
 from pipeline.streams.preprocess import Part, Prepared, prepare
 from pipeline.streams.training_rows import TrainingRows
 from pipeline.training.general import general_statistics
@@ -50,24 +52,12 @@ class StreamRun:
         self.folder = config.folder
         self.fingerprint = fingerprint(checkpoint(config.base))
         self.data_folder = Path(config.output).resolve() / "data" / "embedded"
+        self.identity = Identity(config, self.fingerprint, self.data_folder)
         self.columns: dict[str, TaskConfig] = {t.name: t for t in (*config.stream.tasks, *config.stream.foundation)}
         self.run_id = ""
         self._training: dict[str, Prepared] = {}
 
     # Data
-
-    def data_fingerprint(self, task: TaskConfig, part: Literal["train", "eval"]) -> str:
-        """Returns the fingerprint of a task's rows and of how they are read."""
-        source = task.train if part == "train" else task.eval
-        assert source is not None
-        return self._rows_key(source, task.prompt)
-
-    def _rows_key(self, source: SourceConfig, prompt: str) -> str:
-        """Names the rows of a source as this run reads them."""
-        config = self.config
-        return digest(
-            sources.fingerprint(source, self.data_folder), prompt, config.data.max_tokens, config.base.max_tiles
-        )
 
     def training_rows(self, task: TaskConfig) -> Prepared:
         """Reads, validates and encodes a task's training rows (once in a run)."""
@@ -94,7 +84,7 @@ class StreamRun:
             if task is not None:
                 parts[name] = self._limited(task.eval), task.prompt
             elif self.config.stream.general is not None:
-                parts[name] = self.config.stream.general, "{question}"
+                parts[name] = self.config.stream.general, GENERAL_PROMPT
         with self.terminal.working(f"reading the prompts of {len(parts)} tasks and families"):
             return self._prepare(parts, "eval", answer=False)
 
@@ -114,15 +104,11 @@ class StreamRun:
 
     def _prepare(self, sources_: Mapping[str, tuple[SourceConfig, str]], kind: str, *, answer: bool) -> Prepared:
         config = self.config
-        parts = {
-            name: Part(
-                source,
-                prompt,
-                key=digest(self._rows_key(source, prompt), self.fingerprint, answer, config.base.dtype),
-                metric=self.columns[name].metric if name in self.columns and not answer else None,
-            )
-            for name, (source, prompt) in sources_.items()
-        }
+        parts = {}
+        for name, (source, prompt) in sources_.items():
+            metric = self.columns[name].metric if name in self.columns and not answer else None
+            key = self.identity.encoded_rows(source, prompt, answer=answer, metric=metric)
+            parts[name] = Part(source, prompt, key=key, metric=metric)
         return prepare(
             parts,
             config.data,
@@ -136,11 +122,9 @@ class StreamRun:
 
     def null_expert(self) -> dict[str, Any]:
         """Returns what the general sample gives a pool (`null`, `null_evidence`); nothing where the stream has none."""
-        general = self.config.stream.general
-        if general is None:
+        key = self.identity.base_prompts
+        if key is None:
             return {}
-        width, targets = self.config.router.feature_width, self.config.expert.target_modules
-        key = digest(sources.fingerprint(general, self.data_folder), self.fingerprint, width, targets)
         file = self._state(f"general-{key}.safetensors")
         if not file.exists():
             prompts = self.prompts.rows([GENERAL])
@@ -148,8 +132,8 @@ class StreamRun:
                 statistics, evidence = general_statistics(
                     prompts,
                     self.config.base,
-                    wanted_width=width,
-                    targets=targets,
+                    wanted_width=self.config.router.feature_width,
+                    targets=self.config.expert.target_modules,
                     workers=self.inference_workers,
                     vision=self.vision,
                 )
@@ -160,31 +144,13 @@ class StreamRun:
 
     # Training
 
-    def expert_digest(self, task: TaskConfig) -> str:
-        """Names the expert of a task: everything that it depends on, and nothing else."""
-        config = self.config
-        stage = config.router.model_dump(
-            include={"steps", "learning_rate", "feature_width", "shrinkage", "quantile", "statistics_rows"}
-        )
-        machine = config.training.model_dump(include={"workers", "zero_stage", "precision", "micro_batch"})
-        return digest(
-            task.name,
-            self.data_fingerprint(task, "train"),
-            self.fingerprint,
-            config.seed,
-            config.expert,
-            stage,
-            machine,
-            config.data.by_length,
-        )
-
     def job(self, task: TaskConfig, digest_: str, /, **changes: Any) -> tuple[Job, TrainingRows]:
         """Returns the training job of a task and its rows; `changes` to the job make it another method's."""
         rows = self.training_rows(task)
         job = Job(
             task=task.name,
             digest=digest_,
-            data_fingerprint=self.data_fingerprint(task, "train"),
+            data_fingerprint=self.identity.training_rows(task),
             seed=self.config.seed,
             base=self.config.base,
             expert=self.config.expert,
@@ -226,10 +192,7 @@ class StreamRun:
         mode: Literal["routed", "told", "only"] = "routed",
     ) -> Evaluation:
         """Evaluates a pool on columns (tasks and families), or finds the result of having done so."""
-        data = [
-            (self.data_fingerprint(self.columns[column], "eval"), self.columns[column].metric) for column in columns
-        ]
-        key = digest(list(columns), data, self.fingerprint, pool_digest, mode, self.config.evaluation)
+        key = self.identity.evaluation([self.columns[column] for column in columns], pool_digest, mode)
         file = self._state(f"evaluation-{key}.json")
         if not file.exists():
             prompts = self.prompts
@@ -260,7 +223,10 @@ def open_run(config: LearnConfig, *, job: str) -> Iterator[StreamRun]:
     `job` names the kind of MLflow run, so that learning and comparing do not write into each other's.
     """
     terminal = Terminal()
-    with PeakMemory() as memory:
+    with PeakMemory() as memory, outside_errors(config.folder):
+        config.folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=config.folder):  # now, not after an hour of training
+            pass
         if starts_here() and not config.training.gpu:
             # Before Ray's processes are there: the compiler takes 3 GB.
             with terminal.working(PREPARING):
@@ -277,13 +243,16 @@ def open_run(config: LearnConfig, *, job: str) -> Iterator[StreamRun]:
         inference = InferenceWorkers.of(training, config.evaluation)
         check_inference(workers=inference.count, cpus_per_worker=inference.threads, gpus_per_worker=inference.gpus)
         run = StreamRun(config, cluster, terminal, memory)
-        run.folder.mkdir(parents=True, exist_ok=True)
         with terminal.working("opening MLflow"):
             experiment = open_tracking(config.tracking_uri, config.registry.experiment)
-        with tracked_run(experiment, f"{config.name} {job}", digest(config, run.fingerprint, job)) as run_id:
-            run.run_id = run_id
-            log_config(run_id, config)
-            yield run
+        try:
+            with tracked_run(experiment, f"{config.name} {job}", digest(config, run.fingerprint, job)) as run_id:
+                run.run_id = run_id
+                log_config(run_id, config)
+                yield run
+        except KeyboardInterrupt:
+            terminal.say("stopped; what is finished is kept, and the same command goes on from there")
+            raise
 
 
 def write_json(file: Path, value: Any) -> None:

@@ -70,7 +70,7 @@ def _sweep(run: StreamRun, space: SweepSpace, name: str) -> None:
             "run `pointsman learn` first to sweep inside its pool"
         )
     prompts = run.read_prompts([name, *others]).rows([name, *others])
-    job, rows = run.job(task, f"sweep-{run.expert_digest(task)}")
+    job, rows = run.job(task, f"sweep-{run.identity.expert(task)}")
     folder = run.folder / "sweeps" / f"{name}-{digest(space, job, config.evaluation)}"
     trials = len(space.ranks) * len(space.temperatures)
     worker_env = run.worker_env

@@ -97,7 +97,12 @@ def table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> T
 def methods_table(methods: Mapping[str, Mapping[str, object]]) -> Table:
     """Returns the comparison of methods."""
     rows = [
-        [name, f"{m['new']:.3f}", f"{m['foundation']:.3f}", f"{m['samples']:,}", f"{m['seconds']:.0f}"]
+        [name, _fraction(m["new"]), _fraction(m["foundation"]), f"{m['samples']:,}", f"{m['seconds']:.0f}"]
         for name, m in methods.items()
     ]
     return table("Methods", ["method", "new tasks", "foundation", "training samples", "training seconds"], rows)
+
+
+def _fraction(value: object) -> str:
+    """Returns an accuracy, or a dash where there was nothing to measure it on."""
+    return "-" if value is None else f"{value:.3f}"

@@ -218,3 +218,19 @@ def test_a_digest_depends_on_values_alone():
 def test_digests_stay_as_they_are():
     """Experts in registries are found by their digest: a change here means that all of them train again."""
     assert digest({"seed": 0, "base": "0123"}, [1, 2.5, None]) == "634756d8e178"
+
+
+def test_a_stream_needs_a_task(file):
+    assert "`tasks` is empty, so there is nothing to learn" in error_of(file, STREAM, "stream.tasks=[]")
+
+
+@pytest.mark.parametrize("output", ["s3://bucket/runs", "gs://bucket/runs", "file://elsewhere/runs"])
+def test_results_need_a_file_system(file, output):
+    said = error_of(file, STREAM, f"output={output}")
+    assert "output: " in said
+    assert "mount the storage and name the mounted folder" in said
+
+
+def test_a_file_uri_is_its_path(file):
+    file.write_text(STREAM)
+    assert load_config(file, ["output=file:///out"], LearnConfig).folder == Path("/out/demo")

@@ -168,7 +168,7 @@ def _sequential(run: StreamRun, learned: Learned) -> Expert:
     adapter, key = run.folder / "experts" / first.name, learned.pool.experts[first.name].card.config_digest
     for task in others:
         run.terminal.say(f"[bold]sequential fine-tuning: {task.name} after {first.name}[/bold]")
-        key = digest("sequential", key, run.expert_digest(task))
+        key = digest("sequential", key, run.identity.expert(task))
         job = run.job(task, key, task=f"sequential_{task.name}", start=str(adapter), router_stage=False)
         adapter = run.train(*job).adapter
         run.release(task)

@@ -15,6 +15,14 @@ def _here(path: str) -> str:
     return str(found.absolute()) if path != "tiny" and found.exists() else path
 
 
+def _on_a_file_system(path: str) -> str:
+    """Returns the path of a folder; refuses URIs of object stores, where files cannot be renamed or locked."""
+    scheme, separator, rest = path.partition("://")
+    if separator and not (scheme == "file" and rest.startswith("/")):
+        raise ValueError("results need a file system; mount the storage and name the mounted folder, e.g. /mnt/runs")
+    return rest if separator else str(Path(path).expanduser()) if path.startswith("~") else path
+
+
 class BaseModelConfig(Config):
     """The frozen vision-language model."""
 
@@ -168,8 +176,9 @@ class LearnConfig(Config):
 
     name: str = Field(default="demo", pattern=r"^[A-Za-z0-9_-]+$")
     """Name of the run; its folder is `<output>/<name>`."""
-    output: str = "runs"
-    """Folder for results, checkpoints and, by default, MLflow's database; shared storage on a cluster."""
+    output: Annotated[str, AfterValidator(_on_a_file_system)] = "runs"
+    """Folder for results, checkpoints and, by default, MLflow's database; shared storage on a cluster, mounted where it is
+    an object store."""
     seed: int = 0
     """Seed of weights, data order and projections."""
     base: BaseModelConfig = BaseModelConfig()

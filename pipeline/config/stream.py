@@ -103,6 +103,8 @@ class StreamConfig(Config):
 
     @model_validator(mode="after")
     def _tasks_are_distinct(self) -> "StreamConfig":
+        if not self.tasks:
+            raise ValueError("`tasks` is empty, so there is nothing to learn; name at least one task")
         names = [task.name for task in (*self.tasks, *self.foundation)]
         if twice := {name for name in names if names.count(name) > 1}:
             raise ValueError(f"task names must differ; twice: {', '.join(sorted(twice))}")

@@ -14,6 +14,7 @@ from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
+from pipeline.errors import UserError
 from pipeline.evaluation.matrix import FORMULAS, AccuracyMatrix
 from pipeline.evaluation.pictures import METHODS, OURS, PICTURES, ordered_methods
 
@@ -23,7 +24,7 @@ DPI = 170
 REQUIRED = ("name", "tasks", "accuracy_matrix", "continual")
 
 
-class ReportError(ValueError):
+class ReportError(UserError):
     """A summary that cannot be reported; the message names the missing field and the remedy."""
 
 

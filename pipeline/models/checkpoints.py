@@ -7,6 +7,7 @@ import socket
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from fnmatch import fnmatch
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -15,11 +16,21 @@ import fsspec
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from pipeline.config import BaseModelConfig, without_secrets
+from pipeline.errors import UserError
 from pipeline.locks import file_lock
 from pipeline.models.tiny import TINY_BASE
 
 NEEDED = ("*.json", "*.safetensors", "*.jinja", "*.model", "*.txt")
 """Files of a checkpoint that loading needs: never pickled weights, never code."""
+
+DECISIVE = (
+    "config.json", "generation_config.json", "*.safetensors",
+    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt",
+    "*.model", "chat_template.*", "processor_config.json", "preprocessor_config.json",
+)  # fmt: skip
+"""Those of them that decide what a base answers."""
+
+_ORIGIN = {"_name_or_path", "name_or_path", "transformers_version"}
 
 CACHE = Path.home() / ".cache" / "pointsman" / "bases"
 """Where bases from URIs and GGUF files are kept."""
@@ -29,7 +40,7 @@ _VERSION_KEYS = ("ETag", "etag", "md5Hash", "mtime", "LastModified", "last_modif
 """What stores call the version of a file's content, the surest first."""
 
 
-class BaseError(ValueError):
+class BaseError(UserError):
     """A base that cannot be found or loaded; the message names it and the remedy."""
 
 
@@ -179,8 +190,12 @@ def files_of(folder: Path) -> list[Path]:
 
 
 def fingerprint(folder: Path) -> str:
-    """Returns 16 hex digits over the checkpoint's configuration and weights (reads all of them: about 1 s a GB)."""
-    files = [folder / "config.json", *sorted(folder.glob("*.safetensors"))]
+    """Returns 16 hex digits over all files that decide what a base answers (reads all of them: about 1 s a GB).
+
+    Weights, configuration, tokenizer, chat template, processor: the same files give the same digits wherever they lie.
+    Raises BaseError for a configuration that is not JSON.
+    """
+    files = [file for file in files_of(folder) if any(fnmatch(file.name, pattern) for pattern in DECISIVE)]
     return _fingerprint(tuple((file, file.stat().st_size, file.stat().st_mtime_ns) for file in files))
 
 
@@ -190,7 +205,23 @@ def _fingerprint(files: tuple[tuple[Path, int, int], ...]) -> str:
     digest = hashlib.sha256()
     for file, _, _ in files:
         digest.update(file.name.encode())
+        if file.name.endswith("config.json"):
+            digest.update(_settings(file))
+            continue
         with file.open("rb") as stream:
             while block := stream.read(1 << 22):
                 digest.update(block)
     return digest.hexdigest()[:16]
+
+
+def _settings(file: Path) -> bytes:
+    """Returns what a configuration says, without who wrote it and where: transformers notes both when it saves."""
+    try:
+        values = json.loads(file.read_text(encoding="utf-8"), object_hook=_without_origin)
+    except ValueError as error:
+        raise BaseError(f"base.path: {file}: not valid JSON: {error}; copy or download the base again") from None
+    return json.dumps(values, sort_keys=True).encode()
+
+
+def _without_origin(values: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in values.items() if key not in _ORIGIN}

@@ -10,13 +10,14 @@ from typing import Any
 
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
+from pipeline.errors import UserError
 from pipeline.models import processors
 
 PROJECTIONS = "q_proj|k_proj|v_proj|o_proj|qkv_proj|gate_proj|up_proj|down_proj|gate_up_proj"
 """The Linears of a decoder layer in transformers' text models: Llama, Qwen, Mistral, Gemma; fused ones in Phi-3."""
 
 
-class FamilyError(ValueError):
+class FamilyError(UserError):
     """A kind of model that is not in the table; the message says what to add."""
 
 

@@ -15,6 +15,7 @@ from jinja2 import TemplateError
 from PIL import Image
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
+from pipeline.errors import UserError
 from pipeline.models.processors import Layout
 
 IGNORED = -100
@@ -30,7 +31,7 @@ _PIXELS_BY_ROW = ("pixel_values", "pixel_attention_mask")
 """Arrays with an axis of rows before that of images, in families that have one."""
 
 
-class PromptError(ValueError):
+class PromptError(UserError):
     """A conversation that this base cannot read; the message is the reason."""
 
 

@@ -16,6 +16,7 @@ import torch
 from PIL import Image, UnidentifiedImageError
 
 from pipeline.config import BaseModelConfig
+from pipeline.errors import UserError
 from pipeline.models.bases import load_base
 from pipeline.models.prompts import IMAGE_PLACEHOLDER, Encoded, encode, generate_answers
 from pipeline.registry.bases import base_folder
@@ -32,7 +33,7 @@ BASE = "base"
 """What stands in column `expert` where the frozen base answered."""
 
 
-class RowError(ValueError):
+class RowError(UserError):
     """A row of the input that cannot be answered; the message names row and column."""
 
 

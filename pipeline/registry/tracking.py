@@ -20,6 +20,7 @@ from mlflow.utils.mlflow_tags import MLFLOW_DATASET_CONTEXT
 from mlflow.utils.validation import MAX_METRICS_PER_BATCH, MAX_PARAMS_TAGS_PER_BATCH
 
 from pipeline.config import Config, without_secrets
+from pipeline.errors import UserError
 
 SQLITE = "sqlite:///"
 
@@ -32,7 +33,7 @@ _CHATTY = ("alembic", "mlflow.store.db.utils", "mlflow.store.model_registry.abst
 T = TypeVar("T")
 
 
-class RegistryError(ValueError):
+class RegistryError(UserError):
     """A tracking address, a name or a version that does not fit; the message says what there is instead."""
 
 
@@ -90,7 +91,7 @@ def ui_command(uri: str) -> list[str]:
 def tracked_run(experiment_id: str, name: str, digest: str) -> Iterator[str]:
     """Opens the run of `digest`, its own earlier one after a restart, as MLflow's active run; yields its id.
 
-    The run ends as FINISHED, or as FAILED if the block raises.
+    The run ends as FINISHED, as KILLED if the block was interrupted, or as FAILED if it raises anything else.
     """
     found = MlflowClient().search_runs(
         [experiment_id], f"tags.`{RUN_TAG}` = '{digest}'", order_by=["attributes.start_time ASC"], max_results=1
@@ -99,8 +100,12 @@ def tracked_run(experiment_id: str, name: str, digest: str) -> Iterator[str]:
         run = mlflow.start_run(run_id=found[0].info.run_id)
     else:
         run = mlflow.start_run(experiment_id=experiment_id, run_name=name, tags={RUN_TAG: digest})
-    with run:
-        yield run.info.run_id
+    try:
+        with run:
+            yield run.info.run_id
+    except KeyboardInterrupt:
+        MlflowClient().set_terminated(run.info.run_id, "KILLED")
+        raise
 
 
 def active_run() -> mlflow.ActiveRun:

@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 
 from pipeline.config import Config
+from pipeline.errors import UserError
 from pipeline.routing.statistics import PromptStatistics
 
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -25,7 +26,7 @@ ROUTER_WEIGHTS, CARD = "router.safetensors", "expert.json"
 _KEY = re.compile(r"^base_model\.model\.(?P<path>.+)\.lora_(?P<half>[AB])\.weight$")
 
 
-class ExpertError(ValueError):
+class ExpertError(UserError):
     """An expert folder that is incomplete, of another kind, or not trained; the message names file and remedy."""
 
 

@@ -8,6 +8,7 @@ from pydantic import ValidationError
 from safetensors.torch import load_file
 
 from pipeline.config import Config, RouterConfig
+from pipeline.errors import UserError
 from pipeline.routing.expert import (
     Expert,
     evidence_of,
@@ -21,7 +22,7 @@ from pipeline.routing.statistics import PromptStatistics
 CARD, NULL = "pool.json", "null.safetensors"
 
 
-class PoolError(ValueError):
+class PoolError(UserError):
     """An expert that does not fit the pool, or a pool folder that is incomplete."""
 
 

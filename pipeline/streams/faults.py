@@ -5,6 +5,8 @@ Knows nothing of formats.
 
 from dataclasses import dataclass
 
+from pipeline.errors import UserError
+
 SHOWN = 300
 """Characters of a bad row that the quarantine file shows."""
 
@@ -13,7 +15,7 @@ class BadRow(ValueError):
     """A row that cannot be used; the message is the reason that goes into the quarantine file."""
 
 
-class StreamError(ValueError):
+class StreamError(UserError):
     """Data that cannot be found or used; the message names path and remedy."""
 
 

@@ -75,15 +75,15 @@ def finish(config: Path) -> dict:
     return json.loads((config.parent / "mini" / "summary.json").read_text())
 
 
-def kill_when(process: subprocess.Popen, ready) -> None:
-    """Kills the driver, and it alone, as soon as `ready()`."""
+def kill_when(process: subprocess.Popen, ready, by: signal.Signals = signal.SIGKILL) -> int:
+    """Ends the driver, and it alone, as soon as `ready()`; returns its exit code."""
     deadline = time.monotonic() + 300
     while not ready():
         assert process.poll() is None, "ended before it could be killed"
         assert time.monotonic() < deadline
         time.sleep(0.2)
-    os.kill(process.pid, signal.SIGKILL)
-    process.wait()
+    os.kill(process.pid, by)
+    return process.wait(timeout=60)
 
 
 @pytest.fixture(scope="module")
@@ -122,13 +122,26 @@ def test_a_finished_run_changes_nothing(undisturbed):
     assert versions(config, "untrained.pool") == ["1", "2"]
 
 
-def test_killed_driver_goes_on_to_the_same_pool(undisturbed, tiny_folder, tmp_path):
+def statuses(config: Path) -> list[str]:
+    return [r.info.status for r in MlflowClient(f"sqlite:///{config.parent / 'mlflow.db'}").search_runs(["1"])]
+
+
+def test_stopped_and_killed_drivers_go_on_to_the_same_pool(undisturbed, tiny_folder, tmp_path):
     config = stream(tiny_folder, tmp_path / "killed")
-    training = config.parent / "mini" / "training"
-    # Once in the middle of the first task's training, once after it was registered.
-    kill_when(start(config), lambda: any(training.glob("digits-*/checkpoint_*")))
+    training, log = config.parent / "mini" / "training", config.parent / "log.txt"
+    # Ctrl-C in the middle of the first task's training, `ray job stop` soon after, a kill once the task was registered.
+    stopped = kill_when(start(config), lambda: any(training.glob("digits-*/checkpoint_*")), by=signal.SIGINT)
+    assert stopped == 130
+    assert statuses(config) == ["KILLED"]
+    stopped = kill_when(start(config), lambda: statuses(config) == ["RUNNING"], by=signal.SIGTERM)
+    assert stopped == 143
+    assert statuses(config) == ["KILLED"]
     kill_when(start(config), lambda: any((config.parent / "mini" / "state").glob("task-*.json")))
+    assert statuses(config) == ["RUNNING"]
     finish(config)
+    assert statuses(config) == ["FINISHED"]
+    assert log.read_text().count("the same command goes on from there") == 2
+    assert "Traceback" not in log.read_text()
     assert_same_pool(Pool.load(config.parent / "mini" / "pool"), Pool.load(undisturbed[0].parent / "mini" / "pool"))
     assert versions(config, "untrained.pool") == ["1", "2"]
 

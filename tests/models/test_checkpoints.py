@@ -1,6 +1,8 @@
 """Where bases come from: folders, URIs, files; what is refused."""
 
 import hashlib
+import json
+import shutil
 import socket
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
@@ -11,7 +13,7 @@ import pytest
 from pipeline.config import BaseModelConfig
 from pipeline.models import checkpoints
 from pipeline.models.bases import load_base
-from pipeline.models.checkpoints import BaseError, checkpoint, fingerprint
+from pipeline.models.checkpoints import BaseError, checkpoint, files_of, fingerprint
 
 
 @pytest.fixture(autouse=True)
@@ -118,3 +120,47 @@ def test_a_relative_path_holds_wherever_workers_run(tiny_folder, tmp_path, monke
     assert checkpoint(config) == tiny_folder
     assert config.label == tiny_folder.name
     assert BaseModelConfig(path="tiny").path == "tiny"
+
+
+@pytest.fixture
+def copied(tiny_folder, tmp_path):
+    return shutil.copytree(tiny_folder, tmp_path / "copied")
+
+
+@pytest.mark.parametrize(
+    ("name", "before", "after"),
+    [
+        ("chat_template.jinja", "<|end|>", "<|END|>"),
+        ("tokenizer.json", '"unk_token"', '"unk_t0ken"'),
+        ("tokenizer_config.json", "<|end|>", "<unk>"),
+        ("processor_config.json", "64", "32"),
+        ("config.json", '"hidden_size"', '"hidden_s"'),
+    ],
+)
+def test_every_file_that_changes_answers_changes_the_fingerprint(copied, tiny_base, name, before, after):
+    text = (copied / name).read_text()
+    assert before in text
+    (copied / name).write_text(text.replace(before, after))
+    assert fingerprint(copied) != tiny_base.fingerprint
+
+
+def test_what_says_nothing_of_answers_does_not(copied, tiny_base):
+    for name in ("README.md", "LICENSE.txt", "pretraining.json", "model.safetensors.index.json"):
+        (copied / name).write_text("{}")
+    settings = json.loads((copied / "config.json").read_text())
+    settings |= {"transformers_version": "9.9", "_name_or_path": "/elsewhere"}
+    (copied / "config.json").write_text(json.dumps(settings))
+    assert fingerprint(copied) == tiny_base.fingerprint
+
+
+def test_what_a_registry_hands_out_is_the_same_base(copied, tiny_base, tmp_path):
+    (tmp_path / "registered").mkdir()
+    for file in files_of(copied):
+        shutil.copy(file, tmp_path / "registered")
+    assert fingerprint(tmp_path / "registered") == tiny_base.fingerprint
+
+
+def test_a_broken_configuration_is_named(copied):
+    (copied / "processor_config.json").write_text('{"image')
+    with pytest.raises(BaseError, match=r"processor_config\.json: not valid JSON.*copy or download"):
+        fingerprint(copied)

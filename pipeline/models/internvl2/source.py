@@ -16,11 +16,13 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from pipeline.errors import UserError
+
 DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
 """Kinds of numbers that are converted, by their names in safetensors files; anything else is quantised."""
 
 
-class ConversionError(ValueError):
+class ConversionError(UserError):
     """A folder that cannot be converted; the message names file, field or tensor, and remedy."""
 
 

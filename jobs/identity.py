@@ -1,0 +1,76 @@
+"""What results are named by: everything that they depend on, and nothing of how they were computed.
+
+A result is found again by its name, so whatever changes it must be part of the name. Names are built of each other: base and
+rows at the bottom, encoded rows, base prompts and experts of both, pools of experts, evaluations of pools.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+from pipeline.config import LearnConfig, RouterConfig, SourceConfig, TaskConfig, digest
+from pipeline.streams import sources
+
+GENERAL_PROMPT = "{question}"
+"""Template around the questions of the general sample."""
+
+CHOOSING = {"kind", "token_scores", "top_k", "short_list", "temperature", "null_components"}
+"""Router settings that say how experts are chosen; all others have a part in what an expert is."""
+
+
+@dataclass(frozen=True)
+class Identity:
+    """Names the results of a configuration; `fingerprint` is that of the base's files."""
+
+    config: LearnConfig
+    fingerprint: str
+    data_folder: Path
+    """Where the rows that ship with the project are."""
+
+    @cached_property
+    def base(self) -> str:
+        """The frozen model as it is loaded: its files, precision and kernels round differently, code of the checkpoint."""
+        return digest(
+            self.fingerprint, self.config.base.model_dump(include={"dtype", "attention", "trust_remote_code"})
+        )
+
+    def rows(self, source: SourceConfig, prompt: str) -> str:
+        """The rows of a source: which of them are used, and what is asked and shown."""
+        data = self.config.data.model_dump(include={"max_tokens", "max_pixels"})
+        return digest(sources.fingerprint(source, self.data_folder), prompt, data, self.config.base.max_tiles)
+
+    def encoded_rows(self, source: SourceConfig, prompt: str, *, answer: bool, metric: str | None) -> str:
+        """Rows as this base reads them; rows that `metric` cannot score are set aside."""
+        return digest(self.rows(source, prompt), self.base, answer, metric)
+
+    def training_rows(self, task: TaskConfig) -> str:
+        """The rows that a task's expert learns from."""
+        assert task.train is not None, "checked where configurations are read"
+        return self.rows(task.train, task.prompt)
+
+    def expert(self, task: TaskConfig) -> str:
+        """The expert of a task."""
+        config = self.config
+        router = config.router.model_dump(exclude=CHOOSING)
+        machine = config.training.model_dump(include={"workers", "zero_stage", "precision", "micro_batch"})
+        rows = self.training_rows(task)
+        return digest(task.name, rows, self.base, config.seed, config.expert, router, machine, config.data.by_length)
+
+    @cached_property
+    def base_prompts(self) -> str | None:
+        """What is read of the general sample; None where the stream has none."""
+        general, config = self.config.stream.general, self.config
+        if general is None:
+            return None
+        router = config.router.model_dump(exclude=CHOOSING - {"null_components"} | {"steps", "learning_rate"})
+        return digest(self.rows(general, GENERAL_PROMPT), self.base, router, config.expert.target_modules)
+
+    def pool(self, experts: Sequence[str], router: RouterConfig) -> str:
+        """A pool of experts, given by their names in order of arrival."""
+        return digest(self.base, router, list(experts), self.base_prompts)
+
+    def evaluation(self, tasks: Sequence[TaskConfig], pool: str, mode: str) -> str:
+        """The answers of a pool to the prompts of these tasks, and their scores."""
+        asked = [(task.name, self.rows(task.eval, task.prompt), task.metric) for task in tasks]
+        return digest(asked, self.base, pool, mode, self.config.evaluation)

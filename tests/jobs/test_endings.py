@@ -1,0 +1,89 @@
+"""How jobs end before they are done: mistakes, errors from outside, signals."""
+
+import errno
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from mlflow.exceptions import MlflowException
+
+from jobs.endings import OutsideError, outside_errors
+from jobs.options import user_errors
+from jobs.terminal import Terminal, methods_table
+from pipeline.config import ConfigError
+
+SLEEPER = """
+import os, signal, time
+from jobs.options import user_errors
+with user_errors():
+    try:
+        print("ready", flush=True)
+        time.sleep(60)
+    finally:
+        print("cleaning up", flush=True)
+        {cleaning}
+"""
+
+
+@pytest.mark.parametrize(
+    ("number", "cleaning", "code"),
+    [(signal.SIGINT, "pass", 130), (signal.SIGTERM, "pass", 143), (signal.SIGINT, "time.sleep(60)", 130)],
+)
+def test_a_signal_unwinds_the_job_and_a_second_ends_it(number: int, cleaning: str, code: int) -> None:
+    command = [sys.executable, "-c", SLEEPER.format(cleaning=cleaning)]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    assert process.stdout.readline() == "ready\n"
+    process.send_signal(number)
+    assert process.stdout.readline() == "cleaning up\n"
+    if cleaning != "pass":
+        process.send_signal(number)
+    assert process.wait(timeout=30) == code
+    assert process.stderr is not None
+    assert process.stderr.read() == ""
+
+
+def test_handlers_are_as_before() -> None:
+    before = signal.getsignal(signal.SIGTERM)
+    with user_errors():
+        assert signal.getsignal(signal.SIGTERM) != before
+    assert signal.getsignal(signal.SIGTERM) == before
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "/runs/x"), "/runs/x: No space left .*make room or choose"),
+        (PermissionError(errno.EACCES, "Permission denied", "/runs/x"), "/runs/x: Permission denied; .*permissions"),
+        (OSError(errno.EROFS, "Read-only file system", "/runs/x"), "/runs/x: Read-only.*another `output`"),
+        (MlflowException("API request failed\nwith a stack"), r"MLflow: API request failed; is registry\.uri right"),
+    ],
+)
+def test_errors_from_outside_are_one_message_with_a_log(tmp_path: Path, error: Exception, said: str) -> None:
+    with pytest.raises(OutsideError, match=said) as raised, outside_errors(tmp_path):
+        raise error
+    assert str(tmp_path / "error.log") in str(raised.value)
+    assert "Traceback" in (tmp_path / "error.log").read_text()
+
+
+def test_a_mistake_of_the_user_is_a_message(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended, user_errors():
+        raise ConfigError("expert.rank: too large")
+    assert ended.value.code == 2
+    assert capsys.readouterr().err == "error: expert.rank: too large\n"
+
+
+def test_an_own_mistake_keeps_its_traceback() -> None:
+    with pytest.raises(AssertionError), user_errors():
+        raise AssertionError
+
+
+def test_methods_without_foundation_have_a_dash() -> None:
+    figures = {"new": 0.5, "foundation": None, "samples": 3, "seconds": 1.0}
+    terminal = Terminal()
+    with terminal.console.capture() as shown:
+        terminal.console.print(methods_table({"base": figures}))
+    assert " - " in shown.get()

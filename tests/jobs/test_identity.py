@@ -1,0 +1,80 @@
+"""Whatever changes a result changes its name, and nothing else does."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from jobs.identity import Identity
+from pipeline.config import LearnConfig, load_config
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> Path:
+    row = {"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "ho"}]}
+    (tmp_path / "rows.jsonl").write_text(json.dumps(row) + "\n")
+    source = str(tmp_path / "rows.jsonl")
+    settings = {"stream": {"tasks": [{"name": "hum", "train": source, "eval": source}], "general": source}}
+    (tmp_path / "stream.yaml").write_text(json.dumps(settings))
+    return tmp_path / "stream.yaml"
+
+
+def names(config: Path, *overrides: str, fingerprint: str = "f") -> dict[str, str | None]:
+    settings = load_config(config, overrides, LearnConfig)
+    identity = Identity(settings, fingerprint, config.parent / "data")
+    (task,) = settings.stream.tasks
+    return {
+        "expert": identity.expert(task),
+        "base prompts": identity.base_prompts,
+        "rows": identity.encoded_rows(task.eval, task.prompt, answer=False, metric=task.metric),
+        "pool": identity.pool(["e"], settings.router),
+        "evaluation": identity.evaluation([task], "p", "routed"),
+    }
+
+
+def changed(config: Path, *overrides: str, fingerprint: str = "f") -> set[str]:
+    before, after = names(config), names(config, *overrides, fingerprint=fingerprint)
+    return {what for what, name in before.items() if after[what] != name}
+
+
+EVERYTHING = {"expert", "base prompts", "rows", "pool", "evaluation"}
+
+
+@pytest.mark.parametrize(
+    "override",
+    ["base.dtype=bfloat16", "base.attention=eager", "base.max_tiles=2", "data.max_pixels=1000", "data.max_tokens=64"],
+)
+def test_how_a_base_reads_names_all_that_comes_of_it(config: Path, override: str) -> None:
+    assert changed(config, override) == EVERYTHING
+
+
+def test_another_base_names_everything(config: Path) -> None:
+    assert changed(config, fingerprint="g") == EVERYTHING
+
+
+@pytest.mark.parametrize(
+    ("override", "what"),
+    [
+        ("expert.rank=4", {"expert"}),
+        ("seed=3", {"expert"}),
+        ("router.statistics_rows=64", {"expert", "base prompts", "pool"}),
+        ("router.null_components=3", {"base prompts", "pool"}),
+        ("router.temperature=2", {"pool"}),
+        ("evaluation.limit=1", {"evaluation"}),
+        ("data.by_length=true", {"expert"}),
+    ],
+)
+def test_a_setting_names_what_depends_on_it(config: Path, override: str, what: set[str]) -> None:
+    assert changed(config, override) == what
+
+
+@pytest.mark.parametrize("override", ["data.readers=1", "data.cache=none", "training.threads=1"])
+def test_how_it_is_computed_names_nothing(config: Path, override: str) -> None:
+    assert not changed(config, override)
+
+
+def test_the_metric_names_the_rows_that_it_can_score(config: Path) -> None:
+    identity = Identity(load_config(config, [], LearnConfig), "f", config.parent)
+    (task,) = identity.config.stream.tasks
+    keys = {identity.encoded_rows(task.eval, task.prompt, answer=False, metric=m) for m in ("mmbench", "anls")}
+    assert len(keys) == 2
