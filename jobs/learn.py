@@ -6,7 +6,6 @@ For each task: train an expert and its routing vectors from this task's data alo
 evaluate the pool on all tasks seen and on what the base could do before. Stopped at any moment, the same command goes on.
 """
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from time import monotonic
@@ -15,7 +14,7 @@ from typing import Any
 import mlflow
 
 from jobs.options import Address, ConfigFile, Overrides, job_command, load, user_errors
-from jobs.stream_run import Stopwatch, StreamRun, open_run, write_json
+from jobs.stream_run import Stopwatch, StreamRun, open_run, read_json, write_json
 from jobs.summary import learned, now, provenance, task_figures
 from jobs.terminal import table
 from pipeline.config import TaskConfig
@@ -24,7 +23,7 @@ from pipeline.evaluation.report import write_report
 from pipeline.registry.experts import download_expert, find_expert, register_expert
 from pipeline.registry.pools import pool_name, register_pool
 from pipeline.registry.tracking import log_batch, log_dataset, ui_command
-from pipeline.routing.expert import Expert
+from pipeline.routing.expert import Expert, ExpertError
 from pipeline.routing.pool import Pool
 
 
@@ -84,10 +83,10 @@ def _expert(run: StreamRun, task: TaskConfig) -> tuple[Expert, Any, dict[str, An
     folder, file = run.folder / "experts" / task.name, run.folder / "state" / f"task-{key}.json"
     version = find_expert(label, key)
     if version is not None and file.exists():
-        if not folder.exists() or Expert.load(folder).card.config_digest != key:
+        if not _holds(folder, key):
             download_expert(label, int(version.version), folder)
         run.terminal.say(f"  learned before, version {version.version} of {label}.experts")
-        return Expert.load(folder), version, json.loads(file.read_text())
+        return Expert.load(folder), version, read_json(file)
     _ = run.worker_env  # made once a node: no part of what learning a task takes
     started = monotonic()
     with run.terminal.working(f"reading {task.name}"):
@@ -105,7 +104,15 @@ def _expert(run: StreamRun, task: TaskConfig) -> tuple[Expert, Any, dict[str, An
     figures = trained.figures | {"seconds": monotonic() - started, "quarantined": quarantined}
     write_json(file, task_figures(run, task.name, figures))
     run.release(task)
-    return expert, version, json.loads(file.read_text())
+    return expert, version, read_json(file)
+
+
+def _holds(folder: Path, key: str) -> bool:
+    """Whether a folder holds the expert of this name, undamaged."""
+    try:
+        return Expert.load(folder).card.config_digest == key
+    except ExpertError:
+        return False
 
 
 def publish(run: StreamRun, summary: dict[str, Any]) -> Path:
@@ -138,7 +145,7 @@ def _with_comparison(run: StreamRun, summary: dict[str, Any]) -> dict[str, Any]:
     file = run.folder / "summary.json"
     if not file.exists():
         return summary
-    before = json.loads(file.read_text())
+    before = read_json(file)
     same = before.get("accuracy_matrix") == summary["accuracy_matrix"] and "methods" in before
     return before if same else summary
 

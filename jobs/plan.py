@@ -104,17 +104,17 @@ def main(
         )
         changes = advice(plan)
         figures = summary(plan, gpu_name(settings, gpu), changes)
-    figures = {
-        "name": settings.name,
-        "command": command_line(),
-        "seed": settings.seed,
-        "git_commit": git_commit(),
-        "started": started.isoformat(timespec="seconds"),
-        "versions": {package: version(package) for package in PACKAGES},
-        **figures,
-    }
-    file = (output or Path("runs") / settings.name) / "plan.json"
-    write_json(file, figures)
+        figures = {
+            "name": settings.name,
+            "command": command_line(),
+            "seed": settings.seed,
+            "git_commit": git_commit(),
+            "started": started.isoformat(timespec="seconds"),
+            "versions": {package: version(package) for package in PACKAGES},
+            **figures,
+        }
+        file = (output or Path("runs") / settings.name) / "plan.json"
+        write_json(file, figures)
     if as_json:
         typer.echo(json.dumps(figures, indent=1))
         return

@@ -23,6 +23,7 @@ from jobs.endings import outside_errors
 from jobs.identity import GENERAL_PROMPT, Identity
 from jobs.terminal import Terminal
 from pipeline.config import LearnConfig, SourceConfig, TaskConfig, digest
+from pipeline.errors import stored_file
 from pipeline.evaluation.evaluate import Evaluation, Prediction, evaluate
 from pipeline.models.checkpoints import checkpoint, fingerprint
 from pipeline.models.inference import InferenceWorkers
@@ -39,6 +40,9 @@ GENERAL = "general"
 """Name of the general sample among the prompts; tasks may not bear it."""
 
 PREPARING = "preparing DeepSpeed (once on a machine, up to a minute)"
+
+REMADE = "delete this file, and the same command makes it anew"
+"""What to do about a damaged file of a run."""
 
 SPARE_CPUS = 2
 """Logical CPUs that must be free beside training, for Ray Data."""
@@ -139,8 +143,9 @@ class StreamRun:
                 )
             write_tensors(file.with_suffix(".draft"), statistics_tensors(statistics) | evidence_tensors(evidence))
             file.with_suffix(".draft").rename(file)
-        tensors = load_file(file)
-        return {"null": statistics_of(tensors), "null_evidence": evidence_of(tensors)}
+        with stored_file(file, REMADE):
+            tensors = load_file(file)
+            return {"null": statistics_of(tensors), "null_evidence": evidence_of(tensors)}
 
     # Training
 
@@ -208,7 +213,8 @@ class StreamRun:
                     mode=mode,
                 )
             write_json(file, [asdict(prediction) for prediction in result.predictions])
-        return Evaluation([Prediction(**prediction) for prediction in json.loads(file.read_text())])
+        with stored_file(file, REMADE):
+            return Evaluation([Prediction(**prediction) for prediction in json.loads(file.read_text())])
 
     def _state(self, name: str) -> Path:
         folder = self.folder / "state"
@@ -255,6 +261,15 @@ def open_run(config: LearnConfig, *, job: str) -> Iterator[StreamRun]:
             raise
 
 
+def read_json(file: Path) -> dict[str, Any]:
+    """Reads an object that `write_json` wrote; raises StoredFileError where it is damaged."""
+    with stored_file(file, REMADE):
+        value = json.loads(file.read_text())
+        if not isinstance(value, dict):
+            raise TypeError(f"an object was expected, found {type(value).__name__}")
+        return value
+
+
 def write_json(file: Path, value: Any) -> None:
     """Writes a JSON file, all of it or nothing."""
     file.parent.mkdir(parents=True, exist_ok=True)
@@ -268,7 +283,8 @@ class Stopwatch:
 
     def __init__(self, file: Path) -> None:
         self._file = file
-        self._before = float(json.loads(file.read_text())["seconds"]) if file.exists() else 0.0
+        with stored_file(file, REMADE):
+            self._before = float(json.loads(file.read_text())["seconds"]) if file.exists() else 0.0
         self._started = time.monotonic()
 
     def lap(self) -> float:

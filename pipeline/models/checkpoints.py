@@ -13,10 +13,11 @@ from pathlib import Path
 from typing import Any
 
 import fsspec
+from safetensors import safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from pipeline.config import BaseModelConfig, without_secrets
-from pipeline.errors import UserError
+from pipeline.errors import UserError, stored_file
 from pipeline.locks import file_lock
 from pipeline.models.tiny import TINY_BASE
 
@@ -193,7 +194,7 @@ def fingerprint(folder: Path) -> str:
     """Returns 16 hex digits over all files that decide what a base answers (reads all of them: about 1 s a GB).
 
     Weights, configuration, tokenizer, chat template, processor: the same files give the same digits wherever they lie.
-    Raises BaseError for a configuration that is not JSON.
+    Raises BaseError that names a damaged file.
     """
     files = [file for file in files_of(folder) if any(fnmatch(file.name, pattern) for pattern in DECISIVE)]
     return _fingerprint(tuple((file, file.stat().st_size, file.stat().st_mtime_ns) for file in files))
@@ -205,21 +206,23 @@ def _fingerprint(files: tuple[tuple[Path, int, int], ...]) -> str:
     digest = hashlib.sha256()
     for file, _, _ in files:
         digest.update(file.name.encode())
-        if file.name.endswith("config.json"):
-            digest.update(_settings(file))
-            continue
-        with file.open("rb") as stream:
-            while block := stream.read(1 << 22):
-                digest.update(block)
+        with stored_file(file, "copy or download the base again", BaseError):
+            if file.name.endswith("config.json"):
+                digest.update(_settings(file))
+                continue
+            if file.suffix == ".json":
+                json.loads(file.read_bytes())
+            if file.suffix == ".safetensors":
+                safe_open(file, "pt").keys()  # checks the length, too
+            with file.open("rb") as stream:
+                while block := stream.read(1 << 22):
+                    digest.update(block)
     return digest.hexdigest()[:16]
 
 
 def _settings(file: Path) -> bytes:
     """Returns what a configuration says, without who wrote it and where: transformers notes both when it saves."""
-    try:
-        values = json.loads(file.read_text(encoding="utf-8"), object_hook=_without_origin)
-    except ValueError as error:
-        raise BaseError(f"base.path: {file}: not valid JSON: {error}; copy or download the base again") from None
+    values = json.loads(file.read_text(encoding="utf-8"), object_hook=_without_origin)
     return json.dumps(values, sort_keys=True).encode()
 
 

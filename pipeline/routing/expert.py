@@ -18,11 +18,13 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 
 from pipeline.config import Config
-from pipeline.errors import UserError
+from pipeline.errors import UserError, stored_file
 from pipeline.routing.statistics import PromptStatistics
 
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 ROUTER_WEIGHTS, CARD = "router.safetensors", "expert.json"
+REMEDY = "copy the folder again, or delete it and train the task again"
+"""What to do about an expert's damaged file."""
 _KEY = re.compile(r"^base_model\.model\.(?P<path>.+)\.lora_(?P<half>[AB])\.weight$")
 
 
@@ -108,10 +110,13 @@ class Expert:
             if not (folder / name).is_file():
                 raise ExpertError(f"{folder}: {name} is missing; a complete expert has it (train the task again?)")
         config, adapters = load_adapters(folder)
-        router = load_file(folder / ROUTER_WEIGHTS)
+        with stored_file(folder / ROUTER_WEIGHTS, REMEDY, ExpertError):
+            router = load_file(folder / ROUTER_WEIGHTS)
+            statistics, evidence = statistics_of(router), evidence_of(router)
         vectors = {key.removeprefix("vector."): value for key, value in router.items() if key.startswith("vector.")}
-        card = ExpertCard.model_validate_json((folder / CARD).read_text())
-        return cls(card, config, adapters, vectors, statistics_of(router), evidence_of(router))
+        with stored_file(folder / CARD, REMEDY, ExpertError):
+            card = ExpertCard.model_validate_json((folder / CARD).read_text())
+        return cls(card, config, adapters, vectors, statistics, evidence)
 
     def check_trained(self) -> None:
         """Raises ExpertError if the expert learned nothing (every B zero) or holds a value that is not finite."""
@@ -126,18 +131,21 @@ class Expert:
 
 
 def load_adapters(folder: str | Path) -> tuple[dict[str, Any], dict[str, Adapter]]:
-    """Reads a stock PEFT LoRA folder: its configuration and the adapters by module path."""
+    """Reads a stock PEFT LoRA folder: its configuration and the adapters by module path; raises ExpertError."""
     folder = Path(folder)
-    config = json.loads((folder / ADAPTER_CONFIG).read_text())
+    with stored_file(folder / ADAPTER_CONFIG, REMEDY, ExpertError):
+        config = json.loads((folder / ADAPTER_CONFIG).read_text())
+        scaling = config["lora_alpha"] / (config["r"] ** 0.5 if config.get("use_rslora") else config["r"])
     unsupported = [key for key in ("use_dora", "modules_to_save", "rank_pattern", "alpha_pattern") if config.get(key)]
     if config.get("peft_type") != "LORA" or unsupported or config.get("bias", "none") != "none":
         raise ExpertError(
             f"{folder / ADAPTER_CONFIG}: only plain LoRA can be routed; found peft_type {config.get('peft_type')!r}, "
             f"bias {config.get('bias')!r}, {', '.join(unsupported) or 'nothing else unusual'}"
         )
-    scaling = config["lora_alpha"] / (config["r"] ** 0.5 if config.get("use_rslora") else config["r"])
+    with stored_file(folder / ADAPTER_WEIGHTS, REMEDY, ExpertError):
+        weights = load_file(folder / ADAPTER_WEIGHTS)
     halves: dict[str, dict[str, Tensor]] = {}
-    for key, tensor in load_file(folder / ADAPTER_WEIGHTS).items():
+    for key, tensor in weights.items():
         match = _KEY.match(key)
         if match is None:
             raise ExpertError(f"{folder / ADAPTER_WEIGHTS}: unexpected tensor {key!r}; only LoRA A and B are known")

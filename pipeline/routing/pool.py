@@ -4,11 +4,10 @@ import shutil
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
-from pydantic import ValidationError
 from safetensors.torch import load_file
 
 from pipeline.config import Config, RouterConfig
-from pipeline.errors import UserError
+from pipeline.errors import UserError, stored_file
 from pipeline.routing.expert import (
     Expert,
     evidence_of,
@@ -20,6 +19,8 @@ from pipeline.routing.expert import (
 from pipeline.routing.statistics import PromptStatistics
 
 CARD, NULL = "pool.json", "null.safetensors"
+REMEDY = "copy the whole folder again, or learn the stream again"
+"""What to do about a pool's damaged file."""
 
 
 class PoolError(UserError):
@@ -142,15 +143,14 @@ class Pool:
             raise PoolError(
                 f"{folder}: no {CARD}, so not a pool folder; `pointsman learn` writes one to runs/<name>/pool"
             )
-        try:
+        with stored_file(folder / CARD, REMEDY, PoolError):
             card = PoolCard.model_validate_json((folder / CARD).read_text())
-        except ValidationError as error:
-            raise PoolError(f"{folder / CARD}: not a pool of this version: {error}; learn the stream again") from None
         if card.null and not (folder / NULL).is_file():
             raise PoolError(f"{folder}: {NULL} is missing, which {CARD} says is there; copy the whole folder")
         experts = [Expert.load(folder / "experts" / name) for name in card.experts]
         if not card.null:
             return cls(card.base_label, card.base_fingerprint, card.router, experts)
-        tensors = load_file(folder / NULL)
-        null, evidence = statistics_of(tensors), evidence_of(tensors)
+        with stored_file(folder / NULL, REMEDY, PoolError):
+            tensors = load_file(folder / NULL)
+            null, evidence = statistics_of(tensors), evidence_of(tensors)
         return cls(card.base_label, card.base_fingerprint, card.router, experts, null, evidence)

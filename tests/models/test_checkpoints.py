@@ -160,7 +160,23 @@ def test_what_a_registry_hands_out_is_the_same_base(copied, tiny_base, tmp_path)
     assert fingerprint(tmp_path / "registered") == tiny_base.fingerprint
 
 
-def test_a_broken_configuration_is_named(copied):
-    (copied / "processor_config.json").write_text('{"image')
-    with pytest.raises(BaseError, match=r"processor_config\.json: not valid JSON.*copy or download"):
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("processor_config.json", b'{"image'),
+        ("tokenizer.json", b""),
+        ("config.json", b"\xff\xfe"),
+        ("model.safetensors", b"\x10\0\0\0\0\0\0\0{}"),
+    ],
+)
+def test_a_damaged_file_is_named(copied, name, content):
+    (copied / name).write_bytes(content)
+    with pytest.raises(BaseError, match=rf"{name}: damaged.*copy or download the base again"):
+        fingerprint(copied)
+
+
+def test_weights_that_were_cut_off_are_named(copied):
+    weights = (copied / "model.safetensors").read_bytes()
+    (copied / "model.safetensors").write_bytes(weights[: len(weights) // 2])
+    with pytest.raises(BaseError, match=r"model\.safetensors: damaged"):
         fingerprint(copied)

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from pipeline.config import RouterConfig
+from pipeline.errors import UserError
 from pipeline.routing import ExpertError, Pool, PoolError, PromptStatistics
 from pipeline.routing.expert import Adapter
 from pipeline.routing.prompt_router import PromptRouter
@@ -136,3 +137,25 @@ def test_an_incomplete_folder_names_what_is_missing(experts, null, tmp_path, los
     (folder / lost).unlink()
     with pytest.raises((PoolError, ExpertError), match=said):
         Pool.load(folder)
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"\xff\xfe\0", b"[]", b"\x10\0\0\0\0\0\0\0{}"], ids=repr)
+@pytest.mark.parametrize(
+    "file",
+    [
+        "pool.json", "null.safetensors", "experts/digits/expert.json", "experts/digits/router.safetensors",
+        "experts/digits/adapter_config.json", "experts/digits/adapter_model.safetensors",
+    ],
+)  # fmt: skip
+def test_a_damaged_file_is_named_with_a_remedy(experts, null, tmp_path, file, content):
+    folder = make_pool(experts, null).save(tmp_path / "pool")
+    (folder / file).write_bytes(content)
+    with pytest.raises(UserError, match=rf"{file}: damaged, or of another version: .*; copy the (whole )?folder again"):
+        Pool.load(folder)
+
+
+def test_a_file_that_was_cut_off_is_named(experts, null, tmp_path):
+    file = make_pool(experts, null).save(tmp_path / "pool") / "experts/digits/adapter_model.safetensors"
+    file.write_bytes(file.read_bytes()[:-100])
+    with pytest.raises(UserError, match=r"adapter_model\.safetensors: damaged"):
+        Pool.load(tmp_path / "pool")
