@@ -33,7 +33,7 @@ def main(
     base: BasePath = "tiny",
     router: Kind = None,
     picture: Picture = Path("explanation.png"),
-    max_new_tokens: Annotated[int, typer.Option(help="Longest answer in tokens.")] = 64,
+    max_new_tokens: Annotated[int, typer.Option(help="Longest answer in tokens.", min=1)] = 64,
 ) -> None:
     """Explain an answer: experts by likelihood and distance, and a picture of who took part in which token."""
     with user_errors():
@@ -63,9 +63,9 @@ def main(
         inputs = collate_for(model.processor, [row], "left")
         del inputs["labels"]
         (explanation,) = explain(routed, inputs)
-    tokens = [model.processor.tokenizer.decode([token]) for token in row.input_ids.tolist()]
-    picture.parent.mkdir(parents=True, exist_ok=True)
-    routing_of_a_prompt(explanation, tokens).savefig(picture, dpi=150, facecolor="white")
+        tokens = [model.processor.tokenizer.decode([token]) for token in row.input_ids.tolist()]
+        picture.parent.mkdir(parents=True, exist_ok=True)
+        routing_of_a_prompt(explanation, tokens).savefig(picture, format="png", dpi=150, facecolor="white")
     show(Terminal(), answer, explanation)
     typer.echo(f"picture    {picture.resolve()}")
 
