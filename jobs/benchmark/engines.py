@@ -24,7 +24,7 @@ from pipeline.config import ConfigError
 from pipeline.models.tiny import TINY_BASE
 from pipeline.routing.evidence import Hearing
 from pipeline.routing.features import feature_width, project, prompt_features
-from pipeline.routing.layer import RoutedLinear, Slot
+from pipeline.routing.layer import Current, LinearExperts, PoolExperts, RoutedLinear, Running, Slot
 from pipeline.routing.prompt_router import PromptRouter
 from pipeline.routing.route import Router, RoutingState
 from pipeline.routing.statistics import PromptStatistics
@@ -165,15 +165,19 @@ class Engine:
     def hold(self) -> None:
         """Turns from reading the prompt to decoding."""
 
+    def forget(self) -> None:
+        """Forgets what a single Linear chose when it read the prompt."""
+
     def step(self, tokens: int) -> Step:
         """Returns the step of prefill (all tokens of the prompt) or of decoding (one)."""
         setup, decoding = self.setup, tokens == 1
         if not setup.is_model:
             self.begin()
             if decoding:
+                self.module(setup.prompt_BTD, **self.more)
                 self.hold()
             x_BTD = setup.next_BTD if decoding else setup.prompt_BTD
-            return Step(lambda: self.module(x_BTD, **self.more), lambda: None)
+            return Step(lambda: self.module(x_BTD, **self.more), (lambda: None) if decoding else self.forget)
         if not self.caches:
             seen_BTD = torch.cat([setup.prompt_BTD, setup.next_BTD], dim=1) if decoding else setup.prompt_BTD
             return Step(lambda: self._read(seen_BTD, None), lambda: None)
@@ -205,32 +209,41 @@ class Routed(Engine):
     """The base with this project's routed Linears."""
 
     def __init__(self, setup: Setup, experts: int, router: Router) -> None:
-        module, state = setup.copy(), RoutingState(experts)
+        module, self.current, by_path = setup.copy(), Current([]), {}
+        last = None
         for path, linear in setup.linears.items():
             vectors_ED = torch.randn(experts, linear.in_features)
             slots = [Slot(e, *setup.weights(path, e), ALPHA / RANK, vectors_ED[e]) for e in range(experts)]
-            module.set_submodule(path, RoutedLinear(linear, state, path, slots))
+            hearing = Hearing(last)
+            if not path.endswith(SHARING):
+                # So little evidence that all on the list keep a weight: the dearest case.
+                vector_CD = 1e-4 * torch.randn(experts + 1, linear.in_features)
+                hearing = Hearing(last, torch.arange(experts + 1), vector_CD, torch.zeros(experts + 1))
+                last = path
+            by_path[path] = LinearExperts.stacked(linear, slots, experts, hearing)
+            module.set_submodule(path, RoutedLinear(linear, self.current, path))
         super().__init__(setup, module)
-        last = None
-        for path, linear in setup.linears.items():
-            routed = module.get_submodule(path)
-            if path.endswith(SHARING):
-                routed.hearing = Hearing(last)
-                continue
-            # So little evidence that all on the list keep a weight: the dearest case.
-            vector_CD = 1e-4 * torch.randn(experts + 1, linear.in_features)
-            routed.hearing = Hearing(last, torch.arange(experts + 1), vector_CD, torch.zeros(experts + 1))
-            last = path
-        self.state, self.router = state, router
+        self.experts, self.number, self.router = PoolExperts(by_path), experts, router
+
+    @property
+    def state(self) -> RoutingState:
+        """What the Linears share."""
+        assert self.current.running is not None
+        return self.current.running.state
 
     def begin(self) -> None:
         """Decides as a routed base does: takes the features down, routes, notes which tokens are real."""
         route = self.router.route(self.setup.features())
-        self.state.begin(route, self.setup.image_BT | self.setup.text_BT)
+        state = RoutingState(self.number, route, self.setup.image_BT | self.setup.text_BT)
+        self.current.running = Running(state, self.experts, self.current)
 
     def hold(self) -> None:
         """Keeps the decision."""
-        self.state.tokens_BT = None
+        self.state.decode()
+
+    def forget(self) -> None:
+        """Lets the Linear weigh the experts anew."""
+        self.state.held.clear()
 
 
 class Uncached(Engine):

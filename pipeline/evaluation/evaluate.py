@@ -195,9 +195,10 @@ class Predictor(FrozenBase):
         if forced is not None:
             with self.routed.forced(None if forced == BASE else forced):
                 return self.answer(rows, self.max_new_tokens), [forced] * len(rows), nothing
-        texts = self.answer(rows, self.max_new_tokens)
-        chosen = [decision.expert or BASE for decision in self.routed.decisions]
-        why = [in_short(candidates) for candidates in weighed(self.routed, limit=SHOWN)]
+        with self.routed.call() as call:
+            texts = self.answer(rows, self.max_new_tokens)
+        chosen = [decision.expert or BASE for decision in call.decisions]
+        why = [in_short(candidates) for candidates in weighed(call, limit=SHOWN)]
         return texts, chosen, why or nothing
 
 

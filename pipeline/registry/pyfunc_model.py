@@ -71,8 +71,9 @@ class RoutedPool(mlflow.pyfunc.PythonModel):
         model = self.routed.model
         for start in range(0, len(rows), size):
             batch = rows[start : start + size]
-            answers += generate_answers(model, self.processor, batch, max_new_tokens=tokens, device=model.device)
-            experts += [decision.expert or BASE for decision in self.routed.decisions]
+            with self.routed.call() as call:
+                answers += generate_answers(model, self.processor, batch, max_new_tokens=tokens, device=model.device)
+            experts += [decision.expert or BASE for decision in call.decisions]
         return pd.DataFrame({"answer": answers, "expert": experts}, index=model_input.index, dtype=object)
 
 

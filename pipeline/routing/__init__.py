@@ -4,18 +4,21 @@ Knows torch and PEFT's file format; knows nothing of Ray, MLflow or DeepSpeed. F
 
     pool = Pool.load("runs/demo/pool")
     routed = RoutedModel(model, pool)
-    routed.model.generate(**inputs)          # the router has chosen
-    routed.decisions                         # whom, for every row
+    with routed.call() as call:
+        routed.model.generate(**inputs)      # the router has chosen
+    call.decisions                           # whom, for every row
     routed.load(pool.remove("clock"))        # another pool, the same model
     insight.explain(routed, inputs)          # why
 """
 
+from pipeline.routing.call import Call, Decision
 from pipeline.routing.expert import Expert, ExpertCard, ExpertError
 from pipeline.routing.pool import Pool, PoolCard, PoolError
-from pipeline.routing.routed_model import Decision, RoutedModel
+from pipeline.routing.routed_model import RoutedModel
 from pipeline.routing.statistics import PromptStatistics
 
 __all__ = [
+    "Call",
     "Decision",
     "Expert",
     "ExpertCard",

@@ -10,9 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pipeline.routing.call import Call, Decision
 from pipeline.routing.pool import PoolError
 from pipeline.routing.route import NOBODY
-from pipeline.routing.routed_model import Decision, RoutedModel
+from pipeline.routing.routed_model import RoutedModel
 
 
 @dataclass(frozen=True)
@@ -77,14 +78,15 @@ def _excess(candidate: Candidate) -> float:
 
 
 @torch.inference_mode()
-def weighed(routed: RoutedModel, *, limit: int = 10) -> list[tuple[Candidate, ...]]:
-    """Returns whom the routers weighed for each prompt that the model read last, likeliest first.
+def weighed(call: Call, *, limit: int = 10) -> list[tuple[Candidate, ...]]:
+    """Returns whom the routers weighed for each prompt of a call, likeliest first.
 
     The `limit` likeliest experts, and always the base.
     """
-    pool, prompts, features_BF = routed.pool, routed.prompts, routed.features_BF
-    if features_BF is None or not pool.experts:
+    routers, features_BF = call.routers, call.features_BF
+    if routers is None or features_BF is None or not routers.pool.experts:
         return []
+    pool, prompts = routers.pool, routers.prompts
     features_BF = features_BF.cpu()
     listed_BM, posterior_BM = prompts.short_list(features_BF, len(prompts.experts) + 1)
     scores_BC = prompts.scores(features_BF)
@@ -103,7 +105,7 @@ def weighed(routed: RoutedModel, *, limit: int = 10) -> list[tuple[Candidate, ..
         for e in {e for best in ranked for e in best}
     }
     candidates = []
-    for row, decision in enumerate(routed.decisions):
+    for row, decision in enumerate(call.decisions):
         score = scores_BC[row].tolist()
         found = [
             Candidate(
@@ -128,26 +130,24 @@ def explain(routed: RoutedModel, inputs: Mapping[str, Any], *, limit: int = 10) 
 
     `limit`: how many of the likeliest experts are listed; the base is always listed. Raises PoolError for an empty pool.
     """
-    pool, state = routed.pool, routed.state
-    if not pool.experts:
+    if not routed.pool.experts:
         raise PoolError("the pool is empty: the base answers everything; `pointsman learn` adds experts")
-    state.traces = {}
-    try:
+    with routed.call(traced=True) as call:
         routed.model(**inputs, use_cache=False)
-        traces, votes, tokens_BT = state.traces, state.votes, state.tokens_BT
-    finally:
-        state.traces = None
-    assert tokens_BT is not None
+    assert call.routers is not None
+    assert call.state.tokens_BT is not None
+    names = call.routers.pool.names
+    votes, traces, tokens_BT = call.state.votes, call.state.traces or {}, call.state.tokens_BT
     explanations = []
-    for row, (decision, candidates) in enumerate(zip(routed.decisions, weighed(routed, limit=limit), strict=True)):
+    for row, (decision, candidates) in enumerate(zip(call.decisions, weighed(call, limit=limit), strict=True)):
         kept_T = tokens_BT[row].bool().cpu()
-        whole_E = torch.tensor([decision.weights.get(name, 0.0) for name in pool.names])
+        whole_E = torch.tensor([decision.weights.get(name, 0.0) for name in names])
         weights = {}
-        for path in routed.paths:
+        for path in call.paths:
             if path in traces:
                 weights[path] = traces[path][row].cpu()[kept_T]
             else:
                 own_E = votes[path][row].cpu() if path in votes else whole_E
                 weights[path] = own_E.expand(int(kept_T.sum()), -1)
-        explanations.append(Explanation(decision, candidates, weights, tuple(pool.names)))
+        explanations.append(Explanation(decision, candidates, weights, tuple(names)))
     return explanations

@@ -18,8 +18,9 @@ Experts of different ranks stand side by side; an expert without this Linear cha
 tokens, D and O widths of the Linear, E experts here, M places on a list, R rank, K chosen, S rows, X classes.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+import threading
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -45,8 +46,9 @@ class Slot:
     vector_D: Tensor
 
 
-class RoutedLinear(nn.Module):
-    """A frozen Linear and the experts that adapt it."""
+@dataclass(frozen=True)
+class LinearExperts:
+    """The experts of one pool in one Linear, stacked, in its type and on its device."""
 
     down_SD: Tensor
     """All A, a row of zeros, then all normalised routing vectors."""
@@ -59,74 +61,149 @@ class RoutedLinear(nn.Module):
     """Index in the pool of the experts here."""
     owner_S: Tensor
     """Which of the experts here a row of A belongs to."""
+    starts: tuple[int, ...]
+    """First row of A of each expert here, and the number of them all."""
+    hearing: Hearing = Hearing(None)
 
-    def __init__(self, base: nn.Linear, state: RoutingState, path: str, slots: Sequence[Slot] = ()) -> None:
-        super().__init__()
-        self.base, self.state, self.path = base, state, path
-        self.hearing = Hearing(None)
-        self.held = torch.zeros(1, 0, dtype=torch.long), torch.zeros(1, 0)
-        self.load(slots)
-
-    def load(self, slots: Sequence[Slot]) -> None:
-        """Takes these experts instead of those before."""
-        kind: Any = {"dtype": self.base.weight.dtype, "device": self.base.weight.device}
+    @classmethod
+    def stacked(
+        cls, linear: nn.Linear, slots: Sequence[Slot], pool_size: int, hearing: Hearing | None = None
+    ) -> "LinearExperts":
+        """Stacks what the experts of a pool of `pool_size` do in `linear`."""
         ranks = [len(slot.a_RD) for slot in slots]
-        self.starts = [sum(ranks[:i]) for i in range(len(ranks) + 1)]
-        zero = self.starts[-1]
+        starts = tuple(sum(ranks[:i]) for i in range(len(ranks) + 1))
         vectors = [normalise_vector(slot.vector_D.float())[None] for slot in slots]
-        nothing_D, nothing_O = (torch.zeros(1, size) for size in (self.base.in_features, self.base.out_features))
-        down = torch.cat([*(slot.a_RD.float() for slot in slots), nothing_D, *vectors])
-        up = torch.cat([*(slot.scaling * slot.b_OR.float().T for slot in slots), nothing_O])
-        rows = torch.full((self.state.pool_size + 1, max(ranks, default=0)), zero)
+        nothing_D, nothing_O = (torch.zeros(1, size) for size in (linear.in_features, linear.out_features))
+        rows = torch.full((pool_size + 1, max(ranks, default=0)), starts[-1])
         for i, (slot, rank) in enumerate(zip(slots, ranks, strict=True)):
-            rows[slot.expert, :rank] = torch.arange(self.starts[i], self.starts[i + 1])
-        owners = torch.repeat_interleave(torch.arange(len(slots)), torch.tensor(ranks, dtype=torch.long))
-        tensors = {
-            "down_SD": down.to(**kind),
-            "up_SO": up.to(**kind),
-            "rows_ER": rows.to(kind["device"]),
-            "pool_E": torch.tensor([slot.expert for slot in slots], dtype=torch.long, device=kind["device"]),
-            "owner_S": owners.to(kind["device"]),
-        }
-        for name, tensor in tensors.items():
-            self.register_buffer(name, tensor, persistent=False)
+            rows[slot.expert, :rank] = torch.arange(starts[i], starts[i + 1])
+        return cls(
+            down_SD=torch.cat([*(slot.a_RD.float() for slot in slots), nothing_D, *vectors]),
+            up_SO=torch.cat([*(slot.scaling * slot.b_OR.float().T for slot in slots), nothing_O]),
+            rows_ER=rows,
+            pool_E=torch.tensor([slot.expert for slot in slots], dtype=torch.long),
+            owner_S=torch.repeat_interleave(torch.arange(len(slots)), torch.tensor(ranks, dtype=torch.long)),
+            starts=starts,
+            hearing=hearing or Hearing(None),
+        ).beside(linear)
+
+    def beside(self, linear: nn.Linear) -> "LinearExperts":
+        """Returns the same in the type and on the device of this Linear's weight."""
+        kind: Any = {"dtype": linear.weight.dtype, "device": linear.weight.device}
+        if (self.down_SD.dtype, self.down_SD.device) == (kind["dtype"], kind["device"]):
+            return self
+        device = kind["device"]
+        return replace(
+            self,
+            down_SD=self.down_SD.to(**kind),
+            up_SO=self.up_SO.to(**kind),
+            rows_ER=self.rows_ER.to(device),
+            pool_E=self.pool_E.to(device),
+            owner_S=self.owner_S.to(device),
+            hearing=self.hearing.to(device),
+        )
+
+
+@dataclass(eq=False)
+class PoolExperts:
+    """The experts of one pool in all Linears that they adapt, by path, in the model's order.
+
+    Immutable but for `by_path`'s places: a call ends with the object that it began with, whatever is loaded meanwhile.
+    """
+
+    by_path: dict[str, LinearExperts]
+
+
+@dataclass(frozen=True, eq=False)
+class Running:
+    """A call on its way: its state, and the experts that it began with."""
+
+    state: RoutingState
+    experts: PoolExperts
+    owner: "Current"
+    """Where it runs."""
+
+    def __deepcopy__(self, memo: Mapping[int, Any]) -> "Running":
+        """A copy of a KV cache goes on with the same choices."""
+        return self
+
+
+class Current(threading.local):
+    """Which call the routed Linears of a model work for: each thread has its own.
+
+    A thread without one takes the call that recorded gradients last: autograd computes the activations of checkpointed
+    layers again in threads of its own. So one model serves any number of threads, and trains in one.
+    """
+
+    running: Running | None
+
+    def __init__(self, recorded: list[Running]) -> None:
+        self.running = None
+        self.recorded = recorded
+
+
+class RoutedLinear(nn.Module):
+    """A frozen Linear, and beside it the experts of the call that runs."""
+
+    def __init__(self, base: nn.Linear, current: Current, path: str) -> None:
+        super().__init__()
+        self.base, self.current, self.path = base, current, path
 
     def forward(self, x_BTD: Tensor) -> Tensor:
         """Returns y (B, T, O)."""
         y_BTO = self.base(x_BTD)
-        match self.state.route:
-            case Fixed() as route:
-                return self._listed(x_BTD, y_BTO, route.experts_BM, route.weights_BM)
-            case Weighed() as route:
-                return self._listed(x_BTD, y_BTO, *self._weigh(x_BTD, route))
-            case Free() as route if len(self.pool_E):
-                return self._free(x_BTD, y_BTO, route)
+        running = self.current.running
+        if running is None:
+            if not self.current.recorded:
+                return y_BTO
+            running = self.current.recorded[0]
+        experts, state = running.experts.by_path.get(self.path), running.state
+        if experts is None:
+            return y_BTO
+        match state.route:
+            case Fixed() | Weighed():
+                held = state.held.get(self.path)
+                return self._listed(x_BTD, y_BTO, experts, *(held or self._choose(x_BTD, experts, state)))
+            case Free() as route if len(experts.pool_E):
+                return self._free(x_BTD, y_BTO, experts, state, route)
         return y_BTO
 
-    def _listed(self, x_BTD: Tensor, y_BTO: Tensor, experts_BM: Tensor, weights_BM: Tensor) -> Tensor:
+    def _listed(
+        self, x_BTD: Tensor, y_BTO: Tensor, experts: LinearExperts, rows_BS: Tensor, weights_BS: Tensor
+    ) -> Tensor:
         """Adds the listed experts; their rows are gathered, so that every prompt pays for its own list only."""
-        rows_BS = self.rows_ER[experts_BM].flatten(1)
-        weights_BS = weights_BM.repeat_interleave(self.rows_ER.shape[-1], dim=-1).to(x_BTD.dtype)
         if len(rows_BS) == 1:
             (rows_S,) = rows_BS
-            h_NS = (x_BTD.flatten(0, 1) @ self.down_SD[rows_S].T) * weights_BS
-            return torch.addmm(y_BTO.flatten(0, 1), h_NS, self.up_SO[rows_S]).view_as(y_BTO)
-        h_BTS = torch.bmm(x_BTD, self.down_SD[rows_BS].transpose(1, 2)) * weights_BS.unsqueeze(1)
-        return torch.baddbmm(y_BTO, h_BTS, self.up_SO[rows_BS])
+            h_NS = (x_BTD.flatten(0, 1) @ experts.down_SD[rows_S].T) * weights_BS
+            return torch.addmm(y_BTO.flatten(0, 1), h_NS, experts.up_SO[rows_S]).view_as(y_BTO)
+        h_BTS = torch.bmm(x_BTD, experts.down_SD[rows_BS].transpose(1, 2)) * weights_BS.unsqueeze(1)
+        return torch.baddbmm(y_BTO, h_BTS, experts.up_SO[rows_BS])
 
     @torch.no_grad()
-    def _weigh(self, x_BTD: Tensor, route: Weighed) -> tuple[Tensor, Tensor]:
-        """Weighs the listed experts by the evidence at prefill, and keeps to that: experts and weights (B, M)."""
-        state, follows = self.state, self.hearing.follows
-        if state.tokens_BT is None:
-            return self.held
-        before_BX = None if follows is None else state.evidence[follows]
+    def _choose(self, x_BTD: Tensor, experts: LinearExperts, state: RoutingState) -> tuple[Tensor, Tensor]:
+        """Chooses the rows that take part and their weights (B, S), which the call holds from then on."""
+        if isinstance(state.route, Weighed):
+            experts_BM, weights_BM = self._weigh(x_BTD, experts.hearing, state, state.route)
+        else:
+            assert isinstance(state.route, Fixed)
+            experts_BM = state.on(x_BTD.device, state.route.experts_BM)
+            weights_BM = state.on(x_BTD.device, state.route.weights_BM)
+        rows_BS = experts.rows_ER[experts_BM].flatten(1)
+        weights_BS = weights_BM.repeat_interleave(experts.rows_ER.shape[-1], dim=-1).to(x_BTD.dtype)
+        state.held[self.path] = rows_BS, weights_BS
+        return rows_BS, weights_BS
+
+    def _weigh(self, x_BTD: Tensor, hearing: Hearing, state: RoutingState, route: Weighed) -> tuple[Tensor, Tensor]:
+        """Weighs the listed experts by the evidence of the prompt: experts and weights (B, M)."""
+        assert state.tokens_BT is not None
+        device = x_BTD.device
+        before_BX = None if hearing.follows is None else state.evidence[hearing.follows].to(device)
         # Set, not added up: gradient checkpointing runs a forward pass twice.
-        evidence_BX = add_evidence(self.hearing, before_BX, x_BTD, state.tokens_BT, state.pool_size + 1)
+        evidence_BX = add_evidence(hearing, before_BX, x_BTD, state.on(device, state.tokens_BT), state.pool_size + 1)
         state.evidence[self.path] = evidence_BX
-        experts_BM = route.experts_BM.expand(len(x_BTD), -1)
+        experts_BM = state.on(device, route.experts_BM).expand(len(x_BTD), -1)
         listed_BM = evidence_BX.gather(-1, experts_BM % (state.pool_size + 1))
-        best_BM, place_BM = (listed_BM / route.temperature + route.prior_BM).topk(
+        best_BM, place_BM = (listed_BM / route.temperature + state.on(device, route.prior_BM)).topk(
             min(route.top_k, experts_BM.shape[-1]), dim=-1
         )
         experts_BM, weights_BM = experts_BM.gather(-1, place_BM), best_BM.softmax(-1)
@@ -138,52 +215,51 @@ class RoutedLinear(nn.Module):
             experts_BM, weights_BM = experts_BM[:, :places], weights_BM[:, :places]
             if places == 1 and len(experts_BM) > 1 and (experts_BM == experts_BM[0]).all():
                 experts_BM, weights_BM = experts_BM[:1], weights_BM[:1]
-        self.held = experts_BM, weights_BM
-        return self.held
+        return experts_BM, weights_BM
 
-    def _free(self, x_BTD: Tensor, y_BTO: Tensor, route: Free) -> Tensor:
+    def _free(self, x_BTD: Tensor, y_BTO: Tensor, experts: LinearExperts, state: RoutingState, route: Free) -> Tensor:
         """Adds the experts that the tokens choose from all."""
-        experts = len(self.pool_E)
-        if experts <= DENSE_EXPERTS or torch.compiler.is_compiling():
-            h_BTS = x_BTD @ self.down_SD.T
-            scores_BTE = token_scores(h_BTS[..., -experts:], x_BTD) / route.temperature
+        count = len(experts.pool_E)
+        if count <= DENSE_EXPERTS or torch.compiler.is_compiling():
+            h_BTS = x_BTD @ experts.down_SD.T
+            scores_BTE = token_scores(h_BTS[..., -count:], x_BTD) / route.temperature
             weights_BTE = keep_largest(scores_BTE, route.top_k)
-            self._note(weights_BTE)
-            h_BTR = h_BTS[..., : self.starts[-1]] * weights_BTE[..., self.owner_S].to(h_BTS.dtype)
-            return torch.addmm(y_BTO.flatten(0, 1), h_BTR.flatten(0, 1), self.up_SO[:-1]).view_as(y_BTO)
-        scores_BTE = token_scores(x_BTD @ self.down_SD[-experts:].T, x_BTD) / route.temperature
-        best_BTK, chosen_BTK = scores_BTE.topk(min(route.top_k, experts), dim=-1)
+            self._note(weights_BTE, experts, state)
+            h_BTR = h_BTS[..., : experts.starts[-1]] * weights_BTE[..., experts.owner_S].to(h_BTS.dtype)
+            return torch.addmm(y_BTO.flatten(0, 1), h_BTR.flatten(0, 1), experts.up_SO[:-1]).view_as(y_BTO)
+        scores_BTE = token_scores(x_BTD @ experts.down_SD[-count:].T, x_BTD) / route.temperature
+        best_BTK, chosen_BTK = scores_BTE.topk(min(route.top_k, count), dim=-1)
         weights_BTK = best_BTK.softmax(-1)
-        self._note(torch.zeros_like(scores_BTE).scatter(-1, chosen_BTK, weights_BTK))
-        return self._scatter(x_BTD, y_BTO, weights_BTK, chosen_BTK)
+        self._note(torch.zeros_like(scores_BTE).scatter(-1, chosen_BTK, weights_BTK), experts, state)
+        return self._scatter(x_BTD, y_BTO, experts, weights_BTK, chosen_BTK)
 
-    def _scatter(self, x_BTD: Tensor, y_BTO: Tensor, weights_BTK: Tensor, chosen_BTK: Tensor) -> Tensor:
+    def _scatter(
+        self, x_BTD: Tensor, y_BTO: Tensor, experts: LinearExperts, weights_BTK: Tensor, chosen_BTK: Tensor
+    ) -> Tensor:
         """Adds each chosen expert once, on the tokens that chose it: views of the weights, no copies."""
         x_ND, y_NO = x_BTD.flatten(0, 1), y_BTO.flatten(0, 1)
         flat_C, weights_C = chosen_BTK.flatten(), weights_BTK.flatten().to(x_BTD.dtype)
         order_C = flat_C.argsort()
         token_C = order_C // chosen_BTK.shape[-1]
         first = 0
-        for expert, count in enumerate(flat_C.bincount(minlength=len(self.pool_E)).tolist()):
+        for expert, count in enumerate(flat_C.bincount(minlength=len(experts.pool_E)).tolist()):
             if count == 0:
                 continue
             mine, tokens = order_C[first : first + count], token_C[first : first + count]
-            rows = slice(self.starts[expert], self.starts[expert + 1])
-            h_CR = x_ND[tokens] @ self.down_SD[rows].T
-            y_NO.index_add_(0, tokens, (h_CR * weights_C[mine].unsqueeze(-1)) @ self.up_SO[rows])
+            rows = slice(experts.starts[expert], experts.starts[expert + 1])
+            h_CR = x_ND[tokens] @ experts.down_SD[rows].T
+            y_NO.index_add_(0, tokens, (h_CR * weights_C[mine].unsqueeze(-1)) @ experts.up_SO[rows])
             first += count
         return y_NO.view_as(y_BTO)
 
-    def _note(self, weights_BTE: Tensor) -> None:
-        """Notes the weights of the experts here, at prefill and while traces are kept; never in compiled code."""
-        state = self.state
-        if torch.compiler.is_compiling() or (state.tokens_BT is None and state.traces is None):
+    def _note(self, weights_BTE: Tensor, experts: LinearExperts, state: RoutingState) -> None:
+        """Notes the weights of the experts here while the prompt is read; never in compiled code."""
+        if torch.compiler.is_compiling() or state.decoding:
             return
         whole_BTE = weights_BTE.new_zeros(*weights_BTE.shape[:-1], state.pool_size)
-        whole_BTE = whole_BTE.index_copy(-1, self.pool_E, weights_BTE)
-        tokens_BT = state.tokens_BT
-        if tokens_BT is not None and tokens_BT.shape == weights_BTE.shape[:2]:
-            tokens_BT1 = tokens_BT.unsqueeze(-1).float()
+        whole_BTE = whole_BTE.index_copy(-1, experts.pool_E, weights_BTE)
+        if state.tokens_BT is not None and state.tokens_BT.shape == weights_BTE.shape[:2]:
+            tokens_BT1 = state.on(weights_BTE.device, state.tokens_BT).unsqueeze(-1).float()
             state.votes[self.path] = (whole_BTE * tokens_BT1).sum(1) / tokens_BT1.sum(1).clamp(min=1)
         if state.traces is not None:
             state.traces[self.path] = whole_BTE.detach()

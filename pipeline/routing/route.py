@@ -1,6 +1,6 @@
 """How a batch is routed: what a router decides at prefill, and what all routed Linears of a model read.
 
-Shapes: B rows, T tokens, E experts of the pool, M places on a prompt's short list.
+Shapes: B rows, T tokens, E experts of the pool, M places on a prompt's short list, S rows of stacked A matrices.
 """
 
 from dataclasses import dataclass, field
@@ -66,27 +66,41 @@ class Router(Protocol):
         ...
 
 
-@dataclass
+@dataclass(eq=False)
 class RoutingState:
-    """What the routed Linears of one model share: the route in force, and what they did with it."""
+    """What the routed Linears share in one call: the route of its prompts, and what they did with it."""
 
     pool_size: int
     """Number of experts E."""
     route: Route = Base()
     tokens_BT: Tensor | None = None
-    """Prefill: mask of the real tokens; None while decoding."""
+    """Mask of the prompt's real tokens."""
+    decoding: bool = False
+    """Whether the prompt has been read, so that every choice is made."""
     evidence: dict[str, Tensor] = field(default_factory=dict, repr=False)
     """By Linear that hears the prompt: log-likelihood of every class so far (B, E + 1), the null expert last."""
+    held: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict, repr=False)
+    """By Linear: rows of its stacked A matrices that take part, and their weights (B, S); chosen at prefill."""
     votes: dict[str, Tensor] = field(default_factory=dict, repr=False)
     """By Linear that decides for itself: mean weight of each expert over the prompt's tokens (B, E)."""
     traces: dict[str, Tensor] | None = field(default=None, repr=False)
-    """By Linear: weight of each expert at each token (B, T, E); kept only while this is not None."""
+    """By Linear: weight of each expert at each prompt token (B, T, E); kept only while this is not None."""
+    _placed: dict[tuple[int, torch.device], Tensor] = field(default_factory=dict, repr=False)
 
-    def begin(self, route: Route, tokens_BT: Tensor | None) -> None:
-        """Starts a prompt."""
-        self.route, self.tokens_BT = route, tokens_BT
-        self.votes.clear()
-        self.evidence.clear()
+    def on(self, device: torch.device, tensor: Tensor) -> Tensor:
+        """Returns a tensor of the route, or `tokens_BT`, on a Linear's device; it is copied to each device once."""
+        if tensor.device == device or torch.compiler.is_compiling():
+            return tensor.to(device)
+        key = id(tensor), device
+        if key not in self._placed:
+            self._placed[key] = tensor.to(device)
+        return self._placed[key]
+
+    def decode(self) -> None:
+        """Ends the prompt: choices are held from here on, and nothing more is heard."""
+        if not self.decoding:
+            self.decoding = True
+            self.evidence.clear()
 
     @property
     def weights_BE(self) -> Tensor | None:
@@ -95,7 +109,8 @@ class RoutingState:
             return spread(self.route.weights_BM, self.route.experts_BM, self.pool_size)
         if not self.votes:
             return None
-        return torch.stack(list(self.votes.values())).mean(0)
+        first, *others = self.votes.values()
+        return torch.stack([first, *(votes_BE.to(first.device) for votes_BE in others)]).mean(0)
 
 
 def spread(weights_BxM: Tensor, experts_BM: Tensor, pool_size: int) -> Tensor:

@@ -2,80 +2,100 @@
 
 The base's Linears are wrapped, not changed: `detach` puts the very same modules back, `load` puts another pool in their
 place. The decision is taken at prefill, from what the language model is about to read, and holds while the answer is
-generated (with KV cache). Shapes: B rows, T tokens, D width, E experts, F features.
+generated (with KV cache, which carries it along). Shapes: B rows, T tokens, D width, E experts, F features.
 """
 
-from collections.abc import Iterator, Sequence
+import threading
+import weakref
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from contextvars import ContextVar
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from pipeline.routing.evidence import hearings
-from pipeline.routing.expert import Expert
+from pipeline.routing.call import Call, Decision, Routers
+from pipeline.routing.evidence import Hearing, hearings
 from pipeline.routing.features import project, prompt_features
-from pipeline.routing.layer import RoutedLinear, Slot
+from pipeline.routing.layer import Current, LinearExperts, PoolExperts, RoutedLinear, Running, Slot
 from pipeline.routing.pool import Pool, PoolError
-from pipeline.routing.prompt_router import PromptRouter, fixed
-from pipeline.routing.route import NOBODY, Base, Route, Router, RoutingState
-from pipeline.routing.token_router import TokenRouter
-from pipeline.routing.two_level import TwoLevelRouter
+from pipeline.routing.prompt_router import fixed
+from pipeline.routing.route import NOBODY, Base, Route
 
 
-@dataclass(frozen=True)
-class Decision:
-    """Who answered a prompt."""
+class _Pass(threading.local):
+    """What a thread's forward pass has brought so far, and which of its tokens are prompt."""
 
-    expert: str | None
-    """The expert with the largest weight; None where the base's is larger."""
-    weights: dict[str, float]
-    """Weight of each expert; where tokens decide, its mean over the prompt's tokens and all Linears. What is missing to
-    1 is the base's."""
+    def __init__(self) -> None:
+        self.input_ids: Tensor | None = None
+        self.attention: Any = None
+        self.cache: Any = None
+        self.prompt_mask: Tensor | None = None
 
 
 class PromptReader:
     """Takes down the features of every prompt that a model is about to read, at prefill.
 
     Works on any transformers model whose decoder gets merged embeddings (VLMs) or token ids (text models).
-    `listener` gets the features (B, 3 D) and the mask of real tokens (B, T), before the language model runs.
+    `listener` gets the features (B, 3 D) and the mask of real tokens (B, T), before the language model runs; None twice
+    where the KV cache holds the prompt already. Passes may run in several threads.
     """
 
     def __init__(self, model: Any, listener: Any) -> None:
         self.listener = listener
         self._image_token: int | None = getattr(model.config, "image_token_id", None)
-        self._masks: tuple[Tensor, Tensor] | None = None
+        self._pass = _Pass()
         self._hooks = [
             model.register_forward_pre_hook(self._outer, with_kwargs=True),
             model.get_decoder().register_forward_pre_hook(self._inner, with_kwargs=True),
         ]
-        self.prompt_mask: Tensor | None = None
-        """Set to (B, T) to count only these tokens as prompt (training rows contain the answer as well)."""
+
+    @property
+    def prompt_mask(self) -> Tensor | None:
+        """Set to (B, T) to count only these tokens as prompt (training rows contain the answer as well); by thread."""
+        return self._pass.prompt_mask
+
+    @prompt_mask.setter
+    def prompt_mask(self, mask_BT: Tensor | None) -> None:
+        self._pass.prompt_mask = mask_BT
+
+    @property
+    def cache(self) -> Any:
+        """The KV cache of this thread's pass, for the listener."""
+        return self._pass.cache
 
     def _outer(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         input_ids = kwargs.get("input_ids", args[0] if args else None)
         if input_ids is None:
             raise PoolError("routing needs input_ids (image tokens are recognised by their id), not inputs_embeds")
-        attention = kwargs.get("attention_mask")
-        real = torch.ones_like(input_ids) if attention is None else attention[:, -input_ids.shape[1] :]
+        self._pass.input_ids, self._pass.attention = input_ids, kwargs.get("attention_mask")
+
+    def _inner(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        input_ids, attention, cache = self._pass.input_ids, self._pass.attention, kwargs.get("past_key_values")
+        assert input_ids is not None, "the model begins before its decoder"
+        self._pass.input_ids, self._pass.attention, self._pass.cache = None, None, cache
+        try:
+            if cache is not None and cache.get_seq_length() > 0:
+                self.listener(None, None)
+                return
+            image_BT, text_BT = self._masks(input_ids, attention)
+            embeds_BTD = kwargs.get("inputs_embeds")
+            if embeds_BTD is None:
+                embeds_BTD = module.get_input_embeddings()(kwargs["input_ids"] if "input_ids" in kwargs else args[0])
+            self.listener(prompt_features(embeds_BTD, image_BT, text_BT), image_BT | text_BT)
+        finally:
+            self._pass.cache = None
+
+    def _masks(self, input_ids: Tensor, attention: Any) -> tuple[Tensor, Tensor]:
+        """Returns which tokens of the prompt stand for images, and which are text (B, T)."""
+        real = real_tokens(input_ids, attention)
         image = torch.zeros_like(input_ids, dtype=torch.bool)
         if self._image_token is not None:
             image = input_ids == self._image_token
-        prompt = real.bool() if self.prompt_mask is None else self.prompt_mask.bool()
-        self._masks = image & prompt, prompt & ~image
-
-    def _inner(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        cache = kwargs.get("past_key_values")
-        if cache is not None and cache.get_seq_length() > 0:
-            self.listener(None, None)
-            return
-        assert self._masks is not None, "the model begins before its decoder"
-        image_BT, text_BT = self._masks
-        embeds_BTD = kwargs.get("inputs_embeds")
-        if embeds_BTD is None:
-            embeds_BTD = module.get_input_embeddings()(kwargs["input_ids"] if "input_ids" in kwargs else args[0])
-        self.listener(prompt_features(embeds_BTD, image_BT, text_BT), image_BT | text_BT)
+        prompt = real if self.prompt_mask is None else self.prompt_mask.bool()
+        return image & prompt, prompt & ~image
 
     def remove(self) -> None:
         """Takes the hooks off the model."""
@@ -83,148 +103,236 @@ class PromptReader:
             hook.remove()
 
 
-def router_of(pool: Pool) -> Router:
-    """Returns the router that a pool's settings ask for."""
-    settings = pool.router
-    if settings.kind == "token":
-        return TokenRouter(
-            len(pool.experts),
-            null=bool(pool.null_evidence),
-            published=settings.token_scores == "published",
-            top_k=settings.top_k,
-            temperature=settings.temperature,
-        )
-    prompts = prompt_router_of(pool)
-    if settings.kind == "prompt":
-        return prompts
-    return TwoLevelRouter(prompts, short_list=settings.short_list, temperature=settings.temperature)
+def real_tokens(input_ids: Tensor, attention: Any) -> Tensor:
+    """Returns which tokens of a prompt are not padding (B, T), from any mask that transformers gives a model.
+
+    Beside (B, T): None, (B, 1, T, K) of bool or added to the scores, or one of these for each kind of attention, as for
+    caches of a fixed size.
+    """
+    if isinstance(attention, Mapping):
+        attention = next((mask for mask in attention.values() if mask is not None), None)
+    if attention is None:
+        return torch.ones_like(input_ids, dtype=torch.bool)
+    if attention.dim() == 4:  # every token that is not padding sees itself
+        own_BT = attention[:, 0].diagonal(dim1=-2, dim2=-1)
+        return own_BT if own_BT.dtype == torch.bool else own_BT == 0
+    return attention[:, -input_ids.shape[1] :].bool()
 
 
-def prompt_router_of(pool: Pool) -> PromptRouter:
-    """Returns the prompt router over a pool's experts."""
-    statistics = [expert.statistics for expert in pool.experts.values()]
-    return PromptRouter(statistics, pool.null, shrinkage=pool.router.shrinkage)
+@dataclass(frozen=True)
+class Here:
+    """What one thread or asynchronous task has asked of a routed model, and got."""
+
+    forced: tuple[str | None] | None = None
+    """The expert that answers everything (None: the base); None: the router decides."""
+    call: Call | None = None
+    """The call that is open."""
+    last: Call = field(default_factory=Call)
+
+
+_HERE: ContextVar[Mapping[weakref.ref["RoutedModel"], Here]] = ContextVar("routed models")
 
 
 class RoutedModel:
-    """A pool attached to a base."""
+    """A pool attached to a base.
+
+    Any number of threads and tasks may generate at once: what is decided for a call hangs on its KV cache, and what a
+    caller asks for (`call`, `forced`) and gets (`decisions`) is the caller's own.
+    """
 
     def __init__(self, model: Any, pool: Pool) -> None:
         self.model = model
+        self.current = Current([])
         self._replaced: dict[str, nn.Linear] = {}
-        self._forced: tuple[str | None] | None = None
+        self._versions: weakref.WeakSet[PoolExperts] = weakref.WeakSet()
+        self._lock = threading.Lock()
+        self._key = weakref.ref(self)
         self.load(pool)
         self._reader = PromptReader(model, self._decide)
+        self._end_hook = model.register_forward_hook(self._end)
 
     def load(self, pool: Pool) -> None:
         """Routes by `pool` from now on; the model, its hooks and its caches stay as they are.
 
-        Raises PoolError, with nothing changed, where the pool adapts something that is not a Linear, or lacks the expert
-        that is forced at the moment.
+        Calls that have begun in other threads end with the pool that they began with, whose experts stay in memory until
+        then. Raises PoolError, with nothing changed, where the pool adapts something that is not a Linear in memory, or
+        lacks the expert that is forced at the moment.
         """
-        if self._forced is not None and self._forced[0] not in (None, *pool.experts):
-            raise PoolError(f"expert {self._forced[0]!r} is forced at the moment, and the new pool does not have it")
-        experts = list(pool.experts.values())
-        paths = sorted({path for expert in experts for path in expert.adapters})
-        linears = {path: self._replaced.get(path) or self.model.get_submodule(path) for path in paths}
+        forced = self._here.forced
+        if forced is not None and forced[0] not in (None, *pool.experts):
+            raise PoolError(f"expert {forced[0]!r} is forced at the moment, and the new pool does not have it")
+        with self._lock:
+            linears = self._linears(pool)
+            experts = PoolExperts(stacked(pool, linears))
+            for path, linear in linears.items():
+                if path not in self._replaced:
+                    self._replaced[path] = linear
+                    self.model.set_submodule(path, RoutedLinear(linear, self.current, path))
+            self._loaded = Routers(pool), experts
+            self._versions.add(experts)
+            self._note(last=Call())
+            needed = {path for version in self._versions for path in version.by_path}
+            for path in self._replaced.keys() - needed:
+                self.model.set_submodule(path, self._replaced.pop(path))
+
+    def _linears(self, pool: Pool) -> dict[str, nn.Linear]:
+        """Returns the Linears that a pool adapts, in the model's order."""
+        adapted = {path for expert in pool.experts.values() for path in expert.adapters}
+        linears = {path: self._replaced.get(path) or self.model.get_submodule(path) for path in adapted}
         for path, linear in linears.items():
             if not isinstance(linear, nn.Linear):
                 raise PoolError(f"{path} is {type(linear).__name__}, not a Linear; is another pool still attached?")
-        for path in self._replaced.keys() - linears.keys():
-            self.model.set_submodule(path, self._replaced[path])
-        self._replaced = linears
-        self.pool, self.router, self.state = pool, router_of(pool), RoutingState(len(experts))
-        self.features_BF: Tensor | None = None
-        self._prompts: PromptRouter | None = None
-        for path, linear in linears.items():
-            slots = [
-                Slot(i, a.a_RD, a.b_OR, a.scaling, expert.vectors.get(path, torch.zeros(a.a_RD.shape[1])))
-                for i, expert in enumerate(experts)
-                if (a := expert.adapters.get(path)) is not None
-            ]
-            self.model.set_submodule(path, RoutedLinear(linear, self.state, path, slots))
-        self._listen(experts)
-
-    def _listen(self, experts: Sequence[Expert]) -> None:
-        """Tells every Linear what it hears, where the router asks for evidence."""
-        settings = self.pool.router
-        if settings.kind == "prompt" or (settings.kind == "token" and settings.token_scores == "published"):
-            return
-        heard = hearings(
-            self.paths,
-            [expert.evidence for expert in experts],
-            self.pool.null_evidence,
-            {path: linear.in_features for path, linear in self._replaced.items()},
-            shrinkage=settings.shrinkage,
-        )
-        for path, hearing in heard.items():
-            module = self.model.get_submodule(path)
-            module.hearing = hearing.to(module.base.weight.device)
+            if linear.weight.is_meta:
+                raise PoolError(
+                    f"{path} is not in memory (its weight is on the meta device: offloaded, or never loaded), so no "
+                    "expert can stand beside it; load the base onto devices that hold all of it, e.g. onto more GPUs, "
+                    "or in a smaller base.dtype"
+                )
+        return {path: linears[path] for path, _ in self.model.named_modules() if path in adapted}
 
     @torch.no_grad()
     def _decide(self, features_BS: Tensor | None, tokens_BT: Tensor | None) -> None:
-        """Chooses at prefill; keeps the choice while decoding (features None)."""
+        """Begins a call at prefill; finds it again while decoding (features None)."""
+        cache = self._reader.cache
         if features_BS is None:
-            self.state.tokens_BT = None
+            running = getattr(cache, "running", None)
+            if running is None or running.owner is not self.current:
+                raise PoolError(
+                    "this KV cache holds a prompt that was not read with this pool attached, so nobody has decided who "
+                    "answers it; read the prompt again with an empty cache"
+                )
+            running.state.decode()
+            self.current.running = running
             return
-        width = self.pool.width or features_BS.shape[-1]
-        self.features_BF = features_BF = project(features_BS, width)
-        route: Route = Base()
-        if self._forced is not None:
-            (name,) = self._forced
-            expert = NOBODY if name is None else self.pool.names.index(name)
-            route = fixed(torch.full((1, 1), expert), torch.ones(1, 1), features_BS.device)
-        elif self.pool.experts:
-            route = self.router.route(features_BF)
-        self.state.begin(route, tokens_BT)
+        (routers, experts), here = self._loaded, self._here
+        width = routers.pool.width or features_BS.shape[-1]
+        features_BF = project(features_BS, width)
+        route = self._route(routers, here.forced, features_BF)
+        call = here.call or Call()
+        call.begin(routers, tuple(experts.by_path), features_BF, route, tokens_BT)
+        self._note(last=call)
+        self._follow_base(experts)
+        self.current.running = running = Running(call.state, experts, self.current)
+        if cache is not None:
+            cache.running = running
+
+    def _route(self, routers: Routers, forced: tuple[str | None] | None, features_BF: Tensor) -> Route:
+        pool = routers.pool
+        if forced is not None:
+            (name,) = forced
+            if name is not None and name not in pool.experts:
+                raise PoolError(f"expert {name!r} is forced, and the pool that was loaded since does not have it")
+            expert = NOBODY if name is None else pool.names.index(name)
+            return fixed(torch.full((1, 1), expert), torch.ones(1, 1), features_BF.device)
+        return routers.router.route(features_BF) if pool.experts else Base()
+
+    def _follow_base(self, experts: PoolExperts) -> None:
+        """Brings the experts to where the base is now, if it was moved since."""
+        with torch.inference_mode(False):
+            for path, here in experts.by_path.items():
+                experts.by_path[path] = here.beside(self._replaced[path])
+
+    def _end(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        """Ends a forward pass: a KV cache that the model made itself takes the call along."""
+        running = self.current.running
+        if running is not None and not running.state.decoding:
+            cache = getattr(output, "past_key_values", None)
+            if isinstance(output, tuple):
+                cache = next((part for part in output if hasattr(part, "get_seq_length")), None)
+            if cache is not None:
+                cache.running = running
+        if running is not None and torch.is_grad_enabled():
+            self.current.recorded[:] = [running]
+        else:
+            self.current.running = None
 
     @property
-    def prompts(self) -> PromptRouter:
-        """The prompt router of this pool, whichever router is in force."""
-        match self.router:
-            case PromptRouter():
-                return self.router
-            case TwoLevelRouter():
-                return self.router.prompts
-        if self._prompts is None:
-            self._prompts = prompt_router_of(self.pool)
-        return self._prompts
+    def pool(self) -> Pool:
+        """The pool by which new calls are routed."""
+        return self._loaded[0].pool
 
     @property
     def paths(self) -> list[str]:
-        """Paths of the routed Linears, in the model's order."""
-        return [path for path, module in self.model.named_modules() if isinstance(module, RoutedLinear)]
+        """Paths of the Linears that the pool adapts, in the model's order."""
+        return list(self._loaded[1].by_path)
+
+    @property
+    def last(self) -> Call:
+        """The last call of this thread or task; one without rows before the first, and after `load`."""
+        return self._here.last
 
     @property
     def decisions(self) -> list[Decision]:
-        """Who answered each row of the last batch; empty before the first."""
-        rows = 0 if self.features_BF is None else len(self.features_BF)
-        weights_BE = self.state.weights_BE
-        if weights_BE is None:
-            return [Decision(None, {})] * rows
-        decisions = []
-        for row in weights_BE.expand(rows, -1).tolist():
-            weights = {name: weight for name, weight in zip(self.pool.names, row, strict=True) if weight > 0}
-            best = max(weights, key=weights.__getitem__, default=None)
-            if best is not None and weights[best] < 1 - sum(weights.values()):
-                best = None
-            decisions.append(Decision(best, weights))
-        return decisions
+        """Who answered each row of this thread's or task's last batch; empty before the first."""
+        return self.last.decisions
+
+    @contextmanager
+    def call(self, *, traced: bool = False) -> Iterator[Call]:
+        """Gives the caller the call that its prompts begin while the context lasts; it stays readable afterwards.
+
+        `traced`: the call keeps the weight of each expert at each token of the prompt. Where several batches are read,
+        the call is the last one's.
+        """
+        call, before = Call(traced=traced), self._here.call
+        self._note(call=call)
+        try:
+            yield call
+        finally:
+            self._note(call=before)
 
     @contextmanager
     def forced(self, name: str | None) -> Iterator[None]:
-        """Sends every prompt to expert `name` (None: to the base) while the context lasts."""
+        """Sends the caller's prompts to expert `name` (None: to the base) while the context lasts."""
         if name is not None and name not in self.pool.experts:
             raise PoolError(f"no expert {name!r} in the pool; there are: {', '.join(self.pool.names) or 'none'}")
-        self._forced = (name,)
+        before = self._here.forced
+        self._note(forced=(name,))
         try:
             yield
         finally:
-            self._forced = None
+            self._note(forced=before)
+
+    @property
+    def _here(self) -> Here:
+        return _HERE.get({}).get(self._key) or Here()
+
+    def _note(self, **changes: Any) -> None:
+        known = {key: here for key, here in _HERE.get({}).items() if key() is not None}
+        _HERE.set(known | {self._key: replace(self._here, **changes)})
 
     def detach(self) -> None:
-        """Gives the base back exactly as it was."""
+        """Gives the base back exactly as it was; no call may be on its way."""
         self._reader.remove()
-        for path, linear in self._replaced.items():
-            self.model.set_submodule(path, linear)
-        self._replaced.clear()
+        self._end_hook.remove()
+        with self._lock:
+            for path, linear in self._replaced.items():
+                self.model.set_submodule(path, linear)
+            self._replaced.clear()
+            self.current.recorded.clear()
+
+
+def stacked(pool: Pool, linears: Mapping[str, nn.Linear]) -> dict[str, LinearExperts]:
+    """Stacks a pool's experts for every Linear, with what it hears where the pool's router asks for evidence."""
+    experts, settings = list(pool.experts.values()), pool.router
+    heard: dict[str, Hearing] = {}
+    if not (settings.kind == "prompt" or (settings.kind == "token" and settings.token_scores == "published")):
+        heard = hearings(
+            list(linears),
+            [expert.evidence for expert in experts],
+            pool.null_evidence,
+            {path: linear.in_features for path, linear in linears.items()},
+            shrinkage=settings.shrinkage,
+        )
+    return {
+        path: LinearExperts.stacked(
+            linear,
+            [
+                Slot(i, a.a_RD, a.b_OR, a.scaling, expert.vectors.get(path, torch.zeros(a.a_RD.shape[1])))
+                for i, expert in enumerate(experts)
+                if (a := expert.adapters.get(path)) is not None
+            ],
+            len(experts),
+            heard.get(path),
+        )
+        for path, linear in linears.items()
+    }

@@ -116,9 +116,10 @@ def test_published_weights_are_those_that_were_traced(tiny_base, known_pool, mix
     pool = known_pool.routed_by(**PUBLISHED)
     found, _ = explained(tiny_base, pool, rows, side)
     with attached(tiny_base, pool) as routed, torch.inference_mode():
-        routed.state.traces = traces = {}
         batch = batch_of(tiny_base, rows, side)
-        tiny_base.model(**batch, use_cache=False)
+        with routed.call(traced=True) as call:
+            tiny_base.model(**batch, use_cache=False)
+        traces = call.state.traces
     for row, (explanation, length) in enumerate(zip(found, lengths(rows), strict=True)):
         assert len(explanation.weights) == LINEARS
         real_T = batch["attention_mask"][row].bool()
@@ -149,7 +150,7 @@ def test_where_whole_prompts_decide_every_token_has_the_same_weights(tiny_base, 
             assert weights_TE.shape == (lengths(rows)[row], len(CLAIMS))
             assert same_at_every_token(weights_TE)
             if kind == "token":
-                torch.testing.assert_close(weights_TE[0], routed.state.votes[path][row])
+                torch.testing.assert_close(weights_TE[0], routed.last.state.votes[path][row])
             else:
                 assert weights_TE[0].tolist() == [float(name == owner) for name in CLAIMS]
         assert_mean_is_the_decision(explanation)
@@ -219,18 +220,18 @@ def test_whom_the_routers_weighed_is_known_after_any_prompt(tiny_base, known_poo
     """Without a second run: the same candidates as those of the explanation."""
     rows, _ = mixed
     with attached(tiny_base, known_pool.routed_by(**settings)) as routed:
-        assert weighed(routed) == []
+        assert weighed(routed.last) == []
         expected = [explanation.candidates for explanation in explain(routed, batch_of(tiny_base, rows))]
         generate(tiny_base, rows[:1])
-        assert len(weighed(routed)) == 1
+        assert len(weighed(routed.last)) == 1
         generate(tiny_base, rows)
-        for found, candidates in zip(weighed(routed), expected, strict=True):
+        for found, candidates in zip(weighed(routed.last), expected, strict=True):
             assert [c.name for c in found] == [c.name for c in candidates]
             assert [c.weight for c in found] == pytest.approx([c.weight for c in candidates], abs=1e-6)
         routed.load(known_pool.remove("reader"))
-        assert weighed(routed) == []
+        assert weighed(routed.last) == []
         generate(tiny_base, rows)
-        assert all(len(found) == len(CLAIMS) for found in weighed(routed))
+        assert all(len(found) == len(CLAIMS) for found in weighed(routed.last))
 
 
 def test_an_empty_pool_has_nothing_to_explain(tiny_base, known_pool, mixed):
@@ -238,9 +239,8 @@ def test_an_empty_pool_has_nothing_to_explain(tiny_base, known_pool, mixed):
     with attached(tiny_base, empty) as routed:
         with pytest.raises(PoolError, match="the pool is empty: the base answers everything"):
             explain(routed, batch_of(tiny_base, mixed[0]))
-        assert routed.state.traces is None
         generate(tiny_base, mixed[0], tokens=1)
-        assert weighed(routed) == []
+        assert weighed(routed.last) == []
 
 
 @pytest.mark.parametrize("settings", EVERY_ROUTER)
@@ -249,13 +249,13 @@ def test_explaining_leaves_no_traces_and_changes_no_answer(tiny_base, known_pool
     with attached(tiny_base, known_pool.routed_by(**settings)) as routed:
         expected = generate(tiny_base, rows)
         explain(routed, batch_of(tiny_base, rows))
-        assert routed.state.traces is None
         assert generate(tiny_base, rows)[1].equal(expected[1])
-        assert routed.state.traces is None
+        assert routed.last.state.traces is None
 
 
 def test_an_error_in_the_model_leaves_no_traces_either(tiny_base, known_pool):
     with attached(tiny_base, known_pool) as routed:
         with pytest.raises(PoolError, match="routing needs input_ids"):
             explain(routed, {"inputs_embeds": torch.zeros(1, 4, tiny_base.width)})
-        assert routed.state.traces is None
+        generate(tiny_base, prompts(tiny_base.processor, "repeat", 1), tokens=1)
+        assert routed.last.state.traces is None

@@ -10,7 +10,7 @@ from torch.utils.checkpoint import checkpoint
 
 from pipeline.routing import layer
 from pipeline.routing.evidence import Hearing
-from pipeline.routing.layer import GatedLinear, RoutedLinear, Slot
+from pipeline.routing.layer import Current, GatedLinear, LinearExperts, PoolExperts, RoutedLinear, Running, Slot
 from pipeline.routing.route import NOBODY, Base, Fixed, Free, Route, RoutingState, Weighed
 
 B, T, D, O, POOL = 3, 5, 24, 16, 4  # noqa: E741 - shape letters
@@ -68,13 +68,17 @@ def token_weight(slots, x_BTD, top_k, temperature):
     return weight
 
 
-def routed(linear, slots, route: Route) -> RoutedLinear:
+def routed(linear, slots, route: Route, hearing: Hearing | None = None, tokens_BT=None) -> RoutedLinear:
     """A routed Linear in a pool of POOL experts, at prefill under this route."""
-    module = RoutedLinear(linear, RoutingState(POOL), "path", slots)
-    if isinstance(route, Weighed):
-        module.state.begin(route, torch.ones(B, T))
-    module.state.route = route
+    module = RoutedLinear(linear, Current([]), "path")
+    experts = PoolExperts({"path": LinearExperts.stacked(linear, slots, POOL, hearing)})
+    state = RoutingState(POOL, route, torch.ones(B, T) if tokens_BT is None else tokens_BT)
+    module.current.running = Running(state, experts, module.current)
     return module
+
+
+def state_of(module: RoutedLinear) -> RoutingState:
+    return module.current.running.state
 
 
 @pytest.fixture(params=["dense", "sparse"])
@@ -132,13 +136,11 @@ def test_a_list_is_weighed_by_evidence_and_prior(linear, x_BTD, rows, temperatur
         row = min(b, rows - 1)
         return (heard(x_BTD[b])[list_BM[row]] / temperature + prior_BM[row]).softmax(0)
 
-    module = routed(linear, slots, route := Weighed(list_BM, prior_BM, 3, temperature))
-    module.hearing = HEARING
-    module.state.begin(route, torch.ones(B, T))
+    module = routed(linear, slots, Weighed(list_BM, prior_BM, 3, temperature), HEARING)
     found = module(x_BTD)
     expected = naive(linear, slots, x_BTD, listed_weight(slots, list_BM, weight))
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
-    module.state.tokens_BT = None  # decoding: the choice holds, whatever comes
+    state_of(module).decode()  # the choice holds, whatever comes
     held = linear(x_BTD[:, :1]) + found[:, :1] - linear(x_BTD[:, :1])
     torch.testing.assert_close(module(x_BTD[:, :1]), held, rtol=1e-4, atol=1e-4)
 
@@ -146,36 +148,32 @@ def test_a_list_is_weighed_by_evidence_and_prior(linear, x_BTD, rows, temperatur
 def test_only_the_likeliest_of_a_list_have_a_weight(linear, x_BTD):
     everybody = torch.tensor([[0, 1, 2, 3, NOBODY]])
     route = Weighed(everybody, torch.zeros(1, 5), 1)
-    module = routed(linear, make_slots(), route)
-    module.hearing = HEARING
-    module.state.begin(route, torch.ones(B, T))
+    module = routed(linear, make_slots(), route, HEARING)
     module(x_BTD)
     best = [int(heard(x_TD).argmax()) for x_TD in x_BTD]
     expected = torch.zeros(B, POOL + 1)
     expected[range(B), best] = 1
-    assert module.state.weights_BE.equal(expected[:, :POOL])
+    assert state_of(module).weights_BE.equal(expected[:, :POOL])
 
 
 def test_evidence_counts_the_prompts_real_tokens_only(linear, x_BTD):
     tokens_BT = torch.ones(B, T)
     tokens_BT[1, :3] = 0
-    module = routed(linear, make_slots(), route := Weighed(LIST_BM, torch.zeros(B, 3)))
-    module.hearing = HEARING
-    module.state.begin(route, tokens_BT)
+    module = routed(linear, make_slots(), Weighed(LIST_BM, torch.zeros(B, 3)), HEARING, tokens_BT)
     module(x_BTD)
-    found_BX = module.state.evidence["path"]
+    found_BX = state_of(module).evidence["path"]
     expected_BX = torch.stack([heard(x_BTD[0]), heard(x_BTD[1, 3:]), heard(x_BTD[2])])
     torch.testing.assert_close(found_BX, expected_BX, rtol=1e-5, atol=1e-5)
 
 
 def test_evidence_adds_up_through_the_depth(linear, x_BTD):
     """The second Linear only repeats the first one's input; the third hears something new."""
-    state = RoutingState(POOL)
-    modules = [RoutedLinear(linear, state, path, make_slots()) for path in "abc"]
-    modules[0].hearing = HEARING
-    modules[1].hearing = Hearing("a")
-    modules[2].hearing = dataclasses.replace(HEARING, follows="a")
-    state.begin(Weighed(LIST_BM, torch.zeros(B, 3)), torch.ones(B, T))
+    current = Current([])
+    hearings = {"a": HEARING, "b": Hearing("a"), "c": dataclasses.replace(HEARING, follows="a")}
+    experts = {path: LinearExperts.stacked(linear, make_slots(), POOL, h) for path, h in hearings.items()}
+    state = RoutingState(POOL, Weighed(LIST_BM, torch.zeros(B, 3)), torch.ones(B, T))
+    current.running = Running(state, PoolExperts(experts), current)
+    modules = [RoutedLinear(linear, current, path) for path in hearings]
     for module, x in zip(modules, (x_BTD, x_BTD, 2 * x_BTD), strict=True):
         module(x)
         module(x)  # as when a checkpointed layer runs again
@@ -207,7 +205,6 @@ def test_an_expert_without_this_linear_leaves_it_alone(linear, x_BTD, expert):
     one = torch.tensor([[expert]])
     for route in (Fixed(one, torch.ones(1, 1)), Weighed(one, torch.zeros(1, 1))):
         module = routed(linear, make_slots(), route)
-        module.state.begin(route, torch.ones(B, T))
         assert module(x_BTD).equal(linear(x_BTD))
 
 
@@ -223,13 +220,14 @@ def test_one_expert_choosing_for_itself_is_its_lora(linear, x_BTD, form):
     torch.testing.assert_close(routed(linear, [slot], Free())(x_BTD), lora, rtol=1e-5, atol=1e-5)
 
 
-def test_loading_other_experts_is_as_if_they_had_been_the_first(linear, x_BTD):
-    module = routed(linear, make_slots(), Free())
-    module(x_BTD)
-    module.load(make_slots({0: 2, 3: 4}))
-    assert module(x_BTD).equal(routed(linear, make_slots({0: 2, 3: 4}), Free())(x_BTD))
-    module.load([])
-    assert module(x_BTD).equal(linear(x_BTD))
+def test_experts_stand_where_the_linear_is(linear):
+    experts = LinearExperts.stacked(linear, make_slots(), POOL, HEARING)
+    assert experts.beside(linear) is experts
+    moved = experts.beside(linear.to("meta", torch.bfloat16))
+    assert {moved.down_SD.dtype, moved.up_SO.dtype} == {torch.bfloat16}
+    tensors = [t for t in [*vars(moved).values(), *vars(moved.hearing).values()] if isinstance(t, torch.Tensor)]
+    assert len(tensors) == 8
+    assert all(tensor.is_meta for tensor in tensors)
 
 
 def test_the_base_linear_is_the_same_object_and_nothing_trains(linear):
@@ -260,9 +258,12 @@ def test_half_precision_stays_half_precision(linear, x_BTD, route, form):
 def test_compiled_code_computes_the_same(linear, x_BTD, route):
     module = routed(linear, make_slots(), route)
     expected = module(x_BTD)
+    state_of(module).held.clear()
     torch.compiler.reset()
     compiled = torch.compile(module, backend="eager", fullgraph=True)
-    torch.testing.assert_close(compiled(x_BTD), expected, rtol=1e-5, atol=1e-5)
+    for _ in ("chosen", "held"):
+        torch.testing.assert_close(compiled(x_BTD), expected, rtol=1e-5, atol=1e-5)
+    assert isinstance(route, Free) or "path" in state_of(module).held
 
 
 @pytest.mark.parametrize("route", ROUTES)
@@ -280,8 +281,7 @@ def test_votes_are_mean_weights_over_the_prompts_real_tokens(linear, x_BTD, form
     slots = make_slots()
     tokens_BT = torch.ones(B, T)
     tokens_BT[1, :3] = 0
-    module = routed(linear, slots, Free(2))
-    module.state.begin(Free(2), tokens_BT)
+    module = routed(linear, slots, Free(2), None, tokens_BT)
     module(x_BTD)
     weight = token_weight(slots, x_BTD, 2, 1.0)
     expected_BE = torch.zeros(B, POOL)
@@ -289,21 +289,21 @@ def test_votes_are_mean_weights_over_the_prompts_real_tokens(linear, x_BTD, form
         real = [t for t in range(T) if tokens_BT[b, t]]
         for i, slot in enumerate(slots):
             expected_BE[b, slot.expert] = sum(weight(b, t, i) for t in real) / len(real)
-    torch.testing.assert_close(module.state.weights_BE, expected_BE, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(state_of(module).weights_BE, expected_BE, rtol=1e-5, atol=1e-6)
     module(x_BTD)  # as when a checkpointed layer runs again
-    torch.testing.assert_close(module.state.weights_BE, expected_BE, rtol=1e-5, atol=1e-6)
-    module.state.tokens_BT = None  # decoding
+    torch.testing.assert_close(state_of(module).weights_BE, expected_BE, rtol=1e-5, atol=1e-6)
+    state_of(module).decode()
     module(x_BTD[:, -1:])
-    torch.testing.assert_close(module.state.weights_BE, expected_BE, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(state_of(module).weights_BE, expected_BE, rtol=1e-5, atol=1e-6)
 
 
 def test_traces_hold_the_weight_of_every_expert_at_every_token(linear, x_BTD, form):
     module = routed(linear, make_slots(), Free(2))
     module(x_BTD)
-    assert module.state.traces is None
-    module.state.traces = {}
+    assert state_of(module).traces is None
+    state_of(module).traces = {}
     module(x_BTD)
-    weights_BTE = module.state.traces["path"]
+    weights_BTE = state_of(module).traces["path"]
     assert weights_BTE.shape == (B, T, POOL)
     y_BTO = naive(linear, make_slots(), x_BTD, lambda b, t, i: weights_BTE[b, t, list(RANKS)[i]])
     torch.testing.assert_close(module(x_BTD), y_BTO, rtol=1e-5, atol=1e-5)

@@ -11,10 +11,10 @@ from pipeline.config import BaseModelConfig, RouterConfig
 from pipeline.models.bases import load_base
 from pipeline.models.prompts import collate, generate_answers
 from pipeline.routing import Decision, Expert, Pool, PoolError, PromptStatistics, RoutedModel
+from pipeline.routing.call import router_of
 from pipeline.routing.features import project
-from pipeline.routing.layer import RoutedLinear
-from pipeline.routing.route import Fixed
-from pipeline.routing.routed_model import router_of
+from pipeline.routing.layer import RoutedLinear, Running
+from pipeline.routing.route import Fixed, RoutingState
 from tests.helpers import (
     CLAIMS,
     ask,
@@ -109,7 +109,7 @@ def test_the_prompts_decision_holds_while_the_answer_is_generated(tiny_base, poo
     seen = []
     with attached(tiny_base, pool) as routed:
         hook = tiny_base.model.model.language_model.register_forward_hook(
-            lambda module, args, output: seen.append(routed.state.route)
+            lambda module, args, output: seen.append(routed.current.running.state.route)
         )
         generate(tiny_base, rows, tokens=TOKENS)
         hook.remove()
@@ -209,7 +209,8 @@ def test_a_gate_half_open_everywhere_is_half_of_both_worlds(tiny_base, pool):
     x_BTD = torch.randn(1, 3, linear.in_features)
     with attached(tiny_base, one) as routed:
         module = tiny_base.model.get_submodule(path)
-        routed.state.route = Fixed(torch.tensor([[0]]), torch.tensor([[0.5]]))
+        state = RoutingState(1, Fixed(torch.tensor([[0]]), torch.tensor([[0.5]])))
+        routed.current.running = Running(state, routed._loaded[1], routed.current)
         half = module(x_BTD)
     expected = linear(x_BTD) + 0.5 * adapter.scaling * x_BTD @ adapter.a_RD.T @ adapter.b_OR.T
     torch.testing.assert_close(half, expected, rtol=1e-5, atol=1e-5)

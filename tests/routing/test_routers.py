@@ -66,7 +66,7 @@ def pool(request, known_pool) -> Pool:
     return known_pool.routed_by(kind=request.param)
 
 
-def experts(routed: RoutedModel) -> list[str | None]:
+def answered(routed: RoutedModel) -> list[str | None]:
     return [decision.expert for decision in routed.decisions]
 
 
@@ -75,7 +75,7 @@ def test_every_prompt_goes_to_its_expert_and_general_ones_to_the_base(tiny_base,
     plain = generate(tiny_base, rows)
     with attached(tiny_base, pool) as routed:
         found = generate(tiny_base, rows)
-        assert experts(routed) == owners
+        assert answered(routed) == owners
         for decision, owner in zip(routed.decisions, owners, strict=True):
             assert sum(decision.weights.values()) <= 1 + 1e-5
             assert 1 - sum(decision.weights.values()) > 0.8 if owner is None else decision.weights[owner] > 0.8
@@ -89,18 +89,18 @@ def test_where_prompts_look_alike_the_linears_decide(tiny_base, known_pool, mixe
     alike = blurred(known_pool, "reader", "speaker", None)
     with attached(tiny_base, alike) as routed:
         generate(tiny_base, rows, tokens=1)
-        assert isinstance(routed.state.route, Weighed)
-        route = routed.state.route
+        assert isinstance(routed.last.state.route, Weighed)
+        route = routed.last.state.route
         for listed, prior, owner in zip(route.experts_BM.tolist(), route.prior_BM.exp().tolist(), owners, strict=True):
             if owner == "painter":
                 assert (listed[0], prior[0]) == (2, pytest.approx(1, abs=1e-3))
             else:
                 assert set(listed) == {0, 1, NOBODY}
                 assert prior == pytest.approx([1 / 3] * 3, abs=1e-3)
-        assert experts(routed) == owners
+        assert answered(routed) == owners
     with attached(tiny_base, alike.routed_by(kind="prompt")) as routed:
         generate(tiny_base, rows, tokens=1)
-        assert experts(routed) != owners
+        assert answered(routed) != owners
 
 
 def test_where_the_prompt_is_clear_both_levels_are_the_prompt_router(tiny_base, known_pool, mixed):
@@ -108,8 +108,8 @@ def test_where_the_prompt_is_clear_both_levels_are_the_prompt_router(tiny_base, 
         expected = generate(tiny_base, mixed[0])
     with attached(tiny_base, known_pool.routed_by(kind="two_level")) as routed:
         found = generate(tiny_base, mixed[0])
-        assert isinstance(routed.state.route, Fixed)
-        assert not routed.state.evidence
+        assert isinstance(routed.last.state.route, Fixed)
+        assert not routed.last.state.evidence
     assert found[1].equal(expected[1])
 
 
@@ -130,9 +130,10 @@ def test_every_linear_keeps_to_what_it_chose_at_prefill(tiny_base, pool, mixed):
     rows, _ = mixed
     steps: list[list[tuple[Tensor, Tensor]]] = []
     with attached(tiny_base, pool) as routed:
-        linears = [tiny_base.model.get_submodule(path) for path in routed.paths]
         hook = tiny_base.model.model.language_model.register_forward_hook(
-            lambda module, args, output: steps.append([linear.held for linear in linears])
+            lambda module, args, output: steps.append(
+                [routed.current.running.state.held[path] for path in routed.paths]
+            )
         )
         generate(tiny_base, rows, tokens=TOKENS)
         hook.remove()
@@ -154,7 +155,7 @@ def test_the_order_of_arrival_does_not_matter(tiny_base, known_pool, mixed, kind
         expected = generate(tiny_base, mixed[0])
     with attached(tiny_base, backwards) as routed:
         assert_same(generate(tiny_base, mixed[0]), expected)
-        assert experts(routed) == mixed[1]
+        assert answered(routed) == mixed[1]
 
 
 def test_a_saved_pool_routes_the_same(tiny_base, pool, mixed, tmp_path):
@@ -163,7 +164,7 @@ def test_a_saved_pool_routes_the_same(tiny_base, pool, mixed, tmp_path):
         expected = generate(tiny_base, mixed[0])
     with attached(tiny_base, loaded) as routed:
         assert_same(generate(tiny_base, mixed[0]), expected)
-        assert experts(routed) == mixed[1]
+        assert answered(routed) == mixed[1]
 
 
 @pytest.fixture(scope="module")
@@ -220,7 +221,7 @@ def test_a_pool_that_cannot_be_loaded_leaves_the_one_in_force(tiny_base, known_p
             routed.load(known_pool.add(strange))
         assert routed.pool is known_pool
         assert generate(tiny_base, mixed[0])[1].equal(expected[1])
-        assert experts(routed) == mixed[1]
+        assert answered(routed) == mixed[1]
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -302,11 +303,10 @@ def test_a_base_in_half_precision(tiny_base, half_base, known_pool, mixed, route
     with attached(half_base, pool) as routed, torch.no_grad():
         half = half_base.model(**batch_of(half_base, rows)).logits[:, -1]
         assert half.dtype == torch.bfloat16
-        assert experts(routed) == owners or router not in KNOWING
+        assert answered(routed) == owners or router not in KNOWING
         generate(half_base, rows, tokens=2)
-        for module in half_base.model.modules():
-            if isinstance(module, RoutedLinear):
-                assert {module.down_SD.dtype, module.up_SO.dtype} == {torch.bfloat16}
+        for experts in routed._loaded[1].by_path.values():
+            assert {experts.down_SD.dtype, experts.up_SO.dtype} == {torch.bfloat16}
     alike_B = torch.cosine_similarity(half.float(), exact, dim=-1)
     assert (alike_B > 0.98).all()
 
@@ -314,5 +314,5 @@ def test_a_base_in_half_precision(tiny_base, half_base, known_pool, mixed, route
 def test_a_blurred_pool_in_half_precision(half_base, known_pool, mixed):
     with attached(half_base, blurred(known_pool, "reader", "speaker", None)) as routed:
         generate(half_base, mixed[0], tokens=2)
-        assert isinstance(routed.state.route, Weighed)
-        assert experts(routed) == mixed[1]
+        assert isinstance(routed.last.state.route, Weighed)
+        assert answered(routed) == mixed[1]

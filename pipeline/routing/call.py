@@ -1,0 +1,113 @@
+"""One call: a batch of prompts, who answers them, and by which pool.
+
+Shapes: B rows, T tokens, E experts, F features.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+from torch import Tensor
+
+from pipeline.routing.pool import Pool
+from pipeline.routing.prompt_router import PromptRouter
+from pipeline.routing.route import Route, Router, RoutingState
+from pipeline.routing.token_router import TokenRouter
+from pipeline.routing.two_level import TwoLevelRouter
+
+
+@dataclass(frozen=True)
+class Decision:
+    """Who answered a prompt."""
+
+    expert: str | None
+    """The expert with the largest weight; None where the base's is larger."""
+    weights: dict[str, float]
+    """Weight of each expert; where tokens decide, its mean over the prompt's tokens and all Linears. What is missing to
+    1 is the base's."""
+
+
+def router_of(pool: Pool) -> Router:
+    """Returns the router that a pool's settings ask for."""
+    settings = pool.router
+    if settings.kind == "token":
+        return TokenRouter(
+            len(pool.experts),
+            null=bool(pool.null_evidence),
+            published=settings.token_scores == "published",
+            top_k=settings.top_k,
+            temperature=settings.temperature,
+        )
+    prompts = prompt_router_of(pool)
+    if settings.kind == "prompt":
+        return prompts
+    return TwoLevelRouter(prompts, short_list=settings.short_list, temperature=settings.temperature)
+
+
+def prompt_router_of(pool: Pool) -> PromptRouter:
+    """Returns the prompt router over a pool's experts."""
+    statistics = [expert.statistics for expert in pool.experts.values()]
+    return PromptRouter(statistics, pool.null, shrinkage=pool.router.shrinkage)
+
+
+class Routers:
+    """A pool and the routers that its settings ask for."""
+
+    def __init__(self, pool: Pool) -> None:
+        self.pool = pool
+        self.router = router_of(pool)
+
+    @cached_property
+    def prompts(self) -> PromptRouter:
+        """The prompt router of this pool, whichever router is in force."""
+        match self.router:
+            case PromptRouter():
+                return self.router
+            case TwoLevelRouter():
+                return self.router.prompts
+        return prompt_router_of(self.pool)
+
+
+class Call:
+    """One batch of prompts, from the moment the language model reads them."""
+
+    def __init__(self, *, traced: bool = False) -> None:
+        self.traced = traced
+        self.routers: Routers | None = None
+        """The pool in force when the call began, and its routers; None before it has begun."""
+        self.paths: Sequence[str] = ()
+        """Paths of the Linears that the pool adapts, in the model's order."""
+        self.features_BF: Tensor | None = None
+        self.state = RoutingState(0)
+
+    def begin(
+        self,
+        routers: Routers,
+        paths: Sequence[str],
+        features_BF: Tensor,
+        route: Route,
+        tokens_BT: Tensor | None,
+    ) -> None:
+        """Takes down how a batch is routed; what a batch before it has left is gone."""
+        self.routers, self.paths, self.features_BF = routers, paths, features_BF
+        self.state = RoutingState(len(routers.pool.experts), route, tokens_BT, traces={} if self.traced else None)
+
+    @property
+    def decisions(self) -> list[Decision]:
+        """Who answers each row that the model reads; empty before the prompts are read.
+
+        Each beam, and each of several sequences asked for, is a row of its own.
+        """
+        if self.routers is None or self.features_BF is None:
+            return []
+        rows, weights_BE = len(self.features_BF), self.state.weights_BE
+        if weights_BE is None:
+            return [Decision(None, {})] * rows
+        decisions = []
+        for row in weights_BE.expand(rows, -1).tolist():
+            weights = {name: weight for name, weight in zip(self.routers.pool.names, row, strict=True) if weight > 0}
+            best = max(weights, key=weights.__getitem__, default=None)
+            if best is not None and weights[best] < 1 - sum(weights.values()):
+                best = None
+            decisions.append(Decision(best, weights))
+        return decisions
