@@ -32,7 +32,8 @@ from pipeline.routing import Expert, ExpertCard, Pool, PromptStatistics, RoutedM
 from pipeline.routing.expert import load_adapters
 from pipeline.routing.features import feature_width
 from pipeline.streams.embedded import synthetic
-from pipeline.training.stages import PromptLog, with_lora
+from pipeline.training.collector import EvidenceCollector, collect_features
+from pipeline.training.stages import with_lora
 
 ABSTAINING = ("prompt", "two_level")
 """Routers that are also measured without a general sample."""
@@ -189,14 +190,15 @@ def _synthetic_expert(base: Base, config: LearnConfig, number: int) -> Expert:
         model.save_pretrained(folder)
         adapter_config, adapters = load_adapters(folder)
     width = feature_width(base.width, config.router.feature_width)
-    log = PromptLog(base.model, width, list(adapters))
+    batches = [collate(rows[start : start + 100], pad_token_id=pad) for start in range(0, len(rows), 100)]
+    collector = EvidenceCollector(base.model, list(adapters))
     with torch.inference_mode():
-        for start in range(0, len(rows), 100):
-            batch = collate(rows[start : start + 100], pad_token_id=pad)
-            log.expect(batch)
+        for batch in batches:
+            collector.expect(batch)
             model(**batch, use_cache=False)
-    features, samples = log.collect()
+    samples = collector.collect()
     model.unload()
+    features = collect_features(base.model, base, batches, width=width, device="cpu")
     router = config.router
     statistics = PromptStatistics.of(features, quantile=router.quantile, shrinkage=router.shrinkage)
     evidence = {path: PromptStatistics.of(sample) for path, sample in samples.items()}

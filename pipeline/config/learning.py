@@ -124,6 +124,9 @@ class TrainingConfig(Config):
     zero_stage: Literal[0, 1, 2, 3] = 1
     """DeepSpeed ZeRO stage. 1 shards what LoRA training adds (optimizer states) and costs no extra
     communication; 3 also shards the frozen base, for bases that do not fit on one GPU."""
+    zero_persistence_threshold: int | None = Field(default=None, ge=0)
+    """zero_stage=3: weights of at most so many values stay whole on every worker; default: DeepSpeed's 100,000, since small
+    ones cost more to gather than to hold. 0 shards them all."""
     precision: Literal["fp32", "bf16"] = "fp32"
     """Precision of activations and gradients. With bf16 DeepSpeed's optimizer keeps the trained weights in fp32 and
     works on those; a prompt's statistics are summed in fp64 either way."""

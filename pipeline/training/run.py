@@ -13,8 +13,9 @@ from ray.train.torch import TorchConfig, TorchTrainer
 from pipeline.config import TrainingConfig
 from pipeline.errors import UserError
 from pipeline.streams.training_rows import TrainingRows
+from pipeline.training.staging import ADAPTER, EXPERT
 from pipeline.training.telemetry import Step, listening
-from pipeline.training.worker import ADAPTER, EXPERT, Job, train
+from pipeline.training.worker import Job, train
 
 
 class TrainingError(UserError):

@@ -1,19 +1,16 @@
-"""The two stages of a task: what is trained, and the loop that both share.
+"""The two stages of a task: what is trained.
 
 Expert stage: PEFT LoRA on every language Linear, loss on answer tokens only. Router stage: base and expert frozen, one
-routing vector a Linear; in the same pass the features of every prompt are taken down for the prompt router.
+routing vector a Linear.
 """
 
 import math
 import re
-import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
-import torch.distributed as dist
 from peft import LoraConfig, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -22,29 +19,10 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from pipeline.config import ExpertConfig
 from pipeline.models.bases import Base
-from pipeline.models.prompts import IGNORED, to_device
-from pipeline.routing.evidence import EvidenceReader
+from pipeline.models.prompts import IGNORED
 from pipeline.routing.expert import ADAPTER_WEIGHTS, load_adapters
-from pipeline.routing.features import project
 from pipeline.routing.layer import GatedLinear
-from pipeline.routing.routed_model import PromptReader
-from pipeline.streams.batch_loader import BatchLoader
 from pipeline.training.zero import gathered
-
-
-class Divergence(ValueError):
-    """A loss that is not finite or explodes."""
-
-
-@dataclass
-class StageClock:
-    """What a stage has cost so far."""
-
-    seconds: float = 0.0
-    wait_seconds: float = 0.0
-    losses: list[float] = field(default_factory=list)
-    step_seconds: list[float] = field(default_factory=list)
-    """Of every step; `seconds` may hold more than their sum."""
 
 
 def warm_up_cosine(config: ExpertConfig) -> Callable[[int], float]:
@@ -59,55 +37,8 @@ def warm_up_cosine(config: ExpertConfig) -> Callable[[int], float]:
     return factor
 
 
-def run_steps(
-    engine: Any,
-    loader: BatchLoader,
-    steps: range,
-    *,
-    explosion: float,
-    clock: StageClock,
-    on_step: Callable[[int, float], None],
-    before: Callable[[dict[str, Any]], None] = lambda batch: None,
-) -> None:
-    """Runs optimizer steps; `on_step(step, loss)` after each, `before(batch)` ahead of each forward pass.
-
-    A step takes the micro-batches that the loader gives for it; its loss is the mean of their means, averaged over workers, so
-    that all of them see a divergence at the same step. Raises Divergence when it is not finite, or exceeds `explosion`
-    times the first one.
-    """
-    device = engine.device
-    for step in steps:
-        started = time.monotonic()
-        waited = loader.wait_seconds
-        mean = torch.zeros((), device=device)
-        micro_batches = next(loader)
-        for micro_batch in micro_batches:
-            batch = to_device(micro_batch, device)
-            before(batch)
-            loss = answer_loss(engine, batch)
-            engine.backward(loss)
-            engine.step()
-            mean += loss.detach().float() / len(micro_batches)
-        if dist.get_world_size() > 1:
-            dist.all_reduce(mean)
-            mean /= dist.get_world_size()
-        value = mean.item()
-        clock.losses.append(value)
-        if not math.isfinite(value):
-            raise Divergence(f"the loss is {value} at step {step + 1}; lower the learning rate, or check the data")
-        if value > explosion * max(clock.losses[0], 0.1):
-            raise Divergence(
-                f"the loss rose from {clock.losses[0]:.3g} to {value:.3g} by step {step + 1} (training.explosion is "
-                f"{explosion:g}); lower the learning rate"
-            )
-        clock.step_seconds.append(time.monotonic() - started)
-        clock.seconds += clock.step_seconds[-1]
-        clock.wait_seconds += loader.wait_seconds - waited
-        on_step(step + 1, value)
-
-
-def answer_loss(model: Any, batch: dict[str, Any]) -> Tensor:
-    """Returns the mean cross-entropy of the answers' tokens, the loss that transformers' models return for `labels`.
+def answer_loss(model: Any, batch: dict[str, Any], *, reduction: Literal["mean", "sum"] = "mean") -> Tensor:
+    """Returns the cross-entropy of the answers' tokens: the mean, which transformers' models return for `labels`, or the sum.
 
     Logits are computed only at the K tokens whose next one is learned. Over all T tokens they would be the largest tensor
     of all: 12 T V bytes with their gradient, 4.5 GB for a row of 4,096 tokens and InternVL-2's vocabulary V.
@@ -117,8 +48,7 @@ def answer_loss(model: Any, batch: dict[str, Any]) -> Tensor:
     learned_BT = next_BT != IGNORED
     kept_BT = functional.pad(learned_BT, (0, 1))  # the last token has no next one
     logits_KV = model(**inputs, logits_to_keep=kept_BT, use_cache=False).logits
-    total = functional.cross_entropy(logits_KV.float(), next_BT[learned_BT], reduction="sum")
-    return total / max(1, len(logits_KV))  # a batch that only keeps others company learns nothing
+    return functional.cross_entropy(logits_KV.float(), next_BT[learned_BT], reduction=reduction)
 
 
 def checkpoint_activations(base: Base) -> None:
@@ -143,8 +73,10 @@ def without_dropout(model: nn.Module) -> None:
             module.training = True
 
 
-def with_lora(base: Base, config: ExpertConfig, *, start: Path | None = None) -> nn.Module:
-    """Returns the PEFT model of the expert stage: a fresh LoRA, or the one in the folder `start`."""
+def with_lora(
+    base: Base, config: ExpertConfig, *, start: Path | None = None, dtype: torch.dtype | None = None
+) -> nn.Module:
+    """Returns the PEFT model of the expert stage: a fresh LoRA in `dtype`, or the one in the folder `start`."""
     pattern = base.family.linears if config.target_modules == "auto" else config.target_modules
     lora = LoraConfig(
         r=config.rank,
@@ -157,6 +89,9 @@ def with_lora(base: Base, config: ExpertConfig, *, start: Path | None = None) ->
     peft = get_peft_model(base.model, lora)
     if start is not None:
         set_peft_model_state_dict(peft, load_file(start / ADAPTER_WEIGHTS))
+    for parameter in peft.parameters():
+        if parameter.requires_grad and dtype is not None:
+            parameter.data = parameter.data.to(dtype)
     return peft
 
 
@@ -168,51 +103,19 @@ def save_lora(peft: Any, folder: Path, *, write: bool) -> None:
             peft.save_pretrained(folder, state_dict=state, selected_adapters=["default"])
 
 
-def with_gates(model: nn.Module, adapter: Path) -> dict[str, GatedLinear]:
-    """Puts a gated Linear in place of every Linear that the adapter in `adapter` changes; returns them by path."""
+def with_gates(model: nn.Module, adapter: Path, *, dtype: torch.dtype | None = None) -> dict[str, GatedLinear]:
+    """Puts a gated Linear in place of every Linear that the adapter in `adapter` changes; returns them by path.
+
+    Their routing vectors are in `dtype`; default: the base's.
+    """
     model.requires_grad_(False)
     gates = {}
     for path, lora in load_adapters(adapter)[1].items():
         linear = model.get_submodule(path)
         assert isinstance(linear, nn.Linear), path
-        gates[path] = GatedLinear(linear, lora.a_RD, lora.b_OR, lora.scaling)
+        gates[path] = GatedLinear(linear, lora.a_RD, lora.b_OR, lora.scaling, dtype=dtype)
         model.set_submodule(path, gates[path])
     return gates
-
-
-class PromptLog:
-    """Takes down what routers need to know of all prompts that pass through a model.
-
-    Features at the language model's input, and the pooled inputs of the Linears at `paths`.
-    """
-
-    def __init__(self, model: nn.Module, width: int, paths: Sequence[str]) -> None:
-        self._width = width
-        self._features: list[Tensor] = []
-        self._evidence = EvidenceReader(model, paths)
-        self._reader = PromptReader(model, self._listen)
-
-    def expect(self, batch: dict[str, Any]) -> None:
-        """Says which tokens of the coming batch are prompt: those that carry no label."""
-        self._reader.prompt_mask = batch["attention_mask"].bool() & (batch["labels"] == IGNORED)
-
-    def _listen(self, features: Tensor | None, tokens: Tensor | None) -> None:
-        self._evidence.tokens_BT = tokens
-        if features is not None:
-            self._features.append(project(features.detach(), self._width).cpu())
-
-    def collect(self) -> tuple[Tensor, dict[str, Tensor]]:
-        """Returns the features (N, F) and the samples of every distinct input of all ranks' rows, alike on every rank."""
-        self._reader.remove()
-        self._evidence.remove()
-        own = torch.cat(self._features), {path: torch.cat(s) for path, s in self._evidence.samples.items()}
-        if not dist.is_initialized() or dist.get_world_size() == 1:
-            return own
-        parts: list[Any] = [None] * dist.get_world_size()
-        dist.all_gather_object(parts, own)
-        return torch.cat([features for features, _ in parts]), {
-            path: torch.cat([samples[path] for _, samples in parts]) for path in own[1]
-        }
 
 
 def adapted_paths(base: Base, pattern: str) -> list[str]:

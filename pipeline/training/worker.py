@@ -1,17 +1,13 @@
 """What every rank of a task's Ray Train run does: expert stage, router stage, checkpoints that hold adapters only."""
 
 import json
-import random
-import tempfile
 import time
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import ray.train
 import torch
-import torch.distributed as dist
 
 from pipeline.config import BaseModelConfig, Config, ExpertConfig, RouterConfig, TrainingConfig
 from pipeline.models.bases import Base, load_base
@@ -19,27 +15,32 @@ from pipeline.models.prompts import collate_for
 from pipeline.routing.expert import Expert, ExpertCard, ExpertError, load_adapters
 from pipeline.routing.features import feature_width
 from pipeline.routing.statistics import PromptStatistics
-from pipeline.streams.batch_loader import BatchLoader, StepLayout
+from pipeline.streams.batch_loader import BatchLoader, StepLayout, distinct_batches
 from pipeline.streams.training_rows import TrainingRows
+from pipeline.training.collector import EvidenceCollector, collect_features
+from pipeline.training.lockstep import VisionLockstep
+from pipeline.training.loop import Divergence, StageClock, run_steps
+from pipeline.training.randomness import load_random_state, save_random_state, seed_all
 from pipeline.training.stages import (
-    Divergence,
-    PromptLog,
-    StageClock,
     adapted_paths,
     checkpoint_activations,
     heard_paths,
-    run_steps,
     save_lora,
     warm_up_cosine,
     with_gates,
     with_lora,
     without_dropout,
 )
-from pipeline.training.zero import gathered, sharded_loading, start_engine, zero_config
-
-PROGRESS, ADAPTER, ENGINE, EXPERT = "progress.json", "adapter", "engine", "expert"
-"""What a checkpoint holds: where it stands; the adapter once it is trained; until then DeepSpeed's trainable weights and
-optimizer; at the end the expert."""
+from pipeline.training.staging import ADAPTER, ENGINE, EXPERT, PROGRESS, Staging, random_file
+from pipeline.training.zero import (
+    base_dtype,
+    close_engine,
+    free_memory,
+    gathered,
+    sharded_loading,
+    start_engine,
+    zero_config,
+)
 
 TELL_EVERY = 0.8
 """Seconds between messages to the driver."""
@@ -82,29 +83,29 @@ def train(settings: dict[str, Any]) -> dict[str, Any]:
     """
     telemetry = settings.pop("telemetry", None)
     rows = settings.pop("rows")
-    worker = Worker(Job.model_validate(settings), rows, telemetry)
-    try:
-        return worker.run()
-    except (Divergence, ExpertError) as error:
-        return {"failure": str(error)}
-    finally:
-        worker.tell()  # the last losses before a failure are those one wants to see
+    job, context = Job.model_validate(settings), ray.train.get_context()
+    with Staging(job.task, context.get_world_rank()) as staging:
+        worker = Worker(job, rows, telemetry, staging)
+        try:
+            return worker.run()
+        except (Divergence, ExpertError) as error:
+            return {"failure": str(error)}
+        finally:
+            worker.tell()  # the last losses before a failure are those one wants to see
 
 
 class Worker:
     """One rank."""
 
-    def __init__(self, job: Job, rows: TrainingRows, telemetry: Any) -> None:
+    def __init__(self, job: Job, rows: TrainingRows, telemetry: Any, staging: Staging) -> None:
         context = ray.train.get_context()
-        self.job, self.rows, self.telemetry = job, rows, telemetry
+        self.job, self.rows, self.telemetry, self.staging = job, rows, telemetry, staging
         self.rank, self.world = context.get_world_rank(), context.get_world_size()
         share = -(-job.expert.batch_size // self.world)
         micro_batch = min(job.training.micro_batch or share, share)
         self.layout = StepLayout(job.expert.batch_size, self.world, micro_batch)
+        self.dtype = torch.bfloat16 if job.training.precision == "bf16" else torch.float32
         torch.set_num_threads(job.training.threads)
-        random.seed(job.seed)
-        np.random.seed(job.seed)
-        torch.manual_seed(job.seed)
         self._untold: list[tuple[str, str, int, int, float]] = []
         self._told = 0.0
         self.figures: dict[str, Any] = {"samples": job.expert.steps * job.expert.batch_size}
@@ -120,29 +121,35 @@ class Worker:
             return self._stages(Path(folder), progress)
 
     def _stages(self, folder: Path | None, progress: dict[str, Any]) -> dict[str, Any]:
+        """Runs both stages on one base: the LoRA is taken off, gates come on."""
+        job = self.job
         if progress["stage"] == "done":
             return self.figures
-        if progress["stage"] == "expert":
-            adapter = self._expert_stage(folder, progress)
-        else:
-            assert folder is not None
-            adapter = folder / ADAPTER
-        if self.job.router_stage:
-            self._router_stage(adapter)
+        settings = self._zero_config()
+        with sharded_loading(settings):
+            base = load_base(base_dtype(job.base, job.training), vision=job.vision)
+            adapted_paths(base, job.expert.target_modules)
+            if job.training.zero_stage == 3 and self.world > 1:
+                VisionLockstep(base, ray.train.torch.get_device())
+            if progress["stage"] == "expert":
+                adapter = self._expert_stage(base, settings, folder, progress)
+                free_memory()
+            else:
+                assert folder is not None
+                adapter = folder / ADAPTER
+            if job.router_stage:
+                self._router_stage(base, settings, adapter)
         return self.figures
 
-    def _expert_stage(self, folder: Path | None, progress: dict[str, Any]) -> Path:
-        """Trains the LoRA; returns the folder of the finished adapter."""
+    def _expert_stage(
+        self, base: Base, settings: dict[str, Any], folder: Path | None, progress: dict[str, Any]
+    ) -> Path:
+        """Trains the LoRA, and takes it off the base; returns the folder of the finished adapter."""
         job, config = self.job, self.job.expert
-        settings = self._zero_config()
-        keep = sharded_loading(settings)
-        base = load_base(job.base, vision=job.vision)
-        adapted_paths(base, config.target_modules)
-        peft = with_lora(base, config, start=Path(job.start) if job.start else None)
+        seed_all(job.seed)  # the same for all ranks: weights
+        peft: Any = with_lora(base, config, start=Path(job.start) if job.start else None, dtype=self.dtype)
         if job.training.gradient_checkpointing:
             checkpoint_activations(base)
-        if job.training.precision == "bf16":
-            peft = peft.to(torch.bfloat16)
         engine = start_engine(
             peft,
             settings,
@@ -150,54 +157,54 @@ class Worker:
             weight_decay=config.weight_decay,
             schedule=warm_up_cosine(config),
         )
-        begin = 0
+        seed_all(job.seed, 1, self.rank)  # each rank's own: dropout
+        begin, clock = 0, StageClock()
         if folder is not None and progress["world"] == self.world:
             engine.load_checkpoint(str(folder / ENGINE), load_module_strict=False)
-            begin = progress["step"]
+            load_random_state(folder / random_file(self.rank))
+            begin, clock = progress["step"], StageClock(**progress["clock"])
         engine.train()
-        clock = StageClock(**progress.get("clock", {}))
 
         def on_step(step: int, loss: float) -> None:
             self._step_done("expert", step, config.steps, loss)
             if step % job.training.checkpoint_every == 0 and step < config.steps:
-                draft = self._draft({"stage": "expert", "step": step, "clock": vars(clock)})
+                draft = self._checkpoint({"stage": "expert", "step": step, "clock": vars(clock)})
                 engine.save_checkpoint(str(draft / ENGINE), tag="last", exclude_frozen_parameters=True)
-                self._report(draft)
+                save_random_state(draft / random_file(self.rank))
+                self.staging.report(draft)
 
         steps = range(begin, config.steps)
         with self._loader(base, steps, job.seed) as loader:
             run_steps(engine, loader, steps, explosion=job.training.explosion, clock=clock, on_step=on_step)
         self._note("expert", clock)
-        draft = self._draft({"stage": "router" if job.router_stage else "done", "step": 0})
+        draft = self._checkpoint({"stage": "router" if job.router_stage else "done", "step": 0})
         save_lora(peft, draft / ADAPTER, write=self.rank == 0)
-        engine.destroy()
-        del keep
+        close_engine(engine)
+        peft.unload()
         # Every rank needs the finished adapter, and Ray hands the reported one out only after a restart.
-        finished = self._share(draft / ADAPTER)
+        finished = self.staging.share(draft / ADAPTER)
         if not any(bool(a.b_OR.any()) for a in load_adapters(finished)[1].values()):
             raise ExpertError(
                 f"task {job.task!r}: every LoRA B is zero after training; check expert.learning_rate and steps"
             )
-        self._report(draft)
+        self.staging.report(draft)
         return finished
 
-    def _router_stage(self, adapter: Path) -> None:
+    def _router_stage(self, base: Base, settings: dict[str, Any], adapter: Path) -> None:
         """Trains the routing vectors, takes the prompt statistics and reports the finished expert."""
         job, config = self.job, self.job.router
         started = time.monotonic()
-        settings = self._zero_config()
-        keep = sharded_loading(settings)
-        base = load_base(job.base, vision=job.vision)
-        width = feature_width(base.width, config.feature_width)
         heard = heard_paths(base, job.expert.target_modules)
-        gates = with_gates(base.model, adapter)
-        log = PromptLog(base.model, width, heard)
+        gates = with_gates(base.model, adapter, dtype=self.dtype)
         engine = start_engine(
             base.model, settings, learning_rate=config.learning_rate, weight_decay=0.0, schedule=lambda step: 1.0
         )
         if job.training.gradient_checkpointing:
             checkpoint_activations(base)
         without_dropout(engine)  # nothing but the gates moves
+        seed_all(job.seed, 2, self.rank)
+        features = self._features(engine, base)
+        evidence = EvidenceCollector(base.model, heard)
         clock = StageClock()
         steps = range(config.steps)
         with self._loader(base, steps, job.seed + 1) as loader:
@@ -208,15 +215,14 @@ class Worker:
                 explosion=job.training.explosion,
                 clock=clock,
                 on_step=lambda step, loss: self._step_done("router", step, config.steps, loss),
-                before=log.expect,
+                # Rows that come again say nothing new; what the first step holds is better than nothing.
+                before=lambda batch: evidence.expect(batch) if loader.epoch == 0 or not clock.losses else None,
             )
-        features, samples = log.collect()
         statistics = PromptStatistics.of(features, quantile=config.quantile, shrinkage=config.shrinkage)
-        evidence = {path: PromptStatistics.of(sample) for path, sample in samples.items()}
+        samples = {path: PromptStatistics.of(sample) for path, sample in evidence.collect().items()}
         with gathered([gate.vector for gate in gates.values()]):
             vectors = {path: gate.vector.detach().float().cpu().clone() for path, gate in gates.items()}
-        engine.destroy()
-        del keep
+        close_engine(engine)
         clock.seconds = time.monotonic() - started
         self._note("router", clock)
         adapter_config, adapters = load_adapters(adapter)
@@ -232,12 +238,27 @@ class Worker:
             samples=self.figures["samples"],
             metrics={key: value for key, value in self.figures.items() if isinstance(value, float)},
         )
-        expert = Expert(card, adapter_config, adapters, vectors, statistics, evidence)
+        expert = Expert(card, adapter_config, adapters, vectors, statistics, samples)
         expert.check_trained()
-        draft = self._draft({"stage": "done", "step": 0})
+        draft = self._checkpoint({"stage": "done", "step": 0})
         if self.rank == 0:
             expert.save(draft / EXPERT)
-        self._report(draft)
+        self.staging.report(draft)
+
+    def _features(self, engine: Any, base: Base) -> torch.Tensor:
+        """Returns the features (N, F) of distinct prompts of all ranks."""
+        config = self.job.router
+        batches = distinct_batches(
+            self.rows,
+            count=max(config.statistics_rows, self.world),
+            micro_batch=self.layout.micro_batch,
+            rank=self.rank,
+            workers=self.world,
+            collate=partial(collate_for, base.processor),
+            seed=self.job.seed,
+        )
+        width = feature_width(base.width, config.feature_width)
+        return collect_features(engine, base, batches, width=width, device=engine.device)
 
     def _zero_config(self) -> dict[str, Any]:
         job = self.job
@@ -283,27 +304,6 @@ class Worker:
             self.telemetry.push.remote(self._untold)
             self._untold, self._told = [], time.monotonic()
 
-    def _draft(self, progress: dict[str, Any]) -> Path:
-        """Starts a checkpoint folder of this rank; Ray uploads and removes it."""
-        draft = Path(tempfile.mkdtemp(prefix="pointsman-"))
-        if self.rank == 0:
-            values = {"world": self.world, "figures": self.figures, **progress}
-            (draft / PROGRESS).write_text(json.dumps(values))
-        return draft
-
-    def _report(self, draft: Path) -> None:
-        """Hands a checkpoint to Ray Train; a barrier, so every rank calls it equally often."""
-        ray.train.report(
-            {"task": self.job.task},
-            checkpoint=ray.train.Checkpoint(str(draft)),
-            delete_local_checkpoint_after_upload=True,
-        )
-
-    def _share(self, folder: Path) -> Path:
-        """Returns a local copy of rank 0's adapter folder."""
-        copy = Path(tempfile.mkdtemp(prefix="pointsman-"))
-        files = [{f.name: f.read_bytes() for f in folder.iterdir() if f.is_file()} if self.rank == 0 else {}]
-        dist.broadcast_object_list(files, src=0)
-        for name, content in files[0].items():
-            (copy / name).write_bytes(content)
-        return copy
+    def _checkpoint(self, progress: dict[str, Any]) -> Path:
+        """Starts a checkpoint that says where this run stands."""
+        return self.staging.checkpoint({"world": self.world, "figures": self.figures, **progress})

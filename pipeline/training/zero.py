@@ -1,12 +1,15 @@
 """DeepSpeed: the ZeRO configuration of a stage, and an engine around a model of which few parameters train."""
 
+import gc
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import nn
 
-from pipeline.config import TrainingConfig
+from pipeline.config import BaseModelConfig, TrainingConfig
 
 
 def zero_config(training: TrainingConfig, *, micro_batch: int, accumulated: int = 1, clip: float) -> dict[str, Any]:
@@ -15,6 +18,8 @@ def zero_config(training: TrainingConfig, *, micro_batch: int, accumulated: int 
     zero: dict[str, Any] = {"stage": training.zero_stage, "reduce_bucket_size": int(5e7)}
     if training.offload != "none":
         zero["offload_optimizer"] = {"device": "cpu", "pin_memory": training.gpu}
+    if training.zero_persistence_threshold is not None:
+        zero["stage3_param_persistence_threshold"] = training.zero_persistence_threshold
     if training.offload == "all":
         zero["offload_param"] = {"device": "cpu", "pin_memory": training.gpu}
     return {
@@ -56,10 +61,35 @@ def gathered(parameters: list[nn.Parameter]) -> Any:
     return deepspeed.zero.GatheredParameters(parameters, modifier_rank=None)
 
 
-def sharded_loading(settings: dict[str, Any]) -> Any:
-    """Under ZeRO-3, makes `from_pretrained` shard weights while loading; keep the returned object alive."""
+@contextmanager
+def sharded_loading(settings: dict[str, Any]) -> Iterator[None]:
+    """Under ZeRO-3, makes `from_pretrained` shard weights while loading."""
     if settings["zero_optimization"]["stage"] < 3:
-        return None
+        yield
+        return
     from transformers.integrations import HfDeepSpeedConfig
 
-    return HfDeepSpeedConfig(settings)
+    keep = HfDeepSpeedConfig(settings)  # transformers holds a weak reference to it
+    yield
+    del keep
+
+
+def base_dtype(base: BaseModelConfig, training: TrainingConfig) -> BaseModelConfig:
+    """Returns the base as it is trained on: in bfloat16 where either it or training is."""
+    return base.model_copy(update={"dtype": "bfloat16"}) if training.precision == "bf16" else base
+
+
+def close_engine(engine: Any) -> None:
+    """Takes an engine's hooks off its model; what it held is free once its last name is gone and `free_memory` is called."""
+    from deepspeed.runtime.zero import parameter_offload
+
+    engine.destroy()
+    # Where ZeRO-3 leaves the model for ever, and with it the engine's hooks, buckets and optimizer states.
+    parameter_offload.FWD_MODULE_STACK.clear()
+
+
+def free_memory() -> None:
+    """Frees what an engine has left: engines are full of references in circles."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()

@@ -81,7 +81,7 @@ def test_a_run_leaves_a_complete_expert(trained, tiny_folder):
     assert {step.stage for step in seen} == {"expert", "router"}
     assert [step.step for step in seen if step.stage == "expert"] == list(range(1, 13))
     assert result.figures["expert_losses"][-1] < result.figures["expert_losses"][0]
-    assert expert.statistics.count == 4 * 16
+    assert expert.statistics.count == ROWS, "every prompt once"
     assert all(vector.any() for vector in expert.vectors.values()), "every gate has moved"
     assert set(expert.vectors) == set(expert.adapters)
     assert not any("vision_tower" in path for path in expert.adapters)
@@ -132,7 +132,7 @@ def test_zero_stages_and_workers(workers, stage, trained, rows, tiny_folder, wor
     result = run_training(job, rows, storage=tmp_path, worker_env=worker_env)
     expert = Expert.load(result.expert)
     expert.check_trained()
-    assert expert.statistics.count == 4 * 16
+    assert expert.statistics.count == ROWS, "every prompt once"
     assert result.figures["expert_losses"][-1] == pytest.approx(trained[0].figures["expert_losses"][-1], abs=0.5)
     assert all(a.a_RD.shape[0] == 4 for a in expert.adapters.values()), "no empty shards of ZeRO-3"
 
@@ -146,7 +146,7 @@ def test_small_batches_accumulate_to_the_same_step(trained, rows, tiny_folder, w
     assert found["samples"] == expected["samples"] == 12 * 16
     assert len(found["expert_losses"]) == 12
     assert found["expert_losses"] == pytest.approx(expected["expert_losses"], rel=0.05)
-    assert Expert.load(result.expert).statistics.count == 4 * 16
+    assert Expert.load(result.expert).statistics.count == ROWS
 
 
 def test_experts_learn_from_features_as_from_pixels(trained, worker_env, tiny_folder, tmp_path):

@@ -1,0 +1,96 @@
+"""What routers need to know of a task's prompts, collected from distinct rows while its expert is trained.
+
+Features come from one pass over distinct prompts, in which the language model's layers do not run; the inputs of the
+Linears from the router stage's own forward passes, as long as its rows are new. Shapes: N prompts, F features.
+"""
+
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from pipeline.models.bases import Base
+from pipeline.models.prompts import IGNORED, to_device
+from pipeline.routing.evidence import EvidenceReader
+from pipeline.routing.features import project
+from pipeline.routing.routed_model import PromptReader
+
+
+def prompt_mask(batch: dict[str, Any]) -> Tensor:
+    """Returns which tokens of training rows are prompt (B, T): those that carry no label."""
+    return batch["attention_mask"].bool() & (batch["labels"] == IGNORED)
+
+
+@torch.no_grad()
+def collect_features(
+    run: Any, base: Base, batches: Iterable[dict[str, Any] | None], *, width: int, device: str | torch.device
+) -> Tensor:
+    """Returns the prompt features (N, `width`) of all ranks' batches, alike on every rank.
+
+    `run` is the base or the engine around it. Every rank gives equally many batches, None where it has no more rows: it
+    then runs its last ones again and leaves them out, since ZeRO-3 wants all ranks to run.
+    """
+    found: list[Tensor] = []
+    seen: list[Tensor] = []
+    reader = PromptReader(base.model, lambda features, tokens: seen.append(features))
+    last: dict[str, Any] | None = None
+    try:
+        with _without_layers(base):
+            for given in batches:
+                last = given if given is not None else last
+                assert last is not None, "every rank has at least one row"
+                batch = to_device(last, device)
+                reader.prompt_mask = prompt_mask(batch)
+                inputs = {name: value for name, value in batch.items() if name != "labels"}
+                run(**inputs, logits_to_keep=1, use_cache=False)
+                (features_BS,) = seen
+                seen.clear()
+                if given is not None:
+                    found.append(project(features_BS, width).cpu())
+    finally:
+        reader.remove()
+    return torch.cat([part for parts in over_ranks(found) for part in parts])
+
+
+@contextmanager
+def _without_layers(base: Base) -> Iterator[None]:
+    """Leaves a language model its embeddings only."""
+    language: Any = base.model.get_submodule(base.family.language)
+    layers = language.layers
+    language.layers = nn.ModuleList()
+    try:
+        yield
+    finally:
+        language.layers = layers
+
+
+class EvidenceCollector:
+    """Collects the pooled inputs of the Linears at `paths` from training rows."""
+
+    def __init__(self, model: nn.Module, paths: Sequence[str]) -> None:
+        self._reader = EvidenceReader(model, paths)
+
+    def expect(self, batch: dict[str, Any]) -> None:
+        """Says that the coming forward pass is to be recorded; a batch without labels only fills up a step, and is not."""
+        if (batch["labels"] != IGNORED).any():
+            self._reader.tokens_BT = prompt_mask(batch)
+
+    def collect(self) -> dict[str, Tensor]:
+        """Takes the hooks off; returns the samples (N, F) of every distinct input of all ranks' rows, alike on every rank."""
+        self._reader.remove()
+        own = {path: torch.cat(samples) for path, samples in self._reader.samples.items()}
+        parts = over_ranks(own)
+        paths = dict.fromkeys(path for part in parts for path in part)
+        return {path: torch.cat([part[path] for part in parts if path in part]) for path in paths}
+
+
+def over_ranks(own: Any) -> list[Any]:
+    """Returns what every rank has, in the order of ranks."""
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return [own]
+    parts: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(parts, own)
+    return parts
