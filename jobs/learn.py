@@ -91,9 +91,8 @@ def _expert(run: StreamRun, task: TaskConfig) -> tuple[Expert, Any, dict[str, An
     started = monotonic()
     with run.terminal.working(f"reading {task.name}"):
         rows = run.training_rows(task)
-    quarantined = rows.quarantined[task.name]
-    if quarantined:
-        run.terminal.say(f"  {quarantined} bad rows set aside: {run.folder}/quarantine/train/{task.name}.jsonl")
+    run.tell_set_aside(rows, task.name, "train")
+    aside = rows.aside[task.name]
     trained = run.train(*run.job(task, key))
     expert = Expert.load(trained.expert)
     expert.save(folder)
@@ -101,7 +100,7 @@ def _expert(run: StreamRun, task: TaskConfig) -> tuple[Expert, Any, dict[str, An
     fingerprint = run.identity.training_rows(task)
     log_dataset(run.run_id, task.name, task.train.path, fingerprint, samples=rows.counts[task.name])
     version = register_expert(label, folder)
-    figures = trained.figures | {"seconds": monotonic() - started, "quarantined": quarantined}
+    figures = trained.figures | {"seconds": monotonic() - started, "quarantined": aside.rows, "lost_files": aside.files}
     write_json(file, task_figures(run, task.name, figures))
     run.release(task)
     return expert, version, read_json(file)

@@ -90,7 +90,15 @@ class StreamRun:
             elif self.config.stream.general is not None:
                 parts[name] = self.config.stream.general, GENERAL_PROMPT
         with self.terminal.working(f"reading the prompts of {len(parts)} tasks and families"):
-            return self._prepare(parts, "eval", answer=False)
+            found = self._prepare(parts, "eval", answer=False)
+        for name in parts:
+            self.tell_set_aside(found, name, "eval")
+        return found
+
+    def tell_set_aside(self, found: Prepared, name: str, kind: str) -> None:
+        """Says what of a task's rows (`kind` train or eval) could not be used, if anything, and where it is written down."""
+        if aside := found.aside[name]:
+            self.terminal.say(f"  {name}: {aside}: {self.folder}/quarantine/{kind}/{name}.jsonl")
 
     def _limited(self, source: SourceConfig) -> SourceConfig:
         limit = self.config.evaluation.limit

@@ -60,6 +60,7 @@ def task_figures(run: StreamRun, task: str, figures: Mapping[str, Any]) -> dict[
         "wait_seconds": figures["expert_wait_seconds"] + figures["router_wait_seconds"],
         "samples": int(figures["samples"]),
         "quarantined": int(figures["quarantined"]),
+        "lost_files": int(figures["lost_files"]),
         "expert_loss": _curve(figures["expert_losses"]),
         "router_loss": _curve(figures["router_losses"]),
     }

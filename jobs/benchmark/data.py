@@ -5,7 +5,7 @@
 - Speed: the path of training (Ray Data: read, validate, decode, tile, tokenize) beside `datasets.map` doing the same with
   the same processor, both with as many processes as there are cores, in turns; both are warmed up before.
 - Memory: a corpus of several GB streams through; what counts is the peak of all processes above the start.
-- Bad rows: the corpus of `malformed_corpus`; every case must be handled or set aside, and none may crash.
+- Bad rows: the corpus of `malformed_corpus`; every case must be handled, set aside or told as a lost file; none may crash.
 - The plan: how far `pointsman plan` is from measured memory, as `benchmark plan` measures it.
 """
 
@@ -258,7 +258,7 @@ def write_large(folder: Path, one: Path, *, copies: int, shard: int = 32) -> int
 def _malformed(terminal: Terminal, folder: Path, base: BaseModelConfig) -> dict[str, Any]:
     """Prepares every case of the malformed corpus; returns what became of them."""
     cases = build(folder / "malformed")
-    settings = DataConfig(max_bad_share=1)
+    settings = DataConfig(max_bad_share=1, max_lost_files=1)
     outcomes: dict[str, str] = {}
     for start in range(0, len(cases), CASES_AT_ONCE):
         group = cases[start : start + CASES_AT_ONCE]
@@ -266,13 +266,13 @@ def _malformed(terminal: Terminal, folder: Path, base: BaseModelConfig) -> dict[
             for case, outcome in zip(group, _outcomes(group, settings, base, folder), strict=True):
                 outcomes[case.name] = outcome
     wrong = [case.name for case in cases if outcomes[case.name] != case.expected]
-    counts = {kind: list(outcomes.values()).count(kind) for kind in ("handled", "quarantined")}
+    counts = {kind: list(outcomes.values()).count(kind) for kind in ("handled", "quarantined", "lost")}
     crashed = sum(outcome.startswith("crashed") for outcome in outcomes.values())
     return {"cases": len(cases), **counts, "crashed": crashed, "not_as_expected": {n: outcomes[n] for n in wrong}}
 
 
 def _outcomes(group: Sequence[Case], settings: DataConfig, base: BaseModelConfig, folder: Path) -> list[str]:
-    """Returns for each case whether its odd rows were handled, or set aside for the right reason, or crashed."""
+    """Returns for each case whether its rows were handled, or set aside for the right reason, or a file lost, or crashed."""
     parts = {case.name: Part(case.source) for case in group}
     quarantine = folder / "quarantine"
     try:
@@ -285,10 +285,10 @@ def _outcomes(group: Sequence[Case], settings: DataConfig, base: BaseModelConfig
 
 
 def _outcome(case: Case, found: Prepared, file: Path) -> str:
-    good, bad = found.counts[case.name], found.quarantined[case.name]
-    if (good, bad) != (case.good, case.bad):
-        return f"{good} good and {bad} bad rows, not {case.good} and {case.bad}"
-    if bad and not all(case.reason in json.loads(line)["reason"] for line in file.read_text().splitlines()):
+    good, bad, lost = found.counts[case.name], found.aside[case.name].rows, found.aside[case.name].files
+    if (good, bad, lost) != (case.good, case.bad, case.lost):
+        return f"{good} good and {bad} bad rows, {lost} lost files, not {case.good}, {case.bad} and {case.lost}"
+    if (bad or lost) and not all(case.reason in json.loads(line)["reason"] for line in file.read_text().splitlines()):
         return "set aside for another reason"
     return case.expected
 
@@ -303,7 +303,7 @@ def _show(terminal: Terminal, figures: dict[str, Any]) -> None:
     malformed = figures["malformed"]
     terminal.say(
         f"malformed  {malformed['cases']} cases: {malformed['handled']} handled, {malformed['quarantined']} set aside, "
-        f"{malformed['crashed']} crashed"
+        f"{malformed['lost']} told as lost files, {malformed['crashed']} crashed"
         + "".join(f"; {name}: {what}" for name, what in malformed["not_as_expected"].items())
     )
     terminal.say(f"plan       at most {figures['plan']['max_relative_error']:.1%} from measured memory")

@@ -123,6 +123,9 @@ class DataConfig(Config):
 
     max_bad_share: float = Field(default=0.05, ge=0, le=1)
     """Share of bad rows above which a task fails; below it they are set aside in a quarantine file."""
+    max_lost_files: int = Field(default=0, ge=0)
+    """Files that cannot be read in full, above which a task fails. None by default: unlike a bad row, nobody
+    can tell how much is missing, and mostly a copy broke off that can be made again."""
     max_tokens: int = Field(default=4096, ge=16)
     """Longest row in tokens, image tokens included; longer rows are set aside, never cut."""
     max_pixels: int = Field(default=200_000_000, ge=1)

@@ -20,8 +20,13 @@ LONGEST = 1 << 25
 
 _DECODER = json.JSONDecoder(strict=False)
 """Takes tabs and line breaks inside texts, which are meant where they stand, if not allowed."""
+WHOLE = "the whole file"
+"""What a Fault says of a file of which nothing can be read."""
+
 _SPACE = re.compile(r"[\s\ufeff]*")
 _NEXT = re.compile(r"[,}\]]\s*(?=\{)")
+_END = re.compile(r"\}\s*\]\s*\Z")
+"""How an array of rows ends that was written to its end."""
 _TAIL = 64
 """A fault this near to the end of what was read may come from what was not read yet."""
 
@@ -46,6 +51,17 @@ def parse(text: str) -> Any:
         raise ValueError(f"not valid JSON: {error}") from None
 
 
+def breaks_off(text: str) -> bool:
+    """Whether a text that is not valid JSON is the beginning of one that may be."""
+    try:
+        _DECODER.decode(text)
+    except json.JSONDecodeError as error:
+        return error.msg.startswith("Unterminated string") or error.pos >= len(text.rstrip())
+    except (ValueError, RecursionError):
+        return False
+    return False
+
+
 class Elements:
     """Iterates over the elements of `text`; `known` are keys by which an element is recognised after a broken one."""
 
@@ -53,11 +69,12 @@ class Elements:
         self._text, self._known = text, frozenset(known)
         self._buffer, self._at, self._ended = "", 0, False
         self._in_array = False
+        self._number = 0
 
     def __iter__(self) -> Iterator[Any | Fault]:
         """Yields elements, and a Fault for each place that cannot be read."""
         if self._peek() == "":
-            yield Fault("the file is empty: not even an array")
+            yield Fault("the file is empty: not even an array", lost=WHOLE, rows=0)
             return
         self._in_array = self._peek() == "["
         self._at += self._in_array
@@ -66,9 +83,13 @@ class Elements:
                 self._at += 1
                 self._in_array = self._in_array and following == ","
             else:
+                self._number += 1
                 yield self._element()
         if self._in_array:
-            yield Fault("the file ends before its array does: rows are missing at the end")
+            yield Fault("the file ends before its array does: rows are missing at the end", lost=self._rest(), rows=0)
+
+    def _rest(self) -> str:
+        return f"all rows beyond row {self._number}"
 
     def _peek(self) -> str:
         """Returns the next character that is not white space; none at the end."""
@@ -121,8 +142,10 @@ class Elements:
                     self._at = match.end()
                     return Fault(reason, excerpt)
             if self._ended:
+                rest = self._buffer[self._at :]
+                cut = not _END.search(rest) if self._in_array else breaks_off(rest)
                 self._at, self._in_array = len(self._buffer), False
-                return Fault(f"{reason}; no row could be read after it", excerpt)
+                return Fault(f"{reason}; no row could be read after it", excerpt, lost=self._rest() if cut else "")
             self._at = max(self._at, len(self._buffer) - LONGEST)
             self._more()
 

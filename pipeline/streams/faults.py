@@ -21,11 +21,15 @@ class StreamError(UserError):
 
 @dataclass(frozen=True)
 class Fault:
-    """What stands in the place of a row that could not be read from its file; becomes a bad row."""
+    """What stands in the place of a row that could not be read from its file, or of more than a row."""
 
     reason: str
     excerpt: str = ""
     """Beginning of what stands there."""
+    lost: str = ""
+    """What of the file cannot be read, such as `all rows beyond row 7`; empty where it is one row."""
+    rows: int = 1
+    """Rows that stand there; 0 where no one knows how many."""
 
 
 def printable(text: str, limit: int = SHOWN) -> str:

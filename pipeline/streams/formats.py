@@ -3,7 +3,8 @@
 - Files are streamed: what is held is a row, or a small batch of parquet.
 - Texts may be compressed (.gz, .bz2, .zst, .lz4, by their ending), start with a byte order mark, and hold bytes that are not
   UTF-8: those pass as surrogates (PEP 383), so that only rows which use them are bad.
-- What cannot be read is a Fault in the place of the row, with all that is known of it; the rest of the file is read.
+- What cannot be read is a Fault in the place of the row, with all that is known of it; the rest of the file is read. A
+  Fault that stands for more than a row (a file, its end, a row group) says what is lost.
 - Knows nothing of what a column means.
 """
 
@@ -19,7 +20,7 @@ import pyarrow as pa
 import pyarrow.fs as fs
 import pyarrow.parquet as pq
 
-from pipeline.streams.elements import Elements, parse
+from pipeline.streams.elements import WHOLE, Elements, breaks_off, parse
 from pipeline.streams.faults import Fault, StreamError, first_line, printable
 
 Row = dict[str, Any] | Fault
@@ -55,7 +56,14 @@ def rows_of(filesystem: fs.FileSystem, path: str, kind: str, known: Collection[s
         if _network(filesystem, error):
             raise StreamError(f"{path}: cannot be read: {first_line(error)}") from None
         where = f"beyond its row {number}" if number else "at all"
-        yield number + 1, Fault(f"{PurePosixPath(path).name}: the file cannot be read {where}: {first_line(error)}")
+        yield (
+            number + 1,
+            Fault(
+                f"{PurePosixPath(path).name}: the file cannot be read {where}: {first_line(error)}",
+                lost=f"all rows beyond row {number}" if number else WHOLE,
+                rows=0,
+            ),
+        )
 
 
 def _network(filesystem: fs.FileSystem, error: Exception) -> bool:
@@ -80,14 +88,16 @@ def _jsonl(filesystem: fs.FileSystem, path: str, known: Collection[str]) -> Iter
                 reason = f"a line of more than {LONGEST_LINE:,} characters (is the file one JSON array? Then say format: json)"
                 yield number, Fault(reason, printable(line))
             elif line.strip("\ufeff \t\r\n"):
-                yield number, _object(line.lstrip("\ufeff"))
+                yield number, _object(line.lstrip("\ufeff"), number)
 
 
-def _object(line: str) -> Row:
+def _object(line: str, number: int) -> Row:
     try:
         row = parse(line)
     except ValueError as error:
-        return Fault(str(error), printable(line))
+        # Only the last line has no end; JSON that breaks off there was cut, and so may the rows be that followed.
+        cut = not line.endswith("\n") and breaks_off(line)
+        return Fault(str(error), printable(line), lost=f"all rows beyond row {number}" if cut else "")
     return row if isinstance(row, dict) else _no_object(row)
 
 
@@ -139,7 +149,7 @@ def _table(delimiter: str) -> Callable[..., Iterator[tuple[int, Row]]]:
             records = csv.reader(lines, delimiter=delimiter, strict=True)
             names = [name.strip() for name in next(records, [])]
             if not names:
-                yield 1, Fault("the file is empty: not even a line with the columns' names")
+                yield 1, Fault("the file is empty: not even a line with the columns' names", lost=WHOLE, rows=0)
                 return
             number = 0
             while True:
@@ -154,11 +164,12 @@ def _table(delimiter: str) -> Callable[..., Iterator[tuple[int, Row]]]:
                     number += 1
                     lines.put_back()
                     what = fault or f"{len(cells)} cells, the header has {len(names)}"
-                    excerpt = printable(lines.record[0].rstrip())
-                    yield (
-                        number,
-                        Fault(f"line {lines.number}: {what} (a quote that is not closed, a cut file?)", excerpt),
-                    )
+                    line = lines.record[0]
+                    # Only the last line has no end; one without all its cells was cut, and so may the rows be that followed.
+                    cut = len(cells) < len(names) and not line.endswith(("\n", "\r"))
+                    reason = f"line {lines.number}: {what} (a quote that is not closed, a cut file?)"
+                    lost = f"all rows beyond row {number}" if cut else ""
+                    yield number, Fault(reason, printable(line.rstrip()), lost=lost)
 
     return read
 
@@ -190,11 +201,8 @@ def _parquet(filesystem: fs.FileSystem, path: str, known: Collection[str]) -> It
             except (OSError, pa.ArrowException) as error:
                 if _network(filesystem, error):
                     raise
-                for lost in range(last + 1, done + 1):
-                    yield (
-                        lost,
-                        Fault(f"row group {group} of {PurePosixPath(path).name} cannot be read: {first_line(error)}"),
-                    )
+                reason = f"row group {group} of {PurePosixPath(path).name} cannot be read: {first_line(error)}"
+                yield last + 1, Fault(reason, lost=f"rows {last + 1} to {done}", rows=done - last)
 
 
 def _values(batch: pa.RecordBatch, i: int) -> Row:

@@ -4,7 +4,6 @@ One task of Ray Data does all three for a batch, outside the training process. S
 object store over the epochs; large ones stay encoded bytes until the moment they are needed.
 """
 
-import json
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
@@ -19,13 +18,14 @@ import ray
 from ray.data import TaskPoolStrategy
 from ray.data.expressions import col
 
-from pipeline.config import BaseModelConfig, DataConfig, SourceConfig, without_secrets
+from pipeline.config import BaseModelConfig, DataConfig, SourceConfig
 from pipeline.models.bases import load_processor
 from pipeline.models.inference import InferenceWorkers
 from pipeline.models.prompts import Encoded, PromptError, encode
 from pipeline.streams.packing import pack
+from pipeline.streams.quarantine import NOTES, SetAside, set_aside
 from pipeline.streams.records import BadRow, Reference
-from pipeline.streams.sources import PATH, StreamError, count_rows, excerpt, first_records, read, record_of, row_id
+from pipeline.streams.sources import PATH, count_rows, excerpt, extent, first_records, read, record_of, row_id
 from pipeline.streams.training_rows import TrainingRows
 from pipeline.streams.vision import with_features
 
@@ -60,8 +60,8 @@ class Prepared:
     """All good rows in the object store, where they fit."""
     counts: Mapping[str, int]
     """Good rows by task."""
-    quarantined: Mapping[str, int]
-    """Rows set aside, by task."""
+    aside: Mapping[str, SetAside]
+    """Rows and files set aside, by task."""
 
     def rows(self, names: Sequence[str]) -> ray.data.Dataset:
         """Returns the good rows of these tasks."""
@@ -78,7 +78,7 @@ class Prepared:
 
 
 _GOOD = col("reason") == ""
-_NOTES = ["column", "id", "reason", "excerpt", "source"]
+_NOTES = ["column", *NOTES]
 
 
 def union(datasets: Sequence[ray.data.Dataset]) -> ray.data.Dataset:
@@ -102,7 +102,7 @@ def prepare(
     Rows that cannot be used go to `quarantine` (`<task>.jsonl` in that folder) with id and reason. `answer` says whether
     rows are to be learned or only asked. With `data.vision_cache` what the vision tower says of the images is kept below
     the folder `features`, under each part's key, computed by `workers`. Raises StreamError when a task's share of bad
-    rows exceeds `data.max_bad_share`, or no row is left.
+    rows exceeds `data.max_bad_share`, more files are lost than `data.max_lost_files`, or no row is left.
     """
     encoded = {}
     for name, part in parts.items():
@@ -116,20 +116,25 @@ def prepare(
     if cached:
         rows = rows.materialize()
     totals: Counter[str] = Counter()
-    bad: dict[str, list[dict[str, str]]] = {name: [] for name in parts}
+    bad: dict[str, list[dict[str, Any]]] = {name: [] for name in parts}
     for batch in rows.select_columns(_NOTES).iter_batches(batch_size=None, batch_format="numpy"):
         totals.update(batch["column"])
         for i in np.flatnonzero(batch["reason"] != ""):
-            bad[batch["column"][i]].append({key: str(batch[key][i]) for key in _NOTES[1:]})
-    for name, part in parts.items():
-        _set_aside(name, part, bad[name], totals[name], quarantine / f"{name}.jsonl", data.max_bad_share)
+            bad[batch["column"][i]].append(
+                {key: batch[key][i].item() if key == "rows" else str(batch[key][i]) for key in NOTES}
+            )
+    good = {name: totals[name] - len(bad[name]) for name in parts}
+    aside = {
+        name: set_aside(name, part.source, bad[name], good[name], quarantine / f"{name}.jsonl", data)
+        for name, part in parts.items()
+    }
     if cached and any(bad.values()):
         rows = rows.filter(expr=_GOOD).materialize()
     return Prepared(
         parts=encoded,
         cache=rows if cached else None,
-        counts={name: totals[name] - len(bad[name]) for name in parts},
-        quarantined={name: len(bad[name]) for name in parts},
+        counts=good,
+        aside=aside,
     )
 
 
@@ -141,21 +146,6 @@ def encoded_rows(
     return read(part.source, data_folder, readers=data.readers).map_batches(
         work, batch_size=64, batch_format="pyarrow", compute=TaskPoolStrategy(data.readers)
     )
-
-
-def _set_aside(name: str, part: Part, bad: list[dict[str, str]], total: int, file: Path, allowed: float) -> None:
-    """Writes a task's bad rows to `file`; raises StreamError where they are too many."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    file.unlink(missing_ok=True)
-    if bad:
-        file.write_text("".join(json.dumps(row) + "\n" for row in bad))
-    if total == len(bad) or len(bad) > allowed * total:
-        reasons = "; ".join(f"{row['id'] or 'a row'}: {row['reason']}" for row in bad[:3]) or "the files are empty"
-        path = without_secrets(part.source.path)
-        raise StreamError(
-            f"task {name!r}: {len(bad)} of {total} rows of {path} cannot be used (data.max_bad_share "
-            f"allows {allowed:.0%}). First: {reasons}. All of them with reasons: {file}"
-        )
 
 
 def _fits(parts: Mapping[str, Part], data: DataConfig, base: BaseModelConfig, data_folder: Path) -> bool:
@@ -186,8 +176,8 @@ def encode_batch(
     out: list[dict[str, Any]] = []
     size = 0
     for raw in batch.to_pylist():
-        row = {"column": column, "id": row_id(raw, part.source), "question": "", "reference": ""}
-        row |= {"reason": "", "excerpt": "", "source": str(raw.get(PATH, ""))}
+        row: dict[str, Any] = {"column": column, "id": row_id(raw, part.source), "question": "", "reference": ""}
+        row |= {"reason": "", "excerpt": "", "source": str(raw.get(PATH, "")), "rows": 1, "lost": ""}
         try:
             record = record_of(raw, part.source, part.prompt, max_pixels=data.max_pixels)
             encoded = encode(processor, record.messages, record.images, answer=answer)
@@ -197,7 +187,7 @@ def encode_batch(
             row |= {"question": record.question, "reference": record.reference.model_dump_json()}
         except (BadRow, PromptError) as error:
             encoded = _NOTHING
-            row |= {"reason": str(error), "excerpt": excerpt(raw)}
+            row |= {"reason": str(error), "excerpt": excerpt(raw), **extent(raw)}
         out.append(row | pack(encoded))
         size += len(out[-1]["arrays"])
         if size >= _PIECE:

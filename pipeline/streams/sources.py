@@ -177,6 +177,12 @@ def excerpt(row: Mapping[str, Any]) -> str:
     return printable(json.dumps(_shortened(content), ensure_ascii=False, default=str))
 
 
+def extent(row: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns how many `rows` stand in the place of a raw row, and what of its file is `lost`; see Fault."""
+    content = _content(row)
+    return {"rows": content.rows, "lost": content.lost} if isinstance(content, Fault) else {"rows": 1, "lost": ""}
+
+
 def _shortened(value: Any, depth: int = 4) -> Any:
     """Returns a value without what would not be shown anyway."""
     if isinstance(value, bytes):

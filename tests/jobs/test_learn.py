@@ -101,6 +101,7 @@ def test_summary_and_registry(undisturbed):
     config, summary = undisturbed
     assert set(summary["tasks"]) == {"digits", "echo"}
     assert summary["tasks"]["echo"]["quarantined"] == 1
+    assert summary["tasks"]["echo"]["lost_files"] == 0
     assert len(summary["accuracy_matrix"]["values"]) == 3
     assert summary["peak_memory_bytes"] > 0
     assert 0 <= summary["data_wait_share"] < 1

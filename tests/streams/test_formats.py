@@ -42,6 +42,12 @@ def fault(found) -> str:
     return only.reason
 
 
+def lost(found: list) -> tuple[str, int]:
+    """What of a file is lost by its only fault, and rows that stand there."""
+    (only,) = [row for _, row in found if isinstance(row, Fault)]
+    return only.lost, only.rows
+
+
 @pytest.mark.parametrize(
     ("path", "kind"),
     [
@@ -101,7 +107,33 @@ def test_a_damaged_archive_is_read_as_far_as_it_goes(tmp_path):
     found = read(write(tmp_path / "a.jsonl.gz", gzip.compress(lines(50_000))[:-2000]))
     assert [entry for _, entry in found[:100]] == [row(n) for n in range(100)]
     assert f"a.jsonl.gz: the file cannot be read beyond its row {len(found) - 1}: Truncated" in fault(found)
-    assert "cannot be read at all" in fault(read(write(tmp_path / "b.jsonl.gz", b"no archive")))
+    assert lost(found) == (f"all rows beyond row {len(found) - 1}", 0)
+    nothing = read(write(tmp_path / "b.jsonl.gz", b"no archive"))
+    assert "cannot be read at all" in fault(nothing)
+    assert lost(nothing) == ("the whole file", 0)
+
+
+@pytest.mark.parametrize(
+    ("name", "data", "expected"),
+    [
+        ("a.jsonl", lines(2) + b'{"id": 3, "text": "te', ("all rows beyond row 3", 1)),
+        ("a.jsonl", lines(2) + b'{"id": 3,', ("all rows beyond row 3", 1)),
+        ("a.jsonl", lines(2) + b'{"id": 3, "text": "te\n', ("", 1)),  # the line has its end: broken, not cut
+        ("a.jsonl", lines(2) + b"nonsense", ("", 1)),  # no beginning of a row either
+        ("a.json", b'[{"id": 1}, {"id": 2}', ("all rows beyond row 2", 0)),
+        ("a.json", b'[{"id": 1}, {"id": 2', ("all rows beyond row 2", 1)),
+        ("a.json", b'[{"id": 1}, {"id": "t"wo"}\n]\n', ("", 1)),
+        ("a.json", b'{"id": 1}\n{"id": "t', ("all rows beyond row 2", 1)),
+        ("a.json", b'{"id": 1}\n{"id": "t"wo"}\n', ("", 1)),
+        ("a.json", b"", ("the whole file", 0)),
+        ("a.tsv", b"id\ttext\n1\tone\n2", ("all rows beyond row 2", 1)),
+        ("a.tsv", b"id\ttext\n1\tone\n2\n", ("", 1)),
+        ("a.tsv", b"", ("the whole file", 0)),
+        ("a.parquet", b"no parquet", ("the whole file", 0)),
+    ],
+)
+def test_a_file_that_was_cut_is_told_from_a_broken_row(tmp_path, name, data, expected):
+    assert lost(read(write(tmp_path / name, data))) == expected
 
 
 def test_json_holds_rows_or_faults(tmp_path):
@@ -191,10 +223,10 @@ def test_a_damaged_row_group_costs_its_own_rows(tmp_path):
     start = column.dictionary_page_offset or column.data_page_offset
     data[start : start + column.total_compressed_size] = b"\xff" * column.total_compressed_size
     found = read(write(path, bytes(data)))
-    assert [number for number, _ in found] == list(range(1, 91))
-    faults = [number for number, entry in found if isinstance(entry, Fault)]
-    assert faults == list(range(31, 61))
-    assert "row group 1 of a.parquet cannot be read" in found[30][1].reason
+    assert [number for number, _ in found] == [*range(1, 32), *range(61, 91)]
+    (lost,) = [entry for _, entry in found if isinstance(entry, Fault)]
+    assert "row group 1 of a.parquet cannot be read" in lost.reason
+    assert (lost.lost, lost.rows) == ("rows 31 to 60", 30)
 
 
 def test_a_cell_that_is_not_utf8_costs_its_row(tmp_path):

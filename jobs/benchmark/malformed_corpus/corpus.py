@@ -30,12 +30,14 @@ class Case:
     bad: int
     """Rows that must be set aside."""
     reason: str = ""
-    """What the reason of each row set aside must contain."""
+    """What the reason of all that is set aside must contain."""
+    lost: int = 0
+    """Files that must be told to be lost, in part or whole: rows are missing, and nobody knows how many or what they held."""
 
     @property
-    def expected(self) -> Literal["handled", "quarantined"]:
-        """What the case tests: that odd rows are used, or that bad ones are set aside."""
-        return "quarantined" if self.bad else "handled"
+    def expected(self) -> Literal["handled", "quarantined", "lost"]:
+        """What the case tests: that odd rows are used, that bad ones are set aside, or that a lost file is no bad row."""
+        return "lost" if self.lost else "quarantined" if self.bad else "handled"
 
 
 @dataclass
@@ -47,14 +49,22 @@ class Corpus:
     cases: list[Case] = field(default_factory=list)
 
     def add(
-        self, name: str, files: Mapping[str, bytes], good: int, bad: int = 0, reason: str = "", **source: Any
+        self,
+        name: str,
+        files: Mapping[str, bytes],
+        good: int,
+        bad: int = 0,
+        reason: str = "",
+        *,
+        lost: int = 0,
+        **source: Any,
     ) -> None:
         """Adds a case whose source is the folder of these files."""
         for path, data in files.items():
             file = self.folder / name / path
             file.parent.mkdir(parents=True, exist_ok=True)
             file.write_bytes(data)
-        self.cases.append(Case(name, SourceConfig(path=str(self.folder / name), **source), good, bad, reason))
+        self.cases.append(Case(name, SourceConfig(path=str(self.folder / name), **source), good, bad, reason, lost))
 
     def rows(
         self, name: str, *rows: Row | bytes, reason: str = "", files: Mapping[str, bytes] | None = None, **source: Any

@@ -36,28 +36,29 @@ def lines(corpus: Corpus) -> None:
     ):  # fmt: skip
         corpus.rows(name, line, reason=reason)
     archive = gzip.compress(b"")
-    corpus.add("no_archive", {"a.jsonl": good, "b.jsonl.gz": good}, 1, 1, "b.jsonl.gz: the file cannot be read")
-    corpus.add(
-        "cut_archive", {"a.jsonl": good, "b.jsonl.gz": archive[:-4]}, 1, 1, "b.jsonl.gz: the file cannot be read"
-    )
+    corpus.add("no_archive", {"a.jsonl": good, "b.jsonl.gz": good}, 1, 0, "b.jsonl.gz: the file cannot be read", lost=1)
+    cut = {"a.jsonl": good, "b.jsonl.gz": archive[:-4]}
+    corpus.add("cut_archive", cut, 1, 0, "b.jsonl.gz: the file cannot be read", lost=1)
+    corpus.add("cut_line", {"rows.jsonl": good + b"\n" + good[:-9]}, 1, 1, "not valid JSON", lost=1)
 
 
 def arrays(corpus: Corpus) -> None:
     """Files of one JSON array."""
     good = json.dumps(ask(id=1))
     quoted = good.replace("what", 'wh"at')
-    for name, text, count, bad, reason in (
-        ("array", f"[{good}, {good}]", 2, 0, ""),
-        ("array_of_lines", f"{good}\n{good}\n", 2, 0, ""),
-        ("trailing_comma", f"\ufeff[{good},\n]", 1, 0, ""),
-        ("broken_element", f"[{good}, {good[:-1]}, {good}]", 2, 1, "not valid JSON"),
-        ("open_quote", f"[{good}, {quoted}, {good}]", 2, 1, "not valid JSON"),
-        ("cut_element", f"[{good}, {good[:40]}", 1, 1, "no row could be read after it"),
-        ("cut_array", f"[{good}, {good}", 2, 1, "ends before its array does"),
-        ("no_objects", f"[{good}, 5, null, [{good}]]", 1, 3, "must be a JSON object"),
+    for name, text, count, bad, reason, lost in (
+        ("array", f"[{good}, {good}]", 2, 0, "", 0),
+        ("array_of_lines", f"{good}\n{good}\n", 2, 0, "", 0),
+        ("trailing_comma", f"\ufeff[{good},\n]", 1, 0, "", 0),
+        ("broken_element", f"[{good}, {good[:-1]}, {good}]", 2, 1, "not valid JSON", 0),
+        ("broken_last_element", f"[{good}, {quoted}\n]\n", 1, 1, "not valid JSON", 0),
+        ("open_quote", f"[{good}, {quoted}, {good}]", 2, 1, "not valid JSON", 0),
+        ("cut_element", f"[{good}, {good[:40]}", 1, 1, "no row could be read after it", 1),
+        ("cut_array", f"[{good}, {good}", 2, 0, "ends before its array does", 1),
+        ("no_objects", f"[{good}, 5, null, [{good}]]", 1, 3, "must be a JSON object", 0),
     ):
-        corpus.add(f"json_{name}", {"rows.json": text.encode()}, count, bad, reason)
-    corpus.add("json_empty", {"a.json": b"", "b.json": f"[{good}]".encode()}, 1, 1, "the file is empty")
+        corpus.add(f"json_{name}", {"rows.json": text.encode()}, count, bad, reason, lost=lost)
+    corpus.add("json_empty", {"a.json": b"", "b.json": f"[{good}]".encode()}, 1, 0, "the file is empty", lost=1)
 
 
 def parquet(corpus: Corpus) -> None:
@@ -66,9 +67,8 @@ def parquet(corpus: Corpus) -> None:
     image = {"bytes": noise("PNG"), "path": "red.png"}
     corpus.add("hub_shards", {"data/train-00000-of-00001-49492f364babfa44.parquet": table([ask(images=[image])])}, 1)
     for name, data in (("cut", good[:-50]), ("zero", b""), ("no", b"no parquet")):
-        corpus.add(
-            f"{name}_parquet", {"a.parquet": good, "b.parquet": data}, 3, 1, "b.parquet: the file cannot be read at all"
-        )
+        reason = "b.parquet: the file cannot be read at all"
+        corpus.add(f"{name}_parquet", {"a.parquet": good, "b.parquet": data}, 3, 0, reason, lost=1)
     other = table([{"id": 1, "text": "x"}, {"id": 2, "text": "y"}])
     corpus.add(
         "differing_columns", {"a.parquet": good, "b.parquet": other}, 3, 2, "column 'messages' is missing or null"
@@ -78,9 +78,8 @@ def parquet(corpus: Corpus) -> None:
     )
     groups = table([ask(id=f"{n:09}") for n in range(6)], row_group_size=2, compression="none", use_dictionary=False)
     spot = groups.index(b"000000002") - 12
-    corpus.add(
-        "damaged_group", {"a.parquet": groups[:spot] + b"\xff" * 24 + groups[spot + 24 :]}, 4, 2, "row group 1 of a"
-    )
+    damaged = groups[:spot] + b"\xff" * 24 + groups[spot + 24 :]
+    corpus.add("damaged_group", {"a.parquet": damaged}, 4, 2, "row group 1 of a", lost=1)
     texts = pa.Array.from_buffers(pa.string(), 2, pa.array([b"what ?", b"what\xe9 ?"], pa.binary()).buffers())
     stream = io.BytesIO()
     pq.write_table(pa.table({"q": texts, "a": ["red", "red"]}), stream)
@@ -94,6 +93,7 @@ def tables(corpus: Corpus) -> None:
     """Files of cells."""
     head, good = b"q\ta\n", b"what ?\tred\n"
     columns = ColumnsConfig(question="q", answer="a")
+    corpus.add("table_cut", {"rows.tsv": head + good + good[:5]}, 1, 1, "a cut file?", lost=1, columns=columns)
     for name, data, count, bad, reason in (
         ("cells", b'\xef\xbb\xbfq\ta\r\n"what\n""is""\tit ?"\tred\r\n', 1, 0, ""),
         ("inner_quotes", head + b'"What" is 5" wide ?\tred\n', 1, 0, ""),
