@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,14 +14,14 @@ from transformers.models.qwen2.tokenization_qwen2 import Qwen2Tokenizer
 from transformers.processing_utils import VideosKwargs
 
 from pipeline.config import BaseModelConfig
-from pipeline.models.bases import load_base
+from pipeline.models.bases import load_base, load_processor
 from pipeline.models.internvl2 import ConversionError, convert
 from pipeline.models.internvl2.chat import SYSTEM_MESSAGE
-from pipeline.models.prompts import IGNORED, encode, generate_answers
+from pipeline.models.prompts import IGNORED, chat, encode, generate_answers
 from tests.models import published
 from tests.models.published import small_config, write_folder
 
-INTERNLM2, QWEN2, PHI3 = "InternLM2ForCausalLM", "Qwen2ForCausalLM", "Phi3ForCausalLM"
+INTERNLM2, QWEN2, PHI3, LLAMA = "InternLM2ForCausalLM", "Qwen2ForCausalLM", "Phi3ForCausalLM", "LlamaForCausalLM"
 
 
 @pytest.fixture(scope="module", params=[INTERNLM2, QWEN2, PHI3])
@@ -274,6 +275,61 @@ def test_a_tokenizer_json_is_taken_as_it_is(tmp_path, tmp_path_factory):
         assert tokenizer(text)["input_ids"] == ready(text)["input_ids"]
     prompt = tokenizer.apply_chat_template([{"role": "user", "content": "the"}])["input_ids"]
     assert prompt[:2] == [1, tokenizer.convert_tokens_to_ids("<|im_start|>")]
+
+
+SIZES = {
+    "1B": (QWEN2, published.VISION_300M, "Hermes-2"),
+    "2B": (INTERNLM2, published.VISION_300M, "internlm2-chat"),
+    "4B": (PHI3, published.VISION_300M, "phi3-chat"),
+    "8B": (INTERNLM2, published.VISION_300M, "internlm2-chat"),
+    "26B": (INTERNLM2, published.VISION_6B, "internlm2-chat"),
+    "40B": (LLAMA, published.VISION_6B, "Hermes-2"),
+    "76B": (LLAMA, published.VISION_6B, "internlm2-chat"),
+}
+"""Language tower, vision tower and conversation by published size."""
+
+
+def write_size(size: str, folder: Path) -> None:
+    """Writes a small model laid out as InternVL2 of a size is: its towers, conversation and kind of tokenizer files."""
+    kind, tower, template = SIZES[size]
+    write_folder(folder, small_config(kind, tower) | {"template": template})
+    file = folder / "tokenizer_config.json"
+    settings = json.loads(file.read_text())
+    if size == "40B":  # Yi's, of sentencepiece too, which starts texts with nothing
+        del settings["auto_map"]
+        settings |= {"tokenizer_class": "LlamaTokenizer", "add_bos_token": False, "legacy": True}
+    elif size == "76B":  # Llama 3's, of the tokenizers library
+        ready = convert(folder, folder.with_name("ready")).folder
+        del settings["auto_map"]
+        settings |= {"tokenizer_class": "PreTrainedTokenizerFast"}
+        shutil.copy(ready / "tokenizer.json", folder)
+        (folder / "tokenizer.model").unlink()
+    file.write_text(json.dumps(settings))
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_processors_of_all_sizes_load_and_encode(size, tmp_path, monkeypatch):
+    write_size(size, tmp_path / "source")
+    folder = convert(tmp_path / "source", tmp_path / "target").folder
+    processor = load_processor(BaseModelConfig(path=str(folder)))
+    messages = [{"role": "user", "content": "<image>\nwhat is the color"}, {"role": "assistant", "content": "red"}]
+    image = Image.effect_noise((130, 60), 60).convert("RGB")
+    row = encode(processor, messages, [image])
+    pieces = processor.tokenizer.convert_ids_to_tokens(row.input_ids)
+    tiles = len(row.images["pixel_values"])
+    assert pieces.count("<IMG_CONTEXT>") == 4 * tiles == 12
+    assert pieces[-1] == processor.tokenizer.eos_token
+    assert not processor.tokenizer.unk_token or processor.tokenizer.unk_token not in pieces
+    assert max(row.input_ids) < json.loads((folder / "config.json").read_text())["text_config"]["vocab_size"]
+    start = {"1B": ["<|im_start|>"], "40B": ["<|im_start|>"], "4B": ["<s>", "▁", "<|system|>"]}
+    expected = start.get(size, ["<|im_start|>"] if size == "76B" else ["<s>", "<|im_start|>"])
+    assert pieces[: len(expected)] == expected
+    monkeypatch.setattr(InternVLProcessor, "get_attributes", staticmethod(lambda: ["image_processor", "tokenizer"]))
+    stock = AutoProcessor.from_pretrained(folder)
+    prompt = stock.apply_chat_template(chat(messages[:1]), add_generation_prompt=True, tokenize=False)
+    inputs = stock(images=[image], text=[prompt], return_tensors="np")
+    np.testing.assert_array_equal(inputs["input_ids"][0], row.input_ids[: inputs["input_ids"].shape[1]])
+    np.testing.assert_array_equal(inputs["pixel_values"], row.images["pixel_values"])
 
 
 _tokenizers: dict[str, Any] = {}
