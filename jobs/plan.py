@@ -21,9 +21,10 @@ from jobs.summary import PACKAGES, command_line, git_commit, now
 from jobs.terminal import Terminal, table
 from pipeline.config import ConfigError, LearnConfig
 from pipeline.models.architecture import Architecture, architecture_of, base_configuration
-from pipeline.training.planning import activations, compute, sizes, states
-from pipeline.training.planning.advice import Change, advice, largest_micro_batch
+from pipeline.training.planning import activations, compute, inference, sizes, states
+from pipeline.training.planning.advice import Change, advice, changed, largest_micro_batch
 from pipeline.training.planning.compute import GPUS
+from pipeline.training.planning.job import EXPERT_STAGE, job_fits, job_moments, served_pool, worst_moment
 from pipeline.training.planning.plan import CONTEXT, FRAGMENTATION, Assumptions, Plan
 
 POOLS = (10, 50, 100)
@@ -40,6 +41,7 @@ EXPLAINED = {
         "vision_bytes",
     ),
     states: ("states",),
+    inference: ("reading_bytes", "cache_bytes", "answer_bytes"),
     compute: ("operations", "vision_operations", "gathering_seconds", "answering_seconds"),
     sizes: ("sizes",),
 }
@@ -157,6 +159,7 @@ def summary(plan: Plan, gpu: str | None, changes: list[Change]) -> dict[str, Any
     """Returns the plan for machines: SI units in the names of keys."""
     config, architecture, disk, operations = plan.config, plan.architecture, plan.sizes, plan.operations
     moment, peak = plan.peak(plan.longest)
+    worst = worst_moment(plan)
     return {
         "base": {"label": config.base.label, "kind": architecture.kind},
         "gpu": {"name": gpu, "memory_bytes": plan.capacity, "workers": config.training.workers},
@@ -183,7 +186,13 @@ def summary(plan: Plan, gpu: str | None, changes: list[Change]) -> dict[str, Any
             "gathering_seconds": plan.gathering_seconds,
         },
         "memory": {
-            "fits": plan.fits,
+            "fits": job_fits(plan),
+            "worst_moment": worst.name,
+            "worst_moment_bytes": worst.bytes,
+            "job": [
+                {"moment": m.name, "when": m.when, "gpus": m.gpus, "bytes": m.bytes, "parts": dict(m.parts)}
+                for m in (*job_moments(plan), served_pool(plan))
+            ],
             "peak_bytes": peak,
             "peak_moment": moment,
             "longest_row_bytes": plan.moments(plan.longest),
@@ -213,7 +222,7 @@ def summary(plan: Plan, gpu: str | None, changes: list[Change]) -> dict[str, Any
 
 def show(terminal: Terminal, plan: Plan, gpu: str | None, changes: list[Change]) -> None:
     """Prints the plan."""
-    for drawn in (_parameters(plan), _memory(plan, gpu), _time(plan, gpu), _disk(plan)):
+    for drawn in (_parameters(plan), _memory(plan, gpu), _job(plan, gpu), _time(plan, gpu), _disk(plan)):
         terminal.console.print(drawn)
     for line in _notes(plan):
         terminal.say(line)
@@ -257,6 +266,28 @@ def _memory(plan: Plan, gpu: str | None) -> Any:
     where = f"each of {workers} {what.replace('GPU', 'GPUs') if gpu else 'workers'}" if workers > 1 else f"the {what}"
     header = ["MB, rows of" if small else "GB, rows of", *(f"{row.tokens:,} tokens" for row in columns.values())]
     return table(f"Memory of {where}, micro-batch {plan.micro_batch}", header, rows)
+
+
+def _job(plan: Plan, gpu: str | None) -> Any:
+    """Every moment of the job, in order, and what it needs most for."""
+    moments, worst = [*job_moments(plan), served_pool(plan)], worst_moment(plan)
+    size = _gb if worst.bytes >= 1e9 else lambda value: f"{value / 1e6:.1f}"
+    rows = []
+    for moment in moments:
+        first = sorted(moment.parts.items(), key=lambda part: -part[1])[:3]
+        mark = ("[bold]", "[/bold]") if moment.name == worst.name else ("", "")
+        rows.append(
+            [
+                f"{mark[0]}{moment.name}{mark[1]}",
+                moment.when,
+                str(moment.gpus) if gpu else "-",
+                f"{mark[0]}{size(moment.bytes)}{mark[1]}",
+                ", ".join(f"{part} {size(value)}" for part, value in first),
+            ]
+        )
+    unit = "GB" if worst.bytes >= 1e9 else "MB"
+    header = ["moment", "when it needs most", "GPUs", f"{unit} of each" if gpu else unit, "largest parts"]
+    return table("Every moment of the job", header, rows)
 
 
 def _time(plan: Plan, gpu: str | None) -> Any:
@@ -317,7 +348,16 @@ def _notes(plan: Plan) -> list[str]:
         f"Logits are computed at answers only: {plan.typical.answer_tokens} tokens of a typical row, "
         f"{plan.longest.answer_tokens} of the longest (--answer-tokens, --longest-answer)."
     )
+    evaluation = plan.config.evaluation
+    notes.append(
+        f"Inference in batches of up to {evaluation.batch_size} prompts and {evaluation.tokens_per_batch:,} tokens "
+        "(evaluation.batch_size, evaluation.tokens_per_batch)."
+    )
     if plan.gpu is not None:
+        notes.append(
+            "GPU figures are computed, not measured: no part of this plan was ever run on a GPU. pointsman benchmark gpu "
+            "measures it on yours."
+        )
         notes.append(
             f"Training reaches {own.utilisation:.0%} of {plan.gpu.operations / 1e12:g} dense bf16 TFLOP/s (--utilisation); "
             f"allowance for CUDA {_gb(CONTEXT)} GB and {FRAGMENTATION:.0%} of all tensors."
@@ -327,16 +367,18 @@ def _notes(plan: Plan) -> list[str]:
 
 
 def verdict(plan: Plan, gpu: str | None, changes: list[Change]) -> list[str]:
-    """Returns whether the longest row fits, and otherwise what to change, in order."""
-    moment, needed = plan.peak(plan.longest)
-    room = f"{_gb(needed)} of {_gb(plan.capacity)} GB on {gpu or 'this machine'} ({moment})"
-    if plan.fits:
+    """Returns whether every moment fits with the longest rows, and otherwise what to change, in order."""
+    worst = worst_moment(plan)
+    when = worst.when if worst.name == EXPERT_STAGE else f"{worst.name}: {worst.when}"
+    room = f"{_gb(worst.bytes)} of {_gb(plan.capacity)} GB on {gpu or 'this machine'} ({when})"
+    if job_fits(plan):
         most = largest_micro_batch(plan)
         more = f"; up to training.micro_batch={most} would fit" if most and most > plan.micro_batch else ""
         return [f"[bold green]fits[/bold green]       {room}{more}"]
     lines = [f"[bold red]does not fit[/bold red]  {room}"]
     lines += [f"  then {'fits' if c.fits else 'still not'}: {c}   {_gb(c.bytes)} GB ({c.moment})" for c in changes]
-    if not changes or not changes[-1].fits:
+    settings = {field: value for change in changes for field, value in change.settings.items()}
+    if not job_fits(changed(plan, settings)):
         lines.append(
             "  no setting makes it fit: take a larger GPU, shorter rows (data.max_tokens, base.max_tiles) or more workers"
         )

@@ -2,7 +2,8 @@
 
 python -m jobs.benchmark plan
 
-- Each case builds a base from a configuration and trains LoRA steps on it as the expert stage does, in plain PyTorch and PEFT.
+- Each case builds a base from a configuration and trains LoRA steps on it as the expert stage does, in plain PyTorch and PEFT;
+  then a base without LoRA answers the same batch as evaluation does.
 - Counted are the bytes of all storages from the operator that makes them until they are freed, what autograd keeps among
   them; the second step counts, when the optimizer's states are there.
 - What the CPU cannot say about GPUs: its flash kernel keeps what CUDA's keeps, and so does the one for masks; but dropout
@@ -31,6 +32,7 @@ from pipeline.models.bases import Base
 from pipeline.models.families import family_of
 from pipeline.models.prompts import IGNORED
 from pipeline.training.planning.activations import Kernel, Pass, activations
+from pipeline.training.planning.inference import Batch, inference_moments
 from pipeline.training.planning.plan import moments_of
 from pipeline.training.planning.states import States
 from pipeline.training.stages import answer_loss, checkpoint_activations, with_lora
@@ -183,6 +185,12 @@ class Comparison:
         return abs(self.predicted - self.measured) / self.measured
 
 
+ANSWERS = "answers"
+"""The part that decides whether evaluation fits: all tensors beyond the frozen weights while prompts are read and answered."""
+
+NEW_TOKENS = 4
+"""Tokens of an answer."""
+
 PEAK = "peak"
 """The part that decides whether training fits: all tensors beyond the frozen weights at the worst moment."""
 
@@ -190,14 +198,16 @@ PEAK = "peak"
 def measure(cases: Sequence[Case] = CASES) -> list[Comparison]:
     """Returns every case's parts, predicted and measured.
 
-    Parts: frozen weights; optimizer states; what forward keeps for backward; the vision tower while it runs; and `PEAK`.
+    Parts: frozen weights; optimizer states; what forward keeps for backward; the vision tower while it runs; `ANSWERS`; and
+    `PEAK`.
     """
     return [comparison for case in cases for comparison in compare(case)]
 
 
 def compare(case: Case) -> list[Comparison]:
     """Returns one case's parts."""
-    found, expected = measured(case), predicted(case)
+    found = measured(case) | {ANSWERS: measured_answers(case)}
+    expected = predicted(case) | {ANSWERS: predicted_answers(case)}
     return [Comparison(case.name, part, expected[part], found[part]) for part in found]
 
 
@@ -226,6 +236,34 @@ def predicted(case: Case) -> dict[str, int]:
     if case.tiles:
         parts["vision tower"] = found.vision
     return parts | {PEAK: peak}
+
+
+def predicted_answers(case: Case) -> int:
+    """Returns what the plan's formulas say of answering a case's batch with the bare base; the batch itself is not counted."""
+    batch = Batch(
+        rows=case.rows,
+        tokens=case.tokens,
+        new=NEW_TOKENS,
+        tiles=case.rows * case.tiles,
+        kernel=case.kernel,
+        bytes=4 if case.dtype == "float32" else 2,
+    )
+    moments = inference_moments(architecture_of(case.configuration()), batch)
+    return max(sum(size for part, size in parts.items() if part != "batch") for parts in moments.values())
+
+
+def measured_answers(case: Case) -> int:
+    """Answers a case's batch and returns the most bytes at any time."""
+    torch.manual_seed(0)
+    configuration = case.configuration()
+    configuration._attn_implementation = case.attention
+    model = InternVLForConditionalGeneration(configuration).to(getattr(torch, case.dtype)).eval()
+    batch = _batch(case, configuration)
+    del batch["labels"]
+    batch["attention_mask"] = batch["attention_mask"].flip(1)  # padded on the left
+    with torch.inference_mode(), Allocations() as seen:
+        model.generate(**batch, max_new_tokens=NEW_TOKENS, min_new_tokens=NEW_TOKENS, do_sample=False)
+    return seen.peak
 
 
 def _plain_states(architecture: Architecture, rank: int, size: int) -> States:

@@ -27,11 +27,15 @@ def test_it_says_what_is_needed_and_that_it_fits(run: Any, tmp_path: Path) -> No
     assert outcome.exit_code == 0, outcome.output
     for words in ("vision tower", "17,301,504", "Memory of each of 4 GPUs (a10g)", "logits and loss", "allowance",
                   "16 = 4 x 4 x 1", "the stream, 2 tasks", "pool of 100", "fits       20.66 of 24.00 GB",
+                  "Every moment of the job", "base prompts", "image features", "router stage", "evaluation", "served pool",
+                  "no part of this plan was ever run on a GPU",
                   "64 tokens of a typical row, 512 of the longest (--answer-tokens, --longest-answer)"):  # fmt: skip
         assert words in outcome.output, words
     figures = json.loads((tmp_path / "plan.json").read_text())
     assert figures["name"] == "internvl2-2b"
     assert figures["memory"]["fits"] is True
+    assert [moment["moment"] for moment in figures["memory"]["job"]][0] == "base prompts"
+    assert figures["memory"]["worst_moment"] == "expert stage"
     assert figures["parameters"]["trained"] == 17_301_504
     assert {"command", "seed", "git_commit", "started", "versions", "base"} <= figures.keys()
 
@@ -95,4 +99,4 @@ def test_the_benchmark_writes_its_figures(tmp_path: Path, monkeypatch: pytest.Mo
     assert outcome.exit_code == 0, outcome.output
     summary = json.loads((tmp_path / "summary.json").read_text())
     assert summary["plan"]["max_relative_error"] <= 0.15
-    assert {case["part"] for case in summary["cases"]} >= {"frozen weights", "kept for backward", "peak"}
+    assert {case["part"] for case in summary["cases"]} >= {"frozen weights", "kept for backward", "answers", "peak"}

@@ -12,6 +12,7 @@ from pipeline.config import BaseModelConfig, LearnConfig, load_config
 from pipeline.models.architecture import Architecture, architecture_of, base_configuration
 from pipeline.routing import Pool
 from pipeline.training.planning.advice import advice, changed, largest_micro_batch
+from pipeline.training.planning.job import job_fits, job_moments, served_pool, worst_inference, worst_moment
 from pipeline.training.planning.plan import Assumptions, Plan
 from tests.helpers import make_expert
 
@@ -46,6 +47,8 @@ def shipped(bases: dict[str, Architecture], name: str, *overrides: str, **option
 def test_shipped_configurations_fit_their_gpu_as_they_say(bases: dict[str, Architecture], name: str) -> None:
     plan = shipped(bases, name)
     assert plan.fits
+    assert job_fits(plan)
+    assert served_pool(plan).bytes <= plan.capacity
     assert advice(plan) == []
     text = " ".join((CONFIGS / f"{name}.yaml").read_text().replace("#", " ").split())
     stated = re.search(r"4,096 tokens, ([\d.]+) of (\d+) GB \(a row of 6 tiles: ([\d.]+) GB\), ([\d.]+) s a step", text)
@@ -90,10 +93,11 @@ def test_advice_comes_in_order_and_stops_when_it_fits(bases: dict[str, Architect
         "training.micro_batch=1",
         "training.gradient_checkpointing=true",
         "training.zero_stage=3",
+        "evaluation.gpus_per_worker=2 evaluation.workers=4",
     ]
-    assert [change.fits for change in advice(plan)] == [False] * 4 + [True]
+    assert [change.fits for change in advice(plan)] == [False] * 4 + [True] * 2
     alone = replace(shipped(bases, "internvl2_8b_24gb", *PLAIN, "training.workers=1"), capacity=16e9)
-    assert str(advice(alone)[-1]) == "training.zero_stage=3 training.offload=all"
+    assert str(advice(alone)[-2]) == "training.zero_stage=3 training.offload=all"
     nothing = replace(plan, capacity=1e9)
     assert not advice(nothing)[-1].fits
     assert largest_micro_batch(nothing) is None
@@ -199,3 +203,40 @@ def test_sizes_are_those_on_disk(tiny_base: Any, known_pool: Pool, tmp_path: Pat
     weights = (folder / "adapter_model.safetensors").stat().st_size
     assert weights == pytest.approx(plan.sizes.adapter, abs=10_000)  # names of tensors
     assert plan.sizes.pool(10) == 10 * plan.sizes.expert + plan.sizes.statistics
+
+
+def test_every_moment_of_a_job_is_planned(bases: dict[str, Architecture]) -> None:
+    plan = shipped(bases, "internvl2_2b")
+    names = [moment.name for moment in job_moments(plan)]
+    assert names == ["base prompts", "image features", "expert stage", "router stage", "evaluation"]
+    assert worst_moment(plan).bytes == max(moment.bytes for moment in job_moments(plan))
+    plain = shipped(bases, "internvl2_2b", "data.vision_cache=off", "stream.general=null")
+    assert [m.name for m in job_moments(plain)] == ["expert stage", "router stage", "evaluation"]
+
+
+def test_inference_needs_what_its_batches_need(bases: dict[str, Architecture]) -> None:
+    """A fixed number of long prompts, with logits at all their tokens, would not fit where training does."""
+    plan = shipped(bases, "internvl2_8b_24gb")
+    moments = {moment.name: moment for moment in job_moments(plan)}
+    decoder = plan.architecture.decoder
+    cache = 2 * 2 * decoder.layers * decoder.key_value_heads * decoder.head_width
+    assert moments["evaluation"].parts["KV cache"] == cache * 8192  # while the last layer reads prompts
+    assert 2 * 64 * plan.longest.tokens * decoder.vocabulary > plan.capacity  # 64 prompts, logits at every token
+    large = shipped(bases, "internvl2_8b_24gb", "evaluation.tokens_per_batch=65536", "evaluation.batch_size=64")
+    assert large.fits
+    assert not job_fits(large)
+    (change,) = advice(large)
+    assert str(change) == "evaluation.tokens_per_batch=16384"
+    assert change.fits
+
+
+def test_a_base_larger_than_a_gpu_says_how_many_its_evaluation_takes(bases: dict[str, Architecture]) -> None:
+    plan = replace(shipped(bases, "internvl2_8b_24gb"), capacity=16e9)
+    assert worst_inference(plan).bytes > plan.capacity
+    settings = advice(plan)[-1].settings
+    assert settings["evaluation.gpus_per_worker"] == 2
+    assert settings["evaluation.workers"] == 4  # of the same eight GPUs
+    spread = changed(plan, settings)
+    assert worst_inference(spread).bytes <= plan.capacity
+    weights = [m.parts["frozen weights"] for m in job_moments(spread) if m.name == "evaluation"]
+    assert weights[0] < 0.6 * plan.states.weights

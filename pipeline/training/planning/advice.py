@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
+from pipeline.training.planning.job import worst_inference
 from pipeline.training.planning.plan import Plan
 
 NOTICEABLE = 0.005
@@ -34,9 +35,9 @@ def changed(plan: Plan, settings: Mapping[str, Any]) -> Plan:
 
 
 def advice(plan: Plan) -> list[Change]:
-    """Returns what makes the longest row fit: nothing, if it does; all there is, if nothing suffices.
+    """Returns what makes a job fit: nothing, if it does; all there is, if nothing suffices. Training first, then inference.
 
-    In this order: attention that keeps no matrix, cached image features, a smaller micro-batch (a row of a thousand tokens
+    For training in this order: attention that keeps no matrix, cached image features, a smaller micro-batch (a row of a thousand tokens
     keeps a GPU busy by itself), gradient checkpointing (half as many operations more), ZeRO-3 and offload to CPU memory (as
     slow as their links). All of them give the same adapter, up to rounding. Settings that save nothing here are left out.
     """
@@ -52,7 +53,42 @@ def advice(plan: Plan) -> list[Change]:
         if needed <= (1 - NOTICEABLE) * before:
             found.append(Change(wanted, moment, needed, after.fits))
             plan = after
-    return found
+    return found + inference_advice(plan)
+
+
+FEWEST_TOKENS = 2048
+"""Smallest batch that is advised: smaller ones leave a GPU idle."""
+
+MOST_GPUS = 16
+"""Most GPUs over which a base is advised to be spread."""
+
+
+def inference_advice(plan: Plan) -> list[Change]:
+    """Returns what makes evaluation, base prompts and image features fit: smaller batches, then more GPUs for each base.
+
+    More GPUs for each evaluator mean fewer evaluators, since the GPUs are those of training. Nothing, if all fit; the last
+    attempt, if nothing suffices.
+    """
+    evaluation, change = plan.config.evaluation, None
+    if worst_inference(plan).bytes <= plan.capacity:
+        return []
+    gpus = evaluation.gpus_per_worker
+    while gpus <= (MOST_GPUS if plan.gpu is not None else evaluation.gpus_per_worker):
+        tokens = evaluation.tokens_per_batch
+        while tokens >= min(FEWEST_TOKENS, evaluation.tokens_per_batch):
+            settings: dict[str, Any] = {}
+            if gpus > evaluation.gpus_per_worker:
+                fewer = max(1, evaluation.workers * evaluation.gpus_per_worker // gpus)
+                settings |= {"evaluation.gpus_per_worker": gpus, "evaluation.workers": fewer}
+            if tokens < evaluation.tokens_per_batch:
+                settings["evaluation.tokens_per_batch"] = tokens
+            worst = worst_inference(changed(plan, settings))
+            change = Change(settings, worst.name, worst.bytes, worst.bytes <= plan.capacity)
+            if change.fits:
+                return [change]
+            tokens //= 2
+        gpus *= 2
+    return [change] if change is not None and change.settings else []
 
 
 def largest_micro_batch(plan: Plan) -> int | None:

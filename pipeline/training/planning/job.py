@@ -1,0 +1,159 @@
+"""Every moment of a job at which a GPU holds the base, with the one that needs most.
+
+A job reads base prompts, computes image features, trains both stages of each task and evaluates after it. All but training
+is inference: by `evaluation.workers`, in batches of `evaluation.tokens_per_batch`, each on
+`evaluation.gpus_per_worker` GPUs. A moment's workers are gone before the next one begins, so moments do not add up.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from pipeline.models.architecture import HEAD, LANGUAGE, PROJECTOR, VISION
+from pipeline.models.inference import InferenceWorkers
+from pipeline.models.placement import largest_share
+from pipeline.training.planning.activations import Kernel
+from pipeline.training.planning.inference import Batch, inference_moments, worst_batch_shapes
+from pipeline.training.planning.plan import CONTEXT, FRAGMENTATION, Plan
+
+EXPERT_STAGE, ROUTER_STAGE = "expert stage", "router stage"
+SERVED = InferenceWorkers(batch_size=32)
+"""Batches of a served pool, unless its caller says otherwise."""
+SERVED_TOKENS = 64
+"""New tokens of an answer of a served pool, unless its caller says otherwise."""
+
+
+@dataclass(frozen=True)
+class Moment:
+    """A moment of a job, when it needs most."""
+
+    name: str
+    when: str
+    """What happens then."""
+    parts: Mapping[str, int]
+    """Bytes of one GPU (of one worker on CPUs)."""
+    gpus: int = 1
+    """GPUs over which a worker spreads the base."""
+
+    @property
+    def bytes(self) -> int:
+        """All of them."""
+        return sum(self.parts.values())
+
+
+def job_moments(plan: Plan) -> list[Moment]:
+    """Returns the moments of a job in their order.
+
+    The router stage works on the same base: its gates keep the inputs that a LoRA keeps and its vectors are small, so what
+    the expert stage needs is its bound. Before it, features of the task's prompts are read; no layer runs for that.
+    """
+    evaluation = plan.config.evaluation
+    workers = InferenceWorkers.of(plan.config.training, evaluation)
+    tasks = len(plan.config.stream.tasks)
+    moments = []
+    if plan.config.stream.general is not None:
+        moments.append(_inference(plan, "base prompts", workers))
+    if plan.cached_vision:
+        moments.append(_image_features(plan))
+    when, _ = plan.peak(plan.longest)
+    parts = plan.moments(plan.longest)[when]
+    moments += [Moment(EXPERT_STAGE, when, parts), Moment(ROUTER_STAGE, f"at most: {when}", parts)]
+    moments.append(_inference(plan, "evaluation", workers, new=evaluation.max_new_tokens, experts=tasks))
+    return moments
+
+
+def served_pool(plan: Plan) -> Moment:
+    """Returns what the pool of all tasks takes where MLflow serves it, on a GPU like the job's; its prompts hold images."""
+    tasks = len(plan.config.stream.tasks)
+    return _inference(plan, "served pool", SERVED, new=SERVED_TOKENS, experts=tasks, pixels=True)
+
+
+def worst_moment(plan: Plan) -> Moment:
+    """Returns the moment that needs most."""
+    return max(job_moments(plan), key=lambda moment: moment.bytes)
+
+
+def job_fits(plan: Plan) -> bool:
+    """Whether every moment of a job fits."""
+    return worst_moment(plan).bytes <= plan.capacity
+
+
+def worst_inference(plan: Plan) -> Moment:
+    """Returns the moment without training that needs most."""
+    return max(
+        (moment for moment in job_moments(plan) if moment.name not in (EXPERT_STAGE, ROUTER_STAGE)),
+        key=lambda moment: moment.bytes,
+    )
+
+
+def _weight_bytes(plan: Plan) -> int:
+    return 2 if plan.config.base.dtype == "bfloat16" else 4
+
+
+def _weights(plan: Plan, gpus: int, *, vision: bool) -> int:
+    """Returns the bytes of the base that the fullest of a worker's GPUs holds."""
+    parameters, decoder = plan.architecture.parameters, plan.architecture.decoder
+    first = parameters[LANGUAGE] - decoder.matrices + (parameters[VISION] + parameters[PROJECTOR] if vision else 0)
+    layers = [decoder.matrices // decoder.layers] * decoder.layers
+    return _weight_bytes(plan) * largest_share([first, *layers, parameters[HEAD]], gpus)
+
+
+def _gpus(plan: Plan) -> int:
+    return plan.config.evaluation.gpus_per_worker if plan.gpu is not None else 1
+
+
+def _kernel(plan: Plan, rows: int) -> Kernel:
+    attention = plan.config.base.attention
+    if attention == "eager":
+        return "eager"
+    return "masked" if attention == "sdpa" and rows > 1 else "flash"
+
+
+def _inference(
+    plan: Plan, name: str, workers: InferenceWorkers, *, new: int = 0, experts: int = 0, pixels: bool = False
+) -> Moment:
+    """Returns the dearest moment of an inference; `pixels`: rows hold tiles, whatever the job caches."""
+    gpus, cached = _gpus(plan), plan.cached_vision and not pixels
+    found = []
+    for rows, tokens in worst_batch_shapes(
+        plan.longest.tokens, rows=workers.batch_size, tokens=workers.tokens_per_batch
+    ):
+        tile_tokens = plan.architecture.tile_tokens
+        batch = Batch(
+            rows=rows,
+            tokens=tokens,
+            new=new,
+            tiles=rows * min(plan.longest.tiles, tokens // tile_tokens) if tile_tokens else 0,
+            cached_vision=cached,
+            kernel=_kernel(plan, rows),
+            bytes=_weight_bytes(plan),
+            routed=experts > 0,
+            rank=plan.config.expert.rank if experts else 0,
+        )
+        found += [
+            (when, {part: size // gpus if part == "KV cache" else size for part, size in parts.items()})
+            for when, parts in inference_moments(plan.architecture, batch).items()
+        ]
+    when, own = max(found, key=lambda moment: sum(moment[1].values()))
+    adapter = plan.architecture.adapter_parameters(plan.config.expert.rank) + plan.architecture.vector_parameters
+    parts = {
+        "frozen weights": _weights(plan, gpus, vision=not cached),
+        "experts": experts * adapter * _weight_bytes(plan) // gpus,
+        **own,
+    }
+    return _with_allowance(plan, Moment(name, when, parts, gpus))
+
+
+def _image_features(plan: Plan) -> Moment:
+    """Returns the pass in which the vision tower sees every image once, row by row."""
+    row, gpus = plan.longest, _gpus(plan)
+    batch = Batch(1, row.tokens, tiles=row.tiles, kernel=_kernel(plan, 1), bytes=_weight_bytes(plan))
+    parts = {"frozen weights": _weights(plan, gpus, vision=True)}
+    parts |= inference_moments(plan.architecture, batch)["vision tower"]
+    return _with_allowance(plan, Moment("image features", "vision tower", parts, gpus))
+
+
+def _with_allowance(plan: Plan, moment: Moment) -> Moment:
+    if plan.gpu is None:
+        return moment
+    allowance = {"CUDA and allocator (allowance)": int(CONTEXT + FRAGMENTATION * moment.bytes)}
+    return Moment(moment.name, moment.when, {**moment.parts, **allowance}, moment.gpus)
