@@ -8,8 +8,10 @@
 `evaluation`, `streams.vision`, `training.general` build their Ray Data actors on it. Shapes: B rows, T tokens.
 """
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -51,6 +53,19 @@ class InferenceWorkers:
         return tuple(f"cuda:{i}" for i in range(self.gpus)) or (CPU,)
 
 
+FILLED = 0.7
+"""Share of a GPU that a base's weights may take where a pool is served; the rest is for the KV cache and activations."""
+
+
+def gpus_to_serve(folder: Path) -> int:
+    """Returns how many of this machine's GPUs it takes to serve the base in `folder`; 0 where there are none."""
+    if not torch.cuda.is_available():
+        return 0
+    size = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+    memory = min(torch.cuda.get_device_properties(i).total_memory for i in range(torch.cuda.device_count()))
+    return min(torch.cuda.device_count(), max(1, math.ceil(size / (FILLED * memory))))
+
+
 def batches(lengths: Sequence[int], *, rows: int, tokens: int) -> list[list[int]]:
     """Groups prompts of these lengths: indices, longest first, at most `rows` a group and `tokens` with padding.
 
@@ -80,10 +95,10 @@ class FrozenBase:
         """Where inputs go."""
         return self.workers.devices[0]
 
-    def batches(self, rows: Sequence[Encoded]) -> Iterator[tuple[list[int], list[Encoded]]]:
-        """Yields indices and rows of one batch after the other."""
+    def batches(self, rows: Sequence[Encoded], size: int | None = None) -> Iterator[tuple[list[int], list[Encoded]]]:
+        """Yields indices and rows of one batch after the other, at most `size` (default: the workers') rows each."""
         lengths = [len(row.input_ids) for row in rows]
-        for group in batches(lengths, rows=self.workers.batch_size, tokens=self.workers.tokens_per_batch):
+        for group in batches(lengths, rows=size or self.workers.batch_size, tokens=self.workers.tokens_per_batch):
             yield group, [rows[i] for i in group]
 
     @torch.inference_mode()

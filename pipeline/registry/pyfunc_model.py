@@ -17,8 +17,8 @@ from PIL import Image, UnidentifiedImageError
 
 from pipeline.config import BaseModelConfig
 from pipeline.errors import UserError
-from pipeline.models.bases import load_base
-from pipeline.models.prompts import IMAGE_PLACEHOLDER, Encoded, encode, generate_answers
+from pipeline.models.inference import FrozenBase, InferenceWorkers, gpus_to_serve
+from pipeline.models.prompts import IMAGE_PLACEHOLDER, Encoded, encode
 from pipeline.registry.bases import base_folder
 from pipeline.routing.pool import Pool
 from pipeline.routing.routed_model import RoutedModel
@@ -27,7 +27,7 @@ MAX_NEW_TOKENS = 64
 """Longest answer in tokens, unless the caller says otherwise; answers mostly end long before."""
 
 BATCH_SIZE = 32
-"""Prompts that are answered at once, unless the caller says otherwise."""
+"""Most prompts that are answered at once, unless the caller says otherwise."""
 
 BASE = "base"
 """What stands in column `expert` where the frozen base answered."""
@@ -41,13 +41,16 @@ class RoutedPool(mlflow.pyfunc.PythonModel):
     """A base with a pool attached."""
 
     def load_context(self, context: Any) -> None:
-        """Loads the artifact `pool` and its base, on a GPU where there is one.
+        """Loads the artifact `pool` and its base, on a GPU where there is one, on several if it is larger than one.
 
         Raises RegistryError where the base is not to be had, ValueError if it does not match.
         """
         settings = dict(context.model_config)
         folder = base_folder(settings.pop("base_model_id"))
-        base = load_base(BaseModelConfig(path=str(folder), **settings))
+        threads = torch.get_num_threads()
+        workers = InferenceWorkers(threads=threads, gpus=gpus_to_serve(folder), batch_size=BATCH_SIZE)
+        self.frozen = FrozenBase(BaseModelConfig(path=str(folder), **settings), workers)
+        base = self.frozen.base
         pool = Pool.load(context.artifacts["pool"])
         if pool.base_fingerprint != base.fingerprint:
             raise ValueError(
@@ -55,7 +58,7 @@ class RoutedPool(mlflow.pyfunc.PythonModel):
                 f"{pool.base_fingerprint}; has the registered checkpoint been changed? Register the pool again"
             )
         self.processor = base.processor
-        self.routed = RoutedModel(base.model.to("cuda" if torch.cuda.is_available() else "cpu"), pool)
+        self.routed = RoutedModel(base.model, pool)
 
     def predict(self, context: Any, model_input: pd.DataFrame, params: dict[str, Any] | None = None) -> pd.DataFrame:
         """Answers the rows of a table; raises RowError.
@@ -67,13 +70,12 @@ class RoutedPool(mlflow.pyfunc.PythonModel):
         rows = list(_encoded(self.processor, model_input))
         size = params.get("batch_size", BATCH_SIZE)
         tokens = params.get("max_new_tokens", MAX_NEW_TOKENS)
-        answers, experts = [], []
-        model = self.routed.model
-        for start in range(0, len(rows), size):
-            batch = rows[start : start + size]
+        answers, experts = [""] * len(rows), [BASE] * len(rows)
+        for members, batch in self.frozen.batches(rows, size):
             with self.routed.call() as call:
-                answers += generate_answers(model, self.processor, batch, max_new_tokens=tokens, device=model.device)
-            experts += [decision.expert or BASE for decision in call.decisions]
+                texts = self.frozen.answer(batch, tokens)
+            for i, text, decision in zip(members, texts, call.decisions, strict=True):
+                answers[i], experts[i] = text, decision.expert or BASE
         return pd.DataFrame({"answer": answers, "expert": experts}, index=model_input.index, dtype=object)
 
 

@@ -37,9 +37,10 @@ def changed(plan: Plan, settings: Mapping[str, Any]) -> Plan:
 def advice(plan: Plan) -> list[Change]:
     """Returns what makes a job fit: nothing, if it does; all there is, if nothing suffices. Training first, then inference.
 
-    For training in this order: attention that keeps no matrix, cached image features, a smaller micro-batch (a row of a thousand tokens
-    keeps a GPU busy by itself), gradient checkpointing (half as many operations more), ZeRO-3 and offload to CPU memory (as
-    slow as their links). All of them give the same adapter, up to rounding. Settings that save nothing here are left out.
+    For training in this order: attention that keeps no matrix, cached image features, a smaller micro-batch (a row of a
+    thousand tokens keeps a GPU busy by itself), gradient checkpointing (half as many operations more), ZeRO-3 and offload to
+    CPU memory (as slow as their links). All of them give the same adapter, up to rounding. Settings that save nothing here
+    are left out.
     """
     found: list[Change] = []
     for settings in (_attention, _vision, _micro_batch, _checkpointing, _zero, _offload):
