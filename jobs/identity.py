@@ -10,6 +10,7 @@ from functools import cached_property
 from pathlib import Path
 
 from pipeline.config import LearnConfig, RouterConfig, SourceConfig, TaskConfig, digest
+from pipeline.routing.expert import VERSIONS
 from pipeline.streams import sources
 
 GENERAL_PROMPT = "{question}"
@@ -55,7 +56,8 @@ class Identity:
         router = config.router.model_dump(exclude=CHOOSING)
         machine = config.training.model_dump(include={"workers", "zero_stage", "precision", "micro_batch"})
         rows = self.training_rows(task)
-        return digest(task.name, rows, self.base, config.seed, config.expert, router, machine, config.data.by_length)
+        kept = (task.name, rows, self.base, config.seed, config.expert, router, machine, config.data.by_length)
+        return digest(VERSIONS, *kept)
 
     @cached_property
     def base_prompts(self) -> str | None:
@@ -64,7 +66,7 @@ class Identity:
         if general is None:
             return None
         router = config.router.model_dump(exclude=CHOOSING - {"null_components"} | {"steps", "learning_rate"})
-        return digest(self.rows(general, GENERAL_PROMPT), self.base, router, config.expert.target_modules)
+        return digest(VERSIONS, self.rows(general, GENERAL_PROMPT), self.base, router, config.expert.target_modules)
 
     def pool(self, experts: Sequence[str], router: RouterConfig) -> str:
         """A pool of experts, given by their names in order of arrival."""

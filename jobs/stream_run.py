@@ -14,8 +14,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
-from safetensors.torch import load_file
-
 from cluster.local import ClusterInfo, connect, starts_here
 from cluster.preflight import build_deepspeed_ops, build_op, check_inference, check_resources, extensions_folder
 from cluster.usage import PeakMemory
@@ -28,7 +26,7 @@ from pipeline.evaluation.evaluate import Evaluation, Prediction, evaluate
 from pipeline.models.checkpoints import checkpoint, fingerprint
 from pipeline.models.inference import InferenceWorkers
 from pipeline.registry.tracking import log_batch, log_config, open_tracking, tracked_run
-from pipeline.routing.expert import evidence_of, evidence_tensors, statistics_of, statistics_tensors, write_tensors
+from pipeline.routing.null import read_null, write_null
 from pipeline.streams.preprocess import Part, Prepared, prepare
 from pipeline.streams.training_rows import TrainingRows
 from pipeline.training.general import general_statistics
@@ -141,19 +139,20 @@ class StreamRun:
         if not file.exists():
             prompts = self.prompts.rows([GENERAL])
             with self.terminal.working("reading the general sample"):
-                statistics, evidence = general_statistics(
+                null, evidence = general_statistics(
                     prompts,
                     self.config.base,
                     wanted_width=self.config.router.feature_width,
+                    null_components=self.config.router.null_components,
                     targets=self.config.expert.target_modules,
                     workers=self.inference_workers,
                     vision=self.vision,
                 )
-            write_tensors(file.with_suffix(".draft"), statistics_tensors(statistics) | evidence_tensors(evidence))
+            write_null(file.with_suffix(".draft"), null, evidence)
             file.with_suffix(".draft").rename(file)
         with stored_file(file, REMADE):
-            tensors = load_file(file)
-            return {"null": statistics_of(tensors), "null_evidence": evidence_of(tensors)}
+            null, evidence = read_null(file)
+            return {"null": null, "null_evidence": evidence}
 
     # Training
 

@@ -19,6 +19,7 @@ from pipeline.models.prompts import Encoded, collate, encode
 from pipeline.routing import Expert, ExpertCard, Pool, PromptStatistics, RoutedModel
 from pipeline.routing.evidence import EvidenceReader
 from pipeline.routing.expert import Adapter
+from pipeline.routing.null import components
 from pipeline.routing.routed_model import PromptReader
 from pipeline.streams.embedded.foundation import FAMILIES
 
@@ -167,7 +168,7 @@ def claimed_pool(base: Base, count: int = 24) -> Pool:
             evidence = {path: PromptStatistics.of(samples) for path, samples in samples_of(base, rows).items()}
         experts.append(dataclasses.replace(expert, evidence=evidence))
     rows = prompts(base.processor, GENERAL, count)
-    null = PromptStatistics.of(features_of(base, rows))
+    null = components(features_of(base, rows), 2)
     null_evidence = {path: PromptStatistics.of(samples) for path, samples in samples_of(base, rows).items()}
     return Pool("tiny", base.fingerprint, RouterConfig(), experts, null, null_evidence)
 

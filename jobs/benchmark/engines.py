@@ -329,7 +329,7 @@ def prompt_router(features_F: tuple[float, ...], experts: int) -> PromptRouter:
     for near in range(1, min(PLACES, experts + 1)):
         means_CF[near, near] += 0.5
     classes = [PromptStatistics(count, mean_F, scatter_FF) for mean_F in means_CF]
-    return PromptRouter(classes[:-1], classes[-1])
+    return PromptRouter(classes[:-1], classes[-1:])
 
 
 def _with_adapters(setup: Setup, names: Sequence[str]) -> Any:

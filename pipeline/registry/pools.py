@@ -86,7 +86,7 @@ def register_pool(
         DIGEST: digest,
         "base_label": pool.base_label,
         "base_fingerprint": pool.base_fingerprint,
-        "null_expert": pool.null is not None,
+        "null_expert": bool(pool.null),
         "experts": ", ".join(f"{expert} {experts[expert].version}" for expert in pool.names),
         "experts_model": experts_name(pool.base_label),
         **{f"expert.{expert}": experts[expert].version for expert in pool.names},

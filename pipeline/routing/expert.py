@@ -14,17 +14,23 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save
 from torch import Tensor
 
 from pipeline.config import Config
 from pipeline.errors import UserError, stored_file
+from pipeline.routing.features import FEATURE_RULE
 from pipeline.routing.statistics import PromptStatistics
 
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 ROUTER_WEIGHTS, CARD = "router.safetensors", "expert.json"
 REMEDY = "copy the folder again, or delete it and train the task again"
 """What to do about an expert's damaged file."""
+FORMAT_VERSION = 2
+"""Version of what the files of experts and pools hold."""
+VERSIONS = {"format_version": FORMAT_VERSION, "feature_rule": FEATURE_RULE}
+"""What a file must say of itself to be read."""
 _KEY = re.compile(r"^base_model\.model\.(?P<path>.+)\.lora_(?P<half>[AB])\.weight$")
 
 
@@ -55,6 +61,10 @@ class ExpertCard(Config):
     """Rows seen in the expert stage."""
     metrics: dict[str, float] = {}
     """Final losses and times of both stages."""
+    format_version: int = FORMAT_VERSION
+    """Version of the folder's files."""
+    feature_rule: int = FEATURE_RULE
+    """Version of the rule by which prompts became features (`features.FEATURE_RULE`)."""
 
 
 @dataclass(frozen=True)
@@ -115,7 +125,9 @@ class Expert:
             statistics, evidence = statistics_of(router), evidence_of(router)
         vectors = {key.removeprefix("vector."): value for key, value in router.items() if key.startswith("vector.")}
         with stored_file(folder / CARD, REMEDY, ExpertError):
-            card = ExpertCard.model_validate_json((folder / CARD).read_text())
+            text = (folder / CARD).read_text()
+            card = ExpertCard.model_validate_json(text)
+            check_versions(folder / CARD, json.loads(text))
         return cls(card, config, adapters, vectors, statistics, evidence)
 
     def check_trained(self) -> None:
@@ -159,6 +171,23 @@ def load_adapters(folder: str | Path) -> tuple[dict[str, Any], dict[str, Adapter
 def write_tensors(file: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str] | None = None) -> None:
     """Writes a safetensors file that has the usual rights; `save_file` makes one that only its owner can read."""
     file.write_bytes(save(dict(tensors), metadata=metadata))
+
+
+def read_tensors(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Reads a safetensors file and its metadata."""
+    with safe_open(file, framework="pt") as opened:
+        return {key: opened.get_tensor(key) for key in opened.keys()}, opened.metadata() or {}  # noqa: SIM118
+
+
+def check_versions(file: Path, said: Mapping[str, Any]) -> None:
+    """Raises ExpertError where a file says that its format or feature rule is another one than this code's."""
+    for name, version in VERSIONS.items():
+        found = str(said.get(name, 1))
+        if found != str(version):
+            raise ExpertError(
+                f"{file}: {name} is {found}, this code reads {version}: statistics of prompts were taken in another way "
+                "and cannot be compared; learn the stream again"
+            )
 
 
 def statistics_tensors(statistics: PromptStatistics, name: str = "statistics") -> dict[str, Tensor]:

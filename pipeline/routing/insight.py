@@ -12,6 +12,7 @@ from torch import Tensor
 
 from pipeline.routing.call import Call, Decision
 from pipeline.routing.pool import PoolError
+from pipeline.routing.prompt_router import CANDIDATES
 from pipeline.routing.route import NOBODY
 from pipeline.routing.routed_model import RoutedModel
 
@@ -25,7 +26,7 @@ class Candidate:
     posterior: float
     """Probability by the prompt router, among all classes."""
     score: float | None
-    """Log-likelihood by the shared covariance, relative to the best class's 0; None for the base without a null expert."""
+    """Log-likelihood, relative to the best class's 0; None for the base without a null expert."""
     distance: float | None
     """Own squared distance of the prompt from this task, per feature (about 1 for its own prompts)."""
     radius: float | None
@@ -89,7 +90,7 @@ def weighed(call: Call, *, limit: int = 10) -> list[tuple[Candidate, ...]]:
     pool, prompts = routers.pool, routers.prompts
     features_BF = features_BF.cpu()
     listed_BM, posterior_BM = prompts.short_list(features_BF, len(prompts.experts) + 1)
-    scores_BC = prompts.scores(features_BF)
+    scores_BC = prompts.scores(features_BF, candidates=max(limit, CANDIDATES))
     scores_BC = scores_BC - scores_BC.max(-1, keepdim=True).values
     posteriors = [
         dict(zip(listed, row, strict=True))

@@ -1,21 +1,15 @@
 """The pool: an ordered set of experts over one base with one router setting; what a user deploys."""
 
+import json
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-
-from safetensors.torch import load_file
 
 from pipeline.config import Config, RouterConfig
 from pipeline.errors import UserError, stored_file
-from pipeline.routing.expert import (
-    Expert,
-    evidence_of,
-    evidence_tensors,
-    statistics_of,
-    statistics_tensors,
-    write_tensors,
-)
+from pipeline.routing.expert import FORMAT_VERSION, Expert, check_versions
+from pipeline.routing.features import FEATURE_RULE
+from pipeline.routing.null import read_null, write_null
 from pipeline.routing.statistics import PromptStatistics
 
 CARD, NULL = "pool.json", "null.safetensors"
@@ -40,6 +34,10 @@ class PoolCard(Config):
     """Names of the experts in order of arrival; each lies in `experts/<name>/`."""
     null: bool = False
     """Whether `null.safetensors` holds the statistics of general prompts."""
+    format_version: int = FORMAT_VERSION
+    """Version of the folder's files."""
+    feature_rule: int = FEATURE_RULE
+    """Version of the rule by which prompts became features."""
 
 
 class Pool:
@@ -51,13 +49,14 @@ class Pool:
         base_fingerprint: str,
         router: RouterConfig,
         experts: Iterable[Expert] = (),
-        null: PromptStatistics | None = None,
+        null: Sequence[PromptStatistics] = (),
         null_evidence: Mapping[str, PromptStatistics] | None = None,
     ) -> None:
         self.base_label = base_label
         self.base_fingerprint = base_fingerprint
         self.router = router
-        self.null = null
+        self.null = tuple(null)
+        """Components of the general prompts; none where there is no general sample."""
         self.null_evidence = dict(null_evidence or {})
         self.experts: dict[str, Expert] = {}
         for expert in experts:
@@ -73,7 +72,7 @@ class Pool:
                 f"{self.base_fingerprint}; use the base it was trained on, or train the task again"
             )
         expert.check_trained()
-        for other in [*(e.statistics for e in self.experts.values()), *([self.null] if self.null else [])]:
+        for other in [*(e.statistics for e in self.experts.values()), *self.null]:
             if other.width != expert.statistics.width:
                 raise PoolError(
                     f"expert {name!r} has {expert.statistics.width} prompt features, others have "
@@ -98,7 +97,7 @@ class Pool:
             base_fingerprint=self.base_fingerprint,
             router=self.router,
             experts=tuple(self.names),
-            null=self.null is not None,
+            null=bool(self.null),
         )
 
     def _with(self, experts: Iterable[Expert], router: RouterConfig | None = None) -> "Pool":
@@ -128,8 +127,8 @@ class Pool:
         (draft / "experts").mkdir(parents=True)
         for name, expert in self.experts.items():
             expert.save(draft / "experts" / name)
-        if self.null is not None:
-            write_tensors(draft / NULL, statistics_tensors(self.null) | evidence_tensors(self.null_evidence))
+        if self.null:
+            write_null(draft / NULL, self.null, self.null_evidence)
         (draft / CARD).write_text(self.card.model_dump_json(indent=2) + "\n")
         shutil.rmtree(folder, ignore_errors=True)
         draft.rename(folder)
@@ -144,13 +143,14 @@ class Pool:
                 f"{folder}: no {CARD}, so not a pool folder; `pointsman learn` writes one to runs/<name>/pool"
             )
         with stored_file(folder / CARD, REMEDY, PoolError):
-            card = PoolCard.model_validate_json((folder / CARD).read_text())
+            text = (folder / CARD).read_text()
+            card = PoolCard.model_validate_json(text)
+            check_versions(folder / CARD, json.loads(text))
         if card.null and not (folder / NULL).is_file():
             raise PoolError(f"{folder}: {NULL} is missing, which {CARD} says is there; copy the whole folder")
         experts = [Expert.load(folder / "experts" / name) for name in card.experts]
         if not card.null:
             return cls(card.base_label, card.base_fingerprint, card.router, experts)
         with stored_file(folder / NULL, REMEDY, PoolError):
-            tensors = load_file(folder / NULL)
-            null, evidence = statistics_of(tensors), evidence_of(tensors)
+            null, evidence = read_null(folder / NULL)
         return cls(card.base_label, card.base_fingerprint, card.router, experts, null, evidence)

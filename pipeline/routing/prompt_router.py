@@ -1,10 +1,12 @@
 """The prompt router: one decision a prompt, in closed form.
 
-Every class (each expert, and the null expert for general prompts) is a Gaussian over the prompt features, with its own
-mean and one covariance shared by all (`gaussian`). So the router is the same in whatever order the tasks came, equals the
-one trained on all tasks' prompts together, and forgets an expert exactly when its term is left out. Without a null expert
-it abstains: a prompt that lies outside the own radius of each of its likeliest tasks goes to the base. Shapes: B prompts,
-F features, C classes, E experts, M places on a short list.
+Every expert is a Gaussian over the prompt features, with its own mean and its own covariance blended with that of all;
+general prompts, which belong to the null expert, are several (`gaussian`, `null`). All have equal priors. A linear score by
+the shared covariance picks the candidates, so that the price of the blend does not grow with the pool. The router is the
+same in whatever order the tasks came, equals the one trained on all tasks' prompts together, and forgets an expert exactly
+when its term is left out. Without a null expert it abstains: a prompt that lies outside the own radius of each of its
+likeliest tasks goes to the base. Shapes: B prompts, F features, C classes (experts, then the null expert's components),
+E experts, K components, M places on a short list.
 """
 
 from collections.abc import Sequence
@@ -12,31 +14,40 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from pipeline.routing.gaussian import solve
+from pipeline.routing.gaussian import Gaussians
 from pipeline.routing.route import NOBODY, Base, Fixed, Route
 from pipeline.routing.statistics import PromptStatistics
 
 CANDIDATES = 8
-"""Without a null expert: how many of the likeliest experts are asked whether a prompt lies within their radius."""
+"""How many of the likeliest experts by the linear score, and of the null expert's components, are scored in full; without a
+null expert, how many of the likeliest experts are asked whether a prompt lies within their radius."""
 
 
 class PromptRouter:
     """Chooses one expert, or the base, for every prompt."""
 
     def __init__(
-        self, experts: Sequence[PromptStatistics], null: PromptStatistics | None, *, shrinkage: float = 0.05
+        self, experts: Sequence[PromptStatistics], null: Sequence[PromptStatistics] = (), *, shrinkage: float = 0.05
     ) -> None:
         self.experts = list(experts)
-        self.null = null
+        self.null = tuple(null)
         self.shrinkage = shrinkage
-        if not self.experts:
-            return
-        classes = [*self.experts, *([null] if null else [])]
-        self.weight_CF, self.bias_C = solve(classes, shrinkage=shrinkage)
+        if self.experts:
+            self.gaussians = Gaussians([*self.experts, *self.null], shrinkage=shrinkage)
 
-    def scores(self, features_BF: Tensor) -> Tensor:
-        """Returns the log-likelihood of every class up to a constant (B, C): the experts, then the null expert."""
-        return features_BF.double().cpu() @ self.weight_CF.T + self.bias_C
+    def scores(self, features_BF: Tensor, *, candidates: int = CANDIDATES) -> Tensor:
+        """Returns log-likelihoods up to a constant: of the experts (B, E), then of the null expert if there is one (B, E + 1).
+
+        Experts that are not among the `candidates` likeliest by the linear score have -inf.
+        """
+        features_BF = features_BF.double().cpu()
+        linear_BC, count = self.gaussians.linear(features_BF), len(self.experts)
+        asked_BC = torch.cat([_largest(part, candidates) for part in linear_BC.tensor_split([count], dim=-1)], dim=-1)
+        scores_BC = self.gaussians.scores(features_BF, asked_BC)
+        if not self.null:
+            return scores_BC
+        null_B1 = scores_BC[:, count:].logsumexp(-1, keepdim=True)
+        return torch.cat([scores_BC[:, :count], null_B1], dim=-1)
 
     def short_list(self, features_BF: Tensor, places: int) -> tuple[Tensor, Tensor]:
         """Returns the likeliest experts of every prompt (B, M), NOBODY among them, and their log-posterior (B, M).
@@ -47,7 +58,7 @@ class PromptRouter:
         if count == 0:
             return torch.full((len(features_BF), 1), NOBODY), torch.zeros(len(features_BF), 1, dtype=torch.float64)
         scores_BC = self.scores(features_BF)
-        if self.null is None:
+        if not self.null:
             scores_BC = self._abstaining(scores_BC, features_BF.cpu())
         posterior_BC = scores_BC.log_softmax(-1)
         best_BM, classes_BM = posterior_BC.topk(min(places, posterior_BC.shape[-1]), dim=-1)
@@ -69,6 +80,12 @@ class PromptRouter:
         """Sends every prompt to its likeliest expert, or to the base."""
         experts_B1, _ = self.short_list(features_BF, 1)
         return fixed(experts_B1, torch.ones(experts_B1.shape), features_BF.device)
+
+
+def _largest(scores_BC: Tensor, count: int) -> Tensor:
+    """Returns a mask of the `count` largest of every row (B, C)."""
+    best_BK = scores_BC.topk(min(count, scores_BC.shape[-1]), dim=-1).indices
+    return torch.zeros_like(scores_BC, dtype=torch.bool).scatter(-1, best_BK, True)
 
 
 def fixed(experts_BM: Tensor, weights_BM: Tensor, device: torch.device) -> Route:

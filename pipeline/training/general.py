@@ -10,6 +10,7 @@ from pipeline.config import BaseModelConfig
 from pipeline.models.inference import FrozenBase, InferenceWorkers
 from pipeline.routing.evidence import EvidenceReader
 from pipeline.routing.features import feature_width, project
+from pipeline.routing.null import components
 from pipeline.routing.routed_model import PromptReader
 from pipeline.routing.statistics import PromptStatistics
 from pipeline.streams.actors import on_workers
@@ -25,11 +26,12 @@ def general_statistics(
     base: BaseModelConfig,
     *,
     wanted_width: int | None,
+    null_components: int,
     targets: str,
     workers: InferenceWorkers,
     vision: bool = True,
-) -> tuple[PromptStatistics, dict[str, PromptStatistics]]:
-    """Returns the statistics of encoded prompts (without answers), at the language model's input and at its Linears.
+) -> tuple[tuple[PromptStatistics, ...], dict[str, PromptStatistics]]:
+    """Returns the components of encoded prompts (without answers), and their statistics as the Linears see them.
 
     One pass without gradients; without `vision` the rows hold image features. `targets` is the regular expression of the
     Linears that experts adapt, or `auto`.
@@ -46,8 +48,8 @@ def general_statistics(
     )
     batches = list(read.iter_batches(batch_size=None, batch_format="numpy"))
     whole = {key: torch.from_numpy(np.concatenate([batch[key] for batch in batches])) for key in batches[0]}
-    statistics = {key: PromptStatistics.of(samples) for key, samples in whole.items()}
-    return statistics.pop(FEATURES), statistics
+    null = components(whole.pop(FEATURES), null_components)
+    return null, {key: PromptStatistics.of(samples) for key, samples in whole.items()}
 
 
 class StatisticsCollector(FrozenBase):

@@ -8,7 +8,7 @@ from pipeline.config import RouterConfig
 from pipeline.routing import Pool, PromptStatistics
 from pipeline.routing.evidence import WIDTH, EvidenceReader, Hearing, add_evidence, hearings, pooled
 from pipeline.routing.features import project
-from pipeline.routing.prompt_router import PromptRouter
+from pipeline.routing.gaussian import solve
 from pipeline.routing.routed_model import PromptReader
 from tests.helpers import (
     attached,
@@ -87,8 +87,8 @@ def test_a_row_without_tokens_pools_to_zero():
 def test_a_linear_hears_what_the_closed_form_says_of_its_projected_input(path, shrinkage):
     hearing = hear(shrinkage=shrinkage)[path]
     x_BD = torch.cat([samples(owner, path, 3) for owner in range(CLASSES)])
-    router = PromptRouter([known[path] for known in KNOWN], NULL[path], shrinkage=shrinkage)
-    expected_BC = router.scores(project(x_BD, min(WIDTHS[path], WIDTH)))
+    weight_CF, bias_C = solve([*(known[path] for known in KNOWN), NULL[path]], shrinkage=shrinkage)
+    expected_BC = project(x_BD, min(WIDTHS[path], WIDTH)).double() @ weight_CF.T + bias_C
     assert hearing.classes_C.tolist() == [0, 1, 2, EXPERTS]
     assert hearing.vector_CD.shape == (CLASSES, WIDTHS[path])
     torch.testing.assert_close(heard(hearing, x_BD), centred(expected_BC), rtol=1e-4, atol=1e-3)
@@ -135,8 +135,8 @@ def test_an_expert_that_was_removed_was_never_there(tiny_base):
     experts = [make_expert(tiny_base, name) for name in "abc"]
     for expert, known in zip(experts, KNOWN, strict=True):
         expert.evidence.update(known)
-    never = Pool("tiny", tiny_base.fingerprint, RouterConfig(), [experts[0], experts[2]], None, NULL)
-    removed = Pool("tiny", tiny_base.fingerprint, RouterConfig(), experts, None, NULL).remove("b")
+    never = Pool("tiny", tiny_base.fingerprint, RouterConfig(), [experts[0], experts[2]], (), NULL)
+    removed = Pool("tiny", tiny_base.fingerprint, RouterConfig(), experts, (), NULL).remove("b")
     found, expected = (hear([e.evidence for e in p.experts.values()], p.null_evidence) for p in (removed, never))
     for path in ("query", "gate", "down"):
         assert found[path].classes_C.equal(expected[path].classes_C)

@@ -2,6 +2,8 @@ import pytest
 import torch
 
 from pipeline.routing.features import WIDEST, feature_width, project, projection, prompt_features
+from pipeline.routing.prompt_router import PromptRouter
+from pipeline.routing.statistics import PromptStatistics
 from tests.helpers import ask, batch_of, features_of, prompts
 
 B, T, D = 3, 9, 6
@@ -31,14 +33,44 @@ def test_they_are_mean_and_deviation_of_image_and_mean_of_text(embeds_BTD, image
     assert found.shape == (B, 3 * D)
     for b in range(2):
         image_ND, text_ND = embeds_BTD[b, image_BT[b]], embeds_BTD[b, text_BT[b]]
-        expected = torch.cat([image_ND.mean(0), image_ND.std(0, correction=0), text_ND.mean(0)])
-        torch.testing.assert_close(found[b], expected)
+        for i, part_D in enumerate((image_ND.mean(0), image_ND.std(0, correction=0), text_ND.mean(0))):
+            expected_D = part_D / part_D.norm() if part_D.any() else part_D  # one image token does not deviate
+            torch.testing.assert_close(found[b, i * D : (i + 1) * D], expected_D)
 
 
 def test_a_text_only_prompt_has_zeros_for_its_image(embeds_BTD, image_BT, text_BT):
     found_S = prompt_features(embeds_BTD, image_BT, text_BT)[2]
     assert not found_S[: 2 * D].any()
-    torch.testing.assert_close(found_S[2 * D :], embeds_BTD[2, text_BT[2]].mean(0))
+    mean_D = embeds_BTD[2, text_BT[2]].mean(0)
+    torch.testing.assert_close(found_S[2 * D :], mean_D / mean_D.norm())
+
+
+def test_parts_count_the_same_whatever_their_size_in_a_base(embeds_BTD, image_BT, text_BT):
+    found = prompt_features(embeds_BTD, image_BT, text_BT)
+    loud_BTD = torch.where(image_BT.unsqueeze(-1), 100 * embeds_BTD, embeds_BTD)
+    torch.testing.assert_close(prompt_features(loud_BTD, image_BT, text_BT), found)
+    torch.testing.assert_close(found[0].view(3, D).norm(dim=-1), torch.ones(3))
+
+
+def test_image_tokens_that_are_the_same_do_not_deviate():
+    same_BTD = torch.randn(1, 1, D, generator=torch.Generator().manual_seed(0)).expand(1, 7, D) * 30
+    mask_BT = torch.ones(1, 7, dtype=torch.bool)
+    assert prompt_features(same_BTD, mask_BT, ~mask_BT)[0, D : 2 * D].norm() < 1e-2
+
+
+def test_text_still_tells_tasks_apart_where_features_are_projected():
+    """Pictures of one kind, ten times as long as text: only the question says whose prompt it is."""
+    random = torch.Generator().manual_seed(0)
+    words_KD = 0.1 * torch.randn(12, 96, generator=random)
+    tasks = []
+    for task in range(2):
+        image_NTD = 10 * torch.randn(300, 4, 96, generator=random)
+        text_NTD = words_KD[6 * task :][torch.randint(6, (300, 4), generator=random)]
+        embeds_NTD, image_NT = torch.cat([image_NTD, text_NTD], dim=1), torch.arange(8).expand(300, 8) < 4
+        tasks.append(project(prompt_features(embeds_NTD, image_NT, ~image_NT), 64))
+    router = PromptRouter([PromptStatistics.of(x_NF[:200]) for x_NF in tasks])
+    for task, x_NF in enumerate(tasks):
+        assert (router.scores(x_NF[200:]).argmax(-1) == task).float().mean() > 0.95
 
 
 def test_masks_may_be_integers_and_embeddings_half_precision(embeds_BTD, image_BT, text_BT):

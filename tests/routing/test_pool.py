@@ -1,12 +1,15 @@
 import dataclasses
+import json
 
 import pytest
 import torch
+from safetensors.torch import load_file, save
 
 from pipeline.config import RouterConfig
 from pipeline.errors import UserError
-from pipeline.routing import ExpertError, Pool, PoolError, PromptStatistics
+from pipeline.routing import ExpertError, Pool, PoolError
 from pipeline.routing.expert import Adapter
+from pipeline.routing.null import components
 from pipeline.routing.prompt_router import PromptRouter
 from tests.helpers import make_expert
 
@@ -18,10 +21,10 @@ def experts(tiny_base):
 
 @pytest.fixture(scope="module")
 def null():
-    return PromptStatistics.of(torch.randn(16, 384, generator=torch.Generator().manual_seed(7)))
+    return components(torch.randn(16, 384, generator=torch.Generator().manual_seed(7)), 2)
 
 
-def make_pool(experts, null=None, **router) -> Pool:
+def make_pool(experts, null=(), **router) -> Pool:
     return Pool("tiny", experts[0].card.base_fingerprint, RouterConfig(**router), experts, null)
 
 
@@ -90,7 +93,7 @@ def test_all_have_the_same_prompt_features(experts, null, tiny_base):
 
 @pytest.mark.parametrize("general", [False, True])
 def test_a_folder_gives_back_what_was_saved(experts, null, general, tmp_path):
-    pool = make_pool(experts, null if general else None, kind="token", top_k=1)
+    pool = make_pool(experts, null if general else (), kind="token", top_k=1)
     loaded = Pool.load(pool.save(tmp_path / "deep" / "pool"))
     assert loaded.card == pool.card
     assert loaded.card.experts == ("digits", "clock", "later")
@@ -101,11 +104,12 @@ def test_a_folder_gives_back_what_was_saved(experts, null, general, tmp_path):
             loaded.experts[name].statistics.scatter_FF, expert.statistics.scatter_FF, rtol=1e-6, atol=0
         )  # kept in float32
     if general:
-        assert loaded.null.count == null.count
-        assert loaded.null.mean_F.equal(null.mean_F)
-        torch.testing.assert_close(loaded.null.scatter_FF, null.scatter_FF, rtol=1e-6, atol=0)  # kept in float32
+        for found, saved in zip(loaded.null, null, strict=True):
+            assert found.count == saved.count
+            assert found.mean_F.equal(saved.mean_F)
+            torch.testing.assert_close(found.scatter_FF, saved.scatter_FF, rtol=1e-6, atol=0)  # kept in float32
     else:
-        assert loaded.null is None
+        assert loaded.null == ()
 
 
 def test_an_empty_pool_has_a_folder_too(experts, tmp_path):
@@ -159,3 +163,21 @@ def test_a_file_that_was_cut_off_is_named(experts, null, tmp_path):
     file.write_bytes(file.read_bytes()[:-100])
     with pytest.raises(UserError, match=r"adapter_model\.safetensors: damaged"):
         Pool.load(tmp_path / "pool")
+
+
+@pytest.mark.parametrize("file", ["pool.json", "experts/clock/expert.json", "null.safetensors"])
+@pytest.mark.parametrize(("field", "version"), [("format_version", 1), ("feature_rule", 99)])
+def test_what_another_version_wrote_is_refused(experts, null, tmp_path, file, field, version):
+    folder = make_pool(experts, null).save(tmp_path / "pool")
+    if file.endswith(".json"):
+        card = json.loads((folder / file).read_text())
+        if version == 1:
+            del card[field]  # as the first version had none
+        else:
+            card[field] = version
+        (folder / file).write_text(json.dumps(card))
+    else:
+        metadata = {"format_version": "2", "feature_rule": "2"} | {field: str(version)}
+        (folder / file).write_bytes(save(load_file(folder / file), metadata=metadata))
+    with pytest.raises(ExpertError, match=rf"{file}: {field} is {version}, this code reads 2.*learn the stream again"):
+        Pool.load(folder)

@@ -4,6 +4,7 @@ import dataclasses
 
 import pytest
 import torch
+from scipy.stats import multivariate_t
 
 from pipeline.routing.prompt_router import PromptRouter
 from pipeline.routing.route import Base, Fixed, spread
@@ -34,20 +35,23 @@ def relative(scores_BC: torch.Tensor) -> torch.Tensor:
 
 
 def joint_scores(features: list[torch.Tensor], x_BF: torch.Tensor, shrinkage: float) -> torch.Tensor:
-    """Gaussian log-likelihoods with one shared covariance, from all tasks' features together."""
+    """What covariances blended with the shared one predict, by SciPy's t distribution, from all tasks' features together."""
     features = [f.double() for f in features]
     everything_NF = torch.cat(features)
     residuals_NF = torch.cat([f - f.mean(0) for f in features])
     within_FF = residuals_NF.T @ residuals_NF / len(everything_NF)
     variance_F = everything_NF.var(0, correction=0)
     scale_F = (variance_F + 1e-6 * variance_F.mean() + 1e-12).sqrt()
-    standard_FF = (1 - shrinkage) * within_FF / torch.outer(scale_F, scale_F) + shrinkage * torch.eye(
-        F, dtype=torch.float64
-    )
-    gaussians = [
-        torch.distributions.MultivariateNormal(f.mean(0) / scale_F, covariance_matrix=standard_FF) for f in features
-    ]
-    return torch.stack([g.log_prob(x_BF.double() / scale_F) for g in gaussians], dim=-1)
+    prior, scores = 0.4 * F, []
+    for own_NF in features:
+        count = len(own_NF)
+        blended_FF = (count * torch.cov(own_NF.T, correction=0) + prior * within_FF) / (count + prior)
+        standard_FF = (1 - shrinkage) * blended_FF / torch.outer(scale_F, scale_F) + shrinkage * torch.eye(F).double()
+        predictive = multivariate_t(
+            (own_NF.mean(0) / scale_F).numpy(), ((1 + 1 / count) * standard_FF).numpy(), df=count + prior
+        )
+        scores.append(torch.from_numpy(predictive.logpdf((x_BF.double() / scale_F).numpy())))
+    return torch.stack(scores, dim=-1)
 
 
 def weights(router: PromptRouter, x_BF: torch.Tensor) -> torch.Tensor:
@@ -62,48 +66,74 @@ def weights(router: PromptRouter, x_BF: torch.Tensor) -> torch.Tensor:
 
 @pytest.mark.parametrize("shrinkage", [0.05, 0.5])
 def test_summed_statistics_give_the_router_of_all_features_together(shrinkage):
-    found = PromptRouter(STATISTICS, None, shrinkage=shrinkage).scores(NEW_BF)
+    found = PromptRouter(STATISTICS, shrinkage=shrinkage).scores(NEW_BF)
     torch.testing.assert_close(relative(found), relative(joint_scores(FEATURES, NEW_BF, shrinkage)), rtol=0, atol=1e-8)
 
 
 def test_the_null_expert_is_a_class_like_the_others():
-    found = PromptRouter(STATISTICS[:3], STATISTICS[3]).scores(NEW_BF)
+    found = PromptRouter(STATISTICS[:3], STATISTICS[3:]).scores(NEW_BF)
     torch.testing.assert_close(relative(found), relative(joint_scores(FEATURES, NEW_BF, 0.05)), rtol=0, atol=1e-8)
+
+
+def test_components_of_the_null_expert_are_classes_whose_likelihoods_add_up():
+    found = PromptRouter(STATISTICS[:2], STATISTICS[2:]).scores(NEW_BF)
+    expected = joint_scores(FEATURES, NEW_BF, 0.05)
+    expected = torch.cat([expected[:, :2], expected[:, 2:].logsumexp(-1, keepdim=True)], dim=-1)
+    torch.testing.assert_close(relative(found), relative(expected), rtol=0, atol=1e-8)
+
+
+def test_only_the_likeliest_by_the_linear_score_are_scored_in_full():
+    router = PromptRouter(STATISTICS[:3], STATISTICS[3:])
+    found, whole = router.scores(NEW_BF, candidates=2), router.scores(NEW_BF)
+    assert found.isinf().sum(-1).eq(1).all()
+    torch.testing.assert_close(found[found.isfinite()], whole[found.isfinite()])
+    assert found.argmax(-1).equal(whole.argmax(-1))
+
+
+def test_a_class_of_few_prompts_keeps_what_a_class_of_many_resembles():
+    """The base has shown 40 prompts of an ability, a task 2,000 that are much like them."""
+    random = torch.Generator().manual_seed(5)
+    mixing_FF = torch.randn(96, 96, generator=random) / 96**0.5
+    ability_NF = torch.randn(540, 96, generator=random) @ mixing_FF
+    task_NF = 0.55 + torch.randn(2500, 96, generator=random) @ mixing_FF * 0.8
+    router = PromptRouter([PromptStatistics.of(task_NF[:2000])], [PromptStatistics.of(ability_NF[:40])])
+    assert (weights(router, task_NF[2000:])[:, 0] == 1).float().mean() > 0.99
+    assert (weights(router, ability_NF[40:])[:, 0] == 0).float().mean() > 0.99
 
 
 def test_statistics_collected_in_parts_give_the_same_router():
     parts = [PromptStatistics.of(x[:11]) + PromptStatistics.of(x[11:]) for x in FEATURES]
-    found, whole = (PromptRouter(s, None).scores(NEW_BF) for s in (parts, STATISTICS))
+    found, whole = (PromptRouter(s).scores(NEW_BF) for s in (parts, STATISTICS))
     torch.testing.assert_close(found, whole, rtol=0, atol=1e-8)
 
 
 @pytest.mark.parametrize("order", [(3, 2, 1, 0), (1, 3, 0, 2)])
 def test_the_order_of_tasks_does_not_matter(order):
-    first, other = PromptRouter(STATISTICS, None), PromptRouter([STATISTICS[i] for i in order], None)
+    first, other = PromptRouter(STATISTICS), PromptRouter([STATISTICS[i] for i in order])
     torch.testing.assert_close(other.scores(NEW_BF), first.scores(NEW_BF)[:, list(order)], rtol=0, atol=1e-8)
     assert weights(other, NEW_BF).equal(weights(first, NEW_BF)[:, list(order)])
 
 
 def test_it_finds_the_task_of_new_prompts():
-    for router in (PromptRouter(STATISTICS, None), PromptRouter(STATISTICS[:3], STATISTICS[3])):
+    for router in (PromptRouter(STATISTICS), PromptRouter(STATISTICS[:3], STATISTICS[3:])):
         assert (router.scores(NEW_BF).argmax(-1) == NEW_TASKS).float().mean() > 0.95
 
 
 def test_general_prompts_go_to_the_base():
-    weights_BE = weights(PromptRouter(STATISTICS[:3], STATISTICS[3]), NEW_BF)
+    weights_BE = weights(PromptRouter(STATISTICS[:3], STATISTICS[3:]), NEW_BF)
     assert weights_BE.shape == (len(NEW_BF), 3)
     assert not weights_BE[NEW_TASKS == 3].any()
     assert (weights_BE[NEW_TASKS < 3].sum(-1) == 1).float().mean() > 0.9
 
 
 def test_a_choice_is_one_expert_entirely():
-    weights_BE = weights(PromptRouter(STATISTICS, None), NEW_BF)
+    weights_BE = weights(PromptRouter(STATISTICS), NEW_BF)
     assert ((weights_BE == 0) | (weights_BE == 1)).all()
     assert (weights_BE.sum(-1) <= 1).all()
 
 
 def test_without_a_null_expert_it_abstains_beyond_every_radius():
-    router = PromptRouter(STATISTICS[:3], None)
+    router = PromptRouter(STATISTICS[:3])
     far_BF = NEW_BF + 40
     assert all((s.distance(far_BF) > s.radius).all() for s in STATISTICS[:3])
     assert not weights(router, far_BF).any()
@@ -113,18 +143,18 @@ def test_without_a_null_expert_it_abstains_beyond_every_radius():
 def test_an_expert_whose_radius_excludes_the_prompt_cannot_be_chosen():
     closed = dataclasses.replace(STATISTICS[0], radius=0.0)
     open_ = dataclasses.replace(STATISTICS[1], radius=float("inf"))
-    weights_BE = weights(PromptRouter([closed, open_], None), NEW_BF)
+    weights_BE = weights(PromptRouter([closed, open_]), NEW_BF)
     assert weights_BE[:, 1].all()
     assert not weights_BE[:, 0].any()
 
 
 def test_without_experts_the_base_answers():
-    for null in (None, STATISTICS[0]):
+    for null in ((), STATISTICS[:1]):
         assert weights(PromptRouter([], null), NEW_BF).shape == (len(NEW_BF), 0)
 
 
 def test_one_expert_takes_what_lies_within_its_radius():
-    weights_BE = weights(PromptRouter(STATISTICS[:1], None), NEW_BF)
+    weights_BE = weights(PromptRouter(STATISTICS[:1]), NEW_BF)
     inside_B = STATISTICS[0].distance(NEW_BF) <= STATISTICS[0].radius
     assert weights_BE[:, 0].bool().equal(inside_B)
     assert 0 < inside_B.sum() < len(NEW_BF)
@@ -133,7 +163,7 @@ def test_one_expert_takes_what_lies_within_its_radius():
 def test_a_text_only_task_beside_tasks_with_images():
     text_NF = FEATURES[0].clone()
     text_NF[:, :6] = 0
-    router = PromptRouter([PromptStatistics.of(text_NF), *STATISTICS[1:]], None)
+    router = PromptRouter([PromptStatistics.of(text_NF), *STATISTICS[1:]])
     assert router.scores(text_NF).isfinite().all()
     assert (weights(router, text_NF)[:, 0] == 1).all()
 
@@ -141,6 +171,6 @@ def test_a_text_only_task_beside_tasks_with_images():
 def test_prompts_that_are_all_the_same_make_a_router():
     same_NF = torch.full((20, F), 300.0) + torch.arange(F)
     for others in ([], STATISTICS):
-        router = PromptRouter([PromptStatistics.of(same_NF, quantile=0.99), *others], None)
+        router = PromptRouter([PromptStatistics.of(same_NF, quantile=0.99), *others])
         assert (weights(router, same_NF)[:, 0] == 1).all()
         assert not weights(router, same_NF - 30)[:, 0].any()

@@ -14,6 +14,7 @@ from pipeline.routing import Decision, Expert, Pool, PoolError, PromptStatistics
 from pipeline.routing.call import router_of
 from pipeline.routing.features import project
 from pipeline.routing.layer import RoutedLinear, Running
+from pipeline.routing.null import components
 from pipeline.routing.route import Fixed, RoutingState
 from tests.helpers import (
     CLAIMS,
@@ -220,7 +221,7 @@ def test_a_gate_half_open_everywhere_is_half_of_both_worlds(tiny_base, pool):
 def test_an_empty_pool_is_the_base(tiny_base, pool, mixed, kind):
     rows, _ = mixed
     plain = generate(tiny_base, rows)
-    for null in (None, pool.null):
+    for null in ((), pool.null):
         empty = Pool("tiny", tiny_base.fingerprint, RouterConfig(kind=kind), [], null)
         with attached(tiny_base, empty) as routed:
             found = generate(tiny_base, rows)
@@ -312,9 +313,7 @@ def test_projected_features_route_as_well(tiny_base, pool, mixed):
 
     experts = [narrow(pool.experts[name], family) for name, family in CLAIMS.items()]
     general = project(features_of(tiny_base, prompts(tiny_base.processor, "direction", 24)), 96)
-    projected = Pool(
-        "tiny", tiny_base.fingerprint, RouterConfig(feature_width=96), experts, PromptStatistics.of(general)
-    )
+    projected = Pool("tiny", tiny_base.fingerprint, RouterConfig(feature_width=96), experts, components(general, 2))
     route = router_of(projected).route(project(features_of(tiny_base, rows), 96))
     choices = route.experts_BM[:, 0].tolist()
     with attached(tiny_base, projected) as routed:

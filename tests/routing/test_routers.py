@@ -47,13 +47,13 @@ def mixed(tiny_base):
 
 def blurred(pool: Pool, *names: str | None) -> Pool:
     """Returns a two-level pool in which these experts (None: the null expert) have the same prompt statistics."""
-    own = [pool.null if name is None else pool.experts[name].statistics for name in names]
+    own = [sum(pool.null[1:], start=pool.null[0]) if name is None else pool.experts[name].statistics for name in names]
     shared = sum(own[1:], start=own[0])
     experts = [
         dataclasses.replace(expert, statistics=shared) if name in names else expert
         for name, expert in pool.experts.items()
     ]
-    null = shared if None in names else pool.null
+    null = (shared,) if None in names else pool.null
     router = RouterConfig(kind="two_level")
     return Pool(pool.base_label, pool.base_fingerprint, router, experts, null, pool.null_evidence)
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from pipeline.routing.prompt_router import PromptRouter
+from pipeline.routing.prompt_router import CANDIDATES, PromptRouter
 from pipeline.routing.route import NOBODY, SLIGHT, Base, Fixed, Weighed
 from pipeline.routing.statistics import PromptStatistics
 from pipeline.routing.two_level import TwoLevelRouter
@@ -20,8 +20,8 @@ FEATURES = [
 ]
 STATISTICS = [PromptStatistics.of(x_NF) for x_NF in FEATURES]
 NULL = STATISTICS[3]
-WITH_NULL = PromptRouter(STATISTICS[:3], NULL)
-ALL = PromptRouter(STATISTICS, None)
+WITH_NULL = PromptRouter(STATISTICS[:3], [NULL])
+ALL = PromptRouter(STATISTICS)
 """Four experts of infinite radius."""
 
 
@@ -30,15 +30,18 @@ def two_level(prompts: PromptRouter = WITH_NULL, *, short_list: int = 3, tempera
 
 
 def between(one: int, other: int, odds: float, prompts: PromptRouter = WITH_NULL) -> Tensor:
-    """Returns a prompt (1, F) on the line between two classes, `one` likelier than `other` by `odds`.
+    """Returns a prompt (1, F) on the line between two classes, `one` likelier than `other` by `odds`."""
+    means_CF = torch.stack([s.mean_F for s in [*prompts.experts, *prompts.null]])
 
-    The difference of their scores is linear along it.
-    """
-    means_CF = torch.stack([s.mean_F for s in [*prompts.experts, *([prompts.null] if prompts.null else [])]])
-    scores_2C = prompts.scores(means_CF[[one, other]])
-    near, far = (scores_2C[:, one] - scores_2C[:, other]).tolist()
-    share = (near - math.log(odds)) / (near - far)
-    return ((1 - share) * means_CF[one] + share * means_CF[other])[None]
+    def at(share: float) -> Tensor:
+        return ((1 - share) * means_CF[one] + share * means_CF[other])[None]
+
+    low, high = 0.0, 1.0
+    for _ in range(60):
+        middle = (low + high) / 2
+        scores_C = prompts.scores(at(middle))[0]
+        low, high = (middle, high) if scores_C[one] - scores_C[other] > math.log(odds) else (low, middle)
+    return at(low)
 
 
 def own(task: int) -> Tensor:
@@ -118,7 +121,7 @@ def test_rows_with_different_lists_stand_in_one_batch():
 
 def test_the_list_of_a_row_does_not_depend_on_its_batch_mates():
     """One row's likeliest is slight itself; who is slight on the other row's list stays off it all the same."""
-    crowd = PromptRouter([*STATISTICS[:2], *[STATISTICS[2]] * 1500], NULL)
+    crowd = PromptRouter([*STATISTICS[:2], *[STATISTICS[2]] * 1500], [NULL])
     x_BF = torch.cat([between(1, 0, 1.2 / SLIGHT, crowd), own(2)])
     route = two_level(crowd).route(x_BF)
     assert isinstance(route, Weighed)
@@ -127,15 +130,14 @@ def test_the_list_of_a_row_does_not_depend_on_its_batch_mates():
 
 @pytest.mark.parametrize("places", [1, 2, 3])
 def test_there_is_always_a_place_however_many_are_equally_likely(places):
-    crowd = PromptRouter([STATISTICS[0]] * 1500, NULL)
-    assert SLIGHT > 1 / 1500
+    crowd = PromptRouter([STATISTICS[0]] * 1500, [NULL])
     route = two_level(crowd, short_list=places).route(FEATURES[0][:4])
     experts_BM = route.experts_BM
     assert experts_BM.shape[-1] == places
     if places > 1:
         assert isinstance(route, Weighed)
         assert route.top_k == places
-        torch.testing.assert_close(route.prior_BM.exp(), torch.full((4, places), 1 / 1500), rtol=1e-3, atol=0)
+        torch.testing.assert_close(route.prior_BM.exp(), torch.full((4, places), 1 / CANDIDATES), rtol=1e-3, atol=0)
 
 
 def test_a_list_is_never_longer_than_there_are_classes():
@@ -144,7 +146,7 @@ def test_a_list_is_never_longer_than_there_are_classes():
         route = two_level(prompts, short_list=50).route(x_BF)
         assert isinstance(route, (Weighed, Fixed))
         assert route.experts_BM.shape[-1] <= classes
-    alone = PromptRouter(STATISTICS[:1], STATISTICS[0])
+    alone = PromptRouter(STATISTICS[:1], STATISTICS[:1])
     route = two_level(alone, short_list=50).route(own(0))
     assert isinstance(route, Weighed)
     assert sorted(route.experts_BM[0].tolist()) == [NOBODY, 0]
@@ -160,7 +162,7 @@ def test_a_list_of_one_place_is_the_prompt_router():
 
 
 def test_without_general_prompts_a_far_one_has_the_base_alone():
-    prompts = PromptRouter([PromptStatistics.of(x_NF, quantile=0.99) for x_NF in FEATURES[:3]], None)
+    prompts = PromptRouter([PromptStatistics.of(x_NF, quantile=0.99) for x_NF in FEATURES[:3]])
     far_BF = 40 + FEATURES[0][:3]
     assert two_level(prompts).route(far_BF) == Base()
     mixed = two_level(prompts).route(torch.cat([far_BF[:1], own(1)]))
@@ -172,5 +174,5 @@ def test_without_general_prompts_a_far_one_has_the_base_alone():
 
 
 def test_without_experts_the_base_answers():
-    for null in (None, NULL):
+    for null in ((), [NULL]):
         assert two_level(PromptRouter([], null)).route(torch.zeros(2, F)) == Base()

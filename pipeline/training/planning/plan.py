@@ -318,6 +318,7 @@ class Plan:
             self.architecture,
             rank=self.config.expert.rank,
             wanted_width=self.config.router.feature_width,
+            null_components=self.config.router.null_components,
             adapter_bytes=self.adapter_bytes,
             feature_bytes=(2 if self.config.base.dtype == "bfloat16" else 4) if self.cached_vision else 0,
             tiles=self.typical.tiles,

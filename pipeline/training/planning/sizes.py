@@ -16,6 +16,8 @@ class Sizes:
     adapter: int
     vectors: int
     statistics: int
+    null: int
+    """The null expert: the moments of its components' prompts, and those of general prompts at the Linears."""
     checkpoint: int
     """The checkpoint that a half-trained task goes on from; the last one stays."""
     row_features: int
@@ -27,8 +29,8 @@ class Sizes:
         return self.adapter + self.vectors + self.statistics
 
     def pool(self, experts: int) -> int:
-        """A pool of so many experts: it holds all of them, and the null expert's statistics."""
-        return experts * self.expert + self.statistics
+        """A pool of so many experts: it holds all of them, and the null expert."""
+        return experts * self.expert + self.null
 
 
 def sizes(
@@ -36,6 +38,7 @@ def sizes(
     *,
     rank: int,
     wanted_width: int | None,
+    null_components: int,
     adapter_bytes: int,
     feature_bytes: int,
     tiles: int,
@@ -45,6 +48,7 @@ def sizes(
     adapter      a P, in the precision that it trains in
     vectors      4 D for each adapted Linear
     statistics   8 F + 2 F (F + 1) of F features of the prompts, and of 64 at each of the four inputs of all layers
+    null         8 F + 2 F (F + 1) for every component, and of 64 at the same inputs
     checkpoint   the adapter, its float32 weights and AdamW's moments: (a + 12) P
     """
     parameters = architecture.adapter_parameters(rank)
@@ -55,6 +59,7 @@ def sizes(
         adapter=adapter_bytes * parameters,
         vectors=FLOAT * architecture.vector_parameters,
         statistics=_moments(features) + heard,
+        null=null_components * _moments(features) + heard,
         checkpoint=(adapter_bytes + 3 * FLOAT) * parameters,
         row_features=tiles * architecture.tile_tokens * decoder.width * feature_bytes,
     )

@@ -1,0 +1,68 @@
+"""The null class: general prompts, which belong to the base, as several Gaussians.
+
+One would be too coarse: it covers whatever lies between the base's abilities, and inside each of them it loses to a task
+that resembles it. Shapes: N prompts, F features, K components.
+"""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from pipeline.routing.expert import (
+    VERSIONS,
+    check_versions,
+    evidence_of,
+    evidence_tensors,
+    read_tensors,
+    statistics_of,
+    statistics_tensors,
+    write_tensors,
+)
+from pipeline.routing.statistics import PromptStatistics
+
+ROUNDS = 50
+"""Most rounds of k-means."""
+
+
+def components(features_NF: Tensor, count: int) -> tuple[PromptStatistics, ...]:
+    """Splits general prompts (N, F) into at most `count` components and takes the statistics of each.
+
+    k-means on standardised features, started by k-means++ (Arthur and Vassilvitskii, SODA 2007) from a constant seed: the
+    same prompts, in whatever order, make the same components.
+    """
+    x_NF = features_NF.double()
+    x_NF = x_NF[x_NF.sum(-1).argsort(stable=True)]
+    variance_F = x_NF.var(0, correction=0)
+    z_NF = (x_NF - x_NF.mean(0)) / (variance_F + 1e-6 * variance_F.mean() + 1e-12).sqrt()
+    random = torch.Generator().manual_seed(0)
+    centres_KF = z_NF[torch.randint(len(z_NF), (1,), generator=random)]
+    while len(centres_KF) < count:
+        nearest_N = torch.cdist(z_NF, centres_KF).amin(1).square()
+        if nearest_N.max() < 1e-9:
+            break  # no further distinct prompt
+        centres_KF = torch.cat([centres_KF, z_NF[torch.multinomial(nearest_N, 1, generator=random)]])
+    own_N = torch.cdist(z_NF, centres_KF).argmin(1)
+    for _ in range(ROUNDS):
+        centres_KF = torch.stack([z_NF[own_N == k].mean(0) for k in own_N.unique().tolist()])
+        before_N, own_N = own_N, torch.cdist(z_NF, centres_KF).argmin(1)
+        if own_N.equal(before_N):
+            break
+    return tuple(PromptStatistics.of(x_NF[own_N == k]) for k in own_N.unique().tolist())
+
+
+def write_null(file: Path, null: Sequence[PromptStatistics], evidence: Mapping[str, PromptStatistics]) -> None:
+    """Writes the components and what the Linears see of general prompts as a safetensors file."""
+    tensors = evidence_tensors(evidence)
+    for number, component in enumerate(null):
+        tensors |= statistics_tensors(component, f"null.{number}")
+    write_tensors(file, tensors, metadata={name: str(version) for name, version in VERSIONS.items()})
+
+
+def read_null(file: Path) -> tuple[tuple[PromptStatistics, ...], dict[str, PromptStatistics]]:
+    """Reads what `write_null` wrote; raises ExpertError where another version did."""
+    tensors, metadata = read_tensors(file)
+    check_versions(file, metadata)
+    count = sum(key.startswith("null.") and key.endswith(".mean") for key in tensors)
+    return tuple(statistics_of(tensors, f"null.{number}") for number in range(count)), evidence_of(tensors)
