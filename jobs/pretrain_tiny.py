@@ -18,6 +18,8 @@ import torch
 import typer
 from transformers import InternVLForConditionalGeneration
 
+from jobs.options import user_errors
+from pipeline.config import ConfigError
 from pipeline.models.prompts import IGNORED, Encoded, chat, collate, generate_answers
 from pipeline.models.tiny import TINY_BASE, build_tiny, tiny_processor
 from pipeline.streams.embedded.foundation import FAMILIES, FOUNDATION, Example, vocabulary
@@ -114,87 +116,97 @@ Start = Annotated[Path | None, typer.Option(help="Checkpoint folder to go on fro
 
 
 def main(
-    steps: Annotated[int, typer.Option(help="Optimizer steps.")] = 20_000,
-    batch_size: Annotated[int, typer.Option(help="Examples a step.")] = 64,
+    steps: Annotated[int, typer.Option(help="Optimizer steps.", min=1)] = 20_000,
+    batch_size: Annotated[int, typer.Option(help="Examples a step.", min=1)] = 64,
     learning_rate: Annotated[float, typer.Option(help="Peak learning rate (AdamW, warm-up, cosine).")] = 1.5e-3,
     seed: Annotated[int, typer.Option(help="Of weights and data.")] = 0,
-    threads: Annotated[int, typer.Option(help="CPU threads of torch.")] = 2,
+    threads: Annotated[int, typer.Option(help="CPU threads of torch.", min=1)] = 2,
     sampling: Sampling = "loss",
     start: Start = None,
     stop: Stop = None,
     output: Annotated[Path, typer.Option(help="Checkpoint folder to write.")] = TINY_BASE,
 ) -> None:
     """Pretrain the embedded base on the foundation families (tens of minutes on two cores)."""
-    torch.set_num_threads(threads)
-    torch.manual_seed(seed)
-    history: list[dict[str, Any]] = []
-    processor = tiny_processor(vocabulary())
-    if start is None:
-        model = build_tiny(processor)
-    else:
-        model = InternVLForConditionalGeneration.from_pretrained(start)
-        history = json.loads((start / RECORD).read_text())["history"]
-    model.train()
-    parameters = sum(p.numel() for p in model.parameters())
-    print(f"{parameters:,} parameters, vocabulary {len(processor.tokenizer)}")
-    optimizer = torch.optim.AdamW(
-        [
-            {"params": [p for p in model.parameters() if p.ndim > 1], "weight_decay": 0.05},
-            {"params": [p for p in model.parameters() if p.ndim <= 1], "weight_decay": 0.0},
-        ],
-        lr=learning_rate,
-        betas=(0.9, 0.98),
-        fused=True,
-    )
-    warm_up = min(500, steps // 10)
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda s: min((s + 1) / warm_up, 0.02 + 0.49 * (1 + math.cos(math.pi * min(1.0, s / steps))))
-    )
-    families, sampler, losses = list(FAMILIES.values()), FamilySampler(even=sampling == "even"), []
-    started = time.monotonic()
-
-    def write(step: int) -> None:
-        scores = score_families(model, processor, prompts=500 if step in (steps, stop) else 100)
-        mean = float(np.mean([scores[name] for name in FOUNDATION]))
-        print(" ".join(f"{name} {score:.2f}" for name, score in scores.items()), f"mean {mean:.3f}", flush=True)
-        command = f"python -m jobs.pretrain_tiny --steps {steps} --batch-size {batch_size} --seed {seed}"
-        command += f" --learning-rate {learning_rate} --threads {threads} --sampling {sampling}" + (
-            f" --start {start}" if start else ""
+    with user_errors():
+        if sampling not in ("even", "loss"):
+            raise ConfigError(f"--sampling {sampling}: choose even or loss")
+        if start is not None and not (start / RECORD).is_file():
+            raise ConfigError(f"--start {start}: holds no {RECORD}, so not a folder that this command wrote")
+        torch.set_num_threads(threads)
+        torch.manual_seed(seed)
+        history: list[dict[str, Any]] = []
+        processor = tiny_processor(vocabulary())
+        if start is None:
+            model = build_tiny(processor)
+        else:
+            model = InternVLForConditionalGeneration.from_pretrained(start)
+            history = json.loads((start / RECORD).read_text())["history"]
+        model.train()
+        parameters = sum(p.numel() for p in model.parameters())
+        print(f"{parameters:,} parameters, vocabulary {len(processor.tokenizer)}")
+        optimizer = torch.optim.AdamW(
+            [
+                {"params": [p for p in model.parameters() if p.ndim > 1], "weight_decay": 0.05},
+                {"params": [p for p in model.parameters() if p.ndim <= 1], "weight_decay": 0.0},
+            ],
+            lr=learning_rate,
+            betas=(0.9, 0.98),
+            fused=True,
         )
-        phase = {
-            "command": command,
-            "steps": step,
-            "examples": step * batch_size,
-            "seconds": round(time.monotonic() - started),
-        }
-        record = {"parameters": parameters, "families": scores, "foundation_mean": mean, "history": [*history, phase]}
-        output.mkdir(parents=True, exist_ok=True)
-        model.save_pretrained(output)
-        processor.save_pretrained(output)
-        (output / RECORD).write_text(json.dumps(record, indent=2) + "\n")
+        warm_up = max(1, min(500, steps // 10))
+        schedule = torch.optim.lr_scheduler.LambdaLR(
+            optimizer, lambda s: min((s + 1) / warm_up, 0.02 + 0.49 * (1 + math.cos(math.pi * min(1.0, s / steps))))
+        )
+        families, sampler, losses = list(FAMILIES.values()), FamilySampler(even=sampling == "even"), []
+        started = time.monotonic()
 
-    for step in range(stop or steps):
-        random = np.random.default_rng([seed, step])
-        drawn = sampler.draw(random, batch_size)
-        examples = [families[i](random) for i in drawn]
-        batch = collate(encode_examples(processor, examples), pad_token_id=processor.tokenizer.pad_token_id)
-        output_ = model(**batch)
-        loss = output_.loss
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        schedule.step()
-        optimizer.zero_grad(set_to_none=True)
-        sampler.update(drawn, row_losses(output_.logits.detach(), batch["labels"]).numpy())
-        losses.append(loss.item())
-        done = step + 1
-        if done % 100 == 0:
-            pace = (time.monotonic() - started) / done
-            left = pace * (steps - done) / 60
-            said = f"step {done}/{steps}  loss {np.mean(losses[-100:]):.3f}  {pace * 1e3:.0f} ms a step"
-            print(f"{said}  {left:.0f} min left", flush=True)
-        if done % 1500 == 0 or done in (steps, stop):
-            write(done)
+        def write(step: int) -> None:
+            scores = score_families(model, processor, prompts=500 if step in (steps, stop) else 100)
+            mean = float(np.mean([scores[name] for name in FOUNDATION]))
+            print(" ".join(f"{name} {score:.2f}" for name, score in scores.items()), f"mean {mean:.3f}", flush=True)
+            command = f"python -m jobs.pretrain_tiny --steps {steps} --batch-size {batch_size} --seed {seed}"
+            command += f" --learning-rate {learning_rate} --threads {threads} --sampling {sampling}" + (
+                f" --start {start}" if start else ""
+            )
+            phase = {
+                "command": command,
+                "steps": step,
+                "examples": step * batch_size,
+                "seconds": round(time.monotonic() - started),
+            }
+            record = {
+                "parameters": parameters,
+                "families": scores,
+                "foundation_mean": mean,
+                "history": [*history, phase],
+            }
+            output.mkdir(parents=True, exist_ok=True)
+            model.save_pretrained(output)
+            processor.save_pretrained(output)
+            (output / RECORD).write_text(json.dumps(record, indent=2) + "\n")
+
+        for step in range(stop or steps):
+            random = np.random.default_rng([seed, step])
+            drawn = sampler.draw(random, batch_size)
+            examples = [families[i](random) for i in drawn]
+            batch = collate(encode_examples(processor, examples), pad_token_id=processor.tokenizer.pad_token_id)
+            output_ = model(**batch)
+            loss = output_.loss
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            schedule.step()
+            optimizer.zero_grad(set_to_none=True)
+            sampler.update(drawn, row_losses(output_.logits.detach(), batch["labels"]).numpy())
+            losses.append(loss.item())
+            done = step + 1
+            if done % 100 == 0:
+                pace = (time.monotonic() - started) / done
+                left = pace * (steps - done) / 60
+                said = f"step {done}/{steps}  loss {np.mean(losses[-100:]):.3f}  {pace * 1e3:.0f} ms a step"
+                print(f"{said}  {left:.0f} min left", flush=True)
+            if done % 1500 == 0 or done in (steps, stop):
+                write(done)
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ from jobs.summary import now, provenance
 from jobs.terminal import table
 from pipeline.config import ConfigError, digest
 from pipeline.registry.tracking import active_run, log_batch
-from pipeline.routing.pool import Pool
+from pipeline.routing.pool import Pool, PoolError
 from tuning.space import SweepSpace
 from tuning.sweep import SweepResult, sweep
 
@@ -63,7 +63,15 @@ def _sweep(run: StreamRun, space: SweepSpace, name: str) -> None:
     tasks = {task.name: task for task in config.stream.tasks}
     task = tasks[name]
     pool_folder = run.folder / "pool" if (run.folder / "pool" / "pool.json").exists() else None
-    others = [n for n in Pool.load(pool_folder).names if n != name and n in tasks] if pool_folder else []
+    others = []
+    if pool_folder:
+        pool = Pool.load(pool_folder)
+        if pool.base_fingerprint != run.fingerprint:
+            raise PoolError(
+                f"{pool_folder}: made for base {pool.base_label!r} with fingerprint {pool.base_fingerprint}, base.path has "
+                f"{run.fingerprint}; learn the stream again, or choose another `name`"
+            )
+        others = [n for n in pool.names if n != name and n in tasks]
     if not others:
         run.terminal.say(
             "no learned pool with other tasks: the expert stands alone, and temperature has nothing to weigh; "

@@ -13,6 +13,9 @@ import typer
 from jobs.options import user_errors
 from pipeline.registry.tracking import RegistryError, ui_command
 
+SQLITE_HEADER = b"SQLite format 3\0"
+"""What every SQLite database begins with."""
+
 
 def main(
     output: Annotated[Path, typer.Option(help="Folder of the runs, with mlflow.db in it.")] = Path("runs"),
@@ -24,6 +27,9 @@ def main(
             raise RegistryError(
                 f"{database} does not exist yet; `pointsman learn` makes it (or name its folder: --output)"
             )
+        with database.open("rb") as file:
+            if file.read(len(SQLITE_HEADER)) != SQLITE_HEADER:
+                raise RegistryError(f"{database} is no SQLite database; --output names the folder of `pointsman learn`")
         command = ui_command(f"sqlite:///{database}")
         typer.echo(f"{' '.join(command)}")
         # By this environment's Python: the environment need not be activated.

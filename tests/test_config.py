@@ -234,3 +234,15 @@ def test_results_need_a_file_system(file, output):
 def test_a_file_uri_is_its_path(file):
     file.write_text(STREAM)
     assert load_config(file, ["output=file:///out"], LearnConfig).folder == Path("/out/demo")
+
+
+def test_a_file_that_is_no_text_is_told(file):
+    file.write_bytes(b"\x89PNG")
+    with pytest.raises(ConfigError, match="not valid YAML: .*utf-8"):
+        load_config(file, [], LearnConfig)
+
+
+def test_target_modules_are_a_regular_expression(file):
+    assert "expert.target_modules: Value error, not a regular expression" in error_of(
+        file, STREAM, "expert.target_modules=(q_proj"
+    )

@@ -1,5 +1,6 @@
 """How it is learned: the base, the two stages, the machine, evaluation and registry; `LearnConfig` holds it all."""
 
+import re
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -21,6 +22,15 @@ def _on_a_file_system(path: str) -> str:
     if separator and not (scheme == "file" and rest.startswith("/")):
         raise ValueError("results need a file system; mount the storage and name the mounted folder, e.g. /mnt/runs")
     return rest if separator else str(Path(path).expanduser()) if path.startswith("~") else path
+
+
+def _a_pattern(text: str) -> str:
+    """Refuses a text that is no regular expression."""
+    try:
+        re.compile(text)
+    except re.error as error:
+        raise ValueError(f"not a regular expression: {error}") from None
+    return text
 
 
 class BaseModelConfig(Config):
@@ -57,7 +67,7 @@ class ExpertConfig(Config):
     """LoRA's alpha, the update is scaled by alpha / r; default 2 r, as InternVL's recipe."""
     dropout: float = Field(default=0.0, ge=0, lt=1)
     """Dropout on the adapter's input."""
-    target_modules: str = "auto"
+    target_modules: Annotated[str, AfterValidator(_a_pattern)] = "auto"
     """Regular expression that the full path of a Linear must match; `auto`: every Linear in the language model's layers,
     by the base's family."""
     steps: int = Field(default=250, ge=1)

@@ -26,7 +26,7 @@ def load_config(path: str | Path, overrides: Sequence[str], kind: type[C]) -> C:
         raise ConfigError(f"{path}: no such configuration file{hint}") from None
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read: {error.strerror}") from None
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: not valid YAML: {error}") from None
     if not isinstance(values, dict):
         raise ConfigError(f"{path}: must be a mapping of fields, found {type(values).__name__}")

@@ -139,7 +139,7 @@ def base_configuration(base: BaseModelConfig, file: Path | None = None) -> Any:
         values = json.loads(file.read_text())
     except OSError as error:
         raise BaseError(f"--base-config {file}: cannot be read: {error.strerror}") from None
-    except json.JSONDecodeError as error:
+    except ValueError as error:
         raise BaseError(f"{file}: not valid JSON: {error}") from None
     kind = values.get("model_type") if isinstance(values, dict) else None
     if kind == "internvl_chat":

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 from transformers import (
     AutoConfig,
@@ -91,7 +92,7 @@ def load_base(config: BaseModelConfig, *, vision: bool = True, devices: Sequence
             trust_remote_code=config.trust_remote_code,
             device_map=placed,
         )
-    except ImportError as error:
+    except (ImportError, OSError, ValueError, SafetensorError) as error:
         raise BaseError(f"base.path: {folder} cannot be loaded: {error}") from None
     if not vision:
         for path in family.vision:

@@ -9,11 +9,15 @@ from pathlib import Path
 
 import pytest
 from mlflow.exceptions import MlflowException
+from typer.testing import CliRunner
 
+from jobs.cli import app
 from jobs.endings import OutsideError, outside_errors
 from jobs.options import user_errors
+from jobs.stream_run import Stopwatch, read_json
 from jobs.terminal import Terminal, methods_table
 from pipeline.config import ConfigError
+from pipeline.errors import StoredFileError
 
 SLEEPER = """
 import os, signal, time
@@ -87,3 +91,36 @@ def test_methods_without_foundation_have_a_dash() -> None:
     with terminal.console.capture() as shown:
         terminal.console.print(methods_table({"base": figures}))
     assert " - " in shown.get()
+
+
+@pytest.mark.parametrize("content", ["", "{", "[1]", '"text"'])
+def test_a_damaged_file_of_a_run_is_named(tmp_path: Path, content: str) -> None:
+    file = tmp_path / "clock.json"
+    file.write_text(content)
+    for read in (read_json, Stopwatch):
+        with pytest.raises(StoredFileError, match=r"clock\.json: damaged.*; delete this file, and the same command"):
+            read(file)
+
+
+EMBEDDED = "jobs/configs/embedded.yaml"
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["ui", "--output", "{folder}"], "mlflow.db is no SQLite database"),
+        (["pretrain-tiny", "--sampling", "some"], "--sampling some: choose even or loss"),
+        (["pretrain-tiny", "--start", "{folder}"], "holds no pretraining.json"),
+        (["plan", "{file}"], "not valid YAML"),
+        (["plan", EMBEDDED, "--base-config", "{file}"], "not valid JSON"),
+        (["plan", EMBEDDED, "--output", "{file}"], "File exists; something else has that name"),
+        (["learn", EMBEDDED, "output={file}"], "a file stands where a folder is needed"),
+        (["learn", EMBEDDED, "output=/proc/nothing"], "/proc/nothing"),
+    ],
+)
+def test_a_wrong_input_is_a_message(tmp_path: Path, words: list[str], said: str) -> None:
+    (tmp_path / "mlflow.db").write_bytes(b"\x89PNG")
+    filled = [word.format(folder=tmp_path, file=tmp_path / "mlflow.db") for word in words]
+    outcome = CliRunner().invoke(app, filled)
+    assert outcome.exit_code == 2, outcome.output
+    assert said in outcome.output

@@ -116,7 +116,11 @@ def test_summary_and_registry(undisturbed):
 
 def test_a_finished_run_changes_nothing(undisturbed):
     config, summary = undisturbed
+    weights = config.parent / "mini" / "experts" / "digits" / "adapter_model.safetensors"
+    whole = weights.read_bytes()
+    weights.write_bytes(whole[:100])  # damaged: the registry has it still
     again = finish(config)
+    assert weights.read_bytes() == whole
     assert again["accuracy_matrix"] == summary["accuracy_matrix"]
     assert again["tasks"] == summary["tasks"]
     assert versions(config, "untrained.experts") == ["1", "2"]
