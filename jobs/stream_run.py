@@ -236,7 +236,7 @@ def open_run(config: LearnConfig, *, job: str) -> Iterator[StreamRun]:
     `job` names the kind of MLflow run, so that learning and comparing do not write into each other's.
     """
     terminal = Terminal()
-    with PeakMemory() as memory, outside_errors(config.folder):
+    with PeakMemory() as memory, outside_errors(config.folder), _told_how_to_go_on(terminal):
         config.folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=config.folder):  # now, not after an hour of training
             pass
@@ -258,14 +258,19 @@ def open_run(config: LearnConfig, *, job: str) -> Iterator[StreamRun]:
         run = StreamRun(config, cluster, terminal, memory)
         with terminal.working("opening MLflow"):
             experiment = open_tracking(config.tracking_uri, config.registry.experiment)
-        try:
-            with tracked_run(experiment, f"{config.name} {job}", digest(config, run.fingerprint, job)) as run_id:
-                run.run_id = run_id
-                log_config(run_id, config)
-                yield run
-        except KeyboardInterrupt:
-            terminal.say("stopped; what is finished is kept, and the same command goes on from there")
-            raise
+        with tracked_run(experiment, f"{config.name} {job}", digest(config, run.fingerprint, job)) as run_id:
+            run.run_id = run_id
+            log_config(run_id, config)
+            yield run
+
+
+@contextmanager
+def _told_how_to_go_on(terminal: Terminal) -> Iterator[None]:
+    try:
+        yield
+    except KeyboardInterrupt:
+        terminal.say("stopped; what is finished is kept, and the same command goes on from there")
+        raise
 
 
 def read_json(file: Path) -> dict[str, Any]:
