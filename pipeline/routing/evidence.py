@@ -51,7 +51,7 @@ WIDTH = 64
 
 def pooled(x_BTD: Tensor, tokens_BT: Tensor) -> Tensor:
     """Returns the mean of inputs over the prompt's tokens (B, D), float32."""
-    mask_BT = tokens_BT.to(x_BTD.dtype)
+    mask_BT = tokens_BT.to(x_BTD)  # of its precision, and on its device: layers may lie apart
     sum_BD = torch.bmm(mask_BT.unsqueeze(1), x_BTD).squeeze(1)
     return sum_BD.float() / mask_BT.float().sum(1, keepdim=True).clamp(min=1)
 

@@ -8,9 +8,11 @@ from transformers import AutoModelForImageTextToText
 
 from pipeline.config import BaseModelConfig
 from pipeline.models.architecture import base_configuration
-from pipeline.models.bases import Base
+from pipeline.models.bases import Base, load_base
 from pipeline.models.families import family_of
 from pipeline.models.placement import device_map, largest_share, split
+from pipeline.routing.evidence import pooled
+from tests.helpers import checksum
 
 LARGE = Path(__file__).parents[2] / "jobs" / "configs" / "bases" / "internvl2_8b"
 
@@ -46,3 +48,18 @@ def test_tied_embeddings_and_head_share_a_device(tiny_base: Base) -> None:
     placed = device_map(tiny_base.model, tiny_base.family, ["cuda:0", "cuda:1"])
     assert placed["lm_head"] == placed["model.language_model.embed_tokens"] == "cuda:0"
     assert set(placed.values()) == {"cuda:0", "cuda:1"}
+
+
+def test_a_base_loads_part_by_part(tiny_base: Base) -> None:
+    """All parts on one device here: a second real one is not to be had on a CPU."""
+    config = BaseModelConfig(path=str(tiny_base.folder))
+    for vision in (True, False):
+        found = load_base(config, vision=vision, devices=("cpu", "cpu"))
+        expected = load_base(config, vision=vision)
+        assert checksum(found.model) == checksum(expected.model)
+        assert found.model.device.type == "cpu"
+
+
+def test_evidence_is_read_where_the_layer_lies() -> None:
+    mean_BD = pooled(torch.zeros(2, 5, 8, device="meta"), torch.ones(2, 5, dtype=torch.bool))
+    assert (mean_BD.device.type, mean_BD.shape) == ("meta", (2, 8))
