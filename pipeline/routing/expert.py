@@ -147,13 +147,16 @@ def load_adapters(folder: str | Path) -> tuple[dict[str, Any], dict[str, Adapter
     folder = Path(folder)
     with stored_file(folder / ADAPTER_CONFIG, REMEDY, ExpertError):
         config = json.loads((folder / ADAPTER_CONFIG).read_text())
-        scaling = config["lora_alpha"] / (config["r"] ** 0.5 if config.get("use_rslora") else config["r"])
+        if not isinstance(config, dict):
+            raise TypeError(f"an object was expected, found {type(config).__name__}")
     unsupported = [key for key in ("use_dora", "modules_to_save", "rank_pattern", "alpha_pattern") if config.get(key)]
     if config.get("peft_type") != "LORA" or unsupported or config.get("bias", "none") != "none":
         raise ExpertError(
             f"{folder / ADAPTER_CONFIG}: only plain LoRA can be routed; found peft_type {config.get('peft_type')!r}, "
             f"bias {config.get('bias')!r}, {', '.join(unsupported) or 'nothing else unusual'}"
         )
+    with stored_file(folder / ADAPTER_CONFIG, REMEDY, ExpertError):
+        scaling = config["lora_alpha"] / (config["r"] ** 0.5 if config.get("use_rslora") else config["r"])
     with stored_file(folder / ADAPTER_WEIGHTS, REMEDY, ExpertError):
         weights = load_file(folder / ADAPTER_WEIGHTS)
     halves: dict[str, dict[str, Tensor]] = {}

@@ -181,3 +181,10 @@ def test_what_another_version_wrote_is_refused(experts, null, tmp_path, file, fi
         (folder / file).write_bytes(save(load_file(folder / file), metadata=metadata))
     with pytest.raises(ExpertError, match=rf"{file}: {field} is {version}, this code reads 2.*learn the stream again"):
         Pool.load(folder)
+
+
+def test_another_kind_of_adapter_is_not_called_damaged(experts, tmp_path):
+    file = make_pool(experts).save(tmp_path / "pool") / "experts/digits/adapter_config.json"
+    file.write_text('{"peft_type": "PREFIX_TUNING"}')
+    with pytest.raises(ExpertError, match="only plain LoRA can be routed; found peft_type 'PREFIX_TUNING'"):
+        Pool.load(tmp_path / "pool")
