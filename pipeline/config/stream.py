@@ -134,6 +134,9 @@ class DataConfig(Config):
     """Parallel preprocessing tasks, one CPU each; about one a core, fewer where training computes on the same cores."""
     cache: Literal["auto", "memory", "none"] = "auto"
     """Keep preprocessed rows in Ray's object store over the epochs; `auto` does if they fit into a quarter of it."""
+    shuffle_rows: int = Field(default=4096, ge=16)
+    """Rows that do not fit the cache are shuffled by pieces of their files first (sixteen or more make up this number),
+    then row by row among so many; fewer where they are large (256 MB of a file at a time)."""
     vision_cache: Annotated[Literal["off", "features"], BeforeValidator(_off)] = "off"
     """`features`: the frozen vision tower sees every image once; what it says of it is kept on disk and read by all
     epochs, stages and evaluations. Pays from the second time that a row is read."""

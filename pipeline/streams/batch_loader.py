@@ -11,12 +11,14 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from itertools import islice
 from typing import Any
 
 import numpy as np
 
 from pipeline.models.prompts import IGNORED, Encoded
-from pipeline.streams.training_rows import CachedRows, TrainingRows
+from pipeline.streams.training_rows import CachedRows, StreamedRows, TrainingRows
+from pipeline.streams.windows import spans
 
 AHEAD = 8
 """Micro-batches that are ready before they are asked for."""
@@ -76,6 +78,7 @@ class BatchLoader:
         self.wait_seconds = 0.0
         self._rows, self._layout, self._rank, self._steps = rows, layout, rank, steps
         self._seed, self._collate, self._group = seed, collate, group_by_length
+        self._shares = [sum(map(len, layout.share(rank))) for rank in range(layout.workers)]
         self._next = steps.start
         self._ready: queue.Queue[dict[str, Any] | BaseException] = queue.Queue(maxsize=AHEAD)
         self._stop = threading.Event()
@@ -91,8 +94,12 @@ class BatchLoader:
 
     @property
     def epoch(self) -> int:
-        """Epoch of the last row that was given; 0 as long as every row so far was another one."""
-        return max(0, self._next * self._layout.batch_size - 1) // self._rows.count
+        """Epoch of the last row that was given, to any rank; 0 as long as every row so far was another one."""
+        given = [self._next * share for share in self._shares]
+        if self._rows.cached:
+            return max(0, sum(given) - 1) // self._rows.count
+        own = spans(self._rows.count, self._shares)
+        return max(max(0, rows - 1) // len(span) for rows, span in zip(given, own, strict=True))
 
     def __iter__(self) -> "BatchLoader":
         return self
@@ -128,7 +135,10 @@ class BatchLoader:
                 continue
 
     def _drawn(self) -> Iterator[list[Encoded]]:
-        """Yields the rows of this rank's micro-batches, drawn from the object store."""
+        """Yields the rows of this rank's micro-batches."""
+        yield from self._cached() if self._rows.cached else self._streamed()
+
+    def _cached(self) -> Iterator[list[Encoded]]:
         rows = CachedRows(self._rows.blocks)
         size = self._layout.batch_size
         lengths = rows.lengths() if self._group else None
@@ -145,6 +155,20 @@ class BatchLoader:
         for step in self._steps:
             for positions in share:
                 yield [row(step * size + position) for position in positions] or [unlabelled(row(step * size))]
+
+    def _streamed(self) -> Iterator[list[Encoded]]:
+        layout = self._layout
+        source = StreamedRows(self._rows, rank=self._rank, workers=layout.workers, seed=self._seed)
+        rows = source.drawn(self._shares, self._steps)
+        for _ in self._steps:
+            last: Encoded | None = None
+            for positions in layout.share(self._rank):
+                part = list(islice(rows, len(positions)))
+                if not part and last is None:
+                    last = next(source.chosen(np.array([0])))
+                last = part[-1] if part else last
+                assert last is not None
+                yield part or [unlabelled(last)]
 
 
 def unlabelled(row: Encoded) -> Encoded:
@@ -180,9 +204,13 @@ def distinct_batches(
     Every rank gets equally many; one that has run out of rows gets None.
     """
     chosen = np.random.default_rng([seed]).permutation(rows.count)[:count]
-    own = np.sort(chosen[rank::workers])
-    batches = -(-len(chosen[::workers]) // micro_batch)
-    found = CachedRows(rows.blocks)
-    for start in range(0, batches * micro_batch, micro_batch):
-        part = [found[number] for number in own[start : start + micro_batch]]
+    shares = np.array_split(np.sort(chosen), workers)  # the first is the largest
+    own, batches = shares[rank], -(-len(shares[0]) // micro_batch)
+    if rows.cached:
+        blocks = CachedRows(rows.blocks)
+        found: Iterator[Encoded] = (blocks[number] for number in own)
+    else:
+        found = StreamedRows(rows, rank=rank, workers=workers, seed=seed).chosen(own)
+    for _ in range(batches):
+        part = list(islice(found, micro_batch))
         yield collate(part) if part else None

@@ -53,7 +53,7 @@ def rows_of(filesystem: fs.FileSystem, path: str, kind: str, known: Collection[s
         for number, row in _READERS[kind](filesystem, path, known):  # noqa: B007 - needed after the loop
             yield number, row
     except (OSError, ValueError, csv.Error, pa.ArrowException) as error:
-        if _network(filesystem, error):
+        if of_network(filesystem, error):
             raise StreamError(f"{path}: cannot be read: {first_line(error)}") from None
         where = f"beyond its row {number}" if number else "at all"
         yield (
@@ -66,7 +66,7 @@ def rows_of(filesystem: fs.FileSystem, path: str, kind: str, known: Collection[s
         )
 
 
-def _network(filesystem: fs.FileSystem, error: Exception) -> bool:
+def of_network(filesystem: fs.FileSystem, error: Exception) -> bool:
     """Whether not the file is to blame but the network before it, which may recover: no row shall be lost to it."""
     signs = ("AWS Error", "google::cloud", "Azure", "curl", "HTTP")
     return filesystem.type_name != "local" and any(sign in str(error) for sign in signs)
@@ -197,15 +197,16 @@ def _parquet(filesystem: fs.FileSystem, path: str, known: Collection[str]) -> It
                 for batch in file.iter_batches(_BATCH, row_groups=[group], columns=names or None):
                     for i in range(len(batch)):
                         last += 1
-                        yield last, _values(batch, i)
+                        yield last, row_values(batch, i)
             except (OSError, pa.ArrowException) as error:
-                if _network(filesystem, error):
+                if of_network(filesystem, error):
                     raise
                 reason = f"row group {group} of {PurePosixPath(path).name} cannot be read: {first_line(error)}"
                 yield last + 1, Fault(reason, lost=f"rows {last + 1} to {done}", rows=done - last)
 
 
-def _values(batch: pa.RecordBatch, i: int) -> Row:
+def row_values(batch: pa.RecordBatch, i: int) -> Row:
+    """Returns row `i` of a batch of parquet."""
     try:
         return dict(zip(batch.schema.names, (column[i].as_py() for column in batch.columns), strict=True))
     except (ValueError, OverflowError, pa.ArrowException) as error:  # text that is not UTF-8, a date before the year 1

@@ -1,53 +1,35 @@
 """From raw rows to encoded rows, on Ray Data: validate, decode, tokenize; set bad rows aside.
 
 One task of Ray Data does all three for a batch, outside the training process. Small sources are kept encoded in Ray's
-object store over the epochs; large ones stay encoded bytes until the moment they are needed.
+object store over the epochs; large ones are read in pieces, in an order of their own for every epoch, when they are needed.
 """
 
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
-from functools import lru_cache, partial
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
 import ray
 from ray.data import TaskPoolStrategy
 from ray.data.expressions import col
 
-from pipeline.config import BaseModelConfig, DataConfig, SourceConfig
-from pipeline.models.bases import load_processor
+from pipeline.config import BaseModelConfig, DataConfig
 from pipeline.models.inference import InferenceWorkers
-from pipeline.models.prompts import Encoded, PromptError, encode
-from pipeline.streams.packing import pack
+from pipeline.models.prompts import PromptError, encode
+from pipeline.streams.encoding import PLACE, Encoder, encode_batch, processor_of
+from pipeline.streams.encoding import Part as Part
 from pipeline.streams.quarantine import NOTES, SetAside, set_aside
-from pipeline.streams.records import BadRow, Reference
-from pipeline.streams.sources import PATH, count_rows, excerpt, extent, first_records, read, record_of, row_id
+from pipeline.streams.sources import count_rows, first_records, read
+from pipeline.streams.streamed_part import StreamedPart, streamed_features, streamed_part
 from pipeline.streams.training_rows import TrainingRows
 from pipeline.streams.vision import with_features
 
-_processor = lru_cache(maxsize=2)(load_processor)
-
-_PIECE = 32 << 20
-"""Bytes of encoded images after which a batch is handed on; keeps memory flat, however many tiles an image has."""
-
 _SAMPLE = 4
 """Rows a part that are encoded to guess how much room all of them will take."""
-
-
-@dataclass(frozen=True)
-class Part:
-    """A task's rows of one kind: where they come from and the template around their questions."""
-
-    source: SourceConfig
-    prompt: str = "{question}"
-    key: str = ""
-    """Names what its encoded rows depend on; needed where they are kept on disk."""
-    metric: str | None = None
-    """What its answers will be scored by; rows that this metric cannot score are set aside."""
 
 
 @dataclass(frozen=True)
@@ -62,6 +44,8 @@ class Prepared:
     """Good rows by task."""
     aside: Mapping[str, SetAside]
     """Rows and files set aside, by task."""
+    streamed: Mapping[str, StreamedPart] = field(default_factory=dict)
+    """How rows to be learned are read that do not fit into the object store, by task."""
 
     def rows(self, names: Sequence[str]) -> ray.data.Dataset:
         """Returns the good rows of these tasks."""
@@ -72,9 +56,12 @@ class Prepared:
         return self.cache.filter(expr=col("column").is_in(list(names)))
 
     def training_rows(self, names: Sequence[str]) -> TrainingRows:
-        """Returns the good rows of these tasks as training workers read them."""
+        """Returns the good rows of these tasks as training workers read them; for rows that were prepared to be learned."""
+        count = sum(self.counts[name] for name in names)
+        if self.cache is None:
+            return TrainingRows(count, parts=tuple(self.streamed[name] for name in names))
         blocks = self.rows(names).materialize().to_arrow_refs()
-        return TrainingRows(sum(self.counts[name] for name in names), tuple(blocks))
+        return TrainingRows(count, tuple(blocks))
 
 
 _GOOD = col("reason") == ""
@@ -104,35 +91,47 @@ def prepare(
     the folder `features`, under each part's key, computed by `workers`. Raises StreamError when a task's share of bad
     rows exceeds `data.max_bad_share`, more files are lost than `data.max_lost_files`, or no row is left.
     """
+    fits = data.cache == "memory" or (data.cache == "auto" and _fits(parts, data, base, data_folder))
+    streaming = answer and not fits
+    streamed: dict[str, StreamedPart] = {}
     encoded = {}
     for name, part in parts.items():
+        encoder, folder = Encoder(part, name, base, data, answer), None
         rows = encoded_rows(part, name, data, base=base, data_folder=data_folder, answer=answer)
         if data.vision_cache == "features":
             assert features is not None, "whoever asks for features says where they go"
-            rows = with_features(rows, base, features / f"{name}-{part.key}", workers=workers or InferenceWorkers())
+            folder = features / f"{name}-{part.key}"
+            rows = with_features(rows, base, folder, workers=workers or InferenceWorkers())
+        if streaming:
+            streamed[name] = streamed_features(encoder, folder) if folder else streamed_part(encoder, data_folder)
+            rows = streamed[name].in_order()
         encoded[name] = rows
     rows = union(list(encoded.values()))
-    cached = data.cache == "memory" or (data.cache == "auto" and _fits(parts, data, base, data_folder))
-    if cached:
+    if fits:
         rows = rows.materialize()
     totals: Counter[str] = Counter()
     bad: dict[str, list[dict[str, Any]]] = {name: [] for name in parts}
-    for batch in rows.select_columns(_NOTES).iter_batches(batch_size=None, batch_format="numpy"):
+    places: dict[str, list[int]] = {name: [] for name in parts}
+    noted = [*_NOTES, PLACE] if streaming else _NOTES
+    for batch in rows.select_columns(noted).iter_batches(batch_size=None, batch_format="numpy"):
         totals.update(batch["column"])
         for i in np.flatnonzero(batch["reason"] != ""):
             bad[batch["column"][i]].append(
                 {key: batch[key][i].item() if key == "rows" else str(batch[key][i]) for key in NOTES}
             )
+            if streaming:
+                places[batch["column"][i]].append(int(batch[PLACE][i]))
     good = {name: totals[name] - len(bad[name]) for name in parts}
     aside = {
         name: set_aside(name, part.source, bad[name], good[name], quarantine / f"{name}.jsonl", data)
         for name, part in parts.items()
     }
-    if cached and any(bad.values()):
+    if fits and any(bad.values()):
         rows = rows.filter(expr=_GOOD).materialize()
     return Prepared(
         parts=encoded,
-        cache=rows if cached else None,
+        cache=rows if fits else None,
+        streamed={name: part.without(np.sort(np.array(places[name], np.int64))) for name, part in streamed.items()},
         counts=good,
         aside=aside,
     )
@@ -142,7 +141,7 @@ def encoded_rows(
     part: Part, name: str, data: DataConfig, *, base: BaseModelConfig, data_folder: Path, answer: bool
 ) -> ray.data.Dataset:
     """Returns a part's rows, encoded when they are read; bad ones have a `reason`."""
-    work = partial(encode_batch, part=part, column=name, base=base, data=data, answer=answer)
+    work = partial(encode_batch, encoders=[Encoder(part, name, base, data, answer)])
     return read(part.source, data_folder, readers=data.readers).map_batches(
         work, batch_size=64, batch_format="pyarrow", compute=TaskPoolStrategy(data.readers)
     )
@@ -153,7 +152,7 @@ def _fits(parts: Mapping[str, Part], data: DataConfig, base: BaseModelConfig, da
 
     Every node on which a worker trains comes to hold all of them.
     """
-    processor, total = _processor(base), 0.0
+    processor, total = processor_of(base), 0.0
     for part in parts.values():
         sizes = []
         for record in first_records(part.source, data_folder, part.prompt, _SAMPLE):
@@ -163,57 +162,3 @@ def _fits(parts: Mapping[str, Part], data: DataConfig, base: BaseModelConfig, da
         total += max(sizes, default=0) * count_rows(part.source, data_folder)
     stores = [node["Resources"].get("object_store_memory", 0) for node in ray.nodes() if node["Alive"]]
     return total <= min(stores) / 4
-
-
-def encode_batch(
-    batch: pa.Table, *, part: Part, column: str, base: BaseModelConfig, data: DataConfig, answer: bool
-) -> Iterator[dict[str, Any]]:
-    """Encodes a batch of raw rows; a row that fails gets a `reason` instead of an exception.
-
-    Yields as soon as `_PIECE` bytes have come together: twelve tiles of one image are 29 MB.
-    """
-    processor = _processor(base)
-    out: list[dict[str, Any]] = []
-    size = 0
-    for raw in batch.to_pylist():
-        row: dict[str, Any] = {"column": column, "id": row_id(raw, part.source), "question": "", "reference": ""}
-        row |= {"reason": "", "excerpt": "", "source": str(raw.get(PATH, "")), "rows": 1, "lost": ""}
-        try:
-            record = record_of(raw, part.source, part.prompt, max_pixels=data.max_pixels)
-            encoded = encode(processor, record.messages, record.images, answer=answer)
-            check_metric(record.reference, part.metric)
-            if len(encoded.input_ids) > data.max_tokens:
-                raise BadRow(f"{len(encoded.input_ids)} tokens, data.max_tokens allows {data.max_tokens}")
-            row |= {"question": record.question, "reference": record.reference.model_dump_json()}
-        except (BadRow, PromptError) as error:
-            encoded = _NOTHING
-            row |= {"reason": str(error), "excerpt": excerpt(raw), **extent(raw)}
-        out.append(row | pack(encoded))
-        size += len(out[-1]["arrays"])
-        if size >= _PIECE:
-            yield _columns(out)
-            out, size = [], 0
-    if out:
-        yield _columns(out)
-
-
-VOTES = 4
-"""Answers of people below which VQA accuracy has no meaning: not even a unanimous one could reach 1."""
-
-
-def check_metric(reference: Reference, metric: str | None) -> None:
-    """Raises BadRow where a metric cannot score answers against this reference."""
-    if metric == "mmbench" and reference.answers[0] not in reference.choices:
-        options = ", ".join(reference.choices) or "none"
-        raise BadRow(
-            f"metric mmbench: the answer {reference.answers[0]!r} is not an option's letter (options: {options})"
-        )
-    if metric == "vqa_accuracy" and len(reference.answers) < VOTES:
-        raise BadRow(f"metric vqa_accuracy needs at least {VOTES} answers of people, found {len(reference.answers)}")
-
-
-def _columns(rows: list[dict[str, Any]]) -> dict[str, Any]:
-    return {key: [row[key] for row in rows] for key in rows[0]}
-
-
-_NOTHING = Encoded(np.zeros(0, np.int64), np.zeros(0, np.int64))

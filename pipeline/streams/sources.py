@@ -64,9 +64,10 @@ class _Rows(Datasource):
 
     def __init__(self, source: SourceConfig, folder: Path) -> None:
         super().__init__()
-        self._filesystem, self._files, self._kind = resolve(source, folder)
+        self._filesystem, files, self._kind = resolve(source, folder)
+        self._files = [(file.path, file.size or 0) for file in files]  # pyarrow's own entries cannot be pickled
         self._source = source
-        self._root = _absolute(source.image_root) if source.image_root is not None else ""
+        self._root = image_root(source)
 
     def get_name(self) -> str:
         """Returns what Ray calls the reading."""
@@ -74,7 +75,7 @@ class _Rows(Datasource):
 
     def estimate_inmemory_data_size(self) -> int:
         """Returns the bytes of all files."""
-        return sum(file.size or 0 for file in self._files)
+        return sum(size for _, size in self._files)
 
     def get_read_tasks(
         self, parallelism: int, per_task_row_limit: int | None = None, data_context: Any = None
@@ -86,17 +87,18 @@ class _Rows(Datasource):
         tasks = []
         for start, end in zip(edges, edges[1:], strict=False):
             files = self._files[start:end]
-            paths = [file.path for file in files]
-            size = sum(file.size or 0 for file in files)
+            paths = [path for path, _ in files]
+            size = sum(size for _, size in files)
             metadata = BlockMetadata(num_rows=None, size_bytes=size, exec_stats=None, input_files=tuple(paths))
             work = partial(_tables, self._filesystem, paths, self._kind, self._source, self._root)
             tasks.append(ReadTask(work, metadata, _SCHEMA, per_task_row_limit))
         return tasks
 
 
-def _absolute(path: str) -> str:
-    """Returns a path that means the same on workers, which run elsewhere."""
-    return path if "://" in path else str(Path(path).expanduser().resolve())
+def image_root(source: SourceConfig) -> str:
+    """Returns what image paths count from, as it means the same on workers, which run elsewhere; empty: the file's folder."""
+    path = source.image_root or ""
+    return path if "://" in path or not path else str(Path(path).expanduser().resolve())
 
 
 def _tables(
@@ -126,30 +128,32 @@ def _raw_rows(
     for path, number, row in (
         mmbench.questions(numbered, source.limit) if circular else islice(numbered(), source.limit)
     ):
-        yield {PATH: path, NUMBER: number, ROOT: root, RAW: _packed(row)}
+        yield {PATH: path, NUMBER: number, ROOT: root, RAW: packed_row(row)}
 
 
-def _packed(row: Row) -> bytes:
+def packed_row(row: Row) -> bytes:
+    """Returns a row as it travels between tasks."""
     try:
         return pickle.dumps(row, pickle.HIGHEST_PROTOCOL)
     except RecursionError:
         return pickle.dumps(Fault("nested too deeply"), pickle.HIGHEST_PROTOCOL)
 
 
-def _content(row: Mapping[str, Any]) -> Row:
+def content_of(row: Mapping[str, Any]) -> Row:
+    """Returns what a raw row holds, or the fault in its place."""
     return pickle.loads(row[RAW])
 
 
 def row_id(row: Mapping[str, Any], source: SourceConfig) -> str:
     """Returns the id of a raw row, good or bad; where it has none, its file and its number there."""
-    content = _content(row)
+    content = content_of(row)
     found = "" if isinstance(content, Fault) else identity(content, columns_of(source, content))
     return found or f"{PurePosixPath(row[PATH]).name}#{row[NUMBER]}"
 
 
 def record_of(row: Mapping[str, Any], source: SourceConfig, prompt: str, *, max_pixels: int = MAX_PIXELS) -> Record:
     """Turns a raw row into a record; raises BadRow."""
-    content = _content(row)
+    content = content_of(row)
     if isinstance(content, Fault):
         raise BadRow(content.reason)
     columns = columns_of(source, content)
@@ -171,7 +175,7 @@ def _folder(path: str) -> ImageFolder:
 
 def excerpt(row: Mapping[str, Any]) -> str:
     """Returns the beginning of a raw row as text, for the quarantine file."""
-    content = _content(row)
+    content = content_of(row)
     if isinstance(content, Fault):
         return content.excerpt
     return printable(json.dumps(_shortened(content), ensure_ascii=False, default=str))
@@ -179,7 +183,7 @@ def excerpt(row: Mapping[str, Any]) -> str:
 
 def extent(row: Mapping[str, Any]) -> dict[str, Any]:
     """Returns how many `rows` stand in the place of a raw row, and what of its file is `lost`; see Fault."""
-    content = _content(row)
+    content = content_of(row)
     return {"rows": content.rows, "lost": content.lost} if isinstance(content, Fault) else {"rows": 1, "lost": ""}
 
 
@@ -199,7 +203,7 @@ def _shortened(value: Any, depth: int = 4) -> Any:
 def first_records(source: SourceConfig, folder: Path, prompt: str, count: int) -> Iterator[Record]:
     """Yields the first good records of a source, read here and now (for showing samples)."""
     filesystem, files, kind = resolve(source, folder)
-    root = _absolute(source.image_root) if source.image_root is not None else ""
+    root = image_root(source)
     good = 0
     for row in islice(_raw_rows(filesystem, [file.path for file in files], kind, source, root), 4 * count):
         try:
@@ -229,7 +233,7 @@ def _count(filesystem: fs.FileSystem, file: fs.FileInfo, kind: str, known: froze
                 return pq.read_metadata(stream).num_rows
         except (OSError, pa.ArrowException):
             return 1  # a damaged file is one row, which says so
-    lengths = [len(_packed(row)) for _, row in islice(rows_of(filesystem, file.path, kind, known), _SAMPLE)]
+    lengths = [len(packed_row(row)) for _, row in islice(rows_of(filesystem, file.path, kind, known), _SAMPLE)]
     if len(lengths) < _SAMPLE:
         return len(lengths)
     size = file.size * (1 if PurePosixPath(file.path).suffix.lower() == f".{kind}" else _COMPRESSION)

@@ -1,6 +1,6 @@
 """The rows of one or more tasks as a training worker gets them: a description that can be pickled, and access to it."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -10,6 +10,8 @@ import ray
 
 from pipeline.models.prompts import Encoded
 from pipeline.streams.packing import PACKED, unpack_row
+from pipeline.streams.streamed_part import StreamedPart, encoded_windows
+from pipeline.streams.windows import Window, file_windows, spans, windows_between
 
 
 @dataclass(frozen=True)
@@ -18,8 +20,10 @@ class TrainingRows:
 
     count: int
     """How many there are."""
-    blocks: tuple[ray.ObjectRef, ...]
-    """All of them, encoded, as Arrow tables in Ray's object store."""
+    blocks: tuple[ray.ObjectRef, ...] = ()
+    """All of them, encoded, as Arrow tables in Ray's object store; none where rows stream."""
+    parts: tuple[StreamedPart, ...] = ()
+    """Where rows that stream come from."""
 
     @property
     def cached(self) -> bool:
@@ -51,6 +55,38 @@ class CachedRows:
         return np.concatenate([pc.binary_length(block["input_ids"]).to_numpy() for block in self._blocks])
 
 
-def joined(parts: Sequence[TrainingRows]) -> TrainingRows:
-    """Returns the rows of several tasks together."""
-    return TrainingRows(sum(part.count for part in parts), tuple(block for part in parts for block in part.blocks))
+class StreamedRows:
+    """Rows that are read and encoded when they are needed, by a pipeline of Ray Data of this worker's own.
+
+    Each worker reads its own pieces: none waits for another, and one may stop whenever it likes.
+    """
+
+    def __init__(self, rows: TrainingRows, *, rank: int, workers: int, seed: int) -> None:
+        self._parts, self._count = rows.parts, rows.count
+        self._rank, self._workers, self._seed = rank, workers, seed
+        pieces = [piece for part in rows.parts for piece in part.pieces]
+        self._sizes = np.array([piece.good for piece in pieces], dtype=np.int64)
+        self._weights = np.array([piece.bytes for piece in pieces], dtype=np.int64)
+        self._window = rows.parts[0].encoder.data.shuffle_rows
+
+    def drawn(self, shares: Sequence[int], steps: range) -> Iterator[Encoded]:
+        """Yields this rank's rows of `steps` one after the other; `shares` says how many each rank takes a step."""
+        span, share = spans(self._count, shares)[self._rank], shares[self._rank]
+        first, last = steps.start * share, steps.stop * share
+        between = windows_between(self._sizes, self._weights, span, first, last, seed=self._seed, rows=self._window)
+        yield from self._encoded(list(between))
+
+    def chosen(self, numbers: np.ndarray) -> Iterator[Encoded]:
+        """Yields the rows of these numbers, in rising order, in the order of the files."""
+        yield from self._encoded(list(file_windows(self._sizes, numbers)))
+
+    def _encoded(self, windows: list[Window]) -> Iterator[Encoded]:
+        return encoded_windows(self._parts, windows, workers=self._workers)
+
+
+def joined(rows: Sequence[TrainingRows]) -> TrainingRows:
+    """Returns the rows of several tasks together; they stream if those of one task do."""
+    count = sum(part.count for part in rows)
+    if all(part.cached for part in rows):
+        return TrainingRows(count, tuple(block for part in rows for block in part.blocks))
+    return TrainingRows(count, parts=tuple(streamed for part in rows for streamed in part.parts))

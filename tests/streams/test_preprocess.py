@@ -11,8 +11,9 @@ import pytest
 from cluster.local import connect
 from pipeline.config import BaseModelConfig, ColumnsConfig, DataConfig, SourceConfig
 from pipeline.models.prompts import IGNORED
+from pipeline.streams.encoding import Part, check_metric
 from pipeline.streams.packing import unpack
-from pipeline.streams.preprocess import Part, check_metric, prepare
+from pipeline.streams.preprocess import prepare
 from pipeline.streams.quarantine import SetAside
 from pipeline.streams.records import BadRow, Reference
 from pipeline.streams.sources import StreamError

@@ -57,7 +57,7 @@ def source(path, **settings) -> SourceConfig:
 
 def raw(content, path="/data/rows.jsonl", number=7, root="") -> dict:
     """A raw row as reading makes it."""
-    return {PATH: str(path), NUMBER: number, ROOT: root, RAW: sources._packed(content)}
+    return {PATH: str(path), NUMBER: number, ROOT: root, RAW: sources.packed_row(content)}
 
 
 def tasks(found: SourceConfig, folder, parallelism: int) -> list[list[dict]]:

@@ -167,6 +167,21 @@ def test_experts_learn_from_features_as_from_pixels(trained, worker_env, tiny_fo
     assert written == [file.stat().st_mtime_ns for file in files] != [], "computed once"
 
 
+def test_rows_that_stream_are_learned_by_several_workers(trained, worker_env, tiny_folder, tmp_path):
+    prepared = prepare(
+        {"digits": Part(SourceConfig(path="embedded://digits/train", limit=ROWS))},
+        DataConfig(cache="none"),
+        base=BaseModelConfig(path=str(tiny_folder)),
+        data_folder=tmp_path,
+        quarantine=tmp_path,
+        answer=True,
+    )
+    job = make_job(tiny_folder, "streamed", training=TrainingConfig(workers=2, threads=1, micro_batch=4))
+    result = run_training(job, prepared.training_rows(["digits"]), storage=tmp_path, worker_env=worker_env)
+    assert result.figures["samples"] == 12 * 16
+    assert result.figures["expert_losses"][-1] == pytest.approx(trained[0].figures["expert_losses"][-1], abs=0.5)
+
+
 def test_a_loss_that_is_not_finite_is_a_clear_error(rows, tiny_folder, worker_env, tmp_path):
     told = []
     job = make_job(tiny_folder, "wild", training=ONE, learning_rate=1e30)

@@ -1,0 +1,234 @@
+"""Rows that stream: in which order they come, from which files, and what happens where they cannot be read any more."""
+
+import json
+from collections import Counter
+from functools import partial
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from cluster.local import connect
+from pipeline.config import BaseModelConfig, DataConfig, SourceConfig
+from pipeline.models.prompts import IGNORED, collate
+from pipeline.streams.batch_loader import BatchLoader, StepLayout, distinct_batches
+from pipeline.streams.encoding import Part
+from pipeline.streams.preprocess import Prepared, prepare
+from pipeline.streams.sources import StreamError
+from pipeline.streams.training_rows import TrainingRows, joined
+from pipeline.streams.windows import spans, windows_between
+
+KINDS = ("red", "blue", "one", "two")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _ray() -> None:
+    connect()
+
+
+def rows(count: int) -> list[dict[str, Any]]:
+    """Rows sorted by kind; the question's length, in words, does not depend on it."""
+    asked = [f"{KINDS[n * 4 // count]} {n}" for n in range(count)]
+    return [{"id": str(n), "question": text, "answer": "red", "n": n} for n, text in enumerate(asked)]
+
+
+def write(folder: Path, ending: str, count: int, **settings: int) -> SourceConfig:
+    file = folder / f"rows.{ending}"
+    if ending == "parquet":
+        pq.write_table(pa.Table.from_pylist(rows(count)), file, **settings)
+    elif ending == "csv":
+        file.write_text("".join(["id,question,answer\n", *(f"{r['id']},{r['question']},red\n" for r in rows(count))]))
+    else:
+        file.write_text("".join(json.dumps(row) + "\n" for row in rows(count)))
+    columns = {"question": "question", "answer": "answer"}
+    return SourceConfig.model_validate({"path": str(file), "columns": columns})
+
+
+def prepared(source: SourceConfig, tiny_folder: Path, folder: Path, **data: Any) -> Prepared:
+    return prepare(
+        {"mine": Part(source)},
+        DataConfig.model_validate({"cache": "none", **data}),
+        base=BaseModelConfig(path=str(tiny_folder)),
+        data_folder=folder,
+        quarantine=folder,
+        answer=True,
+    )
+
+
+def streamed(source: SourceConfig, tiny_folder: Path, folder: Path, **data: Any) -> TrainingRows:
+    found = prepared(source, tiny_folder, folder, **data).training_rows(["mine"])
+    assert not found.cached
+    return found
+
+
+def drawn(found: TrainingRows, steps: range, *, batch_size: int = 8, workers: int = 1, rank: int = 0) -> list[str]:
+    """Returns the token ids of the rows of these steps, as text: each row has its own."""
+    layout = StepLayout(batch_size, workers, batch_size)
+    settings: dict[str, Any] = {"layout": layout, "rank": rank, "seed": 3, "collate": list}
+    with BatchLoader(found, steps=steps, **settings) as loader:
+        return [str(row.input_ids.tolist()) for batches in loader for batch in batches for row in batch]
+
+
+def planned(sizes: list[int], last: int, *, first: int = 0, rank: int = 0, workers: int = 1, rows: int = 64):
+    """Returns the rows, by piece and place, of a worker's windows."""
+    count = np.array(sizes)
+    span = spans(sum(sizes), [1] * workers)[rank]
+    found = []
+    for window in windows_between(count, count, span, first, last, seed=5, rows=rows):
+        read = [(piece, i) for piece, start, stop in window.reads for i in range(start, stop)]
+        found += [read[i] for i in window.order]
+    return found
+
+
+SIZES = [10, 0, 7, 30, 1, 12, 16, 9]
+
+
+@pytest.mark.parametrize("workers", [1, 2, 3])
+def test_every_row_comes_once_an_epoch_over_all_workers(workers: int) -> None:
+    ranks = spans(sum(SIZES), [1] * workers)
+    found = [planned(SIZES, 2 * len(span), rank=rank, workers=workers) for rank, span in enumerate(ranks)]
+    for epoch in range(2):
+        parts = [rows[epoch * len(span) : (epoch + 1) * len(span)] for rows, span in zip(found, ranks, strict=True)]
+        assert max(Counter(sum(parts, [])).values()) == 1
+        assert len(sum(parts, [])) == sum(SIZES)
+    assert found[0][: len(ranks[0])] != found[0][len(ranks[0]) :], "epochs differ"
+
+
+def test_a_later_start_gives_the_rows_that_would_have_come() -> None:
+    whole = planned(SIZES, 300, rows=20)
+    for first in (0, 1, 19, 84, 85, 86, 200):
+        assert planned(SIZES, 300, first=first, rows=20) == whole[first:]
+
+
+def test_a_window_holds_as_many_rows_as_asked() -> None:
+    count = np.array([8] * 40)
+    windows = list(windows_between(count, count, spans(320, [1])[0], 0, 320, seed=0, rows=64))
+    assert [len(window.order) for window in windows] == [64] * 5
+    assert all(len(window.reads) == 8 for window in windows)
+
+
+def test_workers_end_an_epoch_together_whatever_they_take_a_step() -> None:
+    lengths = [len(span) for span in spans(160, [3, 3, 3, 3, 3, 1])]
+    assert lengths == [30, 30, 30, 30, 30, 10]
+    assert [len(span) for span in spans(2, [1, 1, 1])] == [2, 1, 1], "one without rows shares all of them"
+
+
+@pytest.mark.parametrize(("ending", "settings"), [("jsonl", {}), ("parquet", {"row_group_size": 50})])
+def test_a_large_file_sorted_by_kind_comes_mixed(ending, settings, tiny_folder, tmp_path):
+    found = streamed(write(tmp_path, ending, 1000, **settings), tiny_folder, tmp_path, shuffle_rows=256)
+    epochs = drawn(found, range(250))
+    first, second = epochs[:1000], epochs[1000:]
+    in_file = [str(row["input_ids"]) for row in _in_file(found)]
+    kind = {text: n * 4 // 1000 for n, text in enumerate(in_file)}
+    assert sorted(first) == sorted(second) == sorted(in_file), "every row once an epoch, the tail too"
+    assert {kind[text] for text in first[:400]} == {0, 1, 2, 3}
+    assert min(Counter(kind[text] for text in first[:400]).values()) >= 20
+    assert first != second
+    assert drawn(found, range(37, 41)) == epochs[37 * 8 : 41 * 8], "a run that goes on"
+
+
+def _in_file(found: TrainingRows) -> list[dict[str, Any]]:
+    texts = found.parts[0].in_order().take_all()
+    return [{"input_ids": np.frombuffer(row["input_ids"], np.int64).tolist()} for row in texts]
+
+
+@pytest.mark.parametrize("ending", ["csv", "jsonl", "parquet"])
+def test_streamed_rows_are_those_of_the_cache(ending, tiny_folder, tmp_path):
+    source = write(tmp_path, ending, 40).model_copy(update={"limit": 33})
+    cached = prepared(source, tiny_folder, tmp_path, cache="memory").training_rows(["mine"])
+    found = streamed(source, tiny_folder, tmp_path)
+    assert cached.cached
+    assert found.count == cached.count == 33
+    assert sorted(drawn(found, range(33), batch_size=1)) == sorted(drawn(cached, range(33), batch_size=1))
+    ranks = [drawn(found, range(11), batch_size=3, workers=2, rank=rank) for rank in range(2)]
+    assert [len(rank) for rank in ranks] == [22, 11]
+    assert len(set(sum(ranks, []))) == 33
+
+
+def test_bad_rows_are_never_drawn(tiny_folder, tmp_path):
+    source = write(tmp_path, "parquet", 64, row_group_size=10)
+    table = pq.read_table(source.path).to_pylist()
+    for n in (0, 9, 10, 63):
+        table[n]["answer"] = " "
+    pq.write_table(pa.Table.from_pylist(table), source.path, row_group_size=10)
+    found = streamed(source, tiny_folder, tmp_path, max_bad_share=0.1)
+    assert found.count == 60
+    assert len(set(drawn(found, range(60), batch_size=1))) == 60
+
+
+def test_several_tasks_come_mixed_where_one_of_them_streams(tiny_folder, tmp_path):
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+    one = streamed(write(tmp_path / "one", "parquet", 20), tiny_folder, tmp_path / "one")
+    two = streamed(write(tmp_path / "two", "jsonl", 12), tiny_folder, tmp_path / "two")
+    both = joined([one, two])
+    assert both.count == 32
+    assert sorted(drawn(both, range(4))) == sorted(
+        drawn(one, range(20), batch_size=1) + drawn(two, range(12), batch_size=1)
+    )
+
+
+def test_distinct_rows_come_from_the_whole_file(tiny_folder, tmp_path):
+    found = streamed(write(tmp_path, "parquet", 200, row_group_size=20), tiny_folder, tmp_path)
+    in_file = [str(row["input_ids"]) for row in _in_file(found)]
+    ranks = [
+        list(distinct_batches(found, count=40, micro_batch=8, rank=r, workers=3, collate=list, seed=1))
+        for r in range(3)
+    ]
+    assert {len(rank) for rank in ranks} == {2}
+    places = [in_file.index(str(row.input_ids.tolist())) for rank in ranks for batch in rank if batch for row in batch]
+    assert len(places) == len(set(places)) == 40
+    assert np.histogram(places, 4, (0, 200))[0].min() >= 4
+
+
+def test_a_rank_without_rows_gets_one_of_which_nothing_is_learned(tiny_folder, tmp_path):
+    found = streamed(write(tmp_path, "parquet", 20), tiny_folder, tmp_path)
+    settings: dict[str, Any] = {"steps": range(3), "seed": 0, "collate": partial(collate, pad_token_id=0)}
+    with BatchLoader(found, layout=StepLayout(1, 2, 1), rank=1, **settings) as loader:
+        steps = list(loader)
+    assert [len(step) for step in steps] == [1, 1, 1]
+    assert all((batch["labels"] == IGNORED).all() for step in steps for batch in step)
+
+
+@pytest.mark.parametrize("ending", ["parquet", "jsonl"])
+def test_files_that_vanish_are_a_clear_error_in_training(ending, tiny_folder, tmp_path):
+    found = streamed(write(tmp_path, ending, 20), tiny_folder, tmp_path)
+    for file in tmp_path.rglob("*.parquet"):
+        file.unlink()
+    with pytest.raises(StreamError, match=r"\.parquet.* cannot be read"):
+        drawn(found, range(3))
+
+
+def test_features_that_do_not_fit_the_cache_stream_too(tiny_folder, tmp_path):
+    settings: dict[str, Any] = {
+        "base": BaseModelConfig(path=str(tiny_folder)), "data_folder": tmp_path, "quarantine": tmp_path, "answer": True,
+        "features": tmp_path / "features",
+    }  # fmt: skip
+    part = {"digits": Part(SourceConfig(path="embedded://digits/train", limit=24), key="rows")}
+    found, cached = (
+        prepare(part, DataConfig(vision_cache="features", cache=cache), **settings).training_rows(["digits"])
+        for cache in ("none", "memory")
+    )
+    assert not found.cached
+    assert sorted(drawn(found, range(3))) == sorted(drawn(cached, range(3)))
+
+
+def test_leaving_waits_for_nobody(tiny_folder, tmp_path):
+    """Two ranks of unequal speed, left at any moment."""
+    found = streamed(write(tmp_path, "parquet", 64, row_group_size=8), tiny_folder, tmp_path)
+    for taken, other in pairwise((0, 1, 5, 2)):
+        loaders = [
+            BatchLoader(found, layout=StepLayout(4, 2, 1), rank=rank, steps=range(1000), seed=0, collate=list)
+            for rank in range(2)
+        ]
+        with loaders[0], loaders[1]:
+            for loader, count in zip(loaders, (taken, other), strict=True):
+                for _ in range(count):
+                    next(loader)
+        for loader in loaders:
+            loader._thread.join(20)
+            assert not loader._thread.is_alive()
