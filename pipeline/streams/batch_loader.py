@@ -23,6 +23,9 @@ from pipeline.streams.windows import spans
 AHEAD = 8
 """Micro-batches that are ready before they are asked for."""
 
+PATIENCE = 1.0
+"""Seconds for which leaving waits for the reader, which may wait for rows itself; it ends when they come."""
+
 NEIGHBOURS = 16
 """Steps whose rows are sorted together where steps are made of rows of similar length."""
 
@@ -90,7 +93,12 @@ class BatchLoader:
 
     def __exit__(self, *error: object) -> None:
         self._stop.set()
-        self._thread.join()
+        self.ended(PATIENCE)
+
+    def ended(self, seconds: float) -> bool:
+        """Returns whether the reader has ended, after waiting for it so long at most."""
+        self._thread.join(seconds)
+        return not self._thread.is_alive()
 
     @property
     def epoch(self) -> int:

@@ -230,5 +230,4 @@ def test_leaving_waits_for_nobody(tiny_folder, tmp_path):
                 for _ in range(count):
                     next(loader)
         for loader in loaders:
-            loader._thread.join(20)
-            assert not loader._thread.is_alive()
+            assert loader.ended(60)

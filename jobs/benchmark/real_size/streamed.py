@@ -1,0 +1,124 @@
+"""Whether training from rows that stream learns as well as from cached ones, and whether leaving a loader ever hangs.
+
+- One task of the demo, written as a single parquet file sorted by answer, is learned twice by two workers through Ray Train:
+  uncached, with a shuffle window far smaller than the file, and cached; held-out prompts are answered by both adapters.
+  `accuracy_ratio` is the share that the first answers right over that of the second.
+- `hangs` of `exits` loaders, ranks of unequal speed, left at any moment: those whose reader still runs after `PATIENCE`.
+"""
+
+import json
+import tempfile
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+import torch
+from peft import PeftModel
+
+from cluster.local import connect
+from cluster.preflight import build_deepspeed_ops
+from pipeline.config import BaseModelConfig, DataConfig, ExpertConfig, RouterConfig, SourceConfig, TrainingConfig
+from pipeline.models.bases import load_base
+from pipeline.models.prompts import generate_answers
+from pipeline.streams.batch_loader import BatchLoader, StepLayout
+from pipeline.streams.embedded.files import embedded_file
+from pipeline.streams.packing import unpack
+from pipeline.streams.preprocess import Part, Prepared, prepare
+from pipeline.streams.training_rows import TrainingRows
+from pipeline.training.run import run_training
+from pipeline.training.worker import Job
+
+TASK, STEPS, WINDOW = "textures", 150, 128
+EXITS, AT_ONCE, PATIENCE = 50, 5, 60.0
+"""Loaders that are left, pairs of them at a time, and the seconds within which a reader must have ended."""
+
+
+def measure(steps: int = STEPS, exits: int = EXITS) -> dict[str, float]:
+    """Returns `accuracy_ratio`, both accuracies, `hangs` and `exits`."""
+    connect()
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch)
+        source = SourceConfig(path=str(sorted_file(folder)))
+        prompts = _prepared(SourceConfig(path=f"embedded://{TASK}/eval"), folder, answer=False)
+        rows = {
+            cache: _prepared(source, folder, answer=True, cache=cache).training_rows([TASK])
+            for cache in ("none", "memory")
+        }
+        assert [found.cached for found in rows.values()] == [False, True]
+        streamed, cached = (_accuracy(found, cache, steps, prompts, folder) for cache, found in rows.items())
+        hangs = count_hangs(rows["none"], exits)
+    return {
+        "accuracy_ratio": streamed / cached,
+        "streamed_accuracy": streamed,
+        "cached_accuracy": cached,
+        "hangs": hangs,
+        "exits": exits,
+    }
+
+
+def sorted_file(folder: Path) -> Path:
+    """Writes the task's rows sorted by answer; returns the file."""
+    table = pq.read_table(embedded_file(f"embedded://{TASK}/train", folder))
+    answers = [messages[-1]["content"] for messages in table["messages"].to_pylist()]
+    file = folder / "sorted.parquet"
+    pq.write_table(table.take(sorted(range(len(answers)), key=answers.__getitem__)), file)
+    return file
+
+
+def _prepared(source: SourceConfig, folder: Path, *, answer: bool, cache: str = "memory") -> Prepared:
+    return prepare(
+        {TASK: Part(source)},
+        DataConfig.model_validate({"cache": cache, "shuffle_rows": WINDOW}),
+        base=BaseModelConfig(),
+        data_folder=folder,
+        quarantine=folder / "quarantine",
+        answer=answer,
+    )
+
+
+def _accuracy(rows: TrainingRows, name: str, steps: int, prompts: Prepared, folder: Path) -> float:
+    job = Job(
+        task=TASK,
+        digest=name,
+        data_fingerprint=name,
+        seed=0,
+        base=BaseModelConfig(),
+        expert=ExpertConfig(steps=steps),
+        router=RouterConfig(),
+        training=TrainingConfig(workers=2, threads=1),
+        router_stage=False,
+    )
+    trained = run_training(job, rows, storage=folder / "training", worker_env=build_deepspeed_ops())
+    base = load_base(job.base)
+    model = PeftModel.from_pretrained(base.model, trained.adapter).eval()
+    torch.set_num_threads(2)
+    right, count = 0, 0
+    for batch in prompts.rows([TASK]).iter_batches(batch_size=64, batch_format="numpy"):
+        accepted = [json.loads(text)["answers"] for text in batch["reference"]]
+        said = generate_answers(model, base.processor, unpack(batch), max_new_tokens=12)
+        right += sum(text in answers for text, answers in zip(said, accepted, strict=True))
+        count += len(said)
+    return right / count
+
+
+def count_hangs(rows: TrainingRows, exits: int) -> int:
+    """Returns how many of `exits` loaders do not end."""
+    with ThreadPoolExecutor(AT_ONCE) as pool:
+        pairs = [(number % 7, 3 * number % 5) for number in range(-(-exits // 2))]
+        return sum(pool.map(lambda taken: _left(rows, taken), pairs))
+
+
+def _left(rows: TrainingRows, taken: Sequence[int]) -> int:
+    """Leaves a loader for each rank after so many steps; returns how many of them still run after `PATIENCE` seconds."""
+    settings: dict[str, Any] = {"layout": StepLayout(8, len(taken), 2), "steps": range(10_000), "collate": list}
+    loaders = [BatchLoader(rows, rank=rank, seed=taken[rank], **settings) for rank in range(len(taken))]
+    with ExitStack() as together:
+        for loader in loaders:
+            together.enter_context(loader)
+        for loader, steps in zip(loaders, taken, strict=True):
+            for _ in range(steps):
+                next(loader)
+    return sum(not loader.ended(PATIENCE) for loader in loaders)
