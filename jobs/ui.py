@@ -11,7 +11,8 @@ from typing import Annotated
 import typer
 
 from jobs.options import user_errors
-from pipeline.registry.tracking import RegistryError, ui_command
+from pipeline.registry.patience import RegistryError
+from pipeline.registry.tracking import ui_command
 
 SQLITE_HEADER = b"SQLite format 3\0"
 """What every SQLite database begins with."""

@@ -20,9 +20,21 @@ class Config(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, protected_namespaces=())
 
 
-def without_secrets(path: str) -> str:
-    """Returns a path without the keys that a URI may hold."""
-    return re.sub(r"://[^/@]*@", "://", path.split("?", 1)[0] if "://" in path else path)
+_USER = re.compile(r"://(?:[^\s/?#]*|[^\s/@:]+:(?!\d+/)[^\s@]*)@")  # some keys hold a slash
+_QUERY = re.compile(r"(://[^\s?'\"]*)\?[^\s'\"]*")
+_KEY = re.compile(
+    r"\b([\w-]*(?:token|secret|passw(?:or)?d|signature|credential|access_?key(?:_?id)?|api_?key)|sig)=[^\s&'\"]+",
+    re.IGNORECASE,
+)
+
+
+def without_secrets(text: str) -> str:
+    """Returns a path, or a text with URIs in it, without what may be a key: all that leaves the process goes through here.
+
+    Of a URI goes what stands before the host and after `?` (user, password, keys, signatures); elsewhere the values of
+    `token=`, `password=`, `sig=` and the like.
+    """
+    return _KEY.sub(r"\1=***", _QUERY.sub(r"\1", _USER.sub("://", text)))
 
 
 def digest(*parts: Any) -> str:

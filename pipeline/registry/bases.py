@@ -11,9 +11,10 @@ from mlflow import MlflowClient
 from mlflow.entities.model_registry import ModelVersion
 from mlflow.exceptions import MlflowException
 
-from pipeline.config import BaseModelConfig
+from pipeline.config import BaseModelConfig, without_secrets
 from pipeline.models.checkpoints import checkpoint, files_of, fingerprint
-from pipeline.registry.tracking import RegistryError, active_run
+from pipeline.registry.patience import RegistryError
+from pipeline.registry.tracking import active_run
 from pipeline.registry.versions import DIGEST, create_version, find_finished, log_folder
 
 CURRENT = "current"
@@ -31,7 +32,7 @@ def register_base(base: BaseModelConfig) -> ModelVersion:
     print_ = fingerprint(folder)
     if (version := find_finished(name, print_)) is not None:
         return version
-    tags = {DIGEST: print_, "base_label": base.label, "path": base.path}
+    tags = {DIGEST: print_, "base_label": base.label, "path": without_secrets(base.path)}
     with tempfile.TemporaryDirectory() as scratch:
         for file in files_of(folder):  # a downloaded folder may hold more than a base needs
             (Path(scratch) / file.name).symlink_to(file.resolve())

@@ -24,7 +24,8 @@ from pipeline.config import BaseModelConfig
 from pipeline.registry import pyfunc_model
 from pipeline.registry.bases import register_base
 from pipeline.registry.experts import experts_name
-from pipeline.registry.tracking import RegistryError, active_run
+from pipeline.registry.patience import RegistryError
+from pipeline.registry.tracking import active_run
 from pipeline.registry.versions import DIGEST, create_version, find_finished, get_version, log_lineage, logged_model
 from pipeline.routing.pool import Pool
 

@@ -7,20 +7,24 @@ make a database in the current directory of every process, and a new run at ever
 import json
 import logging
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from time import time
 from typing import Any, TypeVar
+from urllib.parse import unquote, urlsplit, urlunsplit
 
 import mlflow
 from mlflow import MlflowClient
 from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param
+from mlflow.exceptions import MlflowException
+from mlflow.protos.databricks_pb2 import RESOURCE_ALREADY_EXISTS, ErrorCode
 from mlflow.utils.mlflow_tags import MLFLOW_DATASET_CONTEXT
 from mlflow.utils.validation import MAX_METRICS_PER_BATCH, MAX_PARAMS_TAGS_PER_BATCH
 
 from pipeline.config import Config, without_secrets
-from pipeline.errors import UserError
+from pipeline.locks import file_lock
+from pipeline.registry.patience import RegistryError, check_server, fail_fast
 
 SQLITE = "sqlite:///"
 
@@ -30,35 +34,59 @@ RUN_TAG = "pointsman.run"
 _CHATTY = ("alembic", "mlflow.store.db.utils", "mlflow.store.model_registry.abstract_store", "mlflow.tracking.fluent")
 """Loggers that tell every table of a new database and every wait for a version at INFO."""
 
+_logger = logging.getLogger(__name__)
+
 T = TypeVar("T")
 
 
-class RegistryError(UserError):
-    """A tracking address, a name or a version that does not fit; the message says what there is instead."""
-
-
-def open_tracking(uri: str, experiment: str) -> str:
+def open_tracking(uri: str, experiment: str, *, on_wait: Callable[[str], None] = _logger.warning) -> str:
     """Points MLflow at `uri` and returns the id of `experiment`, made on first use (with the database, if need be).
 
     For a SQLite file the artifacts lie in `mlartifacts/` beside it, by absolute path: the experiment's location is
-    stored once and read from any directory. A server decides about its own.
+    stored once and read from any directory. Of several processes one makes the database; the others wait, and tell
+    `on_wait` of it. A server decides about its own artifacts; user and password in its address go into MLflow's own
+    environment variables, since MLflow prints the address.
+
+    Raises RegistryError for an address that is none, a server that does not answer, a deleted experiment.
     """
     for chatty in _CHATTY:
         logging.getLogger(chatty).setLevel(logging.WARNING)
     os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")  # a bar per copied file drowns the job's own
-    location = None
-    if (database := database_path(uri)) is not None:
-        database.parent.mkdir(parents=True, exist_ok=True)
-        location = (database.parent / "mlartifacts").as_uri()
-        uri = f"{SQLITE}{database}"
-    mlflow.set_tracking_uri(uri)
+    database = database_path(uri)
+    if database is None:
+        fail_fast()
+        mlflow.set_tracking_uri(_with_credentials_aside(uri))
+        check_server()
+        return _experiment(experiment, None)
+    mlflow.set_tracking_uri(f"{SQLITE}{database}")
+    with file_lock(database.with_name(database.name + ".lock"), on_wait=on_wait, why="which prepares the registry"):
+        return _experiment(experiment, (database.parent / "mlartifacts").as_uri())
+
+
+def _with_credentials_aside(uri: str) -> str:
+    """Returns a server's address without user and password, which MLflow then finds in its environment variables."""
+    parts = urlsplit(uri)
+    if parts.username and parts.password:
+        os.environ["MLFLOW_TRACKING_USERNAME"] = unquote(parts.username)
+        os.environ["MLFLOW_TRACKING_PASSWORD"] = unquote(parts.password)
+    return urlunsplit(parts._replace(netloc=parts.netloc.rpartition("@")[2]))
+
+
+def _experiment(name: str, location: str | None) -> str:
+    """Returns the id of an experiment, made on first use."""
     client = MlflowClient()
-    found = client.get_experiment_by_name(experiment)
+    found = client.get_experiment_by_name(name)
     if found is None:
-        return client.create_experiment(experiment, artifact_location=location)
+        try:
+            return client.create_experiment(name, artifact_location=location)
+        except MlflowException as error:
+            if error.error_code != ErrorCode.Name(RESOURCE_ALREADY_EXISTS):
+                raise
+        found = client.get_experiment_by_name(name)  # another process was faster
+        assert found is not None
     if found.lifecycle_stage == "deleted":
         raise RegistryError(
-            f"experiment {experiment!r} at {uri} is deleted; restore it with "
+            f"experiment {name!r} at {without_secrets(mlflow.get_tracking_uri())} is deleted; restore it with "
             f"`mlflow experiments restore --experiment-id {found.experiment_id}` or choose another registry.experiment"
         )
     return found.experiment_id
@@ -71,7 +99,8 @@ def database_path(uri: str) -> Path | None:
     if uri.startswith(("http://", "https://")):
         return None
     raise RegistryError(
-        f"registry.uri: {uri!r} is neither {SQLITE}<file> nor http(s)://<server>; MLflow 3 has no other store for this"
+        f"registry.uri: {without_secrets(uri)!r} is neither {SQLITE}<file> nor http(s)://<server>; "
+        "MLflow 3 has no other store for this"
     )
 
 
@@ -82,7 +111,9 @@ def ui_command(uri: str) -> list[str]:
     """
     database = database_path(uri)
     if database is None:
-        raise RegistryError(f"{uri} is a server that shows its own pages; open that address in a browser")
+        raise RegistryError(
+            f"{without_secrets(uri)} is a server that shows its own pages; open that address in a browser"
+        )
     address = ["--host", "127.0.0.1", "--port", "5000", "--workers", "1"]
     return ["mlflow", "ui", "--backend-store-uri", f"{SQLITE}{database}", *address]
 
@@ -140,8 +171,7 @@ def flatten(value: Any, prefix: str = "") -> Iterator[tuple[str, str]]:
             (item["name"] if isinstance(item, Mapping) and "name" in item else i, item) for i, item in enumerate(value)
         ]
     else:
-        text = str(value)
-        yield prefix, text if any(map(str.isspace, text)) else without_secrets(text)
+        yield prefix, without_secrets(str(value))
         return
     for key, item in items:
         yield from flatten(item, f"{prefix}.{key}" if prefix else str(key))
@@ -169,7 +199,7 @@ def log_dataset(run_id: str, name: str, uri: str, fingerprint: str, *, samples: 
         name=name,
         digest=fingerprint[:36],
         source_type=scheme,
-        source=json.dumps({"uri": uri}),
+        source=json.dumps({"uri": without_secrets(uri)}),
         profile=json.dumps({"num_rows": samples}),
     )
     MlflowClient().log_inputs(run_id, [DatasetInput(dataset, [InputTag(MLFLOW_DATASET_CONTEXT, context)])])

@@ -4,6 +4,7 @@ Order of writing: artifacts, version with its tags, alias, `finished`. A process
 without that last tag; nobody takes it for finished, and the next registration of the same thing removes it.
 """
 
+import time
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -12,9 +13,9 @@ from mlflow import MlflowClient
 from mlflow.entities import LoggedModelInput, LoggedModelOutput
 from mlflow.entities.model_registry import ModelVersion
 from mlflow.exceptions import MlflowException
-from mlflow.protos.databricks_pb2 import RESOURCE_DOES_NOT_EXIST, ErrorCode
+from mlflow.protos.databricks_pb2 import RESOURCE_ALREADY_EXISTS, RESOURCE_DOES_NOT_EXIST, ErrorCode
 
-from pipeline.registry.tracking import RegistryError
+from pipeline.registry.patience import RegistryError
 
 DIGEST, FINISHED = "config_digest", "finished"
 """Tags of a version: what it was computed from (configuration, data, base), and that it is complete."""
@@ -22,17 +23,20 @@ DIGEST, FINISHED = "config_digest", "finished"
 MODELS = "models:/"
 """Scheme of the address of a logged model, and of a registered one."""
 
+SETTLING_SECONDS = 10.0
+"""How long a version may be without its last tag before its maker is taken for dead: it sets two tags in between."""
+
 _PAGE = 1000
 
 
 def find_finished(name: str, digest: str) -> ModelVersion | None:
     """Returns the newest finished version of registered model `name` made from `digest`, or None."""
-    return max(_with_digest(name, digest, finished=True), key=_number, default=None)
+    finished = [version for version in _with_digest(name, digest) if version.tags.get(FINISHED) == "true"]
+    return max(finished, key=_number, default=None)
 
 
-def _with_digest(name: str, digest: str, *, finished: bool) -> list[ModelVersion]:
-    found = MlflowClient().search_model_versions(f"name = '{name}' and tags.{DIGEST} = '{digest}'", max_results=_PAGE)
-    return [version for version in found if (version.tags.get(FINISHED) == "true") == finished]
+def _with_digest(name: str, digest: str) -> list[ModelVersion]:
+    return MlflowClient().search_model_versions(f"name = '{name}' and tags.{DIGEST} = '{digest}'", max_results=_PAGE)
 
 
 def _number(version: ModelVersion) -> int:
@@ -72,19 +76,52 @@ def create_version(
 ) -> ModelVersion:
     """Makes the logged model `model_id` the next version of `name`, moves `alias` to it and marks it finished.
 
-    `tags` must hold `config_digest`; `about` describes the registered model when it is made.
+    `tags` must hold `config_digest`; `about` describes the registered model when it is made. Where another process has
+    registered the same digest meanwhile, its version is returned and no alias moves.
     """
     assert DIGEST in tags, "a version is found again by its digest"
     client = MlflowClient()
-    if not client.search_registered_models(f"name = '{name}'"):
-        client.create_registered_model(name, description=about)
+    _ensure_model(name, about)
     texts = {key: str(value) for key, value in tags.items()}
     version = client.create_model_version(name, f"{MODELS}{model_id}", run_id, tags=texts, model_id=model_id)
+    if (other := _earlier(version, texts[DIGEST])) is not None:
+        client.delete_model_version(name, version.version)
+        return other
     client.set_registered_model_alias(name, alias, version.version)
     client.set_model_version_tag(name, version.version, FINISHED, "true")
-    for half_made in _with_digest(name, texts[DIGEST], finished=False):
-        client.delete_model_version(name, half_made.version)
     return get_version(name, version.version)
+
+
+def _ensure_model(name: str, about: str) -> None:
+    client = MlflowClient()
+    if client.search_registered_models(f"name = '{name}'"):
+        return
+    try:
+        client.create_registered_model(name, description=about)
+    except MlflowException as error:
+        if error.error_code != ErrorCode.Name(RESOURCE_ALREADY_EXISTS):  # another process was faster
+            raise
+
+
+def _earlier(version: ModelVersion, digest: str) -> ModelVersion | None:
+    """Returns the version of the same digest that another process has made first, or None: then `version` stands.
+
+    Numbers rise in the order of creation, so of two processes that register the same thing the later one sees the earlier
+    version, and waits until it is finished. One that is not finished within SETTLING_SECONDS was left by a process that
+    was killed: it is removed.
+    """
+    client, name, until = MlflowClient(), version.name, time.monotonic() + SETTLING_SECONDS
+    while True:
+        earlier = [v for v in _with_digest(name, digest) if _number(v) < _number(version)]
+        if finished := [v for v in earlier if v.tags.get(FINISHED) == "true"]:
+            return max(finished, key=_number)
+        if not earlier:
+            return None
+        if time.monotonic() > until:
+            for half_made in earlier:
+                client.delete_model_version(name, half_made.version)
+            return None
+        time.sleep(0.2)
 
 
 def log_folder(name: str, folder: Path, tags: Mapping[str, object], *, kind: str) -> str:

@@ -1,9 +1,15 @@
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
+import mlflow
 import pytest
 from mlflow import MlflowClient
 from safetensors.torch import load_file
 
+from pipeline.registry import experts, versions
 from pipeline.registry.experts import download_expert, find_expert, register_expert
 from pipeline.registry.tracking import RegistryError, tracked_run
 from pipeline.registry.versions import logged_model
@@ -74,8 +80,9 @@ def test_an_untrained_expert_leaves_no_trace(experiment: str, make_expert: MakeE
 
 
 def test_a_half_made_version_is_not_taken_for_finished(
-    experiment: str, make_expert: MakeExpert, tmp_path: Path
+    experiment: str, make_expert: MakeExpert, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(versions, "SETTLING_SECONDS", 0.3)
     folder = make_expert("digits", "aaa").save(tmp_path / "digits")
     with tracked_run(experiment, "demo", "run"):
         register_expert("tiny", folder)
@@ -86,3 +93,29 @@ def test_a_half_made_version_is_not_taken_for_finished(
         assert int(register_expert("tiny", folder).version) == 2
     assert [int(v.version) for v in MlflowClient().search_model_versions("name = 'tiny.experts'")] == [2]
     assert Expert.load(download_expert("tiny", "digits", tmp_path / "copy")).card.config_digest == "aaa"
+
+
+def test_two_that_register_the_same_at_once_get_one_version(
+    experiment: str, make_expert: MakeExpert, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Both have looked and found nothing; the first to make a version then takes its time."""
+    folder, met = make_expert("digits", "aaa").save(tmp_path / "digits"), threading.Barrier(2)
+    upload = experts.log_folder
+
+    def upload_together(*args: Any, **settings: Any) -> str:
+        met.wait(timeout=30)
+        return upload(*args, **settings)
+
+    alias = MlflowClient.set_registered_model_alias
+    monkeypatch.setattr(experts, "log_folder", upload_together)
+    monkeypatch.setattr(MlflowClient, "set_registered_model_alias", lambda *args: (time.sleep(1.0), alias(*args)))
+    with tracked_run(experiment, "demo", "run") as run, ThreadPoolExecutor(2) as pool:
+
+        def register() -> int:
+            with mlflow.start_run(run_id=run, nested=True):
+                return int(register_expert("tiny", folder).version)
+
+        numbers = [started.result(timeout=60) for started in [pool.submit(register) for _ in range(2)]]
+    (version,) = MlflowClient().search_model_versions("name = 'tiny.experts'")
+    assert numbers == [int(version.version)] * 2
+    assert version.tags["finished"] == "true"

@@ -1,11 +1,15 @@
+import os
 import shutil
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
 
 import mlflow
 import pytest
 from mlflow import MlflowClient
 
-from pipeline.config import LearnConfig, StreamConfig, TaskConfig
+from pipeline.config import LearnConfig, RegistryConfig, StreamConfig, TaskConfig
+from pipeline.registry import patience
 from pipeline.registry.tracking import (
     RegistryError,
     active_run,
@@ -95,6 +99,44 @@ def test_data_lineage_is_recorded_once(experiment: str) -> None:
     (entry,) = MlflowClient().get_run(run).inputs.dataset_inputs
     assert (entry.dataset.name, entry.dataset.digest, entry.dataset.source_type) == ("digits", "f" * 36, "embedded")
     assert "embedded://digits/train" in entry.dataset.source
+
+
+def test_first_runs_at_once_make_one_database(tmp_path: Path) -> None:
+    """One migrates, the others wait; all find the same experiment."""
+    with ProcessPoolExecutor(3, mp_context=get_context("fork")) as pool:
+        started = [pool.submit(open_tracking, f"sqlite:///{tmp_path}/mlflow.db", "pointsman") for _ in range(3)]
+        assert len({process.result(timeout=120) for process in started}) == 1
+
+
+SECRET = "hunter2"
+
+
+def test_no_secret_of_a_configuration_reaches_the_registry(experiment: str, tmp_path: Path) -> None:
+    key = f"s3://AKIA:{SECRET}/x@bucket/rows.jsonl?token={SECRET}"
+    task = TaskConfig.model_validate({"name": "digits", "train": key, "eval": key})
+    config = LearnConfig(
+        stream=StreamConfig(tasks=(task,)), registry=RegistryConfig(uri=f"http://me:{SECRET}@mlflow:5000")
+    )
+    with tracked_run(experiment, "demo", "abc") as run:
+        log_config(run, config)
+        log_dataset(run, "digits", key, "f" * 64, samples=100)
+    assert MlflowClient().get_run(run).data.params["registry.uri"] == "http://mlflow:5000"
+    assert SECRET.encode() not in (tmp_path / "store/mlflow.db").read_bytes()
+
+
+def test_a_servers_user_and_password_leave_its_address(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_USERNAME", "")
+    monkeypatch.setenv("MLFLOW_TRACKING_PASSWORD", "")
+    monkeypatch.setattr(patience, "CHECK_SECONDS", 0.0)
+    before = mlflow.get_tracking_uri()
+    try:
+        with pytest.raises(RegistryError) as error:
+            open_tracking(f"http://me:{SECRET}%40@127.0.0.1:9", "pointsman")
+        assert mlflow.get_tracking_uri() == "http://127.0.0.1:9"
+    finally:
+        mlflow.set_tracking_uri(before)
+    assert SECRET not in str(error.value)
+    assert os.environ["MLFLOW_TRACKING_PASSWORD"] == f"{SECRET}@"
 
 
 def test_the_command_for_the_browser(tmp_path: Path) -> None:

@@ -146,6 +146,25 @@ def test_keys_in_uris_are_not_told():
     assert without_secrets("/data/a?b@c") == "/data/a?b@c"
 
 
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("http://me:pa@ss@mlflow:5000/x", "http://mlflow:5000/x"),
+        ("s3://key:se/cr+et@bucket/rows", "s3://bucket/rows"),
+        ("http://mlflow:5000/#/models/base.pool@champion", "http://mlflow:5000/#/models/base.pool@champion"),
+        ("cannot read 'https://h/a?X-Amz-Signature=secret&x=1': gone", "cannot read 'https://h/a': gone"),
+        ("learn a.yaml registry.uri=http://u:secret@h name=x", "learn a.yaml registry.uri=http://h name=x"),
+        ("url: /rows?AWSAccessKeyId=secret&sig=secret (no)", "url: /rows?AWSAccessKeyId=***&sig=*** (no)"),
+        (
+            "evaluation.max_new_tokens=12 router.token_scores=evidence",
+            "evaluation.max_new_tokens=12 router.token_scores=evidence",
+        ),
+    ],
+)
+def test_secrets_go_from_texts_too(text: str, shown: str) -> None:
+    assert without_secrets(text) == shown
+
+
 def test_google_gives_up_in_time(monkeypatch):
     asked = []
     monkeypatch.setattr(storage, "fs", SimpleNamespace(FileSystem=SimpleNamespace(from_uri=asked.append)))

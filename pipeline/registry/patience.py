@@ -1,0 +1,133 @@
+"""A registry that does not answer: how one notices, how long one waits, and what is said meanwhile."""
+
+import os
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TypeVar
+
+import mlflow
+import requests
+from mlflow.exceptions import MlflowException
+from mlflow.utils.credentials import get_default_host_creds
+from mlflow.utils.rest_utils import http_request
+
+from pipeline.config import without_secrets
+from pipeline.errors import UserError
+
+CHECK_SECONDS = 10.0
+"""How long a job waits at its start for a server: as long as one may take to come up beside it, no longer than a user
+who has mistyped the address."""
+
+_PROBE_SECONDS = 5
+_PAUSES = (1.0, 2.0, 4.0, 8.0, 15.0, 30.0)
+_GATEWAY = {502, 503, 504}
+_SERVERS_FAULT = {"TEMPORARILY_UNAVAILABLE", "DEADLINE_EXCEEDED", "REQUEST_LIMIT_EXCEEDED"}
+_UNREACHED = "INTERNAL_ERROR"
+"""What MLflow's client says of a server that it could not reach; of a database it is a mistake, which stays one."""
+
+T = TypeVar("T")
+
+
+class RegistryError(UserError):
+    """A tracking address, a name or a version that does not fit, or a server that is away; the message says what to do."""
+
+
+def fail_fast() -> None:
+    """Keeps MLflow's client from retrying for minutes in silence; an environment that says otherwise stays."""
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
+
+
+def check_server() -> None:
+    """Raises RegistryError if MLflow's server does not answer within about CHECK_SECONDS."""
+    until = time.monotonic() + CHECK_SECONDS
+    while (reason := _silence()) is not None:
+        if time.monotonic() > until:
+            raise RegistryError(
+                f"registry.uri: {_shown_uri()} does not answer: {reason}; start that server or correct the address "
+                "(without one, the registry is a file beside the output folder)"
+            )
+        time.sleep(0.5)
+
+
+def is_away(error: MlflowException | requests.RequestException) -> bool:
+    """Returns whether an error means that the registry does not answer now; then the same call may succeed later."""
+    if isinstance(error, MlflowException):
+        return error.error_code in _SERVERS_FAULT or (error.error_code == _UNREACHED and _is_server())
+    return error.response is None or error.response.status_code in {429, 500, *_GATEWAY}
+
+
+def reason_of(error: Exception) -> str:
+    """Returns the first line of an error's text, without the secrets that an address in it may hold."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return without_secrets(lines[0])[:300] if lines else type(error).__name__
+
+
+@dataclass(frozen=True)
+class Patience:
+    """Repeats what the registry did not answer to, visibly, for up to `seconds`."""
+
+    seconds: float
+    say: Callable[[str], None]
+
+    def __call__(self, action: Callable[[], T], what: str, *, kept: str = "") -> T:
+        """Returns what `action` returns; `what` names it in messages. It must do no harm when done again.
+
+        Raises RegistryError when patience ends; `kept` then says what is safe and where. Other errors pass.
+        """
+        began, attempt = time.monotonic(), 1
+        while True:
+            reason = _silence()
+            if reason is None:
+                try:
+                    return action()
+                except (MlflowException, requests.RequestException) as error:
+                    if not is_away(error):
+                        raise
+                    reason = reason_of(error)
+            passed = time.monotonic() - began
+            if passed >= self.seconds:
+                raise RegistryError(
+                    f"{what}: {_shown_uri()} did not answer {attempt} times in {passed:.0f} s (registry.patience): {reason}"
+                    + (f"\n    {kept}" if kept else "")
+                    + "\n    see to the registry, then run the same command again: it goes on from here"
+                )
+            pause = min(_PAUSES[min(attempt, len(_PAUSES)) - 1], self.seconds - passed)
+            self.say(
+                f"  {what}: the registry does not answer (attempt {attempt}: {reason}); again in {pause:.0f} s, "
+                f"for {self.seconds - passed:.0f} s at most"
+            )
+            time.sleep(pause)
+            attempt += 1
+
+
+def _silence() -> str | None:
+    """Returns why MLflow's server does not answer; None if it does, or if the registry is a file."""
+    if not _is_server():
+        return None
+    try:
+        answer = http_request(
+            get_default_host_creds(mlflow.get_tracking_uri()),
+            "/health",
+            "GET",
+            max_retries=0,
+            timeout=_PROBE_SECONDS,
+            raise_on_status=False,
+        )
+    except MlflowException as error:
+        return reason_of(error)
+    # Any other answer is one: what does not know /health, or asks for a password there, is up.
+    return f"it answers {answer.status_code} {answer.reason}" if answer.status_code in _GATEWAY else None
+
+
+def is_silent() -> bool:
+    """Returns whether MLflow's server does not answer now."""
+    return _silence() is not None
+
+
+def _is_server() -> bool:
+    return mlflow.get_tracking_uri().startswith(("http://", "https://"))
+
+
+def _shown_uri() -> str:
+    return without_secrets(mlflow.get_tracking_uri())

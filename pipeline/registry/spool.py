@@ -1,0 +1,113 @@
+"""Metrics on their way to MLflow: first into a file of the run, from there to the registry as soon as it answers."""
+
+import json
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import requests
+from mlflow import MlflowClient
+from mlflow.entities import Metric
+from mlflow.exceptions import MlflowException
+from mlflow.utils.validation import MAX_METRICS_PER_BATCH
+
+from pipeline.registry.patience import is_away, is_silent, reason_of
+
+PAUSE_SECONDS = 15.0
+"""How long a registry that did not answer is left alone; a probe of it holds up progress for some seconds."""
+
+
+class Point(NamedTuple):
+    """A value of a metric of an MLflow run; `time` in milliseconds since 1970."""
+
+    run_id: str
+    key: str
+    value: float
+    step: int
+    time: int
+
+
+class MetricSpool:
+    """Logs metrics through a file, so that none is lost while the registry is away.
+
+    Writing a point twice changes nothing in MLflow; a process that is killed between writing and clearing the file does
+    no harm. One process holds a spool at a time.
+    """
+
+    def __init__(self, file: Path, say: Callable[[str], None]) -> None:
+        self._file, self._say = file, say
+        self._points = list(_read(file))
+        self._again_at, self._away = 0.0, False
+        self._lock = threading.Lock()
+
+    @property
+    def waiting(self) -> int:
+        """Number of points that the registry does not have yet."""
+        return len(self._points)
+
+    def log(self, run_id: str, points: Iterable[tuple[str, float, int]]) -> None:
+        """Takes (metric, value, step) points of a run, and writes what waits if the registry answers."""
+        now = int(time.time() * 1000)
+        new = [Point(run_id, key, value, step, now) for key, value, step in points]
+        with self._lock:
+            self._file.parent.mkdir(parents=True, exist_ok=True)
+            with self._file.open("a", encoding="utf-8") as file:
+                file.writelines(f"\n{json.dumps(point)}" for point in new)  # the last line may have been cut off
+            self._points += new
+        self.write(at_once=False)
+
+    def write(self, *, at_once: bool = True) -> bool:
+        """Writes what waits; returns whether the registry has it all.
+
+        Without `at_once`, a registry that did not answer a moment ago is left alone.
+        """
+        with self._lock:
+            if not self._points:
+                return True
+            if not at_once and time.monotonic() < self._again_at:
+                return False
+            count = len(self._points)
+            if (reason := self._send()) is not None:
+                self._again_at = time.monotonic() + PAUSE_SECONDS
+                if not self._away:
+                    self._say(f"  metrics wait in {self._file}: the registry does not answer ({reason})")
+                self._away = True
+                return False
+            self._file.write_text("")
+            self._points = []
+            if self._away:
+                self._say(f"  the registry answers again: {count} points of metrics written")
+            self._away = False
+            return True
+
+    def _send(self) -> str | None:
+        """Sends all points; returns why the registry does not answer, or None."""
+        if is_silent():
+            return "it cannot be reached"
+        for run_id in dict.fromkeys(point.run_id for point in self._points):
+            own = [point for point in self._points if point.run_id == run_id]
+            try:
+                _log(run_id, own)
+            except (MlflowException, requests.RequestException) as error:
+                if is_away(error):
+                    return reason_of(error)
+                # Such as a run that someone has deleted: kept, it would stand in the way of all later points.
+                self._say(f"  {len(own)} points of metrics of run {run_id} are refused: {reason_of(error)}")
+        return None
+
+
+def _log(run_id: str, points: list[Point]) -> None:
+    client = MlflowClient()
+    metrics = [Metric(point.key, point.value, point.time, point.step) for point in points]
+    for start in range(0, len(metrics), MAX_METRICS_PER_BATCH):
+        client.log_batch(run_id, metrics=metrics[start : start + MAX_METRICS_PER_BATCH])
+
+
+def _read(file: Path) -> Iterator[Point]:
+    for line in file.read_text(encoding="utf-8").splitlines() if file.exists() else ():
+        try:
+            yield Point(*json.loads(line))
+        except (ValueError, TypeError):  # empty, or cut off when the process was killed
+            continue
