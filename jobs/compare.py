@@ -22,7 +22,6 @@ from jobs.stream_run import Stopwatch, StreamRun, open_run, write_json
 from jobs.terminal import methods_table
 from pipeline.config import digest
 from pipeline.evaluation.evaluate import Evaluation
-from pipeline.registry.tracking import log_batch
 from pipeline.routing.expert import Expert, ExpertCard, load_adapters
 from pipeline.routing.pool import Pool
 from pipeline.routing.statistics import PromptStatistics
@@ -147,8 +146,7 @@ def main(config: ConfigFile, overrides: Overrides = None, address: Address = Non
                 "seconds_total": learned.summary["seconds_total"] + watch.lap(),
                 "peak_memory_bytes": run.memory.bytes,
             }
-            log_batch(
-                run.run_id,
+            run.log(
                 [(f"{m}/{k}", v[k], 0) for m, v in methods.items() for k in ("new", "foundation") if v[k] is not None],
             )
             report = publish(run, summary)

@@ -19,6 +19,7 @@ from mlflow.exceptions import MlflowException
 from ray.exceptions import RayError, RayTaskError
 from safetensors import SafetensorError
 
+from pipeline.config import without_secrets
 from pipeline.errors import UserError
 
 LOG = "error.log"
@@ -97,8 +98,8 @@ def outside_errors(folder: Path | None = None) -> Iterator[None]:
 
 
 def message_of(error: UserError) -> str:
-    """Returns the message of an error, without the traceback that Ray adds to one that comes from another process."""
-    return str(error.cause) if isinstance(error, RayTaskError) else str(error)
+    """Returns the message of an error, without secrets and the traceback that Ray adds to one from another process."""
+    return without_secrets(str(error.cause) if isinstance(error, RayTaskError) else str(error))
 
 
 def _user_error_in(error: BaseException | None) -> UserError | None:
@@ -137,7 +138,7 @@ def _log(error: BaseException, folder: Path | None) -> Path:
         file = place / (LOG if place == folder else f"pointsman-{os.getuid()}-{LOG}")
         try:
             with file.open("a", encoding="utf-8") as log:
-                log.write(entry)
+                log.write(without_secrets(entry))
         except OSError:
             continue
         return file

@@ -6,12 +6,15 @@ For each task: train an expert and its routing vectors from this task's data alo
 evaluate the pool on all tasks seen and on what the base could do before. Stopped at any moment, the same command goes on.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from time import monotonic
 from typing import Any
 
 import mlflow
+from mlflow.entities.model_registry import ModelVersion
 
 from jobs.options import Address, ConfigFile, Overrides, job_command, load, user_errors
 from jobs.stream_run import Stopwatch, StreamRun, open_run, read_json, write_json
@@ -22,7 +25,7 @@ from pipeline.evaluation.matrix import AccuracyMatrix
 from pipeline.evaluation.report import write_report
 from pipeline.registry.experts import download_expert, find_expert, register_expert
 from pipeline.registry.pools import pool_name, register_pool
-from pipeline.registry.tracking import log_batch, log_dataset, ui_command
+from pipeline.registry.tracking import log_dataset, ui_command
 from pipeline.routing.expert import Expert, ExpertError
 from pipeline.routing.pool import Pool
 
@@ -54,12 +57,16 @@ def learn_stream(run: StreamRun) -> Learned:
         pool = pool.add(expert)
         pool.save(pool_folder)
         pool_key = run.identity.pool([expert.card.config_digest for expert in pool.experts.values()], pool.router)
-        version = register_pool(pool_folder, config.base, digest=pool_key, experts=versions)
+        version = run.patience(
+            partial(register_pool, pool_folder, config.base, digest=pool_key, experts=dict(versions)),
+            "registering the pool",
+            kept=f"pool and experts are safe in {run.folder}; nothing will be trained again",
+        )
         seen = [*names[: number + 1], *families]
         last = run.evaluate(seen, pool_folder, pool_key)
         accuracies = last.accuracies()
         matrix.record(task.name, accuracies)
-        log_batch(run.run_id, [(f"accuracy/{column}", value, number + 1) for column, value in accuracies.items()])
+        run.log([(f"accuracy/{column}", value, number + 1) for column, value in accuracies.items()])
         new = [accuracies[name] for name in names[: number + 1]]
         old = [accuracies[name] for name in families]
         run.terminal.say(
@@ -81,12 +88,42 @@ def _expert(run: StreamRun, task: TaskConfig) -> tuple[Expert, Any, dict[str, An
     """Returns a task's expert, its registry version and its figures: found, or trained now."""
     key, label = run.identity.expert(task), run.config.base.label
     folder, file = run.folder / "experts" / task.name, run.folder / "state" / f"task-{key}.json"
-    version = find_expert(label, key)
-    if version is not None and file.exists():
-        if not _holds(folder, key):
-            download_expert(label, int(version.version), folder)
+    if file.exists() and not _holds(folder, key):
+        run.patience(lambda: _fetch(label, key, folder), f"fetching expert {task.name}")
+    before = file.exists() and _holds(folder, key)
+    if not before:
+        _train(run, task, key, folder, file)
+    figures = read_json(file)
+    version = run.patience(
+        lambda: _register(run, task, key, folder, figures),
+        f"registering expert {task.name}",
+        kept=f"the trained expert is safe in {folder}; it will not be trained again",
+    )
+    if before:
         run.terminal.say(f"  learned before, version {version.version} of {label}.experts")
-        return Expert.load(folder), version, read_json(file)
+    return Expert.load(folder), version, figures
+
+
+def _fetch(label: str, key: str, folder: Path) -> None:
+    """Copies a registered expert into `folder`, if there is one."""
+    if (version := find_expert(label, key)) is not None:
+        download_expert(label, int(version.version), folder)
+
+
+def _register(run: StreamRun, task: TaskConfig, key: str, folder: Path, figures: Mapping[str, Any]) -> ModelVersion:
+    """Returns the version of a trained expert, made now if there is none."""
+    label = run.config.base.label
+    if (version := find_expert(label, key)) is not None:
+        return version
+    if "rows" in figures:  # which earlier releases did not write down
+        assert task.train is not None
+        fingerprint = run.identity.training_rows(task)
+        log_dataset(run.run_id, task.name, task.train.path, fingerprint, samples=figures["rows"])
+    return register_expert(label, folder)
+
+
+def _train(run: StreamRun, task: TaskConfig, key: str, folder: Path, file: Path) -> None:
+    """Trains a task's expert into `folder`, then writes its figures to `file`: then it is learned, registered or not."""
     _ = run.worker_env  # made once a node: no part of what learning a task takes
     started = monotonic()
     with run.terminal.working(f"reading {task.name}"):
@@ -94,16 +131,15 @@ def _expert(run: StreamRun, task: TaskConfig) -> tuple[Expert, Any, dict[str, An
     run.tell_set_aside(rows, task.name, "train")
     aside = rows.aside[task.name]
     trained = run.train(*run.job(task, key))
-    expert = Expert.load(trained.expert)
-    expert.save(folder)
-    assert task.train is not None
-    fingerprint = run.identity.training_rows(task)
-    log_dataset(run.run_id, task.name, task.train.path, fingerprint, samples=rows.counts[task.name])
-    version = register_expert(label, folder)
-    figures = trained.figures | {"seconds": monotonic() - started, "quarantined": aside.rows, "lost_files": aside.files}
+    Expert.load(trained.expert).save(folder)
+    figures = trained.figures | {
+        "seconds": monotonic() - started,
+        "rows": rows.counts[task.name],
+        "quarantined": aside.rows,
+        "lost_files": aside.files,
+    }
     write_json(file, task_figures(run, task.name, figures))
     run.release(task)
-    return expert, version, read_json(file)
 
 
 def _holds(folder: Path, key: str) -> bool:
@@ -114,15 +150,19 @@ def _holds(folder: Path, key: str) -> bool:
         return False
 
 
+def _upload(folder: Path, report: Path) -> None:
+    mlflow.log_artifact(str(folder / "summary.json"))
+    mlflow.log_artifact(str(report), "report")
+    mlflow.log_artifacts(str(folder / "pictures"), "report/pictures")
+
+
 def publish(run: StreamRun, summary: dict[str, Any]) -> Path:
     """Writes summary and report into the run's folder and as artifacts of the MLflow run; returns the report."""
     write_json(run.folder / "summary.json", summary)
     report = write_report(summary, run.folder)
-    mlflow.log_artifact(str(run.folder / "summary.json"))
-    mlflow.log_artifact(str(report), "report")
-    mlflow.log_artifacts(str(run.folder / "pictures"), "report/pictures")
+    run.patience(partial(_upload, run.folder, report), "uploading summary and report", kept=f"both are in {run.folder}")
     figures = {key: value for key, value in summary["continual"].items() if value is not None}
-    log_batch(run.run_id, [(f"continual/{key}", value, 0) for key, value in figures.items()])
+    run.log([(f"continual/{key}", value, 0) for key, value in figures.items()])
     return report
 
 

@@ -12,7 +12,7 @@ import typer
 from cluster.local import JOB_CONFIG
 from cluster.submit import submit
 from jobs.endings import message_of, outside_errors, stoppable
-from pipeline.config import ConfigError, LearnConfig, fields_of, load_config
+from pipeline.config import ConfigError, LearnConfig, fields_of, holds_secrets, load_config, without_secrets
 from pipeline.errors import UserError
 
 EMBEDDED = Path(__file__).parent / "configs" / "embedded.yaml"
@@ -66,6 +66,11 @@ def job_command(module: str, config: Path, overrides: list[str] | None, address:
     root = Path.cwd()
     if not config.resolve().is_relative_to(root):
         raise ConfigError(f"{config}: must lie below {root}, which is what the cluster gets as working directory")
+    if exposed := next(filter(holds_secrets, overrides or []), None):
+        raise ConfigError(
+            f"override {without_secrets(exposed)!r}: it holds a key, which every user of the cluster could read in the list of "
+            f"jobs; write it into {config}"
+        )
     relative = config.resolve().relative_to(root)
     outcome = submit(["python", "-m", module, str(relative), *(overrides or []), *more], address, root)
     sys.exit(outcome.exit_code)

@@ -7,8 +7,8 @@ run's folder or in the registry; the same command run again finds it there and g
 import json
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path
@@ -21,11 +21,14 @@ from jobs.endings import outside_errors
 from jobs.identity import GENERAL_PROMPT, Identity
 from jobs.terminal import Terminal
 from pipeline.config import LearnConfig, SourceConfig, TaskConfig, digest
-from pipeline.errors import stored_file
+from pipeline.errors import UserError, stored_file
 from pipeline.evaluation.evaluate import Evaluation, Prediction, evaluate
+from pipeline.locks import LockedError, file_lock
 from pipeline.models.checkpoints import checkpoint, fingerprint
 from pipeline.models.inference import InferenceWorkers
-from pipeline.registry.tracking import log_batch, log_config, open_tracking, tracked_run
+from pipeline.registry.patience import Patience
+from pipeline.registry.spool import MetricSpool
+from pipeline.registry.tracking import log_config, open_tracking, tracked_run
 from pipeline.routing.null import read_null, write_null
 from pipeline.streams.preprocess import Part, Prepared, prepare
 from pipeline.streams.training_rows import TrainingRows
@@ -57,7 +60,13 @@ class StreamRun:
         self.identity = Identity(config, self.fingerprint, self.data_folder)
         self.columns: dict[str, TaskConfig] = {t.name: t for t in (*config.stream.tasks, *config.stream.foundation)}
         self.run_id = ""
+        self.patience = Patience(config.registry.patience, terminal.say)
+        self.metrics = MetricSpool(self.folder / "state" / "metrics.jsonl", terminal.say)
         self._training: dict[str, Prepared] = {}
+
+    def log(self, points: Iterable[tuple[str, float, int]]) -> None:
+        """Logs (metric, value, step) points; where the registry is away they wait in the run's folder."""
+        self.metrics.log(self.run_id, points)
 
     # Data
 
@@ -190,7 +199,7 @@ class StreamRun:
 
             def on_steps(steps: list[Step]) -> None:
                 bar.update(steps)
-                log_batch(self.run_id, [(f"{s.task}/{s.stage}_loss", s.loss, s.step) for s in steps])
+                self.log([(f"{s.task}/{s.stage}_loss", s.loss, s.step) for s in steps])
 
             return run_training(job, rows, storage=self.folder / "training", on_steps=on_steps, worker_env=worker_env)
 
@@ -229,6 +238,23 @@ class StreamRun:
         return folder / name
 
 
+class BusyError(UserError):
+    """Another process works on the same run; the message says which."""
+
+
+@contextmanager
+def alone_in(folder: Path) -> Iterator[None]:
+    """Holds a run's folder, made if need be, for this process; raises BusyError if another one has it."""
+    with ExitStack() as stack:
+        try:
+            stack.enter_context(file_lock(folder / "run.lock", wait=False))
+        except LockedError as error:
+            raise BusyError(
+                f"{folder}: {error.holder} works on this run; wait for its end, or give this one a `name` of its own"
+            ) from None
+        yield
+
+
 @contextmanager
 def open_run(config: LearnConfig, *, job: str) -> Iterator[StreamRun]:
     """Joins or starts Ray, checks that the cluster suffices, opens MLflow; yields the run.
@@ -236,8 +262,7 @@ def open_run(config: LearnConfig, *, job: str) -> Iterator[StreamRun]:
     `job` names the kind of MLflow run, so that learning and comparing do not write into each other's.
     """
     terminal = Terminal()
-    with PeakMemory() as memory, outside_errors(config.folder), _told_how_to_go_on(terminal):
-        config.folder.mkdir(parents=True, exist_ok=True)
+    with PeakMemory() as memory, outside_errors(config.folder), _told_how_to_go_on(terminal), alone_in(config.folder):
         with tempfile.TemporaryFile(dir=config.folder):  # now, not after an hour of training
             pass
         if starts_here() and not config.training.gpu:
@@ -257,11 +282,19 @@ def open_run(config: LearnConfig, *, job: str) -> Iterator[StreamRun]:
         check_inference(workers=inference.count, cpus_per_worker=inference.threads, gpus_per_worker=inference.gpus)
         run = StreamRun(config, cluster, terminal, memory)
         with terminal.working("opening MLflow"):
-            experiment = open_tracking(config.tracking_uri, config.registry.experiment)
+            experiment = run.patience(
+                lambda: open_tracking(config.tracking_uri, config.registry.experiment, on_wait=terminal.say),
+                "opening MLflow",
+            )
         with tracked_run(experiment, f"{config.name} {job}", digest(config, run.fingerprint, job)) as run_id:
             run.run_id = run_id
             log_config(run_id, config)
-            yield run
+            run.metrics.write()  # of an earlier run, if the registry was away then
+            try:
+                yield run
+            finally:
+                if not run.metrics.write():
+                    terminal.say(f"  {run.metrics.waiting} points of metrics wait for the next run of this command")
 
 
 @contextmanager

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from jobs.stream_run import StreamRun
+from pipeline.config import without_secrets
 from pipeline.evaluation.evaluate import BASE, Evaluation
 from pipeline.evaluation.matrix import AccuracyMatrix, continual_metrics
 from pipeline.streams.sources import first_records
@@ -40,8 +41,8 @@ def now() -> datetime:
 
 
 def command_line() -> str:
-    """Returns the command as the user typed it."""
-    return shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
+    """Returns the command as the user typed it, but for secrets."""
+    return without_secrets(shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]))
 
 
 def git_commit() -> str | None:
@@ -58,6 +59,7 @@ def task_figures(run: StreamRun, task: str, figures: Mapping[str, Any]) -> dict[
         "expert_seconds": figures["expert_seconds"],
         "router_seconds": figures["router_seconds"],
         "wait_seconds": figures["expert_wait_seconds"] + figures["router_wait_seconds"],
+        "rows": int(figures["rows"]),
         "samples": int(figures["samples"]),
         "quarantined": int(figures["quarantined"]),
         "lost_files": int(figures["lost_files"]),

@@ -14,6 +14,7 @@ from rich.progress import (
 )
 from rich.table import Table
 
+from pipeline.config import without_secrets
 from pipeline.training.telemetry import Step
 
 
@@ -26,7 +27,7 @@ class Terminal:
 
     def say(self, text: str) -> None:
         """Prints a line above the bars."""
-        self.console.print(text, soft_wrap=True)
+        self.console.print(without_secrets(text), soft_wrap=True)
 
     @contextmanager
     def working(self, text: str) -> Iterator[None]:

@@ -18,6 +18,7 @@ from pathlib import Path
 from time import monotonic
 from typing import Annotated, Any
 
+import mlflow
 import typer
 from safetensors.torch import load_file
 from torch import Tensor
@@ -175,7 +176,7 @@ def _reloaded(run: StreamRun, learned: Learned) -> dict[str, Any]:
     write_json(folder / "prompts.json", rows)
     model = f"models:/{pool_name(run.config.base.label)}@{CHAMPION}"
     started = monotonic()
-    command = [sys.executable, "-m", "jobs.benchmark.reload_pool", run.config.tracking_uri, model]
+    command = [sys.executable, "-m", "jobs.benchmark.reload_pool", mlflow.get_tracking_uri(), model]
     subprocess.run([*command, str(folder / "prompts.json"), str(folder)], check=True)
     seconds = monotonic() - started
     there, answers = load_file(folder / "logits.safetensors"), json.loads((folder / "answers.json").read_text())

@@ -4,7 +4,7 @@ Every field says what it is, its unit and why its default is what it is; the sam
 messages show.
 """
 
-from pipeline.config.group import Config, ConfigError, digest, without_secrets
+from pipeline.config.group import Config, ConfigError, digest, holds_secrets, without_secrets
 from pipeline.config.learning import (
     BaseModelConfig,
     EvaluationConfig,
@@ -36,5 +36,6 @@ __all__ = [
     "digest",
     "fields_of",
     "load_config",
+    "holds_secrets",
     "without_secrets",
 ]

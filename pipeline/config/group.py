@@ -37,6 +37,11 @@ def without_secrets(text: str) -> str:
     return _KEY.sub(r"\1=***", _QUERY.sub(r"\1", _USER.sub("://", text)))
 
 
+def holds_secrets(text: str) -> bool:
+    """Returns whether a path or text holds a user, a password or a key."""
+    return bool(_USER.search(text) or _KEY.search(text))
+
+
 def digest(*parts: Any) -> str:
     """Returns 12 hex digits that name what was computed from `parts` (configs or JSON-able values)."""
     plain = [part.model_dump(mode="json") if isinstance(part, BaseModel) else part for part in parts]

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import AfterValidator, Field
 
-from pipeline.config.group import Config
+from pipeline.config.group import Config, without_secrets
 from pipeline.config.stream import DataConfig, StreamConfig
 
 
@@ -55,7 +55,7 @@ class BaseModelConfig(Config):
     @property
     def label(self) -> str:
         """The base's name in the registry."""
-        return self.name or Path(self.path).name.removesuffix(".gguf")
+        return self.name or Path(without_secrets(self.path)).name.removesuffix(".gguf")
 
 
 class ExpertConfig(Config):
@@ -182,6 +182,9 @@ class RegistryConfig(Config):
     """Tracking server, e.g. http://mlflow:5000; default: SQLite file `mlflow.db` beside the output folder."""
     experiment: str = "pointsman"
     """MLflow experiment."""
+    patience: float = Field(default=300.0, ge=0)
+    """Seconds for which a registry that does not answer is tried again when an expert or a pool is due; a server is back
+    from a restart within a minute or two. Nothing that is trained is lost afterwards either."""
 
 
 class LearnConfig(Config):

@@ -14,6 +14,7 @@ from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
+from pipeline.config import without_secrets
 from pipeline.errors import UserError
 from pipeline.evaluation.matrix import FORMULAS, AccuracyMatrix
 from pipeline.evaluation.pictures import METHODS, OURS, PICTURES, ordered_methods
@@ -44,7 +45,7 @@ def write_report(summary: Mapping[str, Any], folder: Path) -> Path:
     )
     environment.filters.update(percent=percent, duration=duration, count=count, memory=memory)
     page = environment.get_template("report.html.j2").render(
-        summary=summary,
+        summary={**summary, "command": without_secrets(summary["command"])} if "command" in summary else summary,
         headline=_headline(summary),
         pictures=_draw(summary, folder / "pictures"),
         methods=_methods(summary),

@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 from urllib.parse import unquote, urlsplit, urlunsplit
 
 import mlflow
+import requests
 from mlflow import MlflowClient
 from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param
 from mlflow.exceptions import MlflowException
@@ -24,7 +25,7 @@ from mlflow.utils.validation import MAX_METRICS_PER_BATCH, MAX_PARAMS_TAGS_PER_B
 
 from pipeline.config import Config, without_secrets
 from pipeline.locks import file_lock
-from pipeline.registry.patience import RegistryError, check_server, fail_fast
+from pipeline.registry.patience import RegistryError, check_server, fail_fast, is_away, is_silent
 
 SQLITE = "sqlite:///"
 
@@ -131,12 +132,27 @@ def tracked_run(experiment_id: str, name: str, digest: str) -> Iterator[str]:
         run = mlflow.start_run(run_id=found[0].info.run_id)
     else:
         run = mlflow.start_run(experiment_id=experiment_id, run_name=name, tags={RUN_TAG: digest})
+    status = "FAILED"
     try:
-        with run:
-            yield run.info.run_id
+        yield run.info.run_id
+        status = "FINISHED"
     except KeyboardInterrupt:
-        MlflowClient().set_terminated(run.info.run_id, "KILLED")
+        status = "KILLED"
         raise
+    finally:
+        _end_run(status)
+
+
+def _end_run(status: str) -> None:
+    """Ends MLflow's active run; a server that is away must not hide what a job ends with."""
+    if is_silent():
+        os.environ.update(MLFLOW_HTTP_REQUEST_MAX_RETRIES="0", MLFLOW_HTTP_REQUEST_TIMEOUT="5")
+    try:
+        mlflow.end_run(status)
+    except (MlflowException, requests.RequestException) as error:
+        if not is_away(error):
+            raise
+        _logger.warning("the registry does not answer: it shows this run as RUNNING until the same command runs again")
 
 
 def active_run() -> mlflow.ActiveRun:

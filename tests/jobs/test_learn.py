@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,6 +13,7 @@ import pytest
 import yaml
 from mlflow import MlflowClient
 
+from jobs.stream_run import alone_in
 from pipeline.routing.pool import Pool
 
 ROOT = Path(__file__).parents[2]
@@ -63,14 +65,14 @@ def stream(tiny_folder: Path, output: Path) -> Path:
     return file
 
 
-def start(config: Path) -> subprocess.Popen[str]:
-    command = [sys.executable, "-m", "jobs.learn", str(config)]
+def start(config: Path, *overrides: str) -> subprocess.Popen[str]:
+    command = [sys.executable, "-m", "jobs.learn", str(config), *overrides]
     log = (config.parent / "log.txt").open("a")
     return subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=log, start_new_session=True)
 
 
-def finish(config: Path) -> dict:
-    process = start(config)
+def finish(config: Path, *overrides: str) -> dict:
+    process = start(config, *overrides)
     assert process.wait(timeout=400) == 0, (config.parent / "log.txt").read_text()[-3000:]
     return json.loads((config.parent / "mini" / "summary.json").read_text())
 
@@ -92,8 +94,8 @@ def undisturbed(tiny_folder, tmp_path_factory):
     return config, finish(config)
 
 
-def versions(config: Path, model: str) -> list[str]:
-    client = MlflowClient(f"sqlite:///{config.parent / 'mlflow.db'}")
+def versions(config: Path, model: str, database: str = "mlflow.db") -> list[str]:
+    client = MlflowClient(f"sqlite:///{config.parent / database}")
     return sorted(str(v.version) for v in client.search_model_versions(f"name = '{model}'"))
 
 
@@ -125,6 +127,40 @@ def test_a_finished_run_changes_nothing(undisturbed):
     assert again["tasks"] == summary["tasks"]
     assert versions(config, "untrained.experts") == ["1", "2"]
     assert versions(config, "untrained.pool") == ["1", "2"]
+
+
+def test_what_the_registry_does_not_have_is_only_registered(undisturbed):
+    """As after a registry that was away at the end of training: nothing is trained again."""
+    config, summary = undisturbed
+    shutil.copyfile(config.parent / "mlflow.db", config.parent / "other.db")
+    other = MlflowClient(f"sqlite:///{config.parent / 'other.db'}")
+    for model in ("untrained.experts", "untrained.pool"):
+        other.delete_registered_model(model)
+    shutil.rmtree(config.parent / "mini" / "training")
+    with (config.parent / "mini" / "state" / "metrics.jsonl").open("a") as spool:  # as of a server that was away
+        (run,) = other.search_runs(["1"])
+        spool.write(json.dumps([run.info.run_id, "digits/late", 0.5, 1, 1000]))
+    again = finish(config, f"registry.uri=sqlite:///{config.parent / 'other.db'}")
+    assert again["tasks"] == summary["tasks"]
+    assert versions(config, "untrained.experts", "other.db") == ["1", "2"]
+    assert versions(config, "untrained.pool", "other.db") == ["1", "2"]
+    assert not (config.parent / "mini" / "training").exists()
+    assert [point.value for point in other.get_metric_history(run.info.run_id, "digits/late")] == [0.5]
+
+
+def test_an_identical_run_at_once_is_told_who_runs(tmp_path):
+    with alone_in(tmp_path / "mini"):
+        answer = subprocess.run(
+            [sys.executable, "-c", f"from jobs.stream_run import *\nwith alone_in(Path({str(tmp_path / 'mini')!r})): pass"],
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+    assert f"BusyError: {tmp_path}/mini: process {os.getpid()} on " in answer.stderr
+    assert "wait for its end, or give this one a `name` of its own" in answer.stderr
+    with alone_in(tmp_path / "mini"):
+        pass
 
 
 def statuses(config: Path) -> list[str]:

@@ -1,0 +1,48 @@
+"""What a user gives as part of an address reaches neither terminal, summary, report, log nor another's list of jobs."""
+
+import sys
+from pathlib import Path
+
+import pytest
+
+from jobs.endings import LOG, OutsideError, outside_errors
+from jobs.options import job_command, user_errors
+from jobs.summary import command_line
+from jobs.terminal import Terminal
+from pipeline.config import BaseModelConfig, ConfigError, LearnConfig, load_config
+from pipeline.evaluation.report import write_report
+from tests.evaluation.test_report import SUMMARY
+
+SECRET = "hunter2"
+ADDRESS = f"http://me:{SECRET}@mlflow:5000"
+
+
+def test_terminal_command_and_report(capsys, monkeypatch, tmp_path) -> None:
+    Terminal().say(f"registry   base.pool@champion at {ADDRESS}")
+    monkeypatch.setattr(sys, "argv", ["learn", "a.yaml", f"registry.uri={ADDRESS}"])
+    assert command_line() == "learn a.yaml registry.uri=http://mlflow:5000"
+    page = write_report(SUMMARY | {"command": f"learn a.yaml registry.uri={ADDRESS}"}, tmp_path)  # of an earlier release
+    assert SECRET not in page.read_text()
+    assert "http://mlflow:5000" in capsys.readouterr().out
+
+
+def test_messages_and_logs_of_errors(capsys, tmp_path) -> None:
+    file = tmp_path / "a.yaml"
+    file.write_text(f"registry: {{url: {ADDRESS!r}}}")
+    with pytest.raises(SystemExit), user_errors():
+        load_config(file, [], LearnConfig)
+    with pytest.raises(OutsideError), outside_errors(tmp_path):
+        raise OSError(f"GET {ADDRESS}/rows?token={SECRET} failed")
+    assert SECRET not in (tmp_path / LOG).read_text()
+    assert SECRET not in capsys.readouterr().err
+
+
+def test_a_submitted_command_may_hold_none(tmp_path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ConfigError, match="registry.uri=http://mlflow:5000.*write it into") as error:
+        job_command("jobs.learn", Path("a.yaml"), [f"registry.uri={ADDRESS}"], "http://127.0.0.1:1")
+    assert SECRET not in str(error.value)
+
+
+def test_a_base_is_not_named_by_its_key() -> None:
+    assert BaseModelConfig(path=f"s3://bucket/internvl?sig={SECRET}").label == "internvl"
