@@ -151,7 +151,11 @@ def test_what_the_registry_does_not_have_is_only_registered(undisturbed):
 def test_an_identical_run_at_once_is_told_who_runs(tmp_path):
     with alone_in(tmp_path / "mini"):
         answer = subprocess.run(
-            [sys.executable, "-c", f"from jobs.stream_run import *\nwith alone_in(Path({str(tmp_path / 'mini')!r})): pass"],
+            [
+                sys.executable,
+                "-c",
+                f"from jobs.stream_run import *\nwith alone_in(Path({str(tmp_path / 'mini')!r})): pass",
+            ],
             cwd=ROOT,
             capture_output=True,
             text=True,
