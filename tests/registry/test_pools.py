@@ -11,6 +11,7 @@ from safetensors import safe_open
 
 from pipeline.config import BaseModelConfig
 from pipeline.models.checkpoints import fingerprint
+from pipeline.registry import versions as versions_module
 from pipeline.registry.bases import base_folder
 from pipeline.registry.experts import register_expert
 from pipeline.registry.pools import champion, find_pool, pip_requirements, promote, register_pool
@@ -85,7 +86,10 @@ def test_the_same_pool_twice_is_one_version_and_undoes_no_rollback(
     assert len(MlflowClient().search_model_versions("name = 'untrained.pool'")) == 2
 
 
-def test_a_half_made_pool_is_made_again(learned: Learned, experiment: str, tiny_folder: Path, tmp_path: Path) -> None:
+def test_a_half_made_pool_is_made_again(
+    learned: Learned, experiment: str, tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(versions_module, "SETTLING_SECONDS", 0.3)
     MlflowClient().delete_model_version_tag("untrained.pool", "2", "finished")  # as after a kill before the last tag
     assert find_pool("untrained", "p2") is None
     base, (_, versions) = BaseModelConfig(path=str(tiny_folder)), learned

@@ -59,7 +59,7 @@ def test_a_deleted_experiment_is_named_with_the_remedy(experiment: str, tmp_path
 def test_a_restarted_job_continues_its_run(experiment: str) -> None:
     with pytest.raises(KeyboardInterrupt), tracked_run(experiment, "demo", "abc") as first:
         raise KeyboardInterrupt
-    assert MlflowClient().get_run(first).info.status == "FAILED"
+    assert MlflowClient().get_run(first).info.status == "KILLED"
     with tracked_run(experiment, "demo", "abc") as second:
         assert active_run().info.run_id == second == first
     with tracked_run(experiment, "demo", "other") as third:
