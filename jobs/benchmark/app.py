@@ -6,6 +6,7 @@ python -m jobs.benchmark routers jobs/configs/embedded.yaml     how well routers
 python -m jobs.benchmark routing                                routers against PEFT's ways to have several experts
 python -m jobs.benchmark data                                   preprocessing against datasets.map, memory, bad rows
 python -m jobs.benchmark families                               every family of bases, learned, registered, reloaded
+python -m jobs.benchmark gpu                                    memory of a whole job on a GPU, against its plan
 python -m jobs.benchmark real-size                              width, resemblance, small tasks, streamed rows, threads
 python -m jobs.benchmark text                                   two tasks on pretrained weights, and what was kept
 """
@@ -19,6 +20,7 @@ BENCHMARKS = {
     "routers": Lazy("jobs.benchmark.routers:routers", "How well routers choose, among fifty experts too."),
     "data": Lazy("jobs.benchmark.data:data", "Preprocessing beside datasets.map, memory, bad rows."),
     "families": Lazy("jobs.benchmark.families:families", "Every family: learned, registered, reloaded."),
+    "gpu": Lazy("jobs.benchmark.gpu:gpu", "One GPU: memory of every moment against the plan, speed."),
     "real-size": Lazy(
         "jobs.benchmark.real_size.app:real_size", "What the small default hides, at the sizes that matter."
     ),
