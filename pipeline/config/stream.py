@@ -133,7 +133,9 @@ class DataConfig(Config):
     readers: int = Field(default=2, ge=1)
     """Parallel preprocessing tasks, one CPU each; about one a core, fewer where training computes on the same cores."""
     cache: Literal["auto", "memory", "none"] = "auto"
-    """Keep preprocessed rows in Ray's object store over the epochs; `auto` does if they fit into a quarter of it."""
+    """Keep preprocessed rows in Ray's object store over the epochs; `auto` does if they fit into a quarter of the
+    smallest node's, since every node on which a worker trains comes to hold all of them. Rows that do not are read in pieces
+    of their files; what cannot be read in pieces (texts, parquet with large row groups) is copied once beside the results."""
     shuffle_rows: int = Field(default=4096, ge=16)
     """Rows that do not fit the cache are shuffled by pieces of their files first (sixteen or more make up this number),
     then row by row among so many; fewer where they are large (256 MB of a file at a time)."""
@@ -141,4 +143,4 @@ class DataConfig(Config):
     """`features`: the frozen vision tower sees every image once; what it says of it is kept on disk and read by all
     epochs, stages and evaluations. Pays from the second time that a row is read."""
     by_length: bool = False
-    """Batches of rows of similar length: less padding where lengths differ much."""
+    """Steps of rows of similar length: less padding where lengths differ much. For rows in the cache."""
