@@ -5,6 +5,7 @@ Errors from outside are told as one message that names file and remedy; their tr
 
 import errno
 import os
+import re
 import signal
 import tempfile
 import threading
@@ -40,6 +41,10 @@ _REMEDIES = {
     errno.EEXIST: "something else has that name; move it away or choose another place",
     errno.EMFILE: f"too many open files; raise the limit (ulimit -n), {AGAIN}",
 }
+
+
+_MISTAKE = re.compile(r"^(?:pipeline|cluster)\.[\w.]+Error: (.+)$", re.MULTILINE)
+"""An error of this project at the end of a traceback."""
 
 
 class OutsideError(UserError):
@@ -114,8 +119,9 @@ def _user_error_in(error: BaseException | None) -> UserError | None:
 
 def _told(error: BaseException) -> str:
     """Returns what is wrong and what to do, in one sentence or two."""
-    if isinstance(error, RayTaskError):
-        return _told(error.cause)
+    if isinstance(error, RayError):
+        mistake = _MISTAKE.search(str(error))  # of another process, which hands on its text alone
+        return mistake[1] if mistake else f"{type(error).__name__}: {_first(str(error))}; see to it, {AGAIN}"
     if isinstance(error, MlflowException):
         return f"MLflow: {_first(error.message)}; is registry.uri right, and does the server run? {AGAIN.capitalize()}"
     if isinstance(error, OSError):

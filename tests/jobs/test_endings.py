@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 from mlflow.exceptions import MlflowException
+from ray.exceptions import RayError
 from typer.testing import CliRunner
 
 from jobs.cli import app
@@ -71,6 +72,12 @@ def test_errors_from_outside_are_one_message_with_a_log(tmp_path: Path, error: E
         raise error
     assert str(tmp_path / "error.log") in str(raised.value)
     assert "Traceback" in (tmp_path / "error.log").read_text()
+
+
+def test_a_mistake_that_another_process_met_is_told_as_such(tmp_path: Path) -> None:
+    text = "UDF failed\n  File x\npipeline.config.group.ConfigError: base.path: no such base\n\nThe above exception"
+    with pytest.raises(OutsideError, match=r"^base\.path: no such base\n    details"), outside_errors(tmp_path):
+        raise RayError(text)
 
 
 def test_a_mistake_of_the_user_is_a_message(capsys: pytest.CaptureFixture[str]) -> None:
