@@ -84,6 +84,7 @@ class PromptReader:
             embeds_BTD = kwargs.get("inputs_embeds")
             if embeds_BTD is None:
                 embeds_BTD = module.get_input_embeddings()(kwargs["input_ids"] if "input_ids" in kwargs else args[0])
+            image_BT, text_BT = image_BT.to(embeds_BTD.device), text_BT.to(embeds_BTD.device)
             self.listener(prompt_features(embeds_BTD, image_BT, text_BT), image_BT | text_BT)
         finally:
             self._pass.cache = None

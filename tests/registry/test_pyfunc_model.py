@@ -2,10 +2,12 @@ import base64
 import io
 import json
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import mlflow
+import numpy as np
 import pandas as pd
 import pytest
 import torch
@@ -13,7 +15,7 @@ from mlflow.pyfunc.scoring_server import _split_data_and_params, infer_and_parse
 from PIL import Image
 
 from pipeline.config import BaseModelConfig
-from pipeline.models.bases import load_base
+from pipeline.models.bases import Base, load_base
 from pipeline.models.prompts import encode, generate_answers
 from pipeline.registry.bases import register_base
 from pipeline.registry.experts import register_expert
@@ -22,12 +24,15 @@ from pipeline.registry.pyfunc_model import RoutedPool, RowError, read_image
 from pipeline.registry.tracking import RegistryError, tracked_run
 from pipeline.registry.versions import logged_model
 from pipeline.routing import Pool, RoutedModel
+from pipeline.streams.embedded.foundation import FAMILIES
+from tests.helpers import CLAIMS, GENERAL
 from tests.registry.conftest import Created, MakeExpert, new_experiment
 
 
-def png(color: str) -> bytes:
+def png(picture: str | Image.Image) -> bytes:
     buffer = io.BytesIO()
-    Image.new("RGB", (64, 64), color).save(buffer, "PNG")
+    image = Image.new("RGB", (64, 64), picture) if isinstance(picture, str) else picture
+    image.save(buffer, "PNG")
     return buffer.getvalue()
 
 
@@ -87,6 +92,27 @@ def test_a_server_takes_base64_and_null(model: mlflow.pyfunc.PyFuncModel, orient
         pd.DataFrame({"prompt": [row["prompt"] for row in rows], "image": [png("red"), None]}), {"max_new_tokens": 3}
     )
     assert served.equals(direct)
+
+
+def test_requests_at_once_get_their_own_answers(tiny_base: Base, known_pool: Pool) -> None:
+    """From 8 threads, as a server's clients send them; four experts, the base among them, in every table."""
+    pool, tables = RoutedPool(), []
+    pool.processor, pool.routed = tiny_base.processor, RoutedModel(tiny_base.model, known_pool)
+    for number in range(16):
+        random = np.random.default_rng(number)
+        examples = [FAMILIES[family](random) for family in (*CLAIMS.values(), GENERAL)]
+        images = [png(e.image) if e.image else None for e in examples]
+        tables.append(pd.DataFrame({"prompt": [e.question for e in examples], "image": images}).sample(frac=1))
+    try:
+        expected = [pool.predict(None, table, {"max_new_tokens": 3, "batch_size": 2}) for table in tables]
+        with ThreadPoolExecutor(8) as clients:
+            found = list(
+                clients.map(lambda t: pool.predict(None, t, {"max_new_tokens": 3, "batch_size": 2}), 2 * tables)
+            )
+    finally:
+        pool.routed.detach()
+    assert {expert for table in expected for expert in table["expert"]} == {*CLAIMS, "base"}
+    assert all(f.equals(e) for f, e in zip(found, 2 * expected, strict=True))
 
 
 def test_the_image_column_may_be_missing(model: mlflow.pyfunc.PyFuncModel) -> None:

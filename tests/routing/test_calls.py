@@ -10,13 +10,28 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate import dispatch_model
+from torch import nn
 from transformers import DynamicCache, StaticCache
 
+from pipeline.config import BaseModelConfig
+from pipeline.models.bases import load_base
 from pipeline.models.prompts import generate_answers
 from pipeline.routing import Decision, Pool, PoolError, RoutedModel
 from pipeline.routing.insight import explain, weighed
 from pipeline.routing.layer import RoutedLinear
-from tests.helpers import CLAIMS, GENERAL, ask, attached, batch_of, claimed_prompts, generate, make_expert, prompts
+from tests.helpers import (
+    CLAIMS,
+    GENERAL,
+    ask,
+    assert_same,
+    attached,
+    batch_of,
+    claimed_prompts,
+    generate,
+    make_expert,
+    prompts,
+)
 
 TOKENS = 3
 THREADS = 8
@@ -303,3 +318,42 @@ def test_nothing_of_a_call_outlives_its_cache(tiny_base, known_pool, mixed):
         gc.collect()
         assert len(routed._versions) == 1
         assert routed.current.running is None
+
+
+def test_an_offloaded_linear_is_refused_by_name(tiny_base, known_pool):
+    path = "model.language_model.layers.2.mlp.down_proj"
+    linear = tiny_base.model.get_submodule(path)
+    tiny_base.model.set_submodule(path, nn.Linear(linear.in_features, linear.out_features, device="meta"))
+    try:
+        with pytest.raises(
+            PoolError, match=r"layers\.2\.mlp\.down_proj is not in memory .* load the base onto devices"
+        ):
+            RoutedModel(tiny_base.model, known_pool)
+        assert not any(isinstance(module, RoutedLinear) for module in tiny_base.model.modules())
+    finally:
+        tiny_base.model.set_submodule(path, linear)
+
+
+def test_experts_follow_a_base_that_is_moved(tiny_folder, known_pool, mixed):
+    base = load_base(BaseModelConfig(path=str(tiny_folder)))
+    with attached(base, known_pool) as routed, torch.inference_mode():
+        rows, owners = mixed
+        base.model.to(torch.float64)
+        generate(base, rows, tokens=1)
+        assert [decision.expert for decision in routed.decisions] == owners
+        assert {e.down_SD.dtype for e in routed._loaded[1].by_path.values()} == {torch.float64}
+
+
+def test_layers_of_a_base_on_several_devices(tiny_folder, tiny_base, known_pool, mixed):
+    """As accelerate runs it: every layer's inputs are moved to where the layer is."""
+    base = load_base(BaseModelConfig(path=str(tiny_folder)))
+    layers = {f"model.language_model.layers.{i}": "cpu" for i in range(4)}
+    rest = ("model.vision_tower", "model.multi_modal_projector", "lm_head")
+    language = {f"model.language_model.{part}": "cpu" for part in ("embed_tokens", "norm", "rotary_emb")}
+    dispatch_model(base.model, layers | language | dict.fromkeys(rest, "cpu"), main_device="cpu", force_hooks=True)
+    for settings in EVERY_ROUTER:
+        with attached(tiny_base, known_pool.routed_by(**settings)) as routed:
+            expected, decisions = generate(tiny_base, mixed[0]), routed.decisions
+        with attached(base, known_pool.routed_by(**settings)) as routed:
+            assert_same(generate(base, mixed[0]), expected)
+            assert [d.expert for d in routed.decisions] == [d.expert for d in decisions]

@@ -5,6 +5,7 @@ import dataclasses
 import pytest
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.functional import layer_norm
 from torch.utils.checkpoint import checkpoint
 
@@ -345,3 +346,33 @@ def test_an_untrained_lora_gives_its_vector_no_gradient(linear, x_BTD):
     gated = GatedLinear(linear, slot.a_RD, torch.zeros_like(slot.b_OR), slot.scaling)
     gated(x_BTD).square().mean().backward()
     assert not gated.vector.grad.any()
+
+
+@pytest.mark.parametrize("route", ROUTES)
+def test_linears_on_several_devices(x_BTD, route, monkeypatch):
+    """Devices without memory: operators compute shapes, and refuse tensors of two devices."""
+    if isinstance(route, Weighed):  # it looks at values to leave out who has no weight, except in compiled code
+        monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    slots = [dataclasses.replace(slot, b_OR=torch.zeros(D, len(slot.a_RD))) for slot in make_slots()]
+    stacked = LinearExperts.stacked(nn.Linear(D, D), slots, POOL, HEARING)
+    devices = [torch.device("cpu", i) for i in (0, 1)]
+    current, linears, experts = Current([]), [], {}
+    with torch.no_grad(), FakeTensorMode(allow_non_fake_inputs=True):
+        for i, device in enumerate(devices):
+            linear = nn.Linear(D, D, bias=False, device="meta")
+            linear.weight = nn.Parameter(torch.empty(D, D, device=device), requires_grad=False)
+            hearing = dataclasses.replace(HEARING, follows="0" if i else None)
+            experts[str(i)] = dataclasses.replace(stacked, hearing=hearing).beside(linear)
+            linears.append(RoutedLinear(linear, current, str(i)))
+        tensors = {name: value.to(devices[0]) for name, value in vars(route).items() if isinstance(value, torch.Tensor)}
+        state = RoutingState(POOL, dataclasses.replace(route, **tensors), torch.ones(B, T).to(devices[0]))
+        current.running = Running(state, PoolExperts(experts), current)
+        for tokens in (T, 1):
+            h_BTD = torch.empty(B, tokens, D, device=devices[0])
+            for device, linear in zip(devices, linears, strict=True):
+                h_BTD = linear(h_BTD.to(device))
+            assert h_BTD.device == devices[1]
+            state.decode()
+        for path, held in state.held.items():
+            assert {tensor.device for tensor in held} == {experts[path].down_SD.device}
+        assert state.weights_BE is None or state.weights_BE.device == devices[0]
