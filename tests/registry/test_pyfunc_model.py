@@ -15,7 +15,8 @@ from mlflow.pyfunc.scoring_server import _split_data_and_params, infer_and_parse
 from PIL import Image
 
 from pipeline.config import BaseModelConfig
-from pipeline.models.bases import Base, load_base
+from pipeline.models.bases import load_base
+from pipeline.models.inference import FrozenBase, InferenceWorkers
 from pipeline.models.prompts import encode, generate_answers
 from pipeline.registry.bases import register_base
 from pipeline.registry.experts import register_expert
@@ -94,23 +95,20 @@ def test_a_server_takes_base64_and_null(model: mlflow.pyfunc.PyFuncModel, orient
     assert served.equals(direct)
 
 
-def test_requests_at_once_get_their_own_answers(tiny_base: Base, known_pool: Pool) -> None:
+def test_requests_at_once_get_their_own_answers(tiny_folder: Path, known_pool: Pool) -> None:
     """From 8 threads, as a server's clients send them; four experts, the base among them, in every table."""
     pool, tables = RoutedPool(), []
-    pool.processor, pool.routed = tiny_base.processor, RoutedModel(tiny_base.model, known_pool)
+    pool.frozen = FrozenBase(BaseModelConfig(path=str(tiny_folder)), InferenceWorkers(threads=1))
+    pool.processor, pool.routed = pool.frozen.base.processor, RoutedModel(pool.frozen.base.model, known_pool)
     for number in range(16):
         random = np.random.default_rng(number)
         examples = [FAMILIES[family](random) for family in (*CLAIMS.values(), GENERAL)]
         images = [png(e.image) if e.image else None for e in examples]
         tables.append(pd.DataFrame({"prompt": [e.question for e in examples], "image": images}).sample(frac=1))
-    try:
-        expected = [pool.predict(None, table, {"max_new_tokens": 3, "batch_size": 2}) for table in tables]
-        with ThreadPoolExecutor(8) as clients:
-            found = list(
-                clients.map(lambda t: pool.predict(None, t, {"max_new_tokens": 3, "batch_size": 2}), 2 * tables)
-            )
-    finally:
-        pool.routed.detach()
+    params = {"max_new_tokens": 3, "batch_size": 2}
+    expected = [pool.predict(None, table, params) for table in tables]
+    with ThreadPoolExecutor(8) as clients:
+        found = list(clients.map(lambda table: pool.predict(None, table, params), 2 * tables))
     assert {expert for table in expected for expert in table["expert"]} == {*CLAIMS, "base"}
     assert all(f.equals(e) for f, e in zip(found, 2 * expected, strict=True))
 

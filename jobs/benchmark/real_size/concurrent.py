@@ -110,7 +110,7 @@ def claimed_pool(base: Base) -> Pool:
         experts.append(dataclasses.replace(expert, statistics=PromptStatistics.of(features_NF), evidence=evidence))
     features_NF, samples = heard(base, list(experts[0].adapters), encoded(base, GENERAL, KNOWN, seed=len(CLAIMED)))
     null_evidence = {path: PromptStatistics.of(inputs) for path, inputs in samples.items()}
-    null = PromptStatistics.of(features_NF)
+    null = [PromptStatistics.of(features_NF)]
     return Pool(base.label, base.fingerprint, RouterConfig(), experts, null, null_evidence)
 
 
