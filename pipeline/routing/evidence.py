@@ -80,19 +80,31 @@ def hearings(
     null: Mapping[str, PromptStatistics],
     widths: Mapping[str, int],
     *,
+    order: Sequence[str],
     shrinkage: float,
 ) -> dict[str, Hearing]:
     """Solves what every Linear hears from the statistics of all experts and of the null expert.
 
-    `paths` are the routed Linears in the order in which the model runs them, `widths` their input widths.
+    `paths` are the routed Linears in the order in which the model runs them, `widths` their input widths, `order` the names
+    of all its modules. An input that several Linears share was taken down under the first of them (`EvidenceReader`): the
+    first routed one among them hears it, whether or not that first one is routed itself.
     """
+    known = {path for statistics in [*experts, null] for path in statistics}
+    taken_down: dict[str, str] = {}
+    source = ""
+    for name in order:
+        source = name if name in known else source
+        taken_down[name] = source
     found: dict[str, Hearing] = {}
     last: str | None = None
+    heard: set[str] = set()
     for path in paths:
-        own = {i: s[path] for i, s in enumerate([*experts, null]) if path in s}
-        if len(own) < 2:
+        source = taken_down[path]
+        own = {i: s[source] for i, s in enumerate([*experts, null]) if source in s}
+        if len(own) < 2 or source in heard:
             found[path] = Hearing(last)
             continue
+        heard.add(source)
         weight_CF, bias_C = solve(list(own.values()), shrinkage=shrinkage)
         matrix_DF = projection(widths[path], weight_CF.shape[-1])
         vector_CD = weight_CF.float() if matrix_DF is None else weight_CF.float() @ matrix_DF.T

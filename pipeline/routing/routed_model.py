@@ -7,7 +7,7 @@ generated (with KV cache, which carries it along). Shapes: B rows, T tokens, D w
 
 import threading
 import weakref
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
@@ -164,7 +164,7 @@ class RoutedModel:
             raise PoolError(f"expert {forced[0]!r} is forced at the moment, and the new pool does not have it")
         with self._lock:
             linears = self._linears(pool)
-            experts = PoolExperts(stacked(pool, linears))
+            experts = PoolExperts(stacked(pool, linears, [name for name, _ in self.model.named_modules()]))
             for path, linear in linears.items():
                 if path not in self._replaced:
                     self._replaced[path] = linear
@@ -312,8 +312,11 @@ class RoutedModel:
             self.current.recorded.clear()
 
 
-def stacked(pool: Pool, linears: Mapping[str, nn.Linear]) -> dict[str, LinearExperts]:
-    """Stacks a pool's experts for every Linear, with what it hears where the pool's router asks for evidence."""
+def stacked(pool: Pool, linears: Mapping[str, nn.Linear], modules: Sequence[str]) -> dict[str, LinearExperts]:
+    """Stacks a pool's experts for every Linear, with what it hears where the pool's router asks for evidence.
+
+    `modules` are the names of all of the model's modules, in order.
+    """
     experts, settings = list(pool.experts.values()), pool.router
     heard: dict[str, Hearing] = {}
     if not (settings.kind == "prompt" or (settings.kind == "token" and settings.token_scores == "published")):
@@ -322,6 +325,7 @@ def stacked(pool: Pool, linears: Mapping[str, nn.Linear]) -> dict[str, LinearExp
             [expert.evidence for expert in experts],
             pool.null_evidence,
             {path: linear.in_features for path, linear in linears.items()},
+            order=modules,
             shrinkage=settings.shrinkage,
         )
     return {

@@ -1,5 +1,7 @@
 """What Linears hear: solved from statistics, added up through the depth; and how the statistics are read."""
 
+import dataclasses
+
 import pytest
 import torch
 from torch import Tensor
@@ -11,6 +13,7 @@ from pipeline.routing.features import project
 from pipeline.routing.gaussian import solve
 from pipeline.routing.routed_model import PromptReader
 from tests.helpers import (
+    CLAIMS,
     attached,
     batch_of,
     claimed_prompts,
@@ -48,7 +51,7 @@ KNOWN, NULL = [statistics(owner) for owner in range(EXPERTS)], statistics(EXPERT
 
 
 def hear(experts=KNOWN, null=NULL, shrinkage: float = 0.05) -> dict[str, Hearing]:
-    return hearings(list(WIDTHS), experts, null, WIDTHS, shrinkage=shrinkage)
+    return hearings(list(WIDTHS), experts, null, WIDTHS, order=list(WIDTHS), shrinkage=shrinkage)
 
 
 def heard(hearing: Hearing, x_BD: Tensor, classes: int = CLASSES) -> Tensor:
@@ -216,3 +219,31 @@ def test_a_reader_takes_down_prompts_not_answers(tiny_base):
     generate(tiny_base, rows, tokens=4)
     reader.remove()
     assert {len(taken) for taken in evidence.samples.values()} == {1}
+
+
+def test_a_linear_hears_the_input_it_shares_with_one_that_is_not_routed():
+    found = hearings(["key", "up"], KNOWN, NULL, WIDTHS, order=list(WIDTHS), shrinkage=0.05)
+    whole = hear()
+    for path, first in (("key", "query"), ("up", "gate")):
+        assert found[path].vector_CD.equal(whole[first].vector_CD)
+        assert found[path].bias_C.equal(whole[first].bias_C)
+    assert (found["key"].follows, found["up"].follows) == (None, "key")
+
+
+@pytest.mark.parametrize("adapted", ["k_proj|v_proj", "up_proj"])
+def test_tokens_find_their_expert_by_inputs_that_are_shared(tiny_base, known_pool, adapted):
+    targets = rf"model\.language_model\.layers\.\d+\..*\.({adapted})"
+    experts = []
+    for seed, (name, family) in enumerate(CLAIMS.items()):
+        expert = make_expert(tiny_base, name, rank=2, seed=seed, targets=targets)
+        faint = {path: dataclasses.replace(adapter, scaling=1e-3) for path, adapter in expert.adapters.items()}
+        seen = samples_of(tiny_base, prompts(tiny_base.processor, family, 48))
+        evidence = {path: PromptStatistics.of(sample) for path, sample in seen.items()}
+        experts.append(dataclasses.replace(expert, adapters=faint, evidence=evidence))
+    router = RouterConfig(kind="token")
+    pool = Pool("tiny", tiny_base.fingerprint, router, experts, known_pool.null, known_pool.null_evidence)
+    rows, owners = claimed_prompts(tiny_base, 3)
+    with attached(tiny_base, pool) as routed:
+        generate(tiny_base, rows, tokens=1)
+        right = [decision.expert == owner for decision, owner in zip(routed.decisions, owners, strict=True)]
+    assert sum(right) >= 0.8 * len(rows), right  # deaf Linears: a quarter

@@ -89,3 +89,25 @@ def test_prompts_that_are_all_the_same_have_distances(size):
     found = PromptStatistics.of(x_NF, quantile=0.99)
     assert found.distance(x_NF).isfinite().all()
     assert (found.distance(x_NF + 1 + size) > found.radius).all()
+
+
+@pytest.mark.parametrize("count", [100, 200])
+def test_the_radius_of_few_prompts_read_many_times_holds_for_new_ones(count):
+    """Each pass rounds in its own way; the width is above the number of prompts, as in real tasks."""
+    wide = 160
+    for seed in range(4):
+        random = torch.Generator().manual_seed(seed)
+        mixing_FF = torch.randn(wide, wide, generator=random)
+        x_NF = 3 + torch.randn(count + 2000, wide, generator=random) @ mixing_FF
+        seen_NF = x_NF[:count].repeat(16, 1)
+        seen_NF = seen_NF * (1 + 1e-7 * torch.randn(seen_NF.shape, generator=random))
+        found = PromptStatistics.of(seen_NF, quantile=0.99)
+        assert found.count == 16 * count
+        assert (found.distance(x_NF[count:]) <= found.radius).float().mean() > 0.97
+        assert (found.distance(x_NF[count:] + 30) > found.radius).all()
+
+
+def test_the_radius_of_many_prompts_is_their_quantile():
+    x_NF = features(0, 6000)
+    found = PromptStatistics.of(x_NF[:4000], quantile=0.99)
+    assert 0.985 < (found.distance(x_NF[4000:]) <= found.radius).float().mean() < 0.996

@@ -51,14 +51,28 @@ def embedded_file(path: str, folder: Path) -> Path:
 def _examples(task: str, part: str) -> Iterator[Example]:
     if task in tasks.TASKS:
         yield from tasks.examples(task, part)
-        return
-    families = list(foundation.FOUNDATION)
-    seed, rows = (GENERAL_SEED, GENERAL_ROWS) if task == "general" else (EVALUATION_SEED, FOUNDATION_ROWS)
-    for name in families if task == "general" else [task]:
-        for number in range(rows):
-            # Four words of seed: pretraining draws from two, so no held-out example can be one of its own.
-            random = np.random.default_rng([seed, families.index(name), number, 1])
-            yield foundation.FAMILIES[name](random)
+    elif task == "general":
+        yield from held_out_general()
+    else:
+        yield from held_out(task)
+
+
+def held_out(family: str) -> Iterator[Example]:
+    """Yields the held-out examples of a foundation family."""
+    yield from _drawn(family, EVALUATION_SEED, FOUNDATION_ROWS)
+
+
+def held_out_general() -> Iterator[Example]:
+    """Yields the general sample: examples of every foundation family."""
+    for family in foundation.FOUNDATION:
+        yield from _drawn(family, GENERAL_SEED, GENERAL_ROWS)
+
+
+def _drawn(family: str, seed: int, rows: int) -> Iterator[Example]:
+    for number in range(rows):
+        # Four words of seed: pretraining draws from two, so no held-out example can be one of its own.
+        random = np.random.default_rng([seed, foundation.FOUNDATION.index(family), number, 1])
+        yield foundation.FAMILIES[family](random)
 
 
 def _table(examples: Iterable[Example], name: str) -> pa.Table:

@@ -1,0 +1,93 @@
+"""Prompt features of the shipped base, for measurements that need no expert: only where a prompt would be sent.
+
+Shapes: N prompts, S source features (3 D), F features, D the base's width.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from functools import cache
+from itertools import islice
+from statistics import fmean
+
+import torch
+from torch import Tensor
+
+from jobs.benchmark.real_size import lookalikes
+from jobs.pretrain_tiny import encode_examples
+from pipeline.config import BaseModelConfig, RouterConfig
+from pipeline.models.bases import Base, load_base
+from pipeline.models.prompts import collate
+from pipeline.routing.null import components
+from pipeline.routing.prompt_router import PromptRouter
+from pipeline.routing.route import NOBODY
+from pipeline.routing.routed_model import PromptReader
+from pipeline.routing.statistics import PromptStatistics
+from pipeline.streams.embedded import foundation, tasks
+from pipeline.streams.embedded.files import held_out, held_out_general
+from pipeline.streams.embedded.foundation import Example
+
+TRAIN_ROWS, ASKED = 800, 200
+"""Prompts of a task that statistics are taken of, and that are routed."""
+DEMO = tuple(tasks.TASKS)
+"""The embedded stream's tasks."""
+
+Prepare = Callable[[Tensor], Tensor]
+"""What is done to features (N, S) before statistics are taken of them: a projection, say."""
+
+
+@cache
+def _base() -> Base:
+    return load_base(BaseModelConfig(path="tiny"))
+
+
+@cache
+def features(task: str, part: str) -> Tensor:
+    """Returns the features (N, S) of a task's, a family's or a look-alike's `train` or `eval` prompts, unprojected."""
+    return read(_examples(task, part))
+
+
+def _examples(task: str, part: str) -> Sequence[Example]:
+    if task == "general":
+        return list(held_out_general())
+    if task in tasks.TASKS:
+        return list(islice(tasks.examples(task, part), TRAIN_ROWS if part == "train" else ASKED))
+    if task in foundation.FAMILIES:
+        return list(held_out(task))
+    return lookalikes.examples(task, TRAIN_ROWS if part == "train" else ASKED, held_out=part == "eval")
+
+
+@torch.inference_mode()
+def read(examples: Sequence[Example]) -> Tensor:
+    """Returns the features (N, S) of prompts."""
+    base, heard = _base(), []
+    reader = PromptReader(base.model, lambda features_BS, tokens_BT: heard.append(features_BS))
+    rows = encode_examples(base.processor, list(examples), answer=False)
+    for start in range(0, len(rows), 100):
+        batch = collate(rows[start : start + 100], pad_token_id=base.processor.tokenizer.pad_token_id, side="left")
+        del batch["labels"]
+        base.model(**batch, use_cache=False)
+    reader.remove()
+    return torch.cat(heard)
+
+
+def routed_right(stream: Sequence[str], prepare: Prepare = lambda x_NS: x_NS) -> Mapping[str, float]:
+    """Returns by task and base family the share of held-out prompts that reach their expert, or the base."""
+    settings = RouterConfig()
+    experts = [
+        PromptStatistics.of(prepare(features(name, "train")), quantile=settings.quantile, shrinkage=settings.shrinkage)
+        for name in stream
+    ]
+    null = components(prepare(features("general", "train")), settings.null_components)
+    router = PromptRouter(experts, null, shrinkage=settings.shrinkage)
+    found = {}
+    for name in (*stream, *foundation.FOUNDATION):
+        chosen_B1, _ = router.short_list(prepare(features(name, "eval")), 1)
+        found[name] = float((chosen_B1 == (stream.index(name) if name in stream else NOBODY)).double().mean())
+    return found
+
+
+def own_and_base(found: Mapping[str, float]) -> dict[str, float]:
+    """Returns the means over tasks and over base families."""
+    return {
+        "own": fmean(share for name, share in found.items() if name not in foundation.FOUNDATION),
+        "base": fmean(share for name, share in found.items() if name in foundation.FOUNDATION),
+    }
