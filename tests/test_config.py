@@ -246,3 +246,11 @@ def test_target_modules_are_a_regular_expression(file):
     assert "expert.target_modules: Value error, not a regular expression" in error_of(
         file, STREAM, "expert.target_modules=(q_proj"
     )
+
+
+def test_every_worker_has_rows() -> None:
+    tasks = {"tasks": [{"name": "one", "train": "a.jsonl", "eval": "b.jsonl"}]}
+    settings = {"stream": tasks, "expert": {"batch_size": 4}}
+    LearnConfig.model_validate(settings | {"training": {"workers": 4}})
+    with pytest.raises(ValueError, match=r"expert\.batch_size is 4 and training\.workers 6"):
+        LearnConfig.model_validate(settings | {"training": {"workers": 6}})

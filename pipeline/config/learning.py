@@ -4,7 +4,7 @@ import re
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import AfterValidator, Field
+from pydantic import AfterValidator, Field, model_validator
 
 from pipeline.config.group import Config, without_secrets
 from pipeline.config.stream import DataConfig, StreamConfig
@@ -205,6 +205,16 @@ class LearnConfig(Config):
     training: TrainingConfig = TrainingConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     registry: RegistryConfig = RegistryConfig()
+
+    @model_validator(mode="after")
+    def _every_worker_has_rows(self) -> "LearnConfig":
+        rows, workers = self.expert.batch_size, self.training.workers
+        if rows < workers:
+            raise ValueError(
+                f"expert.batch_size is {rows} and training.workers {workers}: some workers would have no row in any step; "
+                f"raise expert.batch_size to at least {workers}, or lower training.workers"
+            )
+        return self
 
     @property
     def folder(self) -> Path:

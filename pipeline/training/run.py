@@ -17,6 +17,9 @@ from pipeline.training.staging import ADAPTER, EXPERT
 from pipeline.training.telemetry import Step, listening
 from pipeline.training.worker import Job, train
 
+FEWEST_ROWS = 4
+"""Rows from which the spread of a task's prompts can be told."""
+
 
 class TrainingError(UserError):
     """A task that could not be trained; nothing was added to the pool."""
@@ -76,6 +79,10 @@ def run_training(
     training = job.training
     if rows.count < training.workers:
         raise TrainingError(f"task {job.task!r}: {rows.count} rows cannot be split among {training.workers} workers")
+    if job.router_stage and rows.count < FEWEST_ROWS:
+        raise TrainingError(
+            f"task {job.task!r}: {rows.count} rows are too few for its statistics; at least {FEWEST_ROWS} are needed"
+        )
     with listening(on_steps) as telemetry:
         trainer = _Trainer(
             train,

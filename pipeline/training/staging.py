@@ -9,14 +9,23 @@ from typing import Any
 import ray.train
 import torch.distributed as dist
 
+from pipeline.training.randomness import load_random_state, save_random_state
+
 PROGRESS, ADAPTER, ENGINE, EXPERT = "progress.json", "adapter", "engine", "expert"
 """What a checkpoint holds: where it stands; the adapter once it is trained; until then DeepSpeed's trainable weights and
 optimizer; at the end the expert."""
 
 
-def random_file(rank: int) -> str:
-    """Names the file in a checkpoint that holds a rank's random state."""
-    return f"random-{rank}.safetensors"
+def save_state(engine: Any, folder: Path) -> None:
+    """Writes an engine's trainable weights and optimizer and the rank's random state; every rank calls it."""
+    engine.save_checkpoint(str(folder / ENGINE), tag="last", exclude_frozen_parameters=True)
+    save_random_state(folder / f"random-{dist.get_rank()}.safetensors")
+
+
+def load_state(engine: Any, folder: Path) -> None:
+    """Reads what `save_state` wrote with as many ranks; training then goes on as if it had not been interrupted."""
+    engine.load_checkpoint(str(folder / ENGINE), load_module_strict=False)
+    load_random_state(folder / f"random-{dist.get_rank()}.safetensors")
 
 
 class Staging:

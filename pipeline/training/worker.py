@@ -20,7 +20,7 @@ from pipeline.streams.training_rows import TrainingRows
 from pipeline.training.collector import EvidenceCollector, collect_features
 from pipeline.training.lockstep import VisionLockstep
 from pipeline.training.loop import Divergence, StageClock, run_steps
-from pipeline.training.randomness import load_random_state, save_random_state, seed_all
+from pipeline.training.randomness import seed_all
 from pipeline.training.stages import (
     adapted_paths,
     checkpoint_activations,
@@ -31,7 +31,7 @@ from pipeline.training.stages import (
     with_lora,
     without_dropout,
 )
-from pipeline.training.staging import ADAPTER, ENGINE, EXPERT, PROGRESS, Staging, random_file
+from pipeline.training.staging import ADAPTER, EXPERT, PROGRESS, Staging, load_state, save_state
 from pipeline.training.zero import (
     base_dtype,
     close_engine,
@@ -160,8 +160,7 @@ class Worker:
         seed_all(job.seed, 1, self.rank)  # each rank's own: dropout
         begin, clock = 0, StageClock()
         if folder is not None and progress["world"] == self.world:
-            engine.load_checkpoint(str(folder / ENGINE), load_module_strict=False)
-            load_random_state(folder / random_file(self.rank))
+            load_state(engine, folder)
             begin, clock = progress["step"], StageClock(**progress["clock"])
         engine.train()
 
@@ -169,8 +168,7 @@ class Worker:
             self._step_done("expert", step, config.steps, loss)
             if step % job.training.checkpoint_every == 0 and step < config.steps:
                 draft = self._checkpoint({"stage": "expert", "step": step, "clock": vars(clock)})
-                engine.save_checkpoint(str(draft / ENGINE), tag="last", exclude_frozen_parameters=True)
-                save_random_state(draft / random_file(self.rank))
+                save_state(engine, draft)
                 self.staging.report(draft)
 
         steps = range(begin, config.steps)

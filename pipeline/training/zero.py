@@ -84,8 +84,12 @@ def close_engine(engine: Any) -> None:
     from deepspeed.runtime.zero import parameter_offload
 
     engine.destroy()
-    # Where ZeRO-3 leaves the model for ever, and with it the engine's hooks, buckets and optimizer states.
+    # What ZeRO-3 leaves behind keeps the engine with its buckets and optimizer alive: the model on a list, and on every
+    # module backward functions, which the next engine would even use instead of its own.
     parameter_offload.FWD_MODULE_STACK.clear()
+    for module in engine.module.modules():
+        for name in ("pre_bwd_fn", "post_bwd_fn"):
+            module.__dict__.pop(name, None)
 
 
 def free_memory() -> None:

@@ -17,6 +17,7 @@ from pipeline.models.bases import load_base
 from pipeline.routing.expert import Expert
 from pipeline.streams.preprocess import Part, prepare
 from pipeline.streams.training_rows import TrainingRows
+from pipeline.training import run
 from pipeline.training.run import TrainingError, run_training
 from pipeline.training.worker import Job
 
@@ -63,21 +64,30 @@ ONE = TrainingConfig(threads=1, checkpoint_every=4)
 
 @pytest.fixture(scope="module")
 def trained(rows, tiny_folder, worker_env, tmp_path_factory):
+    def counted(settings):
+        from pipeline.training import worker
+
+        loads, load = [], worker.load_base
+        worker.load_base = lambda *args, **kwargs: loads.append(None) or load(*args, **kwargs)
+        return worker.train(settings) | {"loads": len(loads)}
+
     seen = []
-    storage = tmp_path_factory.mktemp("storage")
-    result = run_training(
-        make_job(tiny_folder, "one", training=ONE),
-        rows,
-        storage=storage,
-        on_steps=seen.extend,
-        worker_env=worker_env,
-    )
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(run, "train", counted)
+        result = run_training(
+            make_job(tiny_folder, "one", training=ONE),
+            rows,
+            storage=tmp_path_factory.mktemp("storage"),
+            on_steps=seen.extend,
+            worker_env=worker_env,
+        )
     return result, seen
 
 
 def test_a_run_leaves_a_complete_expert(trained, tiny_folder):
     result, seen = trained
     expert = Expert.load(result.expert)
+    assert result.figures["loads"] == 1, "one base for both stages"
     assert {step.stage for step in seen} == {"expert", "router"}
     assert [step.step for step in seen if step.stage == "expert"] == list(range(1, 13))
     assert result.figures["expert_losses"][-1] < result.figures["expert_losses"][0]
@@ -127,7 +137,7 @@ def test_a_killed_worker_comes_back_and_ends_with_the_same_expert(trained, rows,
 
 @pytest.mark.parametrize(("workers", "stage"), [(1, 0), (2, 2), (2, 3)])
 def test_zero_stages_and_workers(workers, stage, trained, rows, tiny_folder, worker_env, tmp_path):
-    training = TrainingConfig(workers=workers, threads=1, zero_stage=stage)
+    training = TrainingConfig(workers=workers, threads=1, zero_stage=stage, zero_persistence_threshold=0)
     job = make_job(tiny_folder, f"zero{stage}", training=training)
     result = run_training(job, rows, storage=tmp_path, worker_env=worker_env)
     expert = Expert.load(result.expert)

@@ -1,0 +1,231 @@
+"""Both stages on DeepSpeed's engines in a gloo group of their own, without Ray: what ranks and engines must agree on."""
+
+import gc
+import weakref
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+from PIL import Image
+from torch import Tensor, nn
+
+from jobs.benchmark.real_size import loss as benchmark
+from jobs.benchmark.real_size.loss import OneStep
+from jobs.benchmark.real_size.ranks import run_ranks
+from pipeline.config import BaseModelConfig, ExpertConfig, TrainingConfig
+from pipeline.models.bases import Base, load_base
+from pipeline.models.prompts import Encoded, collate_for
+from pipeline.routing.expert import load_adapters
+from pipeline.training.collector import EvidenceCollector, collect_features
+from pipeline.training.lockstep import VisionLockstep
+from pipeline.training.loop import StageClock, run_steps
+from pipeline.training.randomness import seed_all
+from pipeline.training.stages import answer_loss, heard_paths, save_lora, with_gates, with_lora, without_dropout
+from pipeline.training.staging import load_state, save_state
+from pipeline.training.zero import (
+    base_dtype,
+    close_engine,
+    free_memory,
+    gathered,
+    sharded_loading,
+    start_engine,
+    zero_config,
+)
+from tests.helpers import ask, features_of
+
+PICTURE = Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8))
+
+
+def test_micro_batches_and_workers_do_not_change_the_gradient() -> None:
+    assert benchmark.measure()["gradient_difference"] <= 1e-5
+
+
+def rows_of(base: Base, *, images: bool) -> list[Encoded]:
+    pictures = [PICTURE] if images else []
+    return [ask(base.processor, f"repeat : {word}", *pictures, answer=word) for word in ("red", "blue")]
+
+
+def steps(engine: Any, batches: Sequence[dict[str, Any]], count: int, **kwargs: Any) -> list[float]:
+    clock = StageClock()
+    run_steps(
+        engine,
+        OneStep(batches),
+        range(count),
+        explosion=1e9,
+        clock=clock,
+        on_step=lambda step, loss: None,
+        **kwargs,
+    )
+    return clock.losses
+
+
+def living(base: Base) -> tuple[int, int]:
+    """Returns how many input embeddings of such a base, and how many engines, are in memory."""
+    shape = (base.model.config.get_text_config().vocab_size, base.width)
+    objects = gc.get_objects()
+    parameters = [o for o in objects if isinstance(o, nn.Parameter)]
+    bases = sum(tuple(getattr(p, "ds_shape", p.shape)) == shape for p in parameters)
+    return bases, sum(type(o).__name__ == "DeepSpeedEngine" for o in objects)
+
+
+def both_stages(path: str, folder: Path, training: TrainingConfig, dtype: str) -> dict[str, Any]:
+    """Trains on rank 0's rows with and without images and on the others' without; on one base."""
+    rank = dist.get_rank()
+    settings = zero_config(training, micro_batch=2, accumulated=2, clip=1.0)
+    precision = torch.bfloat16 if training.precision == "bf16" else torch.float32
+    found: dict[str, Any] = {}
+    with sharded_loading(settings):
+        base = load_base(base_dtype(BaseModelConfig(path=path, dtype=dtype), training))
+        if training.zero_stage == 3:
+            VisionLockstep(base, "cpu")
+        mixed = [rows_of(base, images=rank == 0), rows_of(base, images=False)]
+        batches = [collate_for(base.processor, rows) for rows in mixed]
+
+        def expert_stage() -> weakref.ref[Any]:
+            torch.manual_seed(0)
+            peft: Any = with_lora(base, ExpertConfig(rank=4), dtype=precision)
+            engine = start_engine(peft, settings, learning_rate=5e-3, weight_decay=0.0, schedule=lambda step: 1.0)
+            engine.train()
+            found["expert"] = steps(engine, batches, 4)
+            found["buffers"] = {buffer.dtype for _, buffer in base.model.named_buffers()}
+            save_lora(peft, folder, write=rank == 0)
+            close_engine(engine)
+            peft.unload()
+            return weakref.ref(engine.optimizer)
+
+        optimizer = expert_stage()
+        free_memory()
+        dist.barrier()
+        found["freed"] = optimizer() is None
+        found["living"] = living(base)
+        heard = heard_paths(base, "auto")
+        gates = with_gates(base.model, folder, dtype=precision)
+        engine = start_engine(base.model, settings, learning_rate=5e-3, weight_decay=0.0, schedule=lambda step: 1.0)
+        without_dropout(engine)
+        own = [batches[0], batches[1] if rank == 0 else None]
+        found["features"] = collect_features(engine, base, own, width=3 * base.width, device="cpu")
+        evidence = EvidenceCollector(base.model, heard)
+        found["router"] = steps(engine, batches, 3, before=evidence.expect)
+        found["samples"] = {len(samples) for samples in evidence.collect().values()}
+        found["whole"] = sum(parameter.numel() > 0 for parameter in base.model.parameters())
+        with gathered([gate.vector for gate in gates.values()]):
+            found["moved"] = all(bool(gate.vector.any()) for gate in gates.values())
+    return found
+
+
+@pytest.mark.parametrize(
+    ("workers", "training", "dtype"),
+    [
+        (2, TrainingConfig(zero_stage=3, zero_persistence_threshold=0), "float32"),
+        (2, TrainingConfig(zero_stage=3, zero_persistence_threshold=0, precision="bf16"), "bfloat16"),
+        (2, TrainingConfig(precision="bf16"), "float32"),
+        (1, TrainingConfig(), "bfloat16"),
+    ],
+    ids=["sharded", "sharded-bf16", "bf16-on-fp32", "fp32-on-bf16"],
+)
+def test_both_stages_train_on_one_base(workers, training, dtype, tiny_folder, tiny_base, tmp_path) -> None:
+    found = run_ranks(both_stages, workers, str(tiny_folder), tmp_path, training, dtype)
+    for rank in found:
+        assert rank["expert"] == found[0]["expert"], "all know the step's loss"
+        assert rank["expert"][-1] < rank["expert"][0]
+        assert rank["router"][-1] < rank["router"][0]
+        assert rank["moved"]
+        assert rank["buffers"] == {torch.float32}, "rotary frequencies are exact"
+        assert rank["samples"] == {3 * 4 * workers}
+        assert torch.equal(rank["features"], found[0]["features"])
+        assert rank["living"] == (1, 0), "one base, and no engine is left"
+        assert rank["freed"], "nor its optimizer"
+        if training.zero_stage == 3:
+            assert rank["whole"] == 0, "everything is sharded"
+    prompts = [rows_of(tiny_base, images=True), rows_of(tiny_base, images=False)] + [
+        rows_of(tiny_base, images=False)
+    ] * (workers - 1)
+    expected = torch.cat([prompt_features(tiny_base, rows) for rows in prompts])
+    exact = training.precision == "fp32" and dtype == "float32"
+    torch.testing.assert_close(found[0]["features"], expected, **({} if exact else {"rtol": 0.05, "atol": 0.05}))
+
+
+def prompt_features(base: Base, rows: list[Encoded]) -> Tensor:
+    """Returns features of the prompts alone, from a whole forward pass."""
+    batch = collate_for(base.processor, rows)
+    mask = batch["attention_mask"].bool() & (batch["labels"] < 0)
+    return features_of(base, rows, side="right", prompt_mask=mask)
+
+
+def interrupted(path: str, folder: Path, training: TrainingConfig, restart: bool) -> Tensor:
+    """Trains five steps with dropout; with `restart`, a new engine goes on after the second."""
+    settings = zero_config(training, micro_batch=2, accumulated=1, clip=1.0)
+    with sharded_loading(settings):
+        base = load_base(BaseModelConfig(path=path))
+        batch = collate_for(base.processor, rows_of(base, images=False))
+
+        def engine_of_its_own() -> Any:
+            seed_all(0)
+            peft = with_lora(base, ExpertConfig(rank=4, dropout=0.3))
+            engine = start_engine(peft, settings, learning_rate=5e-3, weight_decay=0.0, schedule=lambda step: 1.0)
+            seed_all(0, 1, dist.get_rank())
+            engine.train()
+            return engine
+
+        engine = engine_of_its_own()
+        steps(engine, [batch], 2)
+        if restart:
+            save_state(engine, folder)
+            dist.barrier()
+            close_engine(engine)
+            engine.module.unload()
+            engine = engine_of_its_own()
+            load_state(engine, folder)
+        steps(engine, [batch], 3)
+        trained = [parameter for parameter in engine.module.parameters() if parameter.requires_grad]
+        with gathered(trained):
+            return torch.cat([parameter.detach().flatten().clone() for parameter in trained])
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_training_goes_on_bit_for_bit_with_dropout(stage, tiny_folder, tmp_path) -> None:
+    training = TrainingConfig(zero_stage=stage, zero_persistence_threshold=0)
+    whole, restarted = (
+        run_ranks(interrupted, 2, str(tiny_folder), tmp_path, training, restart) for restart in (False, True)
+    )
+    assert torch.equal(whole[0], whole[1])
+    assert torch.equal(whole[0], restarted[0])
+
+
+def trained_logits(path: str, folder: Path) -> tuple[Tensor, Tensor]:
+    """Returns the logits of a long row in the bf16 engine that trained, and by the saved expert on a base as served."""
+    training = TrainingConfig(precision="bf16")
+    settings = zero_config(training, micro_batch=1, accumulated=1, clip=1.0)
+    base = load_base(base_dtype(BaseModelConfig(path=path), training))
+    torch.manual_seed(0)
+    peft = with_lora(base, ExpertConfig(rank=4), dtype=torch.bfloat16)
+    engine = start_engine(peft, settings, learning_rate=5e-3, weight_decay=0.0, schedule=lambda step: 1.0)
+    row = ask(base.processor, "repeat : " + "red blue " * 400, answer="red blue " * 20)
+    batch = collate_for(base.processor, [row])
+    steps(engine, [batch], 1)
+    save_lora(peft, folder, write=True)
+    inputs = {name: value for name, value in batch.items() if name != "labels"}
+    engine.eval()
+    with torch.no_grad():
+        found = engine(**inputs, use_cache=False).logits.float()
+    served = load_base(BaseModelConfig(path=path))
+    for name, adapter in load_adapters(folder)[1].items():
+        linear = served.model.get_submodule(name)
+        linear.weight.data += adapter.scaling * adapter.b_OR.float() @ adapter.a_RD.float()
+    with torch.no_grad():
+        return found, served.model(**inputs, use_cache=False).logits
+
+
+def test_an_expert_trained_in_bf16_is_served_as_it_was_trained(tiny_folder, tmp_path) -> None:
+    ((found, served),) = run_ranks(trained_logits, 1, str(tiny_folder), tmp_path)
+    assert float((found - served).norm() / served.norm()) < 0.03
+
+
+def test_a_batch_without_answers_has_no_loss(tiny_base) -> None:
+    batch = collate_for(tiny_base.processor, rows_of(tiny_base, images=False))
+    batch["labels"].fill_(-100)
+    assert answer_loss(tiny_base.model, batch, reduction="sum").item() == 0
