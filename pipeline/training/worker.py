@@ -10,6 +10,7 @@ import ray.train
 import torch
 
 from pipeline.config import BaseModelConfig, Config, ExpertConfig, RouterConfig, TrainingConfig
+from pipeline.errors import UserError
 from pipeline.models.bases import Base, load_base
 from pipeline.models.prompts import collate_for
 from pipeline.routing.expert import Expert, ExpertCard, ExpertError, load_adapters
@@ -88,7 +89,7 @@ def train(settings: dict[str, Any]) -> dict[str, Any]:
         worker = Worker(job, rows, telemetry, staging)
         try:
             return worker.run()
-        except (Divergence, ExpertError) as error:
+        except (Divergence, UserError) as error:
             return {"failure": str(error)}
         finally:
             worker.tell()  # the last losses before a failure are those one wants to see

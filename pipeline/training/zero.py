@@ -82,14 +82,22 @@ def base_dtype(base: BaseModelConfig, training: TrainingConfig) -> BaseModelConf
 def close_engine(engine: Any) -> None:
     """Takes an engine's hooks off its model; what it held is free once its last name is gone and `free_memory` is called."""
     from deepspeed.runtime.zero import parameter_offload
+    from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator
 
     engine.destroy()
-    # What ZeRO-3 leaves behind keeps the engine with its buckets and optimizer alive: the model on a list, and on every
-    # module backward functions, which the next engine would even use instead of its own.
+    # What ZeRO-3 leaves behind keeps the engine with its buckets and optimizer alive: the model on a list and in a cache
+    # without end inside a decorated method, the optimizer on every weight, and on every module backward functions, which the
+    # next engine would even use instead of its own.
+    cached: Any = vars(PartitionedParameterCoordinator)["_PartitionedParameterCoordinator__params_to_release"]
+    for cell in cached.__closure__ or ():
+        if hasattr(cell.cell_contents, "cache_clear"):
+            cell.cell_contents.cache_clear()
     parameter_offload.FWD_MODULE_STACK.clear()
     for module in engine.module.modules():
         for name in ("pre_bwd_fn", "post_bwd_fn"):
             module.__dict__.pop(name, None)
+    for parameter in engine.module.parameters():
+        parameter.__dict__.pop("_z3_optimizer", None)
 
 
 def free_memory() -> None:

@@ -1,6 +1,8 @@
 """Real Ray Train runs under real DeepSpeed, on the untrained tiny base."""
 
 import json
+import signal
+import time
 from contextlib import suppress
 from pathlib import Path
 
@@ -8,6 +10,7 @@ import psutil
 import pytest
 import torch
 from peft import PeftModel
+from ray.util.state import list_actors
 from safetensors.torch import load_file
 
 from cluster.local import connect
@@ -82,6 +85,14 @@ def trained(rows, tiny_folder, worker_env, tmp_path_factory):
             worker_env=worker_env,
         )
     return result, seen
+
+
+def test_a_run_leaves_no_controller_and_no_handler_of_signals(trained):
+    deadline = time.monotonic() + 10  # the cluster notes an actor's end a moment later
+    while left := list_actors(filters=[("class_name", "=", "TrainController"), ("state", "=", "ALIVE")]):
+        assert time.monotonic() < deadline, left
+        time.sleep(0.2)
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
 def test_a_run_leaves_a_complete_expert(trained, tiny_folder):
