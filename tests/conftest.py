@@ -29,6 +29,27 @@ def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def wide_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Checkpoint folder of a random InternVL as wide as prompt features must be projected for (width 512).
+
+    Image tokens are a hundred times as long as text embeddings, as in trained bases.
+    """
+    folder = tmp_path_factory.mktemp("checkpoints") / "wide"
+    processor = tiny_processor(vocabulary())
+    with torch.random.fork_rng():
+        torch.manual_seed(1)
+        model = build_tiny(processor, vision_width=64, vision_layers=1, width=512, layers=2)
+    with torch.no_grad():
+        embeddings = model.get_input_embeddings().weight
+        embeddings *= 0.4 / embeddings.norm(dim=-1).mean()
+        projector = model.model.multi_modal_projector.linear_2
+        projector.weight *= 40 / projector.weight.norm(dim=-1).mean() / 512**0.5
+    model.save_pretrained(folder)
+    processor.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
 def tiny_base(tiny_folder: Path) -> Base:
     """The base of `tiny_folder`; tests that change its modules put them back."""
     return load_base(BaseModelConfig(path=str(tiny_folder)))
