@@ -25,7 +25,6 @@ from pipeline.evaluation.evaluate import Evaluation
 from pipeline.routing.expert import Expert, ExpertCard, load_adapters
 from pipeline.routing.pool import Pool
 from pipeline.routing.statistics import PromptStatistics
-from pipeline.streams.training_rows import joined
 from pipeline.training.run import Trained
 
 ROUTERS: dict[str, dict[str, str]] = {
@@ -99,11 +98,10 @@ def _multitask(run: StreamRun) -> tuple[Evaluation, dict[str, Any]]:
     run.terminal.say(f"[bold]multi-task training on all {len(tasks)} tasks[/bold]")
     key = digest("multitask", [run.identity.expert(task) for task in tasks])
     expert = run.config.expert.model_copy(update={"steps": run.config.expert.steps * len(tasks)})
-    jobs = [run.job(task, key, task="multitask", expert=expert, router_stage=False) for task in tasks]
-    job = jobs[0][0].model_copy(update={"data_fingerprint": key})
-    trained = run.train(job, joined([rows for _, rows in jobs]))
-    for task in tasks:
-        run.release(task)
+    changes = {"task": "multitask", "data_fingerprint": key, "expert": expert, "router_stage": False}
+    with run.terminal.working(f"reading {len(tasks)} tasks"):
+        rows = run.all_training_rows()
+    trained = run.train(run.job_alone(tasks[0], key, **changes), rows)
     figures = {"samples": trained.figures["samples"], "seconds": trained.figures["expert_seconds"]}
     return _only(run, "multitask", trained, key), figures
 

@@ -77,6 +77,14 @@ class StreamRun:
             self._training[task.name] = self._prepare({task.name: (task.train, task.prompt)}, "train", answer=True)
         return self._training[task.name]
 
+    def all_training_rows(self) -> TrainingRows:
+        """Returns the training rows of all tasks at once, for methods that cannot do without; `data.cache` decides for all."""
+        parts = {}
+        for task in self.config.stream.tasks:
+            assert task.train is not None
+            parts[task.name] = task.train.model_copy(update={"cache": None}), task.prompt
+        return self._prepare(parts, "train", answer=True).training_rows(list(parts))
+
     def release(self, task: TaskConfig) -> None:
         """Gives a task's encoded training rows back; memory must not grow with the number of tasks."""
         self._training.pop(task.name, None)
@@ -167,7 +175,10 @@ class StreamRun:
 
     def job(self, task: TaskConfig, digest_: str, /, **changes: Any) -> tuple[Job, TrainingRows]:
         """Returns the training job of a task and its rows; `changes` to the job make it another method's."""
-        rows = self.training_rows(task)
+        return self.job_alone(task, digest_, **changes), self.training_rows(task).training_rows([task.name])
+
+    def job_alone(self, task: TaskConfig, digest_: str, /, **changes: Any) -> Job:
+        """Returns the training job of a task, without its rows."""
         job = Job(
             task=task.name,
             digest=digest_,
@@ -180,7 +191,7 @@ class StreamRun:
             vision=self.vision,
             by_length=self.config.data.by_length,
         )
-        return job.model_copy(update=changes), rows.training_rows([task.name])
+        return job.model_copy(update=changes)
 
     @cached_property
     def worker_env(self) -> dict[str, str]:

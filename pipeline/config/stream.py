@@ -52,6 +52,8 @@ class SourceConfig(Config):
     """Folder or URI that image paths count from, and must lie in; default: the folder of the file that names them."""
     limit: int | None = Field(default=None, ge=1)
     """Read at most this many rows, the first in order of the files' names; of `mmbench` whole questions, at least one."""
+    cache: Literal["auto", "memory", "none"] | None = None
+    """`data.cache` for this source alone, where its rows are learned; default: what `data.cache` says."""
 
     @model_validator(mode="after")
     def _a_layout_has_its_columns(self) -> "SourceConfig":

@@ -91,7 +91,8 @@ def prepare(
     the folder `features`, under each part's key, computed by `workers`. Raises StreamError when a task's share of bad
     rows exceeds `data.max_bad_share`, more files are lost than `data.max_lost_files`, or no row is left.
     """
-    fits = data.cache == "memory" or (data.cache == "auto" and _fits(parts, data, base, data_folder))
+    wishes = {part.source.cache or data.cache for part in parts.values()} if answer else {data.cache}
+    fits = wishes == {"memory"} or ("none" not in wishes and _fits(parts, data, base, data_folder))
     streaming = answer and not fits
     streamed: dict[str, StreamedPart] = {}
     encoded = {}

@@ -246,7 +246,7 @@ def fingerprint(source: SourceConfig, folder: Path) -> str:
     Images that rows name by their paths are not looked at.
     """
     filesystem, files, kind = resolve(source, folder)
-    settings = source.model_dump_json(exclude={"path", "format"})
+    settings = source.model_dump_json(exclude={"path", "format", "cache"})
     digest = hashlib.sha256(f"{kind} {settings}".encode())
     try:
         for file in files:

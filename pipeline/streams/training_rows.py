@@ -82,11 +82,3 @@ class StreamedRows:
 
     def _encoded(self, windows: list[Window]) -> Iterator[Encoded]:
         return encoded_windows(self._parts, windows, workers=self._workers)
-
-
-def joined(rows: Sequence[TrainingRows]) -> TrainingRows:
-    """Returns the rows of several tasks together; they stream if those of one task do."""
-    count = sum(part.count for part in rows)
-    if all(part.cached for part in rows):
-        return TrainingRows(count, tuple(block for part in rows for block in part.blocks))
-    return TrainingRows(count, parts=tuple(streamed for part in rows for streamed in part.parts))

@@ -107,5 +107,7 @@ def test_callers_at_once_get_their_own_answers(learned, monkeypatch):
     rows += [{"prompt": "which hour does the clock show ?", "image": row["images"][0]["bytes"]} for row in images]
     alone = [model.predict([row], {"max_new_tokens": 2}).to_dict("records")[0] for row in rows]
     with ThreadPoolExecutor(4) as threads:
-        together = list(threads.map(lambda row: model.predict([row], {"max_new_tokens": 2}).to_dict("records")[0], rows))
+        together = list(
+            threads.map(lambda row: model.predict([row], {"max_new_tokens": 2}).to_dict("records")[0], rows)
+        )
     assert together == alone

@@ -11,6 +11,7 @@ import pytest
 from cluster.local import connect
 from pipeline.config import BaseModelConfig, ColumnsConfig, DataConfig, SourceConfig
 from pipeline.models.prompts import IGNORED
+from pipeline.streams import sources
 from pipeline.streams.encoding import Part, check_metric
 from pipeline.streams.packing import unpack
 from pipeline.streams.preprocess import prepare
@@ -173,3 +174,20 @@ def test_several_tasks_in_one_pass(tiny_folder, tmp_path):
 def test_rows_that_a_metric_cannot_score_are_bad(metric, reference, said):
     with pytest.raises(BadRow, match=said) if said else nullcontext():
         check_metric(reference, metric)
+
+
+def test_a_source_may_stream_where_others_are_cached(tmp_path):
+    """One source says so for its training rows; what it is does not change by it."""
+    cached = SourceConfig(path="embedded://successor/train", limit=20)
+    streamed = cached.model_copy(update={"cache": "none"})
+    assert sources.fingerprint(cached, tmp_path) == sources.fingerprint(streamed, tmp_path)
+    found = prepare(
+        {"successor": Part(streamed)},
+        DataConfig(),
+        base=BaseModelConfig(),
+        data_folder=tmp_path,
+        quarantine=tmp_path,
+        answer=True,
+    )
+    assert not found.training_rows(["successor"]).cached
+    assert found.counts == {"successor": 20}

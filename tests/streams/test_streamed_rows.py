@@ -19,7 +19,7 @@ from pipeline.streams.batch_loader import BatchLoader, StepLayout, distinct_batc
 from pipeline.streams.encoding import Part
 from pipeline.streams.preprocess import Prepared, prepare
 from pipeline.streams.sources import StreamError
-from pipeline.streams.training_rows import TrainingRows, joined
+from pipeline.streams.training_rows import TrainingRows
 from pipeline.streams.windows import spans, windows_between
 
 KINDS = ("red", "blue", "one", "two")
@@ -165,7 +165,7 @@ def test_several_tasks_come_mixed_where_one_of_them_streams(tiny_folder, tmp_pat
         (tmp_path / name).mkdir()
     one = streamed(write(tmp_path / "one", "parquet", 20), tiny_folder, tmp_path / "one")
     two = streamed(write(tmp_path / "two", "jsonl", 12), tiny_folder, tmp_path / "two")
-    both = joined([one, two])
+    both = TrainingRows(one.count + two.count, parts=one.parts + two.parts)
     assert both.count == 32
     assert sorted(drawn(both, range(4))) == sorted(
         drawn(one, range(20), batch_size=1) + drawn(two, range(12), batch_size=1)
