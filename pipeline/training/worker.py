@@ -10,7 +10,6 @@ import ray.train
 import torch
 
 from pipeline.config import BaseModelConfig, Config, ExpertConfig, RouterConfig, TrainingConfig
-from pipeline.errors import UserError
 from pipeline.models.bases import Base, load_base
 from pipeline.models.prompts import collate_for
 from pipeline.routing.expert import Expert, ExpertCard, ExpertError, load_adapters
@@ -80,7 +79,8 @@ def train(settings: dict[str, Any]) -> dict[str, Any]:
     """Trains one task; Ray Train runs this on every rank.
 
     Returns rank 0's figures: losses, seconds and data wait of both stages, or `failure` with the reason. A failure that
-    would come back on every retry (divergence, an expert that learned nothing) is returned, not raised.
+    would come back on every retry (divergence, an expert that learned nothing) is returned, not raised; all ranks see it.
+    What one rank alone meets must be raised: the others would wait for it.
     """
     telemetry = settings.pop("telemetry", None)
     rows = settings.pop("rows")
@@ -89,7 +89,7 @@ def train(settings: dict[str, Any]) -> dict[str, Any]:
         worker = Worker(job, rows, telemetry, staging)
         try:
             return worker.run()
-        except (Divergence, UserError) as error:
+        except (Divergence, ExpertError) as error:
             return {"failure": str(error)}
         finally:
             worker.tell()  # the last losses before a failure are those one wants to see
