@@ -5,7 +5,7 @@ import torch
 
 from jobs.benchmark import routers
 from jobs.benchmark.routers import among_many
-from pipeline.config import LearnConfig, StreamConfig
+from pipeline.config import LearnConfig, StreamConfig, TaskConfig
 from pipeline.routing import Pool
 from tests.helpers import checksum
 
@@ -15,7 +15,8 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> LearnConfig:
     """So few steps that nothing is learned, which routing does not mind."""
     for name, value in {"STEPS": 2, "TRAIN_ROWS": 64, "PROMPTS": 8}.items():
         monkeypatch.setattr(routers, name, value)
-    config = LearnConfig(stream=StreamConfig(tasks=()))
+    task = TaskConfig(name="any", train="embedded://clock/train", eval="embedded://clock/eval")
+    config = LearnConfig(stream=StreamConfig(tasks=(task,)))
     return config.model_copy(update={"training": config.training.model_copy(update={"threads": 1})})
 
 
