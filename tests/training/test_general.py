@@ -52,8 +52,13 @@ def test_all_workers_read_and_results_keep_their_order(tiny_folder: Path, packed
     rows = ray.data.from_items(packed)
 
     def read(workers: InferenceWorkers) -> tuple[np.ndarray, np.ndarray]:
-        features, evidence = general_statistics(
-            rows, BaseModelConfig(path=str(tiny_folder)), wanted_width=None, targets="auto", workers=workers
+        (features,), evidence = general_statistics(
+            rows,
+            BaseModelConfig(path=str(tiny_folder)),
+            wanted_width=None,
+            null_components=1,
+            targets="auto",
+            workers=workers,
         )
         return features.mean_F.numpy(), next(iter(evidence.values())).mean_F.numpy()
 

@@ -194,7 +194,7 @@ def test_a_cpu_has_no_hours_and_no_allowance(bases: dict[str, Architecture]) -> 
 
 
 def test_sizes_are_those_on_disk(tiny_base: Any, known_pool: Pool, tmp_path: Path) -> None:
-    config = load_config(CONFIGS / "embedded.yaml", ["expert.rank=4"], LearnConfig)
+    config = load_config(CONFIGS / "embedded.yaml", ["expert.rank=4", "router.feature_width=null"], LearnConfig)
     plan = make_plan(config, architecture_of(tiny_base.model.config))
     expert = replace(make_expert(tiny_base, "mine", rank=4), evidence=next(iter(known_pool.experts.values())).evidence)
     folder = expert.save(tmp_path / "mine")
