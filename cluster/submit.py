@@ -18,6 +18,7 @@ from ray.exceptions import AuthenticationError
 from ray.job_submission import JobStatus, JobSubmissionClient
 
 from cluster.local import use_token
+from pipeline.config import without_secrets
 from pipeline.errors import UserError
 
 EXCLUDES = (
@@ -63,6 +64,7 @@ def submit(
     accepted. Raises SubmitError if the head is not reachable, refuses the token or the job.
     """
     client = _client(address)
+    address = without_secrets(address)
     try:
         name = client.submit_job(
             entrypoint=shlex.join(entrypoint),
@@ -98,13 +100,13 @@ def _client(address: str) -> JobSubmissionClient:
         return JobSubmissionClient(address)
     except (ConnectionError, requests.ConnectionError) as error:
         raise SubmitError(
-            f"no Ray head answers at {address}: {error}\n"
+            f"no Ray head answers at {without_secrets(address)}: {without_secrets(str(error))}\n"
             f"    check that it runs and that its dashboard is forwarded here: "
             f"`ray dashboard cluster/ray-cluster.yaml`, or `kubectl port-forward service/NAME-head-svc 8265:8265`"
         ) from error
     except AuthenticationError as error:
         raise SubmitError(
-            f"{address} refuses this user: {str(error).splitlines()[0]}\n    put the cluster's token (there: "
+            f"{without_secrets(address)} refuses this user: {str(error).splitlines()[0]}\n    put the cluster's token (there: "
             f"`ray get-auth-token`) into ~/.ray/auth_token here, or name its file in RAY_AUTH_TOKEN_PATH, "
             f"and have RAY_AUTH_MODE=token or unset"
         ) from error

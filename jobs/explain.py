@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
 from jobs.options import user_errors
 from jobs.terminal import Terminal, table
@@ -75,7 +75,7 @@ def _open(path: Path) -> Image.Image:
         return Image.open(path).convert("RGB")
     except FileNotFoundError:
         raise ConfigError(f"--image {path}: no such file") from None
-    except (UnidentifiedImageError, OSError) as error:
+    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
         raise ConfigError(f"--image {path}: not an image that can be read: {error}") from None
 
 

@@ -293,7 +293,7 @@ def _job(plan: Plan, gpu: str | None) -> Any:
 def _time(plan: Plan, gpu: str | None) -> Any:
     config, operations = plan.config, plan.operations
     rows = [
-        ["rows a step", f"{plan.rows_per_step} = {config.training.workers} x {plan.accumulated} x {plan.micro_batch}"],
+        ["rows a step", _dealt(plan)],
         ["tokens a step", f"{plan.rows_per_step * plan.typical.tokens:,}"],
     ]
     rows += [[f"operations a row: {name}", _tera(value)] for name, value in vars(operations).items() if value]
@@ -400,6 +400,13 @@ def _gb(value: float) -> str:
 
 def _mb(value: float) -> str:
     return f"{value / 1e9:.1f} GB" if value >= 1e9 else f"{value / 1e6:.1f} MB"
+
+
+def _dealt(plan: Plan) -> str:
+    """Returns how a step's rows are dealt."""
+    workers, passes, rows = plan.config.training.workers, plan.accumulated, plan.micro_batch
+    even = workers * passes * rows == plan.rows_per_step
+    return f"{plan.rows_per_step} {'=' if even else '<'} {workers} x {passes} x {rows}"
 
 
 def _tera(value: float) -> str:

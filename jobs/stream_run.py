@@ -297,7 +297,11 @@ def open_run(config: LearnConfig, *, job: str) -> Iterator[StreamRun]:
                 lambda: open_tracking(config.tracking_uri, config.registry.experiment, on_wait=terminal.say),
                 "opening MLflow",
             )
-        with tracked_run(experiment, f"{config.name} {job}", digest(config, run.fingerprint, job)) as run_id:
+        with tracked_run(
+            experiment,
+            f"{config.name} {job}",
+            digest(config.model_dump(mode="json", exclude={"registry"}), run.fingerprint, job),
+        ) as run_id:
             run.run_id = run_id
             log_config(run_id, config)
             run.metrics.write()  # of an earlier run, if the registry was away then

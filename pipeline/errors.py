@@ -29,6 +29,14 @@ def stored_file(file: Path, remedy: str, kind: type[UserError] = StoredFileError
         raise kind(f"{file}: missing; {remedy}") from None
     except OSError as error:
         raise kind(f"{file}: cannot be read: {error.strerror or error}; {remedy}") from None
-    except (ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
+    except (
+        ValueError,
+        LookupError,
+        TypeError,
+        AttributeError,
+        ArithmeticError,
+        RuntimeError,
+        SafetensorError,
+    ) as error:
         reason = (str(error) or type(error).__name__).splitlines()
         raise kind(f"{file}: damaged, or of another version: {' '.join(reason[:3])}; {remedy}") from None

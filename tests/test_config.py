@@ -14,6 +14,7 @@ from pipeline.config import (
     digest,
     fields_of,
     load_config,
+    without_secrets,
 )
 
 STREAM = """
@@ -254,3 +255,11 @@ def test_every_worker_has_rows() -> None:
     LearnConfig.model_validate(settings | {"training": {"workers": 4}})
     with pytest.raises(ValueError, match=r"expert\.batch_size is 4 and training\.workers 6"):
         LearnConfig.model_validate(settings | {"training": {"workers": 6}})
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["s3://b/k?secret_key=abc", "https://h/x?key=abc", "password: abc", "{'password': 'abc'}", "x?sas=abc&y=1"],
+)
+def test_keys_are_cut_out_of_any_text(text):
+    assert "abc" not in without_secrets(text)

@@ -23,7 +23,8 @@ class Config(BaseModel):
 _USER = re.compile(r"://(?:[^\s/?#]*|[^\s/@:]+:(?!\d+/)[^\s@]*)@")  # some keys hold a slash
 _QUERY = re.compile(r"(://[^\s?'\"]*)\?[^\s'\"]*")
 _KEY = re.compile(
-    r"\b([\w-]*(?:token|secret|passw(?:or)?d|signature|credential|access_?key(?:_?id)?|api_?key)|sig)=[^\s&'\"]+",
+    r"\b([\w-]*(?:token|secret(?:_?key)?|passw(?:or)?d|signature|credential|(?:access|api|account)_?key(?:_?id)?)"
+    r"|key|sig|sas|pwd|pass|auth|jwt)(['\"]?\s*[=:]\s*['\"]?)(?!\s)[^\s&'\"]+",
     re.IGNORECASE,
 )
 
@@ -34,7 +35,7 @@ def without_secrets(text: str) -> str:
     Of a URI goes what stands before the host and after `?` (user, password, keys, signatures); elsewhere the values of
     `token=`, `password=`, `sig=` and the like.
     """
-    return _KEY.sub(r"\1=***", _QUERY.sub(r"\1", _USER.sub("://", text)))
+    return _KEY.sub(r"\1\2***", _QUERY.sub(r"\1", _USER.sub("://", text)))
 
 
 def holds_secrets(text: str) -> bool:

@@ -84,7 +84,7 @@ def _fetched(uri: str) -> Path:
     Of several processes on a machine one copies and the others wait. A file appears under its name when all of it is here.
     """
     shown = without_secrets(uri)
-    folder = CACHE / hashlib.sha256(uri.rstrip("/").encode()).hexdigest()[:16]
+    folder = CACHE / hashlib.sha256(without_secrets(uri).rstrip("/").encode()).hexdigest()[:16]
     try:
         filesystem, root = fsspec.core.url_to_fs(uri)
         root = root.rstrip("/")

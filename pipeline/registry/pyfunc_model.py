@@ -5,7 +5,6 @@ path.
 """
 
 import base64
-import binascii
 import io
 from collections.abc import Iterator
 from typing import Any
@@ -13,7 +12,7 @@ from typing import Any
 import mlflow
 import pandas as pd
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
 from pipeline.config import BaseModelConfig
 from pipeline.errors import UserError
@@ -82,6 +81,8 @@ class RoutedPool(mlflow.pyfunc.PythonModel):
 def _encoded(processor: Any, table: pd.DataFrame) -> Iterator[Encoded]:
     images = table["image"] if "image" in table else [None] * len(table)
     for number, (prompt, value) in enumerate(zip(table["prompt"], images, strict=True)):
+        if not isinstance(prompt, str):
+            raise RowError(f"row {number}, column prompt: must be text, found {type(prompt).__name__}")
         image = read_image(value, number)
         if image is not None and IMAGE_PLACEHOLDER not in prompt:
             prompt = IMAGE_PLACEHOLDER + prompt
@@ -96,10 +97,12 @@ def read_image(value: Any, number: int) -> Image.Image | None:
     """Decodes the image of row `number` from encoded bytes or base64 text (None or NaN: no image); raises RowError."""
     if value is None or isinstance(value, float):
         return None
+    if not isinstance(value, (str, bytes, bytearray, memoryview)):
+        raise RowError(f"row {number}, column image: must be bytes or base64 text, found {type(value).__name__}")
     try:
         encoded = base64.b64decode(value, validate=True) if isinstance(value, str) else bytes(value)
         return Image.open(io.BytesIO(encoded)).convert("RGB")
-    except (binascii.Error, UnidentifiedImageError) as error:
+    except (ValueError, OSError, SyntaxError, Image.DecompressionBombError) as error:
         raise RowError(
             f"row {number}, column image: neither an encoded image (PNG, JPEG, ...) nor base64 text of one: {error}"
         ) from None

@@ -4,6 +4,9 @@ import json
 import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Annotated
+
+from pydantic import Field
 
 from pipeline.config import Config, RouterConfig
 from pipeline.errors import UserError, stored_file
@@ -30,7 +33,7 @@ class PoolCard(Config):
     """Fingerprint of the base's weights; experts of another base are refused."""
     router: RouterConfig
     """Router settings."""
-    experts: tuple[str, ...] = ()
+    experts: tuple[Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]+$")], ...] = ()
     """Names of the experts in order of arrival; each lies in `experts/<name>/`."""
     null: bool = False
     """Whether `null.safetensors` holds the statistics of general prompts."""

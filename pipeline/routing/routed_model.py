@@ -172,6 +172,8 @@ class RoutedModel:
             self._loaded = Routers(pool), experts
             self._versions.add(experts)
             self._note(last=Call())
+            self.current.recorded.clear()  # a backward pass that is due no more would keep the pool before
+            self.current.running = None
             needed = {path for version in self._versions for path in version.by_path}
             for path in self._replaced.keys() - needed:
                 self.model.set_submodule(path, self._replaced.pop(path))

@@ -1,8 +1,9 @@
 """Batches for a training worker: read ahead in the background, the wait measured.
 
 All epochs are one long sequence of rows, each epoch shuffled by seed and its number; optimizer step s takes the next
-`batch_size` of it, over the border of an epoch too. So a step holds the same rows whatever the number of workers or the
-size of their micro-batches, no row is left out for good, and a stage draws `steps * batch_size` rows.
+`batch_size` of it, over the border of an epoch too. So no row is left out for good, and a stage draws `steps * batch_size`
+rows. A step of cached rows holds the same whatever the number of workers or the size of their micro-batches; of rows that
+stream each worker draws its own.
 """
 
 import queue
@@ -168,8 +169,8 @@ class BatchLoader:
         layout = self._layout
         source = StreamedRows(self._rows, rank=self._rank, workers=layout.workers, seed=self._seed)
         rows = source.drawn(self._shares, self._steps)
+        last: Encoded | None = None
         for _ in self._steps:
-            last: Encoded | None = None
             for positions in layout.share(self._rank):
                 part = list(islice(rows, len(positions)))
                 if not part and last is None:

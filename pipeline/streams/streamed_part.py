@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 
@@ -75,12 +75,17 @@ class _Plan:
         for number in batch["window"].tolist():
             yield from _tables(self._rows(self.windows[number]))
 
-    def _rows(self, window: Window) -> Iterator[dict[str, Any]]:
-        pieces = [
+    @cached_property
+    def _pieces(self) -> list[tuple[int, int, Piece]]:
+        """Of every piece: its part's number, the place of its first row, itself. Made once: there may be many windows."""
+        return [
             (which, start, piece)
             for which, part in enumerate(self.parts)
             for start, piece in zip(_starts(part.pieces), part.pieces, strict=True)
         ]
+
+    def _rows(self, window: Window) -> Iterator[dict[str, Any]]:
+        pieces = self._pieces
         wanted = np.zeros(sum(stop - start for _, start, stop in window.reads), bool)
         wanted[window.order] = True
         reads, begin = [], 0

@@ -160,7 +160,8 @@ class Worker:
         )
         seed_all(job.seed, 1, self.rank)  # each rank's own: dropout
         begin, clock = 0, StageClock()
-        if folder is not None and progress["world"] == self.world:
+        same = {"world": self.world, "order": self.rows.order}
+        if folder is not None and same.items() <= progress.items():
             load_state(engine, folder)
             begin, clock = progress["step"], StageClock(**progress["clock"])
         engine.train()
@@ -305,4 +306,6 @@ class Worker:
 
     def _checkpoint(self, progress: dict[str, Any]) -> Path:
         """Starts a checkpoint that says where this run stands."""
-        return self.staging.checkpoint({"world": self.world, "figures": self.figures, **progress})
+        return self.staging.checkpoint(
+            {"world": self.world, "order": self.rows.order, "figures": self.figures, **progress}
+        )

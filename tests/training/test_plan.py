@@ -127,7 +127,7 @@ def test_longer_rows_and_larger_batches_need_more(bases: dict[str, Architecture]
 
 def test_rows_and_batches_are_those_of_the_worker(bases: dict[str, Architecture]) -> None:
     plan = shipped(bases, "internvl2_2b", "expert.batch_size=18", "training.micro_batch=3")
-    assert (plan.share, plan.micro_batch, plan.accumulated, plan.rows_per_step) == (4, 3, 1, 12)
+    assert (plan.share, plan.micro_batch, plan.accumulated, plan.rows_per_step) == (5, 3, 2, 18)
     assert plan.kernel == "masked"
     assert changed(plan, {"training.micro_batch": 1}).kernel == "flash"
     assert changed(plan, {"base.attention": "flash_attention_2"}).kernel == "flash"

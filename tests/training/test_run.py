@@ -89,7 +89,8 @@ def trained(rows, tiny_folder, worker_env, tmp_path_factory):
 
 def test_a_run_leaves_no_controller_and_no_handler_of_signals(trained):
     deadline = time.monotonic() + 10  # the cluster notes an actor's end a moment later
-    while left := list_actors(filters=[("class_name", "=", "TrainController"), ("state", "=", "ALIVE")]):
+    alive = [("class_name", "=", "TrainController"), ("state", "=", "ALIVE")]
+    while left := list_actors(address=connect().address, filters=alive):
         assert time.monotonic() < deadline, left
         time.sleep(0.2)
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler

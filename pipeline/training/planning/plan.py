@@ -9,6 +9,7 @@ from functools import cached_property
 
 from pipeline.config import LearnConfig
 from pipeline.models.architecture import PROJECTOR, VISION, Architecture
+from pipeline.streams.batch_loader import StepLayout
 from pipeline.training.planning.activations import Activations, Kernel, Pass, activations
 from pipeline.training.planning.compute import (
     Gpu,
@@ -78,23 +79,30 @@ class Plan:
 
     @property
     def share(self) -> int:
-        """Rows of a step that fall to one worker."""
-        return max(1, self.config.expert.batch_size // self.config.training.workers)
+        """Rows of a step that fall to one worker, at most."""
+        return -(-self.config.expert.batch_size // self.config.training.workers)
+
+    @property
+    def layout(self) -> StepLayout:
+        """How a step's rows are dealt, as training does it."""
+        training = self.config.training
+        micro_batch = min(training.micro_batch or self.share, self.share)
+        return StepLayout(self.config.expert.batch_size, training.workers, micro_batch)
 
     @property
     def micro_batch(self) -> int:
-        """Rows of one pass."""
-        return min(self.config.training.micro_batch or self.share, self.share)
+        """Rows of one pass, at most."""
+        return -(-self.layout.batch_size // (self.layout.workers * self.layout.accumulation))
 
     @property
     def accumulated(self) -> int:
         """Passes of a step."""
-        return self.share // self.micro_batch
+        return self.layout.accumulation
 
     @property
     def rows_per_step(self) -> int:
         """Rows of a step, over all workers."""
-        return self.micro_batch * self.accumulated * self.config.training.workers
+        return self.config.expert.batch_size
 
     @property
     def cached_vision(self) -> bool:
@@ -244,7 +252,7 @@ class Plan:
         """Seconds of a step: computing, or gathering weights where that takes longer; None on CPUs."""
         if self.gpu is None:
             return None
-        rows = self.rows_per_step / self.config.training.workers
+        rows = self.share  # the worker with most of them decides
         computing = rows * self.operations.total / (self.gpu.operations * self.assumptions.utilisation)
         return max(computing, self.gathering_seconds)
 
