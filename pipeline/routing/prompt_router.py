@@ -1,12 +1,14 @@
 """The prompt router: one decision a prompt, in closed form.
 
 Every expert is a Gaussian over the prompt features, with its own mean and its own covariance blended with that of all;
-general prompts, which belong to the null expert, are several (`gaussian`, `null`). All have equal priors. A linear score by
-the shared covariance picks the candidates, so that the price of the blend does not grow with the pool. The router is the
-same in whatever order the tasks came, equals the one trained on all tasks' prompts together, and forgets an expert exactly
-when its term is left out. Without a null expert it abstains: a prompt that lies outside the own radius of each of its
-likeliest tasks goes to the base. Shapes: B prompts, F features, C classes (experts, then the null expert's components),
-E experts, K components, M places on a short list.
+general prompts, which belong to the null expert, are several (`gaussian`, `null`). All have equal priors. The null expert's
+components, known from few prompts, are scored as classes like the others, then the likeliest as ones that resemble the
+prompt's likeliest expert; the better of the two scores counts. A linear score by the shared covariance picks the candidates,
+so that the price of the blend does not grow with the pool. The router is the same in whatever order the tasks came, equals
+the one trained on all tasks' prompts together, and forgets an expert exactly when its term is left out. Without a null
+expert it abstains: a prompt that lies outside the own radius of each of its likeliest tasks goes to the base. Shapes:
+B prompts, F features, C classes (experts, then the null expert's components), E experts, K components, M places on a short
+list.
 """
 
 from collections.abc import Sequence
@@ -21,6 +23,8 @@ from pipeline.routing.statistics import PromptStatistics
 CANDIDATES = 8
 """How many of the likeliest experts by the linear score, and of the null expert's components, are scored in full; without a
 null expert, how many of the likeliest experts are asked whether a prompt lies within their radius."""
+BESIDE = 2
+"""How many of the null expert's likeliest components are scored beside the likeliest expert."""
 
 
 class PromptRouter:
@@ -46,8 +50,11 @@ class PromptRouter:
         scores_BC = self.gaussians.scores(features_BF, asked_BC)
         if not self.null:
             return scores_BC
-        null_B1 = scores_BC[:, count:].logsumexp(-1, keepdim=True)
-        return torch.cat([scores_BC[:, :count], null_B1], dim=-1)
+        likeliest_B, null_BK = scores_BC[:, :count].argmax(-1), scores_BC[:, count:]
+        asked_BC = torch.cat([torch.zeros_like(asked_BC[:, :count]), _largest(null_BK, BESIDE)], dim=-1)
+        beside_BC = self.gaussians.beside(features_BF, likeliest_B, asked_BC)
+        null_B = torch.maximum(null_BK.logsumexp(-1), beside_BC.logsumexp(-1))
+        return torch.cat([scores_BC[:, :count], null_B.unsqueeze(-1)], dim=-1)
 
     def short_list(self, features_BF: Tensor, places: int) -> tuple[Tensor, Tensor]:
         """Returns the likeliest experts of every prompt (B, M), NOBODY among them, and their log-posterior (B, M).

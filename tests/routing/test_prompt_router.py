@@ -34,24 +34,46 @@ def relative(scores_BC: torch.Tensor) -> torch.Tensor:
     return scores_BC - scores_BC.mean(-1, keepdim=True)
 
 
-def joint_scores(features: list[torch.Tensor], x_BF: torch.Tensor, shrinkage: float) -> torch.Tensor:
-    """What covariances blended with the shared one predict, by SciPy's t distribution, from all tasks' features together."""
+def joint_scores(
+    features: list[torch.Tensor], x_BF: torch.Tensor, shrinkage: float, beside: int | None = None
+) -> torch.Tensor:
+    """What blended covariances predict, by SciPy's t distribution, from all tasks' features together.
+
+    The prior of a task's covariance is that of all tasks; `beside` a task, it is that task's blended one.
+    """
     features = [f.double() for f in features]
     everything_NF = torch.cat(features)
     residuals_NF = torch.cat([f - f.mean(0) for f in features])
     within_FF = residuals_NF.T @ residuals_NF / len(everything_NF)
     variance_F = everything_NF.var(0, correction=0)
     scale_F = (variance_F + 1e-6 * variance_F.mean() + 1e-12).sqrt()
-    prior, scores = 0.4 * F, []
+
+    def blended(own_NF: torch.Tensor, prior: float, prior_FF: torch.Tensor) -> torch.Tensor:
+        return (len(own_NF) * torch.cov(own_NF.T, correction=0) + prior * prior_FF) / (len(own_NF) + prior)
+
+    prior, prior_FF = 0.4 * F, within_FF
+    if beside is not None:
+        prior, prior_FF = 2 * F, blended(features[beside], 0.4 * F, within_FF)
+    scores = []
     for own_NF in features:
-        count = len(own_NF)
-        blended_FF = (count * torch.cov(own_NF.T, correction=0) + prior * within_FF) / (count + prior)
+        count, blended_FF = len(own_NF), blended(own_NF, prior, prior_FF)
         standard_FF = (1 - shrinkage) * blended_FF / torch.outer(scale_F, scale_F) + shrinkage * torch.eye(F).double()
         predictive = multivariate_t(
             (own_NF.mean(0) / scale_F).numpy(), ((1 + 1 / count) * standard_FF).numpy(), df=count + prior
         )
         scores.append(torch.from_numpy(predictive.logpdf((x_BF.double() / scale_F).numpy())))
     return torch.stack(scores, dim=-1)
+
+
+def joint_null(experts: int) -> torch.Tensor:
+    """Scores of the first tasks as experts (B, E + 1): all others are the null expert's, beside each prompt's likeliest."""
+    plain_BC = joint_scores(FEATURES, NEW_BF, 0.05)
+    likeliest_B = plain_BC[:, :experts].argmax(-1)
+    beside_BC = torch.stack([joint_scores(FEATURES, NEW_BF, 0.05, beside=e) for e in range(experts)])[
+        likeliest_B, torch.arange(len(NEW_BF))
+    ]
+    null_B = torch.maximum(plain_BC[:, experts:].logsumexp(-1), beside_BC[:, experts:].logsumexp(-1))
+    return torch.cat([plain_BC[:, :experts], null_B.unsqueeze(-1)], dim=-1)
 
 
 def weights(router: PromptRouter, x_BF: torch.Tensor) -> torch.Tensor:
@@ -70,16 +92,16 @@ def test_summed_statistics_give_the_router_of_all_features_together(shrinkage):
     torch.testing.assert_close(relative(found), relative(joint_scores(FEATURES, NEW_BF, shrinkage)), rtol=0, atol=1e-8)
 
 
-def test_the_null_expert_is_a_class_like_the_others():
-    found = PromptRouter(STATISTICS[:3], STATISTICS[3:]).scores(NEW_BF)
-    torch.testing.assert_close(relative(found), relative(joint_scores(FEATURES, NEW_BF, 0.05)), rtol=0, atol=1e-8)
+@pytest.mark.parametrize("experts", [3, 2])
+def test_the_null_expert_is_scored_beside_the_likeliest_expert_and_its_components_add_up(experts):
+    found = PromptRouter(STATISTICS[:experts], STATISTICS[experts:]).scores(NEW_BF)
+    torch.testing.assert_close(relative(found), relative(joint_null(experts)), rtol=0, atol=1e-8)
 
 
-def test_components_of_the_null_expert_are_classes_whose_likelihoods_add_up():
-    found = PromptRouter(STATISTICS[:2], STATISTICS[2:]).scores(NEW_BF)
-    expected = joint_scores(FEATURES, NEW_BF, 0.05)
-    expected = torch.cat([expected[:, :2], expected[:, 2:].logsumexp(-1, keepdim=True)], dim=-1)
-    torch.testing.assert_close(relative(found), relative(expected), rtol=0, atol=1e-8)
+@pytest.mark.parametrize("order", [(1, 2, 0), (2, 0, 1)])
+def test_beside_a_null_expert_the_order_of_tasks_does_not_matter_either(order):
+    first, other = (PromptRouter([STATISTICS[i] for i in ids], STATISTICS[3:]) for ids in ((0, 1, 2), order))
+    torch.testing.assert_close(other.scores(NEW_BF), first.scores(NEW_BF)[:, [*order, 3]], rtol=0, atol=1e-8)
 
 
 def test_only_the_likeliest_by_the_linear_score_are_scored_in_full():
@@ -99,6 +121,19 @@ def test_a_class_of_few_prompts_keeps_what_a_class_of_many_resembles():
     router = PromptRouter([PromptStatistics.of(task_NF[:2000])], [PromptStatistics.of(ability_NF[:40])])
     assert (weights(router, task_NF[2000:])[:, 0] == 1).float().mean() > 0.99
     assert (weights(router, ability_NF[40:])[:, 0] == 0).float().mean() > 0.99
+
+
+def test_a_task_that_resembles_an_ability_leaves_it_to_the_base_beside_very_different_tasks():
+    """The task and the ability lie close and vary little; the covariance of all is made by a task that varies much."""
+    random = torch.Generator().manual_seed(5)
+    mixing_FF = 0.3 * torch.randn(96, 96, generator=random) / 96**0.5
+    ability_NF = torch.randn(540, 96, generator=random) @ mixing_FF
+    task_NF = torch.randn(1300, 96, generator=random) @ mixing_FF + 0.15
+    wide_NF = torch.randn(800, 96, generator=random) + 1
+    tasks = [PromptStatistics.of(x_NF) for x_NF in (task_NF[:800], wide_NF)]
+    router = PromptRouter(tasks, [PromptStatistics.of(ability_NF[:40])])
+    assert (weights(router, task_NF[800:])[:, 0] == 1).float().mean() > 0.99
+    assert (weights(router, ability_NF[40:]).sum(-1) == 0).float().mean() > 0.99
 
 
 def test_statistics_collected_in_parts_give_the_same_router():

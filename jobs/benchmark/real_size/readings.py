@@ -4,6 +4,7 @@ Shapes: N prompts, S source features (3 D), F features, D the base's width.
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from functools import cache
 from itertools import islice
 from statistics import fmean
@@ -55,16 +56,26 @@ def _examples(task: str, part: str) -> Sequence[Example]:
     return lookalikes.examples(task, TRAIN_ROWS if part == "train" else ASKED, held_out=part == "eval")
 
 
+class _Heard(Exception):
+    """Ends a forward pass before the language model runs."""
+
+
 @torch.inference_mode()
 def read(examples: Sequence[Example]) -> Tensor:
-    """Returns the features (N, S) of prompts."""
+    """Returns the features (N, S) of prompts; of the base, only vision tower, projector and embeddings run."""
     base, heard = _base(), []
-    reader = PromptReader(base.model, lambda features_BS, tokens_BT: heard.append(features_BS))
+
+    def listen(features_BS: Tensor, tokens_BT: Tensor) -> None:
+        heard.append(features_BS)
+        raise _Heard
+
+    reader = PromptReader(base.model, listen)
     rows = encode_examples(base.processor, list(examples), answer=False)
     for start in range(0, len(rows), 100):
         batch = collate(rows[start : start + 100], pad_token_id=base.processor.tokenizer.pad_token_id, side="left")
         del batch["labels"]
-        base.model(**batch, use_cache=False)
+        with suppress(_Heard):
+            base.model(**batch, use_cache=False)
     reader.remove()
     return torch.cat(heard)
 

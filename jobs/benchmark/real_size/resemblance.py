@@ -1,7 +1,7 @@
 """Tasks that resemble base abilities, and one another: how many held-out prompts reach the right expert, or the base.
 
-Ten tasks a stream, statistics of 800 prompts a task and of 40 general prompts a family. Choices (prior, components) were
-made on the tuned stream; `own` and `base` are of the other one.
+Ten tasks a stream, statistics of 800 prompts a task and of 100 general prompts a family. Choices (priors, components)
+were made on the tuned stream; `own` and `base` are of the other one.
 """
 
 from jobs.benchmark.real_size.lookalikes import REPORTED, TUNED
