@@ -9,7 +9,9 @@ import fcntl
 import json
 import logging
 import os
+import shutil
 import socket
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -57,6 +59,40 @@ def file_lock(
             yield
         finally:
             _write(opened, "")  # closing the file releases the lock
+
+
+@contextmanager
+def staging(target: Path, *, why: str) -> Iterator[Path]:
+    """Yields a folder for unfinished files to the one process that may write `target`; it is gone afterwards.
+
+    It lies beside `target`, so that a rename puts there what is whole. `why` says to those who wait what is done.
+    """
+    prefix = f"{target.name}.staging.{socket.gethostname()}."
+    with file_lock(target.with_name(f"{target.name}.lock"), why=why):
+        for left in target.parent.glob(f"{prefix}*"):  # its process was killed
+            shutil.rmtree(left, ignore_errors=True)
+        folder = Path(tempfile.mkdtemp(dir=target.parent, prefix=prefix))
+        try:
+            yield folder
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def made_once(target: Path, make: Callable[[Path], None], *, why: str, mark: str = "") -> None:
+    """Has `make` write the file or folder `target`, unless it is there; of several processes one writes, the others wait.
+
+    `make` gets another path and `target` appears whole. A folder counts as there if it holds the file `mark`.
+    """
+    if (target / mark).exists():
+        return
+    with staging(target, why=why) as folder:
+        if (target / mark).exists():  # another process was faster
+            return
+        make(folder / target.name)
+        if mark:
+            (folder / target.name / mark).touch()
+            shutil.rmtree(target, ignore_errors=True)
+        (folder / target.name).rename(target)
 
 
 def _locked(opened: TextIO) -> bool:

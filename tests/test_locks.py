@@ -3,14 +3,17 @@
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
+from multiprocessing import get_context
 from pathlib import Path
 
 import pytest
 
 from pipeline import locks
-from pipeline.locks import LockedError, file_lock
+from pipeline.locks import LockedError, file_lock, made_once
 
 HOLD = """
 import sys, time
@@ -72,3 +75,35 @@ def test_a_lock_left_by_another_machine_is_a_warning(tmp_path: Path, caplog: pyt
         pass
     assert "process 7 on elsewhere (since yesterday) did not release it" in caplog.text
     assert (tmp_path / "lock").read_text() == ""
+
+
+def _slowly(unfinished: Path, writers: Path) -> None:
+    unfinished.mkdir()
+    for part in range(5):
+        (unfinished / str(part)).write_text("whole")
+        time.sleep(0.02)
+    with writers.open("a") as file:
+        file.write("x")
+
+
+def _make(folder: Path) -> list[str]:
+    made_once(folder / "made", lambda unfinished: _slowly(unfinished, folder / "writers"), why="", mark="done")
+    return [(folder / "made" / str(part)).read_text() for part in range(5)]
+
+
+def test_of_processes_that_make_the_same_one_writes(tmp_path: Path) -> None:
+    (tmp_path / "made").mkdir()  # without its mark: left half made
+    with ProcessPoolExecutor(4, mp_context=get_context("fork")) as processes:
+        assert list(processes.map(_make, [tmp_path] * 4)) == [["whole"] * 5] * 4
+    assert (tmp_path / "writers").read_text() == "x"
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["made", "made.lock", "writers"]
+
+
+def test_what_fails_leaves_nothing(tmp_path: Path) -> None:
+    def fail(unfinished: Path) -> None:
+        unfinished.write_text("half")
+        raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        made_once(tmp_path / "made", fail, why="")
+    assert [file.name for file in tmp_path.iterdir()] == ["made.lock"]

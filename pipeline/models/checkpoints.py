@@ -2,11 +2,7 @@
 
 import hashlib
 import json
-import shutil
-import socket
-import tempfile
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from fnmatch import fnmatch
 from functools import lru_cache
 from pathlib import Path
@@ -18,7 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from pipeline.config import BaseModelConfig, without_secrets
 from pipeline.errors import UserError, stored_file
-from pipeline.locks import file_lock
+from pipeline.locks import made_once, staging
 from pipeline.models.tiny import TINY_BASE
 
 NEEDED = ("*.json", "*.safetensors", "*.jinja", "*.model", "*.txt")
@@ -92,8 +88,8 @@ def _fetched(uri: str) -> Path:
         found = {Path(file).name: file for pattern in NEEDED for file in filesystem.glob(f"{root}/{pattern}")}
         if not found:
             raise BaseError(f"base.path: {shown} holds no checkpoint: no config.json with *.safetensors")
-        with _alone(folder) as staging:
-            _synchronize(filesystem, found, folder, staging)
+        with staging(folder, why="which fetches the base") as unfinished:
+            _synchronize(filesystem, found, folder, unfinished)
     except ImportError as error:
         raise BaseError(
             f"base.path: {shown}: its filesystem is not installed: {error} (pip install s3fs, or gcsfs)"
@@ -105,7 +101,7 @@ def _fetched(uri: str) -> Path:
     return folder
 
 
-def _synchronize(filesystem: Any, found: Mapping[str, str], folder: Path, staging: Path) -> None:
+def _synchronize(filesystem: Any, found: Mapping[str, str], folder: Path, unfinished: Path) -> None:
     """Makes `folder` hold the files `found` (their places in the store by name) and no others."""
     folder.mkdir(parents=True, exist_ok=True)
     record = folder.with_name(f"{folder.name}.files")
@@ -118,15 +114,15 @@ def _synchronize(filesystem: Any, found: Mapping[str, str], folder: Path, stagin
         known[name] = [size, version]
         if same and target.exists() and target.stat().st_size == size:
             continue
-        filesystem.get_file(file, str(staging / name))
-        if (staging / name).stat().st_size != size:
-            raise OSError(f"{name}: {(staging / name).stat().st_size:,} of {size:,} bytes; was it being written?")
-        (staging / name).rename(target)
-        _write_record(record, known, staging)
+        filesystem.get_file(file, str(unfinished / name))
+        if (unfinished / name).stat().st_size != size:
+            raise OSError(f"{name}: {(unfinished / name).stat().st_size:,} of {size:,} bytes; was it being written?")
+        (unfinished / name).rename(target)
+        _write_record(record, known, unfinished)
     for file_here in files_of(folder):  # of a checkpoint that was sharded otherwise
         if file_here.name not in found:
             file_here.unlink()
-    _write_record(record, {name: known[name] for name in found}, staging)
+    _write_record(record, {name: known[name] for name in found}, unfinished)
 
 
 def _version(info: Mapping[str, Any]) -> str | None:
@@ -134,24 +130,10 @@ def _version(info: Mapping[str, Any]) -> str | None:
     return next((str(info[key]) for key in _VERSION_KEYS if info.get(key) is not None), None)
 
 
-def _write_record(record: Path, known: Mapping[str, list[object]], staging: Path) -> None:
-    draft = staging / record.name
+def _write_record(record: Path, known: Mapping[str, list[object]], unfinished: Path) -> None:
+    draft = unfinished / record.name
     draft.write_text(json.dumps(known))
     draft.rename(record)
-
-
-@contextmanager
-def _alone(folder: Path) -> Iterator[Path]:
-    """Yields a folder for unfinished files to the one process that may write `folder`; it is gone afterwards."""
-    prefix = f"{folder.name}.staging."
-    with file_lock(folder.with_name(f"{folder.name}.lock"), why="which fetches the base"):
-        for left in folder.parent.glob(f"{prefix}{socket.gethostname()}.*"):  # its process was killed
-            shutil.rmtree(left, ignore_errors=True)
-        staging = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f"{prefix}{socket.gethostname()}."))
-        try:
-            yield staging
-        finally:
-            shutil.rmtree(staging, ignore_errors=True)
 
 
 def _unpacked(file: Path) -> Path:
@@ -159,12 +141,7 @@ def _unpacked(file: Path) -> Path:
     if file.suffix != ".gguf":
         raise BaseError(f"base.path: {file} is a file; give the checkpoint's folder, or a GGUF file")
     folder = CACHE / f"{file.stem}-{_fingerprint(((file, file.stat().st_size, file.stat().st_mtime_ns),))}"
-    if folder.exists():
-        return folder
-    with _alone(folder) as staging:
-        if not folder.exists():  # else another process was faster
-            _write_checkpoint(file, staging / folder.name)
-            (staging / folder.name).rename(folder)
+    made_once(folder, lambda unfinished: _write_checkpoint(file, unfinished), why="which unpacks the base")
     return folder
 
 

@@ -5,7 +5,6 @@ JSON, its bytes lie beside it: nothing that is read back is code.
 """
 
 import json
-import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ from typing import Any
 import pyarrow as pa
 
 from pipeline.config import SourceConfig
+from pipeline.locks import made_once
 from pipeline.streams.faults import Fault
 from pipeline.streams.formats import Row
 from pipeline.streams.sources import NUMBER, PATH, RAW, ROOT, content_of, read
@@ -31,14 +31,12 @@ _SCHEMA = pa.schema([
 
 def spooled(source: SourceConfig, data_folder: Path, folder: Path, *, readers: int) -> list[str]:
     """Copies the raw rows of a source into `folder`, unless they are there; returns the files in order."""
-    if not (folder / DONE).exists():
-        draft = folder.with_name(folder.name + ".draft")
-        shutil.rmtree(draft, ignore_errors=True)
+
+    def write(unfinished: Path) -> None:
         rows = read(source, data_folder, readers=readers).map_batches(_written, batch_format="pyarrow", batch_size=None)
-        rows.write_parquet(str(draft))
-        (draft / DONE).touch()
-        shutil.rmtree(folder, ignore_errors=True)
-        draft.rename(folder)
+        rows.write_parquet(str(unfinished))
+
+    made_once(folder, write, why="which copies the same rows", mark=DONE)
     return sorted(str(file) for file in folder.glob("*.parquet"))
 
 

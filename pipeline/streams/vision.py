@@ -5,7 +5,6 @@ instead of running it again, and the tower need not even be in the memory of tho
 run's data, under a name derived from rows and base.
 """
 
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,7 @@ import ray
 import torch
 
 from pipeline.config import BaseModelConfig
+from pipeline.locks import made_once
 from pipeline.models.inference import FrozenBase, InferenceWorkers
 from pipeline.models.prompts import FEATURES, Encoded
 from pipeline.streams.actors import on_workers
@@ -31,14 +31,12 @@ def with_features(
     rows: ray.data.Dataset, base: BaseModelConfig, folder: Path, *, workers: InferenceWorkers
 ) -> ray.data.Dataset:
     """Returns encoded rows with image features instead of pixels, from `folder` or computed now and written there."""
-    if not (folder / DONE).exists():
-        draft = folder.with_name(folder.name + ".draft")
-        shutil.rmtree(draft, ignore_errors=True)
+
+    def write(unfinished: Path) -> None:
         seen = on_workers(rows, ImageEncoder, base, workers=workers, rows_at_once=ROWS_AT_ONCE)
-        seen.write_parquet(str(draft))
-        (draft / DONE).touch()
-        shutil.rmtree(folder, ignore_errors=True)
-        draft.rename(folder)
+        seen.write_parquet(str(unfinished))
+
+    made_once(folder, write, why="which computes the same image features", mark=DONE)
     return ray.data.read_parquet(str(folder))
 
 

@@ -1,5 +1,7 @@
 import hashlib
 import io
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -66,7 +68,17 @@ def test_files_are_the_same_everywhere(folder, part, tmp_path):
     first, second = (embedded_file(f"embedded://{part}", place) for place in (folder, tmp_path))
     assert first != second
     assert first.read_bytes() == second.read_bytes()
-    assert [file.name for file in second.parent.iterdir()] == [second.name]
+    assert sorted(file.name for file in second.parent.iterdir()) == [second.name, f"{second.name}.lock"]
+
+
+def _read_at_once(folder) -> bytes:
+    return embedded_file("embedded://clock/eval", folder).read_bytes()
+
+
+def test_processes_that_need_a_file_at_once_read_the_same_whole_one(folder, tmp_path):
+    with ProcessPoolExecutor(4, mp_context=get_context("fork")) as processes:
+        found = list(processes.map(_read_at_once, [tmp_path] * 4))
+    assert set(found) == {embedded_file("embedded://clock/eval", folder).read_bytes()}
 
 
 def test_a_file_is_written_once(folder, rows):

@@ -12,6 +12,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from pipeline.locks import made_once
 from pipeline.streams.embedded import foundation, tasks
 from pipeline.streams.embedded.foundation import Example
 
@@ -40,11 +41,11 @@ def embedded_file(path: str, folder: Path) -> Path:
     if f"{task}/{part}" not in known:
         raise ValueError(f"{path}: no such embedded data; there are: {', '.join(sorted(known))}")
     file = folder / task / f"{part}.parquet"
-    if not file.exists():
-        file.parent.mkdir(parents=True, exist_ok=True)
-        draft = file.with_suffix(".draft")
-        pq.write_table(_table(_examples(task, part), f"{task}-{part}"), draft)
-        draft.rename(file)
+
+    def write(unfinished: Path) -> None:
+        pq.write_table(_table(_examples(task, part), f"{task}-{part}"), unfinished)
+
+    made_once(file, write, why=f"which writes {path}")
     return file
 
 
