@@ -12,10 +12,7 @@ import typer
 
 from jobs.options import user_errors
 from pipeline.registry.patience import RegistryError
-from pipeline.registry.tracking import ui_command
-
-SQLITE_HEADER = b"SQLite format 3\0"
-"""What every SQLite database begins with."""
+from pipeline.registry.tracking import check_database, ui_command
 
 
 def main(
@@ -28,9 +25,7 @@ def main(
             raise RegistryError(
                 f"{database} does not exist yet; `pointsman learn` makes it (or name its folder: --output)"
             )
-        with database.open("rb") as file:
-            if file.read(len(SQLITE_HEADER)) != SQLITE_HEADER:
-                raise RegistryError(f"{database} is no SQLite database; --output names the folder of `pointsman learn`")
+        check_database(database)
         command = ui_command(f"sqlite:///{database}")
         typer.echo(f"{' '.join(command)}")
         # By this environment's Python: the environment need not be activated.

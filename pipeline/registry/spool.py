@@ -106,8 +106,9 @@ def _log(run_id: str, points: list[Point]) -> None:
 
 
 def _read(file: Path) -> Iterator[Point]:
-    for line in file.read_text(encoding="utf-8").splitlines() if file.exists() else ():
+    for line in file.read_text(encoding="utf-8", errors="replace").splitlines() if file.exists() else ():
         try:
-            yield Point(*json.loads(line))
-        except (ValueError, TypeError):  # empty, or cut off when the process was killed
+            run_id, key, value, step, when = json.loads(line)
+            yield Point(str(run_id), str(key), float(value), int(step), int(when))
+        except (ValueError, TypeError):  # empty, damaged, or cut off when the process was killed
             continue

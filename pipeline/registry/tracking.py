@@ -7,33 +7,41 @@ make a database in the current directory of every process, and a new run at ever
 import json
 import logging
 import os
+import sqlite3
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 from time import time
 from typing import Any, TypeVar
-from urllib.parse import unquote, urlsplit, urlunsplit
+from urllib.parse import SplitResult, unquote, urlsplit, urlunsplit
 
 import mlflow
 import requests
+from alembic.util import CommandError
 from mlflow import MlflowClient
 from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param
 from mlflow.exceptions import MlflowException
 from mlflow.protos.databricks_pb2 import RESOURCE_ALREADY_EXISTS, ErrorCode
 from mlflow.utils.mlflow_tags import MLFLOW_DATASET_CONTEXT
 from mlflow.utils.validation import MAX_METRICS_PER_BATCH, MAX_PARAMS_TAGS_PER_BATCH
+from sqlalchemy.exc import SQLAlchemyError
 
 from pipeline.config import Config, without_secrets
 from pipeline.locks import file_lock
-from pipeline.registry.patience import RegistryError, check_server, fail_fast, is_away, is_silent
+from pipeline.registry.patience import RegistryError, check_server, fail_fast, is_away, is_silent, reason_of
 
 SQLITE = "sqlite:///"
+
+SQLITE_HEADER = b"SQLite format 3\0"
+"""What every SQLite database begins with."""
 
 RUN_TAG = "pointsman.run"
 """Tag of a run: the digest of what it computes. A restarted job finds its run by it."""
 
 _CHATTY = ("alembic", "mlflow.store.db.utils", "mlflow.store.model_registry.abstract_store", "mlflow.tracking.fluent")
 """Loggers that tell every table of a new database and every wait for a version at INFO."""
+
+_RESTORE = "restore the file from a copy, or move it away: the next start makes a new one"
 
 _logger = logging.getLogger(__name__)
 
@@ -48,7 +56,8 @@ def open_tracking(uri: str, experiment: str, *, on_wait: Callable[[str], None] =
     `on_wait` of it. A server decides about its own artifacts; user and password in its address go into MLflow's own
     environment variables, since MLflow prints the address.
 
-    Raises RegistryError for an address that is none, a server that does not answer, a deleted experiment.
+    Raises RegistryError for an address that is none, a server that does not answer, a damaged database or one of a newer
+    MLflow, a deleted experiment.
     """
     for chatty in _CHATTY:
         logging.getLogger(chatty).setLevel(logging.WARNING)
@@ -61,16 +70,68 @@ def open_tracking(uri: str, experiment: str, *, on_wait: Callable[[str], None] =
         return _experiment(experiment, None)
     mlflow.set_tracking_uri(f"{SQLITE}{database}")
     with file_lock(database.with_name(database.name + ".lock"), on_wait=on_wait, why="which prepares the registry"):
-        return _experiment(experiment, (database.parent / "mlartifacts").as_uri())
+        check_database(database)
+        try:
+            return _experiment(experiment, (database.parent / "mlartifacts").as_uri())
+        except SQLAlchemyError as error:
+            raise RegistryError(
+                f"registry.uri: {database} is damaged, or cannot be written: {reason_of(error)}; {_RESTORE}"
+            ) from None
+        except CommandError as error:
+            raise RegistryError(
+                f"registry.uri: {database} was written by a newer MLflow than {mlflow.__version__} ({reason_of(error)}); "
+                f"install that version, or {_RESTORE}"
+            ) from None
+
+
+def check_database(database: Path) -> None:
+    """Raises RegistryError for a file that is no SQLite database; one that does not exist yet, or is empty, may become one."""
+    try:
+        with database.open("rb") as file:
+            head = file.read(len(SQLITE_HEADER))
+    except FileNotFoundError:
+        return
+    except OSError as error:
+        raise RegistryError(f"registry.uri: {database} cannot be read: {error.strerror}; {_RESTORE}") from None
+    damaged = bool(head) and head != SQLITE_HEADER
+    if not damaged:
+        try:  # MLflow would try a damaged one again for minutes
+            with closing(sqlite3.connect(f"{database.as_uri()}?mode=ro", uri=True)) as opened:
+                opened.execute("SELECT count(*) FROM sqlite_master").fetchone()
+        except sqlite3.OperationalError:  # such as one that is locked: MLflow's own matter
+            return
+        except sqlite3.DatabaseError:
+            damaged = True
+    if damaged:
+        raise RegistryError(f"registry.uri: {database} is no SQLite database, or damaged; {_RESTORE}")
 
 
 def _with_credentials_aside(uri: str) -> str:
     """Returns a server's address without user and password, which MLflow then finds in its environment variables."""
-    parts = urlsplit(uri)
-    if parts.username and parts.password:
+    parts = _server(uri)
+    if parts.username:
+        password = unquote(parts.password or "") or os.environ.get("MLFLOW_TRACKING_PASSWORD")
+        if not password:
+            raise RegistryError(
+                "registry.uri names a user without a password; set MLFLOW_TRACKING_PASSWORD in the environment, or leave "
+                "the user out"
+            )
         os.environ["MLFLOW_TRACKING_USERNAME"] = unquote(parts.username)
-        os.environ["MLFLOW_TRACKING_PASSWORD"] = unquote(parts.password)
+        os.environ["MLFLOW_TRACKING_PASSWORD"] = password
     return urlunsplit(parts._replace(netloc=parts.netloc.rpartition("@")[2]))
+
+
+def _server(uri: str) -> SplitResult:
+    """Returns the parts of a server's address; raises RegistryError if it names no host, or a port that is none."""
+    example = "write it like http://mlflow.example.com:5000"
+    try:
+        parts = urlsplit(uri)
+        host, _ = parts.hostname, parts.port  # asking for the port checks it
+    except ValueError:
+        raise RegistryError(f"registry.uri: host or port of {without_secrets(uri)!r} is none; {example}") from None
+    if not host:
+        raise RegistryError(f"registry.uri: {without_secrets(uri)!r} names no host; {example}")
+    return parts
 
 
 def _experiment(name: str, location: str | None) -> str:
@@ -96,8 +157,15 @@ def _experiment(name: str, location: str | None) -> str:
 def database_path(uri: str) -> Path | None:
     """Returns the absolute path of a SQLite tracking database; None for a server. Raises RegistryError for the rest."""
     if uri.startswith(SQLITE):
-        return Path(uri.removeprefix(SQLITE)).resolve()
+        name = uri.removeprefix(SQLITE)
+        if not name or Path(name).is_dir():
+            raise RegistryError(
+                f"registry.uri: {uri!r} names {'a folder' if name else 'no file'}; "
+                f"name the database's file, like {SQLITE}{Path(name) / 'mlflow.db'}"
+            )
+        return Path(name).resolve()
     if uri.startswith(("http://", "https://")):
+        _server(uri)
         return None
     raise RegistryError(
         f"registry.uri: {without_secrets(uri)!r} is neither {SQLITE}<file> nor http(s)://<server>; "
@@ -128,19 +196,21 @@ def tracked_run(experiment_id: str, name: str, digest: str) -> Iterator[str]:
     found = MlflowClient().search_runs(
         [experiment_id], f"tags.`{RUN_TAG}` = '{digest}'", order_by=["attributes.start_time ASC"], max_results=1
     )
-    if found:
-        run = mlflow.start_run(run_id=found[0].info.run_id)
-    else:
-        run = mlflow.start_run(experiment_id=experiment_id, run_name=name, tags={RUN_TAG: digest})
+    before = mlflow.active_run()
     status = "FAILED"
     try:
+        if found:
+            run = mlflow.start_run(run_id=found[0].info.run_id)
+        else:
+            run = mlflow.start_run(experiment_id=experiment_id, run_name=name, tags={RUN_TAG: digest})
         yield run.info.run_id
         status = "FINISHED"
     except KeyboardInterrupt:
         status = "KILLED"
         raise
     finally:
-        _end_run(status)
+        if mlflow.active_run() is not before:
+            _end_run(status)
 
 
 def _end_run(status: str) -> None:

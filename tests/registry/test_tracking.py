@@ -1,5 +1,6 @@
 import os
 import shutil
+import sqlite3
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
@@ -10,9 +11,11 @@ from mlflow import MlflowClient
 
 from pipeline.config import LearnConfig, RegistryConfig, StreamConfig, TaskConfig
 from pipeline.registry import patience
+from pipeline.registry.spool import MetricSpool
 from pipeline.registry.tracking import (
     RegistryError,
     active_run,
+    database_path,
     log_batch,
     log_config,
     log_dataset,
@@ -21,6 +24,8 @@ from pipeline.registry.tracking import (
     ui_command,
 )
 from tests.registry.conftest import Created
+
+SECRET = "hunter2"
 
 
 def test_the_artifact_location_is_absolute_and_beside_the_database(experiment: str, tmp_path: Path) -> None:
@@ -48,6 +53,73 @@ def test_making_a_database_is_quiet(created: Created) -> None:
 def test_other_stores_are_refused_with_the_field_name() -> None:
     with pytest.raises(RegistryError, match=r"registry\.uri: 'mlruns'"):
         open_tracking("mlruns", "pointsman")
+
+
+@pytest.mark.parametrize("head", [b"not a database at all", b"SQLite format 3\0" + b"x" * 5000])
+def test_a_damaged_database_is_named_with_the_remedy(head: bytes, tmp_path: Path) -> None:
+    (tmp_path / "mlflow.db").write_bytes(head)
+    with pytest.raises(RegistryError, match=r"registry\.uri: .*mlflow\.db is .*damaged.*move it away"):
+        open_tracking(f"sqlite:///{tmp_path}/mlflow.db", "pointsman")
+
+
+def test_a_database_of_a_newer_mlflow_says_so(created: Created, tmp_path: Path) -> None:
+    file = tmp_path / "mlflow.db"
+    shutil.copyfile(created.path, file)
+    with sqlite3.connect(file) as database:
+        database.execute("UPDATE alembic_version SET version_num = 'fedcba987654'")
+    database.close()
+    with pytest.raises(RegistryError, match=r"registry\.uri: .*mlflow\.db was written by a newer MLflow"):
+        open_tracking(f"sqlite:///{file}", "pointsman")
+
+
+def test_a_folder_is_no_database(tmp_path: Path) -> None:
+    with pytest.raises(RegistryError, match=rf"registry\.uri: .* names a folder; .*{tmp_path}/mlflow\.db"):
+        open_tracking(f"sqlite:///{tmp_path}", "pointsman")
+    with pytest.raises(RegistryError, match=r"registry\.uri: .* names no file; .*sqlite:///mlflow\.db"):
+        open_tracking("sqlite:///", "pointsman")
+
+
+@pytest.mark.parametrize("uri", [f"http://u:{SECRET}@", "http://mlflow:five", "http://mlflow:99999", "http://[::1"])
+def test_an_address_without_host_or_with_a_port_that_is_none_is_refused(uri: str) -> None:
+    with pytest.raises(RegistryError, match=r"registry\.uri: .*http://mlflow\.example\.com:5000") as error:
+        database_path(uri)
+    assert SECRET not in str(error.value)
+
+
+def test_a_user_without_a_password_takes_it_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_USERNAME", "")
+    monkeypatch.setenv("MLFLOW_TRACKING_PASSWORD", "")
+    monkeypatch.setattr(patience, "CHECK_SECONDS", 0.0)
+    before = mlflow.get_tracking_uri()
+    try:
+        with pytest.raises(RegistryError, match="set MLFLOW_TRACKING_PASSWORD"):
+            open_tracking("http://me@127.0.0.1:9", "pointsman")
+        monkeypatch.setenv("MLFLOW_TRACKING_PASSWORD", SECRET)
+        with pytest.raises(RegistryError, match="does not answer"):
+            open_tracking("http://me@127.0.0.1:9", "pointsman")
+        assert (os.environ["MLFLOW_TRACKING_USERNAME"], os.environ["MLFLOW_TRACKING_PASSWORD"]) == ("me", SECRET)
+    finally:
+        mlflow.set_tracking_uri(before)
+
+
+def test_a_signal_while_a_run_is_opened_leaves_none_running(experiment: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    start_run = mlflow.start_run
+
+    def interrupted(**settings: object) -> None:
+        start_run(**settings)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(mlflow, "start_run", interrupted)
+    with pytest.raises(KeyboardInterrupt), tracked_run(experiment, "demo", "abc"):
+        pass
+    (run,) = MlflowClient().search_runs([experiment])
+    assert run.info.status == "KILLED"
+
+
+def test_a_damaged_file_of_metrics_ends_no_start(tmp_path: Path) -> None:
+    file = tmp_path / "metrics.jsonl"
+    file.write_bytes(b'\xff\xfe\x00\n["run", "loss", "high", 1, 2]\n7\n["run", "loss", 0.5, 1, 2]\n["run", "lo\xc3')
+    assert MetricSpool(file, print).waiting == 1
 
 
 def test_a_deleted_experiment_is_named_with_the_remedy(experiment: str, tmp_path: Path) -> None:
@@ -106,9 +178,6 @@ def test_first_runs_at_once_make_one_database(tmp_path: Path) -> None:
     with ProcessPoolExecutor(3, mp_context=get_context("fork")) as pool:
         started = [pool.submit(open_tracking, f"sqlite:///{tmp_path}/mlflow.db", "pointsman") for _ in range(3)]
         assert len({process.result(timeout=120) for process in started}) == 1
-
-
-SECRET = "hunter2"
 
 
 def test_no_secret_of_a_configuration_reaches_the_registry(experiment: str, tmp_path: Path) -> None:
