@@ -77,10 +77,12 @@ def open_tracking(uri: str, experiment: str, *, on_wait: Callable[[str], None] =
             raise RegistryError(
                 f"registry.uri: {database} is damaged, or cannot be written: {reason_of(error)}; {_RESTORE}"
             ) from None
-        except CommandError as error:
+        except (CommandError, MlflowException) as error:
+            if isinstance(error, MlflowException) and "database schema" not in str(error):
+                raise
             raise RegistryError(
-                f"registry.uri: {database} was written by a newer MLflow than {mlflow.__version__} ({reason_of(error)}); "
-                f"install that version, or {_RESTORE}"
+                f"registry.uri: {database} was written by another MLflow than {mlflow.__version__}; back it up and run "
+                f"`mlflow db upgrade {SQLITE}{database}` if that one was older, install it if it was newer, or {_RESTORE}"
             ) from None
 
 

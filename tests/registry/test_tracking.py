@@ -62,13 +62,13 @@ def test_a_damaged_database_is_named_with_the_remedy(head: bytes, tmp_path: Path
         open_tracking(f"sqlite:///{tmp_path}/mlflow.db", "pointsman")
 
 
-def test_a_database_of_a_newer_mlflow_says_so(created: Created, tmp_path: Path) -> None:
+def test_a_database_of_another_mlflow_says_so(created: Created, tmp_path: Path) -> None:
     file = tmp_path / "mlflow.db"
     shutil.copyfile(created.path, file)
     with sqlite3.connect(file) as database:
         database.execute("UPDATE alembic_version SET version_num = 'fedcba987654'")
     database.close()
-    with pytest.raises(RegistryError, match=r"registry\.uri: .*mlflow\.db was written by a newer MLflow"):
+    with pytest.raises(RegistryError, match=r"registry\.uri: .*mlflow\.db was written by another MLflow"):
         open_tracking(f"sqlite:///{file}", "pointsman")
 
 
