@@ -97,8 +97,8 @@ def routed_right(stream: Sequence[str], prepare: Prepare = lambda x_NS: x_NS) ->
 
 
 def own_and_base(found: Mapping[str, float]) -> dict[str, float]:
-    """Returns the means over tasks and over base families."""
-    return {
-        "own": fmean(share for name, share in found.items() if name not in foundation.FOUNDATION),
-        "base": fmean(share for name, share in found.items() if name in foundation.FOUNDATION),
-    }
+    """Returns the means over tasks and over base families, without what binary fractions add to a sum."""
+    shares: dict[str, list[float]] = {"own": [], "base": []}
+    for name, share in found.items():
+        shares["base" if name in foundation.FOUNDATION else "own"].append(share)
+    return {side: round(fmean(of), 9) for side, of in shares.items()}

@@ -19,7 +19,7 @@ from pipeline.streams.embedded.foundation import Example
 SCHEME = "embedded://"
 FOUNDATION_ROWS = 100
 """Held-out prompts of a foundation family."""
-GENERAL_ROWS = 100
+GENERAL_ROWS = 200
 """Prompts of each family in the general sample, drawn apart from pretraining and evaluation."""
 EVALUATION_SEED, GENERAL_SEED = 11, 13
 
