@@ -5,7 +5,7 @@ rows at the bottom, encoded rows, base prompts and experts of both, pools of exp
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 
@@ -28,6 +28,7 @@ class Identity:
     fingerprint: str
     data_folder: Path
     """Where the rows that ship with the project are."""
+    _fingerprints: dict[SourceConfig, str] = field(default_factory=dict, repr=False, compare=False)
 
     @cached_property
     def base(self) -> str:
@@ -39,7 +40,13 @@ class Identity:
     def rows(self, source: SourceConfig, prompt: str) -> str:
         """The rows of a source: which of them are used, and what is asked and shown."""
         data = self.config.data.model_dump(include={"max_tokens", "max_pixels"})
-        return digest(sources.fingerprint(source, self.data_folder), prompt, data, self.config.base.max_tiles)
+        return digest(self._fingerprint(source), prompt, data, self.config.base.max_tiles)
+
+    def _fingerprint(self, source: SourceConfig) -> str:
+        """A source as it is when it is first asked for: its files are read once in a run, however often rows are named."""
+        if source not in self._fingerprints:
+            self._fingerprints[source] = sources.fingerprint(source, self.data_folder)
+        return self._fingerprints[source]
 
     def encoded_rows(self, source: SourceConfig, prompt: str, *, answer: bool, metric: str | None) -> str:
         """Rows as this base reads them; rows that `metric` cannot score are set aside."""
@@ -75,4 +82,5 @@ class Identity:
     def evaluation(self, tasks: Sequence[TaskConfig], pool: str, mode: str) -> str:
         """The answers of a pool to the prompts of these tasks, and their scores."""
         asked = [(task.name, self.rows(task.eval, task.prompt), task.metric) for task in tasks]
-        return digest(asked, self.base, pool, mode, self.config.evaluation)
+        settings = self.config.evaluation.model_dump(include={"limit", "max_new_tokens"})
+        return digest(asked, self.base, pool, mode, settings)

@@ -61,6 +61,7 @@ def test_another_base_names_everything(config: Path) -> None:
         ("router.null_components=3", {"base prompts", "pool"}),
         ("router.temperature=2", {"pool"}),
         ("evaluation.limit=1", {"evaluation"}),
+        ("evaluation.max_new_tokens=5", {"evaluation"}),
         ("data.by_length=true", {"expert"}),
     ],
 )
@@ -68,7 +69,10 @@ def test_a_setting_names_what_depends_on_it(config: Path, override: str, what: s
     assert changed(config, override) == what
 
 
-@pytest.mark.parametrize("override", ["data.readers=1", "data.cache=none", "training.threads=1"])
+@pytest.mark.parametrize(
+    "override",
+    ["data.readers=1", "data.cache=none", "training.threads=1", "evaluation.workers=2", "evaluation.batch_size=4"],
+)
 def test_how_it_is_computed_names_nothing(config: Path, override: str) -> None:
     assert not changed(config, override)
 
@@ -78,3 +82,13 @@ def test_the_metric_names_the_rows_that_it_can_score(config: Path) -> None:
     (task,) = identity.config.stream.tasks
     keys = {identity.encoded_rows(task.eval, task.prompt, answer=False, metric=m) for m in ("mmbench", "anls")}
     assert len(keys) == 2
+
+
+def test_a_source_is_read_once_in_a_run(config: Path) -> None:
+    settings = load_config(config, [], LearnConfig)
+    identity = Identity(settings, "f", config.parent)
+    (task,) = settings.stream.tasks
+    before = identity.training_rows(task)
+    (config.parent / "rows.jsonl").write_text("{}")
+    assert identity.training_rows(task) == before
+    assert Identity(settings, "f", config.parent).training_rows(task) != before
