@@ -1,6 +1,5 @@
 """Experts in the registry: `<base>.experts` has a version per trained expert; aliases mark each task's current one."""
 
-import shutil
 import tempfile
 from pathlib import Path
 
@@ -8,6 +7,7 @@ import mlflow
 from mlflow import MlflowClient
 from mlflow.entities.model_registry import ModelVersion
 
+from pipeline.files import replace_folder
 from pipeline.registry.tracking import active_run
 from pipeline.registry.versions import DIGEST, create_version, find_finished, get_version, log_folder
 from pipeline.routing.expert import Expert
@@ -55,6 +55,5 @@ def download_expert(base_label: str, task_or_version: int | str, into: str | Pat
         # Not `models:/<name>/<version>`: that download adds a file of MLflow's own to the folder.
         source = MlflowClient().get_model_version_download_uri(name, str(version.version))
         complete = mlflow.artifacts.download_artifacts(artifact_uri=source, dst_path=scratch)
-        shutil.rmtree(into, ignore_errors=True)
-        Path(complete).rename(into)
+        replace_folder(Path(complete), into)
     return into

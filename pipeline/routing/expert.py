@@ -7,7 +7,6 @@ D input width, O output width, F prompt features.
 
 import json
 import re
-import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,6 +19,7 @@ from torch import Tensor
 
 from pipeline.config import Config
 from pipeline.errors import UserError, stored_file
+from pipeline.files import atomic_folder, current_folder
 from pipeline.routing.features import FEATURE_RULE
 from pipeline.routing.statistics import PromptStatistics
 
@@ -94,28 +94,23 @@ class Expert:
 
     def save(self, folder: str | Path) -> Path:
         """Writes the folder anew, all of it or nothing."""
-        folder = Path(folder)
-        draft = folder.with_name(folder.name + ".draft")
-        shutil.rmtree(draft, ignore_errors=True)
-        draft.mkdir(parents=True)
         weights = {}
         for path, adapter in self.adapters.items():
             weights[f"base_model.model.{path}.lora_A.weight"] = adapter.a_RD.contiguous()
             weights[f"base_model.model.{path}.lora_B.weight"] = adapter.b_OR.contiguous()
-        write_tensors(draft / ADAPTER_WEIGHTS, weights, metadata={"format": "pt"})
-        (draft / ADAPTER_CONFIG).write_text(json.dumps(self.adapter_config, indent=2, sort_keys=True) + "\n")
         router = {f"vector.{path}": vector.contiguous() for path, vector in self.vectors.items()}
         router |= statistics_tensors(self.statistics) | evidence_tensors(self.evidence)
-        write_tensors(draft / ROUTER_WEIGHTS, router)
-        (draft / CARD).write_text(self.card.model_dump_json(indent=2) + "\n")
-        shutil.rmtree(folder, ignore_errors=True)
-        draft.rename(folder)
-        return folder
+        with atomic_folder(Path(folder)) as staging:
+            write_tensors(staging / ADAPTER_WEIGHTS, weights, metadata={"format": "pt"})
+            (staging / ADAPTER_CONFIG).write_text(json.dumps(self.adapter_config, indent=2, sort_keys=True) + "\n")
+            write_tensors(staging / ROUTER_WEIGHTS, router)
+            (staging / CARD).write_text(self.card.model_dump_json(indent=2) + "\n")
+        return Path(folder)
 
     @classmethod
     def load(cls, folder: str | Path) -> "Expert":
         """Reads a folder that `save` wrote; raises ExpertError where something is missing."""
-        folder = Path(folder)
+        folder = current_folder(Path(folder))
         for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS, ROUTER_WEIGHTS, CARD):
             if not (folder / name).is_file():
                 raise ExpertError(f"{folder}: {name} is missing; a complete expert has it (train the task again?)")

@@ -1,7 +1,6 @@
 """The pool: an ordered set of experts over one base with one router setting; what a user deploys."""
 
 import json
-import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated
@@ -10,6 +9,7 @@ from pydantic import Field
 
 from pipeline.config import Config, RouterConfig
 from pipeline.errors import UserError, stored_file
+from pipeline.files import atomic_folder, current_folder
 from pipeline.routing.expert import FORMAT_VERSION, Expert, check_versions
 from pipeline.routing.features import FEATURE_RULE
 from pipeline.routing.null import read_null, write_null
@@ -124,23 +124,19 @@ class Pool:
 
     def save(self, folder: str | Path) -> Path:
         """Writes the pool with all its experts, all of it or nothing."""
-        folder = Path(folder)
-        draft = folder.with_name(folder.name + ".draft")
-        shutil.rmtree(draft, ignore_errors=True)
-        (draft / "experts").mkdir(parents=True)
-        for name, expert in self.experts.items():
-            expert.save(draft / "experts" / name)
-        if self.null:
-            write_null(draft / NULL, self.null, self.null_evidence)
-        (draft / CARD).write_text(self.card.model_dump_json(indent=2) + "\n")
-        shutil.rmtree(folder, ignore_errors=True)
-        draft.rename(folder)
-        return folder
+        with atomic_folder(Path(folder)) as staging:
+            (staging / "experts").mkdir()
+            for name, expert in self.experts.items():
+                expert.save(staging / "experts" / name)
+            if self.null:
+                write_null(staging / NULL, self.null, self.null_evidence)
+            (staging / CARD).write_text(self.card.model_dump_json(indent=2) + "\n")
+        return Path(folder)
 
     @classmethod
     def load(cls, folder: str | Path) -> "Pool":
         """Reads a pool folder; raises PoolError if it is none."""
-        folder = Path(folder)
+        folder = current_folder(Path(folder))
         if not (folder / CARD).is_file():
             raise PoolError(
                 f"{folder}: no {CARD}, so not a pool folder; `pointsman learn` writes one to runs/<name>/pool"

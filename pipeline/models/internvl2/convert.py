@@ -19,6 +19,7 @@ from transformers import GenerationConfig, InternVLConfig
 from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import GotOcr2ImageProcessorPil
 
+from pipeline.files import atomic_folder
 from pipeline.models.internvl2.chat import CHATS, SYSTEM_MESSAGE
 from pipeline.models.internvl2.config import (
     Fields,
@@ -77,17 +78,12 @@ def convert(
         raise ConversionError(
             f"{target}: {total / GB:.1f} GB are to be written, {free / GB:.1f} GB are free there; make room"
         )
-    draft = target.with_name(target.name + ".draft")
-    shutil.rmtree(draft, ignore_errors=True)
-    draft.mkdir()
-    config.save_pretrained(draft)
-    processor.save_pretrained(draft)
-    _generation(fields, found, processor).save_pretrained(draft)
     shards = _shards(moves, found, shard_bytes)
-    _write(shards, found, draft, total, progress)
-    if target.exists():
-        shutil.rmtree(target)
-    draft.rename(target)
+    with atomic_folder(target) as staging:
+        config.save_pretrained(staging)
+        processor.save_pretrained(staging)
+        _generation(fields, found, processor).save_pretrained(staging)
+        _write(shards, found, staging, total, progress)
     parameters = sum(shape.numel() for move in moves for shape in move.shapes)
     return Converted(target, parameters, total, len(shards))
 
@@ -169,7 +165,7 @@ def _shards(moves: Sequence[Move], found: SourceFolder, shard_bytes: int) -> lis
     return shards
 
 
-def _write(shards: Sequence[Sequence[Move]], found: SourceFolder, draft: Path, total: int, progress: Progress) -> None:
+def _write(shards: Sequence[Sequence[Move]], found: SourceFolder, folder: Path, total: int, progress: Progress) -> None:
     places: dict[str, str] = {}
     done = 0
     progress(0, total)
@@ -178,11 +174,11 @@ def _write(shards: Sequence[Sequence[Move]], found: SourceFolder, draft: Path, t
         tensors: dict[str, Tensor] = {}
         for move in moves:
             tensors |= move.parts(found.read(move.source))
-        save_file(tensors, draft / name, metadata={"format": "pt"})
-        shutil.copymode(draft / "config.json", draft / name)  # safetensors lets nobody but the owner read its files
+        save_file(tensors, folder / name, metadata={"format": "pt"})
+        shutil.copymode(folder / "config.json", folder / name)  # safetensors lets nobody but the owner read its files
         places |= dict.fromkeys(tensors, name)
         done += sum(tensor.nbytes for tensor in tensors.values())
         progress(done, total)
     if len(shards) > 1:
         index = {"metadata": {"total_size": total}, "weight_map": places}
-        (draft / "model.safetensors.index.json").write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
+        (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
