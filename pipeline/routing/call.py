@@ -3,6 +3,7 @@
 Shapes: B rows, T tokens, E experts, F features.
 """
 
+import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -73,12 +74,23 @@ class Call:
 
     def __init__(self, *, traced: bool = False) -> None:
         self.traced = traced
-        self.routers: Routers | None = None
-        """The pool in force when the call began, and its routers; None before it has begun."""
+        self.names: Sequence[str] = ()
+        """Names of the experts of the pool in force when the call began, in its order."""
         self.paths: Sequence[str] = ()
         """Paths of the Linears that the pool adapts, in the model's order."""
         self.features_BF: Tensor | None = None
         self.state = RoutingState(0)
+        # Threads keep their last call for ever; a pool that was replaced must not stay in memory for that.
+        self._routers: weakref.ref[Routers] | None = None
+        self._held: Routers | None = None
+
+    @property
+    def routers(self) -> Routers | None:
+        """The pool in force when the call began, and its routers.
+
+        None before it has begun, and when it is over and another pool has taken that one's place.
+        """
+        return None if self._routers is None else self._routers()
 
     def begin(
         self,
@@ -87,10 +99,17 @@ class Call:
         features_BF: Tensor,
         route: Route,
         tokens_BT: Tensor | None,
+        *,
+        hold: bool,
     ) -> None:
-        """Takes down how a batch is routed; what a batch before it has left is gone."""
-        self.routers, self.paths, self.features_BF = routers, paths, features_BF
+        """Takes down how a batch is routed; what a batch before it has left is gone. `hold` keeps the pool until `end`."""
+        self._routers, self._held = weakref.ref(routers), routers if hold else None
+        self.names, self.paths, self.features_BF = routers.pool.names, paths, features_BF
         self.state = RoutingState(len(routers.pool.experts), route, tokens_BT, traces={} if self.traced else None)
+
+    def end(self) -> None:
+        """Lets go of the pool; decisions stay readable."""
+        self._held = None
 
     @property
     def decisions(self) -> list[Decision]:
@@ -98,14 +117,14 @@ class Call:
 
         Each beam, and each of several sequences asked for, is a row of its own.
         """
-        if self.routers is None or self.features_BF is None:
+        if self.features_BF is None:
             return []
         rows, weights_BE = len(self.features_BF), self.state.weights_BE
         if weights_BE is None:
             return [Decision(None, {})] * rows
         decisions = []
         for row in weights_BE.expand(rows, -1).tolist():
-            weights = {name: weight for name, weight in zip(self.routers.pool.names, row, strict=True) if weight > 0}
+            weights = {name: weight for name, weight in zip(self.names, row, strict=True) if weight > 0}
             best = max(weights, key=weights.__getitem__, default=None)
             if best is not None and weights[best] < 1 - sum(weights.values()):
                 best = None

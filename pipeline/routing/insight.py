@@ -82,7 +82,8 @@ def _excess(candidate: Candidate) -> float:
 def weighed(call: Call, *, limit: int = 10) -> list[tuple[Candidate, ...]]:
     """Returns whom the routers weighed for each prompt of a call, likeliest first.
 
-    The `limit` likeliest experts, and always the base.
+    The `limit` likeliest experts, and always the base. Empty where no prompt was read, where the pool has no expert, and
+    where the call is over and its pool was replaced.
     """
     routers, features_BF = call.routers, call.features_BF
     if routers is None or features_BF is None or not routers.pool.experts:
@@ -135,12 +136,12 @@ def explain(routed: RoutedModel, inputs: Mapping[str, Any], *, limit: int = 10) 
         raise PoolError("the pool is empty: the base answers everything; `pointsman learn` adds experts")
     with routed.call(traced=True) as call:
         routed.model(**inputs, use_cache=False)
-    assert call.routers is not None
+        candidates_B = weighed(call, limit=limit)
     assert call.state.tokens_BT is not None
-    names = call.routers.pool.names
+    names = call.names
     votes, traces, tokens_BT = call.state.votes, call.state.traces or {}, call.state.tokens_BT
     explanations = []
-    for row, (decision, candidates) in enumerate(zip(call.decisions, weighed(call, limit=limit), strict=True)):
+    for row, (decision, candidates) in enumerate(zip(call.decisions, candidates_B, strict=True)):
         kept_T = tokens_BT[row].bool().cpu()
         whole_E = torch.tensor([decision.weights.get(name, 0.0) for name in names])
         weights = {}

@@ -212,7 +212,7 @@ class RoutedModel:
         features_BF = project(features_BS, width)
         route = self._route(routers, here.forced, features_BF)
         call = here.call or Call()
-        call.begin(routers, tuple(experts.by_path), features_BF, route, tokens_BT)
+        call.begin(routers, tuple(experts.by_path), features_BF, route, tokens_BT, hold=here.call is not None)
         self._note(last=call)
         self._follow_base(experts)
         self.current.running = running = Running(call.state, experts, self.current)
@@ -246,8 +246,7 @@ class RoutedModel:
                 cache.running = running
         if running is not None and torch.is_grad_enabled():
             self.current.recorded[:] = [running]
-        else:
-            self.current.running = None
+        self.current.running = None
 
     @property
     def pool(self) -> Pool:
@@ -271,9 +270,9 @@ class RoutedModel:
 
     @contextmanager
     def call(self, *, traced: bool = False) -> Iterator[Call]:
-        """Gives the caller the call that its prompts begin while the context lasts; it stays readable afterwards.
+        """Gives the caller the call that its prompts begin while the context lasts; its decisions stay readable afterwards.
 
-        `traced`: the call keeps the weight of each expert at each token of the prompt. Where several batches are read,
+        The pool is held for it as long as the context lasts. `traced`: the call keeps the weight of each expert at each token of the prompt. Where several batches are read,
         the call is the last one's.
         """
         call, before = Call(traced=traced), self._here.call
@@ -282,6 +281,7 @@ class RoutedModel:
             yield call
         finally:
             self._note(call=before)
+            call.end()
 
     @contextmanager
     def forced(self, name: str | None) -> Iterator[None]:

@@ -4,6 +4,7 @@ import asyncio
 import copy
 import gc
 import threading
+import weakref
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -220,7 +221,7 @@ def test_pools_are_swapped_while_threads_ask(tiny_base, known_pool, mixed):
             row = number % len(rows)
             with routed.call() as call:
                 text = answer(tiny_base, rows[row])
-            pool = pools.index(call.routers.pool)
+                pool = pools.index(call.routers.pool)
             (decision,) = call.decisions
             return (text, decision.expert, decision.weights) == expected[pool][row]
 
@@ -318,6 +319,39 @@ def test_nothing_of_a_call_outlives_its_cache(tiny_base, known_pool, mixed):
         gc.collect()
         assert len(routed._versions) == 1
         assert routed.current.running is None
+
+
+def test_an_idle_thread_does_not_keep_the_pool_of_its_last_call(tiny_base, known_pool, mixed):
+    with attached(tiny_base, known_pool.remove("reader")) as routed:
+        before = weakref.ref(routed._loaded[0])
+        asked, done, found = threading.Barrier(3), threading.Event(), []
+
+        def ask_and_wait(*, inside: bool) -> None:
+            if inside:
+                with routed.call() as call:
+                    answer(tiny_base, mixed[0][0])
+                assert call.routers is not None
+            else:
+                tiny_base.model(**batch_of(tiny_base, mixed[0][:1]), use_cache=False)  # as in training, with gradients
+            asked.wait()
+            done.wait()
+            found.append([decision.expert for decision in routed.decisions])
+
+        threads = [threading.Thread(target=ask_and_wait, kwargs={"inside": inside}) for inside in (True, False)]
+        for thread in threads:
+            thread.start()
+        asked.wait()
+        routed.load(known_pool)
+        gc.collect()
+        try:
+            assert before() is None
+            assert len(routed._versions) == 1
+        finally:
+            done.set()
+            for thread in threads:
+                thread.join()
+        assert found[0] == found[1]
+        assert len(found[0]) == 1
 
 
 def test_an_offloaded_linear_is_refused_by_name(tiny_base, known_pool):
