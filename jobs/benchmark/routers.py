@@ -194,7 +194,7 @@ def _synthetic_expert(base: Base, config: LearnConfig, number: int) -> Expert:
     collector = EvidenceCollector(base.model, list(adapters))
     with torch.inference_mode():
         for batch in batches:
-            collector.expect(batch)
+            collector.expect(batch, len(batch["labels"]))
             model(**batch, use_cache=False)
     samples = collector.collect()
     model.unload()

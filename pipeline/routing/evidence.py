@@ -131,8 +131,9 @@ def add_evidence(hearing: Hearing, before_BX: Tensor | None, x_BTD: Tensor, toke
 class EvidenceReader:
     """Takes down the pooled, projected inputs of Linears while a model reads prompts.
 
-    `tokens_BT` must be set before the language model runs; it holds for one pass of it, so that layers which compute their
-    activations again for a backward pass are not heard twice. A Linear that gets the very tensor that the one before it got
+    `tokens_BT` must be set before the language model runs, for all rows or the first ones, which are then the only ones that
+    are taken down; it holds for one pass, so that layers which compute their activations again for a backward pass are not
+    heard twice. A Linear that gets the very tensor that the one before it got
     is left out: it hears nothing new.
     """
 
@@ -150,8 +151,9 @@ class EvidenceReader:
             if x_BTD is self._last or self.tokens_BT is None:
                 return
             self._last = x_BTD
-            width = min(WIDTH, x_BTD.shape[-1])
-            self.samples.setdefault(path, []).append(project(pooled(x_BTD.detach(), self.tokens_BT), width).cpu())
+            width, rows = min(WIDTH, x_BTD.shape[-1]), len(self.tokens_BT)
+            pooled_BD = pooled(x_BTD.detach()[:rows], self.tokens_BT)
+            self.samples.setdefault(path, []).append(project(pooled_BD, width).cpu())
 
         return hook
 

@@ -272,8 +272,8 @@ class RoutedModel:
     def call(self, *, traced: bool = False) -> Iterator[Call]:
         """Gives the caller the call that its prompts begin while the context lasts; its decisions stay readable afterwards.
 
-        The pool is held for it as long as the context lasts. `traced`: the call keeps the weight of each expert at each token of the prompt. Where several batches are read,
-        the call is the last one's.
+        The call holds its pool as long as the context lasts. `traced`: it keeps the weight of each expert at each token of
+        the prompt. Where several batches are read, the call is the last one's.
         """
         call, before = Call(traced=traced), self._here.call
         self._note(call=call)

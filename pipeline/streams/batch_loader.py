@@ -101,14 +101,24 @@ class BatchLoader:
         self._thread.join(seconds)
         return not self._thread.is_alive()
 
-    @property
-    def epoch(self) -> int:
-        """Epoch of the last row that was given, to any rank; 0 as long as every row so far was another one."""
-        given = [self._next * share for share in self._shares]
+    def new_rows(self, most: int) -> list[int]:
+        """Returns how many rows of each micro-batch of the last step are new: of the first `most` distinct ones of all ranks.
+
+        They stand at its beginning. Any number of workers gives as many in all, of cached rows the same ones.
+        """
+        step, shares = self._next - 1, self._layout.share(self._rank)
         if self._rows.cached:
-            return max(0, sum(given) - 1) // self._rows.count
-        own = spans(self._rows.count, self._shares)
-        return max(max(0, rows - 1) // len(span) for rows, span in zip(given, own, strict=True))
+            place, end = step * self._layout.batch_size + shares[0].start, min(most, self._rows.count)
+        else:
+            own = spans(self._rows.count, self._shares)[self._rank]
+            before, share = sum(self._shares[: self._rank]), self._shares[self._rank]
+            part = most * (before + share) // self._layout.batch_size - most * before // self._layout.batch_size
+            place, end = step * share, min(part, len(own))
+        found = []
+        for positions in shares:
+            found.append(min(max(0, end - place), len(positions)))
+            place += len(positions)
+        return found
 
     def __iter__(self) -> "BatchLoader":
         return self

@@ -1,7 +1,7 @@
 """What routers need to know of a task's prompts, collected from distinct rows while its expert is trained.
 
 Features come from one pass over distinct prompts, in which the language model's layers do not run; the inputs of the
-Linears from the router stage's own forward passes, as long as its rows are new. Shapes: N prompts, F features.
+Linears from the router stage's own forward passes, from those of their rows that are new. Shapes: N prompts, F features.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -73,10 +73,10 @@ class EvidenceCollector:
     def __init__(self, model: nn.Module, paths: Sequence[str]) -> None:
         self._reader = EvidenceReader(model, paths)
 
-    def expect(self, batch: dict[str, Any]) -> None:
-        """Says that the coming forward pass is to be recorded; a batch without labels only fills up a step, and is not."""
-        if (batch["labels"] != IGNORED).any():
-            self._reader.tokens_BT = prompt_mask(batch)
+    def expect(self, batch: dict[str, Any], rows: int) -> None:
+        """Says that of the coming forward pass the first `rows` rows are to be recorded."""
+        if rows:
+            self._reader.tokens_BT = prompt_mask(batch)[:rows]
 
     def collect(self) -> dict[str, Tensor]:
         """Takes the hooks off; returns the samples (N, F) of every distinct input of all ranks' rows, alike on every rank."""

@@ -50,9 +50,9 @@ def run_steps(
     explosion: float,
     clock: StageClock,
     on_step: Callable[[int, float], None],
-    before: Callable[[dict[str, Any]], None] = lambda batch: None,
+    before: Callable[[int, dict[str, Any]], None] = lambda number, batch: None,
 ) -> None:
-    """Runs optimizer steps; `on_step(step, loss)` after each, `before(batch)` ahead of each forward pass.
+    """Runs optimizer steps; `on_step(step, loss)` after each, `before(i, micro_batch)` ahead of each forward pass.
 
     The loss of a step is the mean cross-entropy over the answer tokens of all its rows,
 
@@ -70,9 +70,9 @@ def run_steps(
         # DeepSpeed takes the mean over ranks of what we want the sum of.
         share = dist.get_world_size() / max(tokens.item(), 1.0)
         total = torch.zeros((), device=device)
-        for host_batch in batches:
+        for i, host_batch in enumerate(batches):
             batch = to_device(host_batch, device)
-            before(batch)
+            before(i, batch)
             loss = answer_loss(engine, batch, reduction="sum") * share
             engine.backward(loss, scale_wrt_gas=False)
             engine.step()

@@ -215,8 +215,7 @@ class Worker:
                 explosion=job.training.explosion,
                 clock=clock,
                 on_step=lambda step, loss: self._step_done("router", step, config.steps, loss),
-                # Rows that come again say nothing new; what the first step holds is better than nothing.
-                before=lambda batch: evidence.expect(batch) if loader.epoch == 0 or not clock.losses else None,
+                before=lambda i, batch: evidence.expect(batch, loader.new_rows(config.statistics_rows)[i]),
             )
         statistics = PromptStatistics.of(features, quantile=config.quantile, shrinkage=config.shrinkage)
         samples = {path: PromptStatistics.of(sample) for path, sample in evidence.collect().items()}

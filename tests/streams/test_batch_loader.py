@@ -110,10 +110,19 @@ def test_a_micro_batch_without_rows_is_one_row_of_the_step_unlabelled():
     assert numbers([first]) != numbers([empty])
 
 
-def test_the_epoch_is_that_of_the_last_row_given():
-    with loader(cached(8), range(6)) as found:
-        epochs = [found.epoch for _ in found]
-    assert epochs == [0, 0, 1, 1, 2, 2]
+@pytest.mark.parametrize(("workers", "micro_batch"), [(1, 6), (1, 4), (2, 2), (4, 1)])
+@pytest.mark.parametrize("most", [2, 10, 100])
+def test_new_rows_are_the_first_of_an_epoch(workers: int, micro_batch: int, most: int) -> None:
+    """Up to the last of them, in the middle of a step; a micro-batch without rows has none."""
+    drawn = sum(numbers(batches(5, batch_size=6)), [])
+    found = []
+    for rank in range(workers):
+        settings = {"batch_size": 6, "workers": workers, "micro_batch": micro_batch, "rank": rank}
+        with loader(cached(), range(5), **settings) as ranks:
+            for parts in ranks:
+                for part, count in zip(numbers(parts), ranks.new_rows(most), strict=True):
+                    found += part[:count]
+    assert sorted(found) == sorted(drawn[: min(most, ROWS)])
 
 
 def test_fewer_rows_than_a_step_come_again_within_it():

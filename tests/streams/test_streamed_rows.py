@@ -149,6 +149,18 @@ def test_streamed_rows_are_those_of_the_cache(ending, tiny_folder, tmp_path):
     assert len(set(sum(ranks, []))) == 33
 
 
+@pytest.mark.parametrize(("workers", "most"), [(1, 10), (2, 10), (2, 100), (3, 19)])
+def test_new_rows_are_distinct_ones_of_all_ranks(workers, most, tiny_folder, tmp_path):
+    found = streamed(write(tmp_path, "parquet", 20), tiny_folder, tmp_path)
+    layout, new = StepLayout(6, workers, 2), []
+    for rank in range(workers):
+        with BatchLoader(found, layout=layout, rank=rank, steps=range(5), seed=1, collate=list) as loader:
+            for parts in loader:
+                for part, count in zip(parts, loader.new_rows(most), strict=True):
+                    new += [str(row.input_ids.tolist()) for row in part[:count]]
+    assert len(new) == len(set(new)) == min(most, 20)
+
+
 def test_bad_rows_are_never_drawn(tiny_folder, tmp_path):
     source = write(tmp_path, "parquet", 64, row_group_size=10)
     table = pq.read_table(source.path).to_pylist()

@@ -109,7 +109,7 @@ def both_stages(path: str, folder: Path, training: TrainingConfig, dtype: str) -
         own = [batches[0], batches[1] if rank == 0 else None]
         found["features"] = collect_features(engine, base, own, width=3 * base.width, device="cpu")
         evidence = EvidenceCollector(base.model, heard)
-        found["router"] = steps(engine, batches, 3, before=evidence.expect)
+        found["router"] = steps(engine, batches, 3, before=lambda i, batch: evidence.expect(batch, 2))
         found["samples"] = {len(samples) for samples in evidence.collect().values()}
         found["whole"] = sum(parameter.numel() > 0 for parameter in base.model.parameters())
         with gathered([gate.vector for gate in gates.values()]):
