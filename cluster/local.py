@@ -30,8 +30,9 @@ from pipeline.errors import UserError
 
 log = logging.getLogger(__name__)
 
-SPARE_CPUS = 2
-"""Logical CPUs beyond the real ones, for processes that mostly wait: readers of Ray Data, an evaluator, trial drivers.
+SPARE_CPUS = 4
+"""Logical CPUs beyond the real ones, for processes that mostly wait: readers of Ray Data, trial drivers, and training workers
+while the evaluator answers.
 Ray Train books its CPUs first, and Ray Data hangs when none is left."""
 
 QUIET = {

@@ -25,7 +25,7 @@ from pipeline.evaluation.evaluate import Evaluation
 from pipeline.routing.expert import Expert, ExpertCard, load_adapters
 from pipeline.routing.pool import Pool
 from pipeline.routing.statistics import PromptStatistics
-from pipeline.training.run import Trained
+from pipeline.training.session import Trained
 
 ROUTERS: dict[str, dict[str, str]] = {
     "token_published": {"kind": "token", "token_scores": "published"},

@@ -33,9 +33,9 @@ from pipeline.routing.null import read_null, write_null
 from pipeline.streams.preprocess import Part, Prepared, prepare
 from pipeline.streams.training_rows import TrainingRows
 from pipeline.training.general import general_statistics
-from pipeline.training.run import Trained, run_training
+from pipeline.training.job import Job
+from pipeline.training.session import Session, Trained
 from pipeline.training.telemetry import Step
-from pipeline.training.worker import Job
 
 GENERAL = "general"
 """Name of the general sample among the prompts; tasks may not bear it."""
@@ -63,6 +63,7 @@ class StreamRun:
         self.patience = Patience(config.registry.patience, terminal.say)
         self.metrics = MetricSpool(self.folder / "state" / "metrics.jsonl", terminal.say)
         self._training: dict[str, Prepared] = {}
+        self._session: Session | None = None
 
     def log(self, points: Iterable[tuple[str, float, int]]) -> None:
         """Logs (metric, value, step) points; where the registry is away they wait in the run's folder."""
@@ -212,7 +213,23 @@ class StreamRun:
                 bar.update(steps)
                 self.log([(f"{s.task}/{s.stage}_loss", s.loss, s.step) for s in steps])
 
-            return run_training(job, rows, storage=self.folder / "training", on_steps=on_steps, worker_env=worker_env)
+            if self._session is None:
+                self._session = Session(job.training, storage=self.folder / "training", worker_env=worker_env)
+            return self._session.train(job, rows, on_steps)
+
+    def make_room(self) -> None:
+        """Ends the training session where the cluster cannot hold its workers and those of inference side by side."""
+        training, inference = self.config.training, self.inference_workers
+        cpus = training.workers * training.threads + inference.count * inference.threads + SPARE_CPUS
+        gpus = training.workers * training.gpu + inference.count * inference.gpus
+        if self.cluster.cpus < cpus or self.cluster.gpus < gpus:
+            self.close()
+
+    def close(self, *, at_once: bool = False) -> None:
+        """Ends the training session, if there is one, in the middle of a job `at_once`; the next training starts another."""
+        if self._session is not None:
+            self._session.close(at_once=at_once)
+            self._session = None
 
     # Evaluation
 
@@ -228,6 +245,7 @@ class StreamRun:
         file = self._state(f"evaluation-{key}.json")
         if not file.exists():
             prompts = self.prompts
+            self.make_room()
             with self.terminal.working(f"evaluating {len(columns)} tasks and families"):
                 result = evaluate(
                     prompts.rows(columns),
@@ -307,6 +325,11 @@ def open_run(config: LearnConfig, *, job: str) -> Iterator[StreamRun]:
             run.metrics.write()  # of an earlier run, if the registry was away then
             try:
                 yield run
+            except BaseException:
+                run.close(at_once=True)
+                raise
+            else:
+                run.close()
             finally:
                 if not run.metrics.write():
                     terminal.say(f"  {run.metrics.waiting} points of metrics wait for the next run of this command")

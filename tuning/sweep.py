@@ -13,8 +13,8 @@ from cluster.local import available_cpus
 from pipeline.config import LearnConfig, TaskConfig
 from pipeline.models.inference import InferenceWorkers
 from pipeline.streams.training_rows import TrainingRows
-from pipeline.training.run import TrainingError
-from pipeline.training.worker import Job
+from pipeline.training.job import Job
+from pipeline.training.session import TrainingError
 from tuning.space import SweepSpace
 from tuning.trial import TOKEN, EvaluateTemperature, train_rank
 

@@ -19,8 +19,8 @@ from pipeline.models.inference import InferenceWorkers
 from pipeline.routing.expert import Expert
 from pipeline.routing.pool import Pool
 from pipeline.streams.training_rows import TrainingRows
-from pipeline.training.run import run_training
-from pipeline.training.worker import Job
+from pipeline.training.job import Job
+from pipeline.training.session import run_training
 
 TOKEN = {"cpu": 0.01}
 """What a trial that trains books for itself."""

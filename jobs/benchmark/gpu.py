@@ -200,6 +200,7 @@ def measure(run: StreamRun, device: Device) -> dict[str, Any]:
     with meter.during(TRAINING):
         # A name of its own: a finished run of the same name would only be read again.
         trained = run.train(*run.job(task, f"gpu-{now():%Y%m%d%H%M%S}"))
+        run.close()  # its base is not part of the moments after it
     expert = Expert.load(trained.expert)
     pool = Pool(run.config.base.label, run.fingerprint, run.config.router, **null).add(expert)
     folder = pool.save(run.folder / "pool")

@@ -59,6 +59,7 @@ def _training(run: StreamRun, rounds: int) -> None:
             # A digest of its own: a finished run of the same name would only be read again.
             job = which.job(task, f"benchmark-{time_ns()}", task=f"benchmark_{task.name}", router_stage=False)
             figures = which.train(*job).figures
+            which.close()  # the plain loop is to have the machine alone
             seconds.append(fmean(figures["expert_step_seconds"][WARM_UP:]))
             if which is run:
                 waits.append(figures["expert_wait_seconds"] / figures["expert_seconds"])

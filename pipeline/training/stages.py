@@ -6,7 +6,7 @@ routing vector a Linear.
 
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -95,6 +95,12 @@ def with_lora(
     return peft
 
 
+def without_lora(base: Base, peft: Any) -> None:
+    """Takes the adapters off the base, which is then as it was."""
+    peft.unload()
+    vars(base.model).pop("peft_config", None)  # PEFT would take the next LoRA for a second one beside this
+
+
 def save_lora(peft: Any, folder: Path, *, write: bool) -> None:
     """Writes the adapter as PEFT does; every rank must call it (ZeRO-3 gathers), the one with `write` writes."""
     with gathered([p for p in peft.parameters() if p.requires_grad]):
@@ -116,6 +122,12 @@ def with_gates(model: nn.Module, adapter: Path, *, dtype: torch.dtype | None = N
         gates[path] = GatedLinear(linear, lora.a_RD, lora.b_OR, lora.scaling, dtype=dtype)
         model.set_submodule(path, gates[path])
     return gates
+
+
+def without_gates(model: nn.Module, gates: Mapping[str, GatedLinear]) -> None:
+    """Puts the Linears back that `with_gates` replaced."""
+    for path, gate in gates.items():
+        model.set_submodule(path, gate.base)
 
 
 def adapted_paths(base: Base, pattern: str) -> list[str]:

@@ -37,6 +37,10 @@ class Telemetry:
         self._steps: list[tuple[str, str, int, int, float]] = []
         self._dropped = 0
 
+    def count(self) -> int:
+        """Returns how many steps were ever pushed."""
+        return self._dropped + len(self._steps)
+
     def push(self, steps: list[tuple[str, str, int, int, float]]) -> None:
         """Adds steps."""
         self._steps += steps
@@ -49,16 +53,17 @@ class Telemetry:
 
 
 @contextmanager
-def listening(on_steps: Callable[[list[Step]], None], *, every: float = 1.0, timeout: float = 10.0) -> Iterator[Any]:
-    """Yields a telemetry actor whose steps reach `on_steps`, in order and once, about every `every` seconds.
+def listening(
+    on_steps: Callable[[list[Step]], None], actor: Any, *, every: float = 1.0, timeout: float = 10.0
+) -> Iterator[None]:
+    """Steps that reach the telemetry `actor` from now on reach `on_steps`, in order and once, about every `every` seconds.
 
     An exception of `on_steps` neither ends the training nor keeps later steps from being delivered: the first one is
     told as a warning, and their number at the end. Steps that Ray does not hand over within `timeout` seconds come with
     the next ones.
     """
-    actor: Any = ray.remote(num_cpus=0)(Telemetry).remote()
     stop = threading.Event()
-    delivered, failures = 0, 0
+    delivered, failures = ray.get(actor.count.remote()), 0
 
     def deliver() -> bool:
         """Delivers what there is; returns whether Ray has answered."""
@@ -89,7 +94,7 @@ def listening(on_steps: Callable[[list[Step]], None], *, every: float = 1.0, tim
         thread = threading.Thread(target=listen, name="telemetry", daemon=True)
         thread.start()
         try:
-            yield actor
+            yield
         finally:
             stop.set()
             thread.join()
@@ -97,4 +102,3 @@ def listening(on_steps: Callable[[list[Step]], None], *, every: float = 1.0, tim
                 _logger.warning("the last steps of this training could not be fetched: its curves end early")
             if failures:
                 _logger.warning("progress could not be told %d times; the training itself is whole", failures)
-            ray.kill(actor)

@@ -1,15 +1,17 @@
-"""What every rank of a task's Ray Train run does: expert stage, router stage, checkpoints that hold adapters only."""
+"""What every rank of a training session does: job after job on one base, an expert stage and a router stage each."""
 
-import json
+import shutil
 import time
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import ray
 import ray.train
 import torch
+import torch.distributed as dist
 
-from pipeline.config import BaseModelConfig, Config, ExpertConfig, RouterConfig, TrainingConfig
 from pipeline.models.bases import Base, load_base
 from pipeline.models.prompts import collate_for
 from pipeline.routing.expert import Expert, ExpertCard, ExpertError, load_adapters
@@ -18,6 +20,8 @@ from pipeline.routing.statistics import PromptStatistics
 from pipeline.streams.batch_loader import BatchLoader, StepLayout, distinct_batches
 from pipeline.streams.training_rows import TrainingRows
 from pipeline.training.collector import EvidenceCollector, collect_features
+from pipeline.training.job import Job
+from pipeline.training.job_folder import ADAPTER, EXPERT, JobFolder, load_state, save_state
 from pipeline.training.lockstep import VisionLockstep
 from pipeline.training.loop import Divergence, StageClock, run_steps
 from pipeline.training.randomness import seed_all
@@ -30,8 +34,9 @@ from pipeline.training.stages import (
     with_gates,
     with_lora,
     without_dropout,
+    without_gates,
+    without_lora,
 )
-from pipeline.training.staging import ADAPTER, EXPERT, PROGRESS, Staging, load_state, save_state
 from pipeline.training.zero import (
     base_dtype,
     close_engine,
@@ -46,62 +51,85 @@ TELL_EVERY = 0.8
 """Seconds between messages to the driver."""
 
 
-class Job(Config):
-    """All that a worker needs to know of its task."""
+def train(settings: dict[str, Any]) -> None:
+    """Works on the session's jobs until there are no more; Ray Train runs this on every rank.
 
-    task: str
-    """Name of task and expert."""
-    digest: str
-    """Names the expert that will come out."""
-    data_fingerprint: str
-    """Of the training rows."""
-    seed: int
-    """Of weights and data order."""
-    base: BaseModelConfig
-    """The frozen model."""
-    expert: ExpertConfig
-    """Expert stage."""
-    router: RouterConfig
-    """Router stage."""
-    training: TrainingConfig
-    """Machine."""
-    vision: bool = True
-    """False: rows hold image features, and the vision tower is not loaded."""
-    by_length: bool = False
-    """Batches of rows of similar length."""
-    start: str | None = None
-    """Adapter folder to go on from, instead of a fresh LoRA (sequential fine-tuning, the method we compare with)."""
-    router_stage: bool = True
-    """False trains the adapter only."""
-
-
-def train(settings: dict[str, Any]) -> dict[str, Any]:
-    """Trains one task; Ray Train runs this on every rank.
-
-    Returns rank 0's figures: losses, seconds and data wait of both stages, or `failure` with the reason. A failure that
-    would come back on every retry (divergence, an expert that learned nothing) is returned, not raised; all ranks see it.
-    What one rank alone meets must be raised: the others would wait for it.
+    `settings`: the `queue` and the folder `storage`. A job's outcome is rank 0's figures (losses, seconds and data wait of
+    both stages), or `failure` with the reason where a retry would fail again (divergence, an expert that learned nothing):
+    all ranks see those alike. What one rank alone meets must be raised: the others would wait for it.
     """
-    telemetry = settings.pop("telemetry", None)
-    rows = settings.pop("rows")
-    job, context = Job.model_validate(settings), ray.train.get_context()
-    with Staging(job.task, context.get_world_rank()) as staging:
-        worker = Worker(job, rows, telemetry, staging)
-        try:
-            return worker.run()
-        except (Divergence, ExpertError) as error:
-            return {"failure": str(error)}
-        finally:
-            worker.tell()  # the last losses before a failure are those one wants to see
+    queue, storage = settings["queue"], Path(settings["storage"])
+    rank, base = ray.train.get_context().get_world_rank(), HeldBase()
+    queue.enter.remote(rank, ray.get_runtime_context().current_actor)
+    number = _agreed(ray.get(queue.first.remote()) if rank == 0 else None)
+    try:
+        while (taken := ray.get(queue.take.remote(number))) is not None:
+            job = Job.model_validate(taken[0])
+            figures = _work(job, taken[1], queue, storage / f"{job.task}-{job.digest}", base)
+            taken = None  # the rows
+            free_memory()
+            if rank == 0:
+                ray.get(queue.finish.remote(number, figures))
+            number += 1
+    finally:
+        base.drop()
+
+
+def _work(job: Job, rows: TrainingRows, queue: Any, folder: Path, base: "HeldBase") -> dict[str, Any]:
+    """Does one job; returns its outcome."""
+    worker = Worker(job, rows, queue, folder, base)
+    try:
+        return worker.run()
+    except (Divergence, ExpertError) as error:
+        base.drop()  # adapters and engine are still on it
+        return {"failure": str(error)}
+    finally:
+        worker.tell()  # the last losses before a failure are those one wants to see
+
+
+def _agreed(value: Any) -> Any:
+    """Returns rank 0's value on every rank."""
+    values = [value]
+    if dist.get_world_size() > 1:
+        dist.broadcast_object_list(values, src=0)
+    return values[0]
+
+
+class HeldBase:
+    """The base of the last job, kept for as long as the next one wants the same."""
+
+    def __init__(self) -> None:
+        self._key: Any = None
+        self._base: Base | None = None
+        self._open = ExitStack()
+
+    def get(self, job: Job, settings: dict[str, Any]) -> Base:
+        """Returns the base that a job trains on, bare as it was loaded."""
+        key = (job.base, job.vision, job.training)
+        if self._base is None or key != self._key:
+            self.drop()
+            self._open.enter_context(sharded_loading(settings))
+            self._base = load_base(base_dtype(job.base, job.training), vision=job.vision)
+            if job.training.zero_stage == 3 and dist.get_world_size() > 1:
+                VisionLockstep(self._base, ray.train.torch.get_device())
+            self._key = key
+        return self._base
+
+    def drop(self) -> None:
+        """Gives the base back."""
+        self._open.close()
+        self._open, self._base = ExitStack(), None
+        free_memory()
 
 
 class Worker:
     """One rank."""
 
-    def __init__(self, job: Job, rows: TrainingRows, telemetry: Any, staging: Staging) -> None:
+    def __init__(self, job: Job, rows: TrainingRows, queue: Any, folder: Path, base: HeldBase) -> None:
         context = ray.train.get_context()
-        self.job, self.rows, self.telemetry, self.staging = job, rows, telemetry, staging
+        self.job, self.rows, self.queue, self.base = job, rows, queue, base
         self.rank, self.world = context.get_world_rank(), context.get_world_size()
+        self.folder = JobFolder(folder, self.rank)
         share = -(-job.expert.batch_size // self.world)
         micro_batch = min(job.training.micro_batch or share, share)
         self.layout = StepLayout(job.expert.batch_size, self.world, micro_batch)
@@ -112,34 +140,25 @@ class Worker:
         self.figures: dict[str, Any] = {"samples": job.expert.steps * job.expert.batch_size}
 
     def run(self) -> dict[str, Any]:
-        """Runs what the last checkpoint leaves to do."""
-        checkpoint = ray.train.get_checkpoint()
-        if checkpoint is None:
-            return self._stages(None, {"stage": "expert", "step": 0, "figures": {}})
-        with checkpoint.as_directory() as folder:
-            progress = json.loads((Path(folder) / PROGRESS).read_text())
-            self.figures |= progress["figures"]
-            return self._stages(Path(folder), progress)
-
-    def _stages(self, folder: Path | None, progress: dict[str, Any]) -> dict[str, Any]:
-        """Runs both stages on one base: the LoRA is taken off, gates come on."""
-        job = self.job
-        if progress["stage"] == "done":
-            return self.figures
+        """Runs what the last checkpoint leaves to do, both stages on one base: the LoRA is taken off, gates come on."""
+        job, checkpoint = self.job, self.folder.last()
+        progress: dict[str, Any] = {"stage": "expert", "step": 0, "figures": {}}
+        if checkpoint is not None:
+            progress = self.folder.progress()
+        self.figures |= progress["figures"]
         settings = self._zero_config()
-        with sharded_loading(settings):
-            base = load_base(base_dtype(job.base, job.training), vision=job.vision)
-            adapted_paths(base, job.expert.target_modules)
-            if job.training.zero_stage == 3 and self.world > 1:
-                VisionLockstep(base, ray.train.torch.get_device())
-            if progress["stage"] == "expert":
-                adapter = self._expert_stage(base, settings, folder, progress)
-                free_memory()
-            else:
-                assert folder is not None
-                adapter = folder / ADAPTER
-            if job.router_stage:
-                self._router_stage(base, settings, adapter)
+        base = self.base.get(job, settings)
+        adapted_paths(base, job.expert.target_modules)
+        if progress["stage"] == "expert":
+            adapter = self._expert_stage(base, settings, checkpoint, progress)
+            free_memory()
+        else:
+            assert checkpoint is not None
+            adapter = checkpoint / ADAPTER
+        if job.router_stage:
+            self._router_stage(base, settings, adapter)
+        elif self.rank == 0:
+            self.folder.finish(self.figures, lambda draft: shutil.copytree(adapter, draft / ADAPTER))
         return self.figures
 
     def _expert_stage(
@@ -171,30 +190,29 @@ class Worker:
             if step % job.training.checkpoint_every == 0 and step < config.steps:
                 draft = self._checkpoint({"stage": "expert", "step": step, "clock": vars(clock)})
                 save_state(engine, draft)
-                self.staging.report(draft)
+                self.folder.commit(draft)
 
         steps = range(begin, config.steps)
         with self._loader(base, steps, job.seed) as loader:
             run_steps(engine, loader, steps, explosion=job.training.explosion, clock=clock, on_step=on_step)
         self._note("expert", clock)
-        draft = self._checkpoint({"stage": "router" if job.router_stage else "done", "step": 0})
+        draft = self._checkpoint({"stage": "router", "step": 0})
         save_lora(peft, draft / ADAPTER, write=self.rank == 0)
         close_engine(engine)
-        peft.unload()
-        # Every rank needs the finished adapter, and Ray hands the reported one out only after a restart.
-        finished = self.staging.share(draft / ADAPTER)
-        if not any(bool(a.b_OR.any()) for a in load_adapters(finished)[1].values()):
+        without_lora(base, peft)
+        adapter = self.folder.commit(draft) / ADAPTER
+        if not any(bool(a.b_OR.any()) for a in load_adapters(adapter)[1].values()):
             raise ExpertError(
                 f"task {job.task!r}: every LoRA B is zero after training; check expert.learning_rate and steps"
             )
-        self.staging.report(draft)
-        return finished
+        return adapter
 
     def _router_stage(self, base: Base, settings: dict[str, Any], adapter: Path) -> None:
-        """Trains the routing vectors, takes the prompt statistics and reports the finished expert."""
+        """Trains the routing vectors, takes the prompt statistics and writes the finished expert."""
         job, config = self.job, self.job.router
         started = time.monotonic()
         heard = heard_paths(base, job.expert.target_modules)
+        adapter_config, adapters = load_adapters(adapter)  # now: rank 0 removes the checkpoint when it is done
         gates = with_gates(base.model, adapter, dtype=self.dtype)
         engine = start_engine(
             base.model, settings, learning_rate=config.learning_rate, weight_decay=0.0, schedule=lambda step: 1.0
@@ -222,9 +240,9 @@ class Worker:
         with gathered([gate.vector for gate in gates.values()]):
             vectors = {path: gate.vector.detach().float().cpu().clone() for path, gate in gates.items()}
         close_engine(engine)
+        without_gates(base.model, gates)
         clock.seconds = time.monotonic() - started
         self._note("router", clock)
-        adapter_config, adapters = load_adapters(adapter)
         card = ExpertCard(
             name=job.task,
             task=job.task,
@@ -239,10 +257,8 @@ class Worker:
         )
         expert = Expert(card, adapter_config, adapters, vectors, statistics, samples)
         expert.check_trained()
-        draft = self._checkpoint({"stage": "done", "step": 0})
         if self.rank == 0:
-            expert.save(draft / EXPERT)
-        self.staging.report(draft)
+            self.folder.finish(self.figures, lambda draft: expert.save(draft / EXPERT))
 
     def _features(self, engine: Any, base: Base) -> torch.Tensor:
         """Returns the features (N, F) of distinct prompts of all ranks."""
@@ -291,7 +307,7 @@ class Worker:
 
     def _step_done(self, stage: str, step: int, steps: int, loss: float) -> None:
         """Tells the driver of a step, several at a time: a remote call costs about a millisecond of the step's time."""
-        if self.rank != 0 or self.telemetry is None:
+        if self.rank != 0:
             return
         self._untold.append((self.job.task, stage, step, steps, loss))
         if step == steps or time.monotonic() - self._told >= TELL_EVERY:
@@ -300,11 +316,9 @@ class Worker:
     def tell(self) -> None:
         """Tells the driver of the steps that it does not know yet."""
         if self._untold:
-            self.telemetry.push.remote(self._untold)
+            self.queue.push.remote(self._untold)
             self._untold, self._told = [], time.monotonic()
 
     def _checkpoint(self, progress: dict[str, Any]) -> Path:
-        """Starts a checkpoint that says where this run stands."""
-        return self.staging.checkpoint(
-            {"world": self.world, "order": self.rows.order, "figures": self.figures, **progress}
-        )
+        """Starts a checkpoint that says where this job stands."""
+        return self.folder.draft({"world": self.world, "order": self.rows.order, "figures": self.figures, **progress})

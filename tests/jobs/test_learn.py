@@ -175,7 +175,9 @@ def test_stopped_and_killed_drivers_go_on_to_the_same_pool(undisturbed, tiny_fol
     config = stream(tiny_folder, tmp_path / "killed")
     training, log = config.parent / "mini" / "training", config.parent / "log.txt"
     # Ctrl-C in the middle of the first task's training, `ray job stop` soon after, a kill once the task was registered.
-    stopped = kill_when(start(config), lambda: any(training.glob("digits-*/checkpoint_*")), by=signal.SIGINT)
+    stopped = kill_when(
+        start(config), lambda: any(training.glob("digits-*/checkpoint/progress.json")), by=signal.SIGINT
+    )
     assert stopped == 130
     assert statuses(config) == ["KILLED"]
     stopped = kill_when(start(config), lambda: statuses(config) == ["RUNNING"], by=signal.SIGTERM)

@@ -1,14 +1,12 @@
-"""Random numbers of ranks, and their state in checkpoints; the folder in which checkpoints are made."""
+"""Random numbers of ranks, and their state in checkpoints."""
 
 import random
 from pathlib import Path
 
 import numpy as np
-import pytest
 import torch
 
 from pipeline.training.randomness import load_random_state, save_random_state, seed_all
-from pipeline.training.staging import Staging
 
 
 def draw() -> list[float]:
@@ -32,17 +30,3 @@ def test_the_state_goes_on_where_it_was(tmp_path: Path) -> None:
     seed_all(4)
     load_random_state(tmp_path / "state.safetensors")
     assert draw() == expected
-
-
-@pytest.mark.parametrize("error", [None, RuntimeError])
-def test_nothing_stays_in_the_temporary_folder(error, tmp_path: Path, monkeypatch) -> None:
-    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
-    try:
-        with Staging("task", rank=0) as staging:
-            (staging.checkpoint({"stage": "expert"}) / "adapter").mkdir()
-            assert len(list(tmp_path.rglob("progress.json"))) == 1
-            if error is not None:
-                raise error
-    except RuntimeError:
-        assert error is not None
-    assert list(tmp_path.iterdir()) == []

@@ -21,11 +21,11 @@ from pipeline.models.bases import Base, load_base
 from pipeline.models.prompts import Encoded, collate_for
 from pipeline.routing.expert import load_adapters
 from pipeline.training.collector import EvidenceCollector, collect_features
+from pipeline.training.job_folder import load_state, save_state
 from pipeline.training.lockstep import VisionLockstep
 from pipeline.training.loop import StageClock, run_steps
 from pipeline.training.randomness import seed_all
 from pipeline.training.stages import answer_loss, heard_paths, save_lora, with_gates, with_lora, without_dropout
-from pipeline.training.staging import load_state, save_state
 from pipeline.training.zero import (
     base_dtype,
     close_engine,

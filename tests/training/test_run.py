@@ -2,6 +2,7 @@
 
 import json
 import signal
+import threading
 import time
 from contextlib import suppress
 from pathlib import Path
@@ -20,9 +21,9 @@ from pipeline.models.bases import load_base
 from pipeline.routing.expert import Expert
 from pipeline.streams.preprocess import Part, prepare
 from pipeline.streams.training_rows import TrainingRows
-from pipeline.training import run
-from pipeline.training.run import TrainingError, run_training
-from pipeline.training.worker import Job
+from pipeline.training import session as sessions
+from pipeline.training.job import Job
+from pipeline.training.session import TrainingError, run_training, training_session
 
 ROWS = 100
 """Not a multiple of the batch size: a step of each stage lies on the border of an epoch."""
@@ -67,40 +68,39 @@ ONE = TrainingConfig(threads=1, checkpoint_every=4)
 
 
 @pytest.fixture(scope="module")
-def trained(rows, tiny_folder, worker_env, tmp_path_factory):
+def session(worker_env, tmp_path_factory):
+    """A session whose workers write down each time they load a base."""
+    storage = tmp_path_factory.mktemp("storage")
+
     def counted(settings):
         from pipeline.training import worker
 
-        loads, load = [], worker.load_base
-        worker.load_base = lambda *args, **kwargs: loads.append(None) or load(*args, **kwargs)
-        return worker.train(settings) | {"loads": len(loads)}
+        load = worker.load_base
 
-    seen = []
+        def noted(*args, **kwargs):
+            with (storage / "loads").open("a") as file:
+                file.write("a base\n")
+            return load(*args, **kwargs)
+
+        worker.load_base = noted
+        worker.train(settings)
+
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(run, "train", counted)
-        result = run_training(
-            make_job(tiny_folder, "one", training=ONE),
-            rows,
-            storage=tmp_path_factory.mktemp("storage"),
-            on_steps=seen.extend,
-            worker_env=worker_env,
-        )
+        patch.setattr(sessions, "train", counted)
+        with training_session(ONE, storage=storage, worker_env=worker_env) as opened:
+            yield opened
+
+
+@pytest.fixture(scope="module")
+def trained(session, rows, tiny_folder):
+    seen = []
+    result = session.train(make_job(tiny_folder, "one", training=ONE), rows, seen.extend)
     return result, seen
-
-
-def test_a_run_leaves_no_controller_and_no_handler_of_signals(trained):
-    deadline = time.monotonic() + 10  # the cluster notes an actor's end a moment later
-    alive = [("class_name", "=", "TrainController"), ("state", "=", "ALIVE")]
-    while left := list_actors(address=connect().address, filters=alive):
-        assert time.monotonic() < deadline, left
-        time.sleep(0.2)
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
 def test_a_run_leaves_a_complete_expert(trained, tiny_folder):
     result, seen = trained
     expert = Expert.load(result.expert)
-    assert result.figures["loads"] == 1, "one base for both stages"
     assert {step.stage for step in seen} == {"expert", "router"}
     assert [step.step for step in seen if step.stage == "expert"] == list(range(1, 13))
     assert result.figures["expert_losses"][-1] < result.figures["expert_losses"][0]
@@ -114,29 +114,61 @@ def test_a_run_leaves_a_complete_expert(trained, tiny_folder):
     PeftModel.from_pretrained(base.model, result.expert)
 
 
-def test_checkpoints_hold_adapters_only(trained, tiny_folder):
-    result, _ = trained
-    base_bytes = sum(f.stat().st_size for f in tiny_folder.glob("*.safetensors"))
-    files = [f for f in result.checkpoint.parent.rglob("*") if f.is_file()]
-    for file in files:
-        if file.suffix == ".safetensors":
-            assert not any("embed_tokens" in key or "base_layer" in key for key in load_file(file))
-    assert sum(f.stat().st_size for f in files) < base_bytes
+def test_the_next_job_finds_the_workers_warm_and_the_base_as_it_was(trained, session, rows, tiny_folder):
+    """A failed job between them, and one without router stage, leave nothing behind either."""
+    storage = trained[0].folder.parents[1]
+    told = []
+    again = session.train(make_job(tiny_folder, "again", training=ONE), rows, told.extend)
+    assert_same_expert(Expert.load(again.expert), Expert.load(trained[0].expert))
+    assert [step.step for step in told if step.stage == "expert"] == list(range(1, 13)), "no step of the job before"
+    assert (storage / "loads").read_text() == "a base\n", "one base for both stages of both jobs"
+    alone = make_job(tiny_folder, "alone", training=ONE, steps=2).model_copy(update={"router_stage": False})
+    assert load_file(session.train(alone, rows).adapter / "adapter_model.safetensors")
+    with pytest.raises(TrainingError, match="the loss is nan at step .*lower the learning rate"):
+        session.train(make_job(tiny_folder, "wild", training=ONE, learning_rate=1e30), rows)
+    third = session.train(make_job(tiny_folder, "third", training=ONE), rows)
+    assert_same_expert(Expert.load(third.expert), Expert.load(trained[0].expert))
 
 
-def test_a_finished_run_is_found_again(trained, rows, tiny_folder, worker_env):
+def test_a_finished_job_is_found_again(trained, rows, tiny_folder, worker_env):
     result, _ = trained
-    storage = result.checkpoint.parent.parent
+    storage = result.folder.parents[1]
     again = run_training(make_job(tiny_folder, "one", training=ONE), rows, storage=storage, worker_env=worker_env)
     assert again.figures["expert_losses"] == result.figures["expert_losses"]
     assert_same_expert(Expert.load(again.expert), Expert.load(result.expert))
 
 
+def test_a_closed_session_leaves_no_process_and_no_handler_of_signals(rows, tiny_folder, worker_env, tmp_path):
+    before = {actor.actor_id for actor in _alive()}
+    job = make_job(tiny_folder, "short", training=ONE, steps=2)
+    run_training(job, rows, storage=tmp_path, worker_env=worker_env)
+    deadline = time.monotonic() + 10  # the cluster notes an actor's end a moment later
+    while left := [actor.class_name for actor in _alive() if actor.actor_id not in before]:
+        assert time.monotonic() < deadline, left
+        time.sleep(0.2)
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_a_job_that_is_interrupted_stops_its_workers(rows, tiny_folder, worker_env, tmp_path):
+    job = make_job(tiny_folder, "long", training=ONE, steps=100_000)
+    with training_session(ONE, storage=tmp_path, worker_env=worker_env) as session:
+        with pytest.raises(KeyboardInterrupt):
+            session.train(job, rows, lambda steps: signal.raise_signal(signal.SIGINT))
+        session.close(at_once=True)
+        assert not [thread for thread in threading.enumerate() if thread.name == "training session"]
+
+
+def _alive() -> list:
+    alive = list_actors(address=connect().address, filters=[("state", "=", "ALIVE")], limit=1000)
+    return [actor for actor in alive if actor.class_name in {"TrainController", "JobQueue", "RayTrainWorker"}]
+
+
 def test_a_killed_worker_comes_back_and_ends_with_the_same_expert(trained, rows, tiny_folder, worker_env, tmp_path):
-    killed = []
+    killed, kept = [], []
 
     def kill_once(steps) -> None:
         if not killed and any(step.step >= 6 for step in steps):
+            kept.extend((file, file.stat().st_size) for file in (tmp_path / "digits-killed").rglob("*.*"))
             for process in psutil.Process().children(recursive=True):
                 with suppress(psutil.NoSuchProcess):  # ended, or a zombie, since the list was made
                     if "RayTrainWorker" in " ".join(process.cmdline()[:1]):
@@ -146,6 +178,8 @@ def test_a_killed_worker_comes_back_and_ends_with_the_same_expert(trained, rows,
     job = make_job(tiny_folder, "killed", training=ONE.model_copy(update={"max_failures": 1}))
     result = run_training(job, rows, storage=tmp_path, on_steps=kill_once, worker_env=worker_env)
     assert killed
+    base_bytes = sum(f.stat().st_size for f in tiny_folder.glob("*.safetensors"))
+    assert 0 < sum(size for _, size in kept) < base_bytes, "checkpoints hold adapters only"
     assert_same_expert(Expert.load(result.expert), Expert.load(trained[0].expert))
 
 
@@ -208,12 +242,25 @@ def test_rows_that_stream_are_learned_by_several_workers(trained, worker_env, ti
     assert result.figures["expert_losses"][-1] == pytest.approx(trained[0].figures["expert_losses"][-1], abs=0.5)
 
 
-def test_a_loss_that_is_not_finite_is_a_clear_error(rows, tiny_folder, worker_env, tmp_path):
-    told = []
-    job = make_job(tiny_folder, "wild", training=ONE, learning_rate=1e30)
-    with pytest.raises(TrainingError, match="the loss is nan at step .*lower the learning rate") as failure:
-        run_training(job, rows, storage=tmp_path, on_steps=told.extend, worker_env=worker_env)
-    assert f"at step {len(told) + 1};" in str(failure.value), "every step before it has been told"
+def test_workers_that_keep_dying_end_the_job_and_nothing_else(
+    trained, session, rows, tiny_folder, worker_env, tmp_path
+):
+    def kill(steps) -> None:
+        for process in psutil.Process().children(recursive=True):
+            with suppress(psutil.NoSuchProcess):
+                environment = process.environ()
+                if environment.get("POINTSMAN_TEST") == "mortal" and "RayTrainWorker" in " ".join(
+                    process.cmdline()[:1]
+                ):
+                    process.kill()
+
+    training = ONE.model_copy(update={"max_failures": 0})
+    job = make_job(tiny_folder, "mortal", training=training, steps=60)
+    with training_session(training, storage=tmp_path, worker_env=worker_env | {"POINTSMAN_TEST": "mortal"}) as opened:
+        with pytest.raises(TrainingError, match="task 'digits': training failed: .*died"):
+            opened.train(job, rows, kill)
+        short = make_job(tiny_folder, "short", training=training, steps=2)
+        assert opened.train(short, rows).expert.is_dir(), "other workers take their place"
 
 
 def test_an_expert_that_learned_nothing_is_refused(rows, tiny_folder, worker_env, tmp_path):

@@ -8,12 +8,17 @@ import pytest
 import ray
 
 from cluster.local import connect
-from pipeline.training.telemetry import Step, listening
+from pipeline.training.telemetry import Step, Telemetry, listening
 
 
 @pytest.fixture(scope="module", autouse=True)
 def _cluster() -> None:
     connect()
+
+
+@pytest.fixture
+def actor():
+    return ray.remote(num_cpus=0)(Telemetry).remote()
 
 
 def push(actor, *numbers: int) -> None:
@@ -27,7 +32,7 @@ def wait_until(condition) -> None:
         time.sleep(0.02)
 
 
-def test_an_exception_of_the_listener_does_not_silence_the_rest(caplog) -> None:
+def test_an_exception_of_the_listener_does_not_silence_the_rest(actor, caplog) -> None:
     seen: list[int] = []
 
     def on_steps(steps: list[Step]) -> None:
@@ -35,7 +40,7 @@ def test_an_exception_of_the_listener_does_not_silence_the_rest(caplog) -> None:
         if len(seen) < 3:
             raise RuntimeError("the registry is away")
 
-    with listening(on_steps, every=0.05) as actor:
+    with listening(on_steps, actor, every=0.05):
         for number in (1, 2, 3):
             push(actor, number)
             wait_until(lambda number=number: number in seen)
@@ -48,9 +53,9 @@ def test_an_exception_of_the_listener_does_not_silence_the_rest(caplog) -> None:
     ]
 
 
-def test_steps_are_not_lost_while_ray_does_not_answer() -> None:
+def test_steps_are_not_lost_while_ray_does_not_answer(actor) -> None:
     seen: list[int] = []
-    with listening(lambda steps: seen.extend(step.step for step in steps), every=0.05, timeout=0.5) as actor:
+    with listening(lambda steps: seen.extend(step.step for step in steps), actor, every=0.05, timeout=0.5):
         pid = ray.get(actor.__ray_call__.remote(lambda self: os.getpid()))
         push(actor, 1)
         wait_until(lambda: seen == [1])
@@ -62,3 +67,13 @@ def test_steps_are_not_lost_while_ray_does_not_answer() -> None:
         wait_until(lambda: seen == [1, 2, 3])
         push(actor, 4)
     assert seen == [1, 2, 3, 4]
+
+
+def test_a_later_listener_is_told_only_what_comes_later(actor) -> None:
+    first: list[int] = []
+    second: list[int] = []
+    with listening(lambda steps: first.extend(step.step for step in steps), actor, every=0.05):
+        push(actor, 1, 2)
+    with listening(lambda steps: second.extend(step.step for step in steps), actor, every=0.05):
+        push(actor, 3)
+    assert (first, second) == ([1, 2], [3])

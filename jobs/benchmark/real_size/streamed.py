@@ -30,8 +30,8 @@ from pipeline.streams.embedded.files import embedded_file
 from pipeline.streams.packing import unpack
 from pipeline.streams.preprocess import Part, Prepared, prepare
 from pipeline.streams.training_rows import TrainingRows
-from pipeline.training.run import run_training
-from pipeline.training.worker import Job
+from pipeline.training.job import Job
+from pipeline.training.session import run_training
 
 TASK, STEPS, WINDOW, SEEDS = "textures", 250, 128, 3
 EXITS, AT_ONCE, PATIENCE = 50, 5, 60.0

@@ -1,0 +1,32 @@
+"""What a task's training is told."""
+
+from pipeline.config import BaseModelConfig, Config, ExpertConfig, RouterConfig, TrainingConfig
+
+
+class Job(Config):
+    """All that a worker needs to know of its task."""
+
+    task: str
+    """Name of task and expert."""
+    digest: str
+    """Names the expert that will come out."""
+    data_fingerprint: str
+    """Of the training rows."""
+    seed: int
+    """Of weights and data order."""
+    base: BaseModelConfig
+    """The frozen model."""
+    expert: ExpertConfig
+    """Expert stage."""
+    router: RouterConfig
+    """Router stage."""
+    training: TrainingConfig
+    """Machine."""
+    vision: bool = True
+    """False: rows hold image features, and the vision tower is not loaded."""
+    by_length: bool = False
+    """Batches of rows of similar length."""
+    start: str | None = None
+    """Adapter folder to go on from, instead of a fresh LoRA (sequential fine-tuning, the method we compare with)."""
+    router_stage: bool = True
+    """False trains the adapter only."""

@@ -1,0 +1,99 @@
+"""What a job keeps on disk: its last checkpoint while it trains, then what came out. Made by all ranks, whole or not at all.
+
+    <task>-<digest>/
+      checkpoint/     progress.json, random-<rank>.safetensors, engine/ (DeepSpeed), or adapter/ once it is trained
+      finished/       figures.json, expert/ or adapter/
+
+The folder lies in the run's storage, which all nodes see. Ray Train's own checkpoints belong to a run of it; a session is
+one such run for many jobs, and each job must find its own again, whatever was trained in between.
+"""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+
+from pipeline.training.randomness import load_random_state, save_random_state
+
+PROGRESS, ADAPTER, ENGINE, EXPERT = "progress.json", "adapter", "engine", "expert"
+"""What a checkpoint holds: where it stands; the adapter once it is trained, until then DeepSpeed's trainable weights and
+optimizer. What is finished: the expert, or the adapter where there was no router stage."""
+FIGURES = "figures.json"
+
+
+def save_state(engine: Any, folder: Path) -> None:
+    """Writes an engine's trainable weights and optimizer and the rank's random state; every rank calls it."""
+    engine.save_checkpoint(str(folder / ENGINE), tag="last", exclude_frozen_parameters=True)
+    save_random_state(folder / f"random-{dist.get_rank()}.safetensors")
+
+
+def load_state(engine: Any, folder: Path) -> None:
+    """Reads what `save_state` wrote with as many ranks; training then goes on as if it had not been interrupted."""
+    engine.load_checkpoint(str(folder / ENGINE), load_module_strict=False)
+    load_random_state(folder / f"random-{dist.get_rank()}.safetensors")
+
+
+class JobFolder:
+    """A job's folder as one rank sees it; all ranks call `draft` and `commit` equally often."""
+
+    def __init__(self, folder: Path, rank: int = 0) -> None:
+        self._folder, self._rank = folder, rank
+        self._checkpoint, self._before, self._draft = (folder / name for name in ("checkpoint", "before", "draft"))
+        self.finished = folder / "finished"
+        """What came out; there once the job is done."""
+
+    def figures(self) -> dict[str, Any] | None:
+        """Returns the figures of a job that is done, None of one that is not."""
+        file = self.finished / FIGURES
+        return json.loads(file.read_text()) if file.exists() else None
+
+    def last(self) -> Path | None:
+        """Returns the folder of the last checkpoint, None before the first."""
+        # Where a process was killed between the two renames of `commit`, the one before it is still there.
+        return next((folder for folder in (self._checkpoint, self._before) if (folder / PROGRESS).exists()), None)
+
+    def progress(self) -> dict[str, Any]:
+        """Returns where the last checkpoint stands."""
+        checkpoint = self.last()
+        assert checkpoint is not None, "callers have asked"
+        return json.loads((checkpoint / PROGRESS).read_text())
+
+    def draft(self, progress: dict[str, Any]) -> Path:
+        """Starts a checkpoint; returns the folder that every rank writes its part into."""
+        if self._rank == 0:
+            shutil.rmtree(self._draft, ignore_errors=True)
+            self._draft.mkdir(parents=True)
+            (self._draft / PROGRESS).write_text(json.dumps(progress))
+        _meet()
+        return self._draft
+
+    def commit(self, draft: Path) -> Path:
+        """Makes a draft the last checkpoint once every rank has written its part; returns its folder."""
+        _meet()
+        if self._rank == 0:
+            shutil.rmtree(self._before, ignore_errors=True)
+            if self._checkpoint.exists():
+                self._checkpoint.rename(self._before)
+            draft.rename(self._checkpoint)
+            shutil.rmtree(self._before, ignore_errors=True)
+        _meet()
+        return self._checkpoint
+
+    def finish(self, figures: dict[str, Any], write: Callable[[Path], object]) -> None:
+        """Has `write` put what came out into a folder, and ends the job; for one rank."""
+        shutil.rmtree(self._draft, ignore_errors=True)
+        self._draft.mkdir(parents=True)
+        write(self._draft)
+        (self._draft / FIGURES).write_text(json.dumps(figures))
+        shutil.rmtree(self.finished, ignore_errors=True)
+        self._draft.rename(self.finished)
+        shutil.rmtree(self._checkpoint, ignore_errors=True)
+
+
+def _meet() -> None:
+    """Waits for all ranks."""
+    if dist.is_initialized() and dist.get_world_size() > 1:
+        dist.barrier()

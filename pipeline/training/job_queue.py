@@ -1,0 +1,92 @@
+"""What a training session's workers ask for their next job, and tell of the last one.
+
+An actor between driver and ranks: the driver puts jobs and waits for outcomes, every rank takes the same jobs one after the
+other. It outlives workers that die, so those that come after them go on with the job that has no outcome yet.
+"""
+
+import asyncio
+from typing import Any
+
+from pipeline.training.telemetry import Telemetry
+
+
+class JobQueue(Telemetry):
+    """Jobs in the order in which they were put; an actor of one event loop, where calls may wait for each other."""
+
+    def __init__(self, max_failures: int) -> None:
+        super().__init__()
+        self._max_failures = max_failures
+        """How often workers may fail at one job, or before they begin one."""
+        self._jobs: list[tuple[dict[str, Any], Any] | None] = []
+        """Settings and rows; None for those that are done, so that rows do not pile up."""
+        self._outcomes: dict[int, dict[str, Any]] = {}
+        self._failures = 0
+        self._workers: dict[int, Any] = {}
+        self._closed = False
+        self._changed = asyncio.Condition()
+
+    # The driver's side
+
+    async def put(self, job: dict[str, Any], rows: Any) -> int | None:
+        """Adds a job; returns its number, None where there are no workers any more."""
+        if self._closed:
+            return None
+        self._jobs.append((job, rows))
+        await self._tell()
+        return len(self._jobs) - 1
+
+    async def outcome(self, number: int) -> dict[str, Any]:
+        """Waits for a job's end; returns its figures, or `failure` with the reason."""
+        async with self._changed:
+            await self._changed.wait_for(lambda: number in self._outcomes)
+        return self._outcomes[number]
+
+    async def close(self) -> None:
+        """Sends the workers home that wait for a job; whoever wants those to stop that train must kill them."""
+        self._closed = True
+        await self._tell()
+
+    def workers(self) -> list[Any]:
+        """Returns the actors that train."""
+        return list(self._workers.values())
+
+    # The workers' side
+
+    def enter(self, rank: int, worker: Any) -> None:
+        """Notes the actor in which a rank trains."""
+        self._workers[rank] = worker
+
+    async def first(self) -> int:
+        """Returns the number of the job that workers who start now begin with."""
+        return len(self._outcomes)
+
+    async def take(self, number: int) -> tuple[dict[str, Any], Any] | None:
+        """Waits for a job; returns its settings and rows, None when there will be no more jobs."""
+        async with self._changed:
+            await self._changed.wait_for(lambda: self._closed or number < len(self._jobs))
+        return None if self._closed else self._jobs[number]
+
+    async def finish(self, number: int, figures: dict[str, Any]) -> None:
+        """Ends a job."""
+        self._outcomes[number], self._jobs[number] = figures, None
+        self._failures = 0
+        await self._tell()
+
+    # Ray Train's controller's side
+
+    async def failed(self, reason: str, *, counts: bool) -> bool:
+        """Notes that workers have failed, unless it `counts` for nothing; returns whether to start them again.
+
+        If not, the job that they were at ends with `reason`.
+        """
+        self._failures += counts
+        if self._closed or self._failures > self._max_failures:
+            if (number := len(self._outcomes)) < len(self._jobs):
+                await self.finish(number, {"failure": f"training failed: {reason}"})
+            self._closed = True
+            return False
+        return True
+
+    async def _tell(self) -> None:
+        async with self._changed:
+            self._changed.notify_all()

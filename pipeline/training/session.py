@@ -1,0 +1,248 @@
+"""A training session: Ray Train's workers, which live through a stream of tasks, as the driver sees them.
+
+Starting workers, importing, loading and sharding the base are paid once; each task then costs its own steps. Workers that
+die are started again and go on at the job's last checkpoint.
+"""
+
+import os
+import re
+import shutil
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from uuid import uuid4
+
+import ray
+from ray.exceptions import RayError
+from ray.train import FailureConfig, RunConfig, ScalingConfig, TrainingFailedError, UserCallback
+from ray.train.torch import TorchConfig, TorchTrainer
+
+from pipeline.config import TrainingConfig
+from pipeline.errors import UserError
+from pipeline.streams.training_rows import TrainingRows
+from pipeline.training.job import Job
+from pipeline.training.job_folder import ADAPTER, EXPERT, JobFolder
+from pipeline.training.job_queue import JobQueue
+from pipeline.training.telemetry import Step, listening
+from pipeline.training.worker import train
+
+FEWEST_ROWS = 4
+"""Rows from which the spread of a task's prompts can be told."""
+
+PATIENCE = 30.0
+"""Seconds for which closing a session waits for its workers."""
+
+_DIED, _LOG = "health check", re.compile(r"log_file_path='([^']+)'")
+"""How Ray Train words the death of a worker's process, and where it says what that process printed."""
+
+OnSteps = Callable[[list[Step]], None]
+
+
+class TrainingError(UserError):
+    """A task that could not be trained; nothing was added to the pool."""
+
+
+class SessionEnded(Exception):
+    """Workers have failed too often; raised in Ray Train's controller, which then ends the run."""
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What a job left behind."""
+
+    folder: Path
+    """Folder of what came out."""
+    figures: dict[str, Any]
+    """Losses by step, seconds and data wait of both stages, samples."""
+
+    @property
+    def expert(self) -> Path:
+        """Folder of the finished expert (adapter, routing vectors, statistics, card)."""
+        return self.folder / EXPERT
+
+    @property
+    def adapter(self) -> Path:
+        """Folder of the finished adapter, where there was no router stage."""
+        return self.folder / ADAPTER
+
+
+class Session:
+    """Trains job after job on the same workers, which start with the first one."""
+
+    def __init__(self, training: TrainingConfig, *, storage: Path, worker_env: dict[str, str] | None = None) -> None:
+        self.training, self._storage, self._env = training, storage, worker_env or {}
+        self._queue: Any = None
+        self._thread: threading.Thread | None = None
+        self._error: BaseException | None = None
+
+    def train(self, job: Job, rows: TrainingRows, on_steps: OnSteps = lambda steps: None) -> Trained:
+        """Trains `job` on encoded rows; a job of the same task and digest goes on where it stopped, or is found finished.
+
+        Raises TrainingError when the loss diverges, the expert learned nothing, or workers keep dying.
+        """
+        if job.training != self.training:
+            raise ValueError("a session's workers are those of its first job: open another one for other workers")
+        folder = JobFolder(self._storage / f"{job.task}-{job.digest}")
+        if (figures := folder.figures()) is not None:
+            return Trained(folder.finished, figures)
+        _check(job, rows)
+        with _as_training_error(job.task):
+            number = self._put(job, rows)
+            with listening(on_steps, self._queue):
+                figures = self._outcome(number)
+        if "failure" in figures:
+            raise TrainingError(f"task {job.task!r}: {figures['failure']}")
+        return Trained(folder.finished, figures)
+
+    def close(self, *, at_once: bool = False) -> None:
+        """Sends the workers home; those that train only with `at_once`: their last checkpoint stays."""
+        if self._queue is None or self._thread is None:
+            return
+        with suppress(RayError):
+            ray.get(self._queue.close.remote(), timeout=PATIENCE)
+            for worker in ray.get(self._queue.workers.remote(), timeout=PATIENCE) if at_once else ():
+                ray.kill(worker)
+        self._thread.join(PATIENCE)
+        self._queue = self._thread = None
+
+    def _put(self, job: Job, rows: TrainingRows) -> int:
+        """Hands a job to the workers; to new ones where there are none, or they failed too often at the job before."""
+        number = None
+        if self._thread is not None and self._thread.is_alive():
+            number = ray.get(self._queue.put.remote(job.model_dump(), rows))
+        if number is None:
+            self.close()
+            self._start()
+            number = ray.get(self._queue.put.remote(job.model_dump(), rows))
+        return number
+
+    def _start(self) -> None:
+        self._error = None
+        # Beside the driver, as Ray Train's controller: what does not outlive the driver need not outlive a node either.
+        node = {"ray.io/node-id": ray.get_runtime_context().get_node_id()}
+        self._queue = ray.remote(num_cpus=0, label_selector=node)(JobQueue).remote(self.training.max_failures)
+        self._thread = threading.Thread(target=self._run, args=(self._queue,), name="training session", daemon=True)
+        self._thread.start()
+
+    def _run(self, queue: Any) -> None:
+        training, name = self.training, f"session-{uuid4().hex[:8]}"
+        trainer = TorchTrainer(
+            train,
+            train_loop_config={"queue": queue, "storage": str(self._storage)},
+            torch_config=TorchConfig(backend="nccl" if training.gpu else "gloo"),
+            scaling_config=scaling(training),
+            run_config=RunConfig(
+                name=name,
+                storage_path=str(self._storage),
+                # Without end: failures are counted by job, and the queue says when there were too many.
+                failure_config=FailureConfig(max_failures=-1),
+                callbacks=[Failures(queue)],
+                worker_runtime_env={"env_vars": thread_variables(training) | self._env},
+            ),
+        )
+        try:
+            trainer.fit()
+        except Exception as error:  # noqa: BLE001 - told to whoever waits for a job
+            self._error = error
+        finally:
+            shutil.rmtree(self._storage / name, ignore_errors=True)  # what Ray Train notes of a run
+
+    def _outcome(self, number: int) -> dict[str, Any]:
+        """Waits for a job's end."""
+        assert self._thread is not None, "started before the job was put"
+        outcome = self._queue.outcome.remote(number)
+        while True:
+            ended = not self._thread.is_alive()
+            if ray.wait([outcome], timeout=0.5)[0]:
+                return ray.get(outcome)
+            if ended:
+                return {"failure": f"training ended: {self._error}"}
+
+
+class Failures(UserCallback):
+    """Tells the queue of failed workers, and ends the run where it has had enough."""
+
+    def __init__(self, queue: Any) -> None:
+        self._queue = queue
+
+    def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
+        """Called in Ray Train's controller."""
+        # Where one rank's process dies, others raise for want of it.
+        died = [rank for rank, error in worker_exceptions.items() if _DIED in str(error)]
+        rank = min(died or worker_exceptions)
+        reason = str(worker_exceptions[rank])
+        if died:
+            log = _LOG.search(reason)
+            reason = f"the worker of rank {rank} died (killed, or out of memory)" + (
+                f"; its log: {log[1]}" if log else ""
+            )
+        taken_away = any(getattr(error, "preempted", False) for error in worker_exceptions.values())
+        if not ray.get(self._queue.failed.remote(reason, counts=not taken_away)):
+            raise SessionEnded(reason)
+
+
+@contextmanager
+def training_session(
+    training: TrainingConfig, *, storage: Path, worker_env: dict[str, str] | None = None
+) -> Iterator[Session]:
+    """Yields a session and closes it; `storage` is a folder that all nodes see."""
+    session = Session(training, storage=storage, worker_env=worker_env)
+    try:
+        yield session
+    except BaseException:
+        session.close(at_once=True)
+        raise
+    session.close()
+
+
+def run_training(
+    job: Job,
+    rows: TrainingRows,
+    *,
+    storage: Path,
+    on_steps: OnSteps = lambda steps: None,
+    worker_env: dict[str, str] | None = None,
+) -> Trained:
+    """Trains one job in a session of its own."""
+    with training_session(job.training, storage=storage, worker_env=worker_env) as session:
+        return session.train(job, rows, on_steps)
+
+
+def _check(job: Job, rows: TrainingRows) -> None:
+    if rows.count < job.training.workers:
+        raise TrainingError(
+            f"task {job.task!r}: {rows.count} rows cannot be split among {job.training.workers} workers"
+        )
+    if job.router_stage and rows.count < FEWEST_ROWS:
+        raise TrainingError(
+            f"task {job.task!r}: {rows.count} rows are too few for its statistics; at least {FEWEST_ROWS} are needed"
+        )
+
+
+@contextmanager
+def _as_training_error(task: str) -> Iterator[None]:
+    try:
+        yield
+    except (RayError, TrainingFailedError) as error:
+        raise TrainingError(f"task {task!r}: training failed: {error}") from error
+
+
+def scaling(training: TrainingConfig) -> ScalingConfig:
+    """Returns the workers and what each of them holds: its threads' CPUs, and exactly one GPU where there are any."""
+    resources: dict[str, float] = {"CPU": training.threads}
+    if training.gpu:
+        resources["GPU"] = 1
+    return ScalingConfig(num_workers=training.workers, use_gpu=training.gpu, resources_per_worker=resources)
+
+
+def thread_variables(training: TrainingConfig) -> dict[str, str]:
+    """Returns the worker's environment; Ray would set one thread a process where this is silent."""
+    return {
+        "OMP_NUM_THREADS": str(training.threads),
+        "TOKENIZERS_PARALLELISM": "false",
+        "DS_ACCELERATOR": "cuda" if training.gpu else "cpu",
+        **{name: os.environ[name] for name in ("TORCH_EXTENSIONS_DIR",) if name in os.environ},
+    }
