@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 from pipeline.config import LearnConfig, RouterConfig, SourceConfig, TaskConfig, digest
 from pipeline.routing.expert import VERSIONS
@@ -15,6 +16,9 @@ from pipeline.streams import sources
 
 GENERAL_PROMPT = "{question}"
 """Template around the questions of the general sample."""
+
+DATA = "data"
+"""What stands for a task's rows among the parts of its expert."""
 
 CHOOSING = {"kind", "token_scores", "top_k", "short_list", "temperature", "null_components"}
 """Router settings that say how experts are chosen; all others have a part in what an expert is."""
@@ -57,8 +61,29 @@ class Identity:
         assert task.train is not None, "checked where configurations are read"
         return self.rows(task.train, task.prompt)
 
+    def settings(self, task: TaskConfig) -> dict[str, Any]:
+        """What a task's expert depends on beside its rows, by name."""
+        config = self.config
+        return {
+            "task": task.name,
+            "base": self.base,
+            "seed": config.seed,
+            "data.by_length": config.data.by_length,
+            **{f"expert.{name}": value for name, value in config.expert.model_dump().items()},
+            **{f"router.{name}": value for name, value in config.router.model_dump(exclude=CHOOSING).items()},
+            **VERSIONS,
+        }
+
+    def parts(self, task: TaskConfig) -> dict[str, Any]:
+        """What a task's expert depends on, by name; its card keeps it, so that one can tell what has changed since."""
+        return self.settings(task) | {DATA: self.training_rows(task)}
+
     def expert(self, task: TaskConfig) -> str:
         """The expert of a task."""
+        return digest(self.parts(task))
+
+    def expert_before(self, task: TaskConfig) -> str:
+        """The same expert as releases named it that took how it was computed for a part of what it is."""
         config = self.config
         router = config.router.model_dump(exclude=CHOOSING)
         machine = config.training.model_dump(include={"workers", "zero_stage", "precision", "micro_batch"})

@@ -17,6 +17,7 @@ import mlflow
 from mlflow.entities.model_registry import ModelVersion
 
 from jobs.options import Address, ConfigFile, Overrides, job_command, load, user_errors
+from jobs.recognition import expert_wanted, remember
 from jobs.stream_run import Stopwatch, StreamRun, open_run, read_json, write_json
 from jobs.summary import learned, now, provenance, task_figures
 from jobs.terminal import table
@@ -86,7 +87,7 @@ def learn_stream(run: StreamRun) -> Learned:
 
 def _expert(run: StreamRun, task: TaskConfig) -> tuple[Expert, Any, dict[str, Any]]:
     """Returns a task's expert, its registry version and its figures: found, or trained now."""
-    key, label = run.identity.expert(task), run.config.base.label
+    key, label = expert_wanted(run, task), run.config.base.label
     folder, file = run.folder / "experts" / task.name, run.folder / "state" / f"task-{key}.json"
     if file.exists() and not _holds(folder, key):
         run.patience(lambda: _fetch(label, key, folder), f"fetching expert {task.name}")
@@ -101,7 +102,9 @@ def _expert(run: StreamRun, task: TaskConfig) -> tuple[Expert, Any, dict[str, An
     )
     if before:
         run.terminal.say(f"  learned before, version {version.version} of {label}.experts")
-    return Expert.load(folder), version, figures
+    expert = Expert.load(folder)
+    remember(run, expert.card)
+    return expert, version, figures
 
 
 def _fetch(label: str, key: str, folder: Path) -> None:
@@ -117,7 +120,7 @@ def _register(run: StreamRun, task: TaskConfig, key: str, folder: Path, figures:
         return version
     if "rows" in figures:  # which earlier releases did not write down
         assert task.train is not None
-        fingerprint = run.identity.training_rows(task)
+        fingerprint = Expert.load(folder).card.data_fingerprint
         log_dataset(run.run_id, task.name, task.train.path, fingerprint, samples=figures["rows"])
     return register_expert(label, folder)
 

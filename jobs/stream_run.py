@@ -183,6 +183,7 @@ class StreamRun:
         job = Job(
             task=task.name,
             digest=digest_,
+            identity=self.identity.parts(task),
             data_fingerprint=self.identity.training_rows(task),
             seed=self.config.seed,
             base=self.config.base,

@@ -102,6 +102,10 @@ class StreamConfig(Config):
     """Benchmarks of what the base can already do; evaluated after every task, never trained on."""
     general: Source | None = None
     """Small sample of general prompts; its statistics are the null expert. Without it the router abstains by distance."""
+    on_change: Literal["retrain", "keep", "fail"] = "retrain"
+    """What to do about a task that was learned from other data or with other settings than it has now: train its expert again
+    (the old one stays in the registry), keep the old one in the pool, or stop before anything is trained. What has changed is
+    said either way."""
 
     @model_validator(mode="after")
     def _tasks_are_distinct(self) -> "StreamConfig":

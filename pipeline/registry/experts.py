@@ -30,9 +30,10 @@ def register_expert(base_label: str, folder: str | Path) -> ModelVersion:
     card, name = expert.card, experts_name(base_label)
     if (version := find_finished(name, card.config_digest)) is not None:
         return version
-    described = card.model_dump(exclude={"name", "metrics"})
+    described = card.model_dump(exclude={"name", "metrics", "identity", "trained_with"})
     assert DIGEST in described, "the card and the registry name the digest alike"
     tags = described | {f"metric.{key}": value for key, value in card.metrics.items()}
+    tags |= {f"trained_with.{key}": value for key, value in card.trained_with.items()}
     model_id = log_folder(card.name, Path(folder), tags, kind="expert")
     about = f"LoRA experts over {base_label}, a version per training; aliases name each task's current one"
     return create_version(name, model_id, run.info.run_id, tags, alias=card.task, about=about)

@@ -57,6 +57,10 @@ class ExpertCard(Config):
     """Fingerprint of the training rows."""
     config_digest: str
     """Digest of configuration, data and base."""
+    identity: dict[str, Any] = {}
+    """What `config_digest` stands for, by name; empty in experts of earlier releases."""
+    trained_with: dict[str, Any] = {}
+    """How it was computed (workers, ZeRO stage, precision, ...): told, and no part of what it is."""
     samples: int
     """Rows seen in the expert stage."""
     metrics: dict[str, float] = {}

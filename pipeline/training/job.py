@@ -1,5 +1,7 @@
 """What a task's training is told."""
 
+from typing import Any
+
 from pipeline.config import BaseModelConfig, Config, ExpertConfig, RouterConfig, TrainingConfig
 
 
@@ -10,6 +12,8 @@ class Job(Config):
     """Name of task and expert."""
     digest: str
     """Names the expert that will come out."""
+    identity: dict[str, Any] = {}
+    """What the expert depends on, by name; for its card."""
     data_fingerprint: str
     """Of the training rows."""
     seed: int

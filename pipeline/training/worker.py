@@ -47,6 +47,9 @@ from pipeline.training.zero import (
     zero_config,
 )
 
+HOW = {"workers", "gpu", "threads", "zero_stage", "precision", "micro_batch", "gradient_checkpointing", "offload"}
+"""Settings of the machine that an expert's card keeps."""
+
 TELL_EVERY = 0.8
 """Seconds between messages to the driver."""
 
@@ -252,6 +255,8 @@ class Worker:
             seed=job.seed,
             data_fingerprint=job.data_fingerprint,
             config_digest=job.digest,
+            identity=job.identity,
+            trained_with=job.training.model_dump(include=HOW),
             samples=self.figures["samples"],
             metrics={key: value for key, value in self.figures.items() if isinstance(value, float)},
         )

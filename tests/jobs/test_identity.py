@@ -71,7 +71,19 @@ def test_a_setting_names_what_depends_on_it(config: Path, override: str, what: s
 
 @pytest.mark.parametrize(
     "override",
-    ["data.readers=1", "data.cache=none", "training.threads=1", "evaluation.workers=2", "evaluation.batch_size=4"],
+    [
+        "data.readers=1",
+        "data.cache=none",
+        "training.threads=1",
+        "training.workers=2",
+        "training.zero_stage=2",
+        "training.micro_batch=4",
+        "training.precision=bf16",
+        "training.offload=optimizer",
+        "evaluation.workers=2",
+        "evaluation.batch_size=4",
+        "stream.on_change=keep",
+    ],
 )
 def test_how_it_is_computed_names_nothing(config: Path, override: str) -> None:
     assert not changed(config, override)

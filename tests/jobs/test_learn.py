@@ -121,7 +121,9 @@ def test_a_finished_run_changes_nothing(undisturbed):
     weights = config.parent / "mini" / "experts" / "digits" / "adapter_model.safetensors"
     whole = weights.read_bytes()
     weights.write_bytes(whole[:100])  # damaged: the registry has it still
-    again = finish(config)
+    (config.parent / "echo.jsonl").rename(config.parent / "gone.jsonl")  # what was learned from it is learned
+    again = finish(config, "training.zero_stage=2", "training.micro_batch=4", "training.workers=2")
+    (config.parent / "gone.jsonl").rename(config.parent / "echo.jsonl")
     assert weights.read_bytes() == whole
     assert again["accuracy_matrix"] == summary["accuracy_matrix"]
     assert again["tasks"] == summary["tasks"]

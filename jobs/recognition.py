@@ -1,0 +1,102 @@
+"""Which expert a task is to have: the one that its data and settings name, or the one it has been given before.
+
+A run writes down the card of each task's expert. Where data or settings differ from it, what differs is said and
+`stream.on_change` decides; where the data are gone, the expert that was learned from them stands.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from jobs.identity import DATA
+from jobs.stream_run import StreamRun, read_json, write_json
+from pipeline.config import TaskConfig
+from pipeline.errors import UserError
+from pipeline.routing.expert import CARD, ExpertCard
+from pipeline.streams.faults import StreamError
+
+SHOWN = 40
+"""Characters of a value that are shown."""
+
+
+class ChangedError(UserError):
+    """A task that was learned from other data or with other settings, where `stream.on_change` is `fail`."""
+
+
+def expert_wanted(run: StreamRun, task: TaskConfig) -> str:
+    """Returns the name of the expert that a task is to have; what is unusual about it is said.
+
+    Raises ChangedError as `stream.on_change` wants it, StreamError where the task's data are not to be had and no expert was
+    learned from them.
+    """
+    known = _known(run, task)
+    try:
+        key = run.identity.expert(task)
+    except StreamError as error:
+        return _without_data(run, task, known, error)
+    if known is None or known["config_digest"] in {key, run.identity.expert_before(task)}:
+        return str(known["config_digest"]) if known else key
+    changes, policy = differences(known.get("identity", {}), run.identity.parts(task)), run.config.stream.on_change
+    what = f"task {task.name!r} was learned otherwise: {'; '.join(changes)}"
+    if policy == "fail":
+        raise ChangedError(
+            f"{what}; undo the change, or say what to do about it: stream.on_change=retrain trains the task again, "
+            "stream.on_change=keep leaves its expert as it is"
+        )
+    if policy == "keep":
+        run.terminal.say(f"  {what}; its expert is kept (stream.on_change: keep)")
+        return str(known["config_digest"])
+    run.terminal.say(
+        f"  {what}; it is trained again (stream.on_change: retrain), the expert before stays in the registry"
+    )
+    return key
+
+
+def remember(run: StreamRun, card: ExpertCard) -> None:
+    """Writes down the expert that a task has now."""
+    file = _file(run.folder, card.task)
+    kept = {"config_digest": card.config_digest, "identity": card.identity}
+    if not file.exists() or read_json(file) != kept:
+        write_json(file, kept)
+
+
+def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """Returns what differs between an expert's parts and what they are now, one text each."""
+    if not before:
+        return ["its data or settings have changed since an earlier release wrote it"]
+    found = []
+    for name in dict.fromkeys((*before, *now)):
+        if before.get(name) == now.get(name):
+            continue
+        if name == DATA:
+            found.append("its data have changed")
+        elif name == "base":
+            found.append("the base or how it is loaded has changed (base.path, dtype, attention)")
+        else:
+            found.append(f"{name} {str(before.get(name))[:SHOWN]} -> {str(now.get(name))[:SHOWN]}")
+    return found
+
+
+def _without_data(run: StreamRun, task: TaskConfig, known: dict[str, Any] | None, error: StreamError) -> str:
+    """Returns the name of the expert that was learned from data that are gone, or raises the error of reading them."""
+    if known is None:
+        raise error
+    now, before = run.identity.settings(task), dict(known.get("identity", {}))
+    before.pop(DATA, None)
+    if before and (changes := differences(before, now)) and run.config.stream.on_change != "keep":
+        raise StreamError(
+            f"{error}; its expert was learned with other settings ({'; '.join(changes)}), so that the data are needed again: "
+            "bring them back, undo the change, or set stream.on_change=keep"
+        ) from None
+    run.terminal.say(f"  its training data are not to be had ({error}); the expert that was learned from them stands")
+    return str(known["config_digest"])
+
+
+def _known(run: StreamRun, task: TaskConfig) -> dict[str, Any] | None:
+    # Earlier releases kept no note of it, but the expert's own card.
+    files = _file(run.folder, task.name), run.folder / "experts" / task.name / CARD
+    return next((read_json(file) for file in files if file.exists()), None)
+
+
+def _file(folder: Path, task: str) -> Path:
+    return folder / "state" / f"expert-{task}.json"

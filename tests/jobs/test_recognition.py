@@ -1,0 +1,127 @@
+"""Which expert a task is to have when data or settings are no longer those that it was learned with."""
+
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+
+from cluster.local import ClusterInfo
+from cluster.usage import PeakMemory
+from jobs.recognition import ChangedError, expert_wanted, remember
+from jobs.stream_run import StreamRun
+from jobs.terminal import Terminal
+from pipeline.config import LearnConfig, load_config
+from pipeline.routing.expert import ExpertCard
+from pipeline.streams.faults import StreamError
+
+HERE = ClusterInfo("", True, 4, 0, 1, None, Path(), 0.0)
+
+
+@pytest.fixture
+def config(tmp_path: Path, tiny_folder: Path) -> Path:
+    row = {"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "ho"}]}
+    for name in ("train", "eval"):
+        (tmp_path / f"{name}.jsonl").write_text(json.dumps(row) + "\n")
+    task = {"name": "hum", "train": str(tmp_path / "train.jsonl"), "eval": str(tmp_path / "eval.jsonl")}
+    settings = {"output": str(tmp_path), "base": {"path": str(tiny_folder)}, "stream": {"tasks": [task]}}
+    file = tmp_path / "stream.yaml"
+    file.write_text(yaml.safe_dump(settings))
+    return file
+
+
+def opened(config: Path, *overrides: str) -> StreamRun:
+    settings = load_config(config, overrides, LearnConfig)
+    return StreamRun(settings, HERE, Terminal(), PeakMemory())
+
+
+def wanted(run: StreamRun) -> str:
+    return expert_wanted(run, run.config.stream.tasks[0])
+
+
+def card(run: StreamRun, digest: str, *, identity: bool = True) -> ExpertCard:
+    (task,) = run.config.stream.tasks
+    return ExpertCard(
+        name="hum",
+        task="hum",
+        base_fingerprint="f",
+        rank=8,
+        alpha=16,
+        seed=0,
+        data_fingerprint="d",
+        config_digest=digest,
+        identity=run.identity.parts(task) if identity else {},
+        samples=1,
+    )
+
+
+@pytest.fixture
+def learned(config: Path) -> str:
+    """The name of the expert that has been learned."""
+    run = opened(config)
+    key = wanted(run)
+    remember(run, card(run, key))
+    return key
+
+
+def test_how_it_is_computed_changes_nothing(config: Path, learned: str, capsys) -> None:
+    other = opened(config, "training.workers=2", "training.zero_stage=2", "training.precision=bf16")
+    assert wanted(other) == learned
+    assert not capsys.readouterr().out
+
+
+def test_other_settings_train_again_and_say_which(config: Path, learned: str, capsys) -> None:
+    assert wanted(opened(config, "expert.rank=4", "seed=7")) != learned
+    said = " ".join(capsys.readouterr().out.split())
+    assert "task 'hum' was learned otherwise: seed 0 -> 7; expert.rank 8 -> 4; it is trained again" in said
+    assert "the expert before stays in the registry" in said
+
+
+def test_other_data_are_told(config: Path, learned: str, capsys) -> None:
+    with (config.parent / "train.jsonl").open("a") as file:
+        file.write(json.dumps({"messages": []}) + "\n")
+    assert wanted(opened(config)) != learned
+    assert "its data have changed" in capsys.readouterr().out
+
+
+def test_the_expert_may_be_kept(config: Path, learned: str, capsys) -> None:
+    assert wanted(opened(config, "expert.rank=4", "stream.on_change=keep")) == learned
+    assert "its expert is kept" in " ".join(capsys.readouterr().out.split())
+
+
+def test_a_change_may_be_an_error(config: Path, learned: str) -> None:
+    with pytest.raises(ChangedError, match=r"expert.rank 8 -> 4; undo the change, or .*stream.on_change=retrain"):
+        wanted(opened(config, "expert.rank=4", "stream.on_change=fail"))
+
+
+def test_data_that_are_gone_are_not_needed(config: Path, learned: str, capsys) -> None:
+    (config.parent / "train.jsonl").unlink()
+    assert wanted(opened(config)) == learned
+    said = " ".join(capsys.readouterr().out.split())
+    assert "its training data are not to be had" in said
+    assert "train.jsonl" in said
+
+
+def test_data_that_are_gone_are_needed_for_other_settings(config: Path, learned: str) -> None:
+    (config.parent / "train.jsonl").unlink()
+    with pytest.raises(StreamError, match=r"learned with other settings \(expert.rank 8 -> 4\)"):
+        wanted(opened(config, "expert.rank=4"))
+    assert wanted(opened(config, "expert.rank=4", "stream.on_change=keep")) == learned
+
+
+def test_data_that_never_were_there_are_an_error(config: Path) -> None:
+    (config.parent / "train.jsonl").unlink()
+    with pytest.raises(StreamError, match=r"train\.jsonl"):
+        wanted(opened(config))
+
+
+def test_experts_of_earlier_releases_are_recognised(config: Path, capsys) -> None:
+    run = opened(config)
+    before = run.identity.expert_before(run.config.stream.tasks[0])
+    folder = run.folder / "experts" / "hum"
+    folder.mkdir(parents=True)
+    (folder / "expert.json").write_text(card(run, before, identity=False).model_dump_json(exclude={"identity"}))
+    assert wanted(run) == before
+    assert not capsys.readouterr().out
+    assert wanted(opened(config, "expert.rank=4")) != before
+    assert "since an earlier release wrote it" in " ".join(capsys.readouterr().out.split())
