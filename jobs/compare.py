@@ -22,7 +22,8 @@ from jobs.stream_run import Stopwatch, StreamRun, open_run, write_json
 from jobs.terminal import methods_table
 from pipeline.config import digest
 from pipeline.evaluation.evaluate import Evaluation
-from pipeline.routing.expert import Expert, ExpertCard, load_adapters
+from pipeline.routing.adapters import load_adapters
+from pipeline.routing.expert import Expert, ExpertCard
 from pipeline.routing.pool import Pool
 from pipeline.routing.statistics import PromptStatistics
 from pipeline.training.session import Trained

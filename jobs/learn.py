@@ -27,7 +27,8 @@ from pipeline.evaluation.report import write_report
 from pipeline.registry.experts import download_expert, find_expert, register_expert
 from pipeline.registry.pools import pool_name, register_pool
 from pipeline.registry.tracking import log_dataset, ui_command
-from pipeline.routing.expert import Expert, ExpertError
+from pipeline.routing.adapters import ExpertError
+from pipeline.routing.expert import Expert
 from pipeline.routing.pool import Pool
 
 

@@ -17,8 +17,8 @@ from pipeline.models.bases import Base
 from pipeline.models.families import FAMILIES as BASES
 from pipeline.models.prompts import Encoded, collate, encode
 from pipeline.routing import Expert, ExpertCard, Pool, PromptStatistics, RoutedModel
+from pipeline.routing.adapters import Adapter
 from pipeline.routing.evidence import EvidenceReader
-from pipeline.routing.expert import Adapter
 from pipeline.routing.null import components
 from pipeline.routing.routed_model import PromptReader
 from pipeline.streams.embedded.foundation import FAMILIES

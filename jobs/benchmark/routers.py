@@ -29,7 +29,7 @@ from pipeline.config import LearnConfig, digest
 from pipeline.models.bases import Base, load_base
 from pipeline.models.prompts import Encoded, collate, generate_answers
 from pipeline.routing import Expert, ExpertCard, Pool, PromptStatistics, RoutedModel
-from pipeline.routing.expert import load_adapters
+from pipeline.routing.adapters import load_adapters
 from pipeline.routing.features import feature_width
 from pipeline.streams.embedded import synthetic
 from pipeline.training.collector import EvidenceCollector, collect_features

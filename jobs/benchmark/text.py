@@ -29,7 +29,7 @@ from pipeline.config import digest
 from pipeline.models.bases import load_base
 from pipeline.models.prompts import IGNORED, Encoded, encode
 from pipeline.routing import Expert, Pool, RoutedModel
-from pipeline.routing.expert import load_adapters
+from pipeline.routing.adapters import load_adapters
 from pipeline.streams.sources import first_records
 
 SMOLLM2 = Path(__file__).parents[1] / "configs" / "smollm2.yaml"

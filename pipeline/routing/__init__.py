@@ -11,8 +11,9 @@ Knows torch and PEFT's file format; knows nothing of Ray, MLflow or DeepSpeed. F
     insight.explain(routed, inputs)          # why
 """
 
+from pipeline.routing.adapters import ExpertError
 from pipeline.routing.call import Call, Decision
-from pipeline.routing.expert import Expert, ExpertCard, ExpertError
+from pipeline.routing.expert import Expert, ExpertCard
 from pipeline.routing.pool import Pool, PoolCard, PoolError
 from pipeline.routing.routed_model import RoutedModel
 from pipeline.routing.statistics import PromptStatistics

@@ -1,41 +1,47 @@
 """One expert, on disk and in memory.
 
 A folder that stock tools load: PEFT's `adapter_config.json` and `adapter_model.safetensors`, beside them
-`router.safetensors` (routing vectors by module path, prompt statistics) and `expert.json` (the card). Shapes: R rank,
-D input width, O output width, F prompt features.
+`router.safetensors` (routing vectors by module path, prompt statistics), `expert.json` (the card) and `contents.json`
+(what the others hold). Loading reads what routers always need, card and prompt statistics; the rest is read, or memory-mapped,
+when it is looked up. Shapes: R rank, D input width, O output width, F prompt features.
 """
 
 import json
-import re
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import load_file, save
+from safetensors.torch import save
 from torch import Tensor
 
 from pipeline.config import Config
-from pipeline.errors import UserError, stored_file
+from pipeline.errors import stored_file
 from pipeline.files import atomic_folder, current_folder
+from pipeline.routing.adapters import (
+    ADAPTER_CONFIG,
+    ADAPTER_WEIGHTS,
+    REMEDY,
+    Adapter,
+    ExpertError,
+    StoredAdapters,
+    adapter_key,
+    read_adapter_config,
+)
+from pipeline.routing.contents import Contents
 from pipeline.routing.features import FEATURE_RULE
 from pipeline.routing.statistics import PromptStatistics
 
-ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 ROUTER_WEIGHTS, CARD = "router.safetensors", "expert.json"
-REMEDY = "copy the folder again, or delete it and train the task again"
-"""What to do about an expert's damaged file."""
+FILES = (ADAPTER_CONFIG, ADAPTER_WEIGHTS, ROUTER_WEIGHTS, CARD)
 FORMAT_VERSION = 2
 """Version of what the files of experts and pools hold."""
 VERSIONS = {"format_version": FORMAT_VERSION, "feature_rule": FEATURE_RULE}
 """What a file must say of itself to be read."""
-_KEY = re.compile(r"^base_model\.model\.(?P<path>.+)\.lora_(?P<half>[AB])\.weight$")
-
-
-class ExpertError(UserError):
-    """An expert folder that is incomplete, of another kind, or not trained; the message names file and remedy."""
+T = TypeVar("T")
 
 
 class ExpertCard(Config):
@@ -71,37 +77,28 @@ class ExpertCard(Config):
     """Version of the rule by which prompts became features (`features.FEATURE_RULE`)."""
 
 
-@dataclass(frozen=True)
-class Adapter:
-    """The LoRA of one Linear: y = W x + scaling B A x."""
-
-    a_RD: Tensor
-    b_OR: Tensor
-    scaling: float
-
-
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Expert:
     """A task's LoRA and what routers need to know of it."""
 
     card: ExpertCard
     adapter_config: dict[str, Any]
     """PEFT's adapter_config.json."""
-    adapters: dict[str, Adapter]
+    adapters: Mapping[str, Adapter]
     """LoRA by module path."""
-    vectors: dict[str, Tensor]
+    vectors: Mapping[str, Tensor]
     """Routing vector (D,) by module path."""
     statistics: PromptStatistics
     """Statistics of the task's prompts."""
-    evidence: dict[str, PromptStatistics] = field(default_factory=dict)
+    evidence: Mapping[str, PromptStatistics] = field(default_factory=dict)
     """Statistics of the prompts as the language model's Linears see them, by module path."""
 
     def save(self, folder: str | Path) -> Path:
         """Writes the folder anew, all of it or nothing."""
         weights = {}
         for path, adapter in self.adapters.items():
-            weights[f"base_model.model.{path}.lora_A.weight"] = adapter.a_RD.contiguous()
-            weights[f"base_model.model.{path}.lora_B.weight"] = adapter.b_OR.contiguous()
+            weights[adapter_key(path, "A")] = adapter.a_RD.contiguous()
+            weights[adapter_key(path, "B")] = adapter.b_OR.contiguous()
         router = {f"vector.{path}": vector.contiguous() for path, vector in self.vectors.items()}
         router |= statistics_tensors(self.statistics) | evidence_tensors(self.evidence)
         with atomic_folder(Path(folder)) as staging:
@@ -109,25 +106,41 @@ class Expert:
             (staging / ADAPTER_CONFIG).write_text(json.dumps(self.adapter_config, indent=2, sort_keys=True) + "\n")
             write_tensors(staging / ROUTER_WEIGHTS, router)
             (staging / CARD).write_text(self.card.model_dump_json(indent=2) + "\n")
+            Contents.of(staging, FILES).write(staging)
         return Path(folder)
 
     @classmethod
-    def load(cls, folder: str | Path) -> "Expert":
-        """Reads a folder that `save` wrote; raises ExpertError where something is missing."""
+    def load(cls, folder: str | Path, *, check: Callable[[str], None] | None = None) -> "Expert":
+        """Reads a folder that `save` wrote; raises ExpertError where something is missing, or damaged.
+
+        A file's bytes are compared with `contents.json` when it is first read; adapters, routing vectors and the Linears'
+        statistics are read when they are first looked up. `check(name)` takes the place of that comparison.
+        """
         folder = current_folder(Path(folder))
-        for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS, ROUTER_WEIGHTS, CARD):
+        for name in FILES:
             if not (folder / name).is_file():
                 raise ExpertError(f"{folder}: {name} is missing; a complete expert has it (train the task again?)")
-        config, adapters = load_adapters(folder)
-        with stored_file(folder / ROUTER_WEIGHTS, REMEDY, ExpertError):
-            router = load_file(folder / ROUTER_WEIGHTS)
-            statistics, evidence = statistics_of(router), evidence_of(router)
-        vectors = {key.removeprefix("vector."): value for key, value in router.items() if key.startswith("vector.")}
+        check = check or partial(check_file, folder)
+        check(CARD)
         with stored_file(folder / CARD, REMEDY, ExpertError):
             text = (folder / CARD).read_text()
             card = ExpertCard.model_validate_json(text)
             check_versions(folder / CARD, json.loads(text))
-        return cls(card, config, adapters, vectors, statistics, evidence)
+        check(ADAPTER_CONFIG)
+        config, scaling = read_adapter_config(folder)
+        adapters = StoredAdapters(folder / ADAPTER_WEIGHTS, scaling, partial(check, ADAPTER_WEIGHTS))
+        check(ROUTER_WEIGHTS)
+        router = folder / ROUTER_WEIGHTS
+        with stored_file(router, REMEDY, ExpertError):
+            statistics = statistics_of(read_some(router, "statistics."))
+        return cls(
+            card,
+            config,
+            adapters,
+            Deferred(partial(_vectors, router)),
+            statistics,
+            Deferred(partial(_evidence, router)),
+        )
 
     def check_trained(self) -> None:
         """Raises ExpertError if the expert learned nothing (every B zero) or holds a value that is not finite."""
@@ -141,33 +154,42 @@ class Expert:
             )
 
 
-def load_adapters(folder: str | Path) -> tuple[dict[str, Any], dict[str, Adapter]]:
-    """Reads a stock PEFT LoRA folder: its configuration and the adapters by module path; raises ExpertError."""
-    folder = Path(folder)
-    with stored_file(folder / ADAPTER_CONFIG, REMEDY, ExpertError):
-        config = json.loads((folder / ADAPTER_CONFIG).read_text())
-        if not isinstance(config, dict):
-            raise TypeError(f"an object was expected, found {type(config).__name__}")
-    unsupported = [key for key in ("use_dora", "modules_to_save", "rank_pattern", "alpha_pattern") if config.get(key)]
-    if config.get("peft_type") != "LORA" or unsupported or config.get("bias", "none") != "none":
-        raise ExpertError(
-            f"{folder / ADAPTER_CONFIG}: only plain LoRA can be routed; found peft_type {config.get('peft_type')!r}, "
-            f"bias {config.get('bias')!r}, {', '.join(unsupported) or 'nothing else unusual'}"
-        )
-    with stored_file(folder / ADAPTER_CONFIG, REMEDY, ExpertError):
-        scaling = config["lora_alpha"] / (config["r"] ** 0.5 if config.get("use_rslora") else config["r"])
-    with stored_file(folder / ADAPTER_WEIGHTS, REMEDY, ExpertError):
-        weights = load_file(folder / ADAPTER_WEIGHTS)
-    halves: dict[str, dict[str, Tensor]] = {}
-    for key, tensor in weights.items():
-        match = _KEY.match(key)
-        if match is None:
-            raise ExpertError(f"{folder / ADAPTER_WEIGHTS}: unexpected tensor {key!r}; only LoRA A and B are known")
-        halves.setdefault(match["path"], {})[match["half"]] = tensor
-    for path, half in halves.items():
-        if missing := {"A", "B"} - half.keys():
-            raise ExpertError(f"{folder / ADAPTER_WEIGHTS}: {path} has no lora_{missing.pop()}; train the task again")
-    return config, {path: Adapter(half["A"], half["B"], scaling) for path, half in sorted(halves.items())}
+class Deferred(Mapping[str, T]):
+    """A mapping that is read when it is first looked into."""
+
+    def __init__(self, read: Callable[[], Mapping[str, T]]) -> None:
+        self._read = read
+
+    @cached_property
+    def _values(self) -> Mapping[str, T]:
+        return self._read()
+
+    def __getitem__(self, key: str) -> T:
+        return self._values[key]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._values)
+
+    def __len__(self) -> int:
+        return len(self._values)
+
+
+def _vectors(router: Path) -> dict[str, Tensor]:
+    with stored_file(router, REMEDY, ExpertError):
+        return {key.removeprefix("vector."): vector for key, vector in read_some(router, "vector.").items()}
+
+
+def _evidence(router: Path) -> dict[str, PromptStatistics]:
+    with stored_file(router, REMEDY, ExpertError):
+        return evidence_of(read_some(router, "evidence."))
+
+
+def check_file(folder: Path, name: str) -> None:
+    """Raises ExpertError where a file of an expert does not hold what `contents.json` says; folders may be without it."""
+    with stored_file(folder / name, REMEDY, ExpertError):
+        contents = Contents.read(folder)
+        if contents is not None:
+            contents.check(folder, name)
 
 
 def write_tensors(file: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str] | None = None) -> None:
@@ -179,6 +201,12 @@ def read_tensors(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Reads a safetensors file and its metadata."""
     with safe_open(file, framework="pt") as opened:
         return {key: opened.get_tensor(key) for key in opened.keys()}, opened.metadata() or {}  # noqa: SIM118
+
+
+def read_some(file: Path, prefix: str) -> dict[str, Tensor]:
+    """Reads the tensors of a safetensors file whose names begin with `prefix`."""
+    with safe_open(file, framework="pt") as opened:
+        return {key: opened.get_tensor(key) for key in opened.keys() if key.startswith(prefix)}  # noqa: SIM118
 
 
 def check_versions(file: Path, said: Mapping[str, Any]) -> None:

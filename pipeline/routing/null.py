@@ -4,6 +4,7 @@ One would be too coarse: it covers whatever lies between the base's abilities, a
 that resembles it. Shapes: N prompts, F features, K components.
 """
 
+import hashlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -54,10 +55,23 @@ def components(features_NF: Tensor, count: int) -> tuple[PromptStatistics, ...]:
 
 def write_null(file: Path, null: Sequence[PromptStatistics], evidence: Mapping[str, PromptStatistics]) -> None:
     """Writes the components and what the Linears see of general prompts as a safetensors file."""
+    metadata = {name: str(version) for name, version in VERSIONS.items()}
+    write_tensors(file, _null_tensors(null, evidence), metadata=metadata)
+
+
+def null_digest(null: Sequence[PromptStatistics], evidence: Mapping[str, PromptStatistics]) -> str:
+    """Returns a digest of what `write_null` writes, 64 hex digits (of its tensors: the order of a file's metadata varies)."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(_null_tensors(null, evidence).items()):
+        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode() + tensor.numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _null_tensors(null: Sequence[PromptStatistics], evidence: Mapping[str, PromptStatistics]) -> dict[str, Tensor]:
     tensors = evidence_tensors(evidence)
     for number, component in enumerate(null):
         tensors |= statistics_tensors(component, f"null.{number}")
-    write_tensors(file, tensors, metadata={name: str(version) for name, version in VERSIONS.items()})
+    return tensors
 
 
 def read_null(file: Path) -> tuple[tuple[PromptStatistics, ...], dict[str, PromptStatistics]]:

@@ -1,27 +1,41 @@
-"""The pool: an ordered set of experts over one base with one router setting; what a user deploys."""
+"""The pool: an ordered set of experts over one base with one router setting; what a user deploys.
+
+A pool folder holds router settings, the statistics of general prompts, and references to experts that lie in a store (`store`);
+an expert that lies in none, it holds itself. `Pool.export` writes a folder that holds them all.
+"""
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from copy import copy
+from functools import cached_property
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
-from pydantic import Field
+from pydantic import BeforeValidator
 
 from pipeline.config import Config, RouterConfig
 from pipeline.errors import UserError, stored_file
 from pipeline.files import atomic_folder, current_folder
-from pipeline.routing.expert import FORMAT_VERSION, Expert, check_versions
+from pipeline.routing.expert import VERSIONS, Expert, check_versions
 from pipeline.routing.features import FEATURE_RULE
-from pipeline.routing.null import read_null, write_null
+from pipeline.routing.null import null_digest, read_null, write_null
 from pipeline.routing.statistics import PromptStatistics
+from pipeline.routing.store import ExpertReference, ExpertStore, OwnExperts, StoredExpert, cache_folder
 
-CARD, NULL = "pool.json", "null.safetensors"
+CARD, NULL, EXPERTS = "pool.json", "null.safetensors", "experts"
 REMEDY = "copy the whole folder again, or learn the stream again"
 """What to do about a pool's damaged file."""
+POOL_FORMAT = 3
+"""Version of what a pool's files hold. Version 2 had names in place of references, and always held the experts."""
 
 
 class PoolError(UserError):
     """An expert that does not fit the pool, or a pool folder that is incomplete."""
+
+
+def _reference(value: Any) -> Any:
+    return {"name": value} if isinstance(value, str) else value
 
 
 class PoolCard(Config):
@@ -33,14 +47,57 @@ class PoolCard(Config):
     """Fingerprint of the base's weights; experts of another base are refused."""
     router: RouterConfig
     """Router settings."""
-    experts: tuple[Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]+$")], ...] = ()
-    """Names of the experts in order of arrival; each lies in `experts/<name>/`."""
+    experts: tuple[Annotated[ExpertReference, BeforeValidator(_reference)], ...] = ()
+    """The experts in order of arrival; each lies in `experts/<name>/`, or in a store."""
+    store: str | None = None
+    """Folder of the store, relative to the pool's, where they lay when the folder was written."""
+    width: int | None = None
+    """Number of prompt features F; None for an empty pool, and in folders of earlier releases."""
     null: bool = False
     """Whether `null.safetensors` holds the statistics of general prompts."""
-    format_version: int = FORMAT_VERSION
+    null_digest: str | None = None
+    """What it holds (`null.null_digest`)."""
+    format_version: int = POOL_FORMAT
     """Version of the folder's files."""
     feature_rule: int = FEATURE_RULE
     """Version of the rule by which prompts became features."""
+
+    @classmethod
+    def read(cls, folder: Path) -> "PoolCard":
+        """Reads a pool folder's card; raises PoolError if it is none."""
+        if not (folder / CARD).is_file():
+            raise PoolError(
+                f"{folder}: no {CARD}, so not a pool folder; `pointsman learn` writes one to runs/<name>/pool"
+            )
+        with stored_file(folder / CARD, REMEDY, PoolError):
+            text = (folder / CARD).read_text()
+            card, said = cls.model_validate_json(text), json.loads(text)
+            if said.get("format_version") == POOL_FORMAT:
+                said |= {"format_version": VERSIONS["format_version"]}
+            check_versions(folder / CARD, said)
+        return card
+
+    def continues(self, other: "PoolCard") -> bool:
+        """Whether this pool is the `other`, or that and experts that came after."""
+        begun = self.model_copy(update={"experts": self.experts[: len(other.experts)]})
+        return begun.model_dump(exclude={"store"}) == other.model_dump(exclude={"store"})
+
+
+class Experts(Mapping[str, Expert]):
+    """The experts of a pool by name, in order of arrival; one that lies in a store is read when it is looked up."""
+
+    def __init__(self, entries: Mapping[str, Expert | StoredExpert]) -> None:
+        self.entries = dict(entries)
+
+    def __getitem__(self, name: str) -> Expert:
+        entry = self.entries[name]
+        return entry.expert if isinstance(entry, StoredExpert) else entry
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.entries)
+
+    def __len__(self) -> int:
+        return len(self.entries)
 
 
 class Pool:
@@ -51,7 +108,7 @@ class Pool:
         base_label: str,
         base_fingerprint: str,
         router: RouterConfig,
-        experts: Iterable[Expert] = (),
+        experts: Iterable[Expert | StoredExpert] = (),
         null: Sequence[PromptStatistics] = (),
         null_evidence: Mapping[str, PromptStatistics] | None = None,
     ) -> None:
@@ -61,25 +118,25 @@ class Pool:
         self.null = tuple(null)
         """Components of the general prompts; none where there is no general sample."""
         self.null_evidence = dict(null_evidence or {})
-        self.experts: dict[str, Expert] = {}
+        self._width: int | None = None
+        self.experts = Experts({})
         for expert in experts:
-            self._check(expert)
-            self.experts[expert.card.name] = expert
+            self.experts = self.add(expert).experts
 
     def _check(self, expert: Expert) -> None:
-        """Raises where `expert` does not fit those before it."""
-        name = expert.card.name
+        """Raises where `expert` does not fit the pool."""
+        name, width = expert.card.name, expert.statistics.width
         if expert.card.base_fingerprint != self.base_fingerprint:
             raise PoolError(
                 f"expert {name!r} was trained on base {expert.card.base_fingerprint}, this pool's base is "
                 f"{self.base_fingerprint}; use the base it was trained on, or train the task again"
             )
-        expert.check_trained()
-        for other in [*(e.statistics for e in self.experts.values()), *self.null]:
-            if other.width != expert.statistics.width:
+        alone = set(self.experts) <= {name}  # the one whose place it takes does not count
+        for other in (None if alone else self.width, *(component.width for component in self.null)):
+            if other not in (None, width):
                 raise PoolError(
-                    f"expert {name!r} has {expert.statistics.width} prompt features, others have "
-                    f"{other.width}; train all with the same router.feature_width"
+                    f"expert {name!r} has {width} prompt features, others have "
+                    f"{other}; train all with the same router.feature_width"
                 )
 
     @property
@@ -90,66 +147,133 @@ class Pool:
     @property
     def width(self) -> int | None:
         """Number of prompt features F; None for an empty pool."""
-        return next((expert.statistics.width for expert in self.experts.values()), None)
+        if self._width is None:
+            self._width = next((expert.statistics.width for expert in self.experts.values()), None)
+        return self._width if self.experts else None
 
     @property
     def card(self) -> PoolCard:
         """The pool's description, as written to `pool.json`."""
+        return self._card([_reference_of(entry) for entry in self.experts.entries.values()])
+
+    def _card(self, references: Sequence[ExpertReference], store: str | None = None) -> PoolCard:
         return PoolCard(
             base_label=self.base_label,
             base_fingerprint=self.base_fingerprint,
             router=self.router,
-            experts=tuple(self.names),
+            experts=tuple(references),
+            store=store,
+            width=self.width,
             null=bool(self.null),
+            null_digest=self._null_digest,
         )
 
-    def _with(self, experts: Iterable[Expert], router: RouterConfig | None = None) -> "Pool":
-        return Pool(
-            self.base_label, self.base_fingerprint, router or self.router, experts, self.null, self.null_evidence
-        )
+    @cached_property
+    def _null_digest(self) -> str | None:
+        return null_digest(self.null, self.null_evidence) if self.null else None
 
-    def add(self, expert: Expert) -> "Pool":
-        """Returns the pool with `expert` at the end, or in its place if there is one of that name."""
-        return self._with((self.experts | {expert.card.name: expert}).values())
+    def _with(self, entries: Mapping[str, Expert | StoredExpert]) -> "Pool":
+        pool = copy(self)
+        pool.experts = Experts(entries)
+        return pool
+
+    def add(self, expert: Expert | StoredExpert) -> "Pool":
+        """Returns the pool with `expert` at the end, or in its place if there is one of that name.
+
+        Looks at this expert alone, whatever the pool holds: raises PoolError where it does not fit, ExpertError where it was
+        never trained (one in a store was checked when it was put there).
+        """
+        if isinstance(expert, Expert):
+            expert.check_trained()
+            whole = expert
+        else:
+            whole = expert.read()
+        self._check(whole)
+        pool = self._with(self.experts.entries | {whole.card.name: expert})
+        pool._width = whole.statistics.width
+        return pool
 
     def remove(self, name: str) -> "Pool":
         """Returns the pool as if `name` had never been in it."""
         if name not in self.experts:
             raise PoolError(f"no expert {name!r} in the pool; there are: {', '.join(self.names) or 'none'}")
-        return self._with(expert for other, expert in self.experts.items() if other != name)
+        return self._with({other: entry for other, entry in self.experts.entries.items() if other != name})
 
     def routed_by(self, **settings: object) -> "Pool":
         """Returns the pool with other router settings, e.g. `routed_by(kind="token", temperature=0.5)`."""
-        return self._with(self.experts.values(), RouterConfig.model_validate(self.router.model_dump() | settings))
+        pool = copy(self)
+        pool.router = RouterConfig.model_validate(self.router.model_dump() | settings)
+        return pool
 
     def save(self, folder: str | Path) -> Path:
-        """Writes the pool with all its experts, all of it or nothing."""
-        with atomic_folder(Path(folder)) as staging:
-            (staging / "experts").mkdir()
-            for name, expert in self.experts.items():
-                expert.save(staging / "experts" / name)
+        """Writes the pool, all of it or nothing: references to experts in a store, and the experts that lie in none."""
+        return self._write(Path(folder), next(filter(None, map(_store_of, self.experts.entries.values())), None))
+
+    def export(self, folder: str | Path) -> Path:
+        """Writes a folder that holds the experts too, and checks all of their files: nothing else is needed to use it."""
+        return self._write(Path(folder), None)
+
+    def _write(self, folder: Path, store: ExpertStore | None) -> Path:
+        """Writes the folder with all experts but those that lie in `store`."""
+        with atomic_folder(folder) as staging:
+            references = []
+            for name, entry in self.experts.entries.items():
+                own = staging / EXPERTS / name
+                if isinstance(entry, Expert):
+                    references.append(ExpertReference.of(entry.save(own)))
+                elif store is not None and _store_of(entry) is store:
+                    references.append(entry.reference)
+                else:
+                    own.parent.mkdir(exist_ok=True)
+                    entry.store.copy(entry.reference, own)
+                    said = entry.reference.model_dump(exclude_none=True)
+                    references.append(ExpertReference.of(own).model_copy(update=said))
             if self.null:
                 write_null(staging / NULL, self.null, self.null_evidence)
-            (staging / CARD).write_text(self.card.model_dump_json(indent=2) + "\n")
-        return Path(folder)
+            here = None if store is None else os.path.relpath(store.folder, folder.resolve())
+            (staging / CARD).write_text(self._card(references, here).model_dump_json(indent=2) + "\n")
+        return folder
 
     @classmethod
-    def load(cls, folder: str | Path) -> "Pool":
-        """Reads a pool folder; raises PoolError if it is none."""
+    def load(cls, folder: str | Path, store: ExpertStore | None = None) -> "Pool":
+        """Reads a pool folder; raises PoolError if it is none. An expert is read when it is looked up.
+
+        Experts that the folder does not hold lie in `store`; by default where they lay when the folder was written, or, where
+        that is not here, in the user's cache (`store.cache_folder`).
+        """
         folder = current_folder(Path(folder))
-        if not (folder / CARD).is_file():
-            raise PoolError(
-                f"{folder}: no {CARD}, so not a pool folder; `pointsman learn` writes one to runs/<name>/pool"
-            )
-        with stored_file(folder / CARD, REMEDY, PoolError):
-            text = (folder / CARD).read_text()
-            card = PoolCard.model_validate_json(text)
-            check_versions(folder / CARD, json.loads(text))
-        if card.null and not (folder / NULL).is_file():
-            raise PoolError(f"{folder}: {NULL} is missing, which {CARD} says is there; copy the whole folder")
-        experts = [Expert.load(folder / "experts" / name) for name in card.experts]
-        if not card.null:
-            return cls(card.base_label, card.base_fingerprint, card.router, experts)
-        with stored_file(folder / NULL, REMEDY, PoolError):
-            null, evidence = read_null(folder / NULL)
-        return cls(card.base_label, card.base_fingerprint, card.router, experts, null, evidence)
+        card = PoolCard.read(folder)
+        null: tuple[PromptStatistics, ...] = ()
+        evidence: dict[str, PromptStatistics] = {}
+        if card.null:
+            if not (folder / NULL).is_file():
+                raise PoolError(f"{folder}: {NULL} is missing, which {CARD} says is there; copy the whole folder")
+            with stored_file(folder / NULL, REMEDY, PoolError):
+                null, evidence = read_null(folder / NULL)
+                if card.null_digest not in (None, null_digest(null, evidence)):
+                    raise ValueError(f"it does not hold what {CARD} describes")
+        if store is None:
+            there = (folder / card.store).resolve() if card.store is not None else None
+            store = ExpertStore(there if there is not None and there.is_dir() else cache_folder())
+        own = OwnExperts(folder / EXPERTS)
+        pool = cls(card.base_label, card.base_fingerprint, card.router, (), null, evidence)._with({
+            reference.name: StoredExpert(reference, own if _held(reference, own) else store)
+            for reference in card.experts
+        })  # fmt: skip
+        pool._width = card.width
+        return pool
+
+
+def _held(reference: ExpertReference, own: OwnExperts) -> bool:
+    return reference.digest is None or own.folder_of(reference).is_dir()
+
+
+def _store_of(entry: Expert | StoredExpert) -> ExpertStore | None:
+    """Returns the store that a pool may refer to for an expert; None where the pool must hold it."""
+    return entry.store if isinstance(entry, StoredExpert) and not isinstance(entry.store, OwnExperts) else None
+
+
+def _reference_of(entry: Expert | StoredExpert) -> ExpertReference:
+    if isinstance(entry, StoredExpert):
+        return entry.reference
+    return ExpertReference(name=entry.card.name, digest=entry.card.config_digest)

@@ -20,7 +20,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from pipeline.config import ExpertConfig
 from pipeline.models.bases import Base
 from pipeline.models.prompts import IGNORED
-from pipeline.routing.expert import ADAPTER_WEIGHTS, load_adapters
+from pipeline.routing.adapters import ADAPTER_WEIGHTS, load_adapters
 from pipeline.routing.layer import GatedLinear
 from pipeline.training.zero import gathered
 

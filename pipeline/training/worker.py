@@ -14,7 +14,8 @@ import torch.distributed as dist
 
 from pipeline.models.bases import Base, load_base
 from pipeline.models.prompts import collate_for
-from pipeline.routing.expert import Expert, ExpertCard, ExpertError, load_adapters
+from pipeline.routing.adapters import ExpertError, load_adapters
+from pipeline.routing.expert import Expert, ExpertCard
 from pipeline.routing.features import feature_width
 from pipeline.routing.statistics import PromptStatistics
 from pipeline.streams.batch_loader import BatchLoader, StepLayout, distinct_batches

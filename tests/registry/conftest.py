@@ -19,7 +19,7 @@ from pipeline.config import RouterConfig
 from pipeline.models.checkpoints import fingerprint
 from pipeline.registry.tracking import open_tracking
 from pipeline.routing import Expert, ExpertCard, Pool, PromptStatistics
-from pipeline.routing.expert import Adapter
+from pipeline.routing.adapters import Adapter
 
 WIDTH = 128
 LINEAR = "model.language_model.layers.0.self_attn.q_proj"

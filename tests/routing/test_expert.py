@@ -6,22 +6,15 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from pipeline.routing import Expert, ExpertError, PromptStatistics
+from pipeline.routing.adapters import ADAPTER_CONFIG, ADAPTER_WEIGHTS, Adapter, load_adapters
+from pipeline.routing.contents import CONTENTS
 from pipeline.routing.evidence import WIDTH
-from pipeline.routing.expert import (
-    ADAPTER_CONFIG,
-    ADAPTER_WEIGHTS,
-    CARD,
-    ROUTER_WEIGHTS,
-    Adapter,
-    evidence_tensors,
-    load_adapters,
-    statistics_of,
-    statistics_tensors,
-)
+from pipeline.routing.expert import CARD, ROUTER_WEIGHTS, evidence_tensors, statistics_of, statistics_tensors
 from pipeline.routing.features import feature_width
 from tests.helpers import make_expert
 
 FILES = [ADAPTER_CONFIG, ADAPTER_WEIGHTS, ROUTER_WEIGHTS, CARD]
+ALL = [*FILES, CONTENTS]
 
 
 @pytest.fixture(scope="module")
@@ -35,6 +28,7 @@ def folder(expert, tmp_path):
 
 
 def change_config(folder, **values):
+    (folder / CONTENTS).unlink()  # as PEFT's own folders have none
     file = folder / ADAPTER_CONFIG
     file.write_text(json.dumps(json.loads(file.read_text()) | values))
 
@@ -46,7 +40,7 @@ def with_adapters(expert, change) -> Expert:
 
 def test_a_folder_gives_back_what_was_saved(expert, folder):
     loaded = Expert.load(folder)
-    assert sorted(p.name for p in folder.iterdir()) == sorted(FILES)
+    assert sorted(p.name for p in folder.iterdir()) == sorted(ALL)
     assert loaded.card == expert.card
     assert loaded.adapter_config == expert.adapter_config
     assert len(loaded.adapters) == 4 * 7
@@ -73,7 +67,7 @@ def test_saving_replaces_the_folder_entirely(tiny_base, folder):
     (folder / "old.txt").write_text("left over")
     make_expert(tiny_base, "clock", rank=2).save(folder)
     assert Expert.load(folder).card.name == "clock"
-    assert sorted(p.name for p in folder.iterdir()) == sorted(FILES)
+    assert sorted(p.name for p in folder.iterdir()) == sorted(ALL)
     assert [p.name for p in folder.parent.iterdir()] == [folder.name]
 
 
@@ -105,7 +99,7 @@ def test_a_tensor_that_is_no_lora_is_refused(folder):
     weights = load_file(folder / ADAPTER_WEIGHTS)
     save_file(weights | {"base_model.model.lm_head.weight": torch.ones(2)}, folder / ADAPTER_WEIGHTS)
     with pytest.raises(ExpertError, match=rf"{ADAPTER_WEIGHTS}: unexpected tensor 'base_model.model.lm_head.weight'"):
-        Expert.load(folder)
+        list(Expert.load(folder).adapters)
 
 
 def test_half_a_lora_is_refused(folder):
@@ -114,7 +108,7 @@ def test_half_a_lora_is_refused(folder):
     del weights[lost]
     save_file(weights, folder / ADAPTER_WEIGHTS)
     with pytest.raises(ExpertError, match=rf"{ADAPTER_WEIGHTS}: .*layers\.1\.mlp\.up_proj.* lora_B"):
-        Expert.load(folder)
+        list(Expert.load(folder).adapters)
 
 
 def test_rank_stabilised_lora_is_scaled_by_the_root(folder):

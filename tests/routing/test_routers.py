@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from pipeline.config import BaseModelConfig, RouterConfig
 from pipeline.models.bases import load_base
 from pipeline.routing import Pool, PoolError, RoutedModel
-from pipeline.routing.expert import Adapter
+from pipeline.routing.adapters import Adapter
 from pipeline.routing.layer import RoutedLinear
 from pipeline.routing.route import NOBODY, Fixed, Weighed
 from tests.helpers import (

@@ -19,7 +19,7 @@ from jobs.benchmark.real_size.ranks import run_ranks
 from pipeline.config import BaseModelConfig, ExpertConfig, TrainingConfig
 from pipeline.models.bases import Base, load_base
 from pipeline.models.prompts import Encoded, collate_for
-from pipeline.routing.expert import load_adapters
+from pipeline.routing.adapters import load_adapters
 from pipeline.training.collector import EvidenceCollector, collect_features
 from pipeline.training.job_folder import load_state, save_state
 from pipeline.training.lockstep import VisionLockstep

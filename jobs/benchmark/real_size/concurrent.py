@@ -23,8 +23,8 @@ from pipeline.models.bases import Base, load_base
 from pipeline.models.prompts import Encoded, collate_for, encode, generate_answers
 from pipeline.models.tiny import TINY_BASE
 from pipeline.routing import Expert, ExpertCard, Pool, PromptStatistics, RoutedModel
+from pipeline.routing.adapters import Adapter
 from pipeline.routing.evidence import EvidenceReader
-from pipeline.routing.expert import Adapter
 from pipeline.routing.routed_model import PromptReader
 from pipeline.streams.embedded.foundation import FAMILIES
 

@@ -1,0 +1,209 @@
+"""Where the experts lie that pools refer to: a folder with a sub-folder per expert, named by its digest.
+
+Runs and processes share it. What is missing or damaged is fetched, where the store knows from where, by one process while the
+others wait; an expert appears whole or not at all. Nothing is read before it is needed, so that a pool of a thousand experts
+opens at once.
+"""
+
+import os
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property, partial
+from pathlib import Path
+from typing import Annotated
+
+from pydantic import Field
+from safetensors import SafetensorError, safe_open
+
+from pipeline.config import Config
+from pipeline.files import current_folder, replace_folder
+from pipeline.locks import staging
+from pipeline.routing.adapters import ADAPTER_WEIGHTS, ExpertError
+from pipeline.routing.contents import CONTENTS, Contents
+from pipeline.routing.expert import CARD, FILES, ROUTER_WEIGHTS, Expert, ExpertCard, check_file
+
+CACHE_VARIABLE = "POINTSMAN_EXPERTS"
+"""Environment variable that names another folder for the experts of registered pools than the user's cache."""
+
+Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]+$")]
+"""A name, or a digest, that is a folder's name too: no part of a path."""
+
+
+class ExpertReference(Config):
+    """What a pool says of an expert instead of holding it."""
+
+    name: Name
+    """Name of the expert, that of its task."""
+    digest: Name | None = None
+    """Digest of what it was computed from (`ExpertCard.config_digest`); None in pools of earlier releases, which hold it."""
+    content: str | None = None
+    """Digest of its files (`Contents.digest`); None for an expert of a release that did not record it."""
+    model: str | None = None
+    """Registered model that holds it."""
+    version: int | None = None
+    """Its version there."""
+
+    @classmethod
+    def of(cls, folder: Path) -> "ExpertReference":
+        """Refers to the expert in a folder, without a version."""
+        card, contents = ExpertCard.model_validate_json((folder / CARD).read_text()), Contents.read(folder)
+        return cls(name=card.name, digest=card.config_digest, content=contents.digest if contents else None)
+
+    def __str__(self) -> str:
+        version = f", version {self.version} of {self.model}" if self.model else ""
+        return f"expert {self.name!r} (digest {self.digest or 'unknown'}{version})"
+
+    def fault(self, folder: Path) -> str | None:
+        """Returns why a folder does not hold this expert, as far as its card and the sizes of its files tell."""
+        for name in FILES:
+            if not (folder / name).is_file():
+                return f"{name} is missing" if folder.is_dir() else "it is not there"
+        try:
+            card, contents = ExpertCard.model_validate_json((folder / CARD).read_text()), Contents.read(folder)
+        except ValueError:
+            return f"{CARD} or the list of its contents is damaged"
+        if card.name != self.name or self.digest not in (None, card.config_digest):
+            return f"it is expert {card.name!r} with digest {card.config_digest}"
+        if self.content is not None and (contents is None or contents.digest != self.content):
+            return "its files are not those that were registered"
+        return contents.fault(folder) if contents else _broken(folder)
+
+
+def _broken(folder: Path) -> str | None:
+    """Returns which of an earlier release's large files is cut off."""
+    for name in (ADAPTER_WEIGHTS, ROUTER_WEIGHTS):
+        try:
+            with safe_open(folder / name, framework="pt"):
+                pass
+        except (SafetensorError, OSError) as error:
+            return f"{name} is damaged ({error})"
+    return None
+
+
+Fetch = Callable[[ExpertReference, Path], None]
+"""Copies an expert into a folder that is not there yet; raises a UserError where it cannot be had."""
+
+
+class ExpertStore:
+    """A folder of experts; `fetch` brings those that are missing or damaged."""
+
+    def __init__(self, folder: Path, fetch: Fetch | None = None) -> None:
+        self.folder, self.fetch = folder.resolve(), fetch
+
+    def folder_of(self, reference: ExpertReference) -> Path:
+        """Returns where an expert lies, or belongs."""
+        assert reference.digest is not None, "only pools that hold their experts do not name digests"
+        return self.folder / reference.digest
+
+    def has(self, reference: ExpertReference) -> bool:
+        """Whether an expert is there, as far as its card and the sizes of its files tell."""
+        return reference.fault(current_folder(self.folder_of(reference))) is None
+
+    def put(self, expert: Expert) -> Path:
+        """Writes an expert, unless one of its digest is there; returns its folder."""
+        reference = ExpertReference(name=expert.card.name, digest=expert.card.config_digest)
+        self._make(reference, lambda folder: expert.save(folder))
+        return self.folder_of(reference)
+
+    def ensure(self, reference: ExpertReference) -> Path:
+        """Returns the folder of an expert, fetched if need be; raises ExpertError, or what fetching raises."""
+        if not self.has(reference):
+            self._fetch(reference)
+        return current_folder(self.folder_of(reference))
+
+    def load(self, reference: ExpertReference) -> Expert:
+        """Reads an expert, fetched if need be; a file that turns out to be damaged is fetched again."""
+        return Expert.load(self.ensure(reference), check=partial(self._check, reference))
+
+    def copy(self, reference: ExpertReference, folder: Path) -> None:
+        """Copies an expert to a folder that is not there yet, and checks all of its files."""
+        source = self.ensure(reference)
+        folder.mkdir()
+        for name in FILES:
+            self._check(reference, name)
+            shutil.copyfile(source / name, folder / name)
+        if (source / CONTENTS).exists():
+            shutil.copyfile(source / CONTENTS, folder / CONTENTS)
+
+    def _check(self, reference: ExpertReference, name: str) -> None:
+        folder = current_folder(self.folder_of(reference))
+        try:
+            check_file(folder, name)
+        except ExpertError as error:
+            if self.fetch is None:
+                raise ExpertError(f"{reference}: {error}") from None
+            self._fetch(reference, damaged=name)
+            check_file(folder, name)
+
+    def _fetch(self, reference: ExpertReference, *, damaged: str = "") -> None:
+        if self.fetch is None:
+            folder = self.folder_of(reference)
+            raise ExpertError(
+                f"{reference}: not to be had from {folder}: {reference.fault(current_folder(folder))}; copy that folder "
+                "here, load the pool from its registry, which fetches it (models:/<base>.pool@champion), or run "
+                "`pointsman learn` again"
+            )
+        self._make(reference, partial(self.fetch, reference), damaged=damaged)
+
+    def _make(self, reference: ExpertReference, make: Callable[[Path], object], *, damaged: str = "") -> None:
+        folder = self.folder_of(reference)
+        with staging(folder, why=f"which writes {reference}") as scratch:
+            if self.has(reference) and not (damaged and _is_damaged(folder, damaged)):
+                return  # another process was faster
+            made = scratch / folder.name
+            make(made)
+            if (fault := reference.fault(made)) is not None:
+                raise ExpertError(f"{reference}: what was fetched is not that: {fault}; register the pool again")
+            replace_folder(made, folder)
+
+
+def _is_damaged(folder: Path, name: str) -> bool:
+    try:
+        check_file(folder, name)
+    except ExpertError:
+        return True
+    return False
+
+
+class OwnExperts(ExpertStore):
+    """The experts inside a pool's folder, by name."""
+
+    def folder_of(self, reference: ExpertReference) -> Path:
+        """Returns where an expert lies."""
+        return self.folder / reference.name
+
+    def load(self, reference: ExpertReference) -> Expert:
+        """Reads an expert; raises ExpertError where it is not the one that the pool says, or damaged."""
+        expert = Expert.load(self.folder_of(reference))
+        self.ensure(reference)
+        return expert
+
+    def _fetch(self, reference: ExpertReference, *, damaged: str = "") -> None:
+        folder = self.folder_of(reference)
+        raise ExpertError(f"{folder}: {reference.fault(folder)}; copy the whole folder again")
+
+
+@dataclass(frozen=True, eq=False)
+class StoredExpert:
+    """An expert in a store, not read before it is needed."""
+
+    reference: ExpertReference
+    store: ExpertStore
+
+    @cached_property
+    def expert(self) -> Expert:
+        """The expert, which stays in memory from now on: its card and statistics, not its adapters."""
+        return self.store.load(self.reference)
+
+    def read(self) -> Expert:
+        """Returns the expert without keeping it in memory."""
+        return self.__dict__.get("expert") or self.store.load(self.reference)
+
+
+def cache_folder() -> Path:
+    """Returns the folder of experts that this user's registered pools share: $POINTSMAN_EXPERTS, or in the user's cache."""
+    if given := os.environ.get(CACHE_VARIABLE):
+        return Path(given).expanduser()
+    cache = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    return Path(cache).expanduser() / "pointsman" / "experts"
