@@ -286,7 +286,7 @@ def test_removing_an_expert_routes_as_if_it_had_never_been_there(tiny_base, pool
 
 def test_the_order_of_arrival_does_not_matter(tiny_base, pool, mixed):
     rows, owners = mixed
-    backwards = Pool("tiny", tiny_base.fingerprint, RouterConfig(), reversed(pool.experts.values()), pool.null)
+    backwards = Pool("tiny", tiny_base.fingerprint, RouterConfig(), reversed(list(pool.experts.values())), pool.null)
     with attached(tiny_base, pool):
         expected = generate(tiny_base, rows)
     with attached(tiny_base, backwards) as routed:

@@ -149,7 +149,7 @@ def test_every_linear_keeps_to_what_it_chose_at_prefill(tiny_base, pool, mixed):
 def test_the_order_of_arrival_does_not_matter(tiny_base, known_pool, mixed, kind):
     pool = blurred(known_pool, "reader", "speaker", None).routed_by(kind=kind)
     backwards = Pool(
-        "tiny", tiny_base.fingerprint, pool.router, reversed(pool.experts.values()), pool.null, pool.null_evidence
+        "tiny", tiny_base.fingerprint, pool.router, reversed(list(pool.experts.values())), pool.null, pool.null_evidence
     )
     with attached(tiny_base, pool):
         expected = generate(tiny_base, mixed[0])
