@@ -21,7 +21,7 @@ from jobs.options import Address, ConfigFile, Overrides, job_command, load, user
 from jobs.stream_run import Stopwatch, StreamRun, open_run, write_json
 from jobs.terminal import methods_table
 from pipeline.config import digest
-from pipeline.evaluation.evaluate import Evaluation
+from pipeline.evaluation.results import Evaluation
 from pipeline.routing.adapters import load_adapters
 from pipeline.routing.expert import Expert, ExpertCard
 from pipeline.routing.pool import Pool
@@ -48,9 +48,9 @@ def compare_methods(run: StreamRun, learned: Learned) -> dict[str, Any]:
     def routed(name: str) -> Evaluation:
         pool = learned.pool.routed_by(**ROUTERS[name])
         folder = pool.save(run.folder / "methods" / f"pool-{name}")
-        return run.evaluate(columns, folder, digest(learned.pool_digest, pool.router))
+        return run.evaluate(columns, pool, run.pool_key(pool), folder=folder)
 
-    told = run.evaluate(columns, learned.pool_folder, digest(learned.pool_digest), mode="told")
+    told = run.evaluate(columns, learned.pool, digest(learned.pool_digest), mode="told")
     sequential, sequential_figures = _sequential(run)
     multitask, multitask_figures = _multitask(run)
     return {
@@ -125,8 +125,7 @@ def _only(run: StreamRun, name: str, trained: Trained, key: str) -> Evaluation:
     pool = Pool(
         run.config.base.label, run.fingerprint, run.config.router, [Expert(card, config, adapters, {}, nothing)]
     )
-    folder = pool.save(run.folder / "methods" / name)
-    return run.evaluate(list(run.columns), folder, key, mode="only")
+    return run.evaluate(list(run.columns), pool, key, mode="only")
 
 
 def main(config: ConfigFile, overrides: Overrides = None, address: Address = None) -> None:

@@ -13,6 +13,7 @@ from typing import Any
 from pipeline.config import LearnConfig, RouterConfig, SourceConfig, TaskConfig, digest
 from pipeline.routing.expert import VERSIONS
 from pipeline.streams import sources
+from pipeline.streams.encoding import PROMPT_COLUMNS
 
 GENERAL_PROMPT = "{question}"
 """Template around the questions of the general sample."""
@@ -54,7 +55,7 @@ class Identity:
 
     def encoded_rows(self, source: SourceConfig, prompt: str, *, answer: bool, metric: str | None) -> str:
         """Rows as this base reads them; rows that `metric` cannot score are set aside."""
-        return digest(self.rows(source, prompt), self.base, answer, metric)
+        return digest(self.rows(source, prompt), self.base, answer, metric, *([] if answer else [PROMPT_COLUMNS]))
 
     def training_rows(self, task: TaskConfig) -> str:
         """The rows that a task's expert learns from."""
@@ -103,6 +104,11 @@ class Identity:
     def pool(self, experts: Sequence[str], router: RouterConfig) -> str:
         """A pool of experts, given by their names in order of arrival."""
         return digest(self.base, router, list(experts), self.base_prompts)
+
+    @cached_property
+    def answers(self) -> str:
+        """What answers depend on, beside the prompt and who answers."""
+        return digest(self.base, self.config.evaluation.max_new_tokens)
 
     def evaluation(self, tasks: Sequence[TaskConfig], pool: str, mode: str) -> str:
         """The answers of a pool to the prompts of these tasks, and their scores."""

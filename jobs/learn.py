@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from statistics import fmean
 from time import monotonic
 from typing import Any
 
@@ -18,8 +19,8 @@ from mlflow.entities.model_registry import ModelVersion
 
 from jobs.options import Address, ConfigFile, Overrides, job_command, load, user_errors
 from jobs.recognition import expert_wanted, remember
-from jobs.stream_run import Stopwatch, StreamRun, open_run, read_json, write_json
-from jobs.summary import learned, now, provenance, task_figures
+from jobs.stream_run import Stopwatch, StreamRun, Tally, open_run, read_json, write_json
+from jobs.summary import answers, learned, now, provenance, task_figures
 from jobs.terminal import table
 from pipeline.config import TaskConfig
 from pipeline.evaluation.matrix import AccuracyMatrix
@@ -45,7 +46,7 @@ class Learned:
 def learn_stream(run: StreamRun) -> Learned:
     """Learns all tasks of the run's stream; what is finished already is found and skipped."""
     config, started = run.config, now()
-    watch = Stopwatch(run.folder / "state" / "clock.json")
+    watch, generated = Stopwatch(run.folder / "state" / "clock.json"), Tally(run.folder / "state" / "answers.json")
     names = [task.name for task in config.stream.tasks]
     families = [task.name for task in config.stream.foundation]
     matrix = AccuracyMatrix(names, families)
@@ -58,30 +59,31 @@ def learn_stream(run: StreamRun) -> Learned:
         expert, versions[task.name], figures[task.name] = _expert(run, task)
         pool = pool.add(expert)
         pool.save(pool_folder)
-        pool_key = run.identity.pool([expert.card.config_digest for expert in pool.experts.values()], pool.router)
+        pool_key = run.pool_key(pool)
         version = run.patience(
             partial(register_pool, pool_folder, config.base, digest=pool_key, experts=dict(versions)),
             "registering the pool",
             kept=f"pool and experts are safe in {run.folder}; nothing will be trained again",
         )
-        seen = [*names[: number + 1], *families]
-        last = run.evaluate(seen, pool_folder, pool_key)
-        accuracies = last.accuracies()
-        matrix.record(task.name, accuracies)
-        run.log([(f"accuracy/{column}", value, number + 1) for column, value in accuracies.items()])
-        new = [accuracies[name] for name in names[: number + 1]]
-        old = [accuracies[name] for name in families]
-        run.terminal.say(
-            f"  pool version {version.version}: tasks so far {sum(new) / len(new):.3f}"
-            + (f", foundation {sum(old) / len(old):.3f}" if old else "")
-            + f"   ({figures[task.name]['seconds']:.0f} s to learn)"
-        )
+        found = ""
+        if config.router.kind == "prompt" or (number + 1) % config.evaluation.every == 0 or task.name == names[-1]:
+            seen = [*names[: number + 1], *families]
+            last = run.evaluate(seen, pool, pool_key, folder=pool_folder)
+            accuracies = last.accuracies()
+            matrix.record(task.name, accuracies)
+            run.log([(f"accuracy/{column}", value, number + 1) for column, value in accuracies.items()])
+            new, old = ([accuracies[name] for name in of] for of in (names[: number + 1], families))
+            found = f": tasks so far {fmean(new):.3f}" + (f", foundation {fmean(old):.3f}" if old else "")
+        seconds = figures[task.name]["seconds"]
+        run.terminal.say(f"  pool version {version.version}{found}   ({seconds:.0f} s to learn)")
         watch.lap()
+        generated.total(run.evaluator.generated)
     summary = {
         **provenance(run, started),
         "seconds_total": watch.lap(),
         "peak_memory_bytes": run.memory.bytes,
         **learned(run, matrix, last, figures),
+        "answers": answers(last, names, generated.total(run.evaluator.generated)),
     }
     return Learned(pool, pool_folder, pool_key, summary)
 
@@ -201,11 +203,17 @@ def show(run: StreamRun, summary: dict[str, Any]) -> None:
     for name, figures in summary["tasks"].items():
         i = columns.index(name)
         own = values[1 + list(summary["tasks"]).index(name)][i]
-        rows.append([name, *(f"{v:.3f}" for v in (values[0][i], own, values[-1][i])), f"{figures['seconds']:.0f}"])
+        accuracies = ("-" if value is None else f"{value:.3f}" for value in (values[0][i], own, values[-1][i]))
+        rows.append([name, *accuracies, f"{figures['seconds']:.0f}"])
     run.terminal.console.print(table("Tasks", ["task", "base", "when learned", "at the end", "seconds"], rows))
     c = summary["continual"]
     parts = [f"{key.replace('_', ' ')} {value:.3f}" for key, value in c.items() if value is not None]
     run.terminal.say("   ".join(parts))
+    a = summary["answers"]
+    run.terminal.say(
+        f"answers    {a['generated']:,} generated for {a['prompts']:,} prompts, {a['generated'] / a['single_pass']:.2f} of a "
+        "single pass (each prompt once by the base, those of tasks once by their expert)"
+    )
 
 
 def where_next(run: StreamRun, report: Path) -> None:

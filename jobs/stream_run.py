@@ -9,10 +9,9 @@ import tempfile
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from cluster.local import ClusterInfo, connect, starts_here
 from cluster.preflight import build_deepspeed_ops, build_op, check_inference, check_resources, extensions_folder
@@ -22,15 +21,23 @@ from jobs.identity import GENERAL_PROMPT, Identity
 from jobs.terminal import Terminal
 from pipeline.config import LearnConfig, SourceConfig, TaskConfig, digest
 from pipeline.errors import UserError, stored_file
-from pipeline.evaluation.evaluate import Evaluation, Prediction, evaluate
+from pipeline.evaluation.choices import Mode
+from pipeline.evaluation.evaluate import Evaluator
+from pipeline.evaluation.prompts import Column
+from pipeline.evaluation.results import Evaluation
 from pipeline.locks import LockedError, file_lock
+from pipeline.models.bases import language_width
 from pipeline.models.checkpoints import checkpoint, fingerprint
 from pipeline.models.inference import InferenceWorkers
 from pipeline.registry.patience import Patience
 from pipeline.registry.spool import MetricSpool
 from pipeline.registry.tracking import log_config, open_tracking, tracked_run
+from pipeline.routing.features import feature_width
 from pipeline.routing.null import read_null, write_null
+from pipeline.routing.pool import Pool
 from pipeline.streams.preprocess import Part, Prepared, prepare
+from pipeline.streams.prompts import PromptSource
+from pipeline.streams.quarantine import SetAside
 from pipeline.streams.training_rows import TrainingRows
 from pipeline.training.general import general_statistics
 from pipeline.training.job import Job
@@ -91,13 +98,12 @@ class StreamRun:
         self._training.pop(task.name, None)
 
     @cached_property
-    def prompts(self) -> Prepared:
-        """The evaluation prompts of all tasks and families, and the general sample as `GENERAL`."""
-        names = [*self.columns, *([GENERAL] if self.config.stream.general is not None else [])]
-        return self.read_prompts(names)
+    def general_prompts(self) -> Prepared:
+        """The prompts of the general sample, as `GENERAL`."""
+        return self.read_prompts([GENERAL])
 
     def read_prompts(self, names: Sequence[str]) -> Prepared:
-        """Reads the evaluation prompts of these tasks and families, or of the general sample."""
+        """Reads the evaluation prompts of these tasks and families, or of the general sample, as `GENERAL`."""
         parts: dict[str, tuple[SourceConfig, str]] = {}
         for name in names:
             task = self.columns.get(name)
@@ -105,7 +111,8 @@ class StreamRun:
                 parts[name] = self._limited(task.eval), task.prompt
             elif self.config.stream.general is not None:
                 parts[name] = self.config.stream.general, GENERAL_PROMPT
-        with self.terminal.working(f"reading the prompts of {len(parts)} tasks and families"):
+        whose = f"{len(parts)} tasks and families" if len(parts) > 1 else " ".join(parts)
+        with self.terminal.working(f"reading the prompts of {whose}"):
             found = self._prepare(parts, "eval", answer=False)
         for name in parts:
             self.tell_set_aside(found, name, "eval")
@@ -155,7 +162,7 @@ class StreamRun:
             return {}
         file = self._state(f"general-{key}.safetensors")
         if not file.exists():
-            prompts = self.prompts.rows([GENERAL])
+            prompts = self.general_prompts.rows([GENERAL])
             with self.terminal.working("reading the general sample"):
                 null, evidence = general_statistics(
                     prompts,
@@ -234,33 +241,56 @@ class StreamRun:
 
     # Evaluation
 
+    def pool_key(self, pool: Pool) -> str:
+        """Returns the name of a pool with this run's base prompts."""
+        return self.identity.pool([expert.card.config_digest for expert in pool.experts.values()], pool.router)
+
+    @cached_property
+    def evaluator(self) -> Evaluator:
+        """Who evaluates; what it reads and generates lies beside the runs of this output folder, for all of them."""
+        config, data = self.config, Path(self.config.output).resolve() / "data"
+
+        def tell(column: str, aside: SetAside) -> None:
+            self.terminal.say(f"  {column}: {aside}: {self.folder}/quarantine/eval/{column}.jsonl")
+
+        return Evaluator(
+            PromptSource(config.base, config.data, self.data_folder, data / "features", self.inference_workers),
+            data,
+            answers=self.identity.answers,
+            max_new_tokens=config.evaluation.max_new_tokens,
+            width=feature_width(language_width(config.base), config.router.feature_width),
+            quarantine=self.folder / "quarantine" / "eval",
+            on_set_aside=tell,
+            make_room=self.make_room,
+        )
+
     def evaluate(
         self,
         columns: Sequence[str],
-        pool: Path | None,
+        pool: Pool | None,
         pool_digest: str,
-        mode: Literal["routed", "told", "only"] = "routed",
+        mode: Mode = "routed",
+        *,
+        folder: Path | None = None,
     ) -> Evaluation:
-        """Evaluates a pool on columns (tasks and families), or finds the result of having done so."""
+        """Evaluates a pool on columns (tasks and families), or finds the result of having done so.
+
+        `folder` is where the pool lies, for routers whose Linears choose.
+        """
         key = self.identity.evaluation([self.columns[column] for column in columns], pool_digest, mode)
         file = self._state(f"evaluation-{key}.json")
         if not file.exists():
-            prompts = self.prompts
-            self.make_room()
+            asked = [self._column(self.columns[column]) for column in columns]
             with self.terminal.working(f"evaluating {len(columns)} tasks and families"):
-                result = evaluate(
-                    prompts.rows(columns),
-                    self.columns,
-                    base=self.config.base,
-                    pool=pool,
-                    max_new_tokens=self.config.evaluation.max_new_tokens,
-                    workers=self.inference_workers,
-                    vision=self.vision,
-                    mode=mode,
-                )
-            write_json(file, [asdict(prediction) for prediction in result.predictions])
+                result = self.evaluator.evaluate(asked, pool, key=pool_digest, folder=folder, mode=mode)
+            write_json(file, result.to_json())
         with stored_file(file, REMADE):
-            return Evaluation([Prediction(**prediction) for prediction in json.loads(file.read_text())])
+            return Evaluation.from_json(json.loads(file.read_text()))
+
+    def _column(self, task: TaskConfig) -> Column:
+        source = self._limited(task.eval)
+        key = self.identity.encoded_rows(source, task.prompt, answer=False, metric=task.metric)
+        return Column(task, Part(source, task.prompt, key=key, metric=task.metric))
 
     def _state(self, name: str) -> Path:
         folder = self.folder / "state"
@@ -376,6 +406,20 @@ class Stopwatch:
         seconds = self._before + time.monotonic() - self._started
         write_json(self._file, {"seconds": seconds})
         return seconds
+
+
+class Tally:
+    """What a run has counted over all its restarts, kept in a file."""
+
+    def __init__(self, file: Path) -> None:
+        self._file = file
+        with stored_file(file, REMADE):
+            self._before = int(json.loads(file.read_text())["count"]) if file.exists() else 0
+
+    def total(self, count: int) -> int:
+        """Returns the count so far, `count` of it since this process began, and writes it down."""
+        write_json(self._file, {"count": self._before + count})
+        return self._before + count
 
 
 def accuracy_text(values: Mapping[str, float]) -> str:

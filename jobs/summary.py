@@ -13,8 +13,8 @@ from typing import Any
 
 from jobs.stream_run import StreamRun
 from pipeline.config import without_secrets
-from pipeline.evaluation.evaluate import BASE, Evaluation
-from pipeline.evaluation.matrix import AccuracyMatrix, continual_metrics
+from pipeline.evaluation.matrix import BASE, AccuracyMatrix, continual_metrics
+from pipeline.evaluation.results import Evaluation
 from pipeline.streams.sources import first_records
 
 PACKAGES = ("torch", "ray", "transformers", "peft", "deepspeed", "mlflow", "pyarrow")
@@ -95,9 +95,19 @@ def learned(run: StreamRun, matrix: AccuracyMatrix, last: Evaluation, tasks: Map
     }
 
 
+def answers(last: Evaluation, tasks: Sequence[str], generated: int) -> dict[str, int]:
+    """Returns how many answers a run has `generated`, for how many prompts, and how many a single pass takes.
+
+    A single pass: every prompt is answered once by the base, those of tasks once more by their expert.
+    """
+    prompts = {column: sum(result.experts.values()) for column, result in last.columns.items()}
+    single = sum(prompts.values()) + sum(prompts[task] for task in tasks)
+    return {"generated": generated, "prompts": sum(prompts.values()), "single_pass": single}
+
+
 def samples(run: StreamRun, evaluation: Evaluation) -> list[dict[str, Any]]:
     """Returns the first prompts of every column with image, answer and chosen expert."""
-    answered = {(p.column, p.id): p for p in evaluation.predictions}
+    answered = {(p.column, p.id): p for p in evaluation.samples}
     shown = []
     for name, task in run.columns.items():
         for record in first_records(task.eval, run.data_folder, task.prompt, SAMPLES):

@@ -92,6 +92,8 @@ def _sweep(run: StreamRun, space: SweepSpace, name: str) -> None:
             tasks=tasks,
             pool=pool_folder,
             folder=folder,
+            answers=run.evaluator.store.folder,
+            pool_key=run.identity.pool,
             worker_env=worker_env,
             say=run.terminal.say,
         )

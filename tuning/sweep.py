@@ -1,6 +1,6 @@
 """The sweep: train an expert at every rank, then evaluate each at every temperature, both with Ray Tune."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,7 +10,7 @@ from ray import tune
 from ray.tune import Callback, CheckpointConfig, ResultGrid, RunConfig, TuneConfig, Tuner
 
 from cluster.local import available_cpus
-from pipeline.config import LearnConfig, TaskConfig
+from pipeline.config import LearnConfig, RouterConfig, TaskConfig
 from pipeline.models.inference import InferenceWorkers
 from pipeline.streams.training_rows import TrainingRows
 from pipeline.training.job import Job
@@ -53,12 +53,15 @@ def sweep(
     tasks: Mapping[str, TaskConfig],
     pool: Path | None,
     folder: Path,
+    answers: Path,
+    pool_key: Callable[[Sequence[str], RouterConfig], str],
     worker_env: dict[str, str],
     say: Callable[[str], None] = lambda text: None,
 ) -> SweepResult:
     """Sweeps rank and temperature for one task's expert inside `pool` (None: a pool of its own).
 
-    `job` is the task's training job; `prompts` the encoded evaluation prompts of the swept task and the pool's others.
+    `job` is the task's training job; `prompts` the encoded evaluation prompts of the swept task and the pool's others;
+    `answers` the folder of the store of answers, in which `pool_key` names pools by their experts' digests and their router.
     `say` is told of every trial that is done. Raises TrainingError with the trial's error if a trial fails.
     """
     at_once, threads = _together(job, len(space.ranks))
@@ -90,6 +93,8 @@ def sweep(
             tasks=dict(tasks),
             max_new_tokens=config.evaluation.max_new_tokens,
             workers=workers,
+            answers=str(answers),
+            pool_key=pool_key,
         ),
         {
             "rank": tune.grid_search(list(space.ranks)),

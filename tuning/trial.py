@@ -5,19 +5,24 @@ workers wait for it would never end (ray issue 54305).
 """
 
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+import numpy as np
 import ray
 from ray import tune
 
 from pipeline.config import BaseModelConfig, RouterConfig, TaskConfig
-from pipeline.evaluation.evaluate import Evaluation, Predictor, score
+from pipeline.evaluation.answers import AnswerStore, pool_author
+from pipeline.evaluation.pages import paged
+from pipeline.evaluation.predictor import Predictor
+from pipeline.evaluation.results import Evaluation, Prediction, scored
 from pipeline.models.inference import InferenceWorkers
 from pipeline.routing.expert import Expert
 from pipeline.routing.pool import Pool
+from pipeline.streams.packing import unpack
 from pipeline.streams.training_rows import TrainingRows
 from pipeline.training.job import Job
 from pipeline.training.session import run_training
@@ -53,7 +58,8 @@ def train_rank(
 class EvaluateTemperature(tune.Trainable):
     """Evaluates the expert of rank `config["rank"]` inside the pool, routed at `config["temperature"]`.
 
-    One process evaluates several trials, so that each costs its answers and nothing else.
+    One process evaluates several trials, so that each costs its answers and nothing else; what a pool has answered before,
+    in an earlier sweep, is looked up.
     """
 
     def setup(
@@ -67,12 +73,24 @@ class EvaluateTemperature(tune.Trainable):
         tasks: Mapping[str, TaskConfig],
         max_new_tokens: int,
         workers: InferenceWorkers,
+        answers: str,
+        pool_key: Callable[[Sequence[str], RouterConfig], str],
     ) -> None:
-        """Loads base, pool and the encoded prompts of all tasks in it; called once a process."""
-        self._experts, self._tasks = experts, tasks
-        self._predictor = Predictor(base, workers, None, "routed", max_new_tokens)
+        """Loads base, pool and the encoded prompts of all tasks in it; called once a process.
+
+        `answers` is the folder of the store of answers, `pool_key` names a pool by its experts' digests and its router.
+        """
+        self._experts, self._tasks, self._tokens = experts, tasks, max_new_tokens
+        self._store, self._pool_key = AnswerStore(Path(answers)), pool_key
+        self._predictor = Predictor(base, workers)
         self._pool = Pool.load(pool) if pool else None
-        self._batches = list(prompts.iter_batches(batch_size=workers.batch_size, batch_format="numpy"))
+        blocks = list(prompts.iter_batches(batch_size=None, batch_format="numpy"))
+        rows = {key: np.concatenate([block[key] for block in blocks]) for key in blocks[0]}
+        self._pages = [
+            {key: values[list(page)] for key, values in rows.items()}
+            for column in dict.fromkeys(rows["column"].tolist())
+            for page in paged(np.flatnonzero(rows["column"] == column).tolist(), workers.batch_size)
+        ]
 
     def reset_config(self, new_config: dict[str, Any]) -> bool:
         """Agrees to the next trial."""
@@ -82,12 +100,30 @@ class EvaluateTemperature(tune.Trainable):
         """Returns `accuracy` on the expert's own task, `others`, the mean over the pool's other tasks, and `seconds`."""
         started = time.monotonic()
         trained, base = Expert.load(self._experts[self.config["rank"]]), self._predictor.base
-        pool = self._pool or Pool(base.label, base.fingerprint, RouterConfig())
-        self._predictor.attach(
-            pool.add(trained).routed_by(kind="token", token_scores="published", temperature=self.config["temperature"])
-        )
-        answered = [score(self._predictor(batch), self._tasks) for batch in self._batches]
-        means = Evaluation([p for predictions in answered for p in predictions]).accuracies()
+        pool = (self._pool or Pool(base.label, base.fingerprint, RouterConfig())).add(trained)
+        pool = pool.routed_by(kind="token", token_scores="published", temperature=self.config["temperature"])
+        means = Evaluation.of(self._predictions(pool)).accuracies()
         own = means.pop(trained.card.task)
         others = fmean(means.values()) if means else float("nan")
         return {"accuracy": own, "others": others, "seconds": time.monotonic() - started, "done": True}
+
+    def _predictions(self, pool: Pool) -> Iterator[Prediction]:
+        """Yields the predictions of a pool whose Linears choose; what it has not answered before is generated."""
+        author = pool_author(self._pool_key([e.card.config_digest for e in pool.experts.values()], pool.router))
+        attached = False
+        for page in self._pages:
+            known = self._store.of(author, page["prompt"])
+            missing = [i for i, prompt in enumerate(page["prompt"]) if prompt not in known]
+            if missing and not attached:
+                self._predictor.attach(pool)
+                attached = True
+            if missing:
+                rows = unpack({key: values[missing] for key, values in page.items()})
+                answers = self._predictor.by_router(rows, self._tokens)
+                self._store.add(author, dict(zip(page["prompt"][missing], answers, strict=True)))
+            for column, id, question, reference, prompt in zip(
+                *(page[key] for key in ("column", "id", "question", "reference", "prompt")), strict=True
+            ):
+                answer, metric = self._store.of(author, [])[prompt], self._tasks[column].metric
+                yield scored(column, metric, id, question, reference, answer.text, answer.expert)
+        self._store.flush()

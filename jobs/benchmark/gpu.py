@@ -19,7 +19,6 @@ from statistics import fmean, median
 from time import monotonic
 from typing import Annotated, Any, Literal
 
-import numpy as np
 import torch
 import typer
 from peft import PeftModel
@@ -32,14 +31,15 @@ from jobs.stream_run import StreamRun, open_run, write_json
 from jobs.summary import PACKAGES, command_line, git_commit, now
 from jobs.terminal import Terminal, table
 from pipeline.config import BaseModelConfig, ConfigError, LearnConfig
-from pipeline.evaluation.evaluate import Predictor
+from pipeline.evaluation.predictor import Predictor
 from pipeline.models.architecture import architecture_of, base_configuration
-from pipeline.models.prompts import IGNORED, generate_answers
+from pipeline.models.prompts import IGNORED, Encoded, generate_answers
 from pipeline.models.tiny import build_tiny, tiny_processor
 from pipeline.routing.expert import Expert
 from pipeline.routing.pool import Pool
 from pipeline.streams.embedded.foundation import vocabulary
 from pipeline.streams.packing import unpack
+from pipeline.streams.preprocess import Prepared
 from pipeline.training.planning.job import EXPERT_STAGE, ROUTER_STAGE, job_moments
 from pipeline.training.planning.plan import Assumptions
 
@@ -193,7 +193,8 @@ def measure(run: StreamRun, device: Device) -> dict[str, Any]:
     """Runs the job moment by moment; returns the summary's figures."""
     task, meter = run.config.stream.tasks[0], Meter(_taken(device), every=0.1 if device == "cuda" else 0.5)
     with meter.during("image features"):
-        _ = run.prompts
+        prompts = run.read_prompts([TASK])
+        _ = run.general_prompts
         rows = run.training_rows(task)
     with meter.during("base prompts"):
         null = run.null_expert()
@@ -205,7 +206,7 @@ def measure(run: StreamRun, device: Device) -> dict[str, Any]:
     pool = Pool(run.config.base.label, run.fingerprint, run.config.router, **null).add(expert)
     folder = pool.save(run.folder / "pool")
     with meter.during("evaluation"):
-        run.evaluate([task.name], folder, f"gpu-{now():%Y%m%d%H%M%S}")
+        run.evaluate([task.name], pool, f"gpu-{now():%Y%m%d%H%M%S}", folder=folder)
     packed = list(rows.rows([task.name]).iter_batches(batch_size=None, batch_format="numpy"))
     lengths = [(len(row.input_ids), int((row.labels != IGNORED).sum())) for batch in packed for row in unpack(batch)]
     step = median(trained.figures["expert_step_seconds"][WARM_UP:] or trained.figures["expert_step_seconds"])
@@ -214,7 +215,7 @@ def measure(run: StreamRun, device: Device) -> dict[str, Any]:
         "row_tokens": fmean(tokens for tokens, _ in lengths),
         "step_seconds": step,
         "tokens_per_second": run.config.expert.batch_size * fmean(tokens for tokens, _ in lengths) / step,
-        **_answering(run, folder, trained.expert),
+        **_answering(run, prompts, pool, trained.expert),
     }
 
 
@@ -248,26 +249,29 @@ def _against_plan(run: StreamRun, meter: Meter, lengths: list[tuple[int, int]]) 
     }
 
 
-def _answering(run: StreamRun, pool: Path, expert: Path) -> dict[str, float]:
+def _answering(run: StreamRun, prompts: Prepared, pool: Pool, expert: Path) -> dict[str, float]:
     """Returns seconds of answering the task's prompts with the pool and with its one LoRA in PEFT, and their ratio."""
     config, workers = run.config, run.inference_workers
     tokens = config.evaluation.max_new_tokens
-    batches = list(run.prompts.rows([TASK]).iter_batches(batch_size=workers.batch_size, batch_format="numpy"))
-    predictor = Predictor(config.base, workers, str(pool), "routed", tokens, vision=run.vision)
-    routed = _seconds(lambda batch: predictor(batch), batches)
-    assert predictor.routed is not None
-    predictor.routed.detach()
+    batches = [
+        unpack(batch)
+        for batch in prompts.rows([TASK]).iter_batches(batch_size=workers.batch_size, batch_format="numpy")
+    ]
+    predictor = Predictor(config.base, workers, vision=run.vision)
+    predictor.attach(pool)
+    routed = _seconds(lambda rows: predictor.by_router(rows, tokens), batches)
+    predictor.attach(None)
     peft = PeftModel.from_pretrained(predictor.base.model, expert)
     single = _seconds(
-        lambda batch: generate_answers(
-            peft, predictor.base.processor, unpack(batch), max_new_tokens=tokens, device=predictor.device
+        lambda rows: generate_answers(
+            peft, predictor.base.processor, rows, max_new_tokens=tokens, device=predictor.device
         ),
         batches,
     )
     return {"routed_seconds": routed, "single_lora_seconds": single, "routed_ratio": routed / single}
 
 
-def _seconds(answer: Callable[[dict[str, np.ndarray]], object], batches: list[dict[str, np.ndarray]]) -> float:
+def _seconds(answer: Callable[[list[Encoded]], object], batches: list[list[Encoded]]) -> float:
     """Returns the seconds that all batches take; the first runs once before."""
     answer(batches[0])
     began = monotonic()

@@ -75,8 +75,8 @@ def _on_the_stream(run: StreamRun, learned: Learned) -> dict[str, Any]:
         elif mode == "told":
             key = digest(learned.pool_digest)
         else:  # as `compare` names them, so that nothing is answered twice
-            key = digest(learned.pool_digest, pool.router, *([] if pool.null else ["no null expert"]))
-        result = run.evaluate(columns, folder, key, mode)
+            key = run.pool_key(pool) if pool.null else digest(run.pool_key(pool), "no null expert")
+        result = run.evaluate(columns, pool, key, mode, folder=folder)
         accuracy = result.accuracies()
         return {
             "new": fmean(accuracy[name] for name in tasks),

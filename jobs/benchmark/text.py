@@ -179,8 +179,8 @@ def _sequential(run: StreamRun, learned: Learned) -> Expert:
 
 def _evaluated(run: StreamRun, pool: Pool, tuned: Expert) -> dict[str, float]:
     """Returns the accuracies of a LoRA that answers everything."""
-    folder = _alone(pool, tuned).save(run.folder / "methods" / "sequential")
-    return run.evaluate(list(run.columns), folder, tuned.card.config_digest, mode="only").accuracies()
+    alone = _alone(pool, tuned)
+    return run.evaluate(list(run.columns), alone, tuned.card.config_digest, mode="only").accuracies()
 
 
 def _show(run: StreamRun, found: Mapping[str, Any]) -> None:

@@ -173,6 +173,10 @@ class EvaluationConfig(Config):
     the base's layers."""
     limit: int | None = Field(default=None, ge=1)
     """At most this many prompts a task."""
+    every: int = Field(default=1, ge=1)
+    """router.kind token and two_level: evaluate after every so many tasks, and after the last. Their answers are the whole
+    pool's, so that all prompts are answered anew; with `prompt` an expert's answers are generated once, and each task is
+    evaluated."""
 
 
 class RegistryConfig(Config):

@@ -1,213 +1,185 @@
-"""Answers evaluation prompts with a pool, on Ray Data, and scores them."""
+"""Evaluates pools: who has not answered a prompt before answers it now, all else is looked up.
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+1. A column's prompts are read, encoded and seen by the base once (`prompts`). Their features say who answers each of them,
+   for any pool, without a base (`choices`).
+2. What an expert answers to a prompt does not depend on the pool around it. It is generated once (`answers`), in a company
+   that does not depend on who asks, or on what is known already (`pages`): evaluating a pool after each of its experts came
+   finds what evaluating it from nothing would.
+3. Where the Linears choose (`token`, and prompts that `two_level` leaves open), an answer is the whole pool's.
+
+So what is generated after task n are the answers of its expert, and those to prompts whose expert has changed.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
-from statistics import fmean
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
-import ray
+import torch
 
-from pipeline.config import BaseModelConfig, TaskConfig
-from pipeline.evaluation.metrics import METRICS
-from pipeline.models.inference import FrozenBase, InferenceWorkers
-from pipeline.routing.insight import Candidate, weighed
+from pipeline.evaluation.actors import PredictorActors
+from pipeline.evaluation.answers import AnswerStore
+from pipeline.evaluation.authors import Asked, Authors
+from pipeline.evaluation.choices import Mode, choices, reasons, routers_of
+from pipeline.evaluation.pages import Slices, blocks, slices
+from pipeline.evaluation.prompts import Column, PromptTable
+from pipeline.evaluation.reading import PromptTables, name_of, see
+from pipeline.evaluation.results import ColumnResult, Evaluation, scored
 from pipeline.routing.pool import Pool
-from pipeline.routing.routed_model import RoutedModel
-from pipeline.streams.actors import on_workers
-from pipeline.streams.packing import unpack
-from pipeline.streams.records import Reference
+from pipeline.routing.route import MIXED
+from pipeline.streams.faults import StreamError
+from pipeline.streams.prompts import PromptSource
+from pipeline.streams.quarantine import SetAside
 
-BASE = "base"
-"""What stands for the base among experts."""
-
-
-SHOWN = 2
-"""Candidates that an answer's reason names."""
-
-KEPT = ("column", "id", "question", "reference")
-"""Columns of a row that an answer keeps."""
+SAMPLES = 4
+"""Predictions of each column that an evaluation keeps."""
 
 
-@dataclass(frozen=True)
-class Prediction:
-    """One answered prompt."""
+class Evaluator:
+    """Evaluates pools over one base; what is read and generated is kept in `folder`, for all who use that folder.
 
-    column: str
-    """Task or foundation family it belongs to."""
-    id: str
-    question: str
-    answer: str
-    """First accepted answer."""
-    prediction: str
-    score: float
-    """By the task's metric, 0 to 1."""
-    expert: str
-    """Expert with the largest weight, or `base`."""
-    why: str = ""
-    """Where a router chose: the likeliest candidates with their figures."""
-    group: str = ""
-    """Predictions of one group in a column are one question; empty: a question of its own."""
-
-
-@dataclass(frozen=True)
-class Evaluation:
-    """All answered prompts of one evaluation."""
-
-    predictions: list[Prediction]
-
-    def accuracies(self) -> dict[str, float]:
-        """Returns the accuracy of every column: the mean over its questions of the worst of their predictions.
-
-            A[c] = 1/|Q_c| · Σ_{q in Q_c} min_{p in q} score(p)
-
-        Q_c: the predictions of column c, divided into their groups; one without a group is a question of its own, so that
-        without groups A[c] is the mean score. With one group for the rotations of a multiple-choice question this is
-        CircularEval: right only if all are. Source: Liu et al. 2023 (MMBench), arXiv 2307.06281.
-        """
-        worst: dict[str, dict[str | int, float]] = {}
-        for number, p in enumerate(self.predictions):
-            questions, question = worst.setdefault(p.column, {}), p.group or number
-            questions[question] = min(p.score, questions.get(question, p.score))
-        return {column: fmean(questions.values()) for column, questions in worst.items()}
-
-    def row_accuracies(self) -> dict[str, float]:
-        """Returns the mean score over the predictions, groups or not, of every column that has groups.
-
-        With rotations as groups: the accuracy that asking each rotation alone would have shown (MMBench's VanillaEval
-        asks only the first).
-        """
-        scores: dict[str, list[float]] = {p.column: [] for p in self.predictions if p.group}
-        for p in self.predictions:
-            if p.column in scores:
-                scores[p.column].append(p.score)
-        return {column: fmean(values) for column, values in scores.items()}
-
-    def routing_accuracy(self, tasks: Sequence[str]) -> float:
-        """Returns the share of prompts answered by the right one: a task's by its expert, others by the base."""
-        right = [p.expert == (p.column if p.column in tasks else BASE) for p in self.predictions]
-        return float(np.mean(right))
-
-    def shares(self, experts: Sequence[str], columns: Sequence[str]) -> list[list[float]]:
-        """Returns the share of each column's prompts that went to each expert (experts x columns)."""
-        counts = np.zeros((len(experts), len(columns)))
-        for p in self.predictions:
-            counts[experts.index(p.expert), columns.index(p.column)] += 1
-        return (counts / np.maximum(counts.sum(0), 1)).tolist()
-
-
-def evaluate(
-    rows: ray.data.Dataset,
-    tasks: Mapping[str, TaskConfig],
-    *,
-    base: BaseModelConfig,
-    pool: Path | None,
-    max_new_tokens: int,
-    workers: InferenceWorkers,
-    vision: bool = True,
-    mode: Literal["routed", "told", "only"] = "routed",
-) -> Evaluation:
-    """Answers encoded prompts and scores each by the metric of its task.
-
-    `pool` is a pool's folder, None evaluates the bare base. `mode`: `routed`, by the pool's router; `told`, each task's
-    prompts by its own expert and all others by the base (the upper bound); `only`, everything by the pool's single expert.
+    `answers` names base and settings of generation, `width` is that of prompt features where no pool has one yet; rows that
+    cannot be used are written below `quarantine` and told to `on_set_aside`; `make_room` is called before actors start.
     """
-    answered = on_workers(
-        rows,
-        Predictor,
-        base,
-        str(pool) if pool else None,
-        mode,
-        max_new_tokens,
-        vision,
-        workers=workers,
-        rows_at_once=workers.batch_size,
-    )
-    predictions = [p for batch in answered.iter_batches(batch_format="numpy") for p in score(batch, tasks)]
-    return Evaluation(predictions)
-
-
-def score(batch: Mapping[str, np.ndarray], tasks: Mapping[str, TaskConfig]) -> list[Prediction]:
-    """Scores a batch that a `Predictor` has answered, each row by its task's metric."""
-    scored = []
-    for column, row, question, accepted, prediction, expert, why in zip(
-        *(batch[key] for key in (*KEPT, "prediction", "expert", "why")), strict=True
-    ):
-        reference = Reference.model_validate_json(accepted)
-        value = METRICS[tasks[column].metric](prediction, reference)
-        answer, group = reference.answers[0], reference.group
-        scored.append(Prediction(column, row, question, answer, prediction, value, expert, why, group))
-    return scored
-
-
-class Predictor(FrozenBase):
-    """Holds base and pool, answers batch after batch."""
 
     def __init__(
         self,
-        base: BaseModelConfig,
-        workers: InferenceWorkers,
-        pool: str | None,
-        mode: str,
+        source: PromptSource,
+        folder: Path,
+        *,
+        answers: str,
         max_new_tokens: int,
-        vision: bool = True,
+        width: int,
+        quarantine: Path,
+        on_set_aside: Callable[[str, SetAside], None] = lambda column, aside: None,
+        make_room: Callable[[], None] = lambda: None,
     ) -> None:
-        super().__init__(base, workers, vision=vision)
-        self.mode, self.max_new_tokens = mode, max_new_tokens
-        self.routed: RoutedModel | None = None
-        if pool:
-            self.attach(Pool.load(pool))
+        self.source, self.max_new_tokens, self.width = source, max_new_tokens, width
+        self.tables = PromptTables(source, folder / "prompts", quarantine=quarantine, on_set_aside=on_set_aside)
+        self.store = AnswerStore(folder / "answers" / answers)
+        self.generated = 0
+        """Answers that this object has had generated."""
+        self._make_room = make_room
+        self._results: dict[tuple[str, str], tuple[Any, ColumnResult]] = {}
 
-    def attach(self, pool: Pool) -> None:
-        """Answers with `pool` from now on, instead of the pool before."""
-        if self.routed is not None:
-            self.routed.detach()
-        self.routed = RoutedModel(self.base.model, pool)
+    def actors(self) -> PredictorActors:
+        """Returns who answers, for a `with` around several evaluations: the base is loaded once for all."""
+        source = self.source
+        vision = source.data.vision_cache == "off"
+        return PredictorActors(source.base, source.workers, vision=vision, make_room=self._make_room)
 
-    def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, Any]:
-        """Adds `prediction` and `expert` to the batch's `column`, `id`, `question` and `reference`."""
-        encoded = unpack(batch)
-        predictions, experts, reasons = [""] * len(encoded), [BASE] * len(encoded), [""] * len(encoded)
-        for forced, group in self._groups(list(batch["column"])):
-            for members, rows in self.batches([encoded[i] for i in group]):
-                answered = zip(members, *self._answer(rows, forced), strict=True)
-                for member, text, expert, reason in answered:
-                    i = group[member]
-                    predictions[i], experts[i], reasons[i] = text, expert, reason
-        kept = {key: batch[key] for key in KEPT}
-        added = {"prediction": predictions, "expert": experts, "why": reasons}
-        return kept | {key: np.array(values, object) for key, values in added.items()}
+    def evaluate(
+        self,
+        columns: Sequence[Column],
+        pool: Pool | None,
+        *,
+        key: str = "",
+        folder: Path | None = None,
+        mode: Mode = "routed",
+        samples: int = SAMPLES,
+        actors: PredictorActors | None = None,
+    ) -> Evaluation:
+        """Answers the prompts of these columns and scores each by the metric of its task.
 
-    def _groups(self, columns: list[str]) -> list[tuple[str | None, list[int]]]:
-        """Splits a batch by the expert that must answer: None for the router's choice."""
-        if self.routed is None or self.mode == "routed":
-            return [(None, list(range(len(columns))))]
-        names = self.routed.pool.names
-        wanted = [names[0] if self.mode == "only" else column if column in names else BASE for column in columns]
-        return [(name, [i for i, w in enumerate(wanted) if w == name]) for name in dict.fromkeys(wanted)]
+        A `pool` of None is the bare base. `key` names the pool and `folder` is where it lies, for routers that mix; `samples`
+        predictions of each column are kept. `actors` stay as they are; without them, some are started where they are needed.
+        """
+        authors, routers = Authors(pool, key, folder), routers_of(pool)
+        width = (pool.width if pool is not None else None) or self.width
+        with nullcontext(actors) if actors is not None else self.actors() as predictors:
+            tables = self.tables.of(columns, width, predictors)
+            features = [table.features_NF for table in tables]
+            found = choices(routers, mode, [column.name for column in columns], features)
+            self._generate(columns, tables, found, authors, predictors)
+        why = iter(reasons(routers, mode, torch.cat([features_NF[:samples] for features_NF in features])))
+        results = {}
+        for column, table, choice in zip(columns, tables, found, strict=True):
+            result = self._result(name_of(column, width), column, table, choice, authors, samples)
+            results[column.name] = replace(result, samples=tuple(replace(s, why=next(why)) for s in result.samples))
+        return Evaluation(results)
 
-    def _answer(self, rows: list[Any], forced: str | None) -> tuple[list[str], list[str], list[str]]:
-        """Returns answers, who gave them, and why (empty where it was not the router's choice)."""
-        nothing = [""] * len(rows)
-        if self.routed is None:
-            return self.answer(rows, self.max_new_tokens), [BASE] * len(rows), nothing
-        if forced is not None:
-            with self.routed.forced(None if forced == BASE else forced):
-                return self.answer(rows, self.max_new_tokens), [forced] * len(rows), nothing
-        with self.routed.call() as call:
-            texts = self.answer(rows, self.max_new_tokens)
-        chosen = [decision.expert or BASE for decision in call.decisions]
-        why = [in_short(candidates) for candidates in weighed(call, limit=SHOWN)]
-        return texts, chosen, why or nothing
+    def _generate(
+        self,
+        columns: Sequence[Column],
+        tables: Sequence[PromptTable],
+        found: Sequence[np.ndarray],
+        authors: Authors,
+        actors: PredictorActors,
+    ) -> None:
+        """Has all answers generated that nobody has generated yet."""
+        due = []
+        for column, table, choice in zip(columns, tables, found, strict=True):
+            if pages := self._asked(table, choice, authors):
+                due.append((column, table, pages))
+        see(self.source, [column for column, _, _ in due], actors)
+        pieces = (
+            (asked, authors.work(asked, found, self.max_new_tokens))
+            for column, table, pages in due
+            for asked, found in self._read(column, table, pages, actors)
+        )
+        try:
+            for asked, answers in actors.run(pieces):
+                self.generated += self.store.add(
+                    authors.key_of(asked.choice), dict(zip(asked.prompts, answers, strict=True))
+                )
+        finally:
+            self.store.flush()
 
+    def _asked(self, table: PromptTable, choice: np.ndarray, authors: Authors) -> dict[tuple[int, ...], list[Asked]]:
+        """Returns what is missing of a column by page: the whole page of an expert, single prompts where Linears choose."""
+        found: dict[tuple[int, ...], list[Asked]] = {}
+        for value in np.unique(choice).tolist():
+            wanted = table.prompts[choice == value].tolist()
+            known = self.store.of(authors.key_of(value), wanted)
+            missing = {prompt for prompt in wanted if prompt not in known}
+            for page in table.pages(self.source.workers.batch_size) if missing else []:
+                mine = [place for place in page if choice[place] == value and table.prompts[place] in missing]
+                if mine:
+                    asked = mine if value == MIXED else list(page)
+                    found.setdefault(page, []).append(Asked(value, tuple(table.prompts[asked])))
+        return dict(sorted(found.items()))
 
-def in_short(candidates: Sequence[Candidate]) -> str:
-    """Writes the likeliest candidates with their probability, and how far the prompt lies from their tasks."""
-    parts = []
-    for candidate in candidates[:SHOWN]:
-        part = f"{candidate.name or BASE} {candidate.posterior:.1%}"
-        if candidate.distance is not None and candidate.radius is not None:
-            part += f" (distance {min(candidate.distance, 999):.2f}, radius {candidate.radius:.2f})"
-        parts.append(part)
-    return ", ".join(parts)
+    def _read(
+        self,
+        column: Column,
+        table: PromptTable,
+        pages: Mapping[tuple[int, ...], Sequence[Asked]],
+        actors: PredictorActors,
+    ) -> Iterator[tuple[Asked, Slices]]:
+        """Yields what is asked of a column's pages, as soon as their rows are read again."""
+        needed = []
+        for page, of_page in pages.items():
+            prompts = {prompt for asked in of_page for prompt in asked.prompts}
+            needed.append([place for place in page if table.prompts[place] in prompts])
+        numbers, number_of = table.reading([place for page in needed for place in page])
+        rows = actors.beside(self.source.rows(column.name, column.part, numbers))
+        found = slices(blocks(rows), ([number_of[place] for place in page] for page in needed))
+        try:
+            for of_page, where in zip(pages.values(), found, strict=True):
+                yield from ((asked, where) for asked in of_page)
+        except LookupError:
+            raise StreamError(
+                f"task {column.name!r}: rows of {column.part.source.path} are gone since this run began; leave files as they "
+                "are while a job runs, and run the same command again"
+            ) from None
+
+    def _result(
+        self, name: str, column: Column, table: PromptTable, choice: np.ndarray, authors: Authors, samples: int
+    ) -> ColumnResult:
+        """Scores a column's answers; where the same ones answer as in the last evaluation, so does its result."""
+        keys = {value: authors.key_of(value) for value in np.unique(choice).tolist()}
+        metric, same = column.task.metric, (choice.tobytes(), tuple(keys.values()), samples)
+        before = self._results.get((name, metric))
+        if before is not None and before[0] == same:
+            return before[1]
+        predictions = []
+        rows = table.rows(["prompt", "id", "question", "reference"])
+        for value, (prompt, id, question, reference) in zip(choice.tolist(), rows, strict=True):
+            answer = self.store.of(keys[value], [])[prompt]
+            expert = answer.expert if value == MIXED else authors.name_of(value)
+            predictions.append(scored(column.name, metric, id, question, reference, answer.text, expert))
+        result = ColumnResult.of(predictions, samples)
+        self._results[name, metric] = same, result
+        return result

@@ -54,6 +54,12 @@ def family_at(folder: Path, *, trust_remote_code: bool = False) -> Family:
         raise BaseError(f"base.path: {folder}: its configuration cannot be read: {error}") from None
 
 
+def language_width(config: BaseModelConfig) -> int:
+    """Returns the width D of a base's language model, without loading it."""
+    settings = AutoConfig.from_pretrained(checkpoint(config), trust_remote_code=config.trust_remote_code)
+    return int(settings.get_text_config().hidden_size)
+
+
 def load_processor(config: BaseModelConfig) -> Any:
     """Loads the processor of a base, by the rule of its family."""
     folder = checkpoint(config)

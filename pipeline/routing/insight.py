@@ -3,7 +3,7 @@
 Shapes: B rows, T tokens, E experts.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from pipeline.routing.call import Call, Decision
 from pipeline.routing.pool import PoolError
-from pipeline.routing.prompt_router import CANDIDATES
+from pipeline.routing.prompt_router import CANDIDATES, PromptRouter
 from pipeline.routing.route import NOBODY
 from pipeline.routing.routed_model import RoutedModel
 
@@ -88,8 +88,22 @@ def weighed(call: Call, *, limit: int = 10) -> list[tuple[Candidate, ...]]:
     routers, features_BF = call.routers, call.features_BF
     if routers is None or features_BF is None or not routers.pool.experts:
         return []
-    pool, prompts = routers.pool, routers.prompts
-    features_BF = features_BF.cpu()
+    weights = [decision.weights for decision in call.decisions]
+    return rank_candidates(routers.prompts, routers.pool.names, features_BF.cpu(), weights, limit=limit)
+
+
+def rank_candidates(
+    prompts: PromptRouter,
+    names: Sequence[str],
+    features_BF: Tensor,
+    weights: Sequence[Mapping[str, float]],
+    *,
+    limit: int = 10,
+) -> list[tuple[Candidate, ...]]:
+    """Returns the `limit` likeliest experts of each prompt, and always the base, likeliest first.
+
+    `names` are those of the router's experts, `weights` each prompt's shares in its answer, where it has one.
+    """
     listed_BM, posterior_BM = prompts.short_list(features_BF, len(prompts.experts) + 1)
     scores_BC = prompts.scores(features_BF, candidates=max(limit, CANDIDATES))
     scores_BC = scores_BC - scores_BC.max(-1, keepdim=True).values
@@ -97,33 +111,47 @@ def weighed(call: Call, *, limit: int = 10) -> list[tuple[Candidate, ...]]:
         dict(zip(listed, row, strict=True))
         for listed, row in zip(listed_BM.tolist(), posterior_BM.exp().tolist(), strict=True)
     ]
-    everybody = range(len(pool.names))
+    everybody = range(len(names))
     ranked = [
         [e for _, _, e in sorted((-p.get(e, 0.0), -s[e], e) for e in everybody)[:limit]]
         for p, s in zip(posteriors, scores_BC.tolist(), strict=True)
     ]
-    distances = {
-        e: prompts.experts[e].distance(features_BF, shrinkage=prompts.shrinkage).tolist()
-        for e in {e for best in ranked for e in best}
-    }
-    candidates = []
-    for row, decision in enumerate(call.decisions):
-        score = scores_BC[row].tolist()
-        found = [
+    distances = _distances(prompts, features_BF, ranked)
+    found = []
+    for row, best in enumerate(ranked):
+        score, own = scores_BC[row].tolist(), weights[row]
+        listed = [
             Candidate(
-                name=pool.names[e],
+                name=names[e],
                 posterior=posteriors[row].get(e, 0.0),
                 score=score[e],
-                distance=distances[e][row],
+                distance=distances[row, e],
                 radius=prompts.experts[e].radius,
-                weight=decision.weights.get(pool.names[e], 0.0),
+                weight=own.get(names[e], 0.0),
             )
-            for e in ranked[row]
+            for e in best
         ]
-        rest, base = max(0.0, 1 - sum(decision.weights.values())), posteriors[row].get(NOBODY, 0.0)
-        found.append(Candidate(None, base, score[-1] if pool.null else None, None, None, rest))
-        candidates.append(tuple(sorted(found, key=lambda c: -c.posterior)))
-    return candidates
+        rest, base = max(0.0, 1 - sum(own.values())), posteriors[row].get(NOBODY, 0.0)
+        listed.append(Candidate(None, base, score[-1] if prompts.null else None, None, None, rest))
+        found.append(tuple(sorted(listed, key=lambda c: -c.posterior)))
+    return found
+
+
+def _distances(
+    prompts: PromptRouter, features_BF: Tensor, ranked: Sequence[Sequence[int]]
+) -> dict[tuple[int, int], float]:
+    """Returns the own distance by row and expert, of each row's ranked experts only: a solve costs F x F."""
+    rows: dict[int, list[int]] = {}
+    for row, best in enumerate(ranked):
+        for expert in best:
+            rows.setdefault(expert, []).append(row)
+    return {
+        (row, expert): distance
+        for expert, own in rows.items()
+        for row, distance in zip(
+            own, prompts.experts[expert].distance(features_BF[own], shrinkage=prompts.shrinkage).tolist(), strict=True
+        )
+    }
 
 
 @torch.inference_mode()

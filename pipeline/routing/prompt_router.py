@@ -83,9 +83,14 @@ class PromptRouter:
         nobody_B1 = torch.where(allowed_BE.isinf().all(-1, keepdim=True), 0.0, -torch.inf).to(scores_BC)
         return torch.cat([allowed_BE, nobody_B1], dim=-1)
 
+    def choices(self, features_BF: Tensor) -> Tensor:
+        """Returns each prompt's likeliest expert, or NOBODY (B,)."""
+        experts_B1, _ = self.short_list(features_BF, 1)
+        return experts_B1[:, 0]
+
     def route(self, features_BF: Tensor) -> Route:
         """Sends every prompt to its likeliest expert, or to the base."""
-        experts_B1, _ = self.short_list(features_BF, 1)
+        experts_B1 = self.choices(features_BF).unsqueeze(-1)
         return fixed(experts_B1, torch.ones(experts_B1.shape), features_BF.device)
 
 

@@ -12,6 +12,9 @@ from torch import Tensor
 NOBODY = -1
 """On a list of experts: the null expert, that is the base as it is."""
 
+MIXED = -2
+"""In place of a prompt's expert: its Linears choose, or mix several."""
+
 SLIGHT = 1e-3
 """Weight or probability below which an expert cannot change an answer visibly; it is left out, and costs nothing."""
 
@@ -63,6 +66,10 @@ class Router(Protocol):
 
     def route(self, features_BF: Tensor) -> Route:
         """Decides for a batch from its prompt features (B, F)."""
+        ...
+
+    def choices(self, features_BF: Tensor) -> Tensor:
+        """Returns who alone answers each prompt (B,): an index into the pool, NOBODY, or MIXED where that is not decided."""
         ...
 
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from pipeline.routing.route import NOBODY, Free, Route, Weighed
+from pipeline.routing.route import MIXED, NOBODY, Free, Route, Weighed
 
 EPS = 1e-5
 
@@ -39,6 +39,10 @@ class TokenRouter:
                 self._route, experts_BM=self._route.experts_BM.to(device), prior_BM=self._route.prior_BM.to(device)
             )
         return self._route
+
+    def choices(self, features_BF: Tensor) -> Tensor:
+        """Leaves all prompts to the Linears: MIXED (B,)."""
+        return torch.full((len(features_BF),), MIXED)
 
 
 def normalise_vector(vector_D: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from pipeline.routing.prompt_router import PromptRouter, fixed
-from pipeline.routing.route import SLIGHT, Route, Weighed
+from pipeline.routing.route import MIXED, SLIGHT, Route, Weighed
 
 
 class TwoLevelRouter:
@@ -25,11 +25,20 @@ class TwoLevelRouter:
 
     def route(self, features_BF: Tensor) -> Route:
         """Makes the short list of every prompt."""
-        experts_BM, prior_BM = self.prompts.short_list(features_BF, self.places)
-        likely_BM = prior_BM >= prior_BM[:, :1].clamp(max=math.log(SLIGHT))  # the likeliest always
+        experts_BM, prior_BM, likely_BM = self._listed(features_BF)
         places = int(likely_BM.sum(-1).max())
         if places == 1:
             return fixed(experts_BM[:, :1], torch.ones(len(experts_BM), 1), features_BF.device)
         experts_BM = experts_BM[:, :places].to(features_BF.device)
         prior_BM = prior_BM[:, :places].masked_fill(~likely_BM[:, :places], -torch.inf).float()
         return Weighed(experts_BM, prior_BM.to(features_BF.device), places, self.temperature)
+
+    def choices(self, features_BF: Tensor) -> Tensor:
+        """Returns the expert, or NOBODY, of prompts whose list has one place, MIXED for the others (B,)."""
+        experts_BM, _, likely_BM = self._listed(features_BF)
+        return experts_BM[:, 0].where(likely_BM.sum(-1) == 1, MIXED)
+
+    def _listed(self, features_BF: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Returns the likeliest experts, their log-posterior, and whether they stand on the short list, each (B, M)."""
+        experts_BM, prior_BM = self.prompts.short_list(features_BF, self.places)
+        return experts_BM, prior_BM, prior_BM >= prior_BM[:, :1].clamp(max=math.log(SLIGHT))  # the likeliest always

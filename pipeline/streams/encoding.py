@@ -12,14 +12,17 @@ from pipeline.config import BaseModelConfig, DataConfig, SourceConfig
 from pipeline.models.bases import load_processor
 from pipeline.models.prompts import Encoded, PromptError, encode
 from pipeline.streams.faults import BadRow
-from pipeline.streams.packing import pack
+from pipeline.streams.packing import pack, prompt_digest
 from pipeline.streams.records import Reference
-from pipeline.streams.sources import PATH, excerpt, extent, record_of, row_id
+from pipeline.streams.sources import NUMBER, PATH, excerpt, extent, record_of, row_id
 
 processor_of = lru_cache(maxsize=2)(load_processor)
 
 WHICH, PLACE = "part", "place"
 """Columns of a raw row where several parts come together: its part's place among them, its own place in the part."""
+
+PROMPT_COLUMNS = 2
+"""Version of the columns of rows that are asked; those of version 1 had neither number nor digest."""
 
 _AT_ONCE = 32 << 20
 """Bytes of encoded images after which a batch is handed on; keeps memory flat, however many tiles an image has."""
@@ -50,7 +53,10 @@ class Encoder:
     """Whether rows are to be learned or only asked."""
 
     def row(self, raw: Mapping[str, Any]) -> dict[str, Any]:
-        """Returns the columns of an encoded row; one that fails has a `reason` instead of an exception."""
+        """Returns the columns of an encoded row; one that fails has a `reason` instead of an exception.
+
+        A row that is only asked has its number in its file, and a digest of its prompt.
+        """
         row: dict[str, Any] = {
             "column": self.column,
             "id": row_id(raw, self.part.source),
@@ -58,6 +64,8 @@ class Encoder:
             "reference": "",
         }
         row |= {"reason": "", "excerpt": "", "source": str(raw.get(PATH, "")), "rows": 1, "lost": ""}
+        if not self.answer:
+            row |= {"prompt": "", NUMBER: raw[NUMBER]}
         if PLACE in raw:
             row |= {PLACE: raw[PLACE]}
         try:
@@ -70,7 +78,10 @@ class Encoder:
         except (BadRow, PromptError) as error:
             encoded = _NOTHING
             row |= {"reason": str(error), "excerpt": excerpt(raw), **extent(raw)}
-        return row | pack(encoded)
+        packed = pack(encoded)
+        if not self.answer and not row["reason"]:
+            row["prompt"] = prompt_digest(packed)
+        return row | packed
 
 
 def encode_batch(batch: pa.Table, *, encoders: Sequence[Encoder]) -> Iterator[dict[str, Any]]:

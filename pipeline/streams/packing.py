@@ -4,6 +4,7 @@ Rows differ in shape and families in what they hold, so arrays travel as bytes: 
 labels, one for all other arrays, and one that says where each of these begins and what it is.
 """
 
+import hashlib
 import json
 from collections.abc import Mapping
 from typing import Any
@@ -30,6 +31,14 @@ def pack(encoded: Encoded) -> dict[str, bytes]:
         "arrays": b"".join(parts),
         "layout": json.dumps(layout).encode(),
     }
+
+
+def prompt_digest(packed: Mapping[str, bytes]) -> str:
+    """Returns 32 hex digits that name an encoded row by all that a base reads of it."""
+    found = hashlib.sha256()
+    for name in PACKED:
+        found.update(len(packed[name]).to_bytes(8, "little") + packed[name])
+    return found.hexdigest()[:32]
 
 
 def unpack(batch: Mapping[str, Any]) -> list[Encoded]:

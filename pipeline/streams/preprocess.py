@@ -139,11 +139,22 @@ def prepare(
 
 
 def encoded_rows(
-    part: Part, name: str, data: DataConfig, *, base: BaseModelConfig, data_folder: Path, answer: bool
+    part: Part,
+    name: str,
+    data: DataConfig,
+    *,
+    base: BaseModelConfig,
+    data_folder: Path,
+    answer: bool,
+    chosen: Any = None,
 ) -> ray.data.Dataset:
-    """Returns a part's rows, encoded when they are read; bad ones have a `reason`."""
+    """Returns a part's rows, encoded when they are read; bad ones have a `reason`.
+
+    `chosen`, an expression on raw rows (see `sources`), says which of them are encoded; by default all are.
+    """
+    raw = read(part.source, data_folder, readers=data.readers)
     work = partial(encode_batch, encoders=[Encoder(part, name, base, data, answer)])
-    return read(part.source, data_folder, readers=data.readers).map_batches(
+    return (raw if chosen is None else raw.filter(expr=chosen)).map_batches(
         work, batch_size=64, batch_format="pyarrow", compute=TaskPoolStrategy(data.readers)
     )
 

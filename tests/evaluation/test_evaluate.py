@@ -1,77 +1,278 @@
-"""From answered rows to accuracies: scores by the task's metric, groups of rows as one question."""
+"""Evaluation step by step on a real Ray: what is found, and who had to answer for it."""
 
+import base64
+import io
 import json
-from dataclasses import asdict
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from itertools import pairwise
+from pathlib import Path
 
-import numpy as np
 import pytest
+from PIL import Image
+from ray.data.expressions import col
+from ray.exceptions import RayError
 
-from pipeline.config import TaskConfig
-from pipeline.evaluation.evaluate import Evaluation, Prediction, score
-from pipeline.streams.records import Reference
+from cluster.local import connect
+from pipeline.config import BaseModelConfig, DataConfig, SourceConfig, TaskConfig
+from pipeline.evaluation.actors import PredictorActors
+from pipeline.evaluation.choices import SHOWN, format_candidates
+from pipeline.evaluation.evaluate import Evaluator
+from pipeline.evaluation.predictor import Predictor
+from pipeline.evaluation.prompts import Column
+from pipeline.evaluation.results import Evaluation
+from pipeline.models.inference import InferenceWorkers
+from pipeline.models.prompts import Encoded
+from pipeline.routing import Pool
+from pipeline.routing.insight import weighed
+from pipeline.streams.encoding import Part
+from pipeline.streams.faults import StreamError
+from pipeline.streams.packing import unpack
+from pipeline.streams.prompts import PromptSource
+from tests.helpers import CLAIMS
 
-
-def predicted(column: str, value: float, group: str = "") -> Prediction:
-    return Prediction(column, "id", "question", "answer", "prediction", value, "base", group=group)
-
-
-def test_without_groups_accuracy_is_the_mean_score() -> None:
-    scores = {"a": [1.0, 0.5, 0.0], "b": [0.3]}
-    evaluation = Evaluation([predicted(column, value) for column, values in scores.items() for value in values])
-    assert evaluation.accuracies() == {"a": pytest.approx(0.5), "b": 0.3}
-    assert evaluation.row_accuracies() == {}
-
-
-def test_a_group_is_right_only_if_all_its_rows_are() -> None:
-    rows = {"first": [1, 1, 1, 1], "second": [1, 1, 0, 1], "third": [1, 1]}
-    predictions = [predicted("mmbench", float(value), group) for group, values in rows.items() for value in values]
-    evaluation = Evaluation([*predictions, predicted("digits", 1.0)])
-    assert evaluation.accuracies() == {"mmbench": pytest.approx(2 / 3), "digits": 1.0}
-    assert evaluation.row_accuracies() == {"mmbench": pytest.approx(9 / 10)}
-
-
-def test_rows_without_a_group_stand_alone_beside_groups() -> None:
-    predictions = [predicted("a", 1.0, "g"), predicted("a", 0.0, "g"), predicted("a", 1.0), predicted("a", 1.0)]
-    assert Evaluation(predictions).accuracies() == {"a": pytest.approx(2 / 3)}
+WORKERS = InferenceWorkers(threads=1, batch_size=5)
+ALL = 1000
+"""More samples than a column has prompts."""
 
 
-def test_a_groups_score_is_its_lowest() -> None:
-    assert Evaluation([predicted("a", 0.9, "g"), predicted("a", 0.6, "g")]).accuracies() == {"a": 0.6}
+@pytest.fixture(scope="module")
+def actors(tiny_folder: Path) -> Iterator[PredictorActors]:
+    connect()
+    with PredictorActors(BaseModelConfig(path=str(tiny_folder)), WORKERS, vision=True) as actors:
+        yield actors
 
 
-def test_groups_of_different_columns_are_different() -> None:
-    evaluation = Evaluation([predicted("a", 1.0, "0"), predicted("b", 0.0, "0"), predicted("b", 1.0)])
-    assert evaluation.accuracies() == {"a": 1.0, "b": 0.5}
+@pytest.fixture(scope="module")
+def pool(known_pool: Pool) -> Pool:
+    """The experts of `known_pool`, each with a digest of its own."""
+    experts = [replace(e, card=e.card.model_copy(update={"config_digest": n})) for n, e in known_pool.experts.items()]
+    return with_experts(known_pool, experts)
 
 
-def test_the_order_of_rows_does_not_matter() -> None:
-    predictions = [predicted("a", float(i % 3 > 0), f"g{i % 4}") for i in range(24)] + [predicted("a", 0.0)]
-    backwards = Evaluation(predictions[::-1]).accuracies()
-    assert backwards == {"a": pytest.approx(Evaluation(predictions).accuracies()["a"])}
+def with_experts(pool: Pool, experts: Sequence, **router: object) -> Pool:
+    bare = Pool(pool.base_label, pool.base_fingerprint, pool.router, experts, pool.null, pool.null_evidence)
+    return bare.routed_by(**router)
 
 
-def test_rotations_are_scored_and_counted_as_one_question() -> None:
-    choices = [{"A": "dog", "B": "cat"}, {"A": "cat", "B": "dog"}]
-    references = [Reference(answers=(right,), choices=c, group="7") for right, c in zip("BA", choices, strict=True)]
-    batch = {
-        "column": ["animals"] * 2,
-        "id": ["7", "1000007"],
-        "question": ["which?"] * 2,
-        "reference": [reference.model_dump_json() for reference in references],
-        "prediction": ["B", "The answer is B."],  # true to the letter, not to the cat
-        "expert": ["animals"] * 2,
-        "why": [""] * 2,
-    }
-    task = TaskConfig(name="animals", eval={"path": "x.jsonl"}, metric="mmbench")
-    predictions = score({key: np.array(values, object) for key, values in batch.items()}, {"animals": task})
-    assert [(p.answer, p.score, p.group) for p in predictions] == [("B", 1.0, "7"), ("A", 0.0, "7")]
-    assert Evaluation(predictions).accuracies() == {"animals": 0.0}
-    assert Evaluation(predictions).row_accuracies() == {"animals": 0.5}
+def first(pool: Pool, count: int, **router: object) -> Pool:
+    return with_experts(pool, list(pool.experts.values())[:count], **router)
 
 
-def test_predictions_survive_json_and_old_ones_have_no_group() -> None:
-    prediction = predicted("a", 1.0, "g")
-    plain = json.loads(json.dumps(asdict(prediction)))
-    assert Prediction(**plain) == prediction
-    del plain["group"]
-    assert Prediction(**plain).group == ""
+def column(name: str, source: SourceConfig, metric: str = "exact_match") -> Column:
+    task = TaskConfig(name=name, eval=source, metric=metric)
+    return Column(task, Part(source, key=f"{name}-{source.limit}", metric=metric))
+
+
+@pytest.fixture(scope="module")
+def columns(tmp_path_factory: pytest.TempPathFactory) -> list[Column]:
+    """Image rows and text rows of the families that the experts claim, rotations of questions, rows in groups."""
+    folder = tmp_path_factory.mktemp("rows")
+    families = [*CLAIMS.values(), "direction"]
+    found = [column(f, SourceConfig(path=f"embedded://{f}/eval", limit=8 + n)) for n, f in enumerate(families)]
+    lines = ["index\tquestion\tA\tB\tC\tanswer\timage"]
+    for number, color in enumerate(("red", "blue", "green")):
+        stream = io.BytesIO()
+        Image.new("RGB", (32, 32), color).save(stream, format="PNG")
+        image = base64.b64encode(stream.getvalue()).decode()
+        lines.append(f"{number}\twhat color is it ?\tred\tblue\tgreen\t{'ABC'[number]}\t{image}")
+    (folder / "mmbench.tsv").write_text("\n".join(lines) + "\n")
+    found.append(column("rotated", SourceConfig(path=str(folder / "mmbench.tsv"), layout="mmbench"), "mmbench"))
+    rows = [{"q": f"repeat : {n} {n % 3} .", "a": f"{n} {n % 3}", "g": f"g{n // 2}"} for n in range(7)]
+    (folder / "grouped.jsonl").write_text("".join(json.dumps(row) + "\n" for row in [*rows, {"q": "no answer"}]))
+    source = SourceConfig(path=str(folder / "grouped.jsonl"), columns={"question": "q", "answer": "a", "group": "g"})
+    found.append(column("grouped", source))
+    return found
+
+
+def evaluator(tiny_folder: Path, folder: Path, **more: object) -> Evaluator:
+    source = PromptSource(
+        BaseModelConfig(path=str(tiny_folder)),
+        DataConfig(max_bad_share=0.5),
+        folder / "embedded",
+        folder / "features",
+        WORKERS,
+    )
+    settings = {"answers": "a", "max_new_tokens": 3, "width": 384, "quarantine": folder / "quarantine"}
+    return Evaluator(source, folder, **(settings | more))
+
+
+class Nobody(PredictorActors):
+    """Actors of whom nothing may be asked."""
+
+    def _start(self) -> None:
+        raise AssertionError("a base is needed")
+
+
+def nobody(tiny_folder: Path) -> PredictorActors:
+    return Nobody(BaseModelConfig(path=str(tiny_folder)), WORKERS, vision=True)
+
+
+@pytest.fixture(scope="module")
+def grown(
+    tiny_folder: Path,
+    pool: Pool,
+    columns: list[Column],
+    actors: PredictorActors,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> tuple[Evaluator, list[Evaluation]]:
+    """An evaluator that has seen the base, then pools of one, two and three experts; what it found."""
+    evaluator_ = evaluator(tiny_folder, tmp_path_factory.mktemp("grown"))
+    steps = [None, first(pool, 1), first(pool, 2), pool]
+    return evaluator_, [evaluator_.evaluate(columns, step, samples=ALL, actors=actors) for step in steps]
+
+
+@pytest.fixture
+def from_nothing(tiny_folder: Path, columns: list[Column], actors: PredictorActors, tmp_path: Path):
+    """Evaluates in a folder where nothing is known."""
+
+    def found(pool: Pool | None, columns: list[Column] = columns, **more: object) -> Evaluation:
+        return evaluator(tiny_folder, tmp_path).evaluate(columns, pool, samples=ALL, actors=actors, **more)
+
+    return found
+
+
+def encoded(evaluator: Evaluator, columns: list[Column]) -> list[Encoded]:
+    """The good rows of all columns."""
+    rows = [evaluator.source.rows(column.name, column.part).filter(expr=col("reason") == "") for column in columns]
+    return [row for own in rows for batch in own.iter_batches(batch_format="numpy") for row in unpack(batch)]
+
+
+def test_step_by_step_finds_what_from_nothing_finds(grown, pool: Pool, columns: list[Column], from_nothing) -> None:
+    _, found = grown
+    assert all(one != other for one, other in pairwise(found))
+    assert from_nothing(pool) == found[-1]
+
+
+def test_it_finds_what_a_routed_base_answers(grown, pool: Pool, columns: list[Column], tiny_folder: Path) -> None:
+    """All prompts in one pass, with the whole pool attached, as a served pool answers them."""
+    evaluator_, found = grown
+    predictor, rows = Predictor(BaseModelConfig(path=str(tiny_folder)), WORKERS), encoded(evaluator_, columns)
+    predictor.attach(pool)
+    answers = predictor.by_router(rows, 3)
+    assert [(s.prediction, s.expert) for s in found[-1].samples] == [(a.text, a.expert) for a in answers]
+    with predictor.routed.call() as call:
+        predictor.read(rows)
+    why = [format_candidates(candidates) for candidates in weighed(call, limit=SHOWN)]
+    assert [s.why for s in found[-1].samples] == why
+    assert {s.expert for s in found[-1].samples} == {*CLAIMS, "base"}
+
+
+def test_nothing_is_answered_twice(grown, pool: Pool, columns: list[Column], tiny_folder: Path) -> None:
+    """By the same evaluator, by one of another process, and for a pool that is told the tasks."""
+    evaluator_, found = grown
+    later, whole = (
+        evaluator(tiny_folder, evaluator_.store.folder.parents[1]),
+        columns[:-1],
+    )  # the last one has a bad row
+    for again in (evaluator_, later):
+        result = again.evaluate(whole, pool, samples=ALL, actors=nobody(tiny_folder))
+        assert result.columns == {c.name: found[-1].columns[c.name] for c in whole}
+    assert later.generated == 0
+    told = later.evaluate(columns[:4], pool, mode="told", samples=ALL, actors=nobody(tiny_folder))
+    assert {s.expert for s in told.samples} == {"base"}  # no expert bears a family's name
+
+
+def test_an_expert_that_is_replaced_answers_anew(
+    grown, pool: Pool, columns: list[Column], actors: PredictorActors, from_nothing
+) -> None:
+    evaluator_, found = grown
+    painter = pool.experts["painter"]
+    other = replace(
+        painter,
+        card=painter.card.model_copy(update={"config_digest": "painter again"}),
+        adapters={path: replace(adapter, b_OR=adapter.b_OR.flip(0)) for path, adapter in painter.adapters.items()},
+    )
+    before, replaced = evaluator_.generated, pool.add(other)
+    result = evaluator_.evaluate(columns, replaced, samples=ALL, actors=actors)
+    assert result != found[-1]
+    assert result == from_nothing(replaced)
+    pages = {s.column for s in result.samples if s.expert == "painter"}
+    sizes = {column: len(of.samples) for column, of in result.columns.items()}
+    assert evaluator_.generated - before <= sum(sizes[column] for column in pages)
+
+
+@pytest.mark.parametrize("router", [{"shrinkage": 0.9}, {"null": ()}])
+def test_other_settings_of_the_router_ask_who_is_chosen_now(
+    grown, pool: Pool, columns: list[Column], actors: PredictorActors, from_nothing, router: dict
+) -> None:
+    evaluator_, found = grown
+    null = router.pop("null", pool.null)
+    other = Pool(pool.base_label, pool.base_fingerprint, pool.router, pool.experts.values(), null).routed_by(**router)
+    result = evaluator_.evaluate(columns, other, samples=ALL, actors=actors)
+    assert result != found[-1]
+    assert result == from_nothing(other)
+
+
+def test_a_limit_finds_the_first_rows(
+    grown, pool: Pool, columns: list[Column], actors: PredictorActors, from_nothing
+) -> None:
+    evaluator_, _ = grown
+    fewer = [column(c.name, c.part.source.model_copy(update={"limit": 5})) for c in columns[:4]]
+    expected = from_nothing(pool, fewer)
+    assert [len(result.samples) for result in expected.columns.values()] == [5] * 4
+    before = evaluator_.generated
+    assert evaluator_.evaluate(fewer, pool, samples=ALL, actors=actors) == expected
+    assert evaluator_.generated == before
+
+
+def alike(pool: Pool) -> Pool:
+    """The pool with a twin of its first expert, so that the prompts of both are an open question."""
+    one = next(iter(pool.experts.values()))
+    card = one.card.model_copy(update={"name": "twin", "task": "twin", "config_digest": "twin"})
+    return pool.add(replace(one, card=card))
+
+
+def test_what_two_levels_leave_open_is_the_pools_answer(
+    grown, pool: Pool, columns: list[Column], actors: PredictorActors, tiny_folder: Path, tmp_path: Path
+) -> None:
+    evaluator_, _ = grown
+    open_ = alike(pool).routed_by(kind="two_level")
+    folder, before = open_.save(tmp_path / "pool"), evaluator_.generated
+    result = evaluator_.evaluate(columns, open_, key="twins", folder=folder, samples=ALL, actors=actors)
+    mixed = [s for s in result.samples if s.expert in ("reader", "twin")]
+    assert mixed
+    assert evaluator_.generated - before == len(set(evaluator_.store.of("pool-twins", []))) == len(mixed)
+    predictor = Predictor(BaseModelConfig(path=str(tiny_folder)), WORKERS)
+    predictor.attach(open_)
+    answers = predictor.by_router(encoded(evaluator_, columns), 3)
+    assert [(s.prediction, s.expert) for s in result.samples] == [(a.text, a.expert) for a in answers]
+
+
+def test_answers_of_a_token_router_are_the_pools_and_kept(
+    grown, pool: Pool, columns: list[Column], actors: PredictorActors, tiny_folder: Path, tmp_path: Path
+) -> None:
+    evaluator_, _ = grown
+    tokens = pool.routed_by(kind="token", token_scores="published")
+    folder, before = tokens.save(tmp_path / "pool"), evaluator_.generated
+    result = evaluator_.evaluate(columns, tokens, key="tokens", folder=folder, samples=ALL, actors=actors)
+    assert evaluator_.generated - before == len(result.samples)
+    again = evaluator_.evaluate(columns, tokens, key="tokens", samples=ALL, actors=nobody(tiny_folder))
+    assert again == result
+
+
+def test_bad_rows_are_written_down_and_told(
+    grown, columns: list[Column], tiny_folder: Path, actors, tmp_path: Path
+) -> None:
+    told = []
+    one = evaluator(tiny_folder, tmp_path, on_set_aside=lambda name, aside: told.append((name, str(aside))))
+    result = one.evaluate(columns[-1:], None, actors=actors)
+    assert sum(result.columns["grouped"].experts.values()) == 7
+    assert told == [("grouped", "1 bad rows set aside")]
+    assert "answer" in (tmp_path / "quarantine" / "grouped.jsonl").read_text()
+    assert not list((tmp_path / "prompts").glob("*"))  # what cannot be used today is looked at again tomorrow
+
+
+def test_rows_that_change_meanwhile_are_told(
+    grown, pool: Pool, tiny_folder: Path, actors: PredictorActors, tmp_path: Path
+) -> None:
+    file = tmp_path / "rows.jsonl"
+    lines = [json.dumps({"q": f"repeat : {n} .", "a": str(n)}) for n in range(6)]
+    file.write_text("\n".join(lines))
+    one = evaluator(tiny_folder, tmp_path)
+    changing = column("changing", SourceConfig(path=str(file), columns={"question": "q", "answer": "a"}))
+    one.tables.of([changing], 384, actors)
+    for changed, message in ([*lines[:4], *lines[3:5]], "are not what they were"), (lines[:4], "are gone"):
+        file.write_text("\n".join(changed))
+        with pytest.raises((StreamError, RayError), match=f"task 'changing': .*{message}"):
+            one.evaluate([changing], None, actors=actors)

@@ -180,7 +180,12 @@ def test_hours_add_up(bases: dict[str, Architecture]) -> None:
     assert (plan.expert_seconds, plan.router_seconds) == (2000 * plan.step_seconds, 200 * plan.step_seconds)
     tasks = 2 * 4 * (plan.expert_seconds + plan.router_seconds)
     assert plan.gpu_seconds == pytest.approx(tasks + plan.evaluation_seconds)
-    assert plan.evaluated_columns == 4 + 3 + 4  # the base, then after each of two tasks
+    assert plan.evaluated_columns == 4 + 2  # the base answers all, each expert its task
+    choosing = {"router": plan.config.router.model_copy(update={"kind": "token"})}
+    plan = replace(plan, config=plan.config.model_copy(update=choosing))
+    assert plan.evaluated_columns == 4 + 3 + 4  # each pool answers anew
+    rarely = {"evaluation": plan.config.evaluation.model_copy(update={"every": 2})}
+    assert replace(plan, config=plan.config.model_copy(update=rarely)).evaluated_columns == 4 + 4
 
 
 def test_a_cpu_has_no_hours_and_no_allowance(bases: dict[str, Architecture]) -> None:

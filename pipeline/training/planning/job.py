@@ -57,7 +57,8 @@ def job_moments(plan: Plan) -> list[Moment]:
     when, _ = plan.peak(plan.longest)
     parts = plan.moments(plan.longest)[when]
     moments += [Moment(EXPERT_STAGE, when, parts), Moment(ROUTER_STAGE, f"at most: {when}", parts)]
-    moments.append(_inference(plan, "evaluation", workers, new=evaluation.max_new_tokens, experts=tasks))
+    together = 1 if plan.config.router.kind == "prompt" else tasks  # an expert that answers alone is attached alone
+    moments.append(_inference(plan, "evaluation", workers, new=evaluation.max_new_tokens, experts=together))
     return moments
 
 

@@ -287,9 +287,15 @@ class Plan:
 
     @property
     def evaluated_columns(self) -> int:
-        """Tasks and benchmarks answered over the whole stream: all of them by the base, then after each task those so far."""
+        """Tasks and benchmarks answered over the whole stream: all by the base, then each task by its expert.
+
+        Where every Linear chooses, an answer is the whole pool's: each pool that is evaluated answers those so far.
+        """
         new, old = len(self.config.stream.tasks), len(self.config.stream.foundation)
-        return new + old + sum(task + old for task in range(1, new + 1))
+        if self.config.router.kind != "token":
+            return new + old + new
+        every = self.config.evaluation.every
+        return new + old + sum(task + old for task in range(1, new + 1) if task % every == 0 or task == new)
 
     @property
     def evaluation_seconds(self) -> float | None:

@@ -1,0 +1,102 @@
+"""Predictors at work: actors that hold the base, and pieces of work that come to them one by one."""
+
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import ray
+from ray.data import ExecutionResources
+
+from pipeline.config import BaseModelConfig
+from pipeline.evaluation.predictor import PagePredictor
+from pipeline.models.inference import InferenceWorkers
+
+Tag = TypeVar("Tag")
+
+AHEAD = 2
+"""Pieces of work that an actor has at a time: the next one is on its way while it computes."""
+FAILURES = 2
+"""How often an actor is started anew, and its work given to it again, when its process or node dies."""
+
+
+@dataclass(frozen=True)
+class Work:
+    """A call of an actor."""
+
+    method: str
+    arguments: tuple[Any, ...]
+
+
+class PredictorActors:
+    """`workers.count` predictors; they start with the first piece of work, and give their resources back at the end.
+
+    `make_room` is called before they start.
+    """
+
+    def __init__(
+        self,
+        base: BaseModelConfig,
+        workers: InferenceWorkers,
+        *,
+        vision: bool,
+        make_room: Callable[[], None] = lambda: None,
+    ) -> None:
+        self._base, self._workers, self._vision = base, workers, vision
+        self.make_room = make_room
+        self._actors: list[Any] = []
+
+    def __enter__(self) -> "PredictorActors":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Ends the actors; work that comes later starts new ones."""
+        for actor in self._actors:
+            ray.kill(actor)
+        self._actors = []
+
+    def _start(self) -> None:
+        self.make_room()
+        kind = ray.remote(
+            num_cpus=self._workers.threads,
+            num_gpus=self._workers.gpus or None,
+            max_restarts=FAILURES,
+            max_task_retries=FAILURES,
+        )(PagePredictor)
+        count = self._workers.count
+        self._actors = [kind.remote(self._base, self._workers, self._vision) for _ in range(count)]
+
+    def run(self, pieces: Iterable[tuple[Tag, Work]]) -> Iterator[tuple[Tag, Any]]:
+        """Yields what comes of each piece of work with its tag, in the order in which they are done.
+
+        Pieces are drawn when an actor has room for them, so that what they hold never piles up.
+        """
+        free: deque[Any] = deque()
+        running: dict[ray.ObjectRef, tuple[Any, Tag]] = {}
+
+        def done() -> Iterator[tuple[Tag, Any]]:
+            (ref,), _ = ray.wait(list(running), num_returns=1)
+            actor, tag = running.pop(ref)
+            free.append(actor)
+            yield tag, ray.get(ref)
+
+        for tag, work in pieces:
+            if not self._actors:
+                self._start()
+            if not free and not running:
+                free.extend(self._actors * AHEAD)
+            while not free:
+                yield from done()
+            actor = free.popleft()
+            running[getattr(actor, work.method).remote(*work.arguments)] = actor, tag
+        while running:
+            yield from done()
+
+    def beside(self, rows: ray.data.Dataset) -> ray.data.Dataset:
+        """Returns rows that are read with the CPUs that the actors leave."""
+        left = ray.cluster_resources().get("CPU", 1.0) - self._workers.count * self._workers.threads
+        rows.context.execution_options.resource_limits = ExecutionResources(cpu=max(1.0, left))
+        return rows

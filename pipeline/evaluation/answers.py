@@ -1,0 +1,122 @@
+"""The store of answers: what was generated once is read from then on, by every run of an output folder.
+
+An answer depends on the base, the prompt, the settings of generation, and on who gave it: the base, one expert, or a pool
+whose Linears mix several. A store is the folder of one base and one setting; in it each author has a folder of parquet
+files with `prompt` (digest of the encoded row), `answer` and `expert`. Files appear whole and are never changed, so any
+number of processes may write: should two generate the same answer, the one that was read first counts. When an author's
+files are many, whoever reads them puts them together. Knows nothing of models or pools.
+"""
+
+import logging
+from collections.abc import Iterable, Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from time import monotonic
+from uuid import uuid4
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from pipeline.errors import stored_file
+from pipeline.evaluation.tables import write_table
+from pipeline.locks import LockedError, file_lock
+
+MANY = 32
+"""Files of an author from which on they are put together."""
+KEPT_SECONDS = 10.0
+"""How long answers wait to be written together with those that come after them: what a kill may cost."""
+REMEDY = "delete this file, and its answers are generated again"
+"""What to do about a damaged file of answers."""
+
+_SCHEMA = pa.schema([("prompt", pa.string()), ("answer", pa.string()), ("expert", pa.string())])
+
+_logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Answer:
+    """A generated text, and the expert with the largest share in it (or `base`)."""
+
+    text: str
+    expert: str
+
+
+def pool_author(key: str) -> str:
+    """Returns the author's name of a pool as a whole, named `key`: of answers that its Linears mix."""
+    return f"pool-{key}"
+
+
+class AnswerStore:
+    """Answers of one base under one setting of generation."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._known: dict[str, dict[str, Answer]] = {}
+        self._read: dict[str, set[str]] = {}
+        self._unwritten: dict[str, dict[str, Answer]] = {}
+        self._since = monotonic()
+
+    def of(self, author: str, wanted: Iterable[str]) -> Mapping[str, Answer]:
+        """Returns what an author has answered, by prompt; the folder is looked into where one of `wanted` is missing."""
+        known = self._known.setdefault(author, {})
+        if any(prompt not in known for prompt in wanted):
+            self._refresh(author)
+        return known
+
+    def _refresh(self, author: str) -> None:
+        """Reads the files that were written since the last time, by whomever."""
+        known, read = self._known[author], self._read.setdefault(author, set())
+        while True:
+            files = sorted(file for file in (self.folder / author).glob("*.parquet") if not file.name.startswith("."))
+            try:
+                for file in files:
+                    if file.name not in read:
+                        for prompt, answer in _rows(file):
+                            known.setdefault(prompt, answer)
+                        read.add(file.name)
+            except FileNotFoundError:  # put together with others meanwhile
+                continue
+            break
+        if len(files) >= MANY:
+            self._compact(author, files)
+
+    def add(self, author: str, answers: Mapping[str, Answer]) -> int:
+        """Keeps answers by prompt, and returns how many of them are new; they are on disk after `flush`, or soon."""
+        known = self._known.setdefault(author, {})
+        new = {prompt: answer for prompt, answer in answers.items() if prompt not in known}
+        known |= new
+        self._unwritten.setdefault(author, {}).update(new)
+        if monotonic() - self._since > KEPT_SECONDS:
+            self.flush()
+        return len(new)
+
+    def flush(self) -> None:
+        """Writes what was added: one file for each author."""
+        for author, answers in self._unwritten.items():
+            if answers:
+                self._write(author, answers)
+        self._unwritten.clear()
+        self._since = monotonic()
+
+    def _write(self, author: str, answers: Mapping[str, Answer]) -> None:
+        rows = [{"prompt": prompt, "answer": a.text, "expert": a.expert} for prompt, a in answers.items()]
+        file = self.folder / author / f"{uuid4().hex}.parquet"
+        write_table(pa.Table.from_pylist(rows, schema=_SCHEMA), file)
+        self._read.setdefault(author, set()).add(file.name)
+
+    def _compact(self, author: str, files: Iterable[Path]) -> None:
+        """Writes all that is known of an author into one file and removes the files that it was read from."""
+        folder = self.folder / author
+        with suppress(LockedError), file_lock(folder / "compact.lock", wait=False):
+            self._write(author, self._known[author])
+            for file in files:
+                file.unlink(missing_ok=True)
+            _logger.info("%s: files of answers put together", folder)
+
+
+def _rows(file: Path) -> Iterable[tuple[str, Answer]]:
+    with file.open("rb") as opened, stored_file(file, REMEDY):
+        table = pq.read_table(opened)
+        columns = (table[name].to_pylist() for name in _SCHEMA.names)
+        return [(prompt, Answer(text, expert)) for prompt, text, expert in zip(*columns, strict=True)]

@@ -1,0 +1,65 @@
+"""Who answers in an evaluation: the base, one expert, or a pool as a whole; how actors are asked for it."""
+
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+
+import ray
+
+from pipeline.evaluation.actors import Work
+from pipeline.evaluation.answers import pool_author
+from pipeline.evaluation.matrix import BASE
+from pipeline.evaluation.pages import Slices
+from pipeline.routing.pool import Pool
+from pipeline.routing.route import MIXED, NOBODY
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What is asked of a page: of whom, and which prompts."""
+
+    choice: int
+    prompts: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Authors:
+    """Who answers in an evaluation, by their choice (see `choices`)."""
+
+    pool: Pool | None
+    key: str
+    """Name of the pool, under which answers that its Linears mix are kept."""
+    folder: Path | None
+    """Where the pool lies; needed for these answers."""
+    _sent: dict[int, ray.ObjectRef] = field(default_factory=dict)
+
+    def key_of(self, choice: int) -> str:
+        """Returns the name under which answers are kept."""
+        if choice in (NOBODY, MIXED):
+            return BASE if choice == NOBODY else pool_author(self.key)
+        return self._digests[choice]
+
+    @cached_property
+    def _digests(self) -> list[str]:
+        """Digests of the experts; they are not read for it, but where a pool of an earlier release holds them."""
+        assert self.pool is not None, "only pools have experts"
+        references, experts = self.pool.card.experts, self.pool.experts
+        return [reference.digest or experts[reference.name].card.config_digest for reference in references]
+
+    def name_of(self, choice: int) -> str:
+        """Returns the name of an expert, or that of the base."""
+        return BASE if choice == NOBODY or self.pool is None else self.pool.names[choice]
+
+    def work(self, asked: Asked, found: Slices, max_new_tokens: int) -> Work:
+        """Returns what an actor is to do."""
+        rows = (asked.prompts, max_new_tokens, found.rows, *found.blocks)
+        if asked.choice == MIXED:
+            assert self.folder is not None, "whoever asks for a router that mixes says where the pool lies"
+            return Work("by_router", (self.key_of(MIXED), self.folder, *rows))
+        experts = []  # references in a list are fetched when they are needed, by actors that hold another expert
+        if asked.choice != NOBODY:
+            assert self.pool is not None, "only pools have experts"
+            if asked.choice not in self._sent:
+                self._sent[asked.choice] = ray.put(self.pool.experts[self.name_of(asked.choice)])
+            experts = [self._sent[asked.choice]]
+        return Work("by_expert", (self.key_of(asked.choice), experts, *rows))

@@ -1,0 +1,67 @@
+"""Who answers each prompt, as far as that can be said without the language model. Shapes: N prompts, F features."""
+
+from collections.abc import Sequence
+from typing import Literal
+
+import numpy as np
+import torch
+
+from pipeline.evaluation.matrix import BASE
+from pipeline.routing.call import Routers
+from pipeline.routing.insight import Candidate, rank_candidates
+from pipeline.routing.pool import Pool
+from pipeline.routing.route import NOBODY
+
+Mode = Literal["routed", "told", "only"]
+"""Who answers: `routed`, whom the pool's router chooses; `told`, each task's own expert, and the base all others (the upper
+bound); `only`, everything the pool's single expert."""
+
+SHOWN = 2
+"""Candidates that an answer's reason names."""
+
+AT_ONCE = 32768
+"""Prompts that a router decides at a time, which bounds its memory. Many: it factorises each covariance once a time."""
+
+
+def routers_of(pool: Pool | None) -> Routers | None:
+    """Returns the routers of a pool; none where the base answers everything."""
+    return Routers(pool) if pool is not None and pool.experts else None
+
+
+def choices(
+    routers: Routers | None, mode: Mode, columns: Sequence[str], features: Sequence[torch.Tensor]
+) -> list[np.ndarray]:
+    """Returns for every column who answers its prompts (N,): places in the pool, NOBODY (the base), or MIXED.
+
+    `features` are those of each column's prompts (N, F).
+    """
+    counts = [len(features_NF) for features_NF in features]
+    if routers is None:
+        return [np.full(count, NOBODY) for count in counts]
+    if mode == "routed":
+        parts = torch.cat(list(features)).split(AT_ONCE)
+        found_N = torch.cat([routers.router.choices(part_BF) for part_BF in parts]).numpy()
+        return np.split(found_N, np.cumsum(counts)[:-1])
+    names = routers.pool.names
+    own = [0 if mode == "only" else names.index(c) if c in names else NOBODY for c in columns]
+    return [np.full(count, place) for count, place in zip(counts, own, strict=True)]
+
+
+def reasons(routers: Routers | None, mode: Mode, features_NF: torch.Tensor) -> list[str]:
+    """Returns why a router chose as it did for each prompt; nothing where none was asked."""
+    if routers is None or mode != "routed":
+        return [""] * len(features_NF)
+    no_weights: list[dict[str, float]] = [{}] * len(features_NF)  # they are no part of the reason
+    found = rank_candidates(routers.prompts, routers.pool.names, features_NF, no_weights, limit=SHOWN)
+    return [format_candidates(candidates) for candidates in found]
+
+
+def format_candidates(candidates: Sequence[Candidate]) -> str:
+    """Writes the likeliest candidates with their probability, and how far the prompt lies from their tasks."""
+    parts = []
+    for candidate in candidates[:SHOWN]:
+        part = f"{candidate.name or BASE} {candidate.posterior:.1%}"
+        if candidate.distance is not None and candidate.radius is not None:
+            part += f" (distance {min(candidate.distance, 999):.2f}, radius {candidate.radius:.2f})"
+        parts.append(part)
+    return ", ".join(parts)

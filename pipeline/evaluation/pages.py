@@ -1,0 +1,55 @@
+"""Pages: prompts that are always answered together, and where their rows lie among the blocks of a dataset.
+
+A language model rounds differently in batches of other shapes, and where two tokens are nearly as likely as each other
+that changes an answer. So prompts are answered in a company that depends on nothing but their column: a page, consecutive
+rows of its files, whoever asks and whatever is known already. Rows stay in Ray's object store; what passes through the
+driver is where they are.
+"""
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+
+import ray
+
+
+@dataclass(frozen=True)
+class Slices:
+    """Where the rows of a page are."""
+
+    blocks: list[ray.ObjectRef]
+    """Arrow tables in the object store."""
+    rows: list[list[int]]
+    """Of each block: which of its rows."""
+
+
+def paged(rows: Sequence[int], size: int) -> list[tuple[int, ...]]:
+    """Returns rows in pages of `size`, the last one with what is left."""
+    return [tuple(rows[start : start + size]) for start in range(0, len(rows), size)]
+
+
+def blocks(rows: ray.data.Dataset) -> Iterator[tuple[ray.ObjectRef, int]]:
+    """Yields the blocks of a dataset and their numbers of rows, in order, as they are computed."""
+    for bundle in rows.iter_internal_ref_bundles():
+        for entry in bundle.blocks:
+            yield entry.ref, entry.metadata.num_rows
+
+
+def slices(found: Iterable[tuple[ray.ObjectRef, int]], pages: Iterable[Sequence[int]]) -> Iterator[Slices]:
+    """Yields for each page where its rows are: its numbers among all rows of the blocks `found`, rising over all pages.
+
+    Each page comes as soon as its last row is there. Raises LookupError where rows are missing.
+    """
+    blocks_left, block, start, stop = iter(found), None, 0, 0
+    for page in pages:
+        taken = Slices([], [])
+        for row in page:
+            while row >= stop:
+                block, count = next(blocks_left, (None, 0))
+                if block is None:
+                    raise LookupError(f"row {row} of {stop}")
+                start, stop = stop, stop + count
+            if not taken.blocks or taken.blocks[-1] is not block:
+                taken.blocks.append(block)
+                taken.rows.append([])
+            taken.rows[-1].append(row - start)
+        yield taken

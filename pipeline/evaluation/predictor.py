@@ -1,0 +1,165 @@
+"""Who answers prompts: a base in the memory of one process, alone, with one expert, or with a pool that mixes them."""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import ray
+import torch
+
+from pipeline.config import BaseModelConfig, RouterConfig
+from pipeline.evaluation.answers import Answer
+from pipeline.evaluation.matrix import BASE
+from pipeline.evaluation.prompts import known_of
+from pipeline.models.inference import FrozenBase, InferenceWorkers
+from pipeline.models.prompts import Encoded
+from pipeline.routing.expert import Expert
+from pipeline.routing.features import project
+from pipeline.routing.pool import Pool
+from pipeline.routing.routed_model import PromptReader, RoutedModel
+from pipeline.streams.faults import StreamError
+from pipeline.streams.packing import PACKED, unpack_row
+
+
+class Predictor(FrozenBase):
+    """Holds a base; answers prompts with whoever is attached to it."""
+
+    def __init__(self, base: BaseModelConfig, workers: InferenceWorkers, *, vision: bool = True) -> None:
+        super().__init__(base, workers, vision=vision)
+        self.routed: RoutedModel | None = None
+
+    def attach(self, pool: Pool | None) -> None:
+        """Answers with `pool` from now on (None: the bare base), instead of what was attached before."""
+        if self.routed is not None:
+            self.routed.detach()
+        self.routed = None if pool is None else RoutedModel(self.base.model, pool)
+
+    def attach_expert(self, expert: Expert) -> None:
+        """Answers with one expert from now on. It stands alone: beside others of other ranks it would round differently."""
+        self.attach(Pool(self.base.label, self.base.fingerprint, RouterConfig(), [expert]))
+
+    def by_expert(self, rows: Sequence[Encoded], expert: str | None, max_new_tokens: int) -> list[Answer]:
+        """Answers with one expert of the pool that is attached, or with the base (None)."""
+        if self.routed is None:
+            return [Answer(text, BASE) for text in self._texts(rows, max_new_tokens)]
+        with self.routed.forced(expert):
+            return [Answer(text, expert or BASE) for text in self._texts(rows, max_new_tokens)]
+
+    def by_router(self, rows: Sequence[Encoded], max_new_tokens: int) -> list[Answer]:
+        """Answers as the router of the pool that is attached decides."""
+        assert self.routed is not None, "routers belong to pools"
+        answers: list[Any] = [None] * len(rows)
+        for members, batch in self.batches(rows):
+            with self.routed.call() as call:
+                texts = self.answer(batch, max_new_tokens)
+            for i, text, decision in zip(members, texts, call.decisions, strict=True):
+                answers[i] = Answer(text, decision.expert or BASE)
+        return answers
+
+    def _texts(self, rows: Sequence[Encoded], max_new_tokens: int) -> list[str]:
+        texts = [""] * len(rows)
+        for members, batch in self.batches(rows):
+            for i, text in zip(members, self.answer(batch, max_new_tokens), strict=True):
+                texts[i] = text
+        return texts
+
+    def features(self, rows: Sequence[Encoded], width: int) -> np.ndarray:
+        """Returns the prompt features (N, `width`), float32, with nothing attached.
+
+        One row at a time, so that they do not depend on its company; the language model does not run.
+        """
+        found: list[torch.Tensor] = []
+
+        def listen(features_BS: torch.Tensor | None, tokens_BT: torch.Tensor | None) -> None:
+            assert features_BS is not None, "no cache holds a prompt already"
+            found.append(project(features_BS, width).cpu())
+            raise _Seen
+
+        reader = PromptReader(self.base.model, listen)
+        try:
+            for row in rows:
+                try:
+                    self.read([row])
+                except _Seen:
+                    continue
+        finally:
+            reader.remove()
+        return torch.cat(found).float().numpy() if found else np.zeros((0, width), np.float32)
+
+
+class _Seen(Exception):
+    """A prompt's features are there, so that the language model need not run."""
+
+
+class PagePredictor:
+    """A predictor as an actor: attaches whoever is to answer, and takes rows out of blocks that Ray brings along."""
+
+    def __init__(self, base: BaseModelConfig, workers: InferenceWorkers, vision: bool) -> None:
+        self._predictor = Predictor(base, workers, vision=vision)
+        self._attached: str | None = None
+
+    def record(self, width: int, block: pa.Table) -> pa.Table:
+        """Returns what a `PromptTable` keeps of a block of encoded rows; the features of bad ones are zeros."""
+        self._attach(None, lambda: None)
+        good = np.flatnonzero(block["reason"].to_numpy() == "")
+        features_NF = np.zeros((len(block), width), np.float32)
+        features_NF[good] = self._predictor.features(_encoded(block.take(good)), width)
+        return known_of(block, features_NF)
+
+    def by_expert(
+        self,
+        author: str,
+        expert: Sequence[ray.ObjectRef],
+        prompts: Sequence[str],
+        max_new_tokens: int,
+        rows: Sequence[Sequence[int]],
+        *blocks: pa.Table,
+    ) -> list[Answer]:
+        """Answers a page's prompts, which are among `rows` of `blocks`, with the one `expert`, or with the base (none).
+
+        `author` is the name under which answers are kept.
+        """
+        self._attach(author if expert else None, lambda: self._predictor.attach_expert(ray.get(expert[0])))
+        routed = self._predictor.routed
+        name = None if routed is None else routed.pool.names[0]
+        return self._predictor.by_expert(_rows(prompts, rows, blocks), name, max_new_tokens)
+
+    def by_router(
+        self,
+        author: str,
+        pool: Path,
+        prompts: Sequence[str],
+        max_new_tokens: int,
+        rows: Sequence[Sequence[int]],
+        *blocks: pa.Table,
+    ) -> list[Answer]:
+        """Answers a page's prompts as the router of the pool in folder `pool` decides."""
+        self._attach(author, lambda: self._predictor.attach(Pool.load(pool)))
+        return self._predictor.by_router(_rows(prompts, rows, blocks), max_new_tokens)
+
+    def _attach(self, author: str | None, attach: Callable[[], None]) -> None:
+        if author != self._attached:
+            self._attached = None  # should attaching fail
+            self._predictor.attach(None)
+            if author is not None:
+                attach()
+            self._attached = author
+
+
+def _rows(prompts: Sequence[str], rows: Sequence[Sequence[int]], blocks: Sequence[pa.Table]) -> list[Encoded]:
+    """Returns the encoded rows of prompts, in their order; raises StreamError where they are not what was read before."""
+    table = pa.concat_tables([block.take(list(own)) for own, block in zip(rows, blocks, strict=True)])
+    places = {prompt: place for place, prompt in enumerate(table["prompt"].to_pylist())}
+    if missing := [prompt for prompt in prompts if prompt not in places]:
+        column, source = table["column"][0].as_py(), table["source"][0].as_py()
+        raise StreamError(
+            f"task {column!r}: {len(missing)} prompts of {source} are not what they were when this run began; leave files "
+            "and images as they are while a job runs, and run the same command again"
+        )
+    return _encoded(table.take([places[prompt] for prompt in prompts]))
+
+
+def _encoded(table: pa.Table) -> list[Encoded]:
+    return [unpack_row(*(table[name][i].as_buffer() for name in PACKED)) for i in range(len(table))]

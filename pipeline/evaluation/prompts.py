@@ -1,0 +1,113 @@
+"""What evaluation knows of a column's prompts: read, encoded and seen by the base once, kept as a table.
+
+A table has a row for every row of a source, in the order of its files, good or bad: where it lies, what is asked, what an
+answer is measured against, the digest of its encoded prompt, and its prompt features, as wide as the routers of the pools
+at hand take them (12 to 24 times less than unprojected ones would weigh; tables of other widths are other tables). Whoever
+routes or scores reads tables; rows are encoded again only for those who answer. Shapes: N good rows, F features.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+
+from pipeline.config import DataConfig, TaskConfig
+from pipeline.errors import stored_file
+from pipeline.evaluation.pages import paged
+from pipeline.evaluation.tables import write_table
+from pipeline.streams.encoding import Part
+from pipeline.streams.prompts import Numbers
+from pipeline.streams.quarantine import NOTES, SetAside, set_aside
+from pipeline.streams.sources import NUMBER
+
+REMEDY = "delete this file, and it is made anew"
+"""What to do about a damaged table."""
+
+KNOWN = ("source", NUMBER, "id", "question", "reference", "prompt", "reason", "excerpt", "rows", "lost")
+"""Columns of a table that are those of encoded rows; `features` comes to them."""
+
+
+@dataclass(frozen=True)
+class Column:
+    """A task or foundation family, and where its prompts come from."""
+
+    task: TaskConfig
+    part: Part
+
+    @property
+    def name(self) -> str:
+        """Name of the task or family."""
+        return self.task.name
+
+
+@dataclass(frozen=True, eq=False)
+class PromptTable:
+    """The prompts of one column."""
+
+    table: pa.Table
+
+    @cached_property
+    def good(self) -> np.ndarray:
+        """Numbers of the good rows among all (N,)."""
+        return np.flatnonzero(self._values("reason") == "")
+
+    @cached_property
+    def prompts(self) -> np.ndarray:
+        """Digests of the good rows' prompts (N,)."""
+        return self._values("prompt")[self.good]
+
+    @property
+    def features_NF(self) -> torch.Tensor:
+        """Prompt features of the good rows, float32."""
+        flat = self.table["features"].combine_chunks().flatten().to_numpy(zero_copy_only=False)
+        return torch.from_numpy(flat.reshape(len(self.table), -1)[self.good])
+
+    def rows(self, names: Sequence[str]) -> list[tuple[Any, ...]]:
+        """Returns the values of these columns, row by row, of the good rows."""
+        return list(zip(*(self._values(name)[self.good].tolist() for name in names), strict=True))
+
+    def pages(self, size: int) -> list[tuple[int, ...]]:
+        """Returns the pages of the good rows, as places among them."""
+        return paged(range(len(self.good)), size)
+
+    def reading(self, places: Sequence[int]) -> tuple[Numbers, dict[int, int]]:
+        """Returns how good rows are read again: numbers by file, and by place the number of a row among those that come."""
+        sources, numbers = self._values("source"), self._values(NUMBER)
+        wanted: dict[str, set[int]] = {}
+        for row in self.good[list(places)]:
+            wanted.setdefault(sources[row], set()).add(int(numbers[row]))
+        place_of = {int(row): place for place, row in enumerate(self.good)}
+        come = [row for row in range(len(self.table)) if numbers[row] in wanted.get(sources[row], ())]
+        found = {place_of[row]: at for at, row in enumerate(come) if row in place_of}
+        return {file: sorted(of_file) for file, of_file in wanted.items()}, found
+
+    def set_aside(self, column: Column, file: Path, data: DataConfig) -> SetAside:
+        """Writes down the rows that cannot be used; raises StreamError where they are too many (see `quarantine`)."""
+        bad = self.table.filter(pa.compute.not_equal(self.table["reason"], "")).select(list(NOTES)).to_pylist()
+        return set_aside(column.name, column.part.source, bad, len(self.good), file, data)
+
+    def save(self, file: Path) -> None:
+        """Writes the table, all of it or nothing."""
+        write_table(self.table, file)
+
+    @classmethod
+    def load(cls, file: Path) -> "PromptTable":
+        """Reads what `save` wrote; raises StoredFileError where it is damaged."""
+        with stored_file(file, REMEDY):
+            return cls(pq.read_table(file).select([*KNOWN, "features"]))
+
+    def _values(self, name: str) -> np.ndarray:
+        return self.table[name].to_numpy()
+
+
+def known_of(encoded: pa.Table, features_NF: np.ndarray) -> pa.Table:
+    """Returns what a table keeps of encoded rows and their features."""
+    flat = pa.array(np.ascontiguousarray(features_NF, np.float32).ravel())
+    kept = encoded.select(list(KNOWN))
+    return kept.append_column("features", pa.FixedSizeListArray.from_arrays(flat, features_NF.shape[1]))

@@ -1,0 +1,83 @@
+"""Which prompts columns have: tables that are found, or read and recorded now, once for all who use a folder."""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+
+import pyarrow as pa
+
+from pipeline.config import digest
+from pipeline.evaluation.actors import PredictorActors, Work
+from pipeline.evaluation.pages import blocks
+from pipeline.evaluation.prompts import Column, PromptTable
+from pipeline.routing.features import FEATURE_RULE
+from pipeline.streams.prompts import PromptSource
+from pipeline.streams.quarantine import SetAside
+
+
+class PromptTables:
+    """The prompts of columns, kept in `folder`.
+
+    Rows that cannot be used are written below `quarantine` and told to `on_set_aside`, once in a process.
+    """
+
+    def __init__(
+        self,
+        source: PromptSource,
+        folder: Path,
+        *,
+        quarantine: Path,
+        on_set_aside: Callable[[str, SetAside], None],
+    ) -> None:
+        self._source, self._folder = source, folder
+        self._quarantine, self._on_set_aside = quarantine, on_set_aside
+        self._tables: dict[str, PromptTable] = {}
+
+    def of(self, columns: Sequence[Column], width: int, actors: PredictorActors) -> list[PromptTable]:
+        """Returns the prompts of these columns with features of `width`; those that nobody has read yet are read now.
+
+        Raises StreamError where too many rows cannot be used.
+        """
+        names = {name_of(column, width): column for column in columns}
+        new = {name: column for name, column in names.items() if name not in self._tables}
+        unread = {name: column for name, column in new.items() if not self._file(name).exists()}
+        see(self._source, list(unread.values()), actors)
+        recorded = self._record(unread, width, actors)
+        for name, column in new.items():
+            table = recorded[name] if name in recorded else PromptTable.load(self._file(name))
+            if aside := table.set_aside(column, self._quarantine / f"{column.name}.jsonl", self._source.data):
+                self._on_set_aside(column.name, aside)
+            elif name in recorded:  # not with bad rows: an image that is missing now may be there the next time
+                table.save(self._file(name))
+            self._tables[name] = table
+        return [self._tables[name] for name in names]
+
+    def _file(self, name: str) -> Path:
+        return self._folder / f"{name}.parquet"
+
+    def _record(self, unread: Mapping[str, Column], width: int, actors: PredictorActors) -> dict[str, PromptTable]:
+        """Reads the prompts of columns by name, and records their features."""
+
+        def pieces() -> Iterator[tuple[tuple[str, int], Work]]:
+            for name, column in unread.items():
+                rows = actors.beside(self._source.rows(column.name, column.part))
+                for number, (block, _) in enumerate(blocks(rows)):
+                    yield (name, number), Work("record", (width, block))
+
+        parts = dict(sorted(actors.run(pieces())))
+        return {
+            name: PromptTable(pa.concat_tables([p for (of, _), p in parts.items() if of == name])) for name in unread
+        }
+
+
+def see(source: PromptSource, columns: Sequence[Column], actors: PredictorActors) -> None:
+    """Computes image features that are to be kept and are not there; on the GPUs that actors give back for it."""
+    for column in columns:
+        if not source.has_seen(column.name, column.part):
+            actors.close()
+            actors.make_room()
+            source.see(column.name, column.part)
+
+
+def name_of(column: Column, width: int) -> str:
+    """Returns the name of a column's table: what it depends on."""
+    return f"{column.name}-{digest(column.part.key, width, FEATURE_RULE)}"
