@@ -66,7 +66,7 @@ def learn_stream(run: StreamRun) -> Learned:
             kept=f"pool and experts are safe in {run.folder}; nothing will be trained again",
         )
         found = ""
-        if config.router.kind == "prompt" or (number + 1) % config.evaluation.every == 0 or task.name == names[-1]:
+        if config.is_evaluated(number + 1):
             seen = [*names[: number + 1], *families]
             last = run.evaluate(seen, pool, pool_key, folder=pool_folder)
             accuracies = last.accuracies()

@@ -263,3 +263,13 @@ def test_every_worker_has_rows() -> None:
 )
 def test_keys_are_cut_out_of_any_text(text):
     assert "abc" not in without_secrets(text)
+
+
+def test_pools_whose_linears_choose_are_evaluated_now_and_then() -> None:
+    tasks = [{"name": f"t{n}", "train": "a.jsonl", "eval": "b.jsonl"} for n in range(5)]
+    settings = {"stream": {"tasks": tasks}, "evaluation": {"every": 2}}
+    found = {}
+    for kind in ("prompt", "two_level", "token"):
+        config = LearnConfig.model_validate(settings | {"router": {"kind": kind}})
+        found[kind] = [learned for learned in range(1, 6) if config.is_evaluated(learned)]
+    assert found == {"prompt": [1, 2, 3, 4, 5], "two_level": [2, 4, 5], "token": [2, 4, 5]}

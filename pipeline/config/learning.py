@@ -220,6 +220,11 @@ class LearnConfig(Config):
             )
         return self
 
+    def is_evaluated(self, learned: int) -> bool:
+        """Whether the pool is evaluated when so many tasks are learned."""
+        every = 1 if self.router.kind == "prompt" else self.evaluation.every
+        return learned % every == 0 or learned == len(self.stream.tasks)
+
     @property
     def folder(self) -> Path:
         """Absolute folder of this run (workers run elsewhere, so relative paths would not do)."""

@@ -174,16 +174,17 @@ def test_nothing_is_answered_twice(grown, pool: Pool, columns: list[Column], tin
 
 
 def test_an_expert_that_is_replaced_answers_anew(
-    grown, pool: Pool, columns: list[Column], actors: PredictorActors, from_nothing
+    grown, pool: Pool, columns: list[Column], actors: PredictorActors, from_nothing, tmp_path: Path
 ) -> None:
+    """From a pool's folder, whose experts are read when they are needed."""
     evaluator_, found = grown
     painter = pool.experts["painter"]
     other = replace(
         painter,
-        card=painter.card.model_copy(update={"config_digest": "painter again"}),
+        card=painter.card.model_copy(update={"config_digest": "painter_again"}),
         adapters={path: replace(adapter, b_OR=adapter.b_OR.flip(0)) for path, adapter in painter.adapters.items()},
     )
-    before, replaced = evaluator_.generated, pool.add(other)
+    before, replaced = evaluator_.generated, Pool.load(pool.add(other).save(tmp_path / "pool"))
     result = evaluator_.evaluate(columns, replaced, samples=ALL, actors=actors)
     assert result != found[-1]
     assert result == from_nothing(replaced)

@@ -107,6 +107,8 @@ def test_summary_and_registry(undisturbed):
     assert len(summary["accuracy_matrix"]["values"]) == 3
     assert summary["peak_memory_bytes"] > 0
     assert 0 <= summary["data_wait_share"] < 1
+    assert (summary["answers"]["prompts"], summary["answers"]["single_pass"]) == (48, 80)
+    assert 48 < summary["answers"]["generated"] <= 3 * 48  # prompts whose expert changed are answered again
     assert versions(config, "untrained.experts") == ["1", "2"]
     assert versions(config, "untrained.pool") == ["1", "2"]
     assert (config.parent / "mini" / "report.html").exists()
@@ -127,6 +129,7 @@ def test_a_finished_run_changes_nothing(undisturbed):
     assert weights.read_bytes() == whole
     assert again["accuracy_matrix"] == summary["accuracy_matrix"]
     assert again["tasks"] == summary["tasks"]
+    assert again["answers"] == summary["answers"]
     assert versions(config, "untrained.experts") == ["1", "2"]
     assert versions(config, "untrained.pool") == ["1", "2"]
 

@@ -294,8 +294,7 @@ class Plan:
         new, old = len(self.config.stream.tasks), len(self.config.stream.foundation)
         if self.config.router.kind != "token":
             return new + old + new
-        every = self.config.evaluation.every
-        return new + old + sum(task + old for task in range(1, new + 1) if task % every == 0 or task == new)
+        return new + old + sum(task + old for task in range(1, new + 1) if self.config.is_evaluated(task))
 
     @property
     def evaluation_seconds(self) -> float | None:
