@@ -12,7 +12,7 @@ from functools import partial
 from pathlib import Path
 from statistics import fmean
 from time import monotonic
-from typing import Any
+from typing import Any, NamedTuple
 
 import mlflow
 from mlflow.entities.model_registry import ModelVersion
@@ -31,6 +31,7 @@ from pipeline.registry.tracking import log_dataset, ui_command
 from pipeline.routing.adapters import ExpertError
 from pipeline.routing.expert import Expert
 from pipeline.routing.pool import Pool
+from pipeline.streams.faults import StreamError
 
 
 @dataclass(frozen=True)
@@ -56,7 +57,9 @@ def learn_stream(run: StreamRun) -> Learned:
     matrix.record("base", last.accuracies())
     for number, task in enumerate(config.stream.tasks):
         run.terminal.say(f"[bold]task {number + 1}/{len(names)}: {task.name}[/bold]")
-        expert, versions[task.name], figures[task.name] = _expert(run, task)
+        began, following = monotonic(), next(iter(config.stream.tasks[number + 1 :]), None)
+        found = _expert(run, task, following)
+        expert, versions[task.name], figures[task.name] = found.expert, found.version, found.figures
         pool = pool.add(expert)
         pool.save(pool_folder)
         pool_key = run.pool_key(pool)
@@ -65,7 +68,9 @@ def learn_stream(run: StreamRun) -> Learned:
             "registering the pool",
             kept=f"pool and experts are safe in {run.folder}; nothing will be trained again",
         )
-        found = ""
+        if not found.before:
+            figures[task.name] = _with_overhead(run, expert, figures[task.name], monotonic() - began)
+        accuracy = ""
         if config.is_evaluated(number + 1):
             seen = [*names[: number + 1], *families]
             last = run.evaluate(seen, pool, pool_key, folder=pool_folder)
@@ -73,9 +78,9 @@ def learn_stream(run: StreamRun) -> Learned:
             matrix.record(task.name, accuracies)
             run.log([(f"accuracy/{column}", value, number + 1) for column, value in accuracies.items()])
             new, old = ([accuracies[name] for name in of] for of in (names[: number + 1], families))
-            found = f": tasks so far {fmean(new):.3f}" + (f", foundation {fmean(old):.3f}" if old else "")
+            accuracy = f": tasks so far {fmean(new):.3f}" + (f", foundation {fmean(old):.3f}" if old else "")
         seconds = figures[task.name]["seconds"]
-        run.terminal.say(f"  pool version {version.version}{found}   ({seconds:.0f} s to learn)")
+        run.terminal.say(f"  pool version {version.version}{accuracy}   ({seconds:.0f} s to learn)")
         watch.lap()
         generated.total(run.evaluator.generated)
     summary = {
@@ -88,15 +93,28 @@ def learn_stream(run: StreamRun) -> Learned:
     return Learned(pool, pool_folder, pool_key, summary)
 
 
-def _expert(run: StreamRun, task: TaskConfig) -> tuple[Expert, Any, dict[str, Any]]:
-    """Returns a task's expert, its registry version and its figures: found, or trained now."""
+class _Found(NamedTuple):
+    """A task's expert."""
+
+    expert: Expert
+    version: ModelVersion
+    figures: dict[str, Any]
+    before: bool
+    """Whether it was there already."""
+
+
+def _expert(run: StreamRun, task: TaskConfig, following: TaskConfig | None) -> _Found:
+    """Returns a task's expert, found or trained now.
+
+    While it trains the rows of the `following` task are read, if that is to be trained too.
+    """
     key, label = expert_wanted(run, task), run.config.base.label
     folder, file = run.folder / "experts" / task.name, run.folder / "state" / f"task-{key}.json"
     if file.exists() and not _holds(folder, key):
         run.patience(lambda: _fetch(label, key, folder), f"fetching expert {task.name}")
     before = file.exists() and _holds(folder, key)
     if not before:
-        _train(run, task, key, folder, file)
+        _train(run, task, key, folder, file, following)
     figures = read_json(file)
     version = run.patience(
         lambda: _register(run, task, key, folder, figures),
@@ -107,7 +125,7 @@ def _expert(run: StreamRun, task: TaskConfig) -> tuple[Expert, Any, dict[str, An
         run.terminal.say(f"  learned before, version {version.version} of {label}.experts")
     expert = Expert.load(folder)
     remember(run, expert.card)
-    return expert, version, figures
+    return _Found(expert, version, figures, before)
 
 
 def _fetch(label: str, key: str, folder: Path) -> None:
@@ -128,12 +146,14 @@ def _register(run: StreamRun, task: TaskConfig, key: str, folder: Path, figures:
     return register_expert(label, folder)
 
 
-def _train(run: StreamRun, task: TaskConfig, key: str, folder: Path, file: Path) -> None:
+def _train(run: StreamRun, task: TaskConfig, key: str, folder: Path, file: Path, following: TaskConfig | None) -> None:
     """Trains a task's expert into `folder`, then writes its figures to `file`: then it is learned, registered or not."""
     _ = run.worker_env  # made once a node: no part of what learning a task takes
     started = monotonic()
     with run.terminal.working(f"reading {task.name}"):
         rows = run.training_rows(task)
+    if following is not None and _to_be_trained(run, following):
+        run.read_ahead(following)
     run.tell_set_aside(rows, task.name, "train")
     aside = rows.aside[task.name]
     trained = run.train(*run.job(task, key))
@@ -146,6 +166,21 @@ def _train(run: StreamRun, task: TaskConfig, key: str, folder: Path, file: Path)
     }
     write_json(file, task_figures(run, task.name, figures))
     run.release(task)
+
+
+def _with_overhead(run: StreamRun, expert: Expert, figures: dict[str, Any], seconds: float) -> dict[str, Any]:
+    """Adds what a task took beyond its optimizer steps, of the `seconds` from its first row to its pool's registration."""
+    figures = figures | {"overhead_seconds": seconds - figures["step_seconds"]}
+    write_json(run.folder / "state" / f"task-{expert.card.config_digest}.json", figures)
+    return figures
+
+
+def _to_be_trained(run: StreamRun, task: TaskConfig) -> bool:
+    """Whether a task that comes later is not learned yet, as far as one can tell without a word."""
+    try:
+        return not (run.folder / "state" / f"task-{run.identity.expert(task)}.json").exists()
+    except StreamError:  # said when its turn comes
+        return False
 
 
 def _holds(folder: Path, key: str) -> bool:

@@ -8,6 +8,7 @@ import json
 import tempfile
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from functools import cached_property
 from pathlib import Path
@@ -69,7 +70,8 @@ class StreamRun:
         self.run_id = ""
         self.patience = Patience(config.registry.patience, terminal.say)
         self.metrics = MetricSpool(self.folder / "state" / "metrics.jsonl", terminal.say)
-        self._training: dict[str, Prepared] = {}
+        self._training: dict[str, Future[Prepared]] = {}
+        self._reader = ThreadPoolExecutor(1, thread_name_prefix="reading ahead")
         self._session: Session | None = None
 
     def log(self, points: Iterable[tuple[str, float, int]]) -> None:
@@ -80,10 +82,15 @@ class StreamRun:
 
     def training_rows(self, task: TaskConfig) -> Prepared:
         """Reads, validates and encodes a task's training rows (once in a run)."""
+        self.read_ahead(task)
+        return self._training[task.name].result()
+
+    def read_ahead(self, task: TaskConfig) -> None:
+        """Begins to read a task's training rows, in the background; what goes wrong is raised where they are needed."""
         if task.name not in self._training:
             assert task.train is not None
-            self._training[task.name] = self._prepare({task.name: (task.train, task.prompt)}, "train", answer=True)
-        return self._training[task.name]
+            parts = {task.name: (task.train, task.prompt)}
+            self._training[task.name] = self._reader.submit(self._prepare, parts, "train", answer=True)
 
     def all_training_rows(self) -> TrainingRows:
         """Returns the training rows of all tasks at once, for methods that cannot do without; `data.cache` decides for all."""

@@ -58,6 +58,7 @@ def task_figures(run: StreamRun, task: str, figures: Mapping[str, Any]) -> dict[
         "seconds": figures["seconds"],
         "expert_seconds": figures["expert_seconds"],
         "router_seconds": figures["router_seconds"],
+        "step_seconds": sum(figures["expert_step_seconds"]) + sum(figures["router_step_seconds"]),
         "wait_seconds": figures["expert_wait_seconds"] + figures["router_wait_seconds"],
         "rows": int(figures["rows"]),
         "samples": int(figures["samples"]),
