@@ -22,6 +22,9 @@ JOBS = {
     "compare": Lazy("jobs.compare:main", "Compare the learned pool with the alternatives.", TeachingCommand),
     "sweep": Lazy("jobs.sweep:main", "Sweep LoRA rank x router temperature for one task.", TeachingCommand),
     "plan": Lazy("jobs.plan:main", "Plan a stream before any GPU is rented.", TeachingCommand),
+    "recompute-statistics": Lazy(
+        "jobs.recompute_statistics:main", "Recompute a pool's statistics, without training.", TeachingCommand
+    ),
     "explain": Lazy("jobs.explain:main", "Explain an answer: whom the router weighed, and why."),
     "ui": Lazy("jobs.ui:main", "Browse experts, pools and runs in MLflow."),
     "convert-internvl2": Lazy(

@@ -24,6 +24,14 @@ DATA = "data"
 CHOOSING = {"kind", "token_scores", "top_k", "short_list", "temperature", "null_components"}
 """Router settings that say how experts are chosen; all others have a part in what an expert is."""
 
+TRAINED = {"router.steps", "router.learning_rate"}
+"""Router settings among the parts of an expert that its training depends on; all others say how statistics are taken."""
+
+
+def is_of_statistics(part: str) -> bool:
+    """Whether a part of an expert says how its statistics are taken, and nothing of its training."""
+    return part in VERSIONS or (part.startswith("router.") and part not in TRAINED)
+
 
 @dataclass(frozen=True)
 class Identity:

@@ -110,9 +110,9 @@ def _expert(run: StreamRun, task: TaskConfig, following: TaskConfig | None) -> _
     """
     key, label = expert_wanted(run, task), run.config.base.label
     folder, file = run.folder / "experts" / task.name, run.folder / "state" / f"task-{key}.json"
-    if file.exists() and not _holds(folder, key):
-        run.patience(lambda: _fetch(label, key, folder), f"fetching expert {task.name}")
-    before = file.exists() and _holds(folder, key)
+    if file.exists() and not holds(folder, key):
+        run.patience(lambda: fetch(label, key, folder), f"fetching expert {task.name}")
+    before = file.exists() and holds(folder, key)
     if not before:
         _train(run, task, key, folder, file, following)
     figures = read_json(file)
@@ -128,8 +128,8 @@ def _expert(run: StreamRun, task: TaskConfig, following: TaskConfig | None) -> _
     return _Found(expert, version, figures, before)
 
 
-def _fetch(label: str, key: str, folder: Path) -> None:
-    """Copies a registered expert into `folder`, if there is one."""
+def fetch(label: str, key: str, folder: Path) -> None:
+    """Copies the registered expert named `key` into `folder`, if there is one."""
     if (version := find_expert(label, key)) is not None:
         download_expert(label, int(version.version), folder)
 
@@ -183,7 +183,7 @@ def _to_be_trained(run: StreamRun, task: TaskConfig) -> bool:
         return False
 
 
-def _holds(folder: Path, key: str) -> bool:
+def holds(folder: Path, key: str) -> bool:
     """Whether a folder holds the expert of this name, undamaged."""
     try:
         return Expert.load(folder).card.config_digest == key

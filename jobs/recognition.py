@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from jobs.identity import DATA
+from jobs.identity import DATA, is_of_statistics
 from jobs.stream_run import StreamRun, read_json, write_json
 from pipeline.config import TaskConfig
 from pipeline.errors import UserError
@@ -36,7 +36,9 @@ def expert_wanted(run: StreamRun, task: TaskConfig) -> str:
         return _without_data(run, task, known, error)
     if known is None or known["config_digest"] in {key, run.identity.expert_before(task)}:
         return str(known["config_digest"]) if known else key
-    changes, policy = differences(known.get("identity", {}), run.identity.parts(task)), run.config.stream.on_change
+    before, now, policy = known.get("identity", {}), run.identity.parts(task), run.config.stream.on_change
+    changes = differences(before, now)
+    alike = bool(before) and all(before.get(name) == value or is_of_statistics(name) for name, value in now.items())
     what = f"task {task.name!r} was learned otherwise: {'; '.join(changes)}"
     if policy == "fail":
         raise ChangedError(
@@ -48,6 +50,7 @@ def expert_wanted(run: StreamRun, task: TaskConfig) -> str:
         return str(known["config_digest"])
     run.terminal.say(
         f"  {what}; it is trained again (stream.on_change: retrain), the expert before stays in the registry"
+        + ("; only statistics depend on that: `pointsman recompute-statistics` takes them without training" * alike)
     )
     return key
 

@@ -323,28 +323,30 @@ def alone_in(folder: Path) -> Iterator[None]:
 
 
 @contextmanager
-def open_run(config: LearnConfig, *, job: str) -> Iterator[StreamRun]:
+def open_run(config: LearnConfig, *, job: str, trains: bool = True) -> Iterator[StreamRun]:
     """Joins or starts Ray, checks that the cluster suffices, opens MLflow; yields the run.
 
-    `job` names the kind of MLflow run, so that learning and comparing do not write into each other's.
+    `job` names the kind of MLflow run, so that learning and comparing do not write into each other's. One that never
+    `trains` needs neither DeepSpeed nor a place for training workers.
     """
     terminal = Terminal()
     with PeakMemory() as memory, outside_errors(config.folder), _told_how_to_go_on(terminal), alone_in(config.folder):
         with tempfile.TemporaryFile(dir=config.folder):  # now, not after an hour of training
             pass
-        if starts_here() and not config.training.gpu:
+        if trains and starts_here() and not config.training.gpu:
             # Before Ray's processes are there: the compiler takes 3 GB.
             with terminal.working(PREPARING):
                 build_op(extensions_folder())
         with terminal.working("starting Ray"):
             cluster = connect()
         training = config.training
-        check_resources(
-            workers=training.workers,
-            cpus_per_worker=training.threads,
-            gpus_per_worker=int(training.gpu),
-            extra_cpus=SPARE_CPUS,
-        )
+        if trains:
+            check_resources(
+                workers=training.workers,
+                cpus_per_worker=training.threads,
+                gpus_per_worker=int(training.gpu),
+                extra_cpus=SPARE_CPUS,
+            )
         inference = InferenceWorkers.of(training, config.evaluation)
         check_inference(workers=inference.count, cpus_per_worker=inference.threads, gpus_per_worker=inference.gpus)
         run = StreamRun(config, cluster, terminal, memory)

@@ -90,7 +90,7 @@ class ExpertConfig(Config):
 
 
 class RouterConfig(Config):
-    """Router stage and routing."""
+    """Router stage and routing. Of a learned pool, all but the router stage's settings can be changed without training."""
 
     kind: Literal["prompt", "token", "two_level"] = "prompt"
     """Who chooses: `prompt`, one closed-form decision a prompt (the one that measures best); `token`, every Linear for
@@ -109,7 +109,8 @@ class RouterConfig(Config):
     learning_rate: float = Field(default=5e-3, gt=0)
     """Learning rate of the routing vectors (AdamW, constant)."""
     feature_width: int | None = Field(default=None, ge=8)
-    """prompt: project features to this width (one fixed seeded projection) where three times the base's width is too much."""
+    """prompt: project features to this width (one fixed seeded projection) where three times the base's width is too much.
+    `pointsman recompute-statistics` gives a learned pool another one."""
     shrinkage: float = Field(default=0.05, gt=0, lt=1)
     """prompt: weight of the identity in the standardised covariance."""
     statistics_rows: int = Field(default=4096, ge=4)

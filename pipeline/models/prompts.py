@@ -130,6 +130,13 @@ def encode(
     )
 
 
+def without_answer(row: Encoded) -> Encoded:
+    """Returns the prompt of a training row, exactly as generation would start with it."""
+    length = int(np.flatnonzero(row.labels != IGNORED)[0]) if (row.labels != IGNORED).any() else len(row.labels)
+    marks = {name: values[:length] for name, values in row.marks.items()}
+    return Encoded(row.input_ids[:length], row.labels[:length], row.images, marks)
+
+
 def collate(
     rows: Sequence[Encoded], *, pad_token_id: int, side: str = "right", layout: Layout | None = None
 ) -> dict[str, Any]:

@@ -5,6 +5,7 @@ registry: a version holds experts, router and code, and points at its base. Alia
 back is moving it.
 """
 
+import re
 import shutil
 import tempfile
 import warnings
@@ -26,8 +27,16 @@ from pipeline.registry.bases import register_base
 from pipeline.registry.experts import experts_name
 from pipeline.registry.patience import RegistryError
 from pipeline.registry.tracking import active_run
-from pipeline.registry.versions import DIGEST, create_version, find_finished, get_version, log_lineage, logged_model
-from pipeline.routing.pool import Pool
+from pipeline.registry.versions import (
+    DIGEST,
+    MODELS,
+    create_version,
+    find_finished,
+    get_version,
+    log_lineage,
+    logged_model,
+)
+from pipeline.routing.pool import CARD, Pool
 
 CHAMPION = "champion"
 """Alias of the pool version in use."""
@@ -45,6 +54,8 @@ SIGNATURE = ModelSignature(
     ]),
 )  # fmt: skip
 """`prompt` as text, `image` as encoded bytes, base64 text or null; answers and who gave them."""
+
+_ADDRESS = re.compile(rf"{MODELS}(?P<name>[^/@]+)(?:/(?P<version>\d+)|@(?P<alias>[^/@]+))")
 
 _REQUIREMENTS = (
     "mlflow",
@@ -120,6 +131,25 @@ def register_pool(
 def find_pool(base_label: str, digest: str) -> ModelVersion | None:
     """Returns the finished pool made from `digest`, or None: then it is to be registered."""
     return find_finished(pool_name(base_label), digest)
+
+
+def download_pool(address: str, into: str | Path) -> Path:
+    """Copies the folder of a registered pool below `into`; returns it. Its versions may be older than this code's.
+
+    `address` is `models:/<name>/<version>` or `models:/<name>@<alias>`. Raises RegistryError for another one, and one that
+    lists the versions there are.
+    """
+    match = _ADDRESS.fullmatch(address)
+    if match is None:
+        raise RegistryError(
+            f"{address!r} is no address of a pool; write it like models:/tiny.pool/3 or models:/tiny.pool@{CHAMPION}"
+        )
+    version = get_version(match["name"], match["version"] or match["alias"])
+    location = MlflowClient().get_logged_model(logged_model(version)).artifact_location
+    if not any(Path(item.path).name == "artifacts" for item in mlflow.artifacts.list_artifacts(artifact_uri=location)):
+        raise RegistryError(f"{address}: {version.name!r} is no pool; pools are the versions of <base>.pool")
+    found = mlflow.artifacts.download_artifacts(artifact_uri=f"{location}/artifacts", dst_path=str(into))
+    return next(card.parent for card in Path(found).rglob(CARD))
 
 
 def promote(base_label: str, version: int | str) -> ModelVersion:

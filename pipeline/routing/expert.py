@@ -41,7 +41,13 @@ FORMAT_VERSION = 2
 """Version of what the files of experts and pools hold."""
 VERSIONS = {"format_version": FORMAT_VERSION, "feature_rule": FEATURE_RULE}
 """What a file must say of itself to be read."""
+POOL_CARD = "pool.json"
+"""The card of a pool, above the experts that it holds."""
 T = TypeVar("T")
+
+
+class OutdatedError(ExpertError):
+    """Statistics that an older release took in another way; the message names the command that takes them anew."""
 
 
 class ExpertCard(Config):
@@ -116,16 +122,13 @@ class Expert:
         A file's bytes are compared with `contents.json` when it is first read; adapters, routing vectors and the Linears'
         statistics are read when they are first looked up. `check(name)` takes the place of that comparison.
         """
-        folder = current_folder(Path(folder))
-        for name in FILES:
-            if not (folder / name).is_file():
-                raise ExpertError(f"{folder}: {name} is missing; a complete expert has it (train the task again?)")
+        folder = complete_folder(Path(folder))
         check = check or partial(check_file, folder)
         check(CARD)
         with stored_file(folder / CARD, REMEDY, ExpertError):
-            text = (folder / CARD).read_text()
-            card = ExpertCard.model_validate_json(text)
-            check_versions(folder / CARD, json.loads(text))
+            said = json.loads((folder / CARD).read_text())
+            check_versions(folder / CARD, said)
+            card = ExpertCard.model_validate(said)
         check(ADAPTER_CONFIG)
         config, scaling = read_adapter_config(folder)
         adapters = StoredAdapters(folder / ADAPTER_WEIGHTS, scaling, partial(check, ADAPTER_WEIGHTS))
@@ -137,7 +140,7 @@ class Expert:
             card,
             config,
             adapters,
-            Deferred(partial(_vectors, router)),
+            Deferred(partial(vectors_in, router)),
             statistics,
             Deferred(partial(_evidence, router)),
         )
@@ -174,7 +177,17 @@ class Deferred(Mapping[str, T]):
         return len(self._values)
 
 
-def _vectors(router: Path) -> dict[str, Tensor]:
+def complete_folder(folder: Path) -> Path:
+    """Returns where an expert's folder is now; raises ExpertError where one of its files is missing."""
+    folder = current_folder(folder)
+    for name in FILES:
+        if not (folder / name).is_file():
+            raise ExpertError(f"{folder}: {name} is missing; a complete expert has it (train the task again?)")
+    return folder
+
+
+def vectors_in(router: Path) -> dict[str, Tensor]:
+    """Reads the routing vectors by module path from an expert's `router.safetensors`."""
     with stored_file(router, REMEDY, ExpertError):
         return {key.removeprefix("vector."): vector for key, vector in read_some(router, "vector.").items()}
 
@@ -210,14 +223,28 @@ def read_some(file: Path, prefix: str) -> dict[str, Tensor]:
 
 
 def check_versions(file: Path, said: Mapping[str, Any]) -> None:
-    """Raises ExpertError where a file says that its format or feature rule is another one than this code's."""
+    """Raises ExpertError where a file says that its format or feature rule is another one than this code's.
+
+    It is an OutdatedError, whose message names the pool that the file lies in, if the file is older.
+    """
     for name, version in VERSIONS.items():
-        found = str(said.get(name, 1))
-        if found != str(version):
-            raise ExpertError(
-                f"{file}: {name} is {found}, this code reads {version}: statistics of prompts were taken in another way "
-                "and cannot be compared; learn the stream again"
-            )
+        found = said.get(name, 1)
+        if str(found) == str(version):
+            continue
+        told = f"{file}: {name} is {found}, this code reads {version}"
+        if is_newer(found, version):
+            raise ExpertError(f"{told}: a newer release wrote it; install that one")
+        pool = next((folder for folder in file.parents[:3] if (folder / POOL_CARD).is_file()), None)
+        raise OutdatedError(
+            f"{told}: statistics of prompts were taken in another way and cannot be compared; `pointsman "
+            f"recompute-statistics CONFIG --pool {pool or 'POOL'}` takes them anew from each task's rows, without training "
+            f"(CONFIG: the stream's YAML file{'' if pool else '; POOL: the pool that holds the expert'})"
+        )
+
+
+def is_newer(found: Any, version: int) -> bool:
+    """Returns whether a version that a file gives, as a number or as text, is beyond `version`."""
+    return str(found).isdigit() and int(found) > version
 
 
 def statistics_tensors(statistics: PromptStatistics, name: str = "statistics") -> dict[str, Tensor]:
@@ -232,9 +259,7 @@ def statistics_tensors(statistics: PromptStatistics, name: str = "statistics") -
 
 
 def statistics_of(tensors: Mapping[str, Tensor], name: str = "statistics") -> PromptStatistics:
-    """Reads what `statistics_tensors` wrote; raises ExpertError where it is not there."""
-    if f"{name}.mean" not in tensors:
-        raise ExpertError(f"no tensor {name}.mean: written by an older version; train the task again")
+    """Reads what `statistics_tensors` wrote; raises KeyError where it is not there."""
     mean_F = tensors[f"{name}.mean"]
     scatter_FF = torch.zeros(len(mean_F), len(mean_F), dtype=torch.float64)
     row, column = torch.triu_indices(*scatter_FF.shape)

@@ -17,13 +17,13 @@ from pydantic import BeforeValidator
 from pipeline.config import Config, RouterConfig
 from pipeline.errors import UserError, stored_file
 from pipeline.files import atomic_folder, current_folder
-from pipeline.routing.expert import VERSIONS, Expert, check_versions
+from pipeline.routing.expert import POOL_CARD, VERSIONS, Expert, check_versions
 from pipeline.routing.features import FEATURE_RULE
 from pipeline.routing.null import null_digest, read_null, write_null
 from pipeline.routing.statistics import PromptStatistics
 from pipeline.routing.store import ExpertReference, ExpertStore, OwnExperts, StoredExpert, cache_folder
 
-CARD, NULL, EXPERTS = "pool.json", "null.safetensors", "experts"
+CARD, NULL, EXPERTS = POOL_CARD, "null.safetensors", "experts"
 REMEDY = "copy the whole folder again, or learn the stream again"
 """What to do about a pool's damaged file."""
 POOL_FORMAT = 3
@@ -38,6 +38,10 @@ def _reference(value: Any) -> Any:
     return {"name": value} if isinstance(value, str) else value
 
 
+References = tuple[Annotated[ExpertReference, BeforeValidator(_reference)], ...]
+"""What `pool.json` says of its experts; of one that the folder holds, its name may be all."""
+
+
 class PoolCard(Config):
     """What `pool.json` says."""
 
@@ -47,7 +51,7 @@ class PoolCard(Config):
     """Fingerprint of the base's weights; experts of another base are refused."""
     router: RouterConfig
     """Router settings."""
-    experts: tuple[Annotated[ExpertReference, BeforeValidator(_reference)], ...] = ()
+    experts: References = ()
     """The experts in order of arrival; each lies in `experts/<name>/`, or in a store."""
     store: str | None = None
     """Folder of the store, relative to the pool's, where they lay when the folder was written."""
@@ -70,12 +74,10 @@ class PoolCard(Config):
                 f"{folder}: no {CARD}, so not a pool folder; `pointsman learn` writes one to runs/<name>/pool"
             )
         with stored_file(folder / CARD, REMEDY, PoolError):
-            text = (folder / CARD).read_text()
-            card, said = cls.model_validate_json(text), json.loads(text)
-            if said.get("format_version") == POOL_FORMAT:
-                said |= {"format_version": VERSIONS["format_version"]}
-            check_versions(folder / CARD, said)
-        return card
+            said = json.loads((folder / CARD).read_text())
+            same = {"format_version": VERSIONS["format_version"]} if said.get("format_version") == POOL_FORMAT else {}
+            check_versions(folder / CARD, said | same)
+            return cls.model_validate(said)
 
     def continues(self, other: "PoolCard") -> bool:
         """Whether this pool is the `other`, or that and experts that came after."""
@@ -136,7 +138,7 @@ class Pool:
             if other not in (None, width):
                 raise PoolError(
                     f"expert {name!r} has {width} prompt features, others have "
-                    f"{other}; train all with the same router.feature_width"
+                    f"{other}; `pointsman recompute-statistics` with one router.feature_width gives all the same"
                 )
 
     @property

@@ -1,5 +1,6 @@
 """The null expert: statistics of a small sample of general prompts, which belong to the base."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -8,6 +9,7 @@ import torch
 
 from pipeline.config import BaseModelConfig
 from pipeline.models.inference import FrozenBase, InferenceWorkers
+from pipeline.models.prompts import Encoded
 from pipeline.routing.evidence import EvidenceReader
 from pipeline.routing.features import feature_width, project
 from pipeline.routing.null import components
@@ -69,8 +71,12 @@ class StatisticsCollector(FrozenBase):
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, np.ndarray]:
         """Returns `features` (B, F), and by path the pooled input of every Linear that hears something new (B, 64)."""
+        return self.collect(unpack(batch))
+
+    def collect(self, prompts: Sequence[Encoded]) -> dict[str, np.ndarray]:
+        """Returns the same of prompts that are no columns any more."""
         order, parts = [], []
-        for members, rows in self.batches(unpack(batch)):
+        for members, rows in self.batches(prompts):
             self.read(rows)
             assert self.features is not None
             features_BF = project(self.features, self.width).cpu()

@@ -20,7 +20,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from pipeline.config import ExpertConfig
 from pipeline.models.bases import Base
 from pipeline.models.prompts import IGNORED
-from pipeline.routing.adapters import ADAPTER_WEIGHTS, load_adapters
+from pipeline.routing.adapters import ADAPTER_WEIGHTS, Adapter
 from pipeline.routing.layer import GatedLinear
 from pipeline.training.zero import gathered
 
@@ -109,14 +109,16 @@ def save_lora(peft: Any, folder: Path, *, write: bool) -> None:
             peft.save_pretrained(folder, state_dict=state, selected_adapters=["default"])
 
 
-def with_gates(model: nn.Module, adapter: Path, *, dtype: torch.dtype | None = None) -> dict[str, GatedLinear]:
-    """Puts a gated Linear in place of every Linear that the adapter in `adapter` changes; returns them by path.
+def with_gates(
+    model: nn.Module, adapters: Mapping[str, Adapter], *, dtype: torch.dtype | None = None
+) -> dict[str, GatedLinear]:
+    """Puts a gated Linear in place of every Linear that one of `adapters` changes; returns them by path.
 
     Their routing vectors are in `dtype`; default: the base's.
     """
     model.requires_grad_(False)
     gates = {}
-    for path, lora in load_adapters(adapter)[1].items():
+    for path, lora in adapters.items():
         linear = model.get_submodule(path)
         assert isinstance(linear, nn.Linear), path
         gates[path] = GatedLinear(linear, lora.a_RD, lora.b_OR, lora.scaling, dtype=dtype)

@@ -217,7 +217,7 @@ class Worker:
         started = time.monotonic()
         heard = heard_paths(base, job.expert.target_modules)
         adapter_config, adapters = load_adapters(adapter)  # now: rank 0 removes the checkpoint when it is done
-        gates = with_gates(base.model, adapter, dtype=self.dtype)
+        gates = with_gates(base.model, adapters, dtype=self.dtype)
         engine = start_engine(
             base.model, settings, learning_rate=config.learning_rate, weight_decay=0.0, schedule=lambda step: 1.0
         )

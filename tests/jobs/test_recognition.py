@@ -77,6 +77,12 @@ def test_other_settings_train_again_and_say_which(config: Path, learned: str, ca
     assert "the expert before stays in the registry" in said
 
 
+def test_other_statistics_need_no_training(config: Path, learned: str, capsys) -> None:
+    for overrides, told in ((["router.feature_width=64"], True), (["router.feature_width=64", "seed=7"], False)):
+        assert wanted(opened(config, *overrides)) != learned
+        assert ("`pointsman recompute-statistics` takes them" in " ".join(capsys.readouterr().out.split())) is told
+
+
 def test_other_data_are_told(config: Path, learned: str, capsys) -> None:
     with (config.parent / "train.jsonl").open("a") as file:
         file.write(json.dumps({"messages": []}) + "\n")

@@ -5,7 +5,7 @@ from PIL import Image
 
 from pipeline.config import BaseModelConfig
 from pipeline.models.bases import load_processor
-from pipeline.models.prompts import IGNORED, Encoded, chat, collate, encode, generate_answers
+from pipeline.models.prompts import IGNORED, Encoded, chat, collate, encode, generate_answers, without_answer
 from tests.helpers import ask, batch_of, generate
 
 RED, BLUE = Image.new("RGB", (64, 64), "red"), Image.new("RGB", (90, 40), "blue")
@@ -81,6 +81,10 @@ def test_training_starts_with_the_tokens_that_generation_starts_with(tiny_base, 
     assert (prompt.labels == IGNORED).all()
     assert prompt.images.keys() == row.images.keys() == ({"pixel_values"} if images else set())
     assert all((prompt.images[name] == row.images[name]).all() for name in row.images)
+    for again in (without_answer(row), without_answer(prompt)):
+        assert (again.input_ids.tolist(), again.labels.tolist()) == (prompt.input_ids.tolist(), prompt.labels.tolist())
+        assert again.marks.keys() == prompt.marks.keys()
+        assert all((again.marks[name] == prompt.marks[name]).all() for name in prompt.marks)
 
 
 def test_an_answer_is_tokenized_apart_from_the_prompt(tiny_base):

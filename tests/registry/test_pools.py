@@ -14,7 +14,7 @@ from pipeline.models.checkpoints import fingerprint
 from pipeline.registry import versions as versions_module
 from pipeline.registry.bases import base_folder
 from pipeline.registry.experts import register_expert
-from pipeline.registry.pools import champion, find_pool, pip_requirements, promote, register_pool
+from pipeline.registry.pools import champion, download_pool, find_pool, pip_requirements, promote, register_pool
 from pipeline.registry.tracking import RegistryError, tracked_run
 from pipeline.registry.versions import logged_model
 from pipeline.routing import Pool
@@ -73,6 +73,23 @@ def test_rolling_back_is_moving_the_alias(learned: Learned) -> None:
     )
     with pytest.raises(RegistryError, match="versions 1, 2 and aliases champion = 1"):
         promote("untrained", 7)
+
+
+def test_a_registered_pool_can_be_fetched(learned: Learned, tmp_path: Path) -> None:
+    for address, names in (
+        ("models:/untrained.pool/1", ["digits"]),
+        ("models:/untrained.pool@champion", ["digits", "clock"]),
+    ):
+        folder = download_pool(address, tmp_path / "fetched" / str(len(address)))
+        assert folder.is_relative_to(tmp_path / "fetched")
+        assert Pool.load(folder).names == names
+    with pytest.raises(RegistryError, match=r"no '7' in 'untrained\.pool'; there are versions 1, 2"):
+        download_pool("models:/untrained.pool/7", tmp_path)
+    with pytest.raises(RegistryError, match=r"'untrained\.experts' is no pool; pools are"):
+        download_pool("models:/untrained.experts/1", tmp_path / "expert")
+    for address in ("models:/untrained.pool", "untrained.pool/1", "models:/untrained.pool/one"):
+        with pytest.raises(RegistryError, match="is no address of a pool; write it like models:/tiny.pool/3"):
+            download_pool(address, tmp_path)
 
 
 def test_the_same_pool_twice_is_one_version_and_undoes_no_rollback(

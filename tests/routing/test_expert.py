@@ -9,7 +9,7 @@ from pipeline.routing import Expert, ExpertError, PromptStatistics
 from pipeline.routing.adapters import ADAPTER_CONFIG, ADAPTER_WEIGHTS, Adapter, load_adapters
 from pipeline.routing.contents import CONTENTS
 from pipeline.routing.evidence import WIDTH
-from pipeline.routing.expert import CARD, ROUTER_WEIGHTS, evidence_tensors, statistics_of, statistics_tensors
+from pipeline.routing.expert import CARD, ROUTER_WEIGHTS, OutdatedError, evidence_tensors, statistics_tensors
 from pipeline.routing.features import feature_width
 from tests.helpers import make_expert
 
@@ -149,6 +149,19 @@ def test_statistics_weigh_little_beside_a_lora_of_internvl2_2b():
     assert sum(tensor.nbytes for tensor in tensors.values()) <= 0.05 * lora
 
 
-def test_statistics_of_an_older_version_are_refused():
-    with pytest.raises(ExpertError, match=r"statistics\.mean: written by an older version"):
-        statistics_of({"statistics.moment": torch.zeros(1)})
+def test_statistics_of_an_older_version_are_refused_with_the_command_that_renews_them(folder):
+    card = json.loads((folder / CARD).read_text())
+    (folder / CARD).write_text(json.dumps(card | {"feature_rule": card["feature_rule"] - 1, "unknown": 1}))
+    (folder / "contents.json").unlink()
+    save_file({"statistics.moment": torch.zeros(1)}, folder / ROUTER_WEIGHTS)
+    with pytest.raises(
+        OutdatedError, match=r"expert\.json: feature_rule is .*recompute-statistics CONFIG --pool POOL`"
+    ):
+        Expert.load(folder)
+
+
+def test_a_router_file_without_statistics_is_named(folder):
+    (folder / "contents.json").unlink()
+    save_file({"vector.x": torch.zeros(1)}, folder / ROUTER_WEIGHTS)
+    with pytest.raises(ExpertError, match=rf"{ROUTER_WEIGHTS}: damaged, or of another version: 'statistics.mean'"):
+        Expert.load(folder)

@@ -9,6 +9,7 @@ from pipeline.config import RouterConfig
 from pipeline.errors import UserError
 from pipeline.routing import ExpertError, Pool, PoolError
 from pipeline.routing.adapters import Adapter
+from pipeline.routing.expert import VERSIONS, OutdatedError
 from pipeline.routing.null import components
 from pipeline.routing.prompt_router import PromptRouter
 from tests.helpers import make_expert
@@ -99,7 +100,9 @@ def test_an_untrained_or_broken_expert_is_refused(experts):
 
 def test_all_have_the_same_prompt_features(experts, null, tiny_base):
     narrow = make_expert(tiny_base, "narrow", features=torch.randn(16, 64))
-    with pytest.raises(PoolError, match=r"'narrow' has 64 prompt features, others have 384; .*router\.feature_width"):
+    with pytest.raises(
+        PoolError, match=r"'narrow' has 64 prompt features, others have 384; .*recompute-statistics.*_width"
+    ):
         make_pool(experts).add(narrow)
     with pytest.raises(PoolError, match="64 prompt features, others have 384"):
         make_pool([narrow], null)
@@ -194,9 +197,12 @@ def test_what_another_version_wrote_is_refused(experts, null, tmp_path, file, fi
             card[field] = version
         (folder / file).write_text(json.dumps(card))
     else:
-        metadata = {"format_version": "2", "feature_rule": "2"} | {field: str(version)}
+        metadata = {name: str(present) for name, present in VERSIONS.items()} | {field: str(version)}
         (folder / file).write_bytes(save(load_file(folder / file), metadata=metadata))
-    with pytest.raises(ExpertError, match=rf"{file}: {field} is {version}, this code reads 2.*learn the stream again"):
+    older = rf"`pointsman recompute-statistics CONFIG --pool {folder}` takes them anew from each task's rows, without"
+    remedy = older if version == 1 else "a newer release wrote it; install that one"
+    told = rf"{file}: {field} is {version}, this code reads {VERSIONS[field]}: .*{remedy}"
+    with pytest.raises(OutdatedError if version == 1 else ExpertError, match=told):
         read(folder)
 
 

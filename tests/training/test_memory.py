@@ -11,6 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from jobs.benchmark.plan import PEAK, QUICK, Case, build, measure, taken
 from pipeline.config import ConfigError, TrainingConfig
 from pipeline.models.architecture import Architecture, architecture_of
+from pipeline.routing.adapters import load_adapters
 from pipeline.training.planning.activations import Pass, activations, layer_bytes
 from pipeline.training.planning.compute import operations, vision_operations
 from pipeline.training.planning.states import DEFAULTS, States, states
@@ -41,7 +42,7 @@ def test_the_router_stage_fits_where_the_expert_stage_does(changes: dict[str, An
     expert = taken(model, batch)[PEAK]
     save_lora(model, tmp_path, write=True)
     model = model.unload()
-    gates = with_gates(model, tmp_path)
+    gates = with_gates(model, load_adapters(tmp_path)[1])
     without_dropout(model)
     frozen = sum(gate.a_RD.nbytes + gate.b_OR.nbytes for gate in gates.values())
     assert taken(model, batch)[PEAK] + frozen < expert

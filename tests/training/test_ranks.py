@@ -103,7 +103,7 @@ def both_stages(path: str, folder: Path, training: TrainingConfig, dtype: str) -
         found["freed"] = optimizer() is None
         found["living"] = living(base)
         heard = heard_paths(base, "auto")
-        gates = with_gates(base.model, folder, dtype=precision)
+        gates = with_gates(base.model, load_adapters(folder)[1], dtype=precision)
         engine = start_engine(base.model, settings, learning_rate=5e-3, weight_decay=0.0, schedule=lambda step: 1.0)
         without_dropout(engine)
         own = [batches[0], batches[1] if rank == 0 else None]

@@ -1,0 +1,197 @@
+"""Recomputes what routers know of each task's prompts, without training: the experts stay, a new pool stands beside the old.
+
+    python -m jobs.recompute_statistics jobs/configs/embedded.yaml --pool models:/tiny.pool/3
+
+For a pool that an older release wrote (this one refuses to route by it), or for other settings of CONFIG's `router`:
+feature_width, statistics_rows, quantile, shrinkage, null_components. Stopped at any moment, the same command goes on.
+"""
+
+import shutil
+import tempfile
+from collections.abc import Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from time import monotonic
+from typing import Annotated, Any
+
+import typer
+from mlflow.entities.model_registry import ModelVersion
+
+from jobs.learn import fetch, holds
+from jobs.options import Address, ConfigFile, Overrides, job_command, load, user_errors
+from jobs.recognition import remember
+from jobs.renewals import Renewal, plan
+from jobs.stream_run import StreamRun, open_run, write_json
+from jobs.summary import task_figures
+from pipeline.registry.experts import register_expert
+from pipeline.registry.pools import CHAMPION, download_pool, find_pool, pool_name, register_pool
+from pipeline.registry.versions import MODELS
+from pipeline.routing.expert import Expert
+from pipeline.routing.pool import CARD, Pool
+from pipeline.routing.trained import TrainedExpert, TrainedPool
+from pipeline.training.recompute import recomputed
+
+PoolAddress = Annotated[
+    str | None,
+    typer.Option(
+        "--pool",
+        help="The pool: a folder, or models:/<base>.pool/<version>, or models:/<base>.pool@<alias>. Default: the run's own, "
+        "<output>/<name>/pool, else the registry's champion.",
+    ),
+]
+SkipMissing = Annotated[
+    bool,
+    typer.Option(
+        "--skip-missing",
+        help="Leave experts out of the new pool whose task's rows are gone, instead of ending at once.",
+    ),
+]
+
+
+def recompute(run: StreamRun, folder: Path, *, skip_missing: bool = False) -> ModelVersion:
+    """Makes and registers the new pool of the pool in `folder`; returns its version.
+
+    First what is missing is told, then statistics are taken, expert by expert; only when all are there, anything is registered.
+    """
+    began, old = monotonic(), TrainedPool.load(folder)
+    renewals = plan(run, old, skip_missing=skip_missing)
+    folders, read = {}, 0
+    for number, renewal in enumerate(renewals):
+        run.terminal.say(f"[bold]expert {number + 1}/{len(renewals)}: {renewal.task.name}[/bold]")
+        folders[renewal.task.name], prompts = _expert(run, old, renewal)
+        read += prompts
+    pool = Pool(run.config.base.label, run.fingerprint, run.config.router, **run.null_expert())
+    if old.null and not pool.null:
+        run.terminal.say("  the old pool had a null expert; without stream.general the new one abstains by distance")
+    pools = []
+    for place in folders.values():
+        pool = pool.add(Expert.load(place))
+        pools.append(pool)
+    key = _key(run, pool)
+    new, before = run.folder / "recomputed" / f"pool-{key}", find_pool(pool.base_label, key)
+    version = run.patience(
+        partial(_register, run, pools, folders, new), "registering experts and pool", kept="nothing is computed again"
+    )
+    said = "there already, its aliases are where they were" if before else f"now {CHAMPION}; the old versions stay"
+    run.terminal.say(
+        f"\n{len(folders)} of {len(old.experts)} experts, {read} prompts read in {monotonic() - began:.0f} s: version "
+        f"{version.version} of {version.name} ({said}), in {new}"
+    )
+    return version
+
+
+def _expert(run: StreamRun, old: TrainedPool, renewal: Renewal) -> tuple[Path, int]:
+    """Returns the folder of an expert with its new statistics, and how many prompts were read for them now."""
+    task, label = renewal.task, run.config.base.label
+    folder = run.folder / "recomputed" / "experts" / task.name
+    if renewal.identity is None:
+        run.terminal.say("  has these statistics already")
+        return old.folder_of(task.name), 0
+    if renewal.changes:
+        run.terminal.say(f"  trained otherwise than the configuration says, and kept: {'; '.join(renewal.changes)}")
+    if not holds(folder, renewal.digest):
+        run.patience(lambda: fetch(label, renewal.digest, folder), f"fetching expert {task.name}")
+    if holds(folder, renewal.digest):
+        run.terminal.say("  recomputed before")
+        return folder, 0
+    began, trained = monotonic(), old.expert(task.name)
+    with run.terminal.working(f"reading {task.name}"):
+        rows = run.training_rows(task)
+    run.tell_set_aside(rows, task.name, "train")
+    with run.terminal.working("taking statistics of its prompts"):
+        expert = recomputed(
+            trained,
+            rows.training_rows([task.name]),
+            run.config.base,
+            run.config.router,
+            identity=renewal.identity,
+            seed=run.config.seed,
+            targets=run.config.expert.target_modules,
+            workers=run.inference_workers,
+            vision=run.vision,
+        )
+    aside = rows.aside[task.name]
+    counts = {"rows": rows.counts[task.name], "quarantined": aside.rows, "lost_files": aside.files}
+    _keep_figures(run, trained, renewal.digest, counts)
+    expert.save(folder)
+    run.release(task)
+    run.terminal.say(f"  {expert.statistics.count} prompts in {monotonic() - began:.0f} s")
+    return folder, expert.statistics.count
+
+
+def _keep_figures(run: StreamRun, trained: TrainedExpert, key: str, counts: Mapping[str, int]) -> None:
+    """Writes what `learn` needs to take the expert for learned: the figures of its training, or what its card has of them."""
+    card = trained.card
+    before, now = (run.folder / "state" / f"task-{name}.json" for name in (card.config_digest, key))
+    if before.exists():
+        shutil.copyfile(before, now)
+        return
+    stages = [f"{stage}_{what}" for stage in ("expert", "router") for what in ("seconds", "wait_seconds")]
+    figures: dict[str, Any] = dict.fromkeys(stages, 0.0) | card.metrics
+    figures |= {"expert_losses": [], "router_losses": [], "samples": card.samples, **counts}
+    figures["seconds"] = figures["expert_seconds"] + figures["router_seconds"]
+    write_json(now, task_figures(run, card.task, figures))
+
+
+def _register(run: StreamRun, pools: Sequence[Pool], folders: Mapping[str, Path], new: Path) -> ModelVersion:
+    """Registers all experts, then the pools of the first of them, of the first two, ..., as learning does.
+
+    So `learn` finds each of them, and leaves `champion` at the last, which is written to `new`; returns its version.
+    """
+    label = run.config.base.label
+    versions = {name: register_expert(label, folder) for name, folder in folders.items()}
+    with tempfile.TemporaryDirectory(dir=run.folder, prefix="pool-") as scratch:
+        for pool in pools:
+            remember(run, pool.experts[pool.names[-1]].card)
+            folder = pool.save(new if pool is pools[-1] else Path(scratch) / "pool")
+            experts = {name: versions[name] for name in pool.names}
+            version = register_pool(folder, run.config.base, digest=_key(run, pool), experts=experts)
+    return version
+
+
+def _key(run: StreamRun, pool: Pool) -> str:
+    return run.identity.pool([expert.card.config_digest for expert in pool.experts.values()], pool.router)
+
+
+def main(
+    config: ConfigFile,
+    overrides: Overrides = None,
+    pool: PoolAddress = None,
+    skip_missing: SkipMissing = False,
+    address: Address = None,
+) -> None:
+    """Recompute a pool's statistics, without training: for a pool of an older release, or for other router settings.
+
+    CONFIG is the stream's own file: its tasks are found by the experts' names, their training rows are read again, at most
+    router.statistics_rows of each, and its general sample. LoRA and routing vectors stay as they are. Experts and pool
+    become new versions in the registry; the old ones stay, and `champion` can be moved back to them. Nothing is changed before
+    all rows are found; stopped at any moment, the same command goes on. `pointsman learn` with the same CONFIG goes on from
+    the recomputed experts.
+    """
+    with user_errors():
+        settings = load(config, overrides)
+        if address:
+            options = [*(["--pool", pool] if pool else []), *(["--skip-missing"] if skip_missing else [])]
+            job_command("jobs.recompute_statistics", config, overrides, address, *options)
+        with (
+            open_run(settings, job="recompute-statistics", trains=False) as run,
+            tempfile.TemporaryDirectory(dir=run.folder, prefix="pool-") as scratch,
+        ):
+            recompute(run, _folder_of(run, pool, Path(scratch)), skip_missing=skip_missing)
+
+
+def _folder_of(run: StreamRun, pool: str | None, scratch: Path) -> Path:
+    """Returns the folder of the pool that is meant, copied to `scratch` if it comes from the registry."""
+    own = run.folder / "pool"
+    if pool is None and not (own / CARD).is_file():
+        pool = f"{MODELS}{pool_name(run.config.base.label)}@{CHAMPION}"
+    if pool is None or not pool.startswith(MODELS):
+        folder = own if pool is None else Path(pool).expanduser().resolve()
+        run.terminal.say(f"pool {folder}")
+        return folder
+    run.terminal.say(f"pool {pool}")
+    return run.patience(partial(download_pool, pool, scratch), f"fetching {pool}")
+
+
+if __name__ == "__main__":
+    typer.run(main)
