@@ -184,11 +184,13 @@ def _to_be_trained(run: StreamRun, task: TaskConfig) -> bool:
 
 
 def holds(folder: Path, key: str) -> bool:
-    """Whether a folder holds the expert of this name, undamaged."""
+    """Whether a folder holds the expert of this name, undamaged: all of its files are read."""
     try:
-        return Expert.load(folder).card.config_digest == key
+        expert = Expert.load(folder)
+        expert.check_trained()
     except ExpertError:
         return False
+    return expert.card.config_digest == key
 
 
 def _upload(folder: Path, report: Path) -> None:
