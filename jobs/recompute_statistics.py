@@ -67,7 +67,7 @@ def recompute(run: StreamRun, folder: Path, *, skip_missing: bool = False) -> Mo
     for place in folders.values():
         pool = pool.add(Expert.load(place))
         pools.append(pool)
-    key = _key(run, pool)
+    key = run.pool_key(pool)
     new, before = run.folder / "recomputed" / f"pool-{key}", find_pool(pool.base_label, key)
     version = run.patience(
         partial(_register, run, pools, folders, new), "registering experts and pool", kept="nothing is computed again"
@@ -126,10 +126,11 @@ def _keep_figures(run: StreamRun, trained: TrainedExpert, key: str, counts: Mapp
     if before.exists():
         shutil.copyfile(before, now)
         return
-    stages = [f"{stage}_{what}" for stage in ("expert", "router") for what in ("seconds", "wait_seconds")]
-    figures: dict[str, Any] = dict.fromkeys(stages, 0.0) | card.metrics
-    figures |= {"expert_losses": [], "router_losses": [], "samples": card.samples, **counts}
-    figures["seconds"] = figures["expert_seconds"] + figures["router_seconds"]
+    unknown: dict[str, Any] = {"seconds": 0.0, "wait_seconds": 0.0, "losses": [], "step_seconds": []}
+    figures = {
+        f"{stage}_{what}": none for stage in ("expert", "router") for what, none in unknown.items()
+    } | card.metrics
+    figures |= {"seconds": figures["expert_seconds"] + figures["router_seconds"], "samples": card.samples, **counts}
     write_json(now, task_figures(run, card.task, figures))
 
 
@@ -145,12 +146,8 @@ def _register(run: StreamRun, pools: Sequence[Pool], folders: Mapping[str, Path]
             remember(run, pool.experts[pool.names[-1]].card)
             folder = pool.save(new if pool is pools[-1] else Path(scratch) / "pool")
             experts = {name: versions[name] for name in pool.names}
-            version = register_pool(folder, run.config.base, digest=_key(run, pool), experts=experts)
+            version = register_pool(folder, run.config.base, digest=run.pool_key(pool), experts=experts)
     return version
-
-
-def _key(run: StreamRun, pool: Pool) -> str:
-    return run.identity.pool([expert.card.config_digest for expert in pool.experts.values()], pool.router)
 
 
 def main(

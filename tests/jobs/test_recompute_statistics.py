@@ -211,7 +211,8 @@ def test_learning_goes_on_from_the_recomputed_experts(
     settings = load_config(aged.config, ["stream.on_change=fail"], LearnConfig)
     with open_run(settings, job="test", trains=False) as run:
         for number, task in enumerate(settings.stream.tasks, start=1):
-            expert, version, figures = learn._expert(run, task)
+            expert, version, figures, before = learn._expert(run, task, None)
+            assert before
             assert_same(expert.statistics, renewed[0].experts[task.name].statistics)
             assert int(version.version) == number
             assert figures["samples"] == 12 * 16
