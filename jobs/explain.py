@@ -3,9 +3,11 @@
 python -m jobs.explain --pool runs/demo/pool --image digit.png --prompt "which digit is this ?"
 """
 
+import tempfile
 from pathlib import Path
 from typing import Annotated
 
+import mlflow
 import typer
 from PIL import Image
 
@@ -15,10 +17,19 @@ from pipeline.config import BaseModelConfig, ConfigError
 from pipeline.evaluation.pictures import routing_of_a_prompt
 from pipeline.models.bases import load_base
 from pipeline.models.prompts import IMAGE_PLACEHOLDER, collate_for, encode, generate_answers
+from pipeline.registry.experts import registered_experts
+from pipeline.registry.pools import download_pool
+from pipeline.registry.versions import MODELS
 from pipeline.routing import Pool, PoolError, RoutedModel
 from pipeline.routing.insight import Candidate, Explanation, explain
 
-PoolFolder = Annotated[Path, typer.Option("--pool", help="A pool's folder, e.g. runs/demo/pool.")]
+PoolAddress = Annotated[
+    str,
+    typer.Option(
+        "--pool",
+        help="A pool's folder, e.g. runs/demo/pool, or models:/<base>.pool@champion of the registry in MLFLOW_TRACKING_URI.",
+    ),
+]
 Images = Annotated[list[Path] | None, typer.Option("--image", help="An image of the prompt; may be given again.")]
 Prompt = Annotated[str, typer.Option(help="The question; images go before it unless it says <image> itself.")]
 BasePath = Annotated[str, typer.Option("--base", help="The pool's base: checkpoint folder, hub id, or `tiny`.")]
@@ -27,7 +38,7 @@ Kind = Annotated[str | None, typer.Option("--router", help="Another router: toke
 
 
 def main(
-    pool: PoolFolder,
+    pool: PoolAddress,
     prompt: Prompt,
     image: Images = None,
     base: BasePath = "tiny",
@@ -36,8 +47,8 @@ def main(
     max_new_tokens: Annotated[int, typer.Option(help="Longest answer in tokens.", min=1)] = 64,
 ) -> None:
     """Explain an answer: experts by likelihood and distance, and a picture of who took part in which token."""
-    with user_errors():
-        loaded = Pool.load(pool)
+    with user_errors(), tempfile.TemporaryDirectory() as scratch:
+        loaded = _registered(pool, Path(scratch)) if pool.startswith(MODELS) else Pool.load(pool)
         if router is not None:
             if router not in ("token", "prompt", "two_level"):
                 raise ConfigError(f"--router {router!r}: choose token, prompt or two_level")
@@ -68,6 +79,15 @@ def main(
         routing_of_a_prompt(explanation, tokens).savefig(picture, format="png", dpi=150, facecolor="white")
     show(Terminal(), answer, explanation)
     typer.echo(f"picture    {picture.resolve()}")
+
+
+def _registered(address: str, scratch: Path) -> Pool:
+    """Returns a registered pool, downloaded to `scratch`; its experts come from the user's cache, or are fetched to it."""
+    if not mlflow.is_tracking_uri_set():
+        raise ConfigError(
+            f"--pool {address}: set MLFLOW_TRACKING_URI to the registry that has it, e.g. sqlite:///runs/mlflow.db"
+        )
+    return Pool.load(download_pool(address, scratch), registered_experts())
 
 
 def _open(path: Path) -> Image.Image:

@@ -25,12 +25,12 @@ from jobs.terminal import table
 from pipeline.config import TaskConfig
 from pipeline.evaluation.matrix import AccuracyMatrix
 from pipeline.evaluation.report import write_report
-from pipeline.registry.experts import download_expert, find_expert, register_expert
+from pipeline.registry.experts import find_expert, register_expert
 from pipeline.registry.pools import pool_name, register_pool
 from pipeline.registry.tracking import log_dataset, ui_command
-from pipeline.routing.adapters import ExpertError
 from pipeline.routing.expert import Expert
 from pipeline.routing.pool import Pool
+from pipeline.routing.store import ExpertReference, StoredExpert
 from pipeline.streams.faults import StreamError
 
 
@@ -59,17 +59,17 @@ def learn_stream(run: StreamRun) -> Learned:
         run.terminal.say(f"[bold]task {number + 1}/{len(names)}: {task.name}[/bold]")
         began, following = monotonic(), next(iter(config.stream.tasks[number + 1 :]), None)
         found = _expert(run, task, following)
-        expert, versions[task.name], figures[task.name] = found.expert, found.version, found.figures
-        pool = pool.add(expert)
+        versions[task.name], figures[task.name] = found.version, found.figures
+        pool = pool.add(found.expert)
         pool.save(pool_folder)
         pool_key = run.pool_key(pool)
         version = run.patience(
-            partial(register_pool, pool_folder, config.base, digest=pool_key, experts=dict(versions)),
+            partial(register_pool, pool, config.base, digest=pool_key, experts=dict(versions)),
             "registering the pool",
             kept=f"pool and experts are safe in {run.folder}; nothing will be trained again",
         )
         if not found.before:
-            figures[task.name] = _with_overhead(run, expert, figures[task.name], monotonic() - began)
+            figures[task.name] = _with_overhead(found.file, figures[task.name], monotonic() - began)
         accuracy = ""
         if config.is_evaluated(number + 1):
             seen = [*names[: number + 1], *families]
@@ -96,9 +96,11 @@ def learn_stream(run: StreamRun) -> Learned:
 class _Found(NamedTuple):
     """A task's expert."""
 
-    expert: Expert
+    expert: StoredExpert
     version: ModelVersion
     figures: dict[str, Any]
+    file: Path
+    """Where its figures are."""
     before: bool
     """Whether it was there already."""
 
@@ -108,36 +110,32 @@ def _expert(run: StreamRun, task: TaskConfig, following: TaskConfig | None) -> _
 
     While it trains the rows of the `following` task are read, if that is to be trained too.
     """
-    key, label = expert_wanted(run, task), run.config.base.label
-    folder, file = run.folder / "experts" / task.name, run.folder / "state" / f"task-{key}.json"
-    if file.exists() and not holds(folder, key):
-        run.patience(lambda: fetch(label, key, folder), f"fetching expert {task.name}")
-    before = file.exists() and holds(folder, key)
+    wanted = run.reference(task.name, expert_wanted(run, task))
+    file = run.folder / "state" / f"task-{wanted.digest}.json"
+    before = file.exists() and run.has_expert(wanted)
     if not before:
-        _train(run, task, key, folder, file, following)
-    figures = read_json(file)
+        _train(run, task, wanted, file, following)
+    figures, folder = read_json(file), run.experts.ensure(wanted)
     version = run.patience(
-        lambda: _register(run, task, key, folder, figures),
+        lambda: _register(run, task, wanted, folder, figures),
         f"registering expert {task.name}",
         kept=f"the trained expert is safe in {folder}; it will not be trained again",
     )
     if before:
-        run.terminal.say(f"  learned before, version {version.version} of {label}.experts")
-    expert = Expert.load(folder)
-    remember(run, expert.card)
-    return _Found(expert, version, figures, before)
+        run.terminal.say(f"  learned before, version {version.version} of {version.name}")
+    where = {"model": version.name, "version": int(version.version)}
+    expert = StoredExpert(ExpertReference.of(folder).model_copy(update=where), run.experts)
+    remember(run, expert.expert.card)
+    return _Found(expert, version, figures, file, before)
 
 
-def fetch(label: str, key: str, folder: Path) -> None:
-    """Copies the registered expert named `key` into `folder`, if there is one."""
-    if (version := find_expert(label, key)) is not None:
-        download_expert(label, int(version.version), folder)
-
-
-def _register(run: StreamRun, task: TaskConfig, key: str, folder: Path, figures: Mapping[str, Any]) -> ModelVersion:
+def _register(
+    run: StreamRun, task: TaskConfig, expert: ExpertReference, folder: Path, figures: Mapping[str, Any]
+) -> ModelVersion:
     """Returns the version of a trained expert, made now if there is none."""
     label = run.config.base.label
-    if (version := find_expert(label, key)) is not None:
+    assert expert.digest is not None
+    if (version := find_expert(label, expert.digest)) is not None:
         return version
     if "rows" in figures:  # which earlier releases did not write down
         assert task.train is not None
@@ -146,8 +144,9 @@ def _register(run: StreamRun, task: TaskConfig, key: str, folder: Path, figures:
     return register_expert(label, folder)
 
 
-def _train(run: StreamRun, task: TaskConfig, key: str, folder: Path, file: Path, following: TaskConfig | None) -> None:
-    """Trains a task's expert into `folder`, then writes its figures to `file`: then it is learned, registered or not."""
+def _train(run: StreamRun, task: TaskConfig, wanted: ExpertReference, file: Path, following: TaskConfig | None) -> None:
+    """Trains a task's expert into the store, then writes its figures to `file`: then it is learned, registered or not."""
+    assert wanted.digest is not None
     _ = run.worker_env  # made once a node: no part of what learning a task takes
     started = monotonic()
     with run.terminal.working(f"reading {task.name}"):
@@ -156,8 +155,8 @@ def _train(run: StreamRun, task: TaskConfig, key: str, folder: Path, file: Path,
         run.read_ahead(following)
     run.tell_set_aside(rows, task.name, "train")
     aside = rows.aside[task.name]
-    trained = run.train(*run.job(task, key))
-    Expert.load(trained.expert).save(folder)
+    trained = run.train(*run.job(task, wanted.digest))
+    run.experts.put(Expert.load(trained.expert))
     figures = trained.figures | {
         "seconds": monotonic() - started,
         "rows": rows.counts[task.name],
@@ -168,10 +167,10 @@ def _train(run: StreamRun, task: TaskConfig, key: str, folder: Path, file: Path,
     run.release(task)
 
 
-def _with_overhead(run: StreamRun, expert: Expert, figures: dict[str, Any], seconds: float) -> dict[str, Any]:
+def _with_overhead(file: Path, figures: dict[str, Any], seconds: float) -> dict[str, Any]:
     """Adds what a task took beyond its optimizer steps, of the `seconds` from its first row to its pool's registration."""
     figures = figures | {"overhead_seconds": seconds - figures["step_seconds"]}
-    write_json(run.folder / "state" / f"task-{expert.card.config_digest}.json", figures)
+    write_json(file, figures)
     return figures
 
 
@@ -181,16 +180,6 @@ def _to_be_trained(run: StreamRun, task: TaskConfig) -> bool:
         return not (run.folder / "state" / f"task-{run.identity.expert(task)}.json").exists()
     except StreamError:  # said when its turn comes
         return False
-
-
-def holds(folder: Path, key: str) -> bool:
-    """Whether a folder holds the expert of this name, undamaged: all of its files are read."""
-    try:
-        expert = Expert.load(folder)
-        expert.check_trained()
-    except ExpertError:
-        return False
-    return expert.card.config_digest == key
 
 
 def _upload(folder: Path, report: Path) -> None:

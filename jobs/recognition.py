@@ -13,6 +13,7 @@ from jobs.stream_run import StreamRun, read_json, write_json
 from pipeline.config import TaskConfig
 from pipeline.errors import UserError
 from pipeline.routing.expert import CARD, ExpertCard
+from pipeline.routing.pool import EXPERTS
 from pipeline.streams.faults import StreamError
 
 SHOWN = 40
@@ -97,7 +98,7 @@ def _without_data(run: StreamRun, task: TaskConfig, known: dict[str, Any] | None
 
 def _known(run: StreamRun, task: TaskConfig) -> dict[str, Any] | None:
     # Earlier releases kept no note of it, but the expert's own card.
-    files = _file(run.folder, task.name), run.folder / "experts" / task.name / CARD
+    files = _file(run.folder, task.name), run.folder / EXPERTS / task.name / CARD
     return next((read_json(file) for file in files if file.exists()), None)
 
 

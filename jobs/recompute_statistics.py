@@ -17,7 +17,6 @@ from typing import Annotated, Any
 import typer
 from mlflow.entities.model_registry import ModelVersion
 
-from jobs.learn import fetch, holds
 from jobs.options import Address, ConfigFile, Overrides, job_command, load, user_errors
 from jobs.recognition import remember
 from jobs.renewals import Renewal, plan
@@ -28,6 +27,7 @@ from pipeline.registry.pools import CHAMPION, download_pool, find_pool, pool_nam
 from pipeline.registry.versions import MODELS
 from pipeline.routing.expert import Expert
 from pipeline.routing.pool import CARD, Pool
+from pipeline.routing.store import ExpertReference, StoredExpert
 from pipeline.routing.trained import TrainedExpert, TrainedPool
 from pipeline.training.recompute import recomputed
 
@@ -48,52 +48,51 @@ SkipMissing = Annotated[
 ]
 
 
-def recompute(run: StreamRun, folder: Path, *, skip_missing: bool = False) -> ModelVersion:
-    """Makes and registers the new pool of the pool in `folder`; returns its version.
+def recompute(run: StreamRun, old: TrainedPool, *, skip_missing: bool = False) -> ModelVersion:
+    """Makes and registers the new pool of an old one; returns its version.
 
     First what is missing is told, then statistics are taken, expert by expert; only when all are there, anything is registered.
     """
-    began, old = monotonic(), TrainedPool.load(folder)
+    began = monotonic()
     renewals = plan(run, old, skip_missing=skip_missing)
-    folders, read = {}, 0
+    experts, read = {}, 0
     for number, renewal in enumerate(renewals):
         run.terminal.say(f"[bold]expert {number + 1}/{len(renewals)}: {renewal.task.name}[/bold]")
-        folders[renewal.task.name], prompts = _expert(run, old, renewal)
+        experts[renewal.task.name], prompts = _expert(run, old, renewal)
         read += prompts
     pool = Pool(run.config.base.label, run.fingerprint, run.config.router, **run.null_expert())
     if old.null and not pool.null:
         run.terminal.say("  the old pool had a null expert; without stream.general the new one abstains by distance")
     pools = []
-    for place in folders.values():
-        pool = pool.add(Expert.load(place))
+    for expert in experts.values():
+        pool = pool.add(expert)
         pools.append(pool)
     key = run.pool_key(pool)
     new, before = run.folder / "recomputed" / f"pool-{key}", find_pool(pool.base_label, key)
     version = run.patience(
-        partial(_register, run, pools, folders, new), "registering experts and pool", kept="nothing is computed again"
+        partial(_register, run, pools, experts, new), "registering experts and pool", kept="nothing is computed again"
     )
     said = "there already, its aliases are where they were" if before else f"now {CHAMPION}; the old versions stay"
     run.terminal.say(
-        f"\n{len(folders)} of {len(old.experts)} experts, {read} prompts read in {monotonic() - began:.0f} s: version "
+        f"\n{len(experts)} of {len(old.experts)} experts, {read} prompts read in {monotonic() - began:.0f} s: version "
         f"{version.version} of {version.name} ({said}), in {new}"
     )
     return version
 
 
-def _expert(run: StreamRun, old: TrainedPool, renewal: Renewal) -> tuple[Path, int]:
-    """Returns the folder of an expert with its new statistics, and how many prompts were read for them now."""
-    task, label = renewal.task, run.config.base.label
-    folder = run.folder / "recomputed" / "experts" / task.name
+def _expert(run: StreamRun, old: TrainedPool, renewal: Renewal) -> tuple[StoredExpert, int]:
+    """Returns an expert with its new statistics, in the run's store, and how many prompts were read for them now."""
+    task = renewal.task
     if renewal.identity is None:
         run.terminal.say("  has these statistics already")
-        return old.folder_of(task.name), 0
+        found = old.folder_of(task.name)
+        return _stored(run, run.experts.take(ExpertReference.of(found), found)), 0
+    wanted = run.reference(task.name, renewal.digest)
     if renewal.changes:
         run.terminal.say(f"  trained otherwise than the configuration says, and kept: {'; '.join(renewal.changes)}")
-    if not holds(folder, renewal.digest):
-        run.patience(lambda: fetch(label, renewal.digest, folder), f"fetching expert {task.name}")
-    if holds(folder, renewal.digest):
+    if run.has_expert(wanted):
         run.terminal.say("  recomputed before")
-        return folder, 0
+        return _stored(run, run.experts.ensure(wanted)), 0
     began, trained = monotonic(), old.expert(task.name)
     with run.terminal.working(f"reading {task.name}"):
         rows = run.training_rows(task)
@@ -113,10 +112,14 @@ def _expert(run: StreamRun, old: TrainedPool, renewal: Renewal) -> tuple[Path, i
     aside = rows.aside[task.name]
     counts = {"rows": rows.counts[task.name], "quarantined": aside.rows, "lost_files": aside.files}
     _keep_figures(run, trained, renewal.digest, counts)
-    expert.save(folder)
+    folder = run.experts.put(expert)
     run.release(task)
     run.terminal.say(f"  {expert.statistics.count} prompts in {monotonic() - began:.0f} s")
-    return folder, expert.statistics.count
+    return _stored(run, folder), expert.statistics.count
+
+
+def _stored(run: StreamRun, folder: Path) -> StoredExpert:
+    return StoredExpert(ExpertReference.of(folder), run.experts)
 
 
 def _keep_figures(run: StreamRun, trained: TrainedExpert, key: str, counts: Mapping[str, int]) -> None:
@@ -134,19 +137,18 @@ def _keep_figures(run: StreamRun, trained: TrainedExpert, key: str, counts: Mapp
     write_json(now, task_figures(run, card.task, figures))
 
 
-def _register(run: StreamRun, pools: Sequence[Pool], folders: Mapping[str, Path], new: Path) -> ModelVersion:
+def _register(run: StreamRun, pools: Sequence[Pool], experts: Mapping[str, StoredExpert], new: Path) -> ModelVersion:
     """Registers all experts, then the pools of the first of them, of the first two, ..., as learning does.
 
     So `learn` finds each of them, and leaves `champion` at the last, which is written to `new`; returns its version.
     """
     label = run.config.base.label
-    versions = {name: register_expert(label, folder) for name, folder in folders.items()}
-    with tempfile.TemporaryDirectory(dir=run.folder, prefix="pool-") as scratch:
-        for pool in pools:
-            remember(run, pool.experts[pool.names[-1]].card)
-            folder = pool.save(new if pool is pools[-1] else Path(scratch) / "pool")
-            experts = {name: versions[name] for name in pool.names}
-            version = register_pool(folder, run.config.base, digest=run.pool_key(pool), experts=experts)
+    versions = {name: register_expert(label, run.experts.ensure(e.reference)) for name, e in experts.items()}
+    for pool in pools:
+        remember(run, pool.experts[pool.names[-1]].card)
+        known = {name: versions[name] for name in pool.names}
+        version = register_pool(pool, run.config.base, digest=run.pool_key(pool), experts=known)
+    pools[-1].save(new)
     return version
 
 
@@ -174,20 +176,20 @@ def main(
             open_run(settings, job="recompute-statistics", trains=False) as run,
             tempfile.TemporaryDirectory(dir=run.folder, prefix="pool-") as scratch,
         ):
-            recompute(run, _folder_of(run, pool, Path(scratch)), skip_missing=skip_missing)
+            recompute(run, _meant(run, pool, Path(scratch)), skip_missing=skip_missing)
 
 
-def _folder_of(run: StreamRun, pool: str | None, scratch: Path) -> Path:
-    """Returns the folder of the pool that is meant, copied to `scratch` if it comes from the registry."""
+def _meant(run: StreamRun, pool: str | None, scratch: Path) -> TrainedPool:
+    """Returns the pool that is meant, copied to `scratch` if it comes from the registry."""
     own = run.folder / "pool"
     if pool is None and not (own / CARD).is_file():
         pool = f"{MODELS}{pool_name(run.config.base.label)}@{CHAMPION}"
     if pool is None or not pool.startswith(MODELS):
         folder = own if pool is None else Path(pool).expanduser().resolve()
         run.terminal.say(f"pool {folder}")
-        return folder
+        return TrainedPool.load(folder, run.experts if pool is None else None)
     run.terminal.say(f"pool {pool}")
-    return run.patience(partial(download_pool, pool, scratch), f"fetching {pool}")
+    return TrainedPool.load(run.patience(partial(download_pool, pool, scratch), f"fetching {pool}"), run.experts)
 
 
 if __name__ == "__main__":

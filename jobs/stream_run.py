@@ -10,7 +10,7 @@ import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -30,12 +30,15 @@ from pipeline.locks import LockedError, file_lock
 from pipeline.models.bases import language_width
 from pipeline.models.checkpoints import checkpoint, fingerprint
 from pipeline.models.inference import InferenceWorkers
+from pipeline.registry.experts import MissingExpertError, experts_name, fetch_expert
 from pipeline.registry.patience import Patience
 from pipeline.registry.spool import MetricSpool
 from pipeline.registry.tracking import log_config, open_tracking, tracked_run
+from pipeline.routing.adapters import ExpertError
 from pipeline.routing.features import feature_width
 from pipeline.routing.null import read_null, write_null
-from pipeline.routing.pool import Pool
+from pipeline.routing.pool import EXPERTS, Pool
+from pipeline.routing.store import ExpertReference, ExpertStore
 from pipeline.streams.preprocess import Part, Prepared, prepare
 from pipeline.streams.prompts import PromptSource
 from pipeline.streams.quarantine import SetAside
@@ -186,6 +189,35 @@ class StreamRun:
             null, evidence = read_null(file)
             return {"null": null, "null_evidence": evidence}
 
+    # Experts
+
+    @cached_property
+    def experts(self) -> ExpertStore:
+        """Where experts lie, by digest, for all runs of this output folder; what is missing or damaged comes from the registry."""
+
+        def fetch(reference: ExpertReference, folder: Path) -> None:
+            self.patience(partial(fetch_expert, reference, folder), f"fetching expert {reference.name}")
+
+        return ExpertStore(Path(self.config.output) / EXPERTS, fetch)
+
+    def reference(self, task: str, digest_: str) -> ExpertReference:
+        """Returns what says of a task's expert which one it is: its name, and where it is registered once it is trained."""
+        return ExpertReference(name=task, digest=digest_, model=experts_name(self.config.base.label))
+
+    def has_expert(self, reference: ExpertReference) -> bool:
+        """Whether an expert is in the store undamaged, or could be brought there; all of its files are read.
+
+        It may come from the registry, or, learned by an earlier release, from the run's own folder.
+        """
+        try:
+            self.experts.verify(reference)
+        except (ExpertError, MissingExpertError):
+            try:
+                self.experts.take(reference, self.folder / EXPERTS / reference.name)
+            except ExpertError:
+                return False
+        return True
+
     # Training
 
     def job(self, task: TaskConfig, digest_: str, /, **changes: Any) -> tuple[Job, TrainingRows]:
@@ -250,7 +282,7 @@ class StreamRun:
 
     def pool_key(self, pool: Pool) -> str:
         """Returns the name of a pool with this run's base prompts."""
-        return self.identity.pool([expert.card.config_digest for expert in pool.experts.values()], pool.router)
+        return self.identity.pool(pool.digests, pool.router)
 
     @cached_property
     def evaluator(self) -> Evaluator:

@@ -65,7 +65,7 @@ def _sweep(run: StreamRun, space: SweepSpace, name: str) -> None:
     pool_folder = run.folder / "pool" if (run.folder / "pool" / "pool.json").exists() else None
     others = []
     if pool_folder:
-        pool = Pool.load(pool_folder)
+        pool = Pool.load(pool_folder, run.experts)
         if pool.base_fingerprint != run.fingerprint:
             raise PoolError(
                 f"{pool_folder}: made for base {pool.base_label!r} with fingerprint {pool.base_fingerprint}, base.path has "

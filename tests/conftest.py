@@ -1,5 +1,6 @@
 """The untrained tiny base that all tests share, as a checkpoint folder and loaded."""
 
+import os
 from pathlib import Path
 
 import pytest
@@ -9,10 +10,17 @@ from pipeline.config import BaseModelConfig
 from pipeline.models.bases import Base, load_base
 from pipeline.models.tiny import build_tiny, tiny_processor
 from pipeline.routing import Pool
+from pipeline.routing.store import CACHE_VARIABLE
 from pipeline.streams.embedded.foundation import vocabulary
 from tests.helpers import claimed_pool
 
 torch.set_num_threads(1)  # models this small only wait for a second thread, on a busy machine for minutes
+
+
+@pytest.fixture(scope="session", autouse=True)
+def own_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Experts of registered pools are fetched to a folder of the tests, not to the user's cache."""
+    os.environ[CACHE_VARIABLE] = str(tmp_path_factory.mktemp("cache"))
 
 
 @pytest.fixture(scope="session")

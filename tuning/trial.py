@@ -109,7 +109,7 @@ class EvaluateTemperature(tune.Trainable):
 
     def _predictions(self, pool: Pool) -> Iterator[Prediction]:
         """Yields the predictions of a pool whose Linears choose; what it has not answered before is generated."""
-        author = pool_author(self._pool_key([e.card.config_digest for e in pool.experts.values()], pool.router))
+        author = pool_author(self._pool_key(pool.digests, pool.router))
         attached = False
         for page in self._pages:
             known = self._store.of(author, page["prompt"])

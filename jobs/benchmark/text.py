@@ -165,7 +165,8 @@ def perplexity(routed: RoutedModel, rows: Sequence[Encoded]) -> tuple[float, flo
 def _sequential(run: StreamRun, learned: Learned) -> Expert:
     """Fine-tunes the first task's LoRA on the tasks after it; returns the last expert with that LoRA instead of its own."""
     first, *others = run.config.stream.tasks
-    adapter, key = run.folder / "experts" / first.name, learned.pool.experts[first.name].card.config_digest
+    key = learned.pool.experts[first.name].card.config_digest
+    adapter = run.experts.ensure(run.reference(first.name, key))
     for task in others:
         run.terminal.say(f"[bold]sequential fine-tuning: {task.name} after {first.name}[/bold]")
         key = digest("sequential", key, run.identity.expert(task))

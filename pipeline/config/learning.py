@@ -16,12 +16,22 @@ def _here(path: str) -> str:
     return str(found.absolute()) if path != "tiny" and found.exists() else path
 
 
+SHARED_FOLDERS = ("data", "experts")
+"""Folders of an output folder that belong to no run: rows and answers, and the experts that pools refer to."""
+
+
 def _on_a_file_system(path: str) -> str:
     """Returns the path of a folder; refuses URIs of object stores, where files cannot be renamed or locked."""
     scheme, separator, rest = path.partition("://")
     if separator and not (scheme == "file" and rest.startswith("/")):
         raise ValueError("results need a file system; mount the storage and name the mounted folder, e.g. /mnt/runs")
     return rest if separator else str(Path(path).expanduser()) if path.startswith("~") else path
+
+
+def _no_shared_folder(name: str) -> str:
+    if name in SHARED_FOLDERS:
+        raise ValueError(f"<output>/{name} is what all runs of an output folder share; choose another name")
+    return name
 
 
 def _a_pattern(text: str) -> str:
@@ -195,7 +205,7 @@ class RegistryConfig(Config):
 class LearnConfig(Config):
     """Everything that `pointsman learn` needs; one YAML file."""
 
-    name: str = Field(default="demo", pattern=r"^[A-Za-z0-9_-]+$")
+    name: Annotated[str, AfterValidator(_no_shared_folder)] = Field(default="demo", pattern=r"^[A-Za-z0-9_-]+$")
     """Name of the run; its folder is `<output>/<name>`."""
     output: Annotated[str, AfterValidator(_on_a_file_system)] = "runs"
     """Folder for results, checkpoints and, by default, MLflow's database; shared storage on a cluster, mounted where it is

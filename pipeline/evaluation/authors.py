@@ -41,10 +41,8 @@ class Authors:
 
     @cached_property
     def _digests(self) -> list[str]:
-        """Digests of the experts; they are not read for it, but where a pool of an earlier release holds them."""
         assert self.pool is not None, "only pools have experts"
-        references, experts = self.pool.card.experts, self.pool.experts
-        return [reference.digest or experts[reference.name].card.config_digest for reference in references]
+        return self.pool.digests
 
     def name_of(self, choice: int) -> str:
         """Returns the name of an expert, or that of the base."""

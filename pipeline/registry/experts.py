@@ -1,4 +1,7 @@
-"""Experts in the registry: `<base>.experts` has a version per trained expert; aliases mark each task's current one."""
+"""Experts in the registry: `<base>.experts` has a version per trained expert; aliases mark each task's current one.
+
+Pools refer to these versions. Whoever loads a pool from the registry finds its experts in the user's cache, or fetches them.
+"""
 
 import tempfile
 from pathlib import Path
@@ -6,11 +9,23 @@ from pathlib import Path
 import mlflow
 from mlflow import MlflowClient
 from mlflow.entities.model_registry import ModelVersion
+from mlflow.exceptions import MlflowException
 
+from pipeline.config import without_secrets
 from pipeline.files import replace_folder
+from pipeline.registry.patience import RegistryError, is_away
 from pipeline.registry.tracking import active_run
 from pipeline.registry.versions import DIGEST, create_version, find_finished, get_version, log_folder
+from pipeline.routing.contents import Contents
 from pipeline.routing.expert import Expert
+from pipeline.routing.store import ExpertReference, ExpertStore, cache_folder
+
+CONTENT = "content"
+"""Tag of a version: digest of the expert's files (`Contents.digest`); versions of earlier releases are without."""
+
+
+class MissingExpertError(RegistryError):
+    """An expert that the registry at hand does not have; the message names it, its version and what to do."""
 
 
 def experts_name(base_label: str) -> str:
@@ -33,6 +48,8 @@ def register_expert(base_label: str, folder: str | Path) -> ModelVersion:
     described = card.model_dump(exclude={"name", "metrics", "identity", "trained_with"})
     assert DIGEST in described, "the card and the registry name the digest alike"
     tags = described | {f"metric.{key}": value for key, value in card.metrics.items()}
+    if (contents := Contents.read(Path(folder))) is not None:
+        tags[CONTENT] = contents.digest
     tags |= {f"trained_with.{key}": value for key, value in card.trained_with.items()}
     model_id = log_folder(card.name, Path(folder), tags, kind="expert")
     about = f"LoRA experts over {base_label}, a version per training; aliases name each task's current one"
@@ -49,12 +66,63 @@ def download_expert(base_label: str, task_or_version: int | str, into: str | Pat
 
     Raises RegistryError that lists the experts there are.
     """
-    name, into = experts_name(base_label), Path(into)
-    version = get_version(name, task_or_version)
+    return _download(get_version(experts_name(base_label), task_or_version), Path(into))
+
+
+def reference_to(name: str, version: ModelVersion) -> ExpertReference:
+    """Returns how a pool refers to its expert `name`, which is registered as this version."""
+    return ExpertReference(
+        name=name,
+        digest=version.tags[DIGEST],
+        content=version.tags.get(CONTENT),
+        model=version.name,
+        version=int(version.version),
+    )
+
+
+def fetch_expert(reference: ExpertReference, folder: Path) -> None:
+    """Copies the expert that a pool refers to into `folder`: its version, or where that is gone another of its digest.
+
+    Raises MissingExpertError where the registry has neither.
+    """
+    assert reference.model is not None, "pools that do not name a registered model hold their experts"
+    try:
+        found = reference.version and get_version(reference.model, reference.version)
+    except RegistryError:  # deleted, or never finished
+        found = None
+    if not found and reference.digest is not None:
+        found = find_finished(reference.model, reference.digest)
+    if not found:
+        raise MissingExpertError(_missing(reference))
+    try:
+        _download(found, folder)
+    except MlflowException as error:
+        if is_away(error):
+            raise
+        raise MissingExpertError(f"{_missing(reference)} ({error.message})") from None
+    except OSError as error:  # what MLflow raises where an artifact store on disk was emptied
+        raise MissingExpertError(f"{_missing(reference)} ({error})") from None
+
+
+def registered_experts() -> ExpertStore:
+    """Returns the store of the experts of registered pools: the user's cache, filled from the registry at hand."""
+    return ExpertStore(cache_folder(), fetch_expert)
+
+
+def _missing(reference: ExpertReference) -> str:
+    return (
+        f"{reference}: {reference.model} at {without_secrets(mlflow.get_tracking_uri())} does not have it. Set "
+        "MLFLOW_TRACKING_URI to the registry that the pool comes from; where the version was deleted, run the `pointsman "
+        "learn` that made it once more, which registers it anew, or use a version of the pool without this expert (alias "
+        "`champion` can be moved back)"
+    )
+
+
+def _download(version: ModelVersion, into: Path) -> Path:
     into.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=into.parent) as scratch:
         # Not `models:/<name>/<version>`: that download adds a file of MLflow's own to the folder.
-        source = MlflowClient().get_model_version_download_uri(name, str(version.version))
+        source = MlflowClient().get_model_version_download_uri(version.name, str(version.version))
         complete = mlflow.artifacts.download_artifacts(artifact_uri=source, dst_path=scratch)
         replace_folder(Path(complete), into)
     return into

@@ -1,7 +1,8 @@
 """Pools in the registry: `<base>.pool` holds a version per pool, each a model that answers prompts by itself.
 
 `mlflow.pyfunc.load_model("models:/<base>.pool@champion").predict(...)` and `mlflow models serve` need nothing but the
-registry: a version holds experts, router and code, and points at its base. Alias `champion` marks the version in use; rolling
+registry: a version holds router settings, statistics of general prompts and code, and points at its experts and its base, so
+that it is as large for a hundred experts as for one. Alias `champion` marks the version in use; rolling
 back is moving it.
 """
 
@@ -24,7 +25,7 @@ import pipeline
 from pipeline.config import BaseModelConfig
 from pipeline.registry import pyfunc_model
 from pipeline.registry.bases import register_base
-from pipeline.registry.experts import experts_name
+from pipeline.registry.experts import experts_name, reference_to
 from pipeline.registry.patience import RegistryError
 from pipeline.registry.tracking import active_run
 from pipeline.registry.versions import (
@@ -77,20 +78,17 @@ def pool_name(base_label: str) -> str:
 
 
 def register_pool(
-    folder: str | Path, base: BaseModelConfig, *, digest: str, experts: Mapping[str, ModelVersion]
+    pool: Pool, base: BaseModelConfig, *, digest: str, experts: Mapping[str, ModelVersion]
 ) -> ModelVersion:
-    """Registers a pool folder as a new version and makes it champion, its base too if it is new; needs an open run.
+    """Registers a pool as a new version and makes it champion, its base too if it is new; needs an open run.
 
-    `digest` names what the pool is made of; `experts` are the versions of its experts by name, recorded as tags
-    `expert.<name>` and as inputs of the run. A pool with the same digest is returned as it is, and `champion` stays
-    where it is: someone may have rolled back. Raises RegistryError where `experts` and the pool differ.
+    `digest` names what the pool is made of; `experts` are the versions of its experts by name, which it refers to, recorded as
+    tags `expert.<name>` and as inputs of the run. None of their weights is read. A pool with the same digest is returned as
+    it is, and `champion` stays where it is: someone may have rolled back. Raises RegistryError where `experts` and the pool
+    differ.
     """
-    run, pool = active_run(), Pool.load(folder)
-    if set(pool.names) != set(experts) or not experts:
-        raise RegistryError(
-            f"{folder}: the pool holds {', '.join(pool.names) or 'no expert'}, versions are given for "
-            f"{', '.join(experts) or 'none'}; register each of its experts first and pass those versions"
-        )
+    run = active_run()
+    _check_versions(pool, experts)
     name = pool_name(pool.base_label)
     if (version := find_pool(pool.base_label, digest)) is not None:
         return version
@@ -110,11 +108,13 @@ def register_pool(
     with tempfile.TemporaryDirectory() as scratch, warnings.catch_warnings():
         # An example would make MLflow load and run the whole model before it logs it; the signature is our own.
         warnings.filterwarnings("ignore", message=".*input example was not provided")
+        references = {expert: reference_to(expert, version) for expert, version in experts.items()}
+        folder = pool.refer(Path(scratch) / "pool", references)
         model = mlflow.pyfunc.log_model(
             name="pool",
             python_model=pyfunc_model.__file__,
             artifacts={"pool": str(folder)},
-            code_paths=[str(_copy_code(Path(scratch)))],
+            code_paths=[str(_copy_code(Path(scratch) / "code"))],
             signature=SIGNATURE,
             pip_requirements=pip_requirements(),
             model_config={
@@ -128,6 +128,22 @@ def register_pool(
     return create_version(name, model.model_id, run.info.run_id, tags, alias=CHAMPION, about=about)
 
 
+def _check_versions(pool: Pool, experts: Mapping[str, ModelVersion]) -> None:
+    """Raises RegistryError where versions are not those of a pool's experts."""
+    if set(pool.names) != set(experts) or not experts:
+        raise RegistryError(
+            f"the pool holds {', '.join(pool.names) or 'no expert'}, versions are given for "
+            f"{', '.join(experts) or 'none'}; register each of its experts first and pass those versions"
+        )
+    for name, digest in zip(pool.names, pool.digests, strict=True):
+        version = experts[name]
+        if (found := version.tags.get(DIGEST)) != digest:
+            raise RegistryError(
+                f"expert {name!r} of the pool has digest {digest}, version {version.version} of {version.name} has {found}; "
+                "pass the version that was registered of this expert"
+            )
+
+
 def find_pool(base_label: str, digest: str) -> ModelVersion | None:
     """Returns the finished pool made from `digest`, or None: then it is to be registered."""
     return find_finished(pool_name(base_label), digest)
@@ -135,6 +151,8 @@ def find_pool(base_label: str, digest: str) -> ModelVersion | None:
 
 def download_pool(address: str, into: str | Path) -> Path:
     """Copies the folder of a registered pool below `into`; returns it. Its versions may be older than this code's.
+
+    It refers to its experts (`experts.registered_experts` has them, or fetches them); pools of earlier releases hold them.
 
     `address` is `models:/<name>/<version>` or `models:/<name>@<alias>`. Raises RegistryError for another one, and one that
     lists the versions there are.

@@ -19,6 +19,7 @@ from pipeline.errors import UserError
 from pipeline.models.inference import FrozenBase, InferenceWorkers, gpus_to_serve
 from pipeline.models.prompts import IMAGE_PLACEHOLDER, Encoded, encode
 from pipeline.registry.bases import base_folder
+from pipeline.registry.experts import registered_experts
 from pipeline.routing.pool import Pool
 from pipeline.routing.routed_model import RoutedModel
 
@@ -42,7 +43,8 @@ class RoutedPool(mlflow.pyfunc.PythonModel):
     def load_context(self, context: Any) -> None:
         """Loads the artifact `pool` and its base, on a GPU where there is one, on several if it is larger than one.
 
-        Raises RegistryError where the base is not to be had, ValueError if it does not match.
+        Its experts come from the user's cache, where they are fetched to when first needed. Raises RegistryError where base
+        or an expert is not to be had, ValueError if the base does not match.
         """
         settings = dict(context.model_config)
         folder = base_folder(settings.pop("base_model_id"))
@@ -50,7 +52,7 @@ class RoutedPool(mlflow.pyfunc.PythonModel):
         workers = InferenceWorkers(threads=threads, gpus=gpus_to_serve(folder), batch_size=BATCH_SIZE)
         self.frozen = FrozenBase(BaseModelConfig(path=str(folder), **settings), workers)
         base = self.frozen.base
-        pool = Pool.load(context.artifacts["pool"])
+        pool = Pool.load(context.artifacts["pool"], registered_experts())
         if pool.base_fingerprint != base.fingerprint:
             raise ValueError(
                 f"{folder}: this base has fingerprint {base.fingerprint}, the pool was made for "

@@ -147,6 +147,15 @@ class Pool:
         return list(self.experts)
 
     @property
+    def digests(self) -> list[str]:
+        """What each expert was computed from (`ExpertCard.config_digest`), in order of arrival.
+
+        Experts that lie in a store are not read for it.
+        """
+        references = ((name, _reference_of(entry).digest) for name, entry in self.experts.entries.items())
+        return [digest or self.experts[name].card.config_digest for name, digest in references]
+
+    @property
     def width(self) -> int | None:
         """Number of prompt features F; None for an empty pool."""
         if self._width is None:
@@ -215,6 +224,12 @@ class Pool:
         """Writes a folder that holds the experts too, and checks all of their files: nothing else is needed to use it."""
         return self._write(Path(folder), None)
 
+    def refer(self, folder: str | Path, references: Mapping[str, ExpertReference]) -> Path:
+        """Writes a folder that holds no expert: `references` say by name where they are to be had. Reads none of them."""
+        with atomic_folder(Path(folder)) as staging:
+            self._describe(staging, [references[name] for name in self.names])
+        return Path(folder)
+
     def _write(self, folder: Path, store: ExpertStore | None) -> Path:
         """Writes the folder with all experts but those that lie in `store`."""
         with atomic_folder(folder) as staging:
@@ -230,11 +245,16 @@ class Pool:
                     entry.store.copy(entry.reference, own)
                     said = entry.reference.model_dump(exclude_none=True)
                     references.append(ExpertReference.of(own).model_copy(update=said))
-            if self.null:
-                write_null(staging / NULL, self.null, self.null_evidence)
-            here = None if store is None else os.path.relpath(store.folder, folder.resolve())
-            (staging / CARD).write_text(self._card(references, here).model_dump_json(indent=2) + "\n")
+            self._describe(
+                staging, references, None if store is None else os.path.relpath(store.folder, folder.resolve())
+            )
         return folder
+
+    def _describe(self, folder: Path, references: Sequence[ExpertReference], store: str | None = None) -> None:
+        """Writes all of a pool's files but its experts."""
+        if self.null:
+            write_null(folder / NULL, self.null, self.null_evidence)
+        (folder / CARD).write_text(self._card(references, store).model_dump_json(indent=2) + "\n")
 
     @classmethod
     def load(cls, folder: str | Path, store: ExpertStore | None = None) -> "Pool":

@@ -7,11 +7,11 @@ opens at once.
 
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 from pydantic import Field
 from safetensors import SafetensorError, safe_open
@@ -51,7 +51,7 @@ class ExpertReference(Config):
         return cls(name=card.name, digest=card.config_digest, content=contents.digest if contents else None)
 
     def __str__(self) -> str:
-        version = f", version {self.version} of {self.model}" if self.model else ""
+        version = f", version {self.version} of {self.model}" if self.version is not None else ""
         return f"expert {self.name!r} (digest {self.digest or 'unknown'}{version})"
 
     def fault(self, folder: Path) -> str | None:
@@ -91,6 +91,10 @@ class ExpertStore:
     def __init__(self, folder: Path, fetch: Fetch | None = None) -> None:
         self.folder, self.fetch = folder.resolve(), fetch
 
+    def __getstate__(self) -> dict[str, Any]:
+        """What another process gets: it reads what is there, and does not fetch, which may take what only this one has."""
+        return self.__dict__ | {"fetch": None}
+
     def folder_of(self, reference: ExpertReference) -> Path:
         """Returns where an expert lies, or belongs."""
         assert reference.digest is not None, "only pools that hold their experts do not name digests"
@@ -101,9 +105,22 @@ class ExpertStore:
         return reference.fault(current_folder(self.folder_of(reference))) is None
 
     def put(self, expert: Expert) -> Path:
-        """Writes an expert, unless one of its digest is there; returns its folder."""
+        """Writes an expert, unless one of its digest is there undamaged; returns its folder.
+
+        Raises ExpertError for one that was never trained.
+        """
+        expert.check_trained()
         reference = ExpertReference(name=expert.card.name, digest=expert.card.config_digest)
-        self._make(reference, lambda folder: expert.save(folder))
+        self._make(reference, expert.save, read=FILES)
+        return self.folder_of(reference)
+
+    def take(self, reference: ExpertReference, folder: Path) -> Path:
+        """Copies an expert's folder that lies elsewhere, unless it is here undamaged; returns its folder here.
+
+        Raises ExpertError where that folder is incomplete, damaged, another expert's, or of one that was never trained.
+        """
+        Expert.load(folder).check_trained()
+        self._make(reference, partial(_copy, current_folder(folder)), read=FILES)
         return self.folder_of(reference)
 
     def ensure(self, reference: ExpertReference) -> Path:
@@ -116,15 +133,16 @@ class ExpertStore:
         """Reads an expert, fetched if need be; a file that turns out to be damaged is fetched again."""
         return Expert.load(self.ensure(reference), check=partial(self._check, reference))
 
-    def copy(self, reference: ExpertReference, folder: Path) -> None:
-        """Copies an expert to a folder that is not there yet, and checks all of its files."""
-        source = self.ensure(reference)
-        folder.mkdir()
+    def verify(self, reference: ExpertReference) -> Path:
+        """Returns the folder of an expert after reading all of its files, fetched where missing or damaged."""
+        self.ensure(reference)
         for name in FILES:
             self._check(reference, name)
-            shutil.copyfile(source / name, folder / name)
-        if (source / CONTENTS).exists():
-            shutil.copyfile(source / CONTENTS, folder / CONTENTS)
+        return current_folder(self.folder_of(reference))
+
+    def copy(self, reference: ExpertReference, folder: Path) -> None:
+        """Copies an expert to a folder that is not there yet, and checks all of its files."""
+        _copy(self.verify(reference), folder)
 
     def _check(self, reference: ExpertReference, name: str) -> None:
         folder = current_folder(self.folder_of(reference))
@@ -133,10 +151,10 @@ class ExpertStore:
         except ExpertError as error:
             if self.fetch is None:
                 raise ExpertError(f"{reference}: {error}") from None
-            self._fetch(reference, damaged=name)
+            self._fetch(reference, read=[name])
             check_file(folder, name)
 
-    def _fetch(self, reference: ExpertReference, *, damaged: str = "") -> None:
+    def _fetch(self, reference: ExpertReference, *, read: Sequence[str] = ()) -> None:
         if self.fetch is None:
             folder = self.folder_of(reference)
             raise ExpertError(
@@ -144,18 +162,27 @@ class ExpertStore:
                 "here, load the pool from its registry, which fetches it (models:/<base>.pool@champion), or run "
                 "`pointsman learn` again"
             )
-        self._make(reference, partial(self.fetch, reference), damaged=damaged)
+        self._make(reference, partial(self.fetch, reference), read=read)
 
-    def _make(self, reference: ExpertReference, make: Callable[[Path], object], *, damaged: str = "") -> None:
+    def _make(self, reference: ExpertReference, make: Callable[[Path], object], *, read: Sequence[str] = ()) -> None:
+        """Has `make` write an expert's folder, unless it is there and the files `read` are undamaged."""
         folder = self.folder_of(reference)
         with staging(folder, why=f"which writes {reference}") as scratch:
-            if self.has(reference) and not (damaged and _is_damaged(folder, damaged)):
+            if self.has(reference) and not any(_is_damaged(current_folder(folder), name) for name in read):
                 return  # another process was faster
             made = scratch / folder.name
             make(made)
             if (fault := reference.fault(made)) is not None:
                 raise ExpertError(f"{reference}: what was fetched is not that: {fault}; register the pool again")
             replace_folder(made, folder)
+
+
+def _copy(source: Path, folder: Path) -> None:
+    folder.mkdir()
+    for name in FILES:
+        shutil.copyfile(source / name, folder / name)
+    if (source / CONTENTS).exists():
+        shutil.copyfile(source / CONTENTS, folder / CONTENTS)
 
 
 def _is_damaged(folder: Path, name: str) -> bool:
@@ -179,7 +206,7 @@ class OwnExperts(ExpertStore):
         self.ensure(reference)
         return expert
 
-    def _fetch(self, reference: ExpertReference, *, damaged: str = "") -> None:
+    def _fetch(self, reference: ExpertReference, *, read: Sequence[str] = ()) -> None:
         folder = self.folder_of(reference)
         raise ExpertError(f"{folder}: {reference.fault(folder)}; copy the whole folder again")
 

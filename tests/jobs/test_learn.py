@@ -9,11 +9,13 @@ import sys
 import time
 from pathlib import Path
 
+import mlflow
 import pytest
 import yaml
 from mlflow import MlflowClient
 
 from jobs.stream_run import alone_in
+from pipeline.registry.pools import download_pool
 from pipeline.routing.pool import Pool
 
 ROOT = Path(__file__).parents[2]
@@ -118,11 +120,34 @@ def test_summary_and_registry(undisturbed):
     assert len(client.get_metric_history(run.info.run_id, "digits/router_loss")) == 4
 
 
+def expert_folder(config: Path, task: str) -> Path:
+    """Where a task's expert lies: all runs of an output folder share them."""
+    known = json.loads((config.parent / "mini" / "state" / f"expert-{task}.json").read_text())
+    return config.parent / "experts" / known["config_digest"]
+
+
+def test_pools_refer_to_experts(undisturbed):
+    """Neither the run's folder nor the registered version holds their weights again."""
+    config, _ = undisturbed
+    run = config.parent / "mini"
+    assert sorted(p.name for p in (run / "pool").iterdir()) == ["null.safetensors", "pool.json"]
+    assert not (run / "experts").exists()
+    references = Pool.load(run / "pool").card.experts
+    assert [(r.name, r.model, r.version) for r in references] == [
+        ("digits", "untrained.experts", 1),
+        ("echo", "untrained.experts", 2),
+    ]
+    mlflow.set_tracking_uri(f"sqlite:///{config.parent / 'mlflow.db'}")
+    folder = download_pool("models:/untrained.pool/2", config.parent / "fetched")
+    assert Pool.load(folder).card.experts == references
+    assert not list(folder.rglob("adapter_model.safetensors"))
+
+
 def test_a_finished_run_changes_nothing(undisturbed):
     config, summary = undisturbed
-    weights = config.parent / "mini" / "experts" / "digits" / "adapter_model.safetensors"
+    weights = expert_folder(config, "digits") / "adapter_model.safetensors"
     whole = weights.read_bytes()
-    weights.write_bytes(whole[:100])  # damaged: the registry has it still
+    weights.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))  # damaged: the registry has it still
     (config.parent / "echo.jsonl").rename(config.parent / "gone.jsonl")  # what was learned from it is learned
     again = finish(config, "training.zero_stage=2", "training.micro_batch=4", "training.workers=2")
     (config.parent / "gone.jsonl").rename(config.parent / "echo.jsonl")
@@ -135,18 +160,27 @@ def test_a_finished_run_changes_nothing(undisturbed):
 
 
 def test_what_the_registry_does_not_have_is_only_registered(undisturbed):
-    """As after a registry that was away at the end of training: nothing is trained again."""
+    """As after a registry that was away at the end of training: nothing is trained again.
+
+    One expert lies where an earlier release put it, in the run's folder, and is taken over.
+    """
     config, summary = undisturbed
     shutil.copyfile(config.parent / "mlflow.db", config.parent / "other.db")
     other = MlflowClient(f"sqlite:///{config.parent / 'other.db'}")
     for model in ("untrained.experts", "untrained.pool"):
         other.delete_registered_model(model)
     shutil.rmtree(config.parent / "mini" / "training")
+    folder, earlier = expert_folder(config, "echo"), config.parent / "mini" / "experts" / "echo"
+    whole = (folder / "adapter_model.safetensors").read_bytes()
+    earlier.parent.mkdir()
+    folder.rename(earlier)
+    (earlier / "contents.json").unlink()
     with (config.parent / "mini" / "state" / "metrics.jsonl").open("a") as spool:  # as of a server that was away
-        (run,) = other.search_runs(["1"])
+        run = other.search_runs(["1"])[0]
         spool.write(json.dumps([run.info.run_id, "digits/late", 0.5, 1, 1000]))
     again = finish(config, f"registry.uri=sqlite:///{config.parent / 'other.db'}")
     assert again["tasks"] == summary["tasks"]
+    assert (folder / "adapter_model.safetensors").read_bytes() == whole
     assert versions(config, "untrained.experts", "other.db") == ["1", "2"]
     assert versions(config, "untrained.pool", "other.db") == ["1", "2"]
     assert not (config.parent / "mini" / "training").exists()

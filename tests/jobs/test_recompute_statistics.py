@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 
 from jobs import learn, recompute_statistics
 from jobs.cli import app
-from jobs.recompute_statistics import _folder_of, recompute
+from jobs.recompute_statistics import _meant, recompute
 from jobs.stream_run import StreamRun, open_run
 from pipeline.config import BaseModelConfig, LearnConfig, RouterConfig, load_config
 from pipeline.errors import UserError
@@ -211,13 +211,13 @@ def test_learning_goes_on_from_the_recomputed_experts(
     settings = load_config(aged.config, ["stream.on_change=fail"], LearnConfig)
     with open_run(settings, job="test", trains=False) as run:
         for number, task in enumerate(settings.stream.tasks, start=1):
-            expert, version, figures, before = learn._expert(run, task, None)
-            assert before
-            assert_same(expert.statistics, renewed[0].experts[task.name].statistics)
-            assert int(version.version) == number
-            assert figures["samples"] == 12 * 16
-            assert figures["rows"] == ROWS[task.name]
-            assert figures["quarantined"] == (task.name == "echo")
+            found = learn._expert(run, task, None)
+            assert found.before
+            assert_same(found.expert.expert.statistics, renewed[0].experts[task.name].statistics)
+            assert int(found.version.version) == number
+            assert found.figures["samples"] == 12 * 16
+            assert found.figures["rows"] == ROWS[task.name]
+            assert found.figures["quarantined"] == (task.name == "echo")
 
 
 def test_other_settings_of_the_router_make_a_second_version(
@@ -328,4 +328,4 @@ def test_wrong_pools_are_messages(aged: Aged, tmp_path: Path, tiny_base: Base) -
     with open_run(load_config(aged.config, [], LearnConfig), job="test", trains=False) as run:
         for pool, words in wrong.items():
             with pytest.raises(UserError, match=re.escape(words)):
-                recompute(run, _folder_of(run, pool, tmp_path))
+                recompute(run, _meant(run, pool, tmp_path))

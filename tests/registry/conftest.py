@@ -20,6 +20,7 @@ from pipeline.models.checkpoints import fingerprint
 from pipeline.registry.tracking import open_tracking
 from pipeline.routing import Expert, ExpertCard, Pool, PromptStatistics
 from pipeline.routing.adapters import Adapter
+from pipeline.routing.store import CACHE_VARIABLE
 
 WIDTH = 128
 LINEAR = "model.language_model.layers.0.self_attn.q_proj"
@@ -55,6 +56,13 @@ def experiment(tmp_path: Path, created: Created) -> Iterator[str]:
     yield new_experiment(created, tmp_path / "store")
     while mlflow.active_run():
         mlflow.end_run()
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The folder of experts that registered pools share, empty."""
+    monkeypatch.setenv(CACHE_VARIABLE, str(tmp_path / "cache"))
+    return tmp_path / "cache"
 
 
 MakeExpert = Callable[..., Expert]

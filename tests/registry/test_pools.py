@@ -1,3 +1,4 @@
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -5,22 +6,27 @@ from pathlib import Path
 
 import mlflow
 import pytest
+import torch
 from mlflow import MlflowClient
 from mlflow.entities.model_registry import ModelVersion
-from safetensors import safe_open
+from safetensors.torch import load_file
 
-from pipeline.config import BaseModelConfig
+from pipeline.config import BaseModelConfig, RouterConfig
+from pipeline.models.bases import Base
 from pipeline.models.checkpoints import fingerprint
 from pipeline.registry import versions as versions_module
 from pipeline.registry.bases import base_folder
-from pipeline.registry.experts import register_expert
+from pipeline.registry.experts import CONTENT, MissingExpertError, register_expert, registered_experts
 from pipeline.registry.pools import champion, download_pool, find_pool, pip_requirements, promote, register_pool
 from pipeline.registry.tracking import RegistryError, tracked_run
 from pipeline.registry.versions import logged_model
 from pipeline.routing import Pool
-from tests.registry.conftest import MakeExpert
+from pipeline.routing.expert import FILES
+from pipeline.routing.store import ExpertReference, ExpertStore, StoredExpert
+from tests.helpers import attached
+from tests.registry.conftest import LINEAR, MakeExpert
 
-Learned = tuple[str, dict[str, ModelVersion]]
+Learned = tuple[str, dict[str, ModelVersion], list[Pool]]
 
 
 @pytest.fixture
@@ -29,18 +35,19 @@ def learned(
 ) -> Learned:
     """Two tasks learned: pool version 1 with `digits` (digest p1), version 2 with `digits` and `clock` (p2)."""
     base = BaseModelConfig(path=str(tiny_folder))
-    pool, versions = make_pool(), {}
+    pool, versions, pools = make_pool(), {}, []
     with tracked_run(experiment, "demo", "run") as run:
         for i, (name, centre) in enumerate((("digits", 0.0), ("clock", 3.0)), start=1):
             expert = make_expert(name, f"e{i}", centre)
             versions[name] = register_expert("untrained", expert.save(tmp_path / name))
             pool = pool.add(expert)
-            register_pool(pool.save(tmp_path / f"pool{i}"), base, digest=f"p{i}", experts=versions)
-    return run, versions
+            register_pool(pool, base, digest=f"p{i}", experts=versions)
+            pools.append(pool)
+    return run, versions, pools
 
 
 def test_a_version_names_its_parts(learned: Learned) -> None:
-    run, versions = learned
+    run, versions, _ = learned
     version = champion("untrained")
     assert (version.name, int(version.version), version.run_id) == ("untrained.pool", 2, run)
     assert version.tags["experts"] == "digits 1, clock 2"
@@ -59,9 +66,7 @@ def test_the_base_is_stored_once(learned: Learned, experiment: str, tiny_folder:
     assert fingerprint(folder) == fingerprint(tiny_folder) == version.tags["config_digest"]
     assert champion("untrained").tags["base_version"] == str(version.version)
     pool = Path(mlflow.artifacts.download_artifacts("models:/untrained.pool@champion"))
-    names = {name for file in pool.rglob("*.safetensors") for name in safe_open(file, "pt").keys()}  # noqa: SIM118
-    assert names
-    assert not any("embed_tokens" in name for name in names)
+    assert not list(pool.rglob("*.safetensors")), "neither base nor experts"
 
 
 def test_rolling_back_is_moving_the_alias(learned: Learned) -> None:
@@ -83,6 +88,7 @@ def test_a_registered_pool_can_be_fetched(learned: Learned, tmp_path: Path) -> N
         folder = download_pool(address, tmp_path / "fetched" / str(len(address)))
         assert folder.is_relative_to(tmp_path / "fetched")
         assert Pool.load(folder).names == names
+        assert Pool.load(folder, registered_experts()).experts["digits"].card.config_digest == "e1"
     with pytest.raises(RegistryError, match=r"no '7' in 'untrained\.pool'; there are versions 1, 2"):
         download_pool("models:/untrained.pool/7", tmp_path)
     with pytest.raises(RegistryError, match=r"'untrained\.experts' is no pool; pools are"):
@@ -93,52 +99,124 @@ def test_a_registered_pool_can_be_fetched(learned: Learned, tmp_path: Path) -> N
 
 
 def test_the_same_pool_twice_is_one_version_and_undoes_no_rollback(
-    learned: Learned, experiment: str, tiny_folder: Path, tmp_path: Path
+    learned: Learned, experiment: str, tiny_folder: Path
 ) -> None:
     promote("untrained", 1)
-    base, (_, versions) = BaseModelConfig(path=str(tiny_folder)), learned
+    base, (_, versions, pools) = BaseModelConfig(path=str(tiny_folder)), learned
     with tracked_run(experiment, "demo", "run"):
-        assert int(register_pool(tmp_path / "pool2", base, digest="p2", experts=versions).version) == 2
+        assert int(register_pool(pools[1], base, digest="p2", experts=versions).version) == 2
     assert int(champion("untrained").version) == 1
     assert len(MlflowClient().search_model_versions("name = 'untrained.pool'")) == 2
 
 
 def test_a_half_made_pool_is_made_again(
-    learned: Learned, experiment: str, tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    learned: Learned, experiment: str, tiny_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(versions_module, "SETTLING_SECONDS", 0.3)
     MlflowClient().delete_model_version_tag("untrained.pool", "2", "finished")  # as after a kill before the last tag
     assert find_pool("untrained", "p2") is None
-    base, (_, versions) = BaseModelConfig(path=str(tiny_folder)), learned
+    base, (_, versions, pools) = BaseModelConfig(path=str(tiny_folder)), learned
     with tracked_run(experiment, "demo", "run"):
-        assert int(register_pool(tmp_path / "pool2", base, digest="p2", experts=versions).version) == 3
+        assert int(register_pool(pools[1], base, digest="p2", experts=versions).version) == 3
     assert int(champion("untrained").version) == 3
     found = MlflowClient().search_model_versions("name = 'untrained.pool'")
     assert sorted(int(version.version) for version in found) == [1, 3]
 
 
-def test_a_pool_needs_the_versions_of_its_experts(
-    learned: Learned, experiment: str, tiny_folder: Path, tmp_path: Path
+def test_a_pool_needs_the_versions_of_its_experts(learned: Learned, experiment: str, tiny_folder: Path) -> None:
+    base, (_, versions, pools) = BaseModelConfig(path=str(tiny_folder)), learned
+    swapped = {"digits": versions["clock"], "clock": versions["digits"]}
+    with tracked_run(experiment, "demo", "run"):
+        with pytest.raises(RegistryError, match="holds digits, versions are given"):
+            register_pool(pools[0], base, digest="new", experts=versions)
+        with pytest.raises(RegistryError, match=r"'digits' of the pool has digest e1, version 2 of .* has e2"):
+            register_pool(pools[1], base, digest="new", experts=swapped)
+
+
+def test_a_version_is_as_large_for_three_experts_as_for_one(
+    learned: Learned, experiment: str, make_expert: MakeExpert, tiny_folder: Path, tmp_path: Path
 ) -> None:
-    base, (_, versions) = BaseModelConfig(path=str(tiny_folder)), learned
-    with tracked_run(experiment, "demo", "run"), pytest.raises(RegistryError, match="holds digits, versions are given"):
-        register_pool(tmp_path / "pool1", base, digest="new", experts=versions)
+    """And registering it reads no expert that lies in a store."""
+    base, (_, versions, _) = BaseModelConfig(path=str(tiny_folder)), learned
+    store = ExpertStore(tmp_path / "store of experts")
+    pool = Pool("untrained", fingerprint(tiny_folder), RouterConfig())
+    sizes = []
+    with tracked_run(experiment, "demo", "run"):
+        for name, digest in (("digits", "e1"), ("clock", "e2"), ("later", "e3")):
+            folder = store.put(make_expert(name, digest))
+            pool = pool.add(StoredExpert(ExpertReference.of(folder), store))
+            (folder / "adapter_model.safetensors").write_bytes(b"not read")
+            versions[name] = register_expert("untrained", make_expert(name, digest).save(tmp_path / "own"))
+            used = {name: versions[name] for name in pool.names}
+            version = register_pool(pool, base, digest=f"of {len(used)}", experts=used)
+            location = MlflowClient().get_logged_model(logged_model(version)).artifact_location
+            files = [file for file in Path(location.removeprefix("file://")).rglob("*") if file.is_file()]
+            assert not any(file.name in FILES for file in files)
+            sizes.append(sum(file.stat().st_size for file in files))
+    assert sizes[2] < 1.05 * sizes[0]
 
 
-def test_a_version_holds_all_that_it_needs(learned: Learned, tmp_path: Path) -> None:
-    """The downloaded version answers in a directory where the project is not to be found."""
+def test_what_is_fetched_is_fetched_once_and_checked(learned: Learned, cache: Path, tmp_path: Path) -> None:
+    _, versions, pools = learned
+    folder = download_pool("models:/untrained.pool@champion", tmp_path / "fetched")
+    store = registered_experts()
+    for pool in (Pool.load(folder, store), Pool.load(folder, store)):
+        for name, expert in pools[1].experts.items():
+            assert pool.experts[name].adapters[LINEAR].b_OR.equal(expert.adapters[LINEAR].b_OR)
+        written = {folder.name: folder.stat().st_ino for folder in cache.iterdir() if folder.is_dir()}
+        assert set(written) == {"e1", "e2"}
+    weights = cache / "e1" / "adapter_model.safetensors"
+    whole = weights.read_bytes()
+    weights.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    assert len(Pool.load(folder, store).experts["digits"].adapters[LINEAR].b_OR)
+    assert weights.read_bytes() == whole
+    assert [name for name, number in written.items() if (cache / name).stat().st_ino != number] == ["e1"]
+    assert versions["digits"].tags[CONTENT] == Pool.load(folder).card.experts[0].content
+
+
+def test_an_expert_that_was_deleted_is_named(
+    learned: Learned, experiment: str, tmp_path: Path, make_expert: MakeExpert
+) -> None:
+    """Until it is registered again: its digest finds the new version."""
+    folder = download_pool("models:/untrained.pool@champion", tmp_path / "fetched")
+    MlflowClient().delete_model_version("untrained.experts", "2")
+    with pytest.raises(
+        MissingExpertError,
+        match=r"expert 'clock' \(digest e2, version 2 of untrained\.experts\): untrained\.experts at .* does not have it\. "
+        r"Set MLFLOW_TRACKING_URI .* run the `pointsman learn` that made it once more",
+    ):
+        _ = Pool.load(folder, registered_experts()).experts["clock"]
+    with tracked_run(experiment, "demo", "run"):
+        register_expert("untrained", make_expert("clock", "e2", 3.0).save(tmp_path / "again"))
+    assert Pool.load(folder, registered_experts()).experts["clock"].card.config_digest == "e2"
+
+
+def test_a_version_needs_nothing_but_the_registry(
+    learned: Learned, cache: Path, tiny_base: Base, tmp_path: Path
+) -> None:
+    """It answers in another process, where neither project nor experts are to be found, with the very same logits."""
     mlflow.artifacts.download_artifacts("models:/untrained.pool@champion", dst_path=str(tmp_path / "served"))
     folder = next((tmp_path / "served").rglob("MLmodel")).parent
-    code = (
-        "import sys, mlflow, pandas\n"
-        f"model = mlflow.pyfunc.load_model({str(folder)!r})\n"
-        "answers = model.predict(pandas.DataFrame({'prompt': ['which digit is it ?']}), {'max_new_tokens': 2})\n"
-        f"import pipeline; assert pipeline.__file__.startswith({str(folder)!r}), pipeline.__file__\n"
-        "assert list(answers.columns) == ['answer', 'expert']\n"
-    )
+    code = f"""
+import sys, mlflow, pandas, torch
+from safetensors.torch import save_file
+model = mlflow.pyfunc.load_model({str(folder)!r})
+answers = model.predict(pandas.DataFrame({{"prompt": ["which digit is it ?"]}}), {{"max_new_tokens": 2}})
+import pipeline; assert pipeline.__file__.startswith({str(folder)!r}), pipeline.__file__
+assert list(answers.columns) == ["answer", "expert"]
+routed = model.unwrap_python_model().routed
+ids = torch.arange(4, 12)[None]
+with routed.forced("clock"), torch.inference_mode():
+    save_file({{"logits": routed.model(input_ids=ids).logits}}, "logits")
+"""
     elsewhere = tmp_path / "elsewhere"
     elsewhere.mkdir()
-    subprocess.run([sys.executable, "-I", "-c", code], cwd=elsewhere, check=True)
+    assert not cache.exists()
+    uri = {"MLFLOW_TRACKING_URI": mlflow.get_tracking_uri()}
+    subprocess.run([sys.executable, "-I", "-c", code], cwd=elsewhere, check=True, env=os.environ | uri)
+    with attached(tiny_base, learned[2][1]) as routed, routed.forced("clock"), torch.inference_mode():
+        logits = tiny_base.model(input_ids=torch.arange(4, 12)[None]).logits
+    assert logits.equal(load_file(elsewhere / "logits")["logits"])
     requirements = (folder / "requirements.txt").read_text().split()
     assert requirements == pip_requirements()
     assert not any("+" in line for line in requirements)

@@ -51,9 +51,9 @@ def model(created: Created, tiny_folder: Path, pool_folder: Path) -> mlflow.pyfu
     """The champion, as a user loads it."""
     experiment = new_experiment(created, pool_folder.parent / "store")
     with tracked_run(experiment, "demo", "run"):
-        folders = (pool_folder / "experts").iterdir()
-        versions = {folder.name: register_expert("untrained", folder) for folder in folders}
-        register_pool(pool_folder, BaseModelConfig(path=str(tiny_folder)), digest="p", experts=versions)
+        pool = Pool.load(pool_folder)
+        versions = {name: register_expert("untrained", pool_folder / "experts" / name) for name in pool.names}
+        register_pool(pool, BaseModelConfig(path=str(tiny_folder)), digest="p", experts=versions)
     return mlflow.pyfunc.load_model("models:/untrained.pool@champion")
 
 
