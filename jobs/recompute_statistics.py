@@ -25,7 +25,6 @@ from jobs.summary import task_figures
 from pipeline.registry.experts import register_expert
 from pipeline.registry.pools import CHAMPION, download_pool, find_pool, pool_name, register_pool
 from pipeline.registry.versions import MODELS
-from pipeline.routing.expert import Expert
 from pipeline.routing.pool import CARD, Pool
 from pipeline.routing.store import ExpertReference, StoredExpert
 from pipeline.routing.trained import TrainedExpert, TrainedPool

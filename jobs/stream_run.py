@@ -193,7 +193,7 @@ class StreamRun:
 
     @cached_property
     def experts(self) -> ExpertStore:
-        """Where experts lie, by digest, for all runs of this output folder; what is missing or damaged comes from the registry."""
+        """Where experts lie, by digest, for all runs of this output folder; the registry has what is missing or damaged."""
 
         def fetch(reference: ExpertReference, folder: Path) -> None:
             self.patience(partial(fetch_expert, reference, folder), f"fetching expert {reference.name}")

@@ -67,14 +67,23 @@ class LinearExperts:
 
     @classmethod
     def stacked(
-        cls, linear: nn.Linear, slots: Sequence[Slot], pool_size: int, hearing: Hearing | None = None
+        cls,
+        linear: nn.Linear,
+        slots: Sequence[Slot],
+        pool_size: int,
+        hearing: Hearing | None = None,
+        *,
+        height: int = 0,
     ) -> "LinearExperts":
-        """Stacks what the experts of a pool of `pool_size` do in `linear`."""
+        """Stacks what the experts of a pool of `pool_size` do in `linear`.
+
+        `height` is the largest rank here of the whole pool, where that is not among these: lists of the same size round alike.
+        """
         ranks = [len(slot.a_RD) for slot in slots]
         starts = tuple(sum(ranks[:i]) for i in range(len(ranks) + 1))
         vectors = [normalise_vector(slot.vector_D.float())[None] for slot in slots]
         nothing_D, nothing_O = (torch.zeros(1, size) for size in (linear.in_features, linear.out_features))
-        rows = torch.full((pool_size + 1, max(ranks, default=0)), starts[-1])
+        rows = torch.full((pool_size + 1, max([*ranks, height])), starts[-1])
         for i, (slot, rank) in enumerate(zip(slots, ranks, strict=True)):
             rows[slot.expert, :rank] = torch.arange(starts[i], starts[i + 1])
         return cls(
@@ -86,6 +95,23 @@ class LinearExperts:
             starts=starts,
             hearing=hearing or Hearing(None),
         ).beside(linear)
+
+    @classmethod
+    def room(
+        cls, linear: nn.Linear, rows: int, height: int, pool_size: int, hearing: Hearing | None = None
+    ) -> "LinearExperts":
+        """Returns `rows` empty rows for experts of ranks up to `height` in `linear`, of a pool of `pool_size`."""
+        kind: Any = {"dtype": linear.weight.dtype, "device": linear.weight.device}
+        device = linear.weight.device
+        return cls(
+            down_SD=torch.zeros(rows + 1, linear.in_features, **kind),
+            up_SO=torch.zeros(rows + 1, linear.out_features, **kind),
+            rows_ER=torch.full((pool_size + 1, height), rows, device=device),
+            pool_E=torch.zeros(0, dtype=torch.long, device=device),
+            owner_S=torch.zeros(0, dtype=torch.long, device=device),
+            starts=(0,),
+            hearing=(hearing or Hearing(None)).to(device),
+        )
 
     def beside(self, linear: nn.Linear) -> "LinearExperts":
         """Returns the same in the type and on the device of this Linear's weight."""
@@ -112,6 +138,8 @@ class PoolExperts:
     """
 
     by_path: dict[str, LinearExperts]
+    part_of: "PoolExperts | None" = None
+    """Those that all calls share, where these are one call's."""
 
 
 @dataclass(frozen=True, eq=False)

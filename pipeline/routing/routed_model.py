@@ -7,7 +7,7 @@ generated (with KV cache, which carries it along). Shapes: B rows, T tokens, D w
 
 import threading
 import weakref
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
@@ -17,9 +17,9 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.routing.call import Call, Decision, Routers
-from pipeline.routing.evidence import Hearing, hearings
 from pipeline.routing.features import project, prompt_features
-from pipeline.routing.layer import Current, LinearExperts, PoolExperts, RoutedLinear, Running, Slot
+from pipeline.routing.layer import Current, PoolExperts, RoutedLinear, Running
+from pipeline.routing.memory import memory_for
 from pipeline.routing.pool import Pool, PoolError
 from pipeline.routing.prompt_router import fixed
 from pipeline.routing.route import NOBODY, Base, Route
@@ -139,10 +139,13 @@ class RoutedModel:
 
     Any number of threads and tasks may generate at once: what is decided for a call hangs on its KV cache, and what a
     caller asks for (`call`, `forced`) and gets (`decisions`) is the caller's own.
+
+    `expert_memory` bounds the bytes of experts' weights on the model's devices, all together (see `memory`); None: all experts
+    of the pool are there.
     """
 
-    def __init__(self, model: Any, pool: Pool) -> None:
-        self.model = model
+    def __init__(self, model: Any, pool: Pool, *, expert_memory: int | None = None) -> None:
+        self.model, self.expert_memory = model, expert_memory
         self.current = Current([])
         self._replaced: dict[str, nn.Linear] = {}
         self._versions: weakref.WeakSet[PoolExperts] = weakref.WeakSet()
@@ -164,13 +167,13 @@ class RoutedModel:
             raise PoolError(f"expert {forced[0]!r} is forced at the moment, and the new pool does not have it")
         with self._lock:
             linears = self._linears(pool)
-            experts = PoolExperts(stacked(pool, linears, [name for name, _ in self.model.named_modules()]))
+            memory = memory_for(pool, linears, [name for name, _ in self.model.named_modules()], self.expert_memory)
             for path, linear in linears.items():
                 if path not in self._replaced:
                     self._replaced[path] = linear
                     self.model.set_submodule(path, RoutedLinear(linear, self.current, path))
-            self._loaded = Routers(pool), experts
-            self._versions.add(experts)
+            self._loaded = Routers(pool), memory
+            self._versions.add(memory.whole)
             self._note(last=Call())
             self.current.recorded.clear()  # a backward pass that is due no more would keep the pool before
             self.current.running = None
@@ -207,14 +210,14 @@ class RoutedModel:
             running.state.decode()
             self.current.running = running
             return
-        (routers, experts), here = self._loaded, self._here
+        (routers, memory), here = self._loaded, self._here
         width = routers.pool.width or features_BS.shape[-1]
         features_BF = project(features_BS, width)
         route = self._route(routers, here.forced, features_BF)
         call = here.call or Call()
+        experts = memory.of(route)
         call.begin(routers, tuple(experts.by_path), features_BF, route, tokens_BT, hold=here.call is not None)
         self._note(last=call)
-        self._follow_base(experts)
         self.current.running = running = Running(call.state, experts, self.current)
         if cache is not None:
             cache.running = running
@@ -228,12 +231,6 @@ class RoutedModel:
             expert = NOBODY if name is None else pool.names.index(name)
             return fixed(torch.full((1, 1), expert), torch.ones(1, 1), features_BF.device)
         return routers.router.route(features_BF) if pool.experts else Base()
-
-    def _follow_base(self, experts: PoolExperts) -> None:
-        """Brings the experts to where the base is now, if it was moved since."""
-        with torch.inference_mode(False):
-            for path, here in experts.by_path.items():
-                experts.by_path[path] = here.beside(self._replaced[path])
 
     def _end(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         """Ends a forward pass: a KV cache that the model made itself takes the call along."""
@@ -256,7 +253,7 @@ class RoutedModel:
     @property
     def paths(self) -> list[str]:
         """Paths of the Linears that the pool adapts, in the model's order."""
-        return list(self._loaded[1].by_path)
+        return list(self._loaded[1].whole.by_path)
 
     @property
     def last(self) -> Call:
@@ -312,34 +309,3 @@ class RoutedModel:
                 self.model.set_submodule(path, linear)
             self._replaced.clear()
             self.current.recorded.clear()
-
-
-def stacked(pool: Pool, linears: Mapping[str, nn.Linear], modules: Sequence[str]) -> dict[str, LinearExperts]:
-    """Stacks a pool's experts for every Linear, with what it hears where the pool's router asks for evidence.
-
-    `modules` are the names of all of the model's modules, in order.
-    """
-    experts, settings = list(pool.experts.values()), pool.router
-    heard: dict[str, Hearing] = {}
-    if not (settings.kind == "prompt" or (settings.kind == "token" and settings.token_scores == "published")):
-        heard = hearings(
-            list(linears),
-            [expert.evidence for expert in experts],
-            pool.null_evidence,
-            {path: linear.in_features for path, linear in linears.items()},
-            order=modules,
-            shrinkage=settings.shrinkage,
-        )
-    return {
-        path: LinearExperts.stacked(
-            linear,
-            [
-                Slot(i, a.a_RD, a.b_OR, a.scaling, expert.vectors.get(path, torch.zeros(a.a_RD.shape[1])))
-                for i, expert in enumerate(experts)
-                if (a := expert.adapters.get(path)) is not None
-            ],
-            len(experts),
-            heard.get(path),
-        )
-        for path, linear in linears.items()
-    }

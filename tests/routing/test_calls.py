@@ -375,7 +375,7 @@ def test_experts_follow_a_base_that_is_moved(tiny_folder, known_pool, mixed):
         base.model.to(torch.float64)
         generate(base, rows, tokens=1)
         assert [decision.expert for decision in routed.decisions] == owners
-        assert {e.down_SD.dtype for e in routed._loaded[1].by_path.values()} == {torch.float64}
+        assert {e.down_SD.dtype for e in routed._loaded[1].whole.by_path.values()} == {torch.float64}
 
 
 def test_layers_of_a_base_on_several_devices(tiny_folder, tiny_base, known_pool, mixed):
