@@ -64,7 +64,14 @@ def learn_stream(run: StreamRun) -> Learned:
         pool.save(pool_folder)
         pool_key = run.pool_key(pool)
         version = run.patience(
-            partial(register_pool, pool, config.base, digest=pool_key, experts=dict(versions)),
+            partial(
+                register_pool,
+                pool,
+                config.base,
+                digest=pool_key,
+                experts=dict(versions),
+                expert_memory=config.evaluation.expert_memory,
+            ),
             "registering the pool",
             kept=f"pool and experts are safe in {run.folder}; nothing will be trained again",
         )

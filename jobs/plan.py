@@ -327,8 +327,8 @@ def _disk(plan: Plan) -> Any:
             "expert",
             f"{_mb(disk.expert)} = adapter {_mb(disk.adapter)}, vectors {_mb(disk.vectors)}, statistics {_mb(disk.statistics)}",
         ],
-        [f"pool of this stream's {tasks}", _mb(disk.pool(tasks))],
-        *([f"pool of {count}", _mb(disk.pool(count))] for count in POOLS),
+        [f"pool of this stream's {tasks}, experts included", _mb(disk.pool(tasks))],
+        *([f"pool of {count}, experts included", _mb(disk.pool(count))] for count in POOLS),
         ["checkpoint while a task trains", _mb(disk.checkpoint)],
     ]
     if disk.row_features:

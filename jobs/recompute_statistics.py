@@ -146,7 +146,13 @@ def _register(run: StreamRun, pools: Sequence[Pool], experts: Mapping[str, Store
     for pool in pools:
         remember(run, pool.experts[pool.names[-1]].card)
         known = {name: versions[name] for name in pool.names}
-        version = register_pool(pool, run.config.base, digest=run.pool_key(pool), experts=known)
+        version = register_pool(
+            pool,
+            run.config.base,
+            digest=run.pool_key(pool),
+            experts=known,
+            expert_memory=run.config.evaluation.expert_memory,
+        )
     pools[-1].save(new)
     return version
 

@@ -390,7 +390,11 @@ def open_run(config: LearnConfig, *, job: str, trains: bool = True) -> Iterator[
         with tracked_run(
             experiment,
             f"{config.name} {job}",
-            digest(config.model_dump(mode="json", exclude={"registry"}), run.fingerprint, job),
+            digest(
+                config.model_dump(mode="json", exclude={"registry": True, "evaluation": {"expert_memory"}}),
+                run.fingerprint,
+                job,
+            ),
         ) as run_id:
             run.run_id = run_id
             log_config(run_id, config)

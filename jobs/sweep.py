@@ -79,7 +79,8 @@ def _sweep(run: StreamRun, space: SweepSpace, name: str) -> None:
         )
     prompts = run.read_prompts([name, *others]).rows([name, *others])
     job, rows = run.job(task, f"sweep-{run.identity.expert(task)}")
-    folder = run.folder / "sweeps" / f"{name}-{digest(space, job, config.evaluation)}"
+    evaluation = config.evaluation.model_dump(mode="json", exclude={"expert_memory"})
+    folder = run.folder / "sweeps" / f"{name}-{digest(space, job, evaluation)}"
     trials = len(space.ranks) * len(space.temperatures)
     worker_env = run.worker_env
     with run.terminal.working(f"sweeping {name}: {len(space.ranks)} trainings, {trials} evaluations"):

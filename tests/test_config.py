@@ -1,10 +1,12 @@
 from pathlib import Path
 
 import pytest
+from pydantic import ValidationError
 
 from pipeline.config import (
     BaseModelConfig,
     ConfigError,
+    EvaluationConfig,
     ExpertConfig,
     LearnConfig,
     RouterConfig,
@@ -273,3 +275,18 @@ def test_pools_whose_linears_choose_are_evaluated_now_and_then() -> None:
         config = LearnConfig.model_validate(settings | {"router": {"kind": kind}})
         found[kind] = [learned for learned in range(1, 6) if config.is_evaluated(learned)]
     assert found == {"prompt": [1, 2, 3, 4, 5], "two_level": [2, 4, 5], "token": [2, 4, 5]}
+
+
+def test_memory_for_experts_is_a_size() -> None:
+    assert EvaluationConfig(expert_memory="2GiB").expert_memory == 2 * 2**30
+    assert EvaluationConfig(expert_memory=1000).expert_memory == 1000
+    for wrong in ("much", "0"):
+        with pytest.raises(ValidationError, match="expert_memory"):
+            EvaluationConfig(expert_memory=wrong)
+
+
+@pytest.mark.parametrize("name", ["data", "experts"])
+def test_a_run_does_not_take_a_folder_that_all_share(name: str) -> None:
+    stream = StreamConfig(tasks=[TaskConfig(name="digits", train="a", eval="b")])
+    with pytest.raises(ValidationError, match=f"<output>/{name} is what all runs of an output folder share"):
+        LearnConfig(name=name, stream=stream)

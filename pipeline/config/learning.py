@@ -4,7 +4,7 @@ import re
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import AfterValidator, Field, model_validator
+from pydantic import AfterValidator, ByteSize, Field, model_validator
 
 from pipeline.config.group import Config, without_secrets
 from pipeline.config.stream import DataConfig, StreamConfig
@@ -182,6 +182,11 @@ class EvaluationConfig(Config):
     gpus_per_worker: int = Field(default=1, ge=1)
     """GPUs of each evaluator, if `training.gpu`; 1 unless the base is larger than one GPU. With more, each holds a part of
     the base's layers."""
+    expert_memory: ByteSize | None = Field(default=None, gt=0)
+    """Most memory that the weights of a pool's experts take on the devices of one evaluator, all together, or of one process
+    that serves the pool; e.g. `2GiB`. Experts that a batch is routed to are read when they are needed, in place of those that
+    were not used for longest; a batch that needs more at once gets them all the same, for as long as it lasts. Default: all
+    experts are there. Not for router.kind token, where every Linear chooses from all of them."""
     limit: int | None = Field(default=None, ge=1)
     """At most this many prompts a task."""
     every: int = Field(default=1, ge=1)

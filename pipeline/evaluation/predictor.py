@@ -34,7 +34,9 @@ class Predictor(FrozenBase):
         """Answers with `pool` from now on (None: the bare base), instead of what was attached before."""
         if self.routed is not None:
             self.routed.detach()
-        self.routed = None if pool is None else RoutedModel(self.base.model, pool)
+        self.routed = None
+        if pool is not None:
+            self.routed = RoutedModel(self.base.model, pool, expert_memory=self.workers.expert_memory)
 
     def attach_expert(self, expert: Expert) -> None:
         """Answers with one expert from now on. It stands alone: beside others of other ranks it would round differently."""

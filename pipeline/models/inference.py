@@ -35,6 +35,8 @@ class InferenceWorkers:
     """Most rows in a batch."""
     tokens_per_batch: int = 16384
     """Most tokens in a batch, padding included."""
+    expert_memory: int | None = None
+    """Bytes that the weights of a pool's experts may take on a worker's devices, all together; None: all are there."""
 
     @classmethod
     def of(cls, training: TrainingConfig, evaluation: EvaluationConfig) -> "InferenceWorkers":
@@ -45,6 +47,7 @@ class InferenceWorkers:
             gpus=evaluation.gpus_per_worker if training.gpu else 0,
             batch_size=evaluation.batch_size,
             tokens_per_batch=evaluation.tokens_per_batch,
+            expert_memory=evaluation.expert_memory,
         )
 
     @property

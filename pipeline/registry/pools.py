@@ -78,13 +78,19 @@ def pool_name(base_label: str) -> str:
 
 
 def register_pool(
-    pool: Pool, base: BaseModelConfig, *, digest: str, experts: Mapping[str, ModelVersion]
+    pool: Pool,
+    base: BaseModelConfig,
+    *,
+    digest: str,
+    experts: Mapping[str, ModelVersion],
+    expert_memory: int | None = None,
 ) -> ModelVersion:
     """Registers a pool as a new version and makes it champion, its base too if it is new; needs an open run.
 
     `digest` names what the pool is made of; `experts` are the versions of its experts by name, which it refers to, recorded as
     tags `expert.<name>` and as inputs of the run. None of their weights is read. A pool with the same digest is returned as
-    it is, and `champion` stays where it is: someone may have rolled back. Raises RegistryError where `experts` and the pool
+    it is, and `champion` stays where it is: someone may have rolled back. `expert_memory` (bytes) is what the experts' weights
+    may take where the pool is loaded, unless the loader says otherwise. Raises RegistryError where `experts` and the pool
     differ.
     """
     run = active_run()
@@ -119,6 +125,7 @@ def register_pool(
             pip_requirements=pip_requirements(),
             model_config={
                 "base_model_id": logged_model(base_version),
+                "expert_memory": expert_memory,
                 **base.model_dump(include={"dtype", "max_tiles", "trust_remote_code"}),
             },
             tags={key: str(value) for key, value in tags.items()},

@@ -13,6 +13,7 @@ import mlflow
 import pandas as pd
 import torch
 from PIL import Image
+from pydantic import ByteSize, TypeAdapter
 
 from pipeline.config import BaseModelConfig
 from pipeline.errors import UserError
@@ -29,6 +30,8 @@ MAX_NEW_TOKENS = 64
 BATCH_SIZE = 32
 """Most prompts that are answered at once, unless the caller says otherwise."""
 
+_BYTES: TypeAdapter[int | None] = TypeAdapter(ByteSize | None)
+
 BASE = "base"
 """What stands in column `expert` where the frozen base answered."""
 
@@ -43,13 +46,17 @@ class RoutedPool(mlflow.pyfunc.PythonModel):
     def load_context(self, context: Any) -> None:
         """Loads the artifact `pool` and its base, on a GPU where there is one, on several if it is larger than one.
 
-        Its experts come from the user's cache, where they are fetched to when first needed. Raises RegistryError where base
-        or an expert is not to be had, ValueError if the base does not match.
+        Its experts come from the user's cache, where they are fetched to when first needed. How much memory their weights may
+        take is part of `model_config`: `load_model(address, model_config={"expert_memory": "2GiB"})`. Raises RegistryError
+        where base or an expert is not to be had, ValueError if the base does not match.
         """
         settings = dict(context.model_config)
         folder = base_folder(settings.pop("base_model_id"))
         threads = torch.get_num_threads()
-        workers = InferenceWorkers(threads=threads, gpus=gpus_to_serve(folder), batch_size=BATCH_SIZE)
+        memory = _BYTES.validate_python(settings.pop("expert_memory", None))
+        workers = InferenceWorkers(
+            threads=threads, gpus=gpus_to_serve(folder), batch_size=BATCH_SIZE, expert_memory=memory
+        )
         self.frozen = FrozenBase(BaseModelConfig(path=str(folder), **settings), workers)
         base = self.frozen.base
         pool = Pool.load(context.artifacts["pool"], registered_experts())
@@ -59,7 +66,7 @@ class RoutedPool(mlflow.pyfunc.PythonModel):
                 f"{pool.base_fingerprint}; has the registered checkpoint been changed? Register the pool again"
             )
         self.processor = base.processor
-        self.routed = RoutedModel(base.model, pool)
+        self.routed = RoutedModel(base.model, pool, expert_memory=memory)
 
     def predict(self, context: Any, model_input: pd.DataFrame, params: dict[str, Any] | None = None) -> pd.DataFrame:
         """Answers the rows of a table; raises RowError.

@@ -78,6 +78,14 @@ def test_answers_are_the_routed_models_own(
     assert predicted["expert"].tolist() == experts
 
 
+def test_with_little_memory_for_experts_answers_are_the_same(model: mlflow.pyfunc.PyFuncModel) -> None:
+    table = pd.DataFrame({"prompt": ["what color is it ?", "what shape is it ?"]})
+    paged = mlflow.pyfunc.load_model("models:/untrained.pool@champion", model_config={"expert_memory": "1KiB"})
+    assert paged.unwrap_python_model().routed.expert_memory == 1024
+    assert model.unwrap_python_model().routed.expert_memory is None
+    assert paged.predict(table, {"max_new_tokens": 3}).equals(model.predict(table, {"max_new_tokens": 3}))
+
+
 @pytest.mark.parametrize("orient", ["dataframe_records", "dataframe_split"])
 def test_a_server_takes_base64_and_null(model: mlflow.pyfunc.PyFuncModel, orient: str) -> None:
     """The request goes through the very parser that `mlflow models serve` applies."""

@@ -220,6 +220,17 @@ def test_every_moment_of_a_job_is_planned(bases: dict[str, Architecture]) -> Non
     assert [m.name for m in job_moments(plain)] == ["expert stage", "router stage", "evaluation"]
 
 
+def test_memory_for_experts_is_counted_instead_of_all_of_them(bases: dict[str, Architecture]) -> None:
+    def experts(*settings: str) -> int:
+        return served_pool(shipped(bases, "internvl2_2b", *settings)).parts["experts"]
+
+    assert experts("evaluation.expert_memory=8MiB", "expert.rank=2") == 8 * 2**20
+    assert experts("evaluation.expert_memory=1TiB") == experts()
+    assert 1024 < experts("evaluation.expert_memory=1KiB") < experts(), "one at least"
+    token = "router.kind=token"
+    assert experts(token, "evaluation.expert_memory=1KiB") == experts(token)
+
+
 def test_inference_needs_what_its_batches_need(bases: dict[str, Architecture]) -> None:
     """A fixed number of long prompts, with logits at all their tokens, would not fit where training does."""
     plan = shipped(bases, "internvl2_8b_24gb")

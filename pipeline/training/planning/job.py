@@ -135,13 +135,22 @@ def _inference(
             for when, parts in inference_moments(plan.architecture, batch).items()
         ]
     when, own = max(found, key=lambda moment: sum(moment[1].values()))
-    adapter = plan.architecture.adapter_parameters(plan.config.expert.rank) + plan.architecture.vector_parameters
     parts = {
         "frozen weights": _weights(plan, gpus, vision=not cached),
-        "experts": experts * adapter * _weight_bytes(plan) // gpus,
+        "experts": _held(plan, experts) // gpus,
         **own,
     }
     return _with_allowance(plan, Moment(name, when, parts, gpus))
+
+
+def _held(plan: Plan, experts: int) -> int:
+    """Returns the bytes of so many experts on a worker's devices: all of them, or within `evaluation.expert_memory`."""
+    adapter = plan.architecture.adapter_parameters(plan.config.expert.rank)
+    whole = experts * (adapter + plan.architecture.vector_parameters) * _weight_bytes(plan)
+    limit = plan.config.evaluation.expert_memory
+    if limit is None or plan.config.router.kind == "token":
+        return whole
+    return min(whole, max(limit, adapter * _weight_bytes(plan)))
 
 
 def _image_features(plan: Plan) -> Moment:

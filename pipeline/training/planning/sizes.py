@@ -29,7 +29,7 @@ class Sizes:
         return self.adapter + self.vectors + self.statistics
 
     def pool(self, experts: int) -> int:
-        """A pool of so many experts: it holds all of them, and the null expert."""
+        """A pool of so many experts with all that it refers to; experts lie once, however many pools refer to them."""
         return experts * self.expert + self.null
 
 
