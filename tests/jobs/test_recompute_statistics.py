@@ -8,6 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import mlflow
 import pytest
 import torch
 import yaml
@@ -26,6 +27,7 @@ from pipeline.routing import Expert, Pool, PromptStatistics
 from pipeline.routing.expert import OutdatedError
 from pipeline.routing.features import FEATURE_RULE
 from pipeline.routing.null import components
+from pipeline.routing.store import cache_folder
 from pipeline.routing.trained import TrainedExpert
 from pipeline.streams.batch_loader import distinct_batches
 from pipeline.streams.training_rows import CachedRows, TrainingRows
@@ -218,6 +220,41 @@ def test_learning_goes_on_from_the_recomputed_experts(
             assert found.figures["samples"] == 12 * 16
             assert found.figures["rows"] == ROWS[task.name]
             assert found.figures["quarantined"] == (task.name == "echo")
+
+
+def test_a_registered_pool_explains_itself(
+    aged: Aged, renewed: tuple[Pool, str], tiny_folder: Path, tmp_path: Path
+) -> None:
+    """Its experts come from the registry: into the cache, not from the run that made them."""
+    mlflow.set_tracking_uri(f"sqlite:///{aged.config.parent / 'mlflow.db'}")
+    words = ["--pool", "models:/untrained.pool@champion", "--prompt", "echo 3", "--base", str(tiny_folder)]
+    outcome = CliRunner().invoke(
+        app, ["explain", *words, "--picture", str(tmp_path / "why.png"), "--max-new-tokens", "2"]
+    )
+    assert outcome.exit_code == 0, outcome.output
+    assert "expert     echo" in outcome.output
+    digests = set(renewed[0].digests)
+    assert digests <= {folder.name for folder in cache_folder().iterdir()}
+    assert digests <= {folder.name for folder in (aged.config.parent / "experts").iterdir()}
+    assert not (aged.config.parent / "mini" / "recomputed" / "experts").exists()
+
+
+def test_damaged_experts_come_from_the_registry_or_are_not_there(aged: Aged, renewed: tuple[Pool, str]) -> None:
+    """Also where only their bytes tell; what neither store nor registry has is to be trained again, into its place."""
+    registered = renewed[0].experts["digits"]
+    card = registered.card.model_copy(update={"config_digest": "unregistered"})
+    mine = dataclasses.replace(registered, card=card)
+    with open_run(load_config(aged.config, [], LearnConfig), job="test", trains=False) as run:
+        run.experts.put(mine)
+        for expert, found in ((registered, True), (mine, False)):
+            reference = run.reference("digits", expert.card.config_digest)
+            weights = run.experts.folder_of(reference) / "adapter_model.safetensors"
+            whole = weights.read_bytes()
+            weights.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+            assert run.has_expert(reference) == found
+            run.experts.put(expert)
+            assert weights.read_bytes() == whole
+            assert run.has_expert(reference)
 
 
 def test_other_settings_of_the_router_make_a_second_version(
