@@ -4,6 +4,7 @@ Pools refer to these versions. Whoever loads a pool from the registry finds its 
 """
 
 import tempfile
+from contextlib import suppress
 from pathlib import Path
 
 import mlflow
@@ -86,13 +87,13 @@ def fetch_expert(reference: ExpertReference, folder: Path) -> None:
     Raises MissingExpertError where the registry has neither.
     """
     assert reference.model is not None, "pools that do not name a registered model hold their experts"
-    try:
-        found = reference.version and get_version(reference.model, reference.version)
-    except RegistryError:  # deleted, or never finished
-        found = None
-    if not found and reference.digest is not None:
+    found = None
+    if reference.version is not None:
+        with suppress(RegistryError):  # it was deleted, or never finished
+            found = get_version(reference.model, reference.version)
+    if found is None and reference.digest is not None:
         found = find_finished(reference.model, reference.digest)
-    if not found:
+    if found is None:
         raise MissingExpertError(_missing(reference))
     try:
         _download(found, folder)
