@@ -36,6 +36,9 @@ EXCLUDES = (
 
 POLL_SECONDS = 1.0
 
+ANSWER_SECONDS = 10.0
+"""How long the head may take for its first answer; Ray itself would wait for minutes, without a word."""
+
 
 class SubmitError(UserError):
     """The job could not be handed over or followed; the message names the address and the remedy."""
@@ -97,8 +100,9 @@ def _client(address: str) -> JobSubmissionClient:
     logging.getLogger("ray.dashboard.modules").setLevel(logging.WARNING)  # packages and websockets are its own affair
     os.environ["RAY_API_SERVER_ADDRESS"] = address  # Ray prefers its variables to the argument; the argument must win
     try:
+        requests.get(address, timeout=ANSWER_SECONDS)
         return JobSubmissionClient(address)
-    except (ConnectionError, requests.ConnectionError) as error:
+    except (ConnectionError, requests.RequestException) as error:
         raise SubmitError(
             f"no Ray head answers at {without_secrets(address)}: {without_secrets(str(error))}\n"
             f"    check that it runs and that its dashboard is forwarded here: "
