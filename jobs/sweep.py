@@ -8,12 +8,14 @@ that `pointsman learn` has made (the swept task's own expert replaced). Every tr
 """
 
 import math
+from functools import partial
 from pathlib import Path
 from time import monotonic
 from typing import Annotated
 
 import mlflow
 import typer
+from mlflow import MlflowClient
 
 from jobs.options import Address, ConfigFile, Overrides, job_command, load, user_errors
 from jobs.stream_run import StreamRun, open_run, write_json
@@ -98,7 +100,6 @@ def _sweep(run: StreamRun, space: SweepSpace, name: str) -> None:
             worker_env=worker_env,
             say=run.terminal.say,
         )
-    _log(result, name)
     summary = provenance(run, started) | {
         "task": name,
         "seconds_total": monotonic() - begun,
@@ -106,16 +107,23 @@ def _sweep(run: StreamRun, space: SweepSpace, name: str) -> None:
         "trials": [vars(trial) for trial in result.trials],
     }
     write_json(folder / "summary.json", summary)
-    mlflow.log_artifact(str(folder / "summary.json"))
+    kept = f"the sweep's figures are in {folder}; nothing will be trained again"
+    run.patience(partial(_log, result, name, folder / "summary.json"), "logging the sweep", kept=kept)
     _show(run, result, summary, folder)
 
 
-def _log(result: SweepResult, task: str) -> None:
-    """Writes a nested run for every trial."""
+def _log(result: SweepResult, task: str, summary: Path) -> None:
+    """Writes a nested run for every trial that has none, and the summary."""
     parent = active_run().info
+    mlflow.log_artifact(str(summary))
+    nested_in = f"tags.`mlflow.parentRunId` = '{parent.run_id}' and attributes.status = 'FINISHED'"
+    there = MlflowClient().search_runs([parent.experiment_id], nested_in)
+    logged = {found.info.run_name for found in there}
     for trial in result.trials:
         training = result.trainings[trial.rank]
         name = f"{task} r{trial.rank} t{trial.temperature:g}"
+        if name in logged:
+            continue
         with mlflow.start_run(experiment_id=parent.experiment_id, run_name=name, nested=True) as nested:
             mlflow.log_params({"task": task, "rank": trial.rank, "temperature": trial.temperature})
             points = [("accuracy", trial.accuracy, 0), ("expert_loss", training["expert_loss"], 0)]
