@@ -23,7 +23,7 @@ from ray.data import TaskPoolStrategy
 from ray.data.block import BlockMetadata
 from ray.data.datasource import Datasource, ReadTask
 
-from pipeline.config import SourceConfig
+from pipeline.config import SourceConfig, without_secrets
 from pipeline.streams import mmbench
 from pipeline.streams.embedded.files import SCHEME
 from pipeline.streams.faults import SHOWN, BadRow, Fault, printable
@@ -241,12 +241,13 @@ def _count(filesystem: fs.FileSystem, file: fs.FileInfo, kind: str, known: froze
 
 
 def fingerprint(source: SourceConfig, folder: Path) -> str:
-    """Returns 16 hex digits that change when a source's files change, or how they are read.
+    """Returns 16 hex digits that change when a source's files change, or how they are read; with what keys, is all the same.
 
     Images that rows name by their paths are not looked at.
     """
     filesystem, files, kind = resolve(source, folder)
-    settings = source.model_dump_json(exclude={"path", "format", "cache"})
+    root = source.image_root and without_secrets(source.image_root)
+    settings = source.model_copy(update={"image_root": root}).model_dump_json(exclude={"path", "format", "cache"})
     digest = hashlib.sha256(f"{kind} {settings}".encode())
     try:
         for file in files:
