@@ -13,6 +13,7 @@ from pipeline.config import (
     SourceConfig,
     StreamConfig,
     TaskConfig,
+    TrainingConfig,
     digest,
     fields_of,
     load_config,
@@ -290,3 +291,13 @@ def test_a_run_does_not_take_a_folder_that_all_share(name: str) -> None:
     stream = StreamConfig(tasks=[TaskConfig(name="digits", train="a", eval="b")])
     with pytest.raises(ValidationError, match=f"<output>/{name} is what all runs of an output folder share"):
         LearnConfig(name=name, stream=stream)
+
+
+@pytest.mark.parametrize(
+    ("stage", "offload", "remedy"),
+    [(2, "all", "set zero_stage to 3"), (0, "optimizer", "set zero_stage to 1"), (0, "all", "set zero_stage to 3")],
+)
+def test_only_what_is_sharded_is_offloaded(stage, offload, remedy) -> None:
+    with pytest.raises(ValueError, match=remedy):
+        TrainingConfig(zero_stage=stage, offload=offload)
+    TrainingConfig(zero_stage=3, offload=offload)

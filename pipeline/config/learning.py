@@ -166,6 +166,20 @@ class TrainingConfig(Config):
     explosion: float = Field(default=20.0, gt=1)
     """Stop the task when the loss exceeds this multiple of its first value (or is not finite)."""
 
+    @model_validator(mode="after")
+    def _what_is_offloaded_is_sharded(self) -> "TrainingConfig":
+        if self.offload == "all" and self.zero_stage != 3:
+            raise ValueError(
+                f"offload is all and zero_stage {self.zero_stage}: only ZeRO 3 shards the base, so that it can wait in CPU "
+                "memory; set zero_stage to 3, or offload to optimizer"
+            )
+        if self.offload == "optimizer" and self.zero_stage == 0:
+            raise ValueError(
+                "offload is optimizer and zero_stage 0: only ZeRO shards optimizer states, so that they can wait in CPU "
+                "memory; set zero_stage to 1, or offload to none"
+            )
+        return self
+
 
 class EvaluationConfig(Config):
     """Inference: evaluation after every task, base prompts, image features."""

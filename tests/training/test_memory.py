@@ -9,7 +9,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from jobs.benchmark.plan import PEAK, QUICK, Case, build, measure, taken
-from pipeline.config import ConfigError, TrainingConfig
+from pipeline.config import TrainingConfig
 from pipeline.models.architecture import Architecture, architecture_of
 from pipeline.routing.adapters import load_adapters
 from pipeline.training.planning.activations import Pass, activations, layer_bytes
@@ -120,10 +120,6 @@ def test_offload_moves_to_the_cpu() -> None:
     assert some.weights == 8000
     assert some.cpu == {"optimizer states": 1200 + 400}
     assert everything.cpu == {"optimizer states": 1600, "frozen weights": 2000}
-    with pytest.raises(ConfigError, match=r"set training\.zero_stage=3"):
-        settle(2, offload="all")
-    with pytest.raises(ConfigError, match=r"set training\.zero_stage=1"):
-        settle(0, offload="optimizer")
 
 
 def test_buffers_are_deepspeeds_own_defaults() -> None:

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from pipeline.config import ConfigError, TrainingConfig
+from pipeline.config import TrainingConfig
 
 BUCKET, LIVE = "reduce_bucket_size", "stage3_max_live_parameters"
 DEFAULTS = {BUCKET: 500_000_000, LIVE: 1_000_000_000}
@@ -67,10 +67,6 @@ def states(
     `zero` is the `zero_optimization` group of DeepSpeed's configuration.
     """
     stage, workers, offload = training.zero_stage, training.workers, training.offload
-    if offload == "all" and stage < 3:
-        raise ConfigError("training.offload=all: only ZeRO-3 shards the base; set training.zero_stage=3")
-    if offload == "optimizer" and stage == 0:
-        raise ConfigError("training.offload=optimizer: ZeRO-0 offloads nothing; set training.zero_stage=1")
     sizes = DEFAULTS | {name: int(zero[name]) for name in DEFAULTS if name in zero}
     shards = workers if stage >= 1 else 1
     own = weight_bytes * base // (workers if stage == 3 else 1)
