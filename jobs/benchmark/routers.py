@@ -190,17 +190,18 @@ def _synthetic_expert(base: Base, config: LearnConfig, number: int) -> Expert:
         model.save_pretrained(folder)
         adapter_config, adapters = load_adapters(folder)
     width = feature_width(base.width, config.router.feature_width)
-    batches = [collate(rows[start : start + 100], pad_token_id=pad) for start in range(0, len(rows), 100)]
+    parts = [rows[start : start + 100] for start in range(0, len(rows), 100)]
     collector = EvidenceCollector(base.model, list(adapters))
     with torch.inference_mode():
-        for batch in batches:
+        for part in parts:
+            batch = collate(part, pad_token_id=pad)
             collector.expect(batch, len(batch["labels"]))
             model(**batch, use_cache=False)
     samples = collector.collect()
     model.unload()
-    features = collect_features(base.model, base, batches, width=width, device="cpu")
+    features, ids = collect_features(base.model, base, parts, width=width, device="cpu")
     router = config.router
-    statistics = PromptStatistics.of(features, quantile=router.quantile, shrinkage=router.shrinkage)
+    statistics = PromptStatistics.of(features, ids, quantile=router.quantile, shrinkage=router.shrinkage)
     evidence = {path: PromptStatistics.of(sample) for path, sample in samples.items()}
     card = ExpertCard(
         name=name,

@@ -5,8 +5,9 @@ The one place that knows how a row becomes model inputs, for training and for ge
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
+from hashlib import blake2b
 from typing import Any
 
 import numpy as np
@@ -47,6 +48,8 @@ class Encoded:
     """Arrays of this row's images by name (`pixel_values`, ...); none for a text-only row."""
     marks: Mapping[str, np.ndarray] = field(default_factory=dict)
     """Further arrays with a value a token (T,), such as Qwen's `mm_token_type_ids`."""
+    picture: int | None = None
+    """Hash of the pixels where `images` holds what was computed from them; None: `images` tells."""
 
 
 def chat(messages: Sequence[Mapping[str, str]], *, spaces: bool = True) -> list[dict[str, Any]]:
@@ -134,7 +137,31 @@ def without_answer(row: Encoded) -> Encoded:
     """Returns the prompt of a training row, exactly as generation would start with it."""
     length = int(np.flatnonzero(row.labels != IGNORED)[0]) if (row.labels != IGNORED).any() else len(row.labels)
     marks = {name: values[:length] for name, values in row.marks.items()}
-    return Encoded(row.input_ids[:length], row.labels[:length], row.images, marks)
+    return replace(row, input_ids=row.input_ids[:length], labels=row.labels[:length], marks=marks)
+
+
+def picture_hash(row: Encoded) -> int:
+    """Returns 64 bits that name a row's pictures; 0 where it has none."""
+    if row.picture is not None or not row.images:
+        return row.picture or 0
+    return _hash(*(part for name in sorted(row.images) for part in (name.encode(), row.images[name].tobytes())))
+
+
+def ids(rows: Sequence[Encoded]) -> torch.Tensor:
+    """Returns ids (B, 2), int64, of each row's pictures and of its prompt; without a picture both are the prompt's."""
+    found = []
+    for row in rows:
+        picture = picture_hash(row)
+        prompt = _hash(picture.to_bytes(8, "little", signed=True), row.input_ids[row.labels == IGNORED].tobytes())
+        found.append((picture or prompt, prompt))
+    return torch.tensor(found, dtype=torch.int64)
+
+
+def _hash(*parts: bytes) -> int:
+    found = blake2b(digest_size=8)
+    for part in parts:
+        found.update(len(part).to_bytes(8, "little") + part)
+    return int.from_bytes(found.digest(), "little", signed=True)
 
 
 def collate(

@@ -252,6 +252,7 @@ def statistics_tensors(statistics: PromptStatistics, name: str = "statistics") -
     row, column = torch.triu_indices(statistics.width, statistics.width)
     return {
         f"{name}.count": torch.tensor([statistics.count]),
+        f"{name}.pictures": torch.tensor([statistics.independent]),
         f"{name}.mean": statistics.mean_F.contiguous(),
         f"{name}.scatter": statistics.scatter_FF[row, column].float(),
         f"{name}.radius": torch.tensor([statistics.radius], dtype=torch.float64),
@@ -264,7 +265,9 @@ def statistics_of(tensors: Mapping[str, Tensor], name: str = "statistics") -> Pr
     scatter_FF = torch.zeros(len(mean_F), len(mean_F), dtype=torch.float64)
     row, column = torch.triu_indices(*scatter_FF.shape)
     scatter_FF[row, column] = scatter_FF[column, row] = tensors[f"{name}.scatter"].double()
-    return PromptStatistics(int(tensors[f"{name}.count"]), mean_F, scatter_FF, float(tensors[f"{name}.radius"]))
+    count, radius = int(tensors[f"{name}.count"]), float(tensors[f"{name}.radius"])
+    pictures = int(tensors.get(f"{name}.pictures", count))  # earlier releases did not count them
+    return PromptStatistics(count, mean_F, scatter_FF, radius, pictures)
 
 
 def evidence_tensors(evidence: Mapping[str, PromptStatistics]) -> dict[str, Tensor]:

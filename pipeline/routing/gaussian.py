@@ -20,6 +20,8 @@ A class of few prompts beside one of many that resembles it (`Gaussians.beside`)
 prompts are spread like those of the class that it resembles, not like those of all; the latter then wins by its smaller
 determinant alone. Beside class t its prior is Sigma_t, worth 2 F prompts, in the same formulas.
 
+Of several questions about one picture, n_c counts the pictures, and scatter_c is that share of the prompts' scatter.
+
 Only sums enter: the order of the classes does not matter, the result equals that of all samples together, and a class is
 forgotten exactly by leaving its term out. Shapes: B prompts, F features, C classes.
 """
@@ -58,7 +60,7 @@ class Gaussians:
     def _covariance(self, number: int) -> Tensor:
         """Returns a class's covariance blended with that of all (F, F)."""
         own = self.classes[number]
-        return (own.scatter_FF + self.prior * self.shared_FF) / (own.count + self.prior)
+        return blended(own, self.shared_FF, self.prior)
 
     def _factorise(self, number: int, beside: int | None = None) -> tuple[Tensor, float, float]:
         """Returns a class's Cholesky factor (F, F), its nu, and what its score has beside the distance."""
@@ -67,9 +69,9 @@ class Gaussians:
             prior, blended_FF = self.prior, self._covariance(number)
         else:
             prior = LIKENESS * width
-            blended_FF = (own.scatter_FF + prior * self._covariance(beside)) / (own.count + prior)
-        factor_FF = shrunk_cholesky(blended_FF, self.scale_F, self.shrinkage) * math.sqrt(1 + 1 / own.count)
-        nu = own.count + prior
+            blended_FF = blended(own, self._covariance(beside), prior)
+        factor_FF = shrunk_cholesky(blended_FF, self.scale_F, self.shrinkage) * math.sqrt(1 + 1 / own.independent)
+        nu = own.independent + prior
         constant = math.lgamma((nu + width) / 2) - math.lgamma(nu / 2) - width / 2 * math.log(nu)
         return factor_FF, nu, constant - float(factor_FF.diagonal().log().sum())
 
@@ -95,6 +97,12 @@ class Gaussians:
             distance_B = torch.linalg.solve_triangular(factor_FF, centred_BF.T, upper=False).square().sum(0)
             scores_BC[rows_B, number] = constant - (nu + len(self.scale_F)) / 2 * torch.log1p(distance_B / nu)
         return scores_BC
+
+
+def blended(own: PromptStatistics, prior_FF: Tensor, weight: float) -> Tensor:
+    """Returns a class's covariance (F, F) with a prior worth `weight` prompts."""
+    scatter_FF = own.scatter_FF * (own.independent / own.count)
+    return (scatter_FF + weight * prior_FF) / (own.independent + weight)
 
 
 def solve(classes: Sequence[PromptStatistics], *, shrinkage: float) -> tuple[Tensor, Tensor]:

@@ -27,14 +27,15 @@ ROUNDS = 50
 """Most rounds of k-means."""
 
 
-def components(features_NF: Tensor, count: int) -> tuple[PromptStatistics, ...]:
-    """Splits general prompts (N, F) into at most `count` components and takes the statistics of each.
+def components(features_NF: Tensor, count: int, ids_N2: Tensor | None = None) -> tuple[PromptStatistics, ...]:
+    """Splits general prompts (N, F) into at most `count` components and takes the statistics of each; for `ids_N2` see there.
 
     k-means on standardised features, started by k-means++ (Arthur and Vassilvitskii, SODA 2007) from a constant seed: the
     same prompts, in whatever order, make the same components.
     """
     x_NF = features_NF.double()
-    x_NF = x_NF[x_NF.sum(-1).argsort(stable=True)]
+    order_N = x_NF.sum(-1).argsort(stable=True)
+    x_NF = x_NF[order_N]
     variance_F = x_NF.var(0, correction=0)
     z_NF = (x_NF - x_NF.mean(0)) / (variance_F + 1e-6 * variance_F.mean() + 1e-12).sqrt()
     random = torch.Generator().manual_seed(0)
@@ -50,7 +51,11 @@ def components(features_NF: Tensor, count: int) -> tuple[PromptStatistics, ...]:
         before_N, own_N = own_N, torch.cdist(z_NF, centres_KF).argmin(1)
         if own_N.equal(before_N):
             break
-    return tuple(PromptStatistics.of(x_NF[own_N == k]) for k in own_N.unique().tolist())
+    ids_N2 = None if ids_N2 is None else ids_N2[order_N]
+    return tuple(
+        PromptStatistics.of(x_NF[own_N == k], None if ids_N2 is None else ids_N2[own_N == k])
+        for k in own_N.unique().tolist()
+    )
 
 
 def write_null(file: Path, null: Sequence[PromptStatistics], evidence: Mapping[str, PromptStatistics]) -> None:

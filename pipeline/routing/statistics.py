@@ -15,8 +15,8 @@ from torch import Tensor
 
 FOLDS = 10
 """Parts of a task's prompts that are measured against all others: what is measured has nearly all of the prompts."""
-SAME = 1e-5
-"""Prompts that differ by less than this share of their spread are the same one, read again."""
+FEWEST = 4
+"""Prompts, or pictures, from which on folds are made of them."""
 ENOUGH = 10
 """Distances beyond a quantile from which on it is read off them alone."""
 CONFIDENCE = 1.645
@@ -35,35 +35,48 @@ class PromptStatistics:
     """Sum of outer products of the centred features (F, F)."""
     radius: float = float("inf")
     """Squared own distance that only a small share of the task's own prompts exceeds; infinite without calibration."""
+    pictures: int | None = None
+    """Number of distinct pictures among the prompts (a prompt without one counts as its own); None: as many as prompts."""
 
     @classmethod
-    def of(cls, features_NF: Tensor, *, quantile: float | None = None, shrinkage: float = 0.05) -> "PromptStatistics":
+    def of(
+        cls,
+        features_NF: Tensor,
+        ids_N2: Tensor | None = None,
+        *,
+        quantile: float | None = None,
+        shrinkage: float = 0.05,
+    ) -> "PromptStatistics":
         """Summarises features (N, F); with `quantile`, also calibrates the radius.
 
-        The radius is measured crosswise, each fold of the prompts against the mean and covariance of all others: distances
-        of the very prompts that made a covariance are too small. The same prompt several times lies in one fold, and its
-        distance counts once.
+        `ids_N2` (N, 2), int64, say which prompts have the same picture, and which are the same (`prompts.ids`); without
+        them all differ. The radius is measured crosswise, each fold of the pictures against the mean and covariance of all
+        others: distances of the very prompts that made a covariance are too small, and so are those of other questions
+        about the same picture. The same prompt several times counts once.
         """
         features_NF = features_NF.double()
         mean_F = features_NF.mean(0)
         centred_NF = features_NF - mean_F
-        whole = cls(len(features_NF), mean_F, centred_NF.T @ centred_NF)
+        picture_N, prompt_N = _numbers(features_NF, ids_N2)
+        pictures, prompts = int(picture_N.max()) + 1, int(prompt_N.max()) + 1
+        whole = cls(len(features_NF), mean_F, centred_NF.T @ centred_NF, pictures=pictures)
         if quantile is None:
             return whole
-        if len(features_NF) < 4:
-            raise ValueError(f"{len(features_NF)} prompts are too few to calibrate a radius; at least 4 are needed")
-        group_N = _groups(features_NF)
-        count = int(group_N.max()) + 1
+        if len(features_NF) < FEWEST:
+            raise ValueError(
+                f"{len(features_NF)} prompts are too few to calibrate a radius; at least {FEWEST} are needed"
+            )
+        # Questions about two or three pictures tell nothing of others: then prompts must do.
+        group_N, groups = (picture_N, pictures) if pictures >= FEWEST else (prompt_N, prompts)
         distance_N = whole.distance(features_NF, shrinkage=shrinkage)
-        if count >= 4:
-            # Neighbours along the direction of the groups lie in different folds.
-            fold_N = group_N % min(FOLDS, count)
-            for fold in range(min(FOLDS, count)):
+        if groups >= FEWEST:
+            fold_N = group_N % min(FOLDS, groups)
+            for fold in range(min(FOLDS, groups)):
                 held_N = fold_N == fold
                 others = cls.of(features_NF[~held_N])
                 distance_N[held_N] = others.distance(features_NF[held_N], shrinkage=shrinkage)
-        distances_G = torch.zeros(count, dtype=torch.float64).scatter_reduce(0, group_N, distance_N, "amax")
-        return cls(whole.count, whole.mean_F, whole.scatter_FF, _bound(distances_G, quantile))
+        distance_P = torch.zeros(prompts, dtype=torch.float64).scatter_reduce(0, prompt_N, distance_N, "amax")
+        return cls(whole.count, mean_F, whole.scatter_FF, _bound(distance_P, groups, quantile), pictures)
 
     def __add__(self, other: "PromptStatistics") -> "PromptStatistics":
         """Statistics of both sets of prompts together (without a radius: that belongs to one task)."""
@@ -71,7 +84,13 @@ class PromptStatistics:
         apart_F = other.mean_F - self.mean_F
         between_FF = torch.outer(apart_F, apart_F) * (self.count * other.count / count)
         mean_F = (self.count * self.mean_F + other.count * other.mean_F) / count
-        return PromptStatistics(count, mean_F, self.scatter_FF + other.scatter_FF + between_FF)
+        scatter_FF = self.scatter_FF + other.scatter_FF + between_FF
+        return PromptStatistics(count, mean_F, scatter_FF, pictures=self.independent + other.independent)
+
+    @property
+    def independent(self) -> int:
+        """How many prompts of pictures of their own tell as much as these: as many as there are pictures."""
+        return self.count if self.pictures is None else self.pictures
 
     @property
     def width(self) -> int:
@@ -98,38 +117,34 @@ class PromptStatistics:
         return white_FN.square().mean(0)
 
 
-def _groups(features_NF: Tensor) -> Tensor:
-    """Returns a number for each prompt (N,), 0 to G - 1, that it shares with its repetitions.
-
-    Repetitions differ by rounding, since padding differs; so they are neighbours along any one direction. Different
-    prompts may be, too, by chance: then they only share a fold.
-    """
-    direction_F = torch.randn(features_NF.shape[-1], dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    along_N = (features_NF - features_NF.mean(0)) @ direction_F
-    sorted_N, order_N = along_N.sort()
-    gap_N = SAME * along_N.std() + 1e-6 * features_NF.abs().max()
-    number_N = torch.zeros(len(along_N), dtype=torch.long)
-    number_N[order_N[1:]] = (sorted_N.diff() > gap_N).cumsum(0)
-    return number_N
+def _numbers(features_NF: Tensor, ids_N2: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Returns the number of each prompt's picture and of the prompt itself (N,), from 0: the same in any order of prompts."""
+    if ids_N2 is None:
+        every_N = torch.arange(len(features_NF))
+        return every_N, every_N
+    picture_N, prompt_N = (ids_N2[:, i].unique(return_inverse=True)[1] for i in (0, 1))
+    return picture_N, prompt_N
 
 
-def _bound(distances_G: Tensor, quantile: float) -> float:
+def _bound(distance_P: Tensor, groups: int, quantile: float) -> float:
     """Returns a bound that a new distance exceeds with a probability of about 1 - `quantile`, or less.
 
-    Of many distances it is their own quantile, the k-th of G in rising order with k = ceil((G + 1) quantile), as in
+    Of many distances it is their own quantile, the k-th of P in rising order with k = ceil((P + 1) quantile), as in
     conformal prediction. Few do not reach that far into the tail, or only by chance: then it is the upper tolerance bound
     of a normal distribution of their logarithms (mean + (z + c sqrt(1 / G + z^2 / (2 G))) deviation), where that is larger.
+    G are the `groups` of prompts that are independent of each other.
     """
-    count = len(distances_G)
-    rank = math.ceil((count + 1) * quantile)
-    own = float(distances_G.sort().values[min(rank, count) - 1])
+    rank = math.ceil((len(distance_P) + 1) * quantile)
+    own = float(distance_P.sort().values[min(rank, len(distance_P)) - 1])
     z = NormalDist().inv_cdf(quantile)
-    exceeding = (1 - quantile) * count  # prompts that the estimate rests on
-    if count < 4 or exceeding >= ENOUGH:
+    exceeding = (1 - quantile) * groups  # what the estimate rests on
+    if groups < FEWEST:
+        return max(own, 1.0)  # of the very prompts that made the covariance, 1 on average
+    if exceeding >= ENOUGH:
         return own
-    logarithms_G = distances_G.clamp(min=1e-12).log()
-    factor = z + CONFIDENCE * math.sqrt(1 / count + z * z / (2 * count))
-    return max(own, math.exp(float(logarithms_G.mean() + factor * logarithms_G.std())))
+    logarithms_P = distance_P.clamp(min=1e-12).log()
+    factor = z + CONFIDENCE * math.sqrt(1 / groups + z * z / (2 * groups))
+    return max(own, math.exp(float(logarithms_P.mean() + factor * logarithms_P.std())))
 
 
 @lru_cache(maxsize=128)

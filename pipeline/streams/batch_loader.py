@@ -216,9 +216,9 @@ def epoch_order(count: int, epoch: int, *, seed: int, step: int, lengths: np.nda
 
 
 def distinct_batches(
-    rows: TrainingRows, *, count: int, micro_batch: int, rank: int, workers: int, collate: Collate, seed: int
-) -> Iterator[dict[str, Any] | None]:
-    """Yields batches of up to `count` distinct rows, drawn evenly from all rows and dealt over the ranks.
+    rows: TrainingRows, *, count: int, micro_batch: int, rank: int, workers: int, seed: int
+) -> Iterator[list[Encoded] | None]:
+    """Yields up to `count` distinct rows in batches, drawn evenly from all rows and dealt over the ranks.
 
     Every rank gets equally many; one that has run out of rows gets None.
     """
@@ -231,5 +231,4 @@ def distinct_batches(
     else:
         found = StreamedRows(rows, rank=rank, workers=workers, seed=seed).chosen(own)
     for _ in range(batches):
-        part = list(islice(found, micro_batch))
-        yield collate(part) if part else None
+        yield list(islice(found, micro_batch)) or None

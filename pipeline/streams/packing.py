@@ -25,6 +25,8 @@ def pack(encoded: Encoded) -> dict[str, bytes]:
             layout.append([kind, name, array.dtype.str, array.shape, offset])
             parts.append(np.ascontiguousarray(array).tobytes())
             offset += len(parts[-1])
+    if encoded.picture is not None:
+        layout.append(["picture", str(encoded.picture), "", (), 0])
     return {
         "input_ids": encoded.input_ids.tobytes(),
         "labels": encoded.labels.tobytes(),
@@ -49,7 +51,12 @@ def unpack(batch: Mapping[str, Any]) -> list[Encoded]:
 def unpack_row(ids: Any, labels: Any, arrays: Any, layout: Any) -> Encoded:
     """Reads one encoded row from its columns."""
     found: dict[str, dict[str, np.ndarray]] = {"images": {}, "marks": {}}
+    picture = None
     for kind, name, dtype, shape, offset in json.loads(bytes(layout)):
+        if kind == "picture":
+            picture = int(name)
+            continue
         flat = np.frombuffer(arrays, dtype, int(np.prod(shape)), offset)
         found[kind][name] = flat.reshape(shape)
-    return Encoded(np.frombuffer(ids, np.int64), np.frombuffer(labels, np.int64), found["images"], found["marks"])
+    tokens = np.frombuffer(ids, np.int64), np.frombuffer(labels, np.int64)
+    return Encoded(*tokens, found["images"], found["marks"], picture)

@@ -5,6 +5,7 @@ instead of running it again, and the tower need not even be in the memory of tho
 run's data, under a name derived from rows and base.
 """
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ import torch
 from pipeline.config import BaseModelConfig
 from pipeline.locks import made_once
 from pipeline.models.inference import FrozenBase, InferenceWorkers
-from pipeline.models.prompts import FEATURES, Encoded
+from pipeline.models.prompts import FEATURES, Encoded, picture_hash
 from pipeline.streams.actors import on_workers
 from pipeline.streams.packing import pack, unpack
 from pipeline.streams.sources import StreamError
@@ -64,4 +65,4 @@ class ImageEncoder(FrozenBase):
         if features_ND.dtype == torch.bfloat16:
             features_ND = features_ND.view(torch.uint16)
         kept = {name: array for name, array in row.images.items() if name.endswith("grid_thw")}
-        return Encoded(row.input_ids, row.labels, {FEATURES: features_ND.cpu().numpy(), **kept}, row.marks)
+        return replace(row, images={FEATURES: features_ND.cpu().numpy(), **kept}, picture=picture_hash(row))

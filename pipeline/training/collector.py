@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from pipeline.models.bases import Base
-from pipeline.models.prompts import IGNORED, to_device
+from pipeline.models.prompts import IGNORED, Encoded, collate_for, ids, to_device
 from pipeline.routing.evidence import EvidenceReader
 from pipeline.routing.features import project
 from pipeline.routing.routed_model import PromptReader
@@ -26,33 +26,34 @@ def prompt_mask(batch: dict[str, Any]) -> Tensor:
 
 @torch.no_grad()
 def collect_features(
-    run: Any, base: Base, batches: Iterable[dict[str, Any] | None], *, width: int, device: str | torch.device
-) -> Tensor:
-    """Returns the prompt features (N, `width`) of all ranks' batches, alike on every rank.
+    run: Any, base: Base, batches: Iterable[Sequence[Encoded] | None], *, width: int, device: str | torch.device
+) -> tuple[Tensor, Tensor]:
+    """Returns prompt features (N, `width`) and ids (N, 2) of all ranks' batches of rows, alike on every rank.
 
     `run` is the base or the engine around it. Every rank gives equally many batches, None where it has no more rows: it
     then runs its last ones again and leaves them out, since ZeRO-3 wants all ranks to run.
     """
-    found: list[Tensor] = []
+    found: list[tuple[Tensor, Tensor]] = []
     seen: list[Tensor] = []
     reader = PromptReader(base.model, lambda features, tokens: seen.append(features))
-    last: dict[str, Any] | None = None
+    last: Sequence[Encoded] | None = None
     try:
         with _without_layers(base):
             for given in batches:
                 last = given if given is not None else last
                 assert last is not None, "every rank has at least one row"
-                batch = to_device(last, device)
+                batch = to_device(collate_for(base.processor, last), device)
                 reader.prompt_mask = prompt_mask(batch)
                 inputs = {name: value for name, value in batch.items() if name != "labels"}
                 run(**inputs, logits_to_keep=1, use_cache=False)
                 (features_BS,) = seen
                 seen.clear()
                 if given is not None:
-                    found.append(project(features_BS, width).cpu())
+                    found.append((project(features_BS, width).cpu(), ids(given)))
     finally:
         reader.remove()
-    return torch.cat([part for parts in over_ranks(found) for part in parts])
+    features, given_ids = zip(*(part for parts in over_ranks(found) for part in parts), strict=True)
+    return torch.cat(features), torch.cat(given_ids)
 
 
 @contextmanager

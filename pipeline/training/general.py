@@ -9,7 +9,7 @@ import torch
 
 from pipeline.config import BaseModelConfig
 from pipeline.models.inference import FrozenBase, InferenceWorkers
-from pipeline.models.prompts import Encoded
+from pipeline.models.prompts import Encoded, ids
 from pipeline.routing.evidence import EvidenceReader
 from pipeline.routing.features import feature_width, project
 from pipeline.routing.null import components
@@ -19,8 +19,8 @@ from pipeline.streams.actors import on_workers
 from pipeline.streams.packing import unpack
 from pipeline.training.stages import heard_paths
 
-FEATURES = "features"
-"""Column of the prompt features; the others bear the path of the Linear whose pooled input they hold."""
+FEATURES, IDS = "features", "ids"
+"""Columns of prompt features and ids; the others bear the path of the Linear whose pooled input they hold."""
 
 
 def general_statistics(
@@ -50,7 +50,7 @@ def general_statistics(
     )
     batches = list(read.iter_batches(batch_size=None, batch_format="numpy"))
     whole = {key: torch.from_numpy(np.concatenate([batch[key] for batch in batches])) for key in batches[0]}
-    null = components(whole.pop(FEATURES), null_components)
+    null = components(whole.pop(FEATURES), null_components, whole.pop(IDS))
     return null, {key: PromptStatistics.of(samples) for key, samples in whole.items()}
 
 
@@ -70,7 +70,7 @@ class StatisticsCollector(FrozenBase):
         self.features, self.evidence.tokens_BT = features, tokens
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, np.ndarray]:
-        """Returns `features` (B, F), and by path the pooled input of every Linear that hears something new (B, 64)."""
+        """Returns `features` (B, F), `ids` (B, 2), and by path the pooled input of every Linear that hears anew (B, 64)."""
         return self.collect(unpack(batch))
 
     def collect(self, prompts: Sequence[Encoded]) -> dict[str, np.ndarray]:
@@ -80,7 +80,9 @@ class StatisticsCollector(FrozenBase):
             self.read(rows)
             assert self.features is not None
             features_BF = project(self.features, self.width).cpu()
-            parts.append({FEATURES: features_BF} | {p: torch.cat(s) for p, s in self.evidence.samples.items()})
+            parts.append(
+                {FEATURES: features_BF, IDS: ids(rows)} | {p: torch.cat(s) for p, s in self.evidence.samples.items()}
+            )
             self.evidence.samples.clear()
             order += members
         back = torch.tensor(order).argsort()

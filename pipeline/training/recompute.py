@@ -23,11 +23,10 @@ from pipeline.routing.statistics import PromptStatistics
 from pipeline.routing.trained import TrainedExpert
 from pipeline.streams.batch_loader import distinct_batches
 from pipeline.streams.training_rows import TrainingRows
-from pipeline.training.general import FEATURES, StatisticsCollector
+from pipeline.training.general import FEATURES, IDS, StatisticsCollector
 from pipeline.training.session import FEWEST_ROWS
 from pipeline.training.stages import with_gates, without_gates
 
-ROWS = "rows"
 ROWS_AT_ONCE = 16
 """Rows that a worker holds at a time, their images decoded."""
 
@@ -70,7 +69,8 @@ def recomputed(
         for a in actors:
             ray.kill(a)
     samples = _joined([share for share in shares if share])
-    statistics = PromptStatistics.of(samples.pop(FEATURES), quantile=router.quantile, shrinkage=router.shrinkage)
+    features, ids = samples.pop(FEATURES), samples.pop(IDS)
+    statistics = PromptStatistics.of(features, ids, quantile=router.quantile, shrinkage=router.shrinkage)
     evidence = {path: PromptStatistics.of(samples_NF) for path, samples_NF in samples.items()}
     return expert.described(statistics, evidence, identity=identity)
 
@@ -103,9 +103,8 @@ class GatedCollector(StatisticsCollector):
             micro_batch=ROWS_AT_ONCE,
             rank=rank,
             workers=workers,
-            collate=lambda part: {ROWS: part},
             seed=seed,
         )
-        parts = [self.collect([without_answer(row) for row in batch[ROWS]]) for batch in batches if batch]
+        parts = [self.collect([without_answer(row) for row in batch]) for batch in batches if batch]
         without_gates(self.base.model, gates)
         return {key: array.numpy() for key, array in _joined(parts).items()} if parts else {}

@@ -225,7 +225,7 @@ class Worker:
             checkpoint_activations(base)
         without_dropout(engine)  # nothing but the gates moves
         seed_all(job.seed, 2, self.rank)
-        features = self._features(engine, base)
+        features, ids = self._features(engine, base)
         evidence = EvidenceCollector(base.model, heard)
         clock = StageClock()
         steps = range(config.steps)
@@ -239,7 +239,7 @@ class Worker:
                 on_step=lambda step, loss: self._step_done("router", step, config.steps, loss),
                 before=lambda i, batch: evidence.expect(batch, loader.new_rows(config.statistics_rows)[i]),
             )
-        statistics = PromptStatistics.of(features, quantile=config.quantile, shrinkage=config.shrinkage)
+        statistics = PromptStatistics.of(features, ids, quantile=config.quantile, shrinkage=config.shrinkage)
         samples = {path: PromptStatistics.of(sample) for path, sample in evidence.collect().items()}
         with gathered([gate.vector for gate in gates.values()]):
             vectors = {path: gate.vector.detach().float().cpu().clone() for path, gate in gates.items()}
@@ -266,8 +266,8 @@ class Worker:
         if self.rank == 0:
             self.folder.finish(self.figures, lambda draft: expert.save(draft / EXPERT))
 
-    def _features(self, engine: Any, base: Base) -> torch.Tensor:
-        """Returns the features (N, F) of distinct prompts of all ranks."""
+    def _features(self, engine: Any, base: Base) -> tuple[torch.Tensor, torch.Tensor]:
+        """Returns features (N, F) and ids (N, 2) of distinct prompts of all ranks."""
         config = self.job.router
         batches = distinct_batches(
             self.rows,
@@ -275,7 +275,6 @@ class Worker:
             micro_batch=self.layout.micro_batch,
             rank=self.rank,
             workers=self.world,
-            collate=partial(collate_for, base.processor),
             seed=self.job.seed,
         )
         width = feature_width(base.width, config.feature_width)

@@ -4,7 +4,6 @@ import dataclasses
 import json
 import re
 import shutil
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -56,22 +55,21 @@ def training_rows(run: StreamRun) -> dict[str, TrainingRows]:
 
 def as_training_records(base: Base, expert: Expert, rows: TrainingRows, router: RouterConfig) -> Expert:
     """Returns the expert with statistics of these rows, by the means of a training worker."""
-    collate = partial(collate_for, base.processor)
-    batches = partial(distinct_batches, rows, micro_batch=16, rank=0, workers=1, collate=collate, seed=0)
-    read = list(batches(count=router.statistics_rows))
-    features = collect_features(base.model, base, read, width=router.feature_width or 3 * base.width, device="cpu")
+    read = list(distinct_batches(rows, count=router.statistics_rows, micro_batch=16, rank=0, workers=1, seed=0))
+    features, ids = collect_features(base.model, base, read, width=router.feature_width or 3 * base.width, device="cpu")
     heard = heard_paths(base, "auto")
     gates = with_gates(base.model, expert.adapters)
     for path, gate in gates.items():
         gate.vector.data.copy_(expert.vectors[path])
     evidence = EvidenceCollector(base.model, heard)
-    for batch in read:
-        assert batch is not None
+    for part in read:
+        assert part is not None
+        batch = collate_for(base.processor, part)
         evidence.expect(batch, len(batch["labels"]))
         with torch.no_grad():
             base.model(**{name: value for name, value in batch.items() if name != "labels"}, use_cache=False)
     without_gates(base.model, gates)
-    statistics = PromptStatistics.of(features, quantile=router.quantile, shrinkage=router.shrinkage)
+    statistics = PromptStatistics.of(features, ids, quantile=router.quantile, shrinkage=router.shrinkage)
     samples = {path: PromptStatistics.of(sample) for path, sample in evidence.collect().items()}
     return dataclasses.replace(expert, statistics=statistics, evidence=samples)
 

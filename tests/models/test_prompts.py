@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -5,7 +7,18 @@ from PIL import Image
 
 from pipeline.config import BaseModelConfig
 from pipeline.models.bases import load_processor
-from pipeline.models.prompts import IGNORED, Encoded, chat, collate, encode, generate_answers, without_answer
+from pipeline.models.prompts import (
+    IGNORED,
+    Encoded,
+    chat,
+    collate,
+    encode,
+    generate_answers,
+    ids,
+    picture_hash,
+    without_answer,
+)
+from pipeline.streams.packing import pack, unpack_row
 from tests.helpers import ask, batch_of, generate
 
 RED, BLUE = Image.new("RGB", (64, 64), "red"), Image.new("RGB", (90, 40), "blue")
@@ -118,6 +131,28 @@ def test_earlier_turns_belong_to_the_prompt(tiny_base):
     assert tokens(tiny_base, row.input_ids).count("<|end|>") == 2
     said = ["<|assistant|>", "red", "<|end|>", "<|user|>", "shape", "?", "<|assistant|>"]
     assert tokens(tiny_base, row.input_ids)[-9:-2] == said
+
+
+def test_ids_tell_pictures_and_prompts_apart(tiny_base):
+    def row(question: str, *images: Image.Image, answer: str = "red"):
+        return ask(tiny_base.processor, question, *images, answer=answer)
+
+    rows = [
+        row("what ?", RED),
+        row("which ?", RED),
+        row("what ?", BLUE),
+        row("what ?", RED, answer="blue"),
+        row("what ?"),
+    ]
+    found = ids(rows).tolist()
+    pictures, prompts = ([pair[i] for pair in found] for i in (0, 1))
+    assert pictures[0] == pictures[1] == pictures[3] != pictures[2]
+    assert prompts[0] == prompts[3]
+    assert len(set(prompts)) == 4
+    assert pictures[4] == prompts[4]
+    assert ids([without_answer(one) for one in rows]).tolist() == found
+    kept = [unpack_row(*pack(replace(r, images={}, picture=picture_hash(r))).values()) for r in rows[:3]]
+    assert ids(kept).tolist() == found[:3], "features in the pixels' place"
 
 
 def test_a_template_that_hides_the_prompt_is_refused(tiny_folder):

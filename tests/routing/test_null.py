@@ -33,6 +33,14 @@ def test_the_same_prompts_make_the_same_components():
         assert one.mean_F.equal(other.mean_F)
 
 
+def test_components_count_their_pictures():
+    picture_N = torch.arange(20).repeat_interleave(5)
+    ids_N2 = torch.stack([picture_N, 100 + torch.arange(100)], 1)
+    found = components(groups(-9, 9), 2, ids_N2)
+    assert [(component.count, component.independent) for component in found] == [(50, 10), (50, 10)]
+    assert sum(found[1:], start=found[0]).independent == 20
+
+
 def test_there_are_no_more_components_than_distinct_prompts():
     x_NF = groups(0, count=3)
     assert len(components(x_NF.repeat(5, 1), 12)) == 3
@@ -45,6 +53,6 @@ def test_a_file_gives_back_what_was_written(tmp_path):
     write_null(tmp_path / "null.safetensors", null, {"layer.q": heard})
     found, evidence = read_null(tmp_path / "null.safetensors")
     for one, other in zip([*found, evidence["layer.q"]], [*null, heard], strict=True):
-        assert one.count == other.count
+        assert (one.count, one.independent) == (other.count, other.independent)
         assert one.mean_F.equal(other.mean_F)
         torch.testing.assert_close(one.scatter_FF, other.scatter_FF, rtol=1e-6, atol=0)

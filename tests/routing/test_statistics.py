@@ -101,10 +101,34 @@ def test_the_radius_of_few_prompts_read_many_times_holds_for_new_ones(count):
         x_NF = 3 + torch.randn(count + 2000, wide, generator=random) @ mixing_FF
         seen_NF = x_NF[:count].repeat(16, 1)
         seen_NF = seen_NF * (1 + 1e-7 * torch.randn(seen_NF.shape, generator=random))
-        found = PromptStatistics.of(seen_NF, quantile=0.99)
-        assert found.count == 16 * count
+        found = PromptStatistics.of(seen_NF, same(torch.arange(count).repeat(16)), quantile=0.99)
+        assert (found.count, found.independent) == (16 * count, count)
         assert (found.distance(x_NF[count:]) <= found.radius).float().mean() > 0.97
         assert (found.distance(x_NF[count:] + 30) > found.radius).all()
+
+
+@pytest.mark.parametrize("pictures", [20, 80])
+def test_the_radius_of_several_questions_about_each_picture_holds_for_new_pictures(pictures):
+    random = torch.Generator().manual_seed(pictures)
+    picture_PF = torch.randn(pictures + 500, 120, generator=random)
+    question_QF = torch.randn(400 + 500, 40, generator=random)
+    picture_N = torch.arange(pictures).repeat_interleave(5)
+    seen_NF = torch.cat([picture_PF[picture_N], question_QF[: len(picture_N)]], 1)
+    new_NF = torch.cat([picture_PF[pictures:], question_QF[400:]], 1)
+    ids_N2 = torch.stack([picture_N, 1000 + torch.arange(len(picture_N))], 1)
+    found = PromptStatistics.of(seen_NF, ids_N2, quantile=0.99)
+    assert (found.count, found.independent) == (5 * pictures, pictures)
+    assert (found.distance(new_NF) <= found.radius).float().mean() > 0.97
+    assert (found.distance(new_NF + 30) > found.radius).all()
+    careless = PromptStatistics.of(seen_NF, quantile=0.99)
+    assert (careless.distance(new_NF) <= careless.radius).float().mean() < 0.5
+    back = torch.randperm(len(seen_NF), generator=random)
+    again = PromptStatistics.of(seen_NF[back], ids_N2[back], quantile=0.99)
+    assert again.radius == pytest.approx(found.radius)
+
+
+def same(prompt_N):
+    return torch.stack([prompt_N, prompt_N], 1)
 
 
 def test_the_radius_of_many_prompts_is_their_quantile():

@@ -228,14 +228,14 @@ def test_distinct_rows_come_once_in_equally_many_batches(workers):
         ranks = [
             list(
                 distinct_batches(
-                    cached(), count=count, micro_batch=4, rank=rank, workers=workers,
-                    collate=partial(collate, pad_token_id=PAD), seed=seed,
+                    cached(), count=count, micro_batch=4, rank=rank, workers=workers, seed=seed
                 )
             )
             for rank in range(workers)
         ]  # fmt: skip
         assert len({len(rank) for rank in ranks}) == 1
-        return sorted(n for rank in ranks for part in numbers([b for b in rank if b is not None]) for n in part)
+        batches = [collate(part, pad_token_id=PAD) for rank in ranks for part in rank if part is not None]
+        return sorted(n for part in numbers(batches) for n in part)
 
     assert drawn(100) == list(range(ROWS))
     assert len(set(drawn(10))) == 10

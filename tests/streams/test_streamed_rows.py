@@ -187,10 +187,7 @@ def test_several_tasks_come_mixed_where_one_of_them_streams(tiny_folder, tmp_pat
 def test_distinct_rows_come_from_the_whole_file(tiny_folder, tmp_path):
     found = streamed(write(tmp_path, "parquet", 200, row_group_size=20), tiny_folder, tmp_path)
     in_file = [str(row["input_ids"]) for row in _in_file(found)]
-    ranks = [
-        list(distinct_batches(found, count=40, micro_batch=8, rank=r, workers=3, collate=list, seed=1))
-        for r in range(3)
-    ]
+    ranks = [list(distinct_batches(found, count=40, micro_batch=8, rank=r, workers=3, seed=1)) for r in range(3)]
     assert {len(rank) for rank in ranks} == {2}
     places = [in_file.index(str(row.input_ids.tolist())) for rank in ranks for batch in rank if batch for row in batch]
     assert len(places) == len(set(places)) == 40

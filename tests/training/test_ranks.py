@@ -106,8 +106,8 @@ def both_stages(path: str, folder: Path, training: TrainingConfig, dtype: str) -
         gates = with_gates(base.model, load_adapters(folder)[1], dtype=precision)
         engine = start_engine(base.model, settings, learning_rate=5e-3, weight_decay=0.0, schedule=lambda step: 1.0)
         without_dropout(engine)
-        own = [batches[0], batches[1] if rank == 0 else None]
-        found["features"] = collect_features(engine, base, own, width=3 * base.width, device="cpu")
+        own = [mixed[0], mixed[1] if rank == 0 else None]
+        found["features"], found["ids"] = collect_features(engine, base, own, width=3 * base.width, device="cpu")
         evidence = EvidenceCollector(base.model, heard)
         found["router"] = steps(engine, batches, 3, before=lambda i, batch: evidence.expect(batch, 2))
         found["samples"] = {len(samples) for samples in evidence.collect().values()}

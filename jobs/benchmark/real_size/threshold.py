@@ -1,25 +1,55 @@
-"""Small tasks: 100 prompts that are read 16 times over, and how many held-out ones lie inside the threshold made of them."""
+"""Small tasks: how many held-out prompts lie inside the threshold that is made of few.
+
+Once of 100 prompts that are read 16 times over; once of 20 pictures about which 20 questions each are asked, with other
+pictures held out.
+"""
 
 import torch
+from torch import Tensor
 
 from jobs.benchmark.real_size.readings import DEMO, features
 from pipeline.config import RouterConfig
 from pipeline.routing.statistics import PromptStatistics
 
 ROWS, PASSES = 100, 16
+PICTURES, QUESTIONS = 20, 20
+ASKER = "successor"
+"""The task whose questions differ most: its prompts are text only."""
 
 
 def measure() -> dict[str, float]:
-    """Returns `inside_min` over the embedded stream's tasks, and the share of each task's held-out prompts inside."""
+    """Returns `inside_min` over all, and the share of each one's held-out prompts inside: the embedded stream's tasks, and
+    questions about few pictures of theirs.
+    """
     settings, found = RouterConfig(), {}
     for task in DEMO:
         random = torch.Generator().manual_seed(0)
         whole_NS = features(task, "train")
         seen_NS = whole_NS[torch.randperm(len(whole_NS), generator=random)[:ROWS]].repeat(PASSES, 1)
-        seen_NS = seen_NS * (
-            1 + 1e-7 * torch.randn(seen_NS.shape, generator=random)
-        )  # every pass rounds in its own way
-        own = PromptStatistics.of(seen_NS, quantile=settings.quantile, shrinkage=settings.shrinkage)
-        inside_N = own.distance(features(task, "eval"), shrinkage=settings.shrinkage) <= own.radius
-        found[f"inside.{task}"] = float(inside_N.double().mean())
+        seen_NS = seen_NS * (1 + 1e-7 * torch.randn(seen_NS.shape, generator=random))  # each pass rounds in its own way
+        number_N = torch.arange(ROWS).repeat(PASSES)
+        found[f"inside.{task}"] = _inside(seen_NS, number_N, number_N, features(task, "eval"), settings)
+        if bool(seen_NS[:, 0].any()):  # it has pictures
+            found[f"inside.pictures.{task}"] = _asked_often(task, settings)
     return {"inside_min": min(found.values())} | found
+
+
+def _asked_often(task: str, settings: RouterConfig) -> float:
+    """Returns the same where 20 questions each are asked about 20 of a task's pictures: those of `ASKER`."""
+    picture_N = torch.arange(PICTURES).repeat_interleave(QUESTIONS)
+    prompt_N = torch.arange(PICTURES * QUESTIONS)
+    seen_NS = _about(features(task, "train")[picture_N], features(ASKER, "train")[prompt_N])
+    asked_NS = _about(features(task, "eval"), features(ASKER, "eval"))
+    return _inside(seen_NS, picture_N, PICTURES + prompt_N, asked_NS, settings)
+
+
+def _about(pictures_NS: Tensor, questions_NS: Tensor) -> Tensor:
+    """Returns features with the image part (mean and deviation) of the one and the text part of the other."""
+    image = 2 * pictures_NS.shape[1] // 3
+    return torch.cat([pictures_NS[:, :image], questions_NS[:, image:]], dim=1)
+
+
+def _inside(seen_NS: Tensor, picture_N: Tensor, prompt_N: Tensor, asked_NS: Tensor, settings: RouterConfig) -> float:
+    ids_N2 = torch.stack([picture_N, prompt_N], dim=1)
+    own = PromptStatistics.of(seen_NS, ids_N2, quantile=settings.quantile, shrinkage=settings.shrinkage)
+    return float((own.distance(asked_NS, shrinkage=settings.shrinkage) <= own.radius).double().mean())
