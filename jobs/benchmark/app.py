@@ -8,6 +8,7 @@ python -m jobs.benchmark data                                   preprocessing ag
 python -m jobs.benchmark families                               every family of bases, learned, registered, reloaded
 python -m jobs.benchmark gpu                                    memory of a whole job on a GPU, against its plan
 python -m jobs.benchmark real-size                              width, resemblance, small tasks, streamed rows, threads
+python -m jobs.benchmark scale                                  what the hundredth task costs, beside the tenth
 python -m jobs.benchmark text                                   two tasks on pretrained weights, and what was kept
 """
 
@@ -24,6 +25,7 @@ BENCHMARKS = {
     "real-size": Lazy(
         "jobs.benchmark.real_size.app:real_size", "What the small default hides, at the sizes that matter."
     ),
+    "scale": Lazy("jobs.benchmark.scale:scale", "What the hundredth task costs, beside the tenth."),
     "text": Lazy("jobs.benchmark.text:text", "Two tasks on pretrained weights, and what was kept."),
 }
 

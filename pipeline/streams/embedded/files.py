@@ -1,10 +1,11 @@
 """The embedded stream as files: parquet in the canonical format, read like any user's data.
 
 `embedded://<task>/<train|eval>` names a new task's part, `embedded://<family>/eval` a foundation family's held-out set,
-`embedded://general/train` the small sample of general prompts.
+`embedded://general/train` the small sample of general prompts, `embedded://synthetic_<number>/<train|eval>` a cheap task's part.
 """
 
 import io
+import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -13,7 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline.locks import made_once
-from pipeline.streams.embedded import foundation, tasks
+from pipeline.streams.embedded import foundation, synthetic, tasks
 from pipeline.streams.embedded.foundation import Example
 
 SCHEME = "embedded://"
@@ -22,6 +23,9 @@ FOUNDATION_ROWS = 100
 GENERAL_ROWS = 200
 """Prompts of each family in the general sample, drawn apart from pretraining and evaluation."""
 EVALUATION_SEED, GENERAL_SEED = 11, 13
+SYNTHETIC_ROWS = {"train": 200, "eval": 40}
+"""Rows of a synthetic task."""
+_SYNTHETIC = re.compile(r"synthetic_(\d{3}|1\d{3})")
 
 SCHEMA = pa.schema(
     [
@@ -38,8 +42,11 @@ def embedded_file(path: str, folder: Path) -> Path:
     task, _, part = path.removeprefix(SCHEME).partition("/")
     known = {f"{t}/{p}" for t in tasks.TASKS for p in ("train", "eval")}
     known |= {f"{f}/eval" for f in foundation.FOUNDATION} | {"general/train"}
-    if f"{task}/{part}" not in known:
-        raise ValueError(f"{path}: no such embedded data; there are: {', '.join(sorted(known))}")
+    if f"{task}/{part}" not in known and not (_SYNTHETIC.fullmatch(task) and part in ("train", "eval")):
+        raise ValueError(
+            f"{path}: no such embedded data; there are: {', '.join(sorted(known))}, and of any number of cheap tasks "
+            "synthetic_000/train, synthetic_000/eval to synthetic_1999"
+        )
     file = folder / task / f"{part}.parquet"
 
     def write(unfinished: Path) -> None:
@@ -52,6 +59,8 @@ def embedded_file(path: str, folder: Path) -> Path:
 def _examples(task: str, part: str) -> Iterator[Example]:
     if task in tasks.TASKS:
         yield from tasks.examples(task, part)
+    elif found := _SYNTHETIC.fullmatch(task):
+        yield from synthetic.examples(int(found[1]), SYNTHETIC_ROWS[part], held_out=part == "eval")
     elif task == "general":
         yield from held_out_general()
     else:

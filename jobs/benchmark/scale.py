@@ -1,0 +1,113 @@
+"""Measures what a task costs after how many: seconds, bytes of a pool version, answers, memory; on a hundred cheap tasks.
+
+    pointsman benchmark scale
+
+The tasks are those of `streams.embedded.synthetic`, learned in a few steps each by the real session, evaluation and
+registry: what they learn does not matter here. The promise is that the hundredth task costs what the tenth did.
+"""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from statistics import median
+from typing import Annotated, Any
+from urllib.parse import urlparse
+
+import typer
+from mlflow import MlflowClient
+
+from jobs.learn import learn_stream, publish, where_next
+from jobs.options import user_errors
+from jobs.stream_run import StreamRun, open_run
+from jobs.terminal import table
+from pipeline.config import ConfigError, LearnConfig
+from pipeline.registry.pools import pool_name
+from pipeline.registry.versions import logged_model
+
+EARLY, LAST = slice(10, 20), slice(-10, None)
+"""The tasks that are compared, counted from 0."""
+FEWEST = 30
+"""Tasks from which on early and last ones are apart."""
+TARGETS = {"ratio_last_to_early": 1.10, "bytes_ratio": 1.05, "answers_per_prompt": 1.2, "memory_ratio": 1.03}
+"""Most that each figure should be."""
+
+
+def scale(
+    tasks: Annotated[int, typer.Option(help=f"How many tasks are learned, {FEWEST} at least.")] = 100,
+    steps: Annotated[int, typer.Option(help="Optimizer steps of each task's LoRA.")] = 12,
+    output: Annotated[Path, typer.Option(help="Folder for the run.")] = Path("runs"),
+) -> None:
+    """Measure whether the hundredth task costs what the tenth did: seconds, bytes, answers, memory."""
+    with user_errors():
+        if tasks < FEWEST:
+            raise ConfigError(f"--tasks {tasks}: at least {FEWEST}, so that the last ten are not the first twenty")
+        with open_run(_settings(tasks, steps, output), job="benchmark scale") as run:
+            learned = learn_stream(run)
+            found = measure(run, learned.summary)
+            report = publish(run, learned.summary | {"scale": found})
+            _show(run, found)
+            where_next(run, report)
+
+
+def measure(run: StreamRun, summary: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the summary's part `scale`: medians of early and last tasks, and their ratios."""
+    figures = list(summary["tasks"].values())
+    seconds = _pair([task["turn_seconds"] for task in figures])
+    memory = _pair([float(task["memory_bytes"]) for task in figures])
+    size = _pair(version_bytes(run))
+    answers = summary["answers"]
+    return {
+        "tasks": len(figures),
+        "seconds": seconds,
+        "overhead_seconds": _pair([task["overhead_seconds"] for task in figures]),
+        "pool_version_bytes": size,
+        "memory_bytes": memory,
+        "ratio_last_to_early": seconds["last"] / seconds["early"],
+        "bytes_ratio": size["last"] / size["early"],
+        "answers_per_prompt": answers["generated"] / answers["single_pass"],
+        "memory_ratio": memory["last"] / memory["early"],
+        "routing_accuracy": summary["continual"]["routing_accuracy"],
+    }
+
+
+def _pair(values: Sequence[float]) -> dict[str, float]:
+    return {"early": median(values[EARLY]), "last": median(values[LAST])}
+
+
+def version_bytes(run: StreamRun) -> list[float]:
+    """Returns the bytes of every version of the run's pools in the registry, in their order; artifacts lie in local files."""
+    client, sizes = MlflowClient(), {}
+    for version in client.search_model_versions(f"name = '{pool_name(run.config.base.label)}'"):
+        folder = Path(urlparse(client.get_logged_model(logged_model(version)).artifact_location).path)
+        sizes[int(version.version)] = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+    return [float(sizes[number]) for number in sorted(sizes)]
+
+
+def _settings(tasks: int, steps: int, output: Path) -> LearnConfig:
+    names = [f"synthetic_{number:03d}" for number in range(tasks)]
+    return LearnConfig.model_validate({
+        "name": "benchmark-scale",
+        "output": str(output / "benchmark-scale"),
+        "base": {"path": "tiny"},
+        "stream": {
+            "tasks": [
+                {"name": name, "train": f"embedded://{name}/train", "eval": {"path": f"embedded://{name}/eval", "limit": 20}}
+                for name in names
+            ],
+            "foundation": [{"name": "shape", "eval": {"path": "embedded://shape/eval", "limit": 20}}],
+            "general": "embedded://general/train",
+        },
+        "expert": {"rank": 4, "steps": steps, "batch_size": 16, "learning_rate": 5e-3},
+        "router": {"steps": max(1, steps // 6), "feature_width": 128},
+        "training": {"threads": 1},
+        "evaluation": {"max_new_tokens": 4},
+    })  # fmt: skip
+
+
+def _show(run: StreamRun, found: Mapping[str, Any]) -> None:
+    rows = [
+        [key, f"{found[key]:.3f}", f"<= {most:g}", "yes" if found[key] <= most else "NO"]
+        for key, most in TARGETS.items()
+    ]
+    run.terminal.console.print(table(f"{found['tasks']} tasks", ["figure", "measured", "target", "reached"], rows))
+    early, last = (f"{found['seconds'][when]:.1f}" for when in ("early", "last"))
+    run.terminal.say(f"a task takes {early} s at first, {last} s at the end")
