@@ -10,13 +10,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from statistics import fmean
 from time import monotonic
 from typing import Any, NamedTuple
 
 import mlflow
 from mlflow.entities.model_registry import ModelVersion
 
+from cluster.usage import memory_bytes
+from jobs.evaluations import PoolEvaluations
 from jobs.options import Address, ConfigFile, Overrides, job_command, load, user_errors
 from jobs.recognition import expert_wanted, remember
 from jobs.stream_run import Stopwatch, StreamRun, Tally, open_run, read_json, write_json
@@ -55,6 +56,7 @@ def learn_stream(run: StreamRun) -> Learned:
     pool_folder, figures, versions = run.folder / "pool", {}, {}
     last = run.evaluate([*names, *families], None, "base")
     matrix.record("base", last.accuracies())
+    evaluations = PoolEvaluations(run, matrix)
     for number, task in enumerate(config.stream.tasks):
         run.terminal.say(f"[bold]task {number + 1}/{len(names)}: {task.name}[/bold]")
         began, following = monotonic(), next(iter(config.stream.tasks[number + 1 :]), None)
@@ -76,20 +78,18 @@ def learn_stream(run: StreamRun) -> Learned:
             kept=f"pool and experts are safe in {run.folder}; nothing will be trained again",
         )
         if not found.before:
-            figures[task.name] = _with_overhead(found.file, figures[task.name], monotonic() - began)
-        accuracy = ""
-        if config.is_evaluated(number + 1):
-            seen = [*names[: number + 1], *families]
-            last = run.evaluate(seen, pool, pool_key, folder=pool_folder)
-            accuracies = last.accuracies()
-            matrix.record(task.name, accuracies)
-            run.log([(f"accuracy/{column}", value, number + 1) for column, value in accuracies.items()])
-            new, old = ([accuracies[name] for name in of] for of in (names[: number + 1], families))
-            accuracy = f": tasks so far {fmean(new):.3f}" + (f", foundation {fmean(old):.3f}" if old else "")
+            overhead = monotonic() - began - figures[task.name]["step_seconds"]
+            figures[task.name] = _with(found.file, figures[task.name], {"overhead_seconds": overhead})
         seconds = figures[task.name]["seconds"]
-        run.terminal.say(f"  pool version {version.version}{accuracy}   ({seconds:.0f} s to learn)")
-        watch.lap()
+        run.terminal.say(f"  pool version {version.version}   ({seconds:.0f} s to learn)")
+        if config.is_evaluated(number + 1):
+            evaluations.begin(pool, pool_key, pool_folder)
+        if not found.before:
+            turn = {"turn_seconds": monotonic() - began, "memory_bytes": memory_bytes()}
+            figures[task.name] = _with(found.file, figures[task.name], turn)
         generated.total(run.evaluator.generated)
+        watch.lap()
+    last = evaluations.end() or last
     summary = {
         **provenance(run, started),
         "seconds_total": watch.lap(),
@@ -174,11 +174,12 @@ def _train(run: StreamRun, task: TaskConfig, wanted: ExpertReference, file: Path
     run.release(task)
 
 
-def _with_overhead(file: Path, figures: dict[str, Any], seconds: float) -> dict[str, Any]:
-    """Adds what a task took beyond its optimizer steps, of the `seconds` from its first row to its pool's registration."""
-    figures = figures | {"overhead_seconds": seconds - figures["step_seconds"]}
-    write_json(file, figures)
-    return figures
+def _with(file: Path, figures: dict[str, Any], more: dict[str, Any]) -> dict[str, Any]:
+    """Adds to a task's figures what is known late: `overhead_seconds`, beyond its optimizer steps from its first row to its
+    pool's registration; `turn_seconds` until the next task's turn; `memory_bytes` of all processes here, then.
+    """
+    write_json(file, figures | more)
+    return figures | more
 
 
 def _to_be_trained(run: StreamRun, task: TaskConfig) -> bool:

@@ -9,12 +9,12 @@ import tempfile
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
-from cluster.local import ClusterInfo, connect, starts_here
+from cluster.local import ClusterInfo, available_cpus, connect, starts_here
 from cluster.preflight import build_deepspeed_ops, build_op, check_inference, check_resources, extensions_folder
 from cluster.usage import PeakMemory
 from jobs.endings import outside_errors
@@ -22,6 +22,7 @@ from jobs.identity import GENERAL_PROMPT, Identity
 from jobs.terminal import Terminal
 from pipeline.config import LearnConfig, SourceConfig, TaskConfig, digest
 from pipeline.errors import UserError, stored_file
+from pipeline.evaluation.actors import PredictorActors
 from pipeline.evaluation.choices import Mode
 from pipeline.evaluation.evaluate import Evaluator
 from pipeline.evaluation.prompts import Column
@@ -75,6 +76,7 @@ class StreamRun:
         self.metrics = MetricSpool(self.folder / "state" / "metrics.jsonl", terminal.say)
         self._training: dict[str, Future[Prepared]] = {}
         self._reader = ThreadPoolExecutor(1, thread_name_prefix="reading ahead")
+        self._evaluations = ThreadPoolExecutor(1, thread_name_prefix="evaluating")
         self._session: Session | None = None
 
     def log(self, points: Iterable[tuple[str, float, int]]) -> None:
@@ -260,23 +262,48 @@ class StreamRun:
                 bar.update(steps)
                 self.log([(f"{s.task}/{s.stage}_loss", s.loss, s.step) for s in steps])
 
+            if not self._side_by_side:  # no evaluation goes on in the background then
+                self._predictors.close()
             if self._session is None:
                 self._session = Session(job.training, storage=self.folder / "training", worker_env=worker_env)
             return self._session.train(job, rows, on_steps)
 
-    def make_room(self) -> None:
-        """Ends the training session where the cluster cannot hold its workers and those of inference side by side."""
+    @property
+    def _side_by_side(self) -> bool:
+        """Whether the cluster holds the workers of training and those of inference at a time."""
         training, inference = self.config.training, self.inference_workers
-        cpus = training.workers * training.threads + inference.count * inference.threads + SPARE_CPUS
         gpus = training.workers * training.gpu + inference.count * inference.gpus
-        if self.cluster.cpus < cpus or self.cluster.gpus < gpus:
-            self.close()
+        return self.cluster.cpus >= self._cpus + SPARE_CPUS and self.cluster.gpus >= gpus
 
-    def close(self, *, at_once: bool = False) -> None:
-        """Ends the training session, if there is one, in the middle of a job `at_once`; the next training starts another."""
+    @property
+    def _at_once(self) -> bool:
+        """Whether training and inference can compute at a time without being slower for it.
+
+        Ray started here has more CPUs in its books than the machine has, so that what waits does not block what works.
+        """
+        return self._side_by_side and not (self.cluster.started and available_cpus() < self._cpus)
+
+    @property
+    def _cpus(self) -> int:
+        training, inference = self.config.training, self.inference_workers
+        return training.workers * training.threads + inference.count * inference.threads
+
+    def _end_session(self, *, at_once: bool = False) -> None:
         if self._session is not None:
             self._session.close(at_once=at_once)
             self._session = None
+
+    def make_room(self) -> None:
+        """Ends the training session where the cluster cannot hold its workers and those of inference side by side."""
+        if not self._side_by_side:
+            self._end_session()
+
+    def close(self, *, at_once: bool = False) -> None:
+        """Ends whoever trains and evaluates, in the middle of it if `at_once`."""
+        self._evaluations.shutdown(wait=not at_once, cancel_futures=True)
+        if "_predictors" in self.__dict__:
+            self._predictors.close(for_good=True)
+        self._end_session(at_once=at_once)
 
     # Evaluation
 
@@ -303,6 +330,24 @@ class StreamRun:
             make_room=self.make_room,
         )
 
+    @cached_property
+    def _predictors(self) -> PredictorActors:
+        """Who answers, through the whole run: they start with the first prompt that nobody has answered."""
+        return self.evaluator.actors()
+
+    def evaluate_soon(
+        self, columns: Sequence[str], pool: Pool, pool_digest: str, *, folder: Path | None = None
+    ) -> Future[Evaluation]:
+        """Begins to evaluate a pool. Where evaluators have CPUs or GPUs of their own that goes on in the background.
+
+        Pools whose Linears choose are evaluated now: they are read from a folder in which the next one will lie.
+        """
+        if self._at_once and pool.router.kind == "prompt":
+            return self._evaluations.submit(self.evaluate, columns, pool, pool_digest, folder=folder, quietly=True)
+        done: Future[Evaluation] = Future()
+        done.set_result(self.evaluate(columns, pool, pool_digest, folder=folder))
+        return done
+
     def evaluate(
         self,
         columns: Sequence[str],
@@ -311,6 +356,7 @@ class StreamRun:
         mode: Mode = "routed",
         *,
         folder: Path | None = None,
+        quietly: bool = False,
     ) -> Evaluation:
         """Evaluates a pool on columns (tasks and families), or finds the result of having done so.
 
@@ -320,8 +366,11 @@ class StreamRun:
         file = self._state(f"evaluation-{key}.json")
         if not file.exists():
             asked = [self._column(self.columns[column]) for column in columns]
-            with self.terminal.working(f"evaluating {len(columns)} tasks and families"):
-                result = self.evaluator.evaluate(asked, pool, key=pool_digest, folder=folder, mode=mode)
+            shown = self.terminal.working(f"evaluating {len(columns)} tasks and families")
+            with nullcontext() if quietly else shown:
+                result = self.evaluator.evaluate(
+                    asked, pool, key=pool_digest, folder=folder, mode=mode, actors=self._predictors
+                )
             write_json(file, result.to_json())
         with stored_file(file, REMADE):
             return Evaluation.from_json(json.loads(file.read_text()))

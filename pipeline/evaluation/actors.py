@@ -31,7 +31,7 @@ class Work:
 class PredictorActors:
     """`workers.count` predictors; they start with the first piece of work, and give their resources back at the end.
 
-    `make_room` is called before they start.
+    `make_room` is called before they start. Where work fails they end, whatever they are at; later work starts new ones.
     """
 
     def __init__(
@@ -45,6 +45,7 @@ class PredictorActors:
         self._base, self._workers, self._vision = base, workers, vision
         self.make_room = make_room
         self._actors: list[Any] = []
+        self._ended = False
 
     def __enter__(self) -> "PredictorActors":
         return self
@@ -52,13 +53,16 @@ class PredictorActors:
     def __exit__(self, *exception: object) -> None:
         self.close()
 
-    def close(self) -> None:
-        """Ends the actors; work that comes later starts new ones."""
+    def close(self, *, for_good: bool = False) -> None:
+        """Ends the actors, whatever they are at; work that comes later starts new ones, unless it is `for_good`."""
+        self._ended |= for_good
         for actor in self._actors:
             ray.kill(actor)
         self._actors = []
 
     def _start(self) -> None:
+        if self._ended:
+            raise RuntimeError("the run is over: there are no predictors any more")
         self.make_room()
         kind = ray.remote(
             num_cpus=self._workers.threads,
@@ -83,17 +87,21 @@ class PredictorActors:
             free.append(actor)
             yield tag, ray.get(ref)
 
-        for tag, work in pieces:
-            if not self._actors:
-                self._start()
-            if not free and not running:
-                free.extend(self._actors * AHEAD)
-            while not free:
+        try:
+            for tag, work in pieces:
+                if not self._actors:
+                    self._start()
+                if not free and not running:
+                    free.extend(self._actors * AHEAD)
+                while not free:
+                    yield from done()
+                actor = free.popleft()
+                running[getattr(actor, work.method).remote(*work.arguments)] = actor, tag
+            while running:
                 yield from done()
-            actor = free.popleft()
-            running[getattr(actor, work.method).remote(*work.arguments)] = actor, tag
-        while running:
-            yield from done()
+        except BaseException:
+            self.close()
+            raise
 
     def beside(self, rows: ray.data.Dataset) -> ray.data.Dataset:
         """Returns rows that are read with the CPUs that the actors leave."""

@@ -1,7 +1,8 @@
 """The embedded stream as files: parquet in the canonical format, read like any user's data.
 
 `embedded://<task>/<train|eval>` names a new task's part, `embedded://<family>/eval` a foundation family's held-out set,
-`embedded://general/train` the small sample of general prompts, `embedded://synthetic_<number>/<train|eval>` a cheap task's part.
+`embedded://general/train` the small sample of general prompts, `embedded://synthetic_<number>/<train|eval>` a part of a
+cheap task.
 """
 
 import io

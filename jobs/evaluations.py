@@ -1,0 +1,44 @@
+"""Evaluations of a stream's pools, one after each task: begun when a pool is there, taken down in the order of the tasks."""
+
+from collections.abc import Sequence
+from concurrent.futures import Future
+from pathlib import Path
+from statistics import fmean
+
+from jobs.stream_run import StreamRun
+from pipeline.evaluation.matrix import AccuracyMatrix
+from pipeline.evaluation.results import Evaluation
+from pipeline.routing.pool import Pool
+
+
+class PoolEvaluations:
+    """Evaluates pools of growing size into a matrix, at most one of them while the next task is learned."""
+
+    def __init__(self, run: StreamRun, matrix: AccuracyMatrix) -> None:
+        self._run, self._matrix = run, matrix
+        self._families = [task.name for task in run.config.stream.foundation]
+        self._waiting: tuple[list[str], Future[Evaluation]] | None = None
+        self._last: Evaluation | None = None
+
+    def begin(self, pool: Pool, key: str, folder: Path) -> None:
+        """Evaluates a pool on its tasks and on what the base could do, now or in the background; first ends the one before."""
+        self.end()
+        self._waiting = pool.names, self._run.evaluate_soon([*pool.names, *self._families], pool, key, folder=folder)
+        if self._waiting[1].done():
+            self.end()
+
+    def end(self) -> Evaluation | None:
+        """Waits for the evaluation that goes on; returns the last one, None if there was none."""
+        if self._waiting is not None:
+            (names, going_on), self._waiting = self._waiting, None
+            self._last = going_on.result()
+            self._note(names, self._last)
+        return self._last
+
+    def _note(self, names: Sequence[str], evaluation: Evaluation) -> None:
+        accuracies = evaluation.accuracies()
+        self._matrix.record(names[-1], accuracies)
+        self._run.log([(f"accuracy/{column}", value, len(names)) for column, value in accuracies.items()])
+        new, old = ([accuracies[name] for name in of] for of in (names, self._families))
+        foundation = f", foundation {fmean(old):.3f}" if old else ""
+        self._run.terminal.say(f"  with {names[-1]}: tasks so far {fmean(new):.3f}{foundation}")
