@@ -9,7 +9,8 @@ stream each worker draws its own.
 import queue
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import islice
@@ -24,8 +25,8 @@ from pipeline.streams.windows import spans
 AHEAD = 8
 """Micro-batches that are ready before they are asked for."""
 
-PATIENCE = 1.0
-"""Seconds for which leaving waits for the reader, which may wait for rows itself; it ends when they come."""
+PATIENCE = 2.0
+"""Seconds for which leaving waits for the reader, which looks out for it; it may be busy with a batch."""
 
 NEIGHBOURS = 16
 """Steps whose rows are sorted together where steps are made of rows of similar length."""
@@ -65,7 +66,7 @@ class BatchLoader:
     A micro-batch that has no rows is given one row whose labels are all IGNORED, so that all ranks compute alike. Starting
     at `steps.start` gives what a run from step 0 would have got there. With `group_by_length` a step's rows are of similar
     length. `wait_seconds` sums the time for which training stood still for data. Use as a context manager; leaving it
-    waits for nobody.
+    waits for no row, and ends the tasks that read ahead.
     """
 
     def __init__(
@@ -139,10 +140,11 @@ class BatchLoader:
 
     def _read(self) -> None:
         try:
-            for rows in self._drawn():
-                self._put(self._collate(rows))
-                if self._stop.is_set():
-                    return
+            with closing(self._drawn()) as drawn:
+                for rows in drawn:
+                    self._put(self._collate(rows))
+                    if self._stop.is_set():
+                        return
         except BaseException as error:  # noqa: BLE001 - handed to the training thread, which raises it
             self._put(error)
 
@@ -153,7 +155,7 @@ class BatchLoader:
             except queue.Full:
                 continue
 
-    def _drawn(self) -> Iterator[list[Encoded]]:
+    def _drawn(self) -> Generator[list[Encoded]]:
         """Yields the rows of this rank's micro-batches."""
         yield from self._cached() if self._rows.cached else self._streamed()
 
@@ -177,17 +179,19 @@ class BatchLoader:
 
     def _streamed(self) -> Iterator[list[Encoded]]:
         layout = self._layout
-        source = StreamedRows(self._rows, rank=self._rank, workers=layout.workers, seed=self._seed)
-        rows = source.drawn(self._shares, self._steps)
+        source = StreamedRows(
+            self._rows, rank=self._rank, workers=layout.workers, seed=self._seed, left=self._stop.is_set
+        )
         last: Encoded | None = None
-        for _ in self._steps:
-            for positions in layout.share(self._rank):
-                part = list(islice(rows, len(positions)))
-                if not part and last is None:
-                    last = next(source.chosen(np.array([0])))
-                last = part[-1] if part else last
-                assert last is not None
-                yield part or [unlabelled(last)]
+        with closing(source.drawn(self._shares, self._steps)) as rows:
+            for _ in self._steps:
+                for positions in layout.share(self._rank):
+                    part = list(islice(rows, len(positions)))
+                    if not part and last is None:
+                        last = next(source.chosen(np.array([0])))
+                    last = part[-1] if part else last
+                    assert last is not None
+                    yield part or [unlabelled(last)]
 
 
 def unlabelled(row: Encoded) -> Encoded:

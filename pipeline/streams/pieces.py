@@ -1,13 +1,16 @@
 """Pieces of parquet files: what is shuffled first where rows stream, and read at once.
 
-Knows nothing of what a column means.
+There may be tens of thousands, so they are columns, not objects. Knows nothing of what a column of a file means.
 """
 
-from collections.abc import Collection, Sequence
+import logging
+import time
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import dataclass, field
+from functools import cached_property, partial
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.fs as fs
 import pyarrow.parquet as pq
@@ -15,71 +18,157 @@ import pyarrow.parquet as pq
 CHEAP = 32 << 20
 """Bytes of a row group that may be read again for each of its pieces."""
 
-_AT_ONCE = 16
+JOINED = 16 << 20
+"""Bytes, as they lie in the file, up to which small row groups that follow each other are one piece."""
+
+_FILES_AT_ONCE = 16
 """Files whose metadata are read at a time."""
+
+_TOLD_SECONDS = 10.0
+"""Time after which one says how far the reading of metadata is."""
+
+_logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class Piece:
-    """Rows `start` to `stop` of a row group."""
+class Read:
+    """Rows of a piece that are wanted."""
 
+    part: int
+    """Place of the piece's part among all parts."""
     path: str
     group: int
-    start: int
-    stop: int
+    """Number of the first row group that is read."""
+    groups: int
+    """How many of them."""
+    at: np.ndarray
+    """Places of the wanted rows in these groups together, rising (N,)."""
     number: int
-    """Number in the file, from 1, of the group's first row."""
-    bytes: int
-    """About how many it takes in the file."""
-    bad: tuple[int, ...] = ()
-    """Places in the piece, in rising order, of rows that cannot be used."""
+    """Number in the file, from 1, of the first row of these groups."""
+    place: int
+    """Place in the part of that row."""
+
+
+@dataclass(frozen=True)
+class Pieces:
+    """P pieces in the files' order: each holds rows of a row group, or of some that follow each other in a file."""
+
+    paths: tuple[str, ...]
+    """Of the files."""
+    file: np.ndarray
+    """Place of each piece's file among the paths (P,)."""
+    group: np.ndarray
+    """Number of its first row group (P,)."""
+    groups: np.ndarray
+    """How many row groups hold it (P,)."""
+    number: np.ndarray
+    """Number in the file, from 1, of the first row of these groups (P,)."""
+    skipped: np.ndarray
+    """Rows of these groups that come before it (P,)."""
+    rows: np.ndarray
+    """Its rows (P,)."""
+    bytes: np.ndarray
+    """About how many it takes in the file (P,)."""
+    bad: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
+    """Places, in rising order, of rows that cannot be used."""
+    place: int = 0
+    """Place of the first row, where these pieces are some of many."""
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    @cached_property
+    def starts(self) -> np.ndarray:
+        """Places of the pieces' first rows among the rows of all pieces (P,)."""
+        return self.place + np.cumsum(self.rows, dtype=np.int64) - self.rows
 
     @property
-    def good(self) -> int:
-        """Rows that can be used."""
-        return self.stop - self.start - len(self.bad)
+    def good(self) -> np.ndarray:
+        """How many rows of each piece can be used (P,)."""
+        return self.rows - np.diff(np.searchsorted(self.bad, [self.starts, self.starts + self.rows]), axis=0)[0]
+
+    def some(self, start: int, stop: int) -> "Pieces":
+        """Returns pieces `start` to `stop`, with the paths of their files only."""
+        part = slice(start, stop)
+        files, file = np.unique(self.file[part], return_inverse=True)
+        columns = (self.group, self.groups, self.number, self.skipped, self.rows, self.bytes)
+        place = int(self.starts[start]) if start < stop else self.place
+        end = place + int(self.rows[part].sum())
+        bad = self.bad[slice(*np.searchsorted(self.bad, [place, end]))]
+        paths = tuple(self.paths[i] for i in files)
+        return Pieces(paths, file.astype(np.int32), *(column[part] for column in columns), bad, place)
+
+    def read(self, piece: int, numbers: np.ndarray | None = None, *, part: int = 0) -> Read:
+        """Returns the read of a piece's good rows, or of those with these numbers among them (N,), of a part."""
+        start, rows, skipped = (int(column[piece]) for column in (self.starts, self.rows, self.skipped))
+        bad = self.bad[slice(*np.searchsorted(self.bad, [start, start + rows]))]
+        good = np.delete(np.arange(skipped, skipped + rows), bad - start)
+        return Read(
+            part=part,
+            path=self.paths[self.file[piece]],
+            group=int(self.group[piece]),
+            groups=int(self.groups[piece]),
+            at=good if numbers is None else good[numbers],
+            number=int(self.number[piece]),
+            place=start - skipped,
+        )
 
 
 def pieces_of(
     filesystem: fs.FileSystem, paths: Sequence[str], *, rows: int, limit: int | None = None
-) -> list[Piece] | None:
+) -> Pieces | None:
     """Returns the pieces of parquet files in their order, of at most `rows` rows; the first `limit` rows only.
 
     None where a row group is too large to be read for a part of its rows, or a file's metadata cannot be read.
     """
-    with ThreadPoolExecutor(_AT_ONCE) as pool:
-        metadata = list(pool.map(partial(_metadata, filesystem), paths))
-    pieces: list[Piece] = []
-    left = sum(found.num_rows for found in metadata if found) if limit is None else limit
-    for path, found in zip(paths, metadata, strict=True):
-        if found is None:
+    found: list[tuple[int, int, int, int, int, int, int]] = []
+    left = limit
+    for file, groups in enumerate(row_groups(filesystem, paths)):
+        if groups is None or ((groups[:, 0] > rows) & (groups[:, 2] > CHEAP)).any():
             return None
-        number = 1
-        for i in range(found.num_row_groups):
-            group = found.row_group(i)
-            if group.num_rows > rows and group.total_byte_size > CHEAP:
-                return None
-            size = sum(group.column(c).total_compressed_size for c in range(group.num_columns))
-            taken = min(group.num_rows, left)
-            for start in range(0, taken, rows):
-                stop = min(start + rows, taken)
-                pieces.append(Piece(path, i, start, stop, number, size * (stop - start) // group.num_rows))
-            number += group.num_rows
-            left -= taken
-    return pieces
+        number, joined = 1, -1
+        for group, (count, size, _) in enumerate(groups.tolist()):
+            taken = count if left is None else min(count, left)
+            left = None if left is None else left - taken
+            if joined >= 0 and found[joined][5] + taken <= rows and found[joined][6] + size <= JOINED:
+                _, first, several, begin, _, before, bytes_ = found[joined]
+                found[joined] = (file, first, several + 1, begin, 0, before + taken, bytes_ + size)
+            else:
+                for start in range(0, taken, rows):
+                    part = min(rows, taken - start)
+                    found.append((file, group, 1, number, start, part, size * part // count))
+                joined = len(found) - 1 if 0 < taken <= rows else -1
+            number += count
+        if left == 0:
+            break
+    columns = np.array(found, np.int64).reshape(-1, 7).T
+    narrow = (np.int32, np.int32, np.int32, np.int64, np.int32, np.int32, np.int64)
+    return Pieces(tuple(paths), *(column.astype(kind) for column, kind in zip(columns, narrow, strict=True)))
 
 
-def _metadata(filesystem: fs.FileSystem, path: str) -> pq.FileMetaData | None:
+def row_groups(filesystem: fs.FileSystem, paths: Sequence[str]) -> Iterator[np.ndarray | None]:
+    """Yields for each parquet file the rows of its row groups, their bytes in the file, and those in memory (G, 3).
+
+    None where the metadata cannot be read. Says now and then how far it is.
+    """
+    told, chunk = time.monotonic(), 16 * _FILES_AT_ONCE
+    with ThreadPoolExecutor(_FILES_AT_ONCE) as pool:
+        for start in range(0, len(paths), chunk):
+            yield from pool.map(partial(_row_groups, filesystem), paths[start : start + chunk])
+            if time.monotonic() - told > _TOLD_SECONDS:
+                told = time.monotonic()
+                _logger.warning("read what %d of %d files hold (%s ...)", start + chunk, len(paths), paths[0])
+
+
+def _row_groups(filesystem: fs.FileSystem, path: str) -> np.ndarray | None:
     try:
         with filesystem.open_input_file(path) as stream:
-            return pq.read_metadata(stream)
+            metadata = pq.read_metadata(stream)
     except (OSError, pa.ArrowException):
         return None
-
-
-def read_group(filesystem: fs.FileSystem, path: str, group: int, known: Collection[str] | None) -> pa.Table:
-    """Returns a row group of a parquet file, of all columns or those `known`. Raises OSError or ArrowException."""
-    with filesystem.open_input_file(path) as stream:
-        file = pq.ParquetFile(stream)
-        names = file.schema_arrow.names if known is None else [n for n in file.schema_arrow.names if n in known]
-        return file.read_row_group(group, columns=names or None)
+    found = []
+    for i in range(metadata.num_row_groups):
+        group = metadata.row_group(i)
+        size = sum(group.column(c).total_compressed_size for c in range(group.num_columns))
+        found.append((group.num_rows, size, group.total_byte_size))
+    return np.array(found, np.int64).reshape(-1, 3)

@@ -1,6 +1,6 @@
 """The rows of one or more tasks as a training worker gets them: a description that can be pickled, and access to it."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -9,9 +9,11 @@ import pyarrow.compute as pc
 import ray
 
 from pipeline.models.prompts import Encoded
+from pipeline.streams.drawing import Chosen, Drawable, Drawn, Order
 from pipeline.streams.packing import PACKED, unpack_row
-from pipeline.streams.streamed_part import StreamedPart, encoded_windows
-from pipeline.streams.windows import Window, file_windows, spans, windows_between
+from pipeline.streams.read_ahead import ReadAhead
+from pipeline.streams.streamed_part import StreamedPart
+from pipeline.streams.windows import spans
 
 
 @dataclass(frozen=True)
@@ -33,7 +35,7 @@ class TrainingRows:
     @property
     def order(self) -> str:
         """What the order depends on in which they are drawn, beside seed and workers; a stage goes on in the same one only."""
-        return "cached" if self.cached else f"streamed, {self.parts[0].encoder.data.shuffle_rows} rows"
+        return "cached" if self.cached else f"streamed, {self.parts[0].origin.encoder.data.shuffle_rows} rows"
 
 
 class CachedRows:
@@ -61,29 +63,27 @@ class CachedRows:
 
 
 class StreamedRows:
-    """Rows that are read and encoded when they are needed, by a pipeline of Ray Data of this worker's own.
+    """Rows that are read and encoded when they are needed, by tasks of this worker's own.
 
-    Each worker reads its own pieces: none waits for another, and one may stop whenever it likes.
+    Each worker reads its own pieces: none waits for another, and one may stop whenever it likes: `left` says that it has.
     """
 
-    def __init__(self, rows: TrainingRows, *, rank: int, workers: int, seed: int) -> None:
-        self._parts, self._count = rows.parts, rows.count
-        self._rank, self._workers, self._seed = rank, workers, seed
-        pieces = [piece for part in rows.parts for piece in part.pieces]
-        self._sizes = np.array([piece.good for piece in pieces], dtype=np.int64)
-        self._weights = np.array([piece.bytes for piece in pieces], dtype=np.int64)
-        self._window = rows.parts[0].encoder.data.shuffle_rows
+    def __init__(
+        self, rows: TrainingRows, *, rank: int, workers: int, seed: int, left: Callable[[], bool] = lambda: False
+    ) -> None:
+        self._source, self._count = Drawable(rows.parts), rows.count
+        self._rank, self._workers, self._seed, self._left = rank, workers, seed, left
 
-    def drawn(self, shares: Sequence[int], steps: range) -> Iterator[Encoded]:
+    def drawn(self, shares: Sequence[int], steps: range) -> Generator[Encoded]:
         """Yields this rank's rows of `steps` one after the other; `shares` says how many each rank takes a step."""
         span, share = spans(self._count, shares)[self._rank], shares[self._rank]
-        first, last = steps.start * share, steps.stop * share
-        between = windows_between(self._sizes, self._weights, span, first, last, seed=self._seed, rows=self._window)
-        yield from self._encoded(list(between))
+        return self._encoded(Drawn(span, steps.start * share, steps.stop * share, self._seed, self._source.window))
 
-    def chosen(self, numbers: np.ndarray) -> Iterator[Encoded]:
+    def chosen(self, numbers: np.ndarray) -> Generator[Encoded]:
         """Yields the rows of these numbers, in rising order, in the order of the files."""
-        yield from self._encoded(list(file_windows(self._sizes, numbers)))
+        return self._encoded(Chosen(numbers, self._source.sizes, self._source.weights, self._source.window))
 
-    def _encoded(self, windows: list[Window]) -> Iterator[Encoded]:
-        return encoded_windows(self._parts, windows, workers=self._workers)
+    def _encoded(self, order: Order) -> Generator[Encoded]:
+        tasks = max(1, self._source.parts[0].origin.encoder.data.readers // self._workers)
+        with ReadAhead(self._source, order, tasks=tasks, left=self._left) as rows:
+            yield from rows

@@ -1,26 +1,37 @@
-"""In which order rows come that stream: pieces of files first, then rows within a window of pieces.
+"""In which order rows come that stream: pieces of files first, then rows within windows of pieces.
 
-A pure function of seed, epoch, sizes of the pieces, rank and workers, so that a run which goes on skips whole windows
-without reading them.
+A worker's part of an epoch is divided among lanes, which give a row each in turn: so its rows come out of sixteen pieces at
+least, whoever reads them, and lanes can be read by several tasks.
+
+A pure function of seed, epoch, sizes of the pieces, rank and workers; windows come one by one, and a run that goes on begins
+with the one it needs.
 """
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 
+LANES = 16
+"""Lanes of a worker, and pieces that make up the rows that are shuffled at a time."""
+
 WINDOW_BYTES = 256 << 20
-"""Bytes, as they lie in files, after which a window is closed, whatever its rows: they are held together."""
+"""Bytes, as they lie in files, of the windows of all lanes together, whatever their rows: they are held at a time."""
 
 
 @dataclass(frozen=True)
 class Window:
     """Rows that are read together and handed on in random order."""
 
-    reads: tuple[tuple[int, int, int], ...]
-    """Piece, and from which to which of its good rows."""
+    pieces: np.ndarray
+    """Which pieces are read (K,)."""
+    starts: np.ndarray
+    """From which of their good rows on (K,)."""
+    stops: np.ndarray
+    """Up to which of them (K,)."""
     order: np.ndarray
-    """Places among the rows of all reads, in the order in which they come; not necessarily all."""
+    """Places among the rows of all pieces read, in the order in which they come; not necessarily all."""
 
 
 @dataclass(frozen=True)
@@ -43,57 +54,59 @@ def spans(count: int, shares: Sequence[int]) -> list[Span]:
     return [Span(int(a), int(b)) if a < b else Span(0, count) for a, b in zip(edges, edges[1:], strict=False)]
 
 
-def epoch_windows(
-    sizes: np.ndarray, weights: np.ndarray, span: Span, *, seed: int, epoch: int, rows: int
-) -> Iterator[Window]:
-    """Yields the windows of a worker's part of an epoch.
+def lanes(span: Span, rows: int) -> list[Span]:
+    """Divides a worker's part of an epoch among lanes; row number r of it is the next one of lane r % len(lanes).
 
-    `sizes` (P,) are the good rows of the pieces, `weights` (P,) their bytes. A window closes at `rows` rows or
-    `WINDOW_BYTES`.
+    Fewer rows than `rows`, those that are shuffled at a time, are one lane: they come in any order.
     """
-    random = np.random.default_rng([seed, epoch, span.start])
+    count = LANES if len(span) >= rows else 1
+    lengths = [-(-(len(span) - lane) // count) for lane in range(count)]
+    edges = [span.start, *(span.start + np.cumsum(lengths)).tolist()]
+    return [Span(a, b) for a, b in pairwise(edges)]
+
+
+def lane_windows(
+    sizes: np.ndarray, weights: np.ndarray, lane: Span, *, seed: int, epoch: int, rows: int, size: int, first: int = 0
+) -> Iterator[Window]:
+    """Yields the windows of a lane in an epoch, from the lane's row `first` on.
+
+    `sizes` (P,) are the good rows of the pieces, `weights` (P,) their bytes. The piece that brings a window to `rows` rows or
+    `size` bytes is its last.
+    """
     pieces = np.random.default_rng([seed, epoch]).permutation(len(sizes))
     ends = np.cumsum(sizes[pieces])
-    reads: list[tuple[int, int, int]] = []
-    count, weight = 0, 0.0
-    for piece, end in zip(pieces.tolist(), ends.tolist(), strict=True):
-        size = int(sizes[piece])
-        start, stop = max(span.start - (end - size), 0), min(span.stop - (end - size), size)
-        if start >= stop:
-            continue
-        if reads and (count + stop - start > rows or weight + weights[piece] > WINDOW_BYTES):
-            yield Window(tuple(reads), random.permutation(count))
-            reads, count, weight = [], 0, 0.0
-        reads.append((piece, start, stop))
-        count, weight = count + stop - start, weight + float(weights[piece])
-    if reads:
-        yield Window(tuple(reads), random.permutation(count))
+    begin, end = np.searchsorted(ends, lane.start, "right"), np.searchsorted(ends, lane.stop, "left") + 1
+    pieces, ends = pieces[begin:end], ends[begin:end]
+    starts = np.maximum(lane.start - ends + sizes[pieces], 0)
+    stops = np.minimum(lane.stop - ends, 0) + sizes[pieces]
+    own = np.flatnonzero(starts < stops)
+    pieces, starts, stops = pieces[own], starts[own], stops[own]
+    edges = _edges(stops - starts, weights[pieces], rows, size)
+    places = np.concatenate([[0], np.cumsum(stops - starts)])[edges]
+    for window in range(int(np.searchsorted(places, first, "right")) - 1, len(edges) - 1):
+        part = slice(edges[window], edges[window + 1])
+        count = int(places[window + 1] - places[window])
+        order = np.random.default_rng([seed, epoch, lane.start, window]).permutation(count)
+        yield Window(pieces[part], starts[part], stops[part], order[max(0, first - int(places[window])) :])
 
 
-def windows_between(
-    sizes: np.ndarray, weights: np.ndarray, span: Span, first: int, last: int, *, seed: int, rows: int
+def file_windows(
+    sizes: np.ndarray, weights: np.ndarray, chosen: np.ndarray, *, rows: int, size: int
 ) -> Iterator[Window]:
-    """Yields the windows of rows `first` to `last` of a worker's epochs, one after the other."""
-    epoch, place = divmod(first, len(span))
-    place = first - place
-    while place < last:
-        for window in epoch_windows(sizes, weights, span, seed=seed, epoch=epoch, rows=rows):
-            begin, end = place, place + len(window.order)
-            place = end
-            if end > first and begin < last:
-                yield Window(window.reads, window.order[max(0, first - begin) : last - begin])
-        epoch += 1
+    """Yields windows of the good rows `chosen` (their numbers, in rising order), in the order of the files."""
+    ends = np.cumsum(sizes)
+    begins = ends - sizes
+    pieces = np.unique(np.searchsorted(ends, chosen, "right"))
+    for a, b in pairwise(_edges(sizes[pieces], weights[pieces], rows, size).tolist()):
+        part = pieces[a:b]
+        low, high = np.searchsorted(chosen, [begins[part[0]], ends[part[-1]]])
+        which = np.searchsorted(ends[part], chosen[low:high], "right")
+        shift = np.cumsum(sizes[part]) - ends[part]  # from the number of a good row to its place among those read
+        yield Window(part, np.zeros_like(part), sizes[part], chosen[low:high] + shift[which])
 
 
-def file_windows(sizes: np.ndarray, chosen: np.ndarray | None = None) -> Iterator[Window]:
-    """Yields a window for each piece that holds some of the rows `chosen` (in rising order; None: all), in files' order."""
-    start = 0
-    for piece, size in enumerate(sizes.tolist()):
-        if chosen is None:
-            order = np.arange(size)
-        else:
-            low, high = np.searchsorted(chosen, [start, start + size])
-            order = chosen[low:high] - start
-        if len(order):
-            yield Window(((piece, 0, size),), order)
-        start += size
+def _edges(sizes: np.ndarray, weights: np.ndarray, rows: int, size: int) -> np.ndarray:
+    """Returns where windows begin among pieces, and where the last one ends (W + 1,)."""
+    cost = np.maximum(sizes * size, weights * rows)  # of a window: rows * size
+    window = (np.cumsum(cost) - cost) // (rows * size)
+    return np.concatenate([np.flatnonzero(np.diff(window, prepend=-1)), [len(sizes)]])

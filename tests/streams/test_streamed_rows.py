@@ -2,6 +2,7 @@
 
 import json
 from collections import Counter
+from collections.abc import Iterator
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
@@ -16,11 +17,12 @@ from cluster.local import connect
 from pipeline.config import BaseModelConfig, DataConfig, SourceConfig
 from pipeline.models.prompts import IGNORED, collate
 from pipeline.streams.batch_loader import BatchLoader, StepLayout, distinct_batches
+from pipeline.streams.drawing import Drawable, Drawn
 from pipeline.streams.encoding import Part
 from pipeline.streams.preprocess import Prepared, prepare
 from pipeline.streams.sources import StreamError
 from pipeline.streams.training_rows import TrainingRows
-from pipeline.streams.windows import spans, windows_between
+from pipeline.streams.windows import LANES, WINDOW_BYTES, Span, Window, lane_windows, spans
 
 KINDS = ("red", "blue", "one", "two")
 
@@ -73,15 +75,28 @@ def drawn(found: TrainingRows, steps: range, *, batch_size: int = 8, workers: in
         return [str(row.input_ids.tolist()) for batches in loader for batch in batches for row in batch]
 
 
-def planned(sizes: list[int], last: int, *, first: int = 0, rank: int = 0, workers: int = 1, rows: int = 64):
-    """Returns the rows, by piece and place, of a worker's windows."""
-    count = np.array(sizes)
-    span = spans(sum(sizes), [1] * workers)[rank]
-    found = []
-    for window in windows_between(count, count, span, first, last, seed=5, rows=rows):
-        read = [(piece, i) for piece, start, stop in window.reads for i in range(start, stop)]
-        found += [read[i] for i in window.order]
-    return found
+class Numbered(Drawable):
+    """Pieces of these sizes, whose rows are named by piece and place instead of being read."""
+
+    def __init__(self, sizes: list[int]) -> None:
+        super().__init__(())
+        self.__dict__.update(sizes=np.array(sizes), weights=np.array(sizes))
+
+    def rows(self, windows: Iterator[Window], pool: Any) -> Iterator[tuple[int, int]]:
+        for window in windows:
+            reads = zip(window.pieces.tolist(), window.starts.tolist(), window.stops.tolist(), strict=True)
+            read = [(piece, i) for piece, start, stop in reads for i in range(start, stop)]
+            yield from (read[i] for i in window.order)
+
+
+def planned(
+    sizes: list[int], last: int, *, first: int = 0, rank: int = 0, workers: int = 1, rows: int = 64, tasks: int = 1
+) -> list[tuple[int, int]]:
+    """Returns the rows, by piece and place, that a worker draws."""
+    drawn = Drawn(spans(sum(sizes), [1] * workers)[rank], first, last, seed=5, window=rows)
+    tasks = drawn.tasks(tasks)
+    shares = [drawn.rows(Numbered(sizes), task, tasks, 0) for task in range(tasks)]
+    return [next(shares[task]) for task in drawn.turns(tasks)]
 
 
 SIZES = [10, 0, 7, 30, 1, 12, 16, 9]
@@ -98,17 +113,47 @@ def test_every_row_comes_once_an_epoch_over_all_workers(workers: int) -> None:
     assert found[0][: len(ranks[0])] != found[0][len(ranks[0]) :], "epochs differ"
 
 
-def test_a_later_start_gives_the_rows_that_would_have_come() -> None:
+@pytest.mark.parametrize("tasks", [1, 2, 3])
+def test_a_later_start_gives_the_rows_that_would_have_come(tasks: int) -> None:
+    """However many tasks read, before and after."""
     whole = planned(SIZES, 300, rows=20)
     for first in (0, 1, 19, 84, 85, 86, 200):
-        assert planned(SIZES, 300, first=first, rows=20) == whole[first:]
+        assert planned(SIZES, 300, first=first, rows=20, tasks=tasks) == whole[first:]
 
 
-def test_a_window_holds_as_many_rows_as_asked() -> None:
-    count = np.array([8] * 40)
-    windows = list(windows_between(count, count, spans(320, [1])[0], 0, 320, seed=0, rows=64))
-    assert [len(window.order) for window in windows] == [64] * 5
-    assert all(len(window.reads) == 8 for window in windows)
+def test_a_task_that_is_lost_goes_on_at_any_row() -> None:
+    drawn = Drawn(spans(sum(SIZES), [1])[0], 30, 300, seed=5, window=20)
+    turns = list(drawn.turns(3))
+    whole = [list(drawn.rows(Numbered(SIZES), task, 3, 0)) for task in range(3)]
+    for first in (0, 1, 54, 55, 200):
+        for task in range(3):
+            rest = list(drawn.rows(Numbered(SIZES), task, 3, first))
+            assert rest == whole[task][turns[:first].count(task) :]
+
+
+def test_rows_are_drawn_from_sixteen_pieces_at_a_time() -> None:
+    found = planned([8] * 160, 1280, rows=128)
+    for start in range(0, 1280, 128):
+        pieces = Counter(piece for piece, _ in found[start : start + 128])
+        assert set(pieces.values()) == {8}
+        assert len({piece for piece, _ in found[start : start + 16]}) == 16
+    assert len({tuple(place for _, place in found[lane:128:16]) for lane in range(16)}) > 12, "in random order"
+
+
+def test_few_rows_are_drawn_from_all_of_them() -> None:
+    """In any order: that of the first rows must not depend on where they lie."""
+    epochs = planned([20], 2000, rows=64)
+    firsts = Counter(place for _, place in epochs[::20])
+    assert len(firsts) > 15
+    assert max(firsts.values()) < 20
+
+
+def test_windows_hold_no_more_bytes_than_fit() -> None:
+    sizes, weights = np.full(64, 8), np.full(64, WINDOW_BYTES // LANES // 2)
+    windows = list(
+        lane_windows(sizes, weights, Span(0, 512), seed=0, epoch=0, rows=256, size=WINDOW_BYTES // LANES)
+    )
+    assert [len(window.pieces) for window in windows] == [2] * 32
 
 
 def test_workers_end_an_epoch_together_whatever_they_take_a_step() -> None:
