@@ -6,7 +6,6 @@ from itertools import groupby
 from pathlib import PurePosixPath
 from typing import Any, Literal
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.fs as fs
 import pyarrow.parquet as pq
@@ -126,9 +125,11 @@ def _taken(held: list[tuple[int, pa.Table | Fault]], read: Read) -> list[Found]:
     begin = 0
     for count, source in held:
         own = read.at[(read.at >= begin) & (read.at < begin + count)] - begin
-        fault = isinstance(source, Fault)
-        taken = source if fault or len(own) == count else source.take(own)
-        rows += [Found(read, len(rows) + i, taken, 0 if fault else i) for i in range(len(own))]
+        if isinstance(source, Fault):
+            rows += [Found(read, len(rows) + i, source, 0) for i in range(len(own))]
+        else:
+            taken = source if len(own) == count else source.take(own)
+            rows += [Found(read, len(rows) + i, taken, i) for i in range(len(own))]
         begin += count
     return rows
 

@@ -9,6 +9,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import cached_property, partial
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -26,6 +27,11 @@ _FILES_AT_ONCE = 16
 
 _TOLD_SECONDS = 10.0
 """Time after which one says how far the reading of metadata is."""
+
+_COLUMNS = {
+    "file": np.int32, "group": np.int32, "groups": np.int32, "number": np.int64, "skipped": np.int32, "rows": np.int32,
+    "bytes": np.int64,
+}  # fmt: skip
 
 _logger = logging.getLogger(__name__)
 
@@ -90,13 +96,12 @@ class Pieces:
     def some(self, start: int, stop: int) -> "Pieces":
         """Returns pieces `start` to `stop`, with the paths of their files only."""
         part = slice(start, stop)
+        columns: dict[str, Any] = {name: getattr(self, name)[part] for name in _COLUMNS}
         files, file = np.unique(self.file[part], return_inverse=True)
-        columns = (self.group, self.groups, self.number, self.skipped, self.rows, self.bytes)
+        columns["file"] = file.astype(np.int32)
         place = int(self.starts[start]) if start < stop else self.place
-        end = place + int(self.rows[part].sum())
-        bad = self.bad[slice(*np.searchsorted(self.bad, [place, end]))]
-        paths = tuple(self.paths[i] for i in files)
-        return Pieces(paths, file.astype(np.int32), *(column[part] for column in columns), bad, place)
+        bad = self.bad[slice(*np.searchsorted(self.bad, [place, place + int(columns["rows"].sum())]))]
+        return Pieces(tuple(self.paths[i] for i in files), **columns, bad=bad, place=place)
 
     def read(self, piece: int, numbers: np.ndarray | None = None, *, part: int = 0) -> Read:
         """Returns the read of a piece's good rows, or of those with these numbers among them (N,), of a part."""
@@ -114,9 +119,7 @@ class Pieces:
         )
 
 
-def pieces_of(
-    filesystem: fs.FileSystem, paths: Sequence[str], *, rows: int, limit: int | None = None
-) -> Pieces | None:
+def pieces_of(filesystem: fs.FileSystem, paths: Sequence[str], *, rows: int, limit: int | None = None) -> Pieces | None:
     """Returns the pieces of parquet files in their order, of at most `rows` rows; the first `limit` rows only.
 
     None where a row group is too large to be read for a part of its rows, or a file's metadata cannot be read.
@@ -130,20 +133,24 @@ def pieces_of(
         for group, (count, size, _) in enumerate(groups.tolist()):
             taken = count if left is None else min(count, left)
             left = None if left is None else left - taken
-            if joined >= 0 and found[joined][5] + taken <= rows and found[joined][6] + size <= JOINED:
+            if taken == 0:
+                joined = -1
+            elif joined >= 0 and found[joined][5] + taken <= rows and found[joined][6] + size <= JOINED:
                 _, first, several, begin, _, before, bytes_ = found[joined]
                 found[joined] = (file, first, several + 1, begin, 0, before + taken, bytes_ + size)
             else:
                 for start in range(0, taken, rows):
                     part = min(rows, taken - start)
                     found.append((file, group, 1, number, start, part, size * part // count))
-                joined = len(found) - 1 if 0 < taken <= rows else -1
+                joined = len(found) - 1 if taken <= rows else -1
             number += count
         if left == 0:
             break
-    columns = np.array(found, np.int64).reshape(-1, 7).T
-    narrow = (np.int32, np.int32, np.int32, np.int64, np.int32, np.int32, np.int64)
-    return Pieces(tuple(paths), *(column.astype(kind) for column, kind in zip(columns, narrow, strict=True)))
+    table = np.array(found, np.int64).reshape(-1, len(_COLUMNS)).T
+    columns: dict[str, Any] = {
+        name: column.astype(kind) for (name, kind), column in zip(_COLUMNS.items(), table, strict=True)
+    }
+    return Pieces(tuple(paths), **columns)
 
 
 def row_groups(filesystem: fs.FileSystem, paths: Sequence[str]) -> Iterator[np.ndarray | None]:

@@ -43,9 +43,7 @@ class StreamedPart:
         if self.origin.kind == "encoded":
             return rows
         work = partial(encode_batch, encoders=[self.origin.encoder])
-        return rows.map_batches(
-            work, batch_size=BLOCK_ROWS, batch_format="pyarrow", compute=TaskPoolStrategy(readers)
-        )
+        return rows.map_batches(work, batch_size=BLOCK_ROWS, batch_format="pyarrow", compute=TaskPoolStrategy(readers))
 
     def without(self, bad: np.ndarray) -> "StreamedPart":
         """Returns the part without the rows at these places (in rising order, among all rows of the pieces)."""

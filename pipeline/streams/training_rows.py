@@ -1,6 +1,6 @@
 """The rows of one or more tasks as a training worker gets them: a description that can be pickled, and access to it."""
 
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
 
 import numpy as np

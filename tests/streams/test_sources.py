@@ -126,6 +126,12 @@ def test_rows_of_parquet_come_from_the_metadata(tmp_path):
     assert count_rows(source(tmp_path), tmp_path) == 10
 
 
+def test_some_of_many_files_speak_for_all(tmp_path):
+    for number in range(150):
+        write_parquet(tmp_path / f"{number:03}.parquet", range(5))
+    assert count_rows(source(tmp_path), tmp_path) == pytest.approx(750, rel=0.02)
+
+
 def test_the_fingerprint_is_that_of_the_contents(tmp_path):
     one, other = (write_jsonl(tmp_path / folder / "rows.jsonl", range(3)) for folder in ("one", "other"))
     first = fingerprint(source(one), tmp_path)

@@ -3,15 +3,19 @@
 import json
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import replace
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from pyarrow.fs import LocalFileSystem
 
 from cluster.local import connect
 from pipeline.config import BaseModelConfig, DataConfig, SourceConfig
@@ -19,6 +23,7 @@ from pipeline.models.prompts import IGNORED, collate
 from pipeline.streams.batch_loader import BatchLoader, StepLayout, distinct_batches
 from pipeline.streams.drawing import Drawable, Drawn
 from pipeline.streams.encoding import Part
+from pipeline.streams.pieces import pieces_of
 from pipeline.streams.preprocess import Prepared, prepare
 from pipeline.streams.sources import StreamError
 from pipeline.streams.training_rows import TrainingRows
@@ -150,9 +155,7 @@ def test_few_rows_are_drawn_from_all_of_them() -> None:
 
 def test_windows_hold_no_more_bytes_than_fit() -> None:
     sizes, weights = np.full(64, 8), np.full(64, WINDOW_BYTES // LANES // 2)
-    windows = list(
-        lane_windows(sizes, weights, Span(0, 512), seed=0, epoch=0, rows=256, size=WINDOW_BYTES // LANES)
-    )
+    windows = list(lane_windows(sizes, weights, Span(0, 512), seed=0, epoch=0, rows=256, size=WINDOW_BYTES // LANES))
     assert [len(window.pieces) for window in windows] == [2] * 32
 
 
@@ -248,6 +251,59 @@ def test_a_rank_without_rows_gets_one_of_which_nothing_is_learned(tiny_folder, t
     assert all((batch["labels"] == IGNORED).all() for step in steps for batch in step)
 
 
+def test_small_row_groups_that_follow_each_other_are_one_piece(tmp_path):
+    for name, size in (("a", 10), ("b", 3), ("c", 100)):
+        pq.write_table(pa.table({"n": range(100)}), tmp_path / f"{name}.parquet", row_group_size=size)
+    paths = [str(file) for file in sorted(tmp_path.glob("*.parquet"))]
+    pieces = pieces_of(LocalFileSystem(), paths, rows=32, limit=270)
+    assert pieces is not None
+    assert pieces.rows.tolist() == [30, 30, 30, 10, 30, 30, 30, 10, 32, 32, 6]
+    assert pieces.groups.tolist() == [3, 3, 3, 1, 10, 10, 10, 4, 1, 1, 1]
+    assert pieces.file.tolist() == [0] * 4 + [1] * 4 + [2] * 3
+    bad = replace(pieces, bad=np.array([0, 31, 269]))
+    assert bad.good.tolist() == [29, 29, 30, 10, 30, 30, 30, 10, 32, 32, 5]
+    read = bad.some(1, 9).read(0, np.array([0, 1]))
+    assert (read.path, read.group, read.number, read.at.tolist()) == (paths[0], 3, 31, [0, 2])
+    assert pieces.read(9).at.tolist() == list(range(32, 64))
+
+
+def test_a_damaged_row_group_costs_its_own_rows_only(tiny_folder, tmp_path):
+    source = write(tmp_path, "parquet", 64, row_group_size=8)
+    file = Path(source.path)
+    place = pq.read_metadata(file).row_group(2).column(1).data_page_offset
+    with file.open("r+b") as opened:
+        opened.seek(place)
+        opened.write(b"\xff" * 16)
+    found = prepared(source, tiny_folder, tmp_path, max_bad_share=0.2, max_lost_files=1)
+    assert found.aside["mine"].rows == 8
+    rows = found.training_rows(["mine"])
+    assert len(set(drawn(rows, range(56), batch_size=1))) == rows.count == 56
+
+
+def test_a_task_that_dies_goes_on_where_it_was(tiny_folder, tmp_path):
+    """All rows come, in their order."""
+    found = streamed(write(tmp_path, "parquet", 200, row_group_size=20), tiny_folder, tmp_path, shuffle_rows=64)
+    expected = drawn(found, range(200))
+    rows = []
+    with BatchLoader(found, layout=StepLayout(8, 1, 8), rank=0, steps=range(200), seed=3, collate=list) as loader:
+        for step, batches in enumerate(loader):
+            rows += [str(row.input_ids.tolist()) for row in batches[0]]
+            if step == 5:
+                assert kill_readers()
+    assert rows == expected
+
+
+def kill_readers() -> int:
+    """Kills the processes of the tasks that read; returns how many there were."""
+    killed = 0
+    for process in psutil.Process().children(recursive=True):
+        with suppress(psutil.NoSuchProcess):
+            if "_encoded" in " ".join(process.cmdline()[:1]):
+                process.kill()
+                killed += 1
+    return killed
+
+
 @pytest.mark.parametrize("ending", ["parquet", "jsonl"])
 def test_files_that_vanish_are_a_clear_error_in_training(ending, tiny_folder, tmp_path):
     found = streamed(write(tmp_path, ending, 20), tiny_folder, tmp_path)
@@ -284,4 +340,4 @@ def test_leaving_waits_for_nobody(tiny_folder, tmp_path):
                 for _ in range(count):
                     next(loader)
         for loader in loaders:
-            assert loader.ended(60)
+            assert loader.ended(0)
