@@ -163,17 +163,22 @@ def _alive() -> list:
     return [actor for actor in alive if actor.class_name in {"TrainController", "JobQueue", "RayTrainWorker"}]
 
 
+def kill(killed: list[int]) -> None:
+    """Kills all training workers; notes which they were."""
+    for process in psutil.Process().children(recursive=True):
+        with suppress(psutil.NoSuchProcess):  # ended, or a zombie, since the list was made
+            if "RayTrainWorker" in " ".join(process.cmdline()[:1]):
+                process.kill()
+                killed.append(process.pid)
+
+
 def test_a_killed_worker_comes_back_and_ends_with_the_same_expert(trained, rows, tiny_folder, worker_env, tmp_path):
     killed, kept = [], []
 
     def kill_once(steps) -> None:
         if not killed and any(step.step >= 6 for step in steps):
             kept.extend((file, file.stat().st_size) for file in (tmp_path / "digits-killed").rglob("*.*"))
-            for process in psutil.Process().children(recursive=True):
-                with suppress(psutil.NoSuchProcess):  # ended, or a zombie, since the list was made
-                    if "RayTrainWorker" in " ".join(process.cmdline()[:1]):
-                        process.kill()
-                        killed.append(process.pid)
+            kill(killed)
 
     job = make_job(tiny_folder, "killed", training=ONE.model_copy(update={"max_failures": 1}))
     result = run_training(job, rows, storage=tmp_path, on_steps=kill_once, worker_env=worker_env)
@@ -227,25 +232,41 @@ def test_experts_learn_from_features_as_from_pixels(trained, worker_env, tiny_fo
     assert written == [file.stat().st_mtime_ns for file in files] != [], "computed once"
 
 
-def test_rows_that_stream_are_learned_by_several_workers(trained, worker_env, tiny_folder, tmp_path):
+def test_rows_that_stream_are_learned_by_several_workers_though_one_is_killed(
+    trained, worker_env, tiny_folder, tmp_path
+):
+    """The run goes on at its checkpoint, with the rows that would have come: it ends with the same expert to the bit."""
     prepared = prepare(
         {"digits": Part(SourceConfig(path="embedded://digits/train", limit=ROWS))},
-        DataConfig(cache="none"),
+        DataConfig(cache="none", shuffle_rows=32),
         base=BaseModelConfig(path=str(tiny_folder)),
         data_folder=tmp_path,
         quarantine=tmp_path,
         answer=True,
     )
-    job = make_job(tiny_folder, "streamed", training=TrainingConfig(workers=2, threads=1, micro_batch=4))
-    result = run_training(job, prepared.training_rows(["digits"]), storage=tmp_path, worker_env=worker_env)
-    assert result.figures["samples"] == 12 * 16
-    assert result.figures["expert_losses"][-1] == pytest.approx(trained[0].figures["expert_losses"][-1], abs=0.5)
+    rows = prepared.training_rows(["digits"])
+    training = TrainingConfig(workers=2, threads=1, zero_stage=2, micro_batch=4, checkpoint_every=4, max_failures=1)
+    killed: list[int] = []
+
+    def kill_once(steps) -> None:
+        if not killed and any(step.step >= 6 for step in steps):
+            kill(killed)
+
+    whole = run_training(
+        make_job(tiny_folder, "streamed", training=training), rows, storage=tmp_path, worker_env=worker_env
+    )
+    assert whole.figures["samples"] == 12 * 16
+    assert whole.figures["expert_losses"][-1] == pytest.approx(trained[0].figures["expert_losses"][-1], abs=0.5)
+    job = make_job(tiny_folder, "streamed-killed", training=training)
+    result = run_training(job, rows, storage=tmp_path, on_steps=kill_once, worker_env=worker_env)
+    assert killed
+    assert_same_expert(Expert.load(result.expert), Expert.load(whole.expert))
 
 
 def test_workers_that_keep_dying_end_the_job_and_nothing_else(
     trained, session, rows, tiny_folder, worker_env, tmp_path
 ):
-    def kill(steps) -> None:
+    def kill_each_time(steps) -> None:
         for process in psutil.Process().children(recursive=True):
             with suppress(psutil.NoSuchProcess):
                 environment = process.environ()
@@ -258,7 +279,7 @@ def test_workers_that_keep_dying_end_the_job_and_nothing_else(
     job = make_job(tiny_folder, "mortal", training=training, steps=60)
     with training_session(training, storage=tmp_path, worker_env=worker_env | {"POINTSMAN_TEST": "mortal"}) as opened:
         with pytest.raises(TrainingError, match="task 'digits': training failed: .*died"):
-            opened.train(job, rows, kill)
+            opened.train(job, rows, kill_each_time)
         short = make_job(tiny_folder, "short", training=training, steps=2)
         assert opened.train(short, rows).expert.is_dir(), "other workers take their place"
 
