@@ -1,5 +1,6 @@
 """Reads rows of pieces, raw or encoded."""
 
+import threading
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby
@@ -20,6 +21,11 @@ from pipeline.streams.sources import NUMBER, PATH, RAW, ROOT, packed_row
 
 BLOCK_ROWS, BLOCK_BYTES = 64, 16 << 20
 """Raw rows that are handed on at a time: so many, or so many bytes."""
+
+
+_FILES_KNOWN = 16
+_known: dict[tuple[str, str, int], pq.FileMetaData] = {}
+_lock = threading.Lock()
 
 
 @dataclass(frozen=True)
@@ -89,7 +95,7 @@ def _of_file(origin: Origin, reads: Sequence[Read]) -> Iterator[list[Found]]:
     known = wanted_columns(origin.encoder.part.source) if origin.kind == "own" else None
     try:
         stream = origin.filesystem.open_input_file(reads[0].path)
-        file = pq.ParquetFile(stream, pre_buffer=True)
+        file = _opened(origin, stream, reads[0].path)
     except (OSError, pa.ArrowException) as error:
         for read in reads:
             fault = _fault(origin, read, error)
@@ -103,6 +109,20 @@ def _of_file(origin: Origin, reads: Sequence[Read]) -> Iterator[list[Found]]:
             if last != (read.group, read.groups):
                 held, last = _groups(origin, file, names or None, read), (read.group, read.groups)
             yield _taken(held, read)
+
+
+def _opened(origin: Origin, stream: pa.NativeFile, path: str) -> pq.ParquetFile:
+    """Opens a parquet file; what some files hold is remembered, since of ten thousand row groups it takes long to read."""
+    key = (origin.filesystem.type_name, path, stream.size())
+    with _lock:
+        known = _known.get(key)
+    file = pq.ParquetFile(stream, metadata=known, pre_buffer=True)
+    if known is None:
+        with _lock:
+            if len(_known) >= _FILES_KNOWN:
+                _known.pop(next(iter(_known)))
+            _known[key] = file.metadata
+    return file
 
 
 def _groups(
