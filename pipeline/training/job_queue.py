@@ -1,7 +1,8 @@
 """What a training session's workers ask for their next job, and tell of the last one.
 
 An actor between driver and ranks: the driver puts jobs and waits for outcomes, every rank takes the same jobs one after the
-other. It outlives workers that die, so those that come after them go on with the job that has no outcome yet.
+other. It outlives workers that die, so those that come after them go on with the job that has no outcome yet. It hands rows on
+as they are boxed: to look at them it would have to import all that training does, which takes seconds and memory.
 """
 
 import asyncio
@@ -17,8 +18,8 @@ class JobQueue(Telemetry):
         super().__init__()
         self._max_failures = max_failures
         """How often workers may fail at one job, or before they begin one."""
-        self._jobs: list[tuple[dict[str, Any], Any] | None] = []
-        """Settings and rows; None for those that are done, so that rows do not pile up."""
+        self._jobs: list[tuple[dict[str, Any], list[Any]] | None] = []
+        """Settings and boxed rows; None for those that are done, so that rows do not pile up."""
         self._outcomes: dict[int, dict[str, Any]] = {}
         self._failures = 0
         self._workers: dict[int, Any] = {}
@@ -27,8 +28,8 @@ class JobQueue(Telemetry):
 
     # The driver's side
 
-    async def put(self, job: dict[str, Any], rows: Any) -> int | None:
-        """Adds a job; returns its number, None where there are no workers any more."""
+    async def put(self, job: dict[str, Any], rows: list[Any]) -> int | None:
+        """Adds a job, its rows as a reference in a list; returns its number, None where there are no workers any more."""
         if self._closed:
             return None
         self._jobs.append((job, rows))
@@ -60,8 +61,8 @@ class JobQueue(Telemetry):
         """Returns the number of the job that workers who start now begin with."""
         return len(self._outcomes)
 
-    async def take(self, number: int) -> tuple[dict[str, Any], Any] | None:
-        """Waits for a job; returns its settings and rows, None when there will be no more jobs."""
+    async def take(self, number: int) -> tuple[dict[str, Any], list[Any]] | None:
+        """Waits for a job; returns its settings and boxed rows, None when there will be no more jobs."""
         async with self._changed:
             await self._changed.wait_for(lambda: self._closed or number < len(self._jobs))
         return None if self._closed else self._jobs[number]

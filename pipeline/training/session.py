@@ -5,7 +5,6 @@ die are started again and go on at the job's last checkpoint.
 """
 
 import os
-import re
 import shutil
 import threading
 from collections.abc import Callable, Iterator
@@ -17,12 +16,13 @@ from uuid import uuid4
 
 import ray
 from ray.exceptions import RayError
-from ray.train import FailureConfig, RunConfig, ScalingConfig, TrainingFailedError, UserCallback
+from ray.train import FailureConfig, RunConfig, ScalingConfig, TrainingFailedError
 from ray.train.torch import TorchConfig, TorchTrainer
 
 from pipeline.config import TrainingConfig
 from pipeline.errors import UserError
 from pipeline.streams.training_rows import TrainingRows
+from pipeline.training.failures import Failures
 from pipeline.training.job import Job
 from pipeline.training.job_folder import ADAPTER, EXPERT, JobFolder
 from pipeline.training.job_queue import JobQueue
@@ -35,18 +35,11 @@ FEWEST_ROWS = 4
 PATIENCE = 30.0
 """Seconds for which closing a session waits for its workers."""
 
-_DIED, _LOG = "health check", re.compile(r"log_file_path='([^']+)'")
-"""How Ray Train words the death of a worker's process, and where it says what that process printed."""
-
 OnSteps = Callable[[list[Step]], None]
 
 
 class TrainingError(UserError):
     """A task that could not be trained; nothing was added to the pool."""
-
-
-class SessionEnded(Exception):
-    """Workers have failed too often; raised in Ray Train's controller, which then ends the run."""
 
 
 @dataclass(frozen=True)
@@ -110,13 +103,13 @@ class Session:
 
     def _put(self, job: Job, rows: TrainingRows) -> int:
         """Hands a job to the workers; to new ones where there are none, or they failed too often at the job before."""
-        number = None
+        number, boxed = None, [ray.put(rows)]
         if self._thread is not None and self._thread.is_alive():
-            number = ray.get(self._queue.put.remote(job.model_dump(), rows))
+            number = ray.get(self._queue.put.remote(job.model_dump(), boxed))
         if number is None:
             self.close()
             self._start()
-            number = ray.get(self._queue.put.remote(job.model_dump(), rows))
+            number = ray.get(self._queue.put.remote(job.model_dump(), boxed))
         return number
 
     def _start(self) -> None:
@@ -160,28 +153,6 @@ class Session:
                 return ray.get(outcome)
             if ended:
                 return {"failure": f"training ended: {self._error}"}
-
-
-class Failures(UserCallback):
-    """Tells the queue of failed workers, and ends the run where it has had enough."""
-
-    def __init__(self, queue: Any) -> None:
-        self._queue = queue
-
-    def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
-        """Called in Ray Train's controller."""
-        # Where one rank's process dies, others raise for want of it.
-        died = [rank for rank, error in worker_exceptions.items() if _DIED in str(error)]
-        rank = min(died or worker_exceptions)
-        reason = str(worker_exceptions[rank])
-        if died:
-            log = _LOG.search(reason)
-            reason = f"the worker of rank {rank} died (killed, or out of memory)" + (
-                f"; its log: {log[1]}" if log else ""
-            )
-        taken_away = any(getattr(error, "preempted", False) for error in worker_exceptions.values())
-        if not ray.get(self._queue.failed.remote(reason, counts=not taken_away)):
-            raise SessionEnded(reason)
 
 
 @contextmanager

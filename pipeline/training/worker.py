@@ -69,7 +69,7 @@ def train(settings: dict[str, Any]) -> None:
     try:
         while (taken := ray.get(queue.take.remote(number))) is not None:
             job = Job.model_validate(taken[0])
-            figures = _work(job, taken[1], queue, storage / f"{job.task}-{job.digest}", base)
+            figures = _work(job, ray.get(taken[1][0]), queue, storage / f"{job.task}-{job.digest}", base)
             taken = None  # the rows
             free_memory()
             if rank == 0:
