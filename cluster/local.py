@@ -141,6 +141,8 @@ def _start(cpus: int) -> None:
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2")
     # Ray keeps as many idle workers as there are logical CPUs; each holds 0.4 GB of imported libraries.
     os.environ.setdefault("RAY_num_workers_soft_limit", "2")
+    # Of others the next pass over rows has use a moment later; a new process would import for six seconds again.
+    os.environ.setdefault("RAY_idle_worker_killing_time_threshold_ms", "10000")
     ray.init(
         address="local",  # without it, Ray would join any cluster that it finds on this machine
         num_cpus=cpus,

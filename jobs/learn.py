@@ -20,7 +20,7 @@ from cluster.usage import memory_bytes
 from jobs.evaluations import PoolEvaluations
 from jobs.options import Address, ConfigFile, Overrides, job_command, load, user_errors
 from jobs.recognition import expert_wanted, remember
-from jobs.stream_run import Stopwatch, StreamRun, Tally, open_run, read_json, write_json
+from jobs.stream_run import Stopwatch, StreamRun, open_run, read_json, write_json
 from jobs.summary import answers, learned, now, provenance, task_figures
 from jobs.terminal import table
 from pipeline.config import TaskConfig
@@ -48,7 +48,7 @@ class Learned:
 def learn_stream(run: StreamRun) -> Learned:
     """Learns all tasks of the run's stream; what is finished already is found and skipped."""
     config, started = run.config, now()
-    watch, generated = Stopwatch(run.folder / "state" / "clock.json"), Tally(run.folder / "state" / "answers.json")
+    watch = Stopwatch(run.folder / "state" / "clock.json")
     names = [task.name for task in config.stream.tasks]
     families = [task.name for task in config.stream.foundation]
     matrix = AccuracyMatrix(names, families)
@@ -87,7 +87,6 @@ def learn_stream(run: StreamRun) -> Learned:
         if not found.before:
             turn = {"turn_seconds": monotonic() - began, "memory_bytes": memory_bytes()}
             figures[task.name] = _with(found.file, figures[task.name], turn)
-        generated.total(run.evaluator.generated)
         watch.lap()
     last = evaluations.end() or last
     summary = {
@@ -95,7 +94,7 @@ def learn_stream(run: StreamRun) -> Learned:
         "seconds_total": watch.lap(),
         "peak_memory_bytes": run.memory.bytes,
         **learned(run, matrix, last, figures),
-        "answers": answers(last, names, generated.total(run.evaluator.generated)),
+        "answers": answers(last, names, run.generated.total(run.evaluator.generated)),
     }
     return Learned(pool, pool_folder, pool_key, summary)
 

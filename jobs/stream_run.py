@@ -8,7 +8,7 @@ import json
 import tempfile
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from contextlib import ExitStack, contextmanager, nullcontext
 from functools import cached_property, partial
 from pathlib import Path
@@ -17,6 +17,7 @@ from typing import Any
 from cluster.local import ClusterInfo, available_cpus, connect, starts_here
 from cluster.preflight import build_deepspeed_ops, build_op, check_inference, check_resources, extensions_folder
 from cluster.usage import PeakMemory
+from jobs.background import begin
 from jobs.endings import outside_errors
 from jobs.identity import GENERAL_PROMPT, Identity
 from jobs.terminal import Terminal
@@ -75,8 +76,6 @@ class StreamRun:
         self.patience = Patience(config.registry.patience, terminal.say)
         self.metrics = MetricSpool(self.folder / "state" / "metrics.jsonl", terminal.say)
         self._training: dict[str, Future[Prepared]] = {}
-        self._reader = ThreadPoolExecutor(1, thread_name_prefix="reading ahead")
-        self._evaluations = ThreadPoolExecutor(1, thread_name_prefix="evaluating")
         self._session: Session | None = None
 
     def log(self, points: Iterable[tuple[str, float, int]]) -> None:
@@ -95,7 +94,8 @@ class StreamRun:
         if task.name not in self._training:
             assert task.train is not None
             parts = {task.name: (task.train, task.prompt)}
-            self._training[task.name] = self._reader.submit(self._prepare, parts, "train", answer=True)
+            read = partial(self._prepare, parts, "train", answer=True)
+            self._training[task.name] = begin(read, name=f"reading {task.name}")
 
     def all_training_rows(self) -> TrainingRows:
         """Returns the training rows of all tasks at once, for methods that cannot do without; `data.cache` decides for all."""
@@ -300,7 +300,6 @@ class StreamRun:
 
     def close(self, *, at_once: bool = False) -> None:
         """Ends whoever trains and evaluates, in the middle of it if `at_once`."""
-        self._evaluations.shutdown(wait=not at_once, cancel_futures=True)
         if "_predictors" in self.__dict__:
             self._predictors.close(for_good=True)
         self._end_session(at_once=at_once)
@@ -331,6 +330,11 @@ class StreamRun:
         )
 
     @cached_property
+    def generated(self) -> "Tally":
+        """How many answers this run has had generated."""
+        return Tally(self._state("answers.json"))
+
+    @cached_property
     def _predictors(self) -> PredictorActors:
         """Who answers, through the whole run: they start with the first prompt that nobody has answered."""
         return self.evaluator.actors()
@@ -343,7 +347,8 @@ class StreamRun:
         Pools whose Linears choose are evaluated now: they are read from a folder in which the next one will lie.
         """
         if self._at_once and pool.router.kind == "prompt":
-            return self._evaluations.submit(self.evaluate, columns, pool, pool_digest, folder=folder, quietly=True)
+            evaluate = partial(self.evaluate, columns, pool, pool_digest, folder=folder, quietly=True)
+            return begin(evaluate, name="evaluating")
         done: Future[Evaluation] = Future()
         done.set_result(self.evaluate(columns, pool, pool_digest, folder=folder))
         return done
@@ -368,9 +373,12 @@ class StreamRun:
             asked = [self._column(self.columns[column]) for column in columns]
             shown = self.terminal.working(f"evaluating {len(columns)} tasks and families")
             with nullcontext() if quietly else shown:
-                result = self.evaluator.evaluate(
-                    asked, pool, key=pool_digest, folder=folder, mode=mode, actors=self._predictors
-                )
+                try:
+                    result = self.evaluator.evaluate(
+                        asked, pool, key=pool_digest, folder=folder, mode=mode, actors=self._predictors
+                    )
+                finally:
+                    self.generated.total(self.evaluator.generated)
             write_json(file, result.to_json())
         with stored_file(file, REMADE):
             return Evaluation.from_json(json.loads(file.read_text()))

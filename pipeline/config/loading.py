@@ -56,17 +56,20 @@ def _override(values: dict[str, Any], override: str, kind: type[Config]) -> None
 
 def _explain(path: Path, kind: type[Config], error: Any) -> str:
     """One readable line for a pydantic error: where, what, and what would be right."""
-    place = ".".join(str(part) for part in error["loc"]) or "(file)"
+    where = ".".join(str(part) for part in error["loc"])
+    place = f"{where}: " if where else ""
     key = ".".join(part for part in error["loc"] if isinstance(part, str))  # without the numbers of tasks
     fields = dict(fields_of(kind, everywhere=True))
     if error["type"] == "extra_forbidden":
         near = difflib.get_close_matches(key, fields, n=1, cutoff=0.4)
         hint = f"did you mean `{near[0]}`?" if near else "`pointsman learn --help` lists the fields"
-        return f"{path}: {place}: no such field; {hint}"
+        return f"{path}: {place}no such field; {hint}"
     field = fields.get(key)
-    meaning = f"\n    {place}: {field.description}" if field is not None and field.description else ""
-    given = "" if error["type"] == "missing" else f" (given: {error['input']!r})"
-    return f"{path}: {place}: {error['msg']}{given}{meaning}"
+    meaning = f"\n    {where}: {field.description}" if field is not None and field.description else ""
+    # Of a whole group all would be printed that is right, too.
+    told = error["type"] == "missing" or isinstance(error["input"], (dict, Config))
+    given = "" if told else f" (given: {error['input']!r})"
+    return f"{path}: {place}{error['msg'].removeprefix('Value error, ')}{given}{meaning}"
 
 
 def fields_of(kind: type[Config], prefix: str = "", *, everywhere: bool = False) -> Iterator[tuple[str, Any]]:

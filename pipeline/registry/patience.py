@@ -1,6 +1,7 @@
 """A registry that does not answer: how one notices, how long one waits, and what is said meanwhile."""
 
 import os
+import re
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -45,7 +46,7 @@ def check_server() -> None:
         if time.monotonic() > until:
             raise RegistryError(
                 f"registry.uri: {_shown_uri()} does not answer: {reason}; start that server or correct the address "
-                "(without one, the registry is a file beside the output folder)"
+                "(without one, the registry is a file beside the output folder). Nothing that is finished is lost"
             )
         time.sleep(0.5)
 
@@ -57,8 +58,16 @@ def is_away(error: MlflowException | requests.RequestException) -> bool:
     return error.response is None or error.response.status_code in {429, 500, *_GATEWAY}
 
 
+_SYSTEM = re.compile(r"\[Errno -?\d+\] ([A-Za-z ]+)")
+
+
 def reason_of(error: Exception) -> str:
-    """Returns the first line of an error's text, without the secrets that an address in it may hold."""
+    """Returns the first line of an error's text, without the secrets that an address in it may hold.
+
+    Of a connection that failed, what the system says of it: the rest is urllib3's own affair.
+    """
+    if failed := _SYSTEM.search(str(error)):
+        return failed[1].lower()
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return without_secrets(lines[0])[:300] if lines else type(error).__name__
 

@@ -12,13 +12,14 @@ from typing import Any
 import mlflow
 import pandas as pd
 import torch
+from mlflow.exceptions import INVALID_PARAMETER_VALUE, MlflowException
 from PIL import Image
 from pydantic import ByteSize, TypeAdapter
 
 from pipeline.config import BaseModelConfig
 from pipeline.errors import UserError
 from pipeline.models.inference import FrozenBase, InferenceWorkers, gpus_to_serve
-from pipeline.models.prompts import IMAGE_PLACEHOLDER, Encoded, encode
+from pipeline.models.prompts import IMAGE_PLACEHOLDER, Encoded, PromptError, encode
 from pipeline.registry.bases import base_folder
 from pipeline.registry.experts import registered_experts
 from pipeline.routing.pool import Pool
@@ -36,8 +37,14 @@ BASE = "base"
 """What stands in column `expert` where the frozen base answered."""
 
 
-class RowError(UserError):
-    """A row of the input that cannot be answered; the message names row and column."""
+class RowError(UserError, MlflowException):
+    """A row of the input that cannot be answered; the message names row and column.
+
+    One of MLflow's own, or `mlflow models serve` would say that an unexpected error has occurred.
+    """
+
+    def __init__(self, message: str) -> None:
+        MlflowException.__init__(self, message, error_code=INVALID_PARAMETER_VALUE)
 
 
 class RoutedPool(mlflow.pyfunc.PythonModel):
@@ -99,7 +106,10 @@ def _encoded(processor: Any, table: pd.DataFrame) -> Iterator[Encoded]:
             raise RowError(f"row {number}, column prompt: {prompt.count(IMAGE_PLACEHOLDER)} x {IMAGE_PLACEHOLDER}, "
                            f"but {int(image is not None)} image")  # fmt: skip
         conversation = [{"role": "user", "content": prompt}, {"role": "assistant", "content": ""}]
-        yield encode(processor, conversation, [image] if image is not None else [], answer=False)
+        try:
+            yield encode(processor, conversation, [image] if image is not None else [], answer=False)
+        except PromptError as error:
+            raise RowError(f"row {number}: {error}") from None
 
 
 def read_image(value: Any, number: int) -> Image.Image | None:

@@ -129,8 +129,8 @@ def test_an_experts_lora(size):
 
 
 def statistics_bytes(width: int) -> int:
-    """Bytes of the statistics of prompts with `width` features: half the scatter in float32, the mean; count, pictures and radius
-    in eight bytes each."""
+    """Bytes of the statistics of prompts with `width` features: half the scatter in float32; the mean, count, pictures and
+    radius in eight bytes each."""
     return 4 * width * (width + 1) // 2 + 8 * width + 8 + 8 + 8
 
 
