@@ -23,7 +23,7 @@ from pathlib import Path
 
 import ray
 import ray.data
-from ray._private import ray_constants, ray_logging
+from ray._private import auto_init_hook, ray_constants, ray_logging
 from ray.util.debug import log_once
 
 from pipeline.errors import UserError
@@ -137,6 +137,8 @@ def _start(cpus: int) -> None:
     # Nobody takes this machine away with notice, and on two cores every process that looks out for it slows training.
     os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
     ray_constants.ENABLE_RAY_CLUSTER = False
+    # A thread that still reads when this process is told to stop would start Ray anew.
+    auto_init_hook.enable_auto_connect = False
     # Ray Train looks every 2 s and takes one report a look, and the next report waits for that: 8 s of a short training.
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2")
     # Ray keeps as many idle workers as there are logical CPUs; each holds 0.4 GB of imported libraries.

@@ -18,7 +18,8 @@ import torch
 
 from jobs.learn import Learned, learn_stream, publish, show, where_next
 from jobs.options import Address, ConfigFile, Overrides, job_command, load, user_errors
-from jobs.stream_run import Stopwatch, StreamRun, open_run, write_json
+from jobs.state import Stopwatch, write_json
+from jobs.stream_run import StreamRun, open_run
 from jobs.terminal import methods_table
 from pipeline.config import digest
 from pipeline.evaluation.results import Evaluation

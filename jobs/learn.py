@@ -20,7 +20,8 @@ from cluster.usage import memory_bytes
 from jobs.evaluations import PoolEvaluations
 from jobs.options import Address, ConfigFile, Overrides, job_command, load, user_errors
 from jobs.recognition import expert_wanted, remember
-from jobs.stream_run import Stopwatch, StreamRun, open_run, read_json, write_json
+from jobs.state import Stopwatch, read_json, write_json
+from jobs.stream_run import StreamRun, open_run
 from jobs.summary import answers, learned, now, provenance, task_figures
 from jobs.terminal import table
 from pipeline.config import TaskConfig

@@ -16,7 +16,7 @@ import psutil
 import typer
 
 from jobs.options import ConfigFile, Overrides, load, user_errors
-from jobs.stream_run import write_json
+from jobs.state import write_json
 from jobs.summary import PACKAGES, command_line, git_commit, now
 from jobs.terminal import Terminal, table
 from pipeline.config import ConfigError, LearnConfig

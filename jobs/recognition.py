@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from jobs.identity import DATA, is_of_statistics
-from jobs.stream_run import StreamRun, read_json, write_json
+from jobs.state import read_json, write_json
+from jobs.stream_run import StreamRun
 from pipeline.config import TaskConfig
 from pipeline.errors import UserError
 from pipeline.routing.expert import CARD, ExpertCard

@@ -20,7 +20,8 @@ from mlflow.entities.model_registry import ModelVersion
 from jobs.options import Address, ConfigFile, Overrides, job_command, load, user_errors
 from jobs.recognition import remember
 from jobs.renewals import Renewal, plan
-from jobs.stream_run import StreamRun, open_run, write_json
+from jobs.state import write_json
+from jobs.stream_run import StreamRun, open_run
 from jobs.summary import task_figures
 from pipeline.registry.experts import register_expert
 from pipeline.registry.pools import CHAMPION, download_pool, find_pool, pool_name, register_pool

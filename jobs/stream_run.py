@@ -5,8 +5,8 @@ run's folder or in the registry; the same command run again finds it there and g
 """
 
 import json
+import logging
 import tempfile
-import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import ExitStack, contextmanager, nullcontext
@@ -20,6 +20,7 @@ from cluster.usage import PeakMemory
 from jobs.background import begin
 from jobs.endings import outside_errors
 from jobs.identity import GENERAL_PROMPT, Identity
+from jobs.state import REMADE, Tally, write_json
 from jobs.terminal import Terminal
 from pipeline.config import LearnConfig, SourceConfig, TaskConfig, digest
 from pipeline.errors import UserError, stored_file
@@ -54,9 +55,6 @@ GENERAL = "general"
 """Name of the general sample among the prompts; tasks may not bear it."""
 
 PREPARING = "preparing DeepSpeed (once on a machine, up to a minute)"
-
-REMADE = "delete this file, and the same command makes it anew"
-"""What to do about a damaged file of a run."""
 
 SPARE_CPUS = 2
 """Logical CPUs that must be free beside training, for Ray Data."""
@@ -330,7 +328,7 @@ class StreamRun:
         )
 
     @cached_property
-    def generated(self) -> "Tally":
+    def generated(self) -> Tally:
         """How many answers this run has had generated."""
         return Tally(self._state("answers.json"))
 
@@ -474,56 +472,6 @@ def _told_how_to_go_on(terminal: Terminal) -> Iterator[None]:
         yield
     except KeyboardInterrupt:
         terminal.say("stopped; what is finished is kept, and the same command goes on from there")
+        for name in ("ray", "ray.data"):  # what still reads is about to lose Ray, and would complain
+            logging.getLogger(name).setLevel(logging.CRITICAL)
         raise
-
-
-def read_json(file: Path) -> dict[str, Any]:
-    """Reads an object that `write_json` wrote; raises StoredFileError where it is damaged."""
-    with stored_file(file, REMADE):
-        value = json.loads(file.read_text())
-        if not isinstance(value, dict):
-            raise TypeError(f"an object was expected, found {type(value).__name__}")
-        return value
-
-
-def write_json(file: Path, value: Any) -> None:
-    """Writes a JSON file, all of it or nothing."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    draft = file.with_name(file.name + ".draft")
-    draft.write_text(json.dumps(value, indent=1) + "\n")
-    draft.rename(file)
-
-
-class Stopwatch:
-    """Seconds that a run has taken over all its restarts, kept in a file."""
-
-    def __init__(self, file: Path) -> None:
-        self._file = file
-        with stored_file(file, REMADE):
-            self._before = float(json.loads(file.read_text())["seconds"]) if file.exists() else 0.0
-        self._started = time.monotonic()
-
-    def lap(self) -> float:
-        """Returns the seconds so far and writes them down."""
-        seconds = self._before + time.monotonic() - self._started
-        write_json(self._file, {"seconds": seconds})
-        return seconds
-
-
-class Tally:
-    """What a run has counted over all its restarts, kept in a file."""
-
-    def __init__(self, file: Path) -> None:
-        self._file = file
-        with stored_file(file, REMADE):
-            self._before = int(json.loads(file.read_text())["count"]) if file.exists() else 0
-
-    def total(self, count: int) -> int:
-        """Returns the count so far, `count` of it since this process began, and writes it down."""
-        write_json(self._file, {"count": self._before + count})
-        return self._before + count
-
-
-def accuracy_text(values: Mapping[str, float]) -> str:
-    """Returns accuracies as one line."""
-    return "  ".join(f"{name} {value:.2f}" for name, value in values.items())

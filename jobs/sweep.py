@@ -18,7 +18,8 @@ import typer
 from mlflow import MlflowClient
 
 from jobs.options import Address, ConfigFile, Overrides, job_command, load, user_errors
-from jobs.stream_run import StreamRun, open_run, write_json
+from jobs.state import write_json
+from jobs.stream_run import StreamRun, open_run
 from jobs.summary import now, provenance
 from jobs.terminal import table
 from pipeline.config import ConfigError, digest

@@ -33,7 +33,7 @@ from cluster.usage import PeakMemory, memory_bytes
 from jobs.benchmark.malformed_corpus import Case, build
 from jobs.benchmark.plan import PEAK, measure
 from jobs.options import user_errors
-from jobs.stream_run import write_json
+from jobs.state import write_json
 from jobs.summary import command_line, git_commit, now
 from jobs.terminal import Terminal, table
 from pipeline.config import BaseModelConfig, ConfigError, DataConfig, SourceConfig

@@ -27,7 +27,8 @@ from transformers import InternVLForConditionalGeneration
 from cluster.usage import memory_bytes
 from jobs.options import user_errors
 from jobs.plan import make_plan
-from jobs.stream_run import StreamRun, open_run, write_json
+from jobs.state import write_json
+from jobs.stream_run import StreamRun, open_run
 from jobs.summary import PACKAGES, command_line, git_commit, now
 from jobs.terminal import Terminal, table
 from pipeline.config import BaseModelConfig, ConfigError, LearnConfig

@@ -23,7 +23,7 @@ from transformers import InternVLConfig, InternVLForConditionalGeneration, Llama
 from transformers.models.internvl.configuration_internvl import InternVLVisionConfig
 
 from jobs.benchmark.routing import Allocations
-from jobs.stream_run import write_json
+from jobs.state import write_json
 from jobs.summary import command_line, git_commit, now
 from jobs.terminal import Terminal, table
 from pipeline.config import ExpertConfig

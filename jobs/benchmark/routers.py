@@ -22,7 +22,8 @@ from jobs.compare import ROUTERS
 from jobs.learn import Learned, learn_stream
 from jobs.options import ConfigFile, Overrides, load, user_errors
 from jobs.pretrain_tiny import encode_examples
-from jobs.stream_run import StreamRun, open_run, write_json
+from jobs.state import write_json
+from jobs.stream_run import StreamRun, open_run
 from jobs.summary import now, provenance
 from jobs.terminal import table
 from pipeline.config import LearnConfig, digest

@@ -29,7 +29,7 @@ from torch.utils._pytree import tree_leaves
 
 from jobs.benchmark.engines import ENGINES, MODELS, PROMPT, RANK, Engine, Routed, Setup, Step, build, linear_widths
 from jobs.options import user_errors
-from jobs.stream_run import write_json
+from jobs.state import write_json
 from jobs.summary import command_line, git_commit, now
 from jobs.terminal import Terminal, table
 from pipeline.config import ConfigError

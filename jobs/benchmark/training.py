@@ -9,7 +9,8 @@ import typer
 
 from jobs.benchmark.plain_loop import plain_steps, shuffled_batches
 from jobs.options import ConfigFile, Overrides, load, user_errors
-from jobs.stream_run import StreamRun, open_run, write_json
+from jobs.state import write_json
+from jobs.stream_run import StreamRun, open_run
 from jobs.summary import now, provenance
 from jobs.terminal import table
 from pipeline.config import ConfigError, LearnConfig

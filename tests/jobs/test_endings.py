@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 from jobs.cli import app
 from jobs.endings import OutsideError, outside_errors
 from jobs.options import user_errors
-from jobs.stream_run import Stopwatch, read_json
+from jobs.state import Stopwatch, read_json
 from jobs.terminal import Terminal, methods_table
 from pipeline.config import ConfigError
 from pipeline.errors import StoredFileError

@@ -14,7 +14,7 @@ from typing import Annotated, Any
 import typer
 
 from jobs.options import user_errors
-from jobs.stream_run import write_json
+from jobs.state import write_json
 from jobs.summary import PACKAGES, command_line, git_commit, now
 from jobs.terminal import Terminal, table
 from pipeline.config import ConfigError

@@ -1,0 +1,58 @@
+"""What a run keeps in its folder between restarts: JSON files, seconds, counts."""
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+from pipeline.errors import stored_file
+
+REMADE = "delete this file, and the same command makes it anew"
+"""What to do about a damaged file of a run."""
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """Reads an object that `write_json` wrote; raises StoredFileError where it is damaged."""
+    with stored_file(file, REMADE):
+        value = json.loads(file.read_text())
+        if not isinstance(value, dict):
+            raise TypeError(f"an object was expected, found {type(value).__name__}")
+        return value
+
+
+def write_json(file: Path, value: Any) -> None:
+    """Writes a JSON file, all of it or nothing."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    draft = file.with_name(file.name + ".draft")
+    draft.write_text(json.dumps(value, indent=1) + "\n")
+    draft.rename(file)
+
+
+class Stopwatch:
+    """Seconds that a run has taken over all its restarts, kept in a file."""
+
+    def __init__(self, file: Path) -> None:
+        self._file = file
+        with stored_file(file, REMADE):
+            self._before = float(json.loads(file.read_text())["seconds"]) if file.exists() else 0.0
+        self._started = time.monotonic()
+
+    def lap(self) -> float:
+        """Returns the seconds so far and writes them down."""
+        seconds = self._before + time.monotonic() - self._started
+        write_json(self._file, {"seconds": seconds})
+        return seconds
+
+
+class Tally:
+    """What a run has counted over all its restarts, kept in a file."""
+
+    def __init__(self, file: Path) -> None:
+        self._file = file
+        with stored_file(file, REMADE):
+            self._before = int(json.loads(file.read_text())["count"]) if file.exists() else 0
+
+    def total(self, count: int) -> int:
+        """Returns the count so far, `count` of it since this process began, and writes it down."""
+        write_json(self._file, {"count": self._before + count})
+        return self._before + count
