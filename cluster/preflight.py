@@ -19,6 +19,7 @@ import ray
 import yaml
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from cluster.local import available_cpus
 from pipeline.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -36,8 +37,10 @@ class PreflightError(UserError):
     """The cluster or the machine lacks something; the message says what and how to get it."""
 
 
-def check_resources(*, workers: int, cpus_per_worker: float, gpus_per_worker: float = 0, extra_cpus: float = 0) -> None:
-    """Raises PreflightError if the connected cluster can never run this many workers.
+def check_resources(
+    *, workers: int, cpus_per_worker: float, gpus_per_worker: float = 0, extra_cpus: float = 0, trainings: int = 1
+) -> None:
+    """Raises PreflightError if the connected cluster can never run so many `trainings` at a time, of so many workers each.
 
     `extra_cpus`: logical CPUs for all else: readers, evaluators, trial drivers. Workers are placed on nodes one by one,
     so a worker must fit into one node, and the sum over nodes must hold all workers.
@@ -46,6 +49,8 @@ def check_resources(*, workers: int, cpus_per_worker: float, gpus_per_worker: fl
     cpus = sum(node.get("CPU", 0.0) for node in nodes)
     gpus = sum(node.get("GPU", 0.0) for node in nodes)
     asked = f"{workers} worker(s) with {cpus_per_worker:g} CPU(s) and {gpus_per_worker:g} GPU(s) each"
+    if trainings > 1:
+        asked = f"training.parallel_tasks={trainings} of {asked}"
     if extra_cpus:
         asked += f", and {extra_cpus:g} more CPU(s) for data and evaluation"
     found = f"the cluster has {cpus:g} CPU(s) and {gpus:g} GPU(s) on {len(nodes)} node(s)"
@@ -55,18 +60,40 @@ def check_resources(*, workers: int, cpus_per_worker: float, gpus_per_worker: fl
             f"    set training.gpu=false, or submit to a cluster with GPUs (--address)"
         )
     places = sum(_places(node, cpus_per_worker, gpus_per_worker) for node in nodes)
-    if places < workers:
+    if places < workers * trainings:
+        fewer = f"training.parallel_tasks to {max(places // workers, 1)}, " if trainings > 1 else ""
         raise PreflightError(
             f"{asked}: only {places} worker(s) fit; {found}\n"
-            f"    lower training.workers to {max(places, 1)} or training.threads, or take a larger cluster (--address)"
+            f"    lower {fewer}training.workers to {max(places // trainings, 1)} or training.threads, or take a larger cluster "
+            "(--address)"
         )
-    needed = workers * cpus_per_worker + extra_cpus
+    needed = workers * trainings * cpus_per_worker + extra_cpus
     if needed > cpus:
+        fewer = "training.parallel_tasks, " if trainings > 1 else ""
         raise PreflightError(
             f"{asked}: {needed:g} CPUs in all; {found}\n"
-            f"    lower training.workers, training.threads or evaluation.workers; a local Ray takes more logical CPUs "
+            f"    lower {fewer}training.workers, training.threads or evaluation.workers; a local Ray takes more logical CPUs "
             f"than the machine has (connect(cpus={needed:g}))"
         )
+
+
+def trainings_that_fit(
+    *, workers: int, cpus_per_worker: float, gpus_per_worker: float, beside_cpus: float, beside_gpus: float, here: bool
+) -> int:
+    """Returns how many trainings of so many workers the connected cluster runs side by side, at least 1.
+
+    `beside_cpus` and `beside_gpus` are for evaluation meanwhile. Ray that was started `here` has more CPUs in its books than
+    the machine has: then it is the real ones that count, and evaluation takes turns.
+    """
+    nodes = _nodes()
+    if gpus_per_worker:
+        room = (sum(node.get("GPU", 0.0) for node in nodes) - beside_gpus) // (workers * gpus_per_worker)
+    elif here:
+        room = available_cpus() // (workers * cpus_per_worker)
+    else:
+        room = (sum(node.get("CPU", 0.0) for node in nodes) - beside_cpus) // (workers * cpus_per_worker)
+    places = sum(_places(node, cpus_per_worker, gpus_per_worker) for node in nodes)
+    return max(1, min(int(room), places // workers))
 
 
 READER_CPUS = 1

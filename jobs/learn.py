@@ -19,11 +19,12 @@ from mlflow.entities.model_registry import ModelVersion
 from cluster.usage import memory_bytes
 from jobs.evaluations import PoolEvaluations
 from jobs.options import Address, ConfigFile, Overrides, job_command, load, user_errors
-from jobs.recognition import expert_wanted, remember
+from jobs.recognition import remember
 from jobs.state import Stopwatch, read_json, write_json
 from jobs.stream_run import StreamRun, open_run
-from jobs.summary import answers, learned, now, provenance, task_figures
+from jobs.summary import answers, learned, now, provenance
 from jobs.terminal import table
+from jobs.trainings import TrainedExpert, Trainings, with_figures
 from pipeline.config import TaskConfig
 from pipeline.evaluation.matrix import AccuracyMatrix
 from pipeline.evaluation.report import write_report
@@ -33,7 +34,6 @@ from pipeline.registry.tracking import log_dataset, ui_command
 from pipeline.routing.expert import Expert
 from pipeline.routing.pool import Pool
 from pipeline.routing.store import ExpertReference, StoredExpert
-from pipeline.streams.faults import StreamError
 
 
 @dataclass(frozen=True)
@@ -57,11 +57,13 @@ def learn_stream(run: StreamRun) -> Learned:
     pool_folder, figures, versions = run.folder / "pool", {}, {}
     last = run.evaluate([*names, *families], None, "base")
     matrix.record("base", last.accuracies())
-    evaluations = PoolEvaluations(run, matrix)
+    evaluations, trainings = PoolEvaluations(run, matrix), Trainings(run)
     for number, task in enumerate(config.stream.tasks):
         run.terminal.say(f"[bold]task {number + 1}/{len(names)}: {task.name}[/bold]")
-        began, following = monotonic(), next(iter(config.stream.tasks[number + 1 :]), None)
-        found = _expert(run, task, following)
+        began = monotonic()
+        trained = trainings.expert(task)
+        ended = monotonic()
+        found = _registered(run, task, trained)
         versions[task.name], figures[task.name] = found.version, found.figures
         pool = pool.add(found.expert)
         pool.save(pool_folder)
@@ -78,16 +80,17 @@ def learn_stream(run: StreamRun) -> Learned:
             "registering the pool",
             kept=f"pool and experts are safe in {run.folder}; nothing will be trained again",
         )
-        if not found.before:
-            overhead = monotonic() - began - figures[task.name]["step_seconds"]
-            figures[task.name] = _with(found.file, figures[task.name], {"overhead_seconds": overhead})
+        if not trained.before:
+            beyond = figures[task.name]["seconds"] - figures[task.name]["step_seconds"]
+            overhead = {"overhead_seconds": beyond + monotonic() - ended}
+            figures[task.name] = with_figures(trained.file, figures[task.name], overhead)
         seconds = figures[task.name]["seconds"]
         run.terminal.say(f"  pool version {version.version}   ({seconds:.0f} s to learn)")
         if config.is_evaluated(number + 1):
             evaluations.begin(pool, pool_key, pool_folder)
-        if not found.before:
+        if not trained.before:
             turn = {"turn_seconds": monotonic() - began, "memory_bytes": memory_bytes()}
-            figures[task.name] = _with(found.file, figures[task.name], turn)
+            figures[task.name] = with_figures(trained.file, figures[task.name], turn)
         watch.lap()
     last = evaluations.end() or last
     summary = {
@@ -100,40 +103,28 @@ def learn_stream(run: StreamRun) -> Learned:
     return Learned(pool, pool_folder, pool_key, summary)
 
 
-class _Found(NamedTuple):
-    """A task's expert."""
+class _Registered(NamedTuple):
+    """A task's expert, as the pool takes it."""
 
     expert: StoredExpert
     version: ModelVersion
     figures: dict[str, Any]
-    file: Path
-    """Where its figures are."""
-    before: bool
-    """Whether it was there already."""
 
 
-def _expert(run: StreamRun, task: TaskConfig, following: TaskConfig | None) -> _Found:
-    """Returns a task's expert, found or trained now.
-
-    While it trains the rows of the `following` task are read, if that is to be trained too.
-    """
-    wanted = run.reference(task.name, expert_wanted(run, task))
-    file = run.folder / "state" / f"task-{wanted.digest}.json"
-    before = file.exists() and run.has_expert(wanted)
-    if not before:
-        _train(run, task, wanted, file, following)
-    figures, folder = read_json(file), run.experts.ensure(wanted)
+def _registered(run: StreamRun, task: TaskConfig, trained: TrainedExpert) -> _Registered:
+    """Registers a task's expert, if it is not yet."""
+    figures, folder = read_json(trained.file), run.experts.ensure(trained.reference)
     version = run.patience(
-        lambda: _register(run, task, wanted, folder, figures),
+        lambda: _register(run, task, trained.reference, folder, figures),
         f"registering expert {task.name}",
         kept=f"the trained expert is safe in {folder}; it will not be trained again",
     )
-    if before:
+    if trained.before:
         run.terminal.say(f"  learned before, version {version.version} of {version.name}")
     where = {"model": version.name, "version": int(version.version)}
     expert = StoredExpert(ExpertReference.of(folder).model_copy(update=where), run.experts)
     remember(run, expert.expert.card)
-    return _Found(expert, version, figures, file, before)
+    return _Registered(expert, version, figures)
 
 
 def _register(
@@ -149,45 +140,6 @@ def _register(
         fingerprint = Expert.load(folder).card.data_fingerprint
         log_dataset(run.run_id, task.name, task.train.path, fingerprint, samples=figures["rows"])
     return register_expert(label, folder)
-
-
-def _train(run: StreamRun, task: TaskConfig, wanted: ExpertReference, file: Path, following: TaskConfig | None) -> None:
-    """Trains a task's expert into the store, then writes its figures to `file`: then it is learned, registered or not."""
-    assert wanted.digest is not None
-    _ = run.worker_env  # made once a node: no part of what learning a task takes
-    started = monotonic()
-    with run.terminal.working(f"reading {task.name}"):
-        rows = run.training_rows(task)
-    if following is not None and _to_be_trained(run, following):
-        run.read_ahead(following)
-    run.tell_set_aside(rows, task.name, "train")
-    aside = rows.aside[task.name]
-    trained = run.train(*run.job(task, wanted.digest))
-    run.experts.put(Expert.load(trained.expert))
-    figures = trained.figures | {
-        "seconds": monotonic() - started,
-        "rows": rows.counts[task.name],
-        "quarantined": aside.rows,
-        "lost_files": aside.files,
-    }
-    write_json(file, task_figures(run, task.name, figures))
-    run.release(task)
-
-
-def _with(file: Path, figures: dict[str, Any], more: dict[str, Any]) -> dict[str, Any]:
-    """Adds to a task's figures what is known late: `overhead_seconds`, beyond its optimizer steps from its first row to its
-    pool's registration; `turn_seconds` until the next task's turn; `memory_bytes` of all processes here, then.
-    """
-    write_json(file, figures | more)
-    return figures | more
-
-
-def _to_be_trained(run: StreamRun, task: TaskConfig) -> bool:
-    """Whether a task that comes later is not learned yet, as far as one can tell without a word."""
-    try:
-        return not (run.folder / "state" / f"task-{run.identity.expert(task)}.json").exists()
-    except StreamError:  # said when its turn comes
-        return False
 
 
 def _upload(folder: Path, report: Path) -> None:

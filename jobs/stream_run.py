@@ -7,6 +7,7 @@ run's folder or in the registry; the same command run again finds it there and g
 import json
 import logging
 import tempfile
+import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import ExitStack, contextmanager, nullcontext
@@ -15,7 +16,15 @@ from pathlib import Path
 from typing import Any
 
 from cluster.local import ClusterInfo, available_cpus, connect, starts_here
-from cluster.preflight import build_deepspeed_ops, build_op, check_inference, check_resources, extensions_folder
+from cluster.preflight import (
+    PreflightError,
+    build_deepspeed_ops,
+    build_op,
+    check_inference,
+    check_resources,
+    extensions_folder,
+    trainings_that_fit,
+)
 from cluster.usage import PeakMemory
 from jobs.background import begin
 from jobs.endings import outside_errors
@@ -48,7 +57,8 @@ from pipeline.streams.quarantine import SetAside
 from pipeline.streams.training_rows import TrainingRows
 from pipeline.training.general import general_statistics
 from pipeline.training.job import Job
-from pipeline.training.session import Session, Trained
+from pipeline.training.session import Trained
+from pipeline.training.sessions import Sessions
 from pipeline.training.telemetry import Step
 
 GENERAL = "general"
@@ -74,7 +84,8 @@ class StreamRun:
         self.patience = Patience(config.registry.patience, terminal.say)
         self.metrics = MetricSpool(self.folder / "state" / "metrics.jsonl", terminal.say)
         self._training: dict[str, Future[Prepared]] = {}
-        self._session: Session | None = None
+        self._sessions: Sessions | None = None
+        self._lock = threading.Lock()
 
     def log(self, points: Iterable[tuple[str, float, int]]) -> None:
         """Logs (metric, value, step) points; where the registry is away they wait in the run's folder."""
@@ -89,11 +100,12 @@ class StreamRun:
 
     def read_ahead(self, task: TaskConfig) -> None:
         """Begins to read a task's training rows, in the background; what goes wrong is raised where they are needed."""
-        if task.name not in self._training:
-            assert task.train is not None
-            parts = {task.name: (task.train, task.prompt)}
-            read = partial(self._prepare, parts, "train", answer=True)
-            self._training[task.name] = begin(read, name=f"reading {task.name}")
+        assert task.train is not None
+        parts = {task.name: (task.train, task.prompt)}
+        read = partial(self._prepare, parts, "train", answer=True)
+        with self._lock:
+            if task.name not in self._training:
+                self._training[task.name] = begin(read, name=f"reading {task.name}")
 
     def all_training_rows(self) -> TrainingRows:
         """Returns the training rows of all tasks at once, for methods that cannot do without; `data.cache` decides for all."""
@@ -262,16 +274,52 @@ class StreamRun:
 
             if not self._side_by_side:  # no evaluation goes on in the background then
                 self._predictors.close()
-            if self._session is None:
-                self._session = Session(job.training, storage=self.folder / "training", worker_env=worker_env)
-            return self._session.train(job, rows, on_steps)
+            with self._lock:
+                if self._sessions is None:
+                    storage = self.folder / "training"
+                    count = self.trainings_at_once
+                    self._sessions = Sessions(count, job.training, storage=storage, worker_env=worker_env)
+                sessions = self._sessions
+            return sessions.train(job, rows, on_steps)
+
+    @cached_property
+    def trainings_at_once(self) -> int:
+        """How many tasks are trained at a time: `training.parallel_tasks`, or as many as the cluster has room for."""
+        asked = self.config.training.parallel_tasks
+        return min(self._room if asked == "auto" else asked, len(self.config.stream.tasks))
+
+    @property
+    def _room(self) -> int:
+        """How many trainings the cluster has room for beside evaluation, at least 1."""
+        training, inference = self.config.training, self.inference_workers
+        return trainings_that_fit(
+            workers=training.workers,
+            cpus_per_worker=training.threads,
+            gpus_per_worker=int(training.gpu),
+            beside_cpus=inference.count * inference.threads + SPARE_CPUS,
+            beside_gpus=inference.count * inference.gpus,
+            here=self.cluster.started,
+        )
 
     @property
     def _side_by_side(self) -> bool:
         """Whether the cluster holds the workers of training and those of inference at a time."""
         training, inference = self.config.training, self.inference_workers
-        gpus = training.workers * training.gpu + inference.count * inference.gpus
+        gpus = self.trainings_at_once * training.workers * training.gpu + inference.count * inference.gpus
         return self.cluster.cpus >= self._cpus + SPARE_CPUS and self.cluster.gpus >= gpus
+
+    def check_side_by_side(self) -> None:
+        """Raises PreflightError where several tasks are to be trained at a time, and evaluation would have no room meanwhile.
+
+        A single training takes turns with it.
+        """
+        if self.trainings_at_once > 1 and not self._side_by_side:
+            raise PreflightError(
+                f"training.parallel_tasks={self.trainings_at_once} leaves no room for evaluation "
+                f"(evaluation.workers={self.inference_workers.count}): the cluster has {self.cluster.cpus:g} CPUs and "
+                f"{self.cluster.gpus:g} GPUs\n"
+                f"    lower training.parallel_tasks to {self._room}, or say `auto`"
+            )
 
     @property
     def _at_once(self) -> bool:
@@ -284,23 +332,24 @@ class StreamRun:
     @property
     def _cpus(self) -> int:
         training, inference = self.config.training, self.inference_workers
-        return training.workers * training.threads + inference.count * inference.threads
+        return self.trainings_at_once * training.workers * training.threads + inference.count * inference.threads
 
-    def _end_session(self, *, at_once: bool = False) -> None:
-        if self._session is not None:
-            self._session.close(at_once=at_once)
-            self._session = None
+    def _end_sessions(self, *, at_once: bool = False) -> None:
+        with self._lock:
+            sessions, self._sessions = self._sessions, None
+        if sessions is not None:
+            sessions.close(at_once=at_once)
 
     def make_room(self) -> None:
-        """Ends the training session where the cluster cannot hold its workers and those of inference side by side."""
+        """Ends the training sessions where the cluster cannot hold its workers and those of inference side by side."""
         if not self._side_by_side:
-            self._end_session()
+            self._end_sessions()
 
     def close(self, *, at_once: bool = False) -> None:
         """Ends whoever trains and evaluates, in the middle of it if `at_once`."""
         if "_predictors" in self.__dict__:
             self._predictors.close(for_good=True)
-        self._end_session(at_once=at_once)
+        self._end_sessions(at_once=at_once)
 
     # Evaluation
 
@@ -426,17 +475,18 @@ def open_run(config: LearnConfig, *, job: str, trains: bool = True) -> Iterator[
                 build_op(extensions_folder())
         with terminal.working("starting Ray"):
             cluster = connect()
-        training = config.training
+        training, run = config.training, StreamRun(config, cluster, terminal, memory)
+        inference, at_once = run.inference_workers, run.trainings_at_once
         if trains:
             check_resources(
                 workers=training.workers,
                 cpus_per_worker=training.threads,
                 gpus_per_worker=int(training.gpu),
                 extra_cpus=SPARE_CPUS,
+                trainings=at_once,
             )
-        inference = InferenceWorkers.of(training, config.evaluation)
+            run.check_side_by_side()
         check_inference(workers=inference.count, cpus_per_worker=inference.threads, gpus_per_worker=inference.gpus)
-        run = StreamRun(config, cluster, terminal, memory)
         with terminal.working("opening MLflow"):
             experiment = run.patience(
                 lambda: open_tracking(config.tracking_uri, config.registry.experiment, on_wait=terminal.say),
@@ -446,7 +496,9 @@ def open_run(config: LearnConfig, *, job: str, trains: bool = True) -> Iterator[
             experiment,
             f"{config.name} {job}",
             digest(
-                config.model_dump(mode="json", exclude={"registry": True, "evaluation": {"expert_memory"}}),
+                config.model_dump(
+                    mode="json", exclude={"registry": True, "training": True, "evaluation": {"expert_memory"}}
+                ),
                 run.fingerprint,
                 job,
             ),

@@ -1,5 +1,6 @@
 """What a job shows in the terminal: progress with task, stage, loss and time left; lines of what is done; closing tables."""
 
+import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
@@ -7,23 +8,31 @@ from rich.console import Console
 from rich.progress import (
     BarColumn,
     Progress,
-    SpinnerColumn,
+    ProgressColumn,
+    Task,
+    TaskID,
     TextColumn,
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
 from rich.table import Table
+from rich.text import Text
 
 from pipeline.config import without_secrets
 from pipeline.training.telemetry import Step
 
 
 class Terminal:
-    """Progress bars on a terminal; plain lines where the output is a file or a job's log."""
+    """Progress bars on a terminal; plain lines where the output is a file or a job's log.
+
+    May be used by several threads: all that goes on at a time has a bar.
+    """
 
     def __init__(self) -> None:
         self.console = Console(highlight=False)
         self._progress: Progress | None = None
+        self._shown = 0
+        self._lock = threading.Lock()
 
     def say(self, text: str) -> None:
         """Prints a line above the bars."""
@@ -34,28 +43,64 @@ class Terminal:
         """Shows that something without a known length is going on."""
         if not self.console.is_terminal:
             self.say(f"  {text} ...")
-            yield
-            return
-        columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
-        with Progress(*columns, console=self.console, transient=True) as progress:
-            progress.add_task(text, total=None)
-            yield
+        with self._bars() as progress:
+            if progress is None:
+                yield
+                return
+            shown = progress.add_task(text, total=None, detail="")
+            try:
+                yield
+            finally:
+                progress.remove_task(shown)
 
     @contextmanager
     def training(self, task: str) -> Iterator["TrainingBar"]:
         """Shows the stages of one task."""
+        with self._bars() as progress:
+            bar = TrainingBar(self, task, progress)
+            try:
+                yield bar
+            finally:
+                bar.close()
+
+    @contextmanager
+    def _bars(self) -> Iterator[Progress | None]:
+        """Yields the bars of all that goes on, None where there is no terminal to show them on."""
         if not self.console.is_terminal:
-            yield TrainingBar(self, task, None)
+            yield None
             return
-        columns = (
-            TextColumn("{task.description}"),
-            BarColumn(bar_width=16),
-            TextColumn("{task.fields[detail]}"),
-            TimeRemainingColumn(compact=True),  # all of it fits into 80 columns
-            TextColumn("left"),
-        )
-        with Progress(*columns, console=self.console, transient=True) as progress:
-            yield TrainingBar(self, task, progress)
+        with self._lock:
+            if self._progress is None:
+                columns = (
+                    TextColumn("{task.description}"),
+                    BarColumn(bar_width=16),
+                    TextColumn("{task.fields[detail]}"),
+                    _Time(),  # all of it fits into 80 columns
+                )
+                self._progress = Progress(*columns, console=self.console, transient=True)
+                self._progress.start()
+            self._shown += 1
+            progress = self._progress
+        try:
+            yield progress
+        finally:
+            with self._lock:
+                self._shown -= 1
+                if not self._shown:
+                    progress.stop()
+                    self._progress = None
+
+
+class _Time(ProgressColumn):
+    """The time left, or, of something without a known length, the time that it has taken."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._left, self._taken = TimeRemainingColumn(compact=True), TimeElapsedColumn()
+
+    def render(self, task: Task) -> Text:
+        """Called by rich."""
+        return self._taken.render(task) if task.total is None else self._left.render(task).append(" left")
 
 
 class TrainingBar:
@@ -63,7 +108,7 @@ class TrainingBar:
 
     def __init__(self, terminal: Terminal, task: str, progress: Progress | None) -> None:
         self._terminal, self._progress = terminal, progress
-        self._bars = {}
+        self._bars: dict[str, TaskID] = {}
         if progress is not None:
             self._bars["starting"] = progress.add_task(f"{task}: starting workers", total=None, detail="")
 
@@ -83,6 +128,11 @@ class TrainingBar:
                 self._bars[step.stage] = self._progress.add_task(name, total=step.steps, detail="")
             detail = f"{step.step}/{step.steps} loss {step.loss:.3f}"
             self._progress.update(self._bars[step.stage], completed=step.step, detail=detail)
+
+    def close(self) -> None:
+        """Takes the bars away."""
+        while self._progress is not None and self._bars:
+            self._progress.remove_task(self._bars.popitem()[1])
 
 
 def table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:

@@ -16,7 +16,7 @@ from pipeline.streams.training_rows import TrainingRows
 from pipeline.training.job import Job
 from pipeline.training.session import TrainingError
 from tuning.space import SweepSpace
-from tuning.trial import TOKEN, EvaluateTemperature, train_rank
+from tuning.trial import TOKEN, EvaluateTemperature, TrainRank
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,7 @@ def sweep(
     workers = InferenceWorkers.of(job.training, config.evaluation)
     trained = _run(
         tune.with_parameters(
-            train_rank,
+            TrainRank,
             job=job.model_dump(),
             rows=rows,
             storage=str(folder / "training"),

@@ -25,34 +25,48 @@ from pipeline.routing.pool import Pool
 from pipeline.streams.packing import unpack
 from pipeline.streams.training_rows import TrainingRows
 from pipeline.training.job import Job
-from pipeline.training.session import run_training
+from pipeline.training.session import Session
 
 TOKEN = {"cpu": 0.01}
 """What a trial that trains books for itself."""
 
 
-def train_rank(
-    space: dict[str, Any], *, job: dict[str, Any], rows: TrainingRows, storage: str, env: dict[str, str]
-) -> None:
-    """Trains the task's expert at rank `space["rank"]`, or goes on with the run of that name; reports its folder."""
-    started = time.monotonic()
-    base = Job.model_validate(job)
-    rank = space["rank"]
-    expert = base.expert.model_copy(update={"rank": rank, "alpha": None})
-    trained = run_training(
-        base.model_copy(update={"expert": expert, "digest": f"{base.digest}-rank{rank}"}),
-        rows,
-        storage=Path(storage),
-        worker_env=env,
-    )
-    tune.report(
-        {
+class TrainRank(tune.Trainable):
+    """Trains the task's expert at rank `config["rank"]`, or goes on with the run of that name; reports its folder.
+
+    One process trains several ranks, on workers that start once.
+    """
+
+    def setup(
+        self, config: dict[str, Any], *, job: dict[str, Any], rows: TrainingRows, storage: str, env: dict[str, str]
+    ) -> None:
+        """Takes what all ranks have in common; called once a process."""
+        self._job, self._rows = Job.model_validate(job), rows
+        self._session = Session(self._job.training, storage=Path(storage), worker_env=env)
+
+    def reset_config(self, new_config: dict[str, Any]) -> bool:
+        """Agrees to the next trial."""
+        return True
+
+    def step(self) -> dict[str, Any]:
+        """Returns `expert`, a folder, `seconds`, `expert_loss` and `losses`."""
+        started, rank = time.monotonic(), self.config["rank"]
+        changes = {
+            "expert": self._job.expert.model_copy(update={"rank": rank, "alpha": None}),
+            "digest": f"{self._job.digest}-rank{rank}",
+        }
+        trained = self._session.train(self._job.model_copy(update=changes), self._rows)
+        return {
             "expert": str(trained.expert),
             "seconds": time.monotonic() - started,
             "expert_loss": trained.figures["expert_loss"],
             "losses": trained.figures["expert_losses"],
+            "done": True,
         }
-    )
+
+    def cleanup(self) -> None:
+        """Sends the workers home."""
+        self._session.close()
 
 
 class EvaluateTemperature(tune.Trainable):

@@ -159,6 +159,9 @@ class TrainingConfig(Config):
     frozen base, far less memory."""
     offload: Literal["none", "optimizer", "all"] = "none"
     """What waits in CPU memory: optimizer states (ZeRO 1 to 3), or with `all` the sharded base too (ZeRO 3)."""
+    parallel_tasks: Annotated[int, Field(ge=1)] | Literal["auto"] = 1
+    """Tasks that are trained at a time, each by `workers` of its own; `auto`: as many as the cluster has room for beside
+    evaluation. Experts and the order of pool versions are the same, whatever it is."""
     checkpoint_every: int = Field(default=100, ge=1)
     """Steps between checkpoints (adapter, its optimizer state, position in the data; never the base)."""
     max_failures: int = Field(default=2, ge=0)

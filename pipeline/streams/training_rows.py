@@ -32,11 +32,6 @@ class TrainingRows:
         """Whether encoded rows lie in the object store."""
         return bool(self.blocks)
 
-    @property
-    def order(self) -> str:
-        """What the order depends on in which they are drawn, beside seed and workers; a stage goes on in the same one only."""
-        return "cached" if self.cached else f"streamed, {self.parts[0].origin.encoder.data.shuffle_rows} rows"
-
 
 class CachedRows:
     """Encoded rows drawn from the object store one by one, as views of its memory.

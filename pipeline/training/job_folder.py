@@ -1,7 +1,7 @@
 """What a job keeps on disk: its last checkpoint while it trains, then what came out. Made by all ranks, whole or not at all.
 
     <task>-<digest>/
-      checkpoint/     progress.json, random-<rank>.safetensors, engine/ (DeepSpeed), or adapter/ once it is trained
+      checkpoint/     progress.json, state.safetensors, random-<rank>.safetensors; or adapter/ once it is trained
       finished/       figures.json, expert/ or adapter/
 
 The folder lies in the run's storage, which all nodes see. Ray Train's own checkpoints belong to a run of it; a session is
@@ -15,25 +15,33 @@ from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
+from safetensors.torch import load_file, save_file
 
+from pipeline.training.engine_state import put_state, whole_state
 from pipeline.training.randomness import load_random_state, save_random_state
 
-PROGRESS, ADAPTER, ENGINE, EXPERT = "progress.json", "adapter", "engine", "expert"
-"""What a checkpoint holds: where it stands; the adapter once it is trained, until then DeepSpeed's trainable weights and
-optimizer. What is finished: the expert, or the adapter where there was no router stage."""
+PROGRESS, ADAPTER, STATE, EXPERT = "progress.json", "adapter", "state.safetensors", "expert"
+"""What a checkpoint holds: where it stands; the adapter once it is trained, until then its weights and optimizer, whole.
+What is finished: the expert, or the adapter where there was no router stage."""
 FIGURES = "figures.json"
 
 
 def save_state(engine: Any, folder: Path) -> None:
-    """Writes an engine's trainable weights and optimizer and the rank's random state; every rank calls it."""
-    engine.save_checkpoint(str(folder / ENGINE), tag="last", exclude_frozen_parameters=True)
+    """Writes an engine's trained weights and optimizer and the rank's random state; every rank calls it."""
+    state = whole_state(engine)
+    if dist.get_rank() == 0:
+        save_file(state, folder / STATE)
     save_random_state(folder / f"random-{dist.get_rank()}.safetensors")
 
 
-def load_state(engine: Any, folder: Path) -> None:
-    """Reads what `save_state` wrote with as many ranks; training then goes on as if it had not been interrupted."""
-    engine.load_checkpoint(str(folder / ENGINE), load_module_strict=False)
-    load_random_state(folder / f"random-{dist.get_rank()}.safetensors")
+def load_state(engine: Any, folder: Path, step: int, *, ranks: int) -> None:
+    """Makes an engine go on after `step` with what `save_state` wrote, whatever the ZeRO stage of either.
+
+    With as many `ranks` it goes on as if it had not been interrupted; with others, dropout alone draws other numbers.
+    """
+    put_state(engine, load_file(folder / STATE), step)
+    if ranks == dist.get_world_size():
+        load_random_state(folder / f"random-{dist.get_rank()}.safetensors")
 
 
 class JobFolder:

@@ -51,8 +51,12 @@ def run_steps(
     clock: StageClock,
     on_step: Callable[[int, float], None],
     before: Callable[[int, dict[str, Any]], None] = lambda number, batch: None,
+    wanted: Callable[[], bool] = lambda: False,
+    meet: Callable[[int], None] = lambda step: None,
 ) -> None:
     """Runs optimizer steps; `on_step(step, loss)` after each, `before(i, micro_batch)` ahead of each forward pass.
+
+    Where a rank has `wanted` to ahead of a step, all ranks `meet(step)` after it.
 
     The loss of a step is the mean cross-entropy over the answer tokens of all its rows,
 
@@ -66,9 +70,10 @@ def run_steps(
         started = time.monotonic()
         waited = loader.wait_seconds
         batches = next(loader)
-        tokens = _over_ranks(float(sum(answer_tokens(batch) for batch in batches)), device)
+        own = [float(sum(answer_tokens(batch) for batch in batches)), float(wanted())]
+        tokens, meeting = _over_ranks(torch.tensor(own, dtype=torch.float64, device=device)).tolist()
         # DeepSpeed takes the mean over ranks of what we want the sum of.
-        share = dist.get_world_size() / max(tokens.item(), 1.0)
+        share = dist.get_world_size() / max(tokens, 1.0)
         total = torch.zeros((), device=device)
         for i, host_batch in enumerate(batches):
             batch = to_device(host_batch, device)
@@ -77,7 +82,7 @@ def run_steps(
             engine.backward(loss, scale_wrt_gas=False)
             engine.step()
             total += loss.detach() / dist.get_world_size()
-        value = _over_ranks(total, device).item()
+        value = _over_ranks(total.double()).item()
         clock.losses.append(value)
         if not math.isfinite(value):
             raise Divergence(f"the loss is {value} at step {step + 1}; lower the learning rate, or check the data")
@@ -90,6 +95,8 @@ def run_steps(
         clock.seconds += clock.step_seconds[-1]
         clock.wait_seconds += loader.wait_seconds - waited
         on_step(step + 1, value)
+        if meeting:
+            meet(step + 1)
 
 
 def answer_tokens(batch: dict[str, Any]) -> int:
@@ -97,9 +104,8 @@ def answer_tokens(batch: dict[str, Any]) -> int:
     return int((batch["labels"][:, 1:] != IGNORED).sum())
 
 
-def _over_ranks(value: float | torch.Tensor, device: Any) -> torch.Tensor:
-    """Returns the sum of a number over all ranks, in float64."""
-    total = torch.as_tensor(value, dtype=torch.float64, device=device)
+def _over_ranks(values: torch.Tensor) -> torch.Tensor:
+    """Returns the sum of float64 values over all ranks."""
     if dist.get_world_size() > 1:
-        dist.all_reduce(total)
-    return total
+        dist.all_reduce(values)
+    return values

@@ -22,9 +22,10 @@ from pipeline.streams.batch_loader import BatchLoader, StepLayout, distinct_batc
 from pipeline.streams.training_rows import TrainingRows
 from pipeline.training.collector import EvidenceCollector, collect_features
 from pipeline.training.job import Job
-from pipeline.training.job_folder import ADAPTER, EXPERT, JobFolder, load_state, save_state
+from pipeline.training.job_folder import ADAPTER, EXPERT, STATE, JobFolder, load_state, save_state
 from pipeline.training.lockstep import VisionLockstep
 from pipeline.training.loop import Divergence, StageClock, run_steps
+from pipeline.training.notice import Notice
 from pipeline.training.randomness import seed_all
 from pipeline.training.stages import (
     adapted_paths,
@@ -183,22 +184,39 @@ class Worker:
         )
         seed_all(job.seed, 1, self.rank)  # each rank's own: dropout
         begin, clock = 0, StageClock()
-        same = {"world": self.world, "order": self.rows.order}
-        if folder is not None and same.items() <= progress.items():
-            load_state(engine, folder)
+        if folder is not None and (folder / STATE).exists():  # not in those of earlier releases
+            load_state(engine, folder, progress["step"], ranks=progress["world"])
             begin, clock = progress["step"], StageClock(**progress["clock"])
         engine.train()
+
+        notice = Notice()
 
         def on_step(step: int, loss: float) -> None:
             self._step_done("expert", step, config.steps, loss)
             if step % job.training.checkpoint_every == 0 and step < config.steps:
-                draft = self._checkpoint({"stage": "expert", "step": step, "clock": vars(clock)})
-                save_state(engine, draft)
-                self.folder.commit(draft)
+                keep(step)
+
+        def meet(step: int) -> None:
+            if notice.given() and step < config.steps:
+                keep(step)
+
+        def keep(step: int) -> None:
+            draft = self._checkpoint({"stage": "expert", "step": step, "clock": vars(clock)})
+            save_state(engine, draft)
+            self.folder.commit(draft)
 
         steps = range(begin, config.steps)
         with self._loader(base, steps, job.seed) as loader:
-            run_steps(engine, loader, steps, explosion=job.training.explosion, clock=clock, on_step=on_step)
+            run_steps(
+                engine,
+                loader,
+                steps,
+                explosion=job.training.explosion,
+                clock=clock,
+                on_step=on_step,
+                wanted=notice.due,
+                meet=meet,
+            )
         self._note("expert", clock)
         draft = self._checkpoint({"stage": "router", "step": 0})
         save_lora(peft, draft / ADAPTER, write=self.rank == 0)
@@ -326,4 +344,4 @@ class Worker:
 
     def _checkpoint(self, progress: dict[str, Any]) -> Path:
         """Starts a checkpoint that says where this job stands."""
-        return self.folder.draft({"world": self.world, "order": self.rows.order, "figures": self.figures, **progress})
+        return self.folder.draft({"world": self.world, "figures": self.figures, **progress})

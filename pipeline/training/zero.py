@@ -54,11 +54,14 @@ def start_engine(
     return engine
 
 
-def gathered(parameters: list[nn.Parameter]) -> Any:
-    """Context in which ZeRO-3's sharded parameters are whole on every rank; a no-op for others."""
+def gathered(parameters: list[nn.Parameter], *, changed: bool = False) -> Any:
+    """Context in which ZeRO-3's sharded parameters are whole on every rank; a no-op for others.
+
+    With `changed` they may be changed in it; where ranks differ, rank 0's values count.
+    """
     import deepspeed
 
-    return deepspeed.zero.GatheredParameters(parameters, modifier_rank=None)
+    return deepspeed.zero.GatheredParameters(parameters, modifier_rank=0 if changed else None)
 
 
 @contextmanager

@@ -224,7 +224,7 @@ def test_stopped_and_killed_drivers_go_on_to_the_same_pool(undisturbed, tiny_fol
     assert statuses(config) == ["KILLED"]
     kill_when(start(config), lambda: any((config.parent / "mini" / "state").glob("task-*.json")))
     assert statuses(config) == ["RUNNING"]
-    finish(config)
+    finish(config, "training.parallel_tasks=2")
     assert statuses(config) == ["FINISHED"]
     assert log.read_text().count("the same command goes on from there") == 2
     assert "Traceback" not in log.read_text()

@@ -2,7 +2,8 @@
 
 import gc
 import weakref
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -158,19 +159,7 @@ def prompt_features(base: Base, rows: list[Encoded]) -> Tensor:
 
 def interrupted(path: str, folder: Path, training: TrainingConfig, restart: bool) -> Tensor:
     """Trains five steps with dropout; with `restart`, a new engine goes on after the second."""
-    settings = zero_config(training, micro_batch=2, accumulated=1, clip=1.0)
-    with sharded_loading(settings):
-        base = load_base(BaseModelConfig(path=path))
-        batch = collate_for(base.processor, rows_of(base, images=False))
-
-        def engine_of_its_own() -> Any:
-            seed_all(0)
-            peft = with_lora(base, ExpertConfig(rank=4, dropout=0.3))
-            engine = start_engine(peft, settings, learning_rate=5e-3, weight_decay=0.0, schedule=lambda step: 1.0)
-            seed_all(0, 1, dist.get_rank())
-            engine.train()
-            return engine
-
+    with trained_engines(path, training, dropout=0.3) as (engine_of_its_own, batch):
         engine = engine_of_its_own()
         steps(engine, [batch], 2)
         if restart:
@@ -179,11 +168,37 @@ def interrupted(path: str, folder: Path, training: TrainingConfig, restart: bool
             close_engine(engine)
             engine.module.unload()
             engine = engine_of_its_own()
-            load_state(engine, folder)
+            load_state(engine, folder, 2, ranks=dist.get_world_size())
         steps(engine, [batch], 3)
-        trained = [parameter for parameter in engine.module.parameters() if parameter.requires_grad]
-        with gathered(trained):
-            return torch.cat([parameter.detach().flatten().clone() for parameter in trained])
+        return trained_weights(engine)
+
+
+@contextmanager
+def trained_engines(path: str, training: TrainingConfig, *, dropout: float = 0.0) -> Iterator[Any]:
+    """Yields a function that starts an engine of the expert stage, always the same, and a batch of two rows."""
+    settings = zero_config(training, micro_batch=2, accumulated=1, clip=1.0)
+    with sharded_loading(settings):
+        base = load_base(base_dtype(BaseModelConfig(path=path), training))
+        batch = collate_for(base.processor, rows_of(base, images=False))
+
+        def engine_of_its_own() -> Any:
+            seed_all(0)
+            peft = with_lora(base, ExpertConfig(rank=4, dropout=dropout))
+            engine = start_engine(
+                peft, settings, learning_rate=5e-3, weight_decay=0.1, schedule=lambda step: 1 / (1 + step)
+            )
+            seed_all(0, 1, dist.get_rank())
+            engine.train()
+            return engine
+
+        yield engine_of_its_own, batch
+
+
+def trained_weights(engine: Any) -> Tensor:
+    """Returns the trained weights (N,)."""
+    trained = [parameter for parameter in engine.module.parameters() if parameter.requires_grad]
+    with gathered(trained):
+        return torch.cat([parameter.detach().flatten().clone() for parameter in trained])
 
 
 @pytest.mark.parametrize("stage", [1, 2, 3])
@@ -194,6 +209,57 @@ def test_training_goes_on_bit_for_bit_with_dropout(stage, tiny_folder, tmp_path)
     )
     assert torch.equal(whole[0], whole[1])
     assert torch.equal(whole[0], restarted[0])
+
+
+def one_step_each(path: str, folder: Path, stages: Sequence[int], begin: int, before: int) -> dict[str, Tensor]:
+    """Trains one step at each of `stages` of ZeRO, always on the same rows, after those `begin` of `before` ranks.
+
+    Each goes on with the state that the one before has kept. Returns the weights, by precision.
+    """
+    found = {}
+    for precision in ("fp32", "bf16"):
+        (folder / precision).mkdir(exist_ok=True)
+        for step, stage in enumerate(stages, begin):
+            training = TrainingConfig.model_validate(
+                {"precision": precision, "zero_stage": stage, "zero_persistence_threshold": 0}
+            )
+            with trained_engines(path, training) as (engine_of_its_own, batch):
+                engine = engine_of_its_own()
+                if step:
+                    load_state(
+                        engine, folder / precision, step, ranks=dist.get_world_size() if step > begin else before
+                    )
+                    dist.barrier()
+                steps(engine, [batch], 1)
+                save_state(engine, folder / precision)
+                dist.barrier()
+                found[precision] = trained_weights(engine)
+                close_engine(engine)
+    return found
+
+
+def test_training_goes_on_with_other_ranks_and_zero_stages(tiny_folder, tmp_path) -> None:
+    """Steps by so many ranks at some stage of ZeRO, one after the other, are steps of one rank that never stopped."""
+    before, begin, parts = 0, 0, tmp_path / "parts"
+    parts.mkdir()
+    for ranks, stages in ((2, (2, 3)), (1, (0, 1)), (3, (3, 1, 0))):
+        found = run_ranks(one_step_each, ranks, str(tiny_folder), parts, stages, begin, before)[0]
+        before, begin = ranks, begin + len(stages)
+    whole = run_ranks(all_steps, 1, str(tiny_folder), begin)[0]
+    torch.testing.assert_close(found["fp32"], whole["fp32"], atol=1e-6, rtol=1e-4)
+    torch.testing.assert_close(found["bf16"], whole["bf16"], atol=2e-3, rtol=0.02)
+
+
+def all_steps(path: str, count: int) -> dict[str, Tensor]:
+    """Trains the same steps without stopping; returns the weights, by precision."""
+    found = {}
+    for precision in ("fp32", "bf16"):
+        with trained_engines(path, TrainingConfig(precision=precision)) as (engine_of_its_own, batch):
+            engine = engine_of_its_own()
+            steps(engine, [batch], count)
+            found[precision] = trained_weights(engine)
+            close_engine(engine)
+    return found
 
 
 def trained_logits(path: str, folder: Path) -> tuple[Tensor, Tensor]:

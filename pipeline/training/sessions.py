@@ -1,0 +1,33 @@
+"""Training sessions side by side: each trains one job at a time, and its workers live on for the next."""
+
+import queue
+from pathlib import Path
+
+from pipeline.config import TrainingConfig
+from pipeline.streams.training_rows import TrainingRows
+from pipeline.training.job import Job
+from pipeline.training.session import OnSteps, Session, Trained
+
+
+class Sessions:
+    """As many sessions as the cluster is to hold at a time; may be called from several threads."""
+
+    def __init__(self, count: int, training: TrainingConfig, *, storage: Path, worker_env: dict[str, str]) -> None:
+        self._all = [Session(training, storage=storage, worker_env=worker_env) for _ in range(count)]
+        # The one that trained last comes first: it has workers, others may never need any.
+        self._free: queue.LifoQueue[Session] = queue.LifoQueue()
+        for session in self._all:
+            self._free.put(session)
+
+    def train(self, job: Job, rows: TrainingRows, on_steps: OnSteps = lambda steps: None) -> Trained:
+        """Trains a job in the first session that is free, as `Session.train` does."""
+        session = self._free.get()
+        try:
+            return session.train(job, rows, on_steps)
+        finally:
+            self._free.put(session)
+
+    def close(self, *, at_once: bool = False) -> None:
+        """Ends all sessions, those that train only with `at_once`."""
+        for session in self._all:
+            session.close(at_once=at_once)
