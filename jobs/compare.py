@@ -86,7 +86,9 @@ def _sequential(run: StreamRun) -> tuple[Evaluation, dict[str, Any]]:
         )
         key = digest(key, run.identity.expert(task))
         start = str(adapter) if adapter else None
-        trained = run.train(*run.job(task, key, task=f"sequential_{task.name}", start=start, router_stage=False))
+        trained = run.train(
+            *run.job(task, key, task=f"sequential_{task.name}", start=start, router_stage=False, validation=0.0)
+        )
         adapter = trained.adapter
         run.release(task)
         figures["samples"] += trained.figures["samples"]
@@ -100,7 +102,7 @@ def _multitask(run: StreamRun) -> tuple[Evaluation, dict[str, Any]]:
     run.terminal.say(f"[bold]multi-task training on all {len(tasks)} tasks[/bold]")
     key = digest("multitask", [run.identity.expert(task) for task in tasks])
     expert = run.config.expert.model_copy(update={"steps": run.config.expert.steps * len(tasks)})
-    changes = {"task": "multitask", "data_fingerprint": key, "expert": expert, "router_stage": False}
+    changes = {"task": "multitask", "data_fingerprint": key, "expert": expert, "router_stage": False, "validation": 0.0}
     with run.terminal.working(f"reading {len(tasks)} tasks"):
         rows = run.all_training_rows()
     trained = run.train(run.job_alone(tasks[0], key, **changes), rows)

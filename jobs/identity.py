@@ -24,6 +24,9 @@ DATA = "data"
 CHOOSING = {"kind", "token_scores", "top_k", "short_list", "temperature", "null_components"}
 """Router settings that say how experts are chosen; all others have a part in what an expert is."""
 
+VALIDATED = ("validate_every", "patience")
+"""Settings of the expert stage that nothing depends on where no rows are held out."""
+
 TRAINED = {"router.steps", "router.learning_rate"}
 """Router settings among the parts of an expert that its training depends on; all others say how statistics are taken."""
 
@@ -72,14 +75,17 @@ class Identity:
 
     def settings(self, task: TaskConfig) -> dict[str, Any]:
         """What a task's expert depends on beside its rows, by name."""
-        config = self.config
+        config, held_out = self.config, bool(task.validation)
+        # Settings of validation are parts of experts that are validated; the names of all others are as they were before it.
+        unused = set() if held_out else set(VALIDATED)
         return {
             "task": task.name,
             "base": self.base,
             "seed": config.seed,
             "data.by_length": config.data.by_length,
-            **{f"expert.{name}": value for name, value in config.expert.model_dump().items()},
+            **{f"expert.{name}": value for name, value in config.expert.model_dump(exclude=unused).items()},
             **{f"router.{name}": value for name, value in config.router.model_dump(exclude=CHOOSING).items()},
+            **({"validation": task.validation} if held_out else {}),
             **VERSIONS,
         }
 
@@ -97,7 +103,8 @@ class Identity:
         router = config.router.model_dump(exclude=CHOOSING)
         machine = config.training.model_dump(include={"workers", "zero_stage", "precision", "micro_batch"})
         rows = self.training_rows(task)
-        kept = (task.name, rows, self.base, config.seed, config.expert, router, machine, config.data.by_length)
+        expert = config.expert.model_dump(exclude=set(VALIDATED))
+        kept = (task.name, rows, self.base, config.seed, expert, router, machine, config.data.by_length)
         return digest(VERSIONS, *kept)
 
     @cached_property

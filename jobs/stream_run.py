@@ -250,6 +250,7 @@ class StreamRun:
             training=self.config.training,
             vision=self.vision,
             by_length=self.config.data.by_length,
+            validation=task.validation,
         )
         return job.model_copy(update=changes)
 

@@ -66,6 +66,7 @@ def task_figures(run: StreamRun, task: str, figures: Mapping[str, Any]) -> dict[
         "lost_files": int(figures["lost_files"]),
         "expert_loss": _curve(figures["expert_losses"]),
         "router_loss": _curve(figures["router_losses"]),
+        **({"validation_loss": figures["validation_losses"]} if "validation_losses" in figures else {}),
     }
 
 

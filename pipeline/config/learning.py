@@ -92,6 +92,11 @@ class ExpertConfig(Config):
     """AdamW's weight decay."""
     clip: float = Field(default=1.0, gt=0)
     """Largest gradient norm."""
+    validate_every: int = Field(default=50, ge=1)
+    """Steps between two looks at held-out rows, for tasks with `validation`."""
+    patience: int | None = Field(default=None, ge=1)
+    """Looks at held-out rows, for tasks with `validation`, of which none was better than the best, after which training stops;
+    default: it takes all steps. The schedule of the learning rate is that of all steps either way."""
 
     @property
     def lora_alpha(self) -> float:

@@ -80,6 +80,9 @@ class TaskConfig(Config):
     """Held-out rows; never seen in training."""
     prompt: str = "{question}"
     """Template around the text of the first user message; `{question}` is that text."""
+    validation: float = Field(default=0.0, ge=0, lt=1)
+    """Share of the training rows (at most 2,048) that are held out, to keep the best of the adapters and to stop early: their
+    loss is measured every `expert.validate_every` steps. 0: every row is learned, and the last adapter is the expert."""
     metric: Literal["exact_match", "relaxed_accuracy", "anls", "mmbench", "vqa_accuracy", "token_f1"] = "exact_match"
     """How an answer is scored: exact match, ChartQA's relaxed accuracy (5 %), DocVQA's ANLS, MMBench's option letter (all
     rotations of a question must be right, where the source is circular), VQA's agreement with ten people, token F1."""

@@ -160,7 +160,7 @@ class BatchLoader:
         yield from self._cached() if self._rows.cached else self._streamed()
 
     def _cached(self) -> Iterator[list[Encoded]]:
-        rows = CachedRows(self._rows.blocks)
+        rows = CachedRows(self._rows)
         size = self._layout.batch_size
         lengths = rows.lengths() if self._group else None
 
@@ -230,7 +230,7 @@ def distinct_batches(
     shares = np.array_split(np.sort(chosen), workers)  # the first is the largest
     own, batches = shares[rank], -(-len(shares[0]) // micro_batch)
     if rows.cached:
-        blocks = CachedRows(rows.blocks)
+        blocks = CachedRows(rows)
         found: Iterator[Encoded] = (blocks[number] for number in own)
     else:
         found = StreamedRows(rows, rank=rank, workers=workers, seed=seed).chosen(own)

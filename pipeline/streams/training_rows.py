@@ -1,7 +1,7 @@
 """The rows of one or more tasks as a training worker gets them: a description that can be pickled, and access to it."""
 
 from collections.abc import Callable, Generator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pyarrow as pa
@@ -26,11 +26,36 @@ class TrainingRows:
     """All of them, encoded, as Arrow tables in Ray's object store; none where rows stream."""
     parts: tuple[StreamedPart, ...] = ()
     """Where rows that stream come from."""
+    chosen: np.ndarray | None = None
+    """Which of these rows they are, by rising number (N,); None: all."""
 
     @property
     def cached(self) -> bool:
         """Whether encoded rows lie in the object store."""
         return bool(self.blocks)
+
+    def split(self, share: float, seed: int) -> tuple["TrainingRows", "TrainingRows"]:
+        """Returns the rows of one task without a random share of them, and that share: `held_out` rows."""
+        number = held_out(self.count, share)
+        held = np.sort(np.random.default_rng([seed, self.count]).permutation(self.count)[:number])
+        learned = replace(self, count=self.count - number)
+        if self.cached:
+            learned = replace(learned, chosen=np.delete(np.arange(self.count), held))
+        else:
+            (part,) = self.parts
+            bad = part.pieces.bad
+            places = np.delete(np.arange(int(part.pieces.rows.sum())), bad)[held]
+            learned = replace(learned, parts=(part.without(np.union1d(bad, places)),))
+        return learned, replace(self, count=number, chosen=held)
+
+
+MOST_HELD_OUT = 2048
+"""Rows whose loss tells one adapter from another; more of them would only cost more."""
+
+
+def held_out(count: int, share: float) -> int:
+    """Returns how many of `count` rows are held out: a share of them, one at least."""
+    return min(MOST_HELD_OUT, max(1, round(share * count)))
 
 
 class CachedRows:
@@ -39,22 +64,28 @@ class CachedRows:
     A tenth of the work of shuffling them through a buffer, which matters where reader and training share few cores.
     """
 
-    def __init__(self, blocks: Sequence[ray.ObjectRef]) -> None:
-        self._blocks: list[pa.Table] = [block for block in ray.get(list(blocks)) if len(block)]
+    def __init__(self, rows: TrainingRows) -> None:
+        self._blocks: list[pa.Table] = [block for block in ray.get(list(rows.blocks)) if len(block)]
         self._ends = np.cumsum([len(block) for block in self._blocks])
+        self._chosen = rows.chosen
 
     def __len__(self) -> int:
+        if self._chosen is not None:
+            return len(self._chosen)
         return int(self._ends[-1]) if len(self._ends) else 0
 
     def __getitem__(self, number: int) -> Encoded:
         """Returns row `number` in the order of the blocks, wherever their borders are."""
+        if self._chosen is not None:
+            number = int(self._chosen[number])
         which = int(np.searchsorted(self._ends, number, side="right"))
         block, start = self._blocks[which], int(self._ends[which]) - len(self._blocks[which])
         return unpack_row(*(block[name][number - start].as_buffer() for name in PACKED))
 
     def lengths(self) -> np.ndarray:
         """Returns the length of every row in bytes of its tokens (N,)."""
-        return np.concatenate([pc.binary_length(block["input_ids"]).to_numpy() for block in self._blocks])
+        lengths = np.concatenate([pc.binary_length(block["input_ids"]).to_numpy() for block in self._blocks])
+        return lengths if self._chosen is None else lengths[self._chosen]
 
 
 class StreamedRows:
@@ -66,7 +97,7 @@ class StreamedRows:
     def __init__(
         self, rows: TrainingRows, *, rank: int, workers: int, seed: int, left: Callable[[], bool] = lambda: False
     ) -> None:
-        self._source, self._count = Drawable(rows.parts), rows.count
+        self._source, self._count, self._chosen = Drawable(rows.parts), rows.count, rows.chosen
         self._rank, self._workers, self._seed, self._left = rank, workers, seed, left
 
     def drawn(self, shares: Sequence[int], steps: range) -> Generator[Encoded]:
@@ -76,6 +107,7 @@ class StreamedRows:
 
     def chosen(self, numbers: np.ndarray) -> Generator[Encoded]:
         """Yields the rows of these numbers, in rising order, in the order of the files."""
+        numbers = numbers if self._chosen is None else self._chosen[numbers]
         return self._encoded(Chosen(numbers, self._source.sizes, self._source.weights, self._source.window))
 
     def _encoded(self, order: Order) -> Generator[Encoded]:

@@ -30,6 +30,8 @@ class Job(Config):
     """False: rows hold image features, and the vision tower is not loaded."""
     by_length: bool = False
     """Batches of rows of similar length."""
+    validation: float = 0.0
+    """Share of the rows that are held out, to keep the best adapter."""
     start: str | None = None
     """Adapter folder to go on from, instead of a fresh LoRA (sequential fine-tuning, the method we compare with)."""
     router_stage: bool = True

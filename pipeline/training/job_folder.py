@@ -2,6 +2,7 @@
 
     <task>-<digest>/
       checkpoint/     progress.json, state.safetensors, random-<rank>.safetensors; or adapter/ once it is trained
+      best-<step>/    the best adapter so far, where rows are held out
       finished/       figures.json, expert/ or adapter/
 
 The folder lies in the run's storage, which all nodes see. Ray Train's own checkpoints belong to a run of it; a session is
@@ -19,6 +20,7 @@ from safetensors.torch import load_file, save_file
 
 from pipeline.training.engine_state import put_state, whole_state
 from pipeline.training.randomness import load_random_state, save_random_state
+from pipeline.training.validation import KEPT
 
 PROGRESS, ADAPTER, STATE, EXPERT = "progress.json", "adapter", "state.safetensors", "expert"
 """What a checkpoint holds: where it stands; the adapter once it is trained, until then its weights and optimizer, whole.
@@ -98,7 +100,8 @@ class JobFolder:
         (self._draft / FIGURES).write_text(json.dumps(figures))
         shutil.rmtree(self.finished, ignore_errors=True)
         self._draft.rename(self.finished)
-        shutil.rmtree(self._checkpoint, ignore_errors=True)
+        for folder in (self._checkpoint, *self._folder.glob(f"{KEPT}*")):
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def _meet() -> None:

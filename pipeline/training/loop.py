@@ -49,12 +49,14 @@ def run_steps(
     *,
     explosion: float,
     clock: StageClock,
-    on_step: Callable[[int, float], None],
+    on_step: Callable[[int, float], object],
     before: Callable[[int, dict[str, Any]], None] = lambda number, batch: None,
     wanted: Callable[[], bool] = lambda: False,
     meet: Callable[[int], None] = lambda step: None,
 ) -> None:
     """Runs optimizer steps; `on_step(step, loss)` after each, `before(i, micro_batch)` ahead of each forward pass.
+
+    Ends early where `on_step` returns True, which all ranks must do alike.
 
     Where a rank has `wanted` to ahead of a step, all ranks `meet(step)` after it.
 
@@ -71,7 +73,7 @@ def run_steps(
         waited = loader.wait_seconds
         batches = next(loader)
         own = [float(sum(answer_tokens(batch) for batch in batches)), float(wanted())]
-        tokens, meeting = _over_ranks(torch.tensor(own, dtype=torch.float64, device=device)).tolist()
+        tokens, meeting = over_ranks(torch.tensor(own, dtype=torch.float64, device=device)).tolist()
         # DeepSpeed takes the mean over ranks of what we want the sum of.
         share = dist.get_world_size() / max(tokens, 1.0)
         total = torch.zeros((), device=device)
@@ -82,7 +84,7 @@ def run_steps(
             engine.backward(loss, scale_wrt_gas=False)
             engine.step()
             total += loss.detach() / dist.get_world_size()
-        value = _over_ranks(total.double()).item()
+        value = over_ranks(total.double()).item()
         clock.losses.append(value)
         if not math.isfinite(value):
             raise Divergence(f"the loss is {value} at step {step + 1}; lower the learning rate, or check the data")
@@ -94,9 +96,11 @@ def run_steps(
         clock.step_seconds.append(time.monotonic() - started)
         clock.seconds += clock.step_seconds[-1]
         clock.wait_seconds += loader.wait_seconds - waited
-        on_step(step + 1, value)
+        enough = on_step(step + 1, value)
         if meeting:
             meet(step + 1)
+        if enough is True:
+            return
 
 
 def answer_tokens(batch: dict[str, Any]) -> int:
@@ -104,7 +108,7 @@ def answer_tokens(batch: dict[str, Any]) -> int:
     return int((batch["labels"][:, 1:] != IGNORED).sum())
 
 
-def _over_ranks(values: torch.Tensor) -> torch.Tensor:
+def over_ranks(values: torch.Tensor) -> torch.Tensor:
     """Returns the sum of float64 values over all ranks."""
     if dist.get_world_size() > 1:
         dist.all_reduce(values)

@@ -21,7 +21,7 @@ from ray.train.torch import TorchConfig, TorchTrainer
 
 from pipeline.config import TrainingConfig
 from pipeline.errors import UserError
-from pipeline.streams.training_rows import TrainingRows
+from pipeline.streams.training_rows import TrainingRows, held_out
 from pipeline.training.failures import Failures
 from pipeline.training.job import Job
 from pipeline.training.job_folder import ADAPTER, EXPERT, JobFolder
@@ -183,13 +183,14 @@ def run_training(
 
 
 def _check(job: Job, rows: TrainingRows) -> None:
-    if rows.count < job.training.workers:
+    held, workers = held_out(rows.count, job.validation) if job.validation else 0, job.training.workers
+    learned = rows.count - held
+    which = f"{rows.count} rows" + (f", {held} of them held out," if held else "")
+    if learned < workers or 0 < held < workers:
+        raise TrainingError(f"task {job.task!r}: {which} cannot be split among {workers} workers")
+    if job.router_stage and learned < FEWEST_ROWS:
         raise TrainingError(
-            f"task {job.task!r}: {rows.count} rows cannot be split among {job.training.workers} workers"
-        )
-    if job.router_stage and rows.count < FEWEST_ROWS:
-        raise TrainingError(
-            f"task {job.task!r}: {rows.count} rows are too few for its statistics; at least {FEWEST_ROWS} are needed"
+            f"task {job.task!r}: {which} are too few for its statistics; at least {FEWEST_ROWS} are needed"
         )
 
 

@@ -39,6 +39,7 @@ from pipeline.training.stages import (
     without_gates,
     without_lora,
 )
+from pipeline.training.validation import BestAdapter, Look, held_out_loss
 from pipeline.training.zero import (
     base_dtype,
     close_engine,
@@ -132,9 +133,13 @@ class Worker:
 
     def __init__(self, job: Job, rows: TrainingRows, queue: Any, folder: Path, base: HeldBase) -> None:
         context = ray.train.get_context()
-        self.job, self.rows, self.queue, self.base = job, rows, queue, base
+        self.job, self.queue, self.base = job, queue, base
+        self.rows = rows
+        self.held_out: TrainingRows | None = None
+        if job.validation:
+            self.rows, self.held_out = rows.split(job.validation, job.seed)
         self.rank, self.world = context.get_world_rank(), context.get_world_size()
-        self.folder = JobFolder(folder, self.rank)
+        self.folder, self.best = JobFolder(folder, self.rank), BestAdapter(folder, write=self.rank == 0)
         share = -(-job.expert.batch_size // self.world)
         micro_batch = min(job.training.micro_batch or share, share)
         self.layout = StepLayout(job.expert.batch_size, self.world, micro_batch)
@@ -191,10 +196,12 @@ class Worker:
 
         notice = Notice()
 
-        def on_step(step: int, loss: float) -> None:
+        def on_step(step: int, loss: float) -> bool:
             self._step_done("expert", step, config.steps, loss)
-            if step % job.training.checkpoint_every == 0 and step < config.steps:
+            enough = self._validate(engine, base, peft, step)
+            if step % job.training.checkpoint_every == 0 and step < config.steps and not enough:
                 keep(step)
+            return enough
 
         def meet(step: int) -> None:
             if notice.given() and step < config.steps:
@@ -218,8 +225,12 @@ class Worker:
                 meet=meet,
             )
         self._note("expert", clock)
+        self.figures["samples"] = len(clock.losses) * config.batch_size
         draft = self._checkpoint({"stage": "router", "step": 0})
-        save_lora(peft, draft / ADAPTER, write=self.rank == 0)
+        if self.best.look is None:
+            save_lora(peft, draft / ADAPTER, write=self.rank == 0)
+        elif self.rank == 0:
+            self.best.copy(draft / ADAPTER)
         close_engine(engine)
         without_lora(base, peft)
         adapter = self.folder.commit(draft) / ADAPTER
@@ -228,6 +239,21 @@ class Worker:
                 f"task {job.task!r}: every LoRA B is zero after training; check expert.learning_rate and steps"
             )
         return adapter
+
+    def _validate(self, engine: Any, base: Base, peft: Any, step: int) -> bool:
+        """Looks at the held-out rows, if it is time to, and keeps an adapter that is better; returns whether to stop."""
+        config, rows = self.job.expert, self.held_out
+        if rows is None or (step % config.validate_every and step < config.steps):
+            return False
+        batches = distinct_batches(
+            rows, count=rows.count, micro_batch=self.layout.micro_batch, rank=self.rank, workers=self.world, seed=0
+        )
+        look = Look(step, held_out_loss(engine, base, batches))
+        self.best.offer(look, lambda folder: save_lora(peft, folder, write=self.rank == 0))
+        self.figures.setdefault("validation_losses", []).append([step, look.loss])
+        self._step_done("validation", step, config.steps, look.loss)
+        assert self.best.look is not None, "offered one"
+        return config.patience is not None and step - self.best.look.step >= config.patience * config.validate_every
 
     def _router_stage(self, base: Base, settings: dict[str, Any], adapter: Path) -> None:
         """Trains the routing vectors, takes the prompt statistics and writes the finished expert."""

@@ -57,6 +57,7 @@ def test_another_base_names_everything(config: Path) -> None:
     [
         ("expert.rank=4", {"expert"}),
         ("seed=3", {"expert"}),
+        ("expert.patience=2", set()),  # nothing is held out
         ("router.statistics_rows=64", {"expert", "base prompts", "pool"}),
         ("router.null_components=3", {"base prompts", "pool"}),
         ("router.temperature=2", {"pool"}),

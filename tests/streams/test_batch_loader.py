@@ -55,6 +55,27 @@ def loader(
     return BatchLoader(rows, layout=layout, rank=rank, steps=steps, seed=seed, collate=by_pad, **settings)
 
 
+@pytest.mark.parametrize("workers", [1, 3])
+def test_held_out_rows_are_never_learned(workers: int) -> None:
+    learned, held = cached().split(0.3, seed=1)
+    assert (learned.count, held.count) == (16, 7)
+    drawn: Counter[int] = Counter()
+    for rank in range(workers):
+        with loader(learned, range(4), workers=workers, rank=rank) as found:
+            drawn.update(
+                int(first) // 100 - 1 for step in found for batch in step for first in batch["input_ids"][:, 0]
+            )
+    parts = [
+        [row.input_ids[0] // 100 - 1 for batch in batches if batch is not None for row in batch]
+        for rank in range(workers)
+        for batches in [distinct_batches(held, count=7, micro_batch=2, rank=rank, workers=workers, seed=0)]
+    ]
+    looked_at = {int(number) for part in parts for number in part}
+    assert len(looked_at) == 7
+    assert set(drawn) == set(range(ROWS)) - looked_at, "each of the others once an epoch"
+    assert set(drawn.values()) == {1}
+
+
 def fill(found: BatchLoader) -> None:
     """Waits until the reader waits for room."""
     while not found._ready.full() and found._thread.is_alive():

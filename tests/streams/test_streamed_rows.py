@@ -209,6 +209,19 @@ def test_new_rows_are_distinct_ones_of_all_ranks(workers, most, tiny_folder, tmp
     assert len(new) == len(set(new)) == min(most, 20)
 
 
+def test_held_out_rows_are_never_drawn(tiny_folder: Path, tmp_path: Path) -> None:
+    source = write(tmp_path, "parquet", 120)
+    everything = set(drawn(streamed(source, tiny_folder, tmp_path), range(15)))
+    learned, held = streamed(source, tiny_folder, tmp_path).split(0.2, seed=1)
+    assert (learned.count, held.count) == (96, 24)
+    found = drawn(learned, range(12))
+    batches = distinct_batches(held, count=24, micro_batch=5, rank=0, workers=1, seed=0)
+    looked_at = {str(row.input_ids.tolist()) for batch in batches if batch is not None for row in batch}
+    assert len(set(found)) == 96
+    assert len(looked_at) == 24
+    assert set(found) | looked_at == everything
+
+
 def test_bad_rows_are_never_drawn(tiny_folder, tmp_path):
     source = write(tmp_path, "parquet", 64, row_group_size=10)
     table = pq.read_table(source.path).to_pylist()

@@ -18,12 +18,14 @@ from cluster.local import connect
 from cluster.preflight import build_deepspeed_ops
 from pipeline.config import BaseModelConfig, DataConfig, ExpertConfig, RouterConfig, SourceConfig, TrainingConfig
 from pipeline.models.bases import load_base
+from pipeline.models.prompts import collate_for
 from pipeline.routing.expert import Expert
 from pipeline.streams.preprocess import Part, prepare
-from pipeline.streams.training_rows import TrainingRows
+from pipeline.streams.training_rows import CachedRows, TrainingRows
 from pipeline.training import session as sessions
 from pipeline.training.job import Job
 from pipeline.training.session import TrainingError, run_training, training_session
+from pipeline.training.stages import answer_loss
 
 ROWS = 100
 """Not a multiple of the batch size: a step of each stage lies on the border of an epoch."""
@@ -128,6 +130,30 @@ def test_the_next_job_finds_the_workers_warm_and_the_base_as_it_was(trained, ses
         session.train(make_job(tiny_folder, "wild", training=ONE, learning_rate=1e30), rows)
     third = session.train(make_job(tiny_folder, "third", training=ONE), rows)
     assert_same_expert(Expert.load(third.expert), Expert.load(trained[0].expert))
+
+
+def test_the_best_adapter_on_held_out_rows_becomes_the_expert(trained, session, rows, tiny_folder):
+    """With steps far too long the first look is the best, and training stops after two that are worse."""
+    told = []
+    job = make_job(tiny_folder, "held-out", training=ONE, learning_rate=0.3, steps=40)
+    expert = job.expert.model_copy(update={"validate_every": 2, "patience": 2})
+    result = session.train(job.model_copy(update={"validation": 0.2, "expert": expert}), rows, told.extend)
+    looks = result.figures["validation_losses"]
+    best = min(looks, key=lambda look: look[1])
+    stopped = len(result.figures["expert_losses"])
+    assert stopped == best[0] + 4 < 40
+    assert result.figures["samples"] == stopped * 16
+    assert [step.step for step in told if step.stage == "validation"] == [step for step, _ in looks]
+    found = Expert.load(result.expert)
+    assert found.statistics.count == ROWS - 20, "of the rows that were learned"
+    base = load_base(BaseModelConfig(path=str(tiny_folder)))
+    learned, held = rows.split(0.2, job.seed)
+    peft = PeftModel.from_pretrained(base.model, result.expert)
+    with torch.no_grad():
+        batch = collate_for(base.processor, list(CachedRows(held)))
+        assert answer_loss(peft, batch).item() == pytest.approx(best[1], rel=1e-4)
+    assert not list(result.folder.parent.glob("best-*"))
+    assert learned.count + held.count == ROWS
 
 
 def test_a_finished_job_is_found_again(trained, rows, tiny_folder, worker_env):

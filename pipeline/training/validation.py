@@ -1,0 +1,84 @@
+"""Held-out rows of a task: their loss while the adapter is trained, and the best adapter so far."""
+
+import json
+import shutil
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pipeline.models.bases import Base
+from pipeline.models.prompts import Encoded, collate_for, to_device
+from pipeline.training.loop import answer_tokens, over_ranks
+from pipeline.training.stages import answer_loss
+
+FIGURES, KEPT = "validation.json", "best-"
+"""What is written last into the folder of a kept adapter, and how the names of these folders begin."""
+
+
+@torch.no_grad()
+def held_out_loss(engine: Any, base: Base, batches: Iterable[Sequence[Encoded] | None]) -> float:
+    """Returns the mean cross-entropy over the answer tokens of all ranks' rows, alike on every rank.
+
+    Every rank gives equally many batches, None where it has no more rows: it then runs its last ones again and leaves them out,
+    since ZeRO-3 wants all ranks to run.
+    """
+    sums = torch.zeros(2, dtype=torch.float64, device=engine.device)
+    last: Sequence[Encoded] | None = None
+    engine.eval()
+    for given in batches:
+        last = given if given is not None else last
+        assert last is not None, "every rank has at least one row"
+        batch = to_device(collate_for(base.processor, last), engine.device)
+        loss = answer_loss(engine, batch, reduction="sum")
+        if given is not None:
+            sums += torch.stack([loss.double(), loss.new_tensor(answer_tokens(batch)).double()])
+    engine.train()
+    total, tokens = over_ranks(sums).tolist()
+    return total / max(tokens, 1.0)
+
+
+@dataclass(frozen=True)
+class Look:
+    """A look at the held-out rows."""
+
+    step: int
+    loss: float
+
+
+class BestAdapter:
+    """The best adapter of a job so far, in a folder `best-<step>` of the job's; a run that goes on finds it there."""
+
+    def __init__(self, folder: Path, *, write: bool) -> None:
+        self._folder, self._write = folder, write
+        self.look = min((look for look, _ in self._kept()), key=lambda look: look.loss, default=None)
+
+    def offer(self, look: Look, save: Callable[[Path], None]) -> None:
+        """Has `save` write the adapter into a folder if it is better than those before; all ranks call it alike."""
+        if self.look is not None and not look.loss < self.look.loss:
+            return
+        self.look = look
+        folder = self._place(look.step)
+        if self._write:
+            shutil.rmtree(folder, ignore_errors=True)
+            folder.mkdir(parents=True)
+        save(folder)
+        if self._write:
+            (folder / FIGURES).write_text(json.dumps(vars(look)))
+            for other in self._folder.glob(f"{KEPT}*"):
+                if other != folder:
+                    shutil.rmtree(other)
+
+    def copy(self, target: Path) -> None:
+        """Copies the best adapter to a new folder."""
+        assert self.look is not None, "callers have asked"
+        shutil.copytree(self._place(self.look.step), target, ignore=shutil.ignore_patterns(FIGURES))
+
+    def _place(self, step: int) -> Path:
+        return self._folder / f"{KEPT}{step}"
+
+    def _kept(self) -> Iterator[tuple[Look, Path]]:
+        for file in self._folder.glob(f"{KEPT}*/{FIGURES}"):
+            yield Look(**json.loads(file.read_text())), file.parent
