@@ -135,8 +135,8 @@ def test_the_next_job_finds_the_workers_warm_and_the_base_as_it_was(trained, ses
 def test_the_best_adapter_on_held_out_rows_becomes_the_expert(trained, session, rows, tiny_folder):
     """With steps far too long the first look is the best, and training stops after two that are worse."""
     told = []
-    job = make_job(tiny_folder, "held-out", training=ONE, learning_rate=0.3, steps=40)
-    expert = job.expert.model_copy(update={"validate_every": 2, "patience": 2})
+    job = make_job(tiny_folder, "held-out", training=ONE, learning_rate=3.0, steps=40)
+    expert = job.expert.model_copy(update={"validate_every": 2, "patience": 2, "warm_up": 0.0})
     result = session.train(job.model_copy(update={"validation": 0.2, "expert": expert}), rows, told.extend)
     looks = result.figures["validation_losses"]
     best = min(looks, key=lambda look: look[1])
