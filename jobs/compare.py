@@ -12,10 +12,15 @@ prompt           the pool, one closed-form decision a prompt
 two_level        the pool, a short list by prompt, weighed by Linear
 """
 
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
 
+from jobs.background import begin
 from jobs.learn import Learned, learn_stream, publish, show, where_next
 from jobs.options import Address, ConfigFile, Overrides, job_command, load, user_errors
 from jobs.state import Stopwatch, write_json
@@ -27,7 +32,6 @@ from pipeline.routing.adapters import load_adapters
 from pipeline.routing.expert import Expert, ExpertCard
 from pipeline.routing.pool import Pool
 from pipeline.routing.statistics import PromptStatistics
-from pipeline.training.session import Trained
 
 ROUTERS: dict[str, dict[str, str]] = {
     "token_published": {"kind": "token", "token_scores": "published"},
@@ -52,13 +56,14 @@ def compare_methods(run: StreamRun, learned: Learned) -> dict[str, Any]:
         return run.evaluate(columns, pool, run.pool_key(pool), folder=folder)
 
     told = run.evaluate(columns, learned.pool, digest(learned.pool_digest), mode="told")
-    sequential, sequential_figures = _sequential(run)
-    multitask, multitask_figures = _multitask(run)
+    sequential, multitask = _both(
+        partial(_sequential, run), partial(_multitask, run), at_once=run.trainings_at_once > 1
+    )
     return {
         "base": _method(run, run.evaluate(columns, None, "base"), 0, 0.0),
         "specialist": _method(run, told, samples, expert_seconds),
-        "sequential": _method(run, sequential, **sequential_figures),
-        "multitask": _method(run, multitask, **multitask_figures),
+        "sequential": _method(run, _only(run, "sequential", sequential), sequential.samples, sequential.seconds),
+        "multitask": _method(run, _only(run, "multitask", multitask), multitask.samples, multitask.seconds),
         **{name: _method(run, routed(name), samples, all_seconds) for name in ROUTERS},
     }
 
@@ -77,26 +82,44 @@ def _method(run: StreamRun, evaluation: Evaluation, samples: int, seconds: float
     }
 
 
-def _sequential(run: StreamRun) -> tuple[Evaluation, dict[str, Any]]:
+@dataclass(frozen=True)
+class _Adapter:
+    """A single adapter that answers everything, and what it took."""
+
+    folder: Path
+    key: str
+    """Names what it was trained from."""
+    samples: int
+    seconds: float
+
+
+def _both(one: Callable[[], _Adapter], other: Callable[[], _Adapter], *, at_once: bool) -> tuple[_Adapter, _Adapter]:
+    """Does both trainings, one after the other or side by side."""
+    if not at_once:
+        return one(), other()
+    beside = begin(other, name="training beside")
+    return one(), beside.result()
+
+
+def _sequential(run: StreamRun) -> _Adapter:
     """One LoRA goes from task to task."""
-    adapter, key, figures = None, "sequential", {"samples": 0, "seconds": 0.0}
+    adapter, key, samples, seconds = None, "sequential", 0, 0.0
     for number, task in enumerate(run.config.stream.tasks):
         run.terminal.say(
             f"[bold]sequential fine-tuning {number + 1}/{len(run.config.stream.tasks)}: {task.name}[/bold]"
         )
         key = digest(key, run.identity.expert(task))
-        start = str(adapter) if adapter else None
-        trained = run.train(
-            *run.job(task, key, task=f"sequential_{task.name}", start=start, router_stage=False, validation=0.0)
-        )
+        changes = {"task": f"sequential_{task.name}", "router_stage": False, "validation": 0.0}
+        trained = run.train(*run.job(task, key, start=str(adapter) if adapter else None, **changes))
         adapter = trained.adapter
         run.release(task)
-        figures["samples"] += trained.figures["samples"]
-        figures["seconds"] += trained.figures["expert_seconds"]
-    return _only(run, "sequential", trained, key), figures
+        samples += trained.figures["samples"]
+        seconds += trained.figures["expert_seconds"]
+    assert adapter is not None, "a stream has tasks"
+    return _Adapter(adapter, key, samples, seconds)
 
 
-def _multitask(run: StreamRun) -> tuple[Evaluation, dict[str, Any]]:
+def _multitask(run: StreamRun) -> _Adapter:
     """One LoRA sees all tasks' rows, in as many steps as all experts together."""
     tasks = run.config.stream.tasks
     run.terminal.say(f"[bold]multi-task training on all {len(tasks)} tasks[/bold]")
@@ -106,13 +129,12 @@ def _multitask(run: StreamRun) -> tuple[Evaluation, dict[str, Any]]:
     with run.terminal.working(f"reading {len(tasks)} tasks"):
         rows = run.all_training_rows()
     trained = run.train(run.job_alone(tasks[0], key, **changes), rows)
-    figures = {"samples": trained.figures["samples"], "seconds": trained.figures["expert_seconds"]}
-    return _only(run, "multitask", trained, key), figures
+    return _Adapter(trained.adapter, key, trained.figures["samples"], trained.figures["expert_seconds"])
 
 
-def _only(run: StreamRun, name: str, trained: Trained, key: str) -> Evaluation:
+def _only(run: StreamRun, name: str, trained: _Adapter) -> Evaluation:
     """Evaluates a single adapter that answers everything."""
-    config, adapters = load_adapters(trained.adapter)
+    config, adapters = load_adapters(trained.folder)
     card = ExpertCard(
         name=name,
         task=name,
@@ -120,15 +142,15 @@ def _only(run: StreamRun, name: str, trained: Trained, key: str) -> Evaluation:
         rank=run.config.expert.rank,
         alpha=run.config.expert.lora_alpha,
         seed=run.config.seed,
-        data_fingerprint=key,
-        config_digest=key,
-        samples=trained.figures["samples"],
+        data_fingerprint=trained.key,
+        config_digest=trained.key,
+        samples=trained.samples,
     )
     nothing = PromptStatistics.of(torch.zeros(1, 1))  # nobody routes to it
     pool = Pool(
         run.config.base.label, run.fingerprint, run.config.router, [Expert(card, config, adapters, {}, nothing)]
     )
-    return run.evaluate(list(run.columns), pool, key, mode="only")
+    return run.evaluate(list(run.columns), pool, trained.key, mode="only")
 
 
 def main(config: ConfigFile, overrides: Overrides = None, address: Address = None) -> None:

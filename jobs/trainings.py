@@ -1,6 +1,5 @@
 """The trainings of a stream: one task after the other, or several of them at a time where the cluster has room."""
 
-import threading
 from concurrent.futures import Future
 from dataclasses import dataclass
 from functools import partial
@@ -42,7 +41,7 @@ class Trainings:
         number = self._tasks.index(task)
         for ahead in range(number, min(number + self._run.trainings_at_once, len(self._tasks))):
             self._begin(ahead)
-        return _waited_for(self._begun.pop(task.name))
+        return self._begun.pop(task.name).result()
 
     def _begin(self, number: int) -> None:
         """Begins to train a task's expert, if it is not there."""
@@ -64,15 +63,6 @@ class Trainings:
         following = next(iter(self._tasks[number + 1 :]), None)
         train = partial(_train, run, task, wanted, file, following, started)
         self._begun[task.name] = begin(train, name=f"training {task.name}")
-
-
-def _waited_for(going_on: Future[TrainedExpert]) -> TrainedExpert:
-    """Returns the result, or raises the error, of what goes on; a signal is heard meanwhile."""
-    ended = threading.Event()
-    going_on.add_done_callback(lambda _: ended.set())
-    while not ended.wait(1.0):
-        pass
-    return going_on.result()
 
 
 def _train(

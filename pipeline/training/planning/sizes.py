@@ -49,7 +49,7 @@ def sizes(
     vectors      4 D for each adapted Linear
     statistics   8 F + 2 F (F + 1) of F features of the prompts, and of 64 at each of the four inputs of all layers
     null         8 F + 2 F (F + 1) for every component, and of 64 at the same inputs
-    checkpoint   the adapter, its float32 weights and AdamW's moments: (a + 12) P
+    checkpoint   the adapter's weights and AdamW's moments, in float32: 12 P
     """
     parameters = architecture.adapter_parameters(rank)
     decoder = architecture.decoder
@@ -60,7 +60,7 @@ def sizes(
         vectors=FLOAT * architecture.vector_parameters,
         statistics=_moments(features) + heard,
         null=null_components * _moments(features) + heard,
-        checkpoint=(adapter_bytes + 3 * FLOAT) * parameters,
+        checkpoint=3 * FLOAT * parameters,
         row_features=tiles * architecture.tile_tokens * decoder.width * feature_bytes,
     )
 
