@@ -69,7 +69,8 @@ class Session:
         self.training, self._storage, self._env = training, storage, worker_env or {}
         self._queue: Any = None
         self._thread: threading.Thread | None = None
-        self._error: BaseException | None = None
+        self._error = ""
+        """Why the workers' run has ended; as text, since the error's traceback would keep Ray Train's controller alive."""
 
     def train(self, job: Job, rows: TrainingRows, on_steps: OnSteps = lambda steps: None) -> Trained:
         """Trains `job` on encoded rows; a job of the same task and digest goes on where it stopped, or is found finished.
@@ -113,7 +114,7 @@ class Session:
         return number
 
     def _start(self) -> None:
-        self._error = None
+        self._error = ""
         # Beside the driver, as Ray Train's controller: what does not outlive the driver need not outlive a node either.
         node = {"ray.io/node-id": ray.get_runtime_context().get_node_id()}
         self._queue = ray.remote(num_cpus=0, label_selector=node)(JobQueue).remote(self.training.max_failures)
@@ -139,7 +140,7 @@ class Session:
         try:
             trainer.fit()
         except Exception as error:  # noqa: BLE001 - told to whoever waits for a job
-            self._error = error
+            self._error = str(error)
         finally:
             shutil.rmtree(self._storage / name, ignore_errors=True)  # what Ray Train notes of a run
 
