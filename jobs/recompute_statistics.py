@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from time import monotonic
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 from mlflow.entities.model_registry import ModelVersion
@@ -22,7 +22,7 @@ from jobs.recognition import remember
 from jobs.renewals import Renewal, plan
 from jobs.state import write_json
 from jobs.stream_run import StreamRun, open_run
-from jobs.summary import task_figures
+from jobs.summary import figures_on_card, task_figures
 from pipeline.registry.experts import register_expert
 from pipeline.registry.pools import CHAMPION, download_pool, find_pool, pool_name, register_pool
 from pipeline.registry.versions import MODELS
@@ -129,11 +129,7 @@ def _keep_figures(run: StreamRun, trained: TrainedExpert, key: str, counts: Mapp
     if before.exists():
         shutil.copyfile(before, now)
         return
-    unknown: dict[str, Any] = {"seconds": 0.0, "wait_seconds": 0.0, "losses": [], "step_seconds": []}
-    figures = {
-        f"{stage}_{what}": none for stage in ("expert", "router") for what, none in unknown.items()
-    } | card.metrics
-    figures |= {"seconds": figures["expert_seconds"] + figures["router_seconds"], "samples": card.samples, **counts}
+    figures = {**figures_on_card(card), **counts}
     write_json(now, task_figures(run, card.task, figures))
 
 

@@ -57,6 +57,7 @@ from pipeline.streams.quarantine import SetAside
 from pipeline.streams.training_rows import TrainingRows
 from pipeline.training.general import general_statistics
 from pipeline.training.job import Job
+from pipeline.training.job_folder import JobFolder
 from pipeline.training.session import Trained
 from pipeline.training.sessions import Sessions
 from pipeline.training.telemetry import Step
@@ -229,6 +230,10 @@ class StreamRun:
             except ExpertError:
                 return False
         return True
+
+    def has_trained(self, reference: ExpertReference) -> bool:
+        """Whether this run has trained an expert to its end, though it may not have come to note its figures."""
+        return JobFolder(self.folder / "training" / f"{reference.name}-{reference.digest}").figures() is not None
 
     # Training
 

@@ -15,6 +15,7 @@ from jobs.stream_run import StreamRun
 from pipeline.config import without_secrets
 from pipeline.evaluation.matrix import BASE, AccuracyMatrix, continual_metrics
 from pipeline.evaluation.results import Evaluation
+from pipeline.routing.expert import ExpertCard
 from pipeline.streams.sources import first_records
 
 PACKAGES = ("torch", "ray", "transformers", "peft", "deepspeed", "mlflow", "pyarrow")
@@ -68,6 +69,16 @@ def task_figures(run: StreamRun, task: str, figures: Mapping[str, Any]) -> dict[
         "router_loss": _curve(figures["router_losses"]),
         **({"validation_loss": figures["validation_losses"]} if "validation_losses" in figures else {}),
     }
+
+
+def figures_on_card(card: ExpertCard) -> dict[str, Any]:
+    """Returns what an expert's card has of the figures of its training; curves and row counts are not on it."""
+    unknown: dict[str, Any] = {"seconds": 0.0, "wait_seconds": 0.0, "losses": [], "step_seconds": []}
+    figures = {
+        f"{stage}_{what}": none for stage in ("expert", "router") for what, none in unknown.items()
+    } | card.metrics
+    seconds = figures["expert_seconds"] + figures["router_seconds"]
+    return figures | {"seconds": seconds, "samples": card.samples, "rows": 0, "quarantined": 0, "lost_files": 0}
 
 
 def _curve(losses: Sequence[float], points: int = 100) -> list[list[float]]:

@@ -11,7 +11,7 @@ from jobs.background import begin
 from jobs.recognition import expert_wanted
 from jobs.state import write_json
 from jobs.stream_run import StreamRun
-from jobs.summary import task_figures
+from jobs.summary import figures_on_card, task_figures
 from pipeline.config import TaskConfig
 from pipeline.routing.expert import Expert
 from pipeline.routing.store import ExpertReference
@@ -55,7 +55,11 @@ class Trainings:
             self._begun[task.name].set_exception(error)
             return
         file = run.folder / "state" / f"task-{wanted.digest}.json"
-        if file.exists() and run.has_expert(wanted):
+        if (file.exists() or not run.has_trained(wanted)) and run.has_expert(wanted):
+            if not file.exists():
+                run.terminal.say(f"  {task.name}: another run has learned it; its expert is taken from there")
+                card = run.experts.load(wanted).card
+                write_json(file, task_figures(run, task.name, figures_on_card(card)))
             self._begun[task.name] = Future()
             self._begun[task.name].set_result(TrainedExpert(wanted, file, before=True))
             return

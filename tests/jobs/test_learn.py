@@ -159,6 +159,21 @@ def test_a_finished_run_changes_nothing(undisturbed):
     assert versions(config, "untrained.pool") == ["1", "2"]
 
 
+def test_what_another_run_has_registered_is_not_learned_again(undisturbed, tmp_path):
+    """Nothing but the registry is shared."""
+    config, summary = undisturbed
+    registry = f"registry.uri=sqlite:///{config.parent / 'mlflow.db'}"
+    command = [sys.executable, "-m", "jobs.learn", str(config), registry, f"output={tmp_path}", "name=colleague"]
+    answer = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
+    assert answer.returncode == 0, answer.stderr[-3000:]
+    assert "digits: another run has learned it" in answer.stdout
+    assert not (tmp_path / "colleague" / "training").exists()
+    found = json.loads((tmp_path / "colleague" / "summary.json").read_text())
+    assert found["accuracy_matrix"] == summary["accuracy_matrix"]
+    assert found["tasks"]["echo"]["samples"] == summary["tasks"]["echo"]["samples"]
+    assert versions(config, "untrained.experts") == ["1", "2"]
+
+
 def test_what_the_registry_does_not_have_is_only_registered(undisturbed):
     """As after a registry that was away at the end of training: nothing is trained again.
 
