@@ -528,8 +528,9 @@ def open_run(config: LearnConfig, *, job: str, trains: bool = True) -> Iterator[
 def _told_how_to_go_on(terminal: Terminal) -> Iterator[None]:
     try:
         yield
-    except KeyboardInterrupt:
-        terminal.say("stopped; what is finished is kept, and the same command goes on from there")
+    except BaseException as error:
+        if isinstance(error, KeyboardInterrupt):
+            terminal.say("stopped; what is finished is kept, and the same command goes on from there")
         for name in ("ray", "ray.data"):  # what still reads is about to lose Ray, and would complain
             logging.getLogger(name).setLevel(logging.CRITICAL)
         raise

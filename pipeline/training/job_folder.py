@@ -18,6 +18,7 @@ from typing import Any
 import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 
+from pipeline.errors import stored_file
 from pipeline.training.engine_state import put_state, whole_state
 from pipeline.training.randomness import load_random_state, save_random_state
 from pipeline.training.validation import KEPT
@@ -26,6 +27,11 @@ PROGRESS, ADAPTER, STATE, EXPERT = "progress.json", "adapter", "state.safetensor
 """What a checkpoint holds: where it stands; the adapter once it is trained, until then its weights and optimizer, whole.
 What is finished: the expert, or the adapter where there was no router stage."""
 FIGURES = "figures.json"
+
+
+def begun_anew(folder: Path) -> str:
+    """Returns what to do about a damaged file in `folder`."""
+    return f"remove the folder {folder}, and the task's training begins anew"
 
 
 def save_state(engine: Any, folder: Path) -> None:
@@ -41,9 +47,12 @@ def load_state(engine: Any, folder: Path, step: int, *, ranks: int) -> None:
 
     With as many `ranks` it goes on as if it had not been interrupted; with others, dropout alone draws other numbers.
     """
-    put_state(engine, load_file(folder / STATE), step)
+    with stored_file(folder / STATE, begun_anew(folder)):
+        put_state(engine, load_file(folder / STATE), step)
     if ranks == dist.get_world_size():
-        load_random_state(folder / f"random-{dist.get_rank()}.safetensors")
+        own = folder / f"random-{dist.get_rank()}.safetensors"
+        with stored_file(own, begun_anew(folder)):
+            load_random_state(own)
 
 
 class JobFolder:
@@ -58,7 +67,10 @@ class JobFolder:
     def figures(self) -> dict[str, Any] | None:
         """Returns the figures of a job that is done, None of one that is not."""
         file = self.finished / FIGURES
-        return json.loads(file.read_text()) if file.exists() else None
+        if not file.exists():
+            return None
+        with stored_file(file, begun_anew(self.finished)):
+            return json.loads(file.read_text())
 
     def last(self) -> Path | None:
         """Returns the folder of the last checkpoint, None before the first."""
@@ -69,7 +81,8 @@ class JobFolder:
         """Returns where the last checkpoint stands."""
         checkpoint = self.last()
         assert checkpoint is not None, "callers have asked"
-        return json.loads((checkpoint / PROGRESS).read_text())
+        with stored_file(checkpoint / PROGRESS, begun_anew(checkpoint)):
+            return json.loads((checkpoint / PROGRESS).read_text())
 
     def draft(self, progress: dict[str, Any]) -> Path:
         """Starts a checkpoint; returns the folder that every rank writes its part into."""

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from pipeline.errors import stored_file
 from pipeline.models.bases import Base
 from pipeline.models.prompts import Encoded, collate_for, to_device
 from pipeline.training.loop import answer_tokens, over_ranks
@@ -81,4 +82,6 @@ class BestAdapter:
 
     def _kept(self) -> Iterator[tuple[Look, Path]]:
         for file in self._folder.glob(f"{KEPT}*/{FIGURES}"):
-            yield Look(**json.loads(file.read_text())), file.parent
+            with stored_file(file, f"remove the folder {file.parent}"):
+                look = Look(**json.loads(file.read_text()))
+            yield look, file.parent

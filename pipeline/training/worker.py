@@ -12,6 +12,7 @@ import ray.train
 import torch
 import torch.distributed as dist
 
+from pipeline.errors import StoredFileError
 from pipeline.models.bases import Base, load_base
 from pipeline.models.prompts import collate_for
 from pipeline.routing.adapters import ExpertError, load_adapters
@@ -61,7 +62,7 @@ def train(settings: dict[str, Any]) -> None:
     """Works on the session's jobs until there are no more; Ray Train runs this on every rank.
 
     `settings`: the `queue` and the folder `storage`. A job's outcome is rank 0's figures (losses, seconds and data wait of
-    both stages), or `failure` with the reason where a retry would fail again (divergence, an expert that learned nothing):
+    both stages), or `failure` with the reason where a retry would fail again (divergence, nothing learned, a damaged file):
     all ranks see those alike. What one rank alone meets must be raised: the others would wait for it.
     """
     queue, storage = settings["queue"], Path(settings["storage"])
@@ -83,14 +84,16 @@ def train(settings: dict[str, Any]) -> None:
 
 def _work(job: Job, rows: TrainingRows, queue: Any, folder: Path, base: "HeldBase") -> dict[str, Any]:
     """Does one job; returns its outcome."""
-    worker = Worker(job, rows, queue, folder, base)
+    worker = None
     try:
+        worker = Worker(job, rows, queue, folder, base)
         return worker.run()
-    except (Divergence, ExpertError) as error:
+    except (Divergence, ExpertError, StoredFileError) as error:
         base.drop()  # adapters and engine are still on it
         return {"failure": str(error)}
     finally:
-        worker.tell()  # the last losses before a failure are those one wants to see
+        if worker is not None:
+            worker.tell()  # the last losses before a failure are those one wants to see
 
 
 def _agreed(value: Any) -> Any:
