@@ -113,10 +113,11 @@ def check_inference(*, workers: int, cpus_per_worker: float, gpus_per_worker: fl
     places = sum(_places(node, cpus_per_worker, gpus_per_worker) for node in nodes)
     fitting = min(places, int((cpus - READER_CPUS) // cpus_per_worker))
     if fitting < workers:
-        fewer = "evaluation.gpus_per_worker or " if gpus_per_worker > 1 else ""
+        fewer = "or evaluation.gpus_per_worker, " if gpus_per_worker > 1 else ""
         raise PreflightError(
             f"{asked}, and {READER_CPUS} CPU for reading rows: only {max(fitting, 0)} of them fit; {found}\n"
-            f"    lower evaluation.workers to {max(fitting, 1)}, {fewer}training.threads, or take a larger cluster (--address)"
+            f"    lower evaluation.workers to {max(fitting, 1)}, {fewer}or training.threads, or take a larger cluster "
+            "(--address)"
         )
 
 

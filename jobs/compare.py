@@ -105,9 +105,7 @@ def _sequential(run: StreamRun) -> _Adapter:
     """One LoRA goes from task to task."""
     adapter, key, samples, seconds = None, "sequential", 0, 0.0
     for number, task in enumerate(run.config.stream.tasks):
-        run.terminal.say(
-            f"[bold]sequential fine-tuning {number + 1}/{len(run.config.stream.tasks)}: {task.name}[/bold]"
-        )
+        run.terminal.say(f"sequential fine-tuning {number + 1}/{len(run.config.stream.tasks)}: {task.name}", "bold")
         key = digest(key, run.identity.expert(task))
         changes = {"task": f"sequential_{task.name}", "router_stage": False, "validation": 0.0}
         trained = run.train(*run.job(task, key, start=str(adapter) if adapter else None, **changes))
@@ -122,7 +120,7 @@ def _sequential(run: StreamRun) -> _Adapter:
 def _multitask(run: StreamRun) -> _Adapter:
     """One LoRA sees all tasks' rows, in as many steps as all experts together."""
     tasks = run.config.stream.tasks
-    run.terminal.say(f"[bold]multi-task training on all {len(tasks)} tasks[/bold]")
+    run.terminal.say(f"multi-task training on all {len(tasks)} tasks", "bold")
     key = digest("multitask", [run.identity.expert(task) for task in tasks])
     expert = run.config.expert.model_copy(update={"steps": run.config.expert.steps * len(tasks)})
     changes = {"task": "multitask", "data_fingerprint": key, "expert": expert, "router_stage": False, "validation": 0.0}

@@ -4,11 +4,13 @@ Errors from outside are told as one message that names file and remedy; their tr
 """
 
 import errno
+import math
 import os
 import re
 import signal
 import tempfile
 import threading
+import time
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -25,6 +27,9 @@ from pipeline.errors import UserError
 
 LOG = "error.log"
 """File in a run's folder with the tracebacks of errors that came from outside."""
+
+MOMENT = 0.5
+"""Seconds within which a second signal is the same one."""
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
@@ -57,6 +62,7 @@ class Stopped:
     def __init__(self) -> None:
         self.signal = signal.SIGINT
         self.times = 0
+        self._last = -math.inf
 
     @property
     def exit_code(self) -> int:
@@ -64,7 +70,14 @@ class Stopped:
         return 128 + self.signal
 
     def handle(self, number: int, frame: FrameType | None) -> None:
-        """Unwinds the job the first time, ends the process the second time."""
+        """Unwinds the job the first time, ends the process the second time.
+
+        Some supervisors signal a process, then its group: what comes within a moment is the same wish.
+        """
+        now, before = time.monotonic(), self._last
+        self._last = now
+        if now - before < MOMENT:
+            return
         self.signal = signal.Signals(number)
         self.times += 1
         if self.times > 1:

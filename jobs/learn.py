@@ -59,7 +59,7 @@ def learn_stream(run: StreamRun) -> Learned:
     matrix.record("base", last.accuracies())
     evaluations, trainings = PoolEvaluations(run, matrix), Trainings(run)
     for number, task in enumerate(config.stream.tasks):
-        run.terminal.say(f"[bold]task {number + 1}/{len(names)}: {task.name}[/bold]")
+        run.terminal.say(f"task {number + 1}/{len(names)}: {task.name}", "bold")
         began = monotonic()
         trained = trainings.expert(task)
         ended = monotonic()

@@ -226,7 +226,9 @@ def show(terminal: Terminal, plan: Plan, gpu: str | None, changes: list[Change])
         terminal.console.print(drawn)
     for line in _notes(plan):
         terminal.say(line)
-    for line in verdict(plan, gpu, changes):
+    first, *others = verdict(plan, gpu, changes)
+    terminal.say(first, "bold green" if job_fits(plan) else "bold red")
+    for line in others:
         terminal.say(line)
 
 
@@ -374,8 +376,8 @@ def verdict(plan: Plan, gpu: str | None, changes: list[Change]) -> list[str]:
     if job_fits(plan):
         most = largest_micro_batch(plan)
         more = f"; up to training.micro_batch={most} would fit" if most and most > plan.micro_batch else ""
-        return [f"[bold green]fits[/bold green]       {room}{more}"]
-    lines = [f"[bold red]does not fit[/bold red]  {room}"]
+        return [f"fits       {room}{more}"]
+    lines = [f"does not fit  {room}"]
     lines += [f"  then {'fits' if c.fits else 'still not'}: {c}   {_gb(c.bytes)} GB ({c.moment})" for c in changes]
     settings = {field: value for change in changes for field, value in change.settings.items()}
     if not job_fits(changed(plan, settings)):

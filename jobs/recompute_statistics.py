@@ -57,7 +57,7 @@ def recompute(run: StreamRun, old: TrainedPool, *, skip_missing: bool = False) -
     renewals = plan(run, old, skip_missing=skip_missing)
     experts, read = {}, 0
     for number, renewal in enumerate(renewals):
-        run.terminal.say(f"[bold]expert {number + 1}/{len(renewals)}: {renewal.task.name}[/bold]")
+        run.terminal.say(f"expert {number + 1}/{len(renewals)}: {renewal.task.name}", "bold")
         experts[renewal.task.name], prompts = _expert(run, old, renewal)
         read += prompts
     pool = Pool(run.config.base.label, run.fingerprint, run.config.router, **run.null_expert())

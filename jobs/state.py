@@ -1,7 +1,9 @@
 """What a run keeps in its folder between restarts: JSON files, seconds, counts."""
 
 import json
+import threading
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -29,19 +31,27 @@ def write_json(file: Path, value: Any) -> None:
 
 
 class Stopwatch:
-    """Seconds that a run has taken over all its restarts, kept in a file."""
+    """Seconds that a run has taken over all its restarts, kept in a file; also written in between, lest a kill loses them."""
 
-    def __init__(self, file: Path) -> None:
-        self._file = file
+    def __init__(self, file: Path, *, every: float = 5.0) -> None:
+        self._file, self._every, self._lock = file, every, threading.Lock()
         with stored_file(file, REMADE):
             self._before = float(json.loads(file.read_text())["seconds"]) if file.exists() else 0.0
         self._started = time.monotonic()
+        threading.Thread(target=self._go, name="stopwatch", daemon=True).start()
 
     def lap(self) -> float:
         """Returns the seconds so far and writes them down."""
-        seconds = self._before + time.monotonic() - self._started
-        write_json(self._file, {"seconds": seconds})
+        with self._lock:
+            seconds = self._before + time.monotonic() - self._started
+            write_json(self._file, {"seconds": seconds})
         return seconds
+
+    def _go(self) -> None:
+        with suppress(OSError):  # told where the lap counts
+            while True:
+                time.sleep(self._every)
+                self.lap()
 
 
 class Tally:

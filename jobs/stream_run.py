@@ -233,7 +233,15 @@ class StreamRun:
 
     def has_trained(self, reference: ExpertReference) -> bool:
         """Whether this run has trained an expert to its end, though it may not have come to note its figures."""
-        return JobFolder(self.folder / "training" / f"{reference.name}-{reference.digest}").figures() is not None
+        return self._job_folder(reference.name, reference.digest).figures() is not None
+
+    def seconds_before(self, reference: ExpertReference) -> float:
+        """Returns what training an expert had taken by its last checkpoint, where this run was stopped in the middle of it."""
+        folder = self._job_folder(reference.name, reference.digest)
+        return float(folder.progress().get("seconds", 0.0)) if folder.last() else 0.0
+
+    def _job_folder(self, task: str, digest_: str | None) -> JobFolder:
+        return JobFolder(self.folder / "training" / f"{task}-{digest_}")
 
     # Training
 
@@ -292,7 +300,7 @@ class StreamRun:
     def trainings_at_once(self) -> int:
         """How many tasks are trained at a time: `training.parallel_tasks`, or as many as the cluster has room for."""
         asked = self.config.training.parallel_tasks
-        return min(self._room if asked == "auto" else asked, len(self.config.stream.tasks))
+        return min(self._room if isinstance(asked, str) else asked, len(self.config.stream.tasks))
 
     @property
     def _room(self) -> int:
@@ -511,6 +519,7 @@ def open_run(config: LearnConfig, *, job: str, trains: bool = True) -> Iterator[
         ) as run_id:
             run.run_id = run_id
             log_config(run_id, config)
+            run.metrics.go_on(run_id)
             run.metrics.write()  # of an earlier run, if the registry was away then
             try:
                 yield run

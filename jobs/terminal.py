@@ -34,9 +34,9 @@ class Terminal:
         self._shown = 0
         self._lock = threading.Lock()
 
-    def say(self, text: str) -> None:
-        """Prints a line above the bars."""
-        self.console.print(without_secrets(text), soft_wrap=True)
+    def say(self, text: str, style: str = "") -> None:
+        """Prints a line above the bars, all of it in a style of rich's; brackets in it are brackets."""
+        self.console.print(Text(without_secrets(text), style=style), soft_wrap=True)
 
     @contextmanager
     def working(self, text: str) -> Iterator[None]:
@@ -72,9 +72,9 @@ class Terminal:
         with self._lock:
             if self._progress is None:
                 columns = (
-                    TextColumn("{task.description}"),
+                    TextColumn("{task.description}", markup=False),
                     BarColumn(bar_width=16),
-                    TextColumn("{task.fields[detail]}"),
+                    TextColumn("{task.fields[detail]}", markup=False),
                     _Time(),  # all of it fits into 80 columns
                 )
                 self._progress = Progress(*columns, console=self.console, transient=True)

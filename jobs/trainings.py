@@ -77,6 +77,9 @@ def _train(
     While it trains the rows of the `following` task are read, if that is to be trained too.
     """
     assert wanted.digest is not None
+    before = run.seconds_before(wanted)
+    if before:
+        run.terminal.say(f"  {task.name}: goes on at its last checkpoint")
     with run.terminal.working(f"reading {task.name}"):
         rows = run.training_rows(task)
     if following is not None and _to_be_trained(run, following):
@@ -86,7 +89,7 @@ def _train(
     trained = run.train(*run.job(task, wanted.digest))
     run.experts.put(Expert.load(trained.expert))
     figures = trained.figures | {
-        "seconds": monotonic() - started,
+        "seconds": before + monotonic() - started,
         "rows": rows.counts[task.name],
         "quarantined": aside.rows,
         "lost_files": aside.files,

@@ -90,7 +90,7 @@ def prove(names: Sequence[str], cached: Sequence[str], output: Path, *, tasks: i
         "families": found,
     }
     for name in dict.fromkeys((*names, *cached)):
-        terminal.say(f"[bold]family {name}[/bold]")
+        terminal.say(f"family {name}", "bold")
         plain = None
         if name in names:
             plain, found[name] = _proof(stream(name, output, tasks=tasks, steps=steps))

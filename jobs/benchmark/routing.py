@@ -321,7 +321,7 @@ def _show(terminal: Terminal, results: Sequence[Result], size: str, tokens: int)
     for engine in dict.fromkeys(engine for engine, _ in ratios):
         values = [ratios[engine, number] for number in numbers]
         rows.append([engine, *("-" if value is None else f"{value:.2f}" for value in values)])
-    terminal.say(f"[bold]{size}, {PHASES[tokens]}[/bold]: time by number of experts, one LoRA = 1{floor}")
+    terminal.say(f"{size}, {PHASES[tokens]}: time by number of experts, one LoRA = 1{floor}", "bold")
     if rows:
         terminal.console.print(table("", ["engine", *map(str, numbers)], rows))
     for r in here:

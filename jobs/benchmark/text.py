@@ -169,7 +169,7 @@ def _sequential(run: StreamRun, learned: Learned) -> Expert:
     key = learned.pool.experts[first.name].card.config_digest
     adapter = run.experts.ensure(run.reference(first.name, key))
     for task in others:
-        run.terminal.say(f"[bold]sequential fine-tuning: {task.name} after {first.name}[/bold]")
+        run.terminal.say(f"sequential fine-tuning: {task.name} after {first.name}", "bold")
         key = digest("sequential", key, run.identity.expert(task))
         job = run.job(task, key, task=f"sequential_{task.name}", start=str(adapter), router_stage=False)
         adapter = run.train(*job).adapter

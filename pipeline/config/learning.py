@@ -43,6 +43,12 @@ def _a_pattern(text: str) -> str:
     return text
 
 
+def _a_number_or_auto(value: int | str) -> int | str:
+    if value != "auto" and (isinstance(value, str) or value < 1):
+        raise ValueError("a number from 1 on, or `auto`")
+    return value
+
+
 class BaseModelConfig(Config):
     """The frozen vision-language model."""
 
@@ -164,7 +170,7 @@ class TrainingConfig(Config):
     frozen base, far less memory."""
     offload: Literal["none", "optimizer", "all"] = "none"
     """What waits in CPU memory: optimizer states (ZeRO 1 to 3), or with `all` the sharded base too (ZeRO 3)."""
-    parallel_tasks: Annotated[int, Field(ge=1)] | Literal["auto"] = 1
+    parallel_tasks: Annotated[int | str, AfterValidator(_a_number_or_auto)] = 1
     """Tasks that are trained at a time, each by `workers` of its own; `auto`: as many as the cluster has room for beside
     evaluation. Experts and the order of pool versions are the same, whatever it is."""
     checkpoint_every: int = Field(default=100, ge=1)
@@ -221,7 +227,7 @@ class RegistryConfig(Config):
     """MLflow tracking and model registry."""
 
     uri: str | None = None
-    """Tracking server, e.g. http://mlflow:5000; default: SQLite file `mlflow.db` beside the output folder."""
+    """Tracking server, e.g. http://mlflow:5000; default: SQLite file `mlflow.db` in the output folder."""
     experiment: str = "pointsman"
     """MLflow experiment."""
     patience: float = Field(default=300.0, ge=0)

@@ -130,10 +130,11 @@ def base_configuration(base: BaseModelConfig, file: Path | None = None) -> Any:
     if file is None:
         file = (TINY_BASE if base.path == "tiny" else Path(base.path).expanduser()) / "config.json"
         if not file.is_file():
+            hub = not base.path.startswith((".", "/", "~")) and "://" not in base.path
+            where = f"`hf download {base.path} config.json` brings it" if hub else "jobs/configs/bases has InternVL2's"
             raise BaseError(
                 f"base.path: {base.path} is no folder with a config.json on this machine. A plan reads that one file and no "
-                "weights: give it with --base-config path/to/config.json (for a hub id: `hf download "
-                f"{base.path} config.json`)"
+                f"weights: give it with --base-config path/to/config.json ({where})"
             )
     try:
         values = json.loads(file.read_text())

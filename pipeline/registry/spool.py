@@ -4,6 +4,7 @@ import json
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -17,6 +18,10 @@ from pipeline.registry.patience import is_away, is_silent, reason_of
 
 PAUSE_SECONDS = 15.0
 """How long a registry that did not answer is left alone; a probe of it holds up progress for some seconds."""
+
+
+REMEMBERED = 256
+"""Metrics of which one remembers what is written: those of a task are not logged again when it is long done."""
 
 
 class Point(NamedTuple):
@@ -40,6 +45,10 @@ class MetricSpool:
         self._file, self._say = file, say
         self._points = list(_read(file))
         self._again_at, self._away = 0.0, False
+        self._old: set[tuple[str, str]] = set()
+        self._known: dict[tuple[str, str], set[tuple[int, float]]] = {}
+        """Points (step, value) that are written or wait, by run and metric."""
+        self._new(self._points)
         self._lock = threading.Lock()
 
     @property
@@ -47,11 +56,34 @@ class MetricSpool:
         """Number of points that the registry does not have yet."""
         return len(self._points)
 
+    def go_on(self, run_id: str) -> None:
+        """Looks up which metrics a run has from an earlier process; their points are not written a second time."""
+        with suppress(MlflowException, requests.RequestException):  # a point too many is no wrong one
+            if not is_silent():
+                self._old = {(run_id, key) for key in MlflowClient().get_run(run_id).data.metrics}
+
+    def _new(self, points: Iterable[Point]) -> list[Point]:
+        """Returns the points that the registry neither has nor is about to get."""
+        new = []
+        for point in points:
+            place = point.run_id, point.key
+            known = self._known.setdefault(place, set())
+            while len(self._known) > REMEMBERED:
+                del self._known[next(iter(self._known))]
+            if place in self._old and not is_silent():
+                self._old.remove(place)
+                with suppress(MlflowException, requests.RequestException):
+                    known |= {(found.step, found.value) for found in MlflowClient().get_metric_history(*place)}
+            if (point.step, point.value) not in known:
+                known.add((point.step, point.value))
+                new.append(point)
+        return new
+
     def log(self, run_id: str, points: Iterable[tuple[str, float, int]]) -> None:
         """Takes (metric, value, step) points of a run, and writes what waits if the registry answers."""
         now = int(time.time() * 1000)
-        new = [Point(run_id, key, value, step, now) for key, value, step in points]
         with self._lock:
+            new = self._new(Point(run_id, key, value, step, now) for key, value, step in points)
             self._file.parent.mkdir(parents=True, exist_ok=True)
             with self._file.open("a", encoding="utf-8") as file:
                 file.writelines(f"\n{json.dumps(point)}" for point in new)  # the last line may have been cut off

@@ -148,6 +148,9 @@ def _table(delimiter: str) -> Callable[..., Iterator[tuple[int, Row]]]:
             lines = _Lines(text)
             records = csv.reader(lines, delimiter=delimiter, strict=True)
             names = [name.strip() for name in next(records, [])]
+            if any("\x00" in name for name in names):
+                yield 1, Fault("the file holds NUL characters: is it UTF-16? Save it as UTF-8", lost=WHOLE, rows=0)
+                return
             if not names:
                 yield 1, Fault("the file is empty: not even a line with the columns' names", lost=WHOLE, rows=0)
                 return

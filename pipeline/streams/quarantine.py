@@ -33,7 +33,7 @@ class SetAside:
         return bool(self.rows or self.files)
 
     def __str__(self) -> str:
-        rows = f"{self.rows} bad rows set aside"
+        rows = f"{self.rows} bad row{'s' * (self.rows != 1)} set aside"
         files = f"{self.files} file{'s' * (self.files > 1)} lost, in part or whole"
         return " and ".join([rows] * bool(self.rows or not self.files) + [files] * bool(self.files))
 
@@ -55,7 +55,8 @@ def set_aside(
     for entry in bad:
         if entry["lost"] and entry["source"] not in lost:
             name = PurePosixPath(entry["source"]).name
-            lost[entry["source"]] = f"{name} ({entry['lost']}): {entry['reason'].removeprefix(f'{name}: ')}"
+            reason = entry["reason"].removeprefix(f"{name}: ").rstrip(".")
+            lost[entry["source"]] = f"{name} ({entry['lost']}): {reason}"
     if len(lost) > data.max_lost_files:
         files = f"{len(lost)} files" if len(lost) > 1 else "a file"
         named = "; ".join([*lost.values()][:_NAMED] + ["..."] * (len(lost) > _NAMED))
@@ -66,11 +67,13 @@ def set_aside(
         )
     rows = sum(entry["rows"] for entry in bad)
     total = good + rows
+    if total == 0:
+        raise StreamError(f"task {task!r}: {path} holds no rows: its files are empty")
     if good == 0 or rows > data.max_bad_share * total:
         shown = [entry for entry in bad if entry["rows"]] or bad
         reasons = "; ".join(f"{entry['id'] or 'a row'}: {entry['reason']}" for entry in shown[:_NAMED])
         raise StreamError(
             f"task {task!r}: {rows} of {total} rows of {path} cannot be used (data.max_bad_share allows "
-            f"{data.max_bad_share:.0%}). First: {reasons or 'the files are empty'}. All of them with reasons: {file}"
+            f"{data.max_bad_share:.0%}). First: {reasons}. All of them with reasons: {file}"
         )
     return SetAside(rows, len(lost))

@@ -191,7 +191,8 @@ def _check(job: Job, rows: TrainingRows) -> None:
         raise TrainingError(f"task {job.task!r}: {which} cannot be split among {workers} workers")
     if job.router_stage and learned < FEWEST_ROWS:
         raise TrainingError(
-            f"task {job.task!r}: {which} are too few for its statistics; at least {FEWEST_ROWS} are needed"
+            f"task {job.task!r}: {which} are too few for its statistics; at least {FEWEST_ROWS} are needed: bring more rows"
+            + (", or lower the task's `validation`" if held else "")
         )
 
 

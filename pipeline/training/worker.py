@@ -2,6 +2,7 @@
 
 import shutil
 import time
+from collections.abc import Sequence
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
@@ -149,7 +150,7 @@ class Worker:
         self.dtype = torch.bfloat16 if job.training.precision == "bf16" else torch.float32
         torch.set_num_threads(job.training.threads)
         self._untold: list[tuple[str, str, int, int, float]] = []
-        self._told = 0.0
+        self._told, self._began, self._before = 0.0, time.monotonic(), 0.0
         self.figures: dict[str, Any] = {"samples": job.expert.steps * job.expert.batch_size}
 
     def run(self) -> dict[str, Any]:
@@ -158,6 +159,7 @@ class Worker:
         progress: dict[str, Any] = {"stage": "expert", "step": 0, "figures": {}}
         if checkpoint is not None:
             progress = self.folder.progress()
+            self._before = progress.get("seconds", 0.0)
         self.figures |= progress["figures"]
         settings = self._zero_config()
         base = self.base.get(job, settings)
@@ -195,6 +197,7 @@ class Worker:
         if folder is not None and (folder / STATE).exists():  # not in those of earlier releases
             load_state(engine, folder, progress["step"], ranks=progress["world"])
             begin, clock = progress["step"], StageClock(**progress["clock"])
+            self._tell_again(clock.losses)
         engine.train()
 
         notice = Notice()
@@ -365,6 +368,13 @@ class Worker:
         if step == steps or time.monotonic() - self._told >= TELL_EVERY:
             self.tell()
 
+    def _tell_again(self, losses: Sequence[float]) -> None:
+        """Tells of the steps before the checkpoint: the driver may have been killed before it had logged them."""
+        for step, loss in enumerate(losses, 1):
+            self._step_done("expert", step, self.job.expert.steps, loss)
+        for step, loss in self.figures.get("validation_losses", []):
+            self._step_done("validation", step, self.job.expert.steps, loss)
+
     def tell(self) -> None:
         """Tells the driver of the steps that it does not know yet."""
         if self._untold:
@@ -373,4 +383,5 @@ class Worker:
 
     def _checkpoint(self, progress: dict[str, Any]) -> Path:
         """Starts a checkpoint that says where this job stands."""
-        return self.folder.draft({"world": self.world, "figures": self.figures, **progress})
+        seconds = self._before + time.monotonic() - self._began
+        return self.folder.draft({"world": self.world, "seconds": seconds, "figures": self.figures, **progress})

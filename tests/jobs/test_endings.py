@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,7 @@ from ray.exceptions import RayError
 from typer.testing import CliRunner
 
 from jobs.cli import app
-from jobs.endings import OutsideError, outside_errors
+from jobs.endings import MOMENT, OutsideError, outside_errors
 from jobs.options import user_errors
 from jobs.state import Stopwatch, read_json
 from jobs.terminal import Terminal, methods_table
@@ -45,6 +46,9 @@ def test_a_signal_unwinds_the_job_and_a_second_ends_it(number: int, cleaning: st
     process.send_signal(number)
     assert process.stdout.readline() == "cleaning up\n"
     if cleaning != "pass":
+        process.send_signal(number)  # within a moment it is the same wish
+        time.sleep(1.2 * MOMENT)
+        assert process.poll() is None
         process.send_signal(number)
     assert process.wait(timeout=30) == code
     assert process.stderr is not None

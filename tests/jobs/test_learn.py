@@ -241,10 +241,23 @@ def test_stopped_and_killed_drivers_go_on_to_the_same_pool(undisturbed, tiny_fol
     assert statuses(config) == ["RUNNING"]
     finish(config, "training.parallel_tasks=2")
     assert statuses(config) == ["FINISHED"]
+    assert_whole_curves(config)
+    summary = json.loads((config.parent / "mini" / "summary.json").read_text())
+    assert all(task["overhead_seconds"] > 0 for task in summary["tasks"].values())
     assert log.read_text().count("the same command goes on from there") == 2
     assert "Traceback" not in log.read_text()
     assert_same_pool(Pool.load(config.parent / "mini" / "pool"), Pool.load(undisturbed[0].parent / "mini" / "pool"))
     assert versions(config, "untrained.pool") == ["1", "2"]
+
+
+def assert_whole_curves(config: Path) -> None:
+    """Every step has its loss in MLflow once, whatever was killed in between."""
+    client = MlflowClient(f"sqlite:///{config.parent / 'mlflow.db'}")
+    (run,) = client.search_runs(["1"])
+    for task in ("digits", "echo"):
+        history = client.get_metric_history(run.info.run_id, f"{task}/expert_loss")
+        assert sorted(point.step for point in history) == list(range(1, 13))
+    assert len(client.get_metric_history(run.info.run_id, "continual/average_accuracy")) == 1
 
 
 def assert_same_pool(one: Pool, other: Pool) -> None:

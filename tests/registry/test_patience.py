@@ -119,6 +119,20 @@ def test_a_point_that_is_written_twice_is_there_once(experiment: str, tmp_path: 
     assert "metrics of run 00000000000000000000000000000000 are refused" in told[0]
 
 
+def test_a_process_that_goes_on_writes_what_is_missing_and_nothing_twice(experiment: str, tmp_path: Path) -> None:
+    with tracked_run(experiment, "demo", "holes") as run:
+        first = MetricSpool(tmp_path / "metrics.jsonl", print)
+        first.log(run, [("loss", 0.5, 1), ("loss", 0.25, 4), ("loss", 0.5, 1)])
+        later = MetricSpool(tmp_path / "metrics.jsonl", print)
+        later.go_on(run)
+        later.log(run, [("loss", 0.5, 1), ("loss", 0.4, 2), ("loss", 0.3, 3)])
+        later.log(run, [("loss", 0.3, 3), ("loss", 0.25, 4), ("loss", 0.2, 5), ("other", 1.0, 0)])
+        history = MlflowClient().get_metric_history(run, "loss")
+        assert sorted((point.step, point.value) for point in history) == [
+            (1, 0.5), (2, 0.4), (3, 0.3), (4, 0.25), (5, 0.2),
+        ]  # fmt: skip
+
+
 def test_what_is_registered_is_tried_until_the_server_is_back(port: int) -> None:
     told: list[str] = []
     received: list[dict[str, Any]] = []

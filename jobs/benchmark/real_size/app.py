@@ -61,7 +61,7 @@ def real_size(only: Only = None, output: Output = Path("runs/benchmark-real-size
             "versions": {package: version(package) for package in PACKAGES},
         }
         for name in only or MEASUREMENTS:
-            terminal.say(f"[bold]{name}[/bold]: {MEASUREMENTS[name]}")
+            terminal.say(f"{name}: {MEASUREMENTS[name]}", "bold")
             began = monotonic()
             with terminal.working(f"measuring {name}"):
                 found = import_module(f"jobs.benchmark.real_size.{name}").measure()

@@ -17,6 +17,7 @@ import pyarrow.parquet as pq
 from pipeline.locks import made_once
 from pipeline.streams.embedded import foundation, synthetic, tasks
 from pipeline.streams.embedded.foundation import Example
+from pipeline.streams.faults import StreamError
 
 SCHEME = "embedded://"
 FOUNDATION_ROWS = 100
@@ -44,7 +45,7 @@ def embedded_file(path: str, folder: Path) -> Path:
     known = {f"{t}/{p}" for t in tasks.TASKS for p in ("train", "eval")}
     known |= {f"{f}/eval" for f in foundation.FOUNDATION} | {"general/train"}
     if f"{task}/{part}" not in known and not (_SYNTHETIC.fullmatch(task) and part in ("train", "eval")):
-        raise ValueError(
+        raise StreamError(
             f"{path}: no such embedded data; there are: {', '.join(sorted(known))}, and of any number of cheap tasks "
             "synthetic_000/train, synthetic_000/eval to synthetic_1999"
         )
