@@ -259,7 +259,7 @@ def test_bad_rows_are_written_down_and_told(
     one = evaluator(tiny_folder, tmp_path, on_set_aside=lambda name, aside: told.append((name, str(aside))))
     result = one.evaluate(columns[-1:], None, actors=actors)
     assert sum(result.columns["grouped"].experts.values()) == 7
-    assert told == [("grouped", "1 bad rows set aside")]
+    assert told == [("grouped", "1 bad row set aside")]
     assert "answer" in (tmp_path / "quarantine" / "grouped.jsonl").read_text()
     assert not list((tmp_path / "prompts").glob("*"))  # what cannot be used today is looked at again tomorrow
 
