@@ -14,7 +14,7 @@ import yaml
 from mlflow import MlflowClient
 from typer.testing import CliRunner
 
-from jobs import learn, recompute_statistics
+from jobs import learn, recompute_statistics, trainings
 from jobs.cli import app
 from jobs.recompute_statistics import _meant, recompute
 from jobs.stream_run import StreamRun, open_run
@@ -97,7 +97,7 @@ def aged(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Aged:
             )
             config_ = expert.adapter_config | {"lora_dropout": 0.0}
             expert = dataclasses.replace(expert, card=card, adapter_config=config_)
-            cached = CachedRows(rows.blocks)
+            cached = CachedRows(rows)
             prompts[name] = [without_answer(cached[number]) for number in range(8)]
             experts.append(as_training_records(base, expert, rows, settings.router))
     learned = Pool("untrained", base.fingerprint, settings.router, experts, components(torch.randn(16, 384), 2))
@@ -207,12 +207,14 @@ def test_one_line_says_what_was_done(aged: Aged, renewed: tuple[Pool, str]) -> N
 def test_learning_goes_on_from_the_recomputed_experts(
     aged: Aged, renewed: tuple[Pool, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(learn, "_train", lambda *arguments: pytest.fail("trained again"))
+    monkeypatch.setattr(trainings, "_train", lambda *arguments: pytest.fail("trained again"))
     settings = load_config(aged.config, ["stream.on_change=fail"], LearnConfig)
     with open_run(settings, job="test", trains=False) as run:
+        begun = trainings.Trainings(run)
         for number, task in enumerate(settings.stream.tasks, start=1):
-            found = learn._expert(run, task, None)
-            assert found.before
+            trained = begun.expert(task)
+            assert trained.before
+            found = learn._registered(run, task, trained)
             assert_same(found.expert.expert.statistics, renewed[0].experts[task.name].statistics)
             assert int(found.version.version) == number
             assert found.figures["samples"] == 12 * 16
