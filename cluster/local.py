@@ -145,6 +145,8 @@ def _start(cpus: int) -> None:
     os.environ.setdefault("RAY_num_workers_soft_limit", "2")
     # Of others the next pass over rows has use a moment later; a new process would import for six seconds again.
     os.environ.setdefault("RAY_idle_worker_killing_time_threshold_ms", "10000")
+    # Ray keeps some hundred series of metrics for every data set that was read, 5 MB a task; nothing fetches them here.
+    os.environ.setdefault("RAY_enable_metrics_collection", "0")
     ray.init(
         address="local",  # without it, Ray would join any cluster that it finds on this machine
         num_cpus=cpus,

@@ -22,9 +22,10 @@ import torch
 
 from jobs.background import begin
 from jobs.learn import Learned, learn_stream, publish, show, where_next
+from jobs.opening import open_run
 from jobs.options import Address, ConfigFile, Overrides, job_command, load, user_errors
 from jobs.state import Stopwatch, write_json
-from jobs.stream_run import StreamRun, open_run
+from jobs.stream_run import StreamRun
 from jobs.terminal import methods_table
 from pipeline.config import digest
 from pipeline.evaluation.results import Evaluation
@@ -57,7 +58,7 @@ def compare_methods(run: StreamRun, learned: Learned) -> dict[str, Any]:
 
     told = run.evaluate(columns, learned.pool, digest(learned.pool_digest), mode="told")
     sequential, multitask = _both(
-        partial(_sequential, run), partial(_multitask, run), at_once=run.trainings_at_once > 1
+        partial(_sequential, run), partial(_multitask, run), at_once=run.capacity.trainings > 1
     )
     return {
         "base": _method(run, run.evaluate(columns, None, "base"), 0, 0.0),

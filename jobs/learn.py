@@ -18,16 +18,18 @@ from mlflow.entities.model_registry import ModelVersion
 
 from cluster.usage import memory_bytes
 from jobs.evaluations import PoolEvaluations
+from jobs.opening import open_run
 from jobs.options import Address, ConfigFile, Overrides, job_command, load, user_errors
 from jobs.recognition import remember
 from jobs.state import Stopwatch, read_json, write_json
-from jobs.stream_run import StreamRun, open_run
+from jobs.stream_run import StreamRun
 from jobs.summary import answers, learned, now, provenance
 from jobs.terminal import table
 from jobs.trainings import TrainedExpert, Trainings, with_figures
 from pipeline.config import TaskConfig
 from pipeline.evaluation.matrix import AccuracyMatrix
 from pipeline.evaluation.report import write_report
+from pipeline.memory import trim_memory
 from pipeline.registry.experts import find_expert, register_expert
 from pipeline.registry.pools import pool_name, register_pool
 from pipeline.registry.tracking import log_dataset, ui_command
@@ -89,6 +91,7 @@ def learn_stream(run: StreamRun) -> Learned:
         if config.is_evaluated(number + 1):
             evaluations.begin(pool, pool_key, pool_folder)
         if not trained.before:
+            trim_memory()
             turn = {"turn_seconds": monotonic() - began, "memory_bytes": memory_bytes()}
             figures[task.name] = with_figures(trained.file, figures[task.name], turn)
         watch.lap()

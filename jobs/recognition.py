@@ -93,7 +93,9 @@ def _without_data(run: StreamRun, task: TaskConfig, known: dict[str, Any] | None
             f"{error}; its expert was learned with other settings ({'; '.join(changes)}), so that the data are needed again: "
             "bring them back, undo the change, or set stream.on_change=keep"
         ) from None
-    run.terminal.say(f"  its training data are not to be had ({error}); the expert that was learned from them stands")
+    run.terminal.say(
+        f"  {task.name}: its training data are not to be had ({error}); the expert that was learned from them stands"
+    )
     return str(known["config_digest"])
 
 

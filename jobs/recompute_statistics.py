@@ -17,11 +17,12 @@ from typing import Annotated
 import typer
 from mlflow.entities.model_registry import ModelVersion
 
+from jobs.opening import open_run
 from jobs.options import Address, ConfigFile, Overrides, job_command, load, user_errors
 from jobs.recognition import remember
 from jobs.renewals import Renewal, plan
 from jobs.state import write_json
-from jobs.stream_run import StreamRun, open_run
+from jobs.stream_run import StreamRun
 from jobs.summary import figures_on_card, task_figures
 from pipeline.registry.experts import register_expert
 from pipeline.registry.pools import CHAMPION, download_pool, find_pool, pool_name, register_pool
@@ -106,7 +107,7 @@ def _expert(run: StreamRun, old: TrainedPool, renewal: Renewal) -> tuple[StoredE
             identity=renewal.identity,
             seed=run.config.seed,
             targets=run.config.expert.target_modules,
-            workers=run.inference_workers,
+            workers=run.capacity.inference,
             vision=run.vision,
         )
     aside = rows.aside[task.name]

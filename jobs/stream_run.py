@@ -5,47 +5,36 @@ run's folder or in the registry; the same command run again finds it there and g
 """
 
 import json
-import logging
-import tempfile
 import threading
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import Future
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import nullcontext
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
-from cluster.local import ClusterInfo, available_cpus, connect, starts_here
+from cluster.local import ClusterInfo
 from cluster.preflight import (
-    PreflightError,
     build_deepspeed_ops,
-    build_op,
-    check_inference,
-    check_resources,
-    extensions_folder,
-    trainings_that_fit,
 )
 from cluster.usage import PeakMemory
 from jobs.background import begin
-from jobs.endings import outside_errors
+from jobs.capacity import Capacity
 from jobs.identity import GENERAL_PROMPT, Identity
 from jobs.state import REMADE, Tally, write_json
 from jobs.terminal import Terminal
-from pipeline.config import LearnConfig, SourceConfig, TaskConfig, digest
-from pipeline.errors import UserError, stored_file
+from pipeline.config import LearnConfig, SourceConfig, TaskConfig
+from pipeline.errors import stored_file
 from pipeline.evaluation.actors import PredictorActors
 from pipeline.evaluation.choices import Mode
 from pipeline.evaluation.evaluate import Evaluator
 from pipeline.evaluation.prompts import Column
 from pipeline.evaluation.results import Evaluation
-from pipeline.locks import LockedError, file_lock
 from pipeline.models.bases import language_width
 from pipeline.models.checkpoints import checkpoint, fingerprint
-from pipeline.models.inference import InferenceWorkers
 from pipeline.registry.experts import MissingExpertError, experts_name, fetch_expert
 from pipeline.registry.patience import Patience
 from pipeline.registry.spool import MetricSpool
-from pipeline.registry.tracking import log_config, open_tracking, tracked_run
 from pipeline.routing.adapters import ExpertError
 from pipeline.routing.features import feature_width
 from pipeline.routing.null import read_null, write_null
@@ -67,15 +56,13 @@ GENERAL = "general"
 
 PREPARING = "preparing DeepSpeed (once on a machine, up to a minute)"
 
-SPARE_CPUS = 2
-"""Logical CPUs that must be free beside training, for Ray Data."""
-
 
 class StreamRun:
-    """One run over a stream of tasks; made by `open_run`."""
+    """One run over a stream of tasks; made by `opening.open_run`."""
 
     def __init__(self, config: LearnConfig, cluster: ClusterInfo, terminal: Terminal, memory: PeakMemory) -> None:
         self.config, self.cluster, self.terminal, self.memory = config, cluster, terminal, memory
+        self.capacity = Capacity(config, cluster)
         self.folder = config.folder
         self.fingerprint = fingerprint(checkpoint(config.base))
         self.data_folder = Path(config.output).resolve() / "data" / "embedded"
@@ -86,7 +73,7 @@ class StreamRun:
         self.metrics = MetricSpool(self.folder / "state" / "metrics.jsonl", terminal.say)
         self._training: dict[str, Future[Prepared]] = {}
         self._sessions: Sessions | None = None
-        self._lock = threading.Lock()
+        self._lock, self._closed = threading.Lock(), False
 
     def log(self, points: Iterable[tuple[str, float, int]]) -> None:
         """Logs (metric, value, step) points; where the registry is away they wait in the run's folder."""
@@ -155,11 +142,6 @@ class StreamRun:
         """Whether those who train and answer need the vision tower: not where its features are kept."""
         return self.config.data.vision_cache == "off"
 
-    @property
-    def inference_workers(self) -> InferenceWorkers:
-        """Who reads base prompts, encodes images and evaluates."""
-        return InferenceWorkers.of(self.config.training, self.config.evaluation)
-
     def _prepare(self, sources_: Mapping[str, tuple[SourceConfig, str]], kind: str, *, answer: bool) -> Prepared:
         config = self.config
         parts = {}
@@ -175,7 +157,7 @@ class StreamRun:
             quarantine=self.folder / "quarantine" / kind,
             answer=answer,
             features=Path(self.config.output).resolve() / "data" / "features",
-            workers=self.inference_workers,
+            workers=self.capacity.inference,
         )
 
     def null_expert(self) -> dict[str, Any]:
@@ -193,7 +175,7 @@ class StreamRun:
                     wanted_width=self.config.router.feature_width,
                     null_components=self.config.router.null_components,
                     targets=self.config.expert.target_modules,
-                    workers=self.inference_workers,
+                    workers=self.capacity.inference,
                     vision=self.vision,
                 )
             write_null(file.with_suffix(".draft"), null, evidence)
@@ -286,69 +268,20 @@ class StreamRun:
                 bar.update(steps)
                 self.log([(f"{s.task}/{s.stage}_loss", s.loss, s.step) for s in steps])
 
-            if not self._side_by_side:  # no evaluation goes on in the background then
+            if not self.capacity.side_by_side:  # no evaluation goes on in the background then
                 self._predictors.close()
             with self._lock:
+                if self._closed:
+                    raise RuntimeError(f"{job.task}: the run has ended")
                 if self._sessions is None:
                     storage = self.folder / "training"
-                    count = self.trainings_at_once
+                    count = self.capacity.trainings
                     self._sessions = Sessions(count, job.training, storage=storage, worker_env=worker_env)
                 sessions = self._sessions
             return sessions.train(job, rows, on_steps)
 
-    @cached_property
-    def trainings_at_once(self) -> int:
-        """How many tasks are trained at a time: `training.parallel_tasks`, or as many as the cluster has room for."""
-        asked = self.config.training.parallel_tasks
-        return min(self._room if isinstance(asked, str) else asked, len(self.config.stream.tasks))
-
-    @property
-    def _room(self) -> int:
-        """How many trainings the cluster has room for beside evaluation, at least 1."""
-        training, inference = self.config.training, self.inference_workers
-        return trainings_that_fit(
-            workers=training.workers,
-            cpus_per_worker=training.threads,
-            gpus_per_worker=int(training.gpu),
-            beside_cpus=inference.count * inference.threads + SPARE_CPUS,
-            beside_gpus=inference.count * inference.gpus,
-            here=self.cluster.started,
-        )
-
-    @property
-    def _side_by_side(self) -> bool:
-        """Whether the cluster holds the workers of training and those of inference at a time."""
-        training, inference = self.config.training, self.inference_workers
-        gpus = self.trainings_at_once * training.workers * training.gpu + inference.count * inference.gpus
-        return self.cluster.cpus >= self._cpus + SPARE_CPUS and self.cluster.gpus >= gpus
-
-    def check_side_by_side(self) -> None:
-        """Raises PreflightError where several tasks are to be trained at a time, and evaluation would have no room meanwhile.
-
-        A single training takes turns with it.
-        """
-        if self.trainings_at_once > 1 and not self._side_by_side:
-            raise PreflightError(
-                f"training.parallel_tasks={self.trainings_at_once} leaves no room for evaluation "
-                f"(evaluation.workers={self.inference_workers.count}): the cluster has {self.cluster.cpus:g} CPUs and "
-                f"{self.cluster.gpus:g} GPUs\n"
-                f"    lower training.parallel_tasks to {self._room}, or say `auto`"
-            )
-
-    @property
-    def _at_once(self) -> bool:
-        """Whether training and inference can compute at a time without being slower for it.
-
-        Ray started here has more CPUs in its books than the machine has, so that what waits does not block what works.
-        """
-        return self._side_by_side and not (self.cluster.started and available_cpus() < self._cpus)
-
-    @property
-    def _cpus(self) -> int:
-        training, inference = self.config.training, self.inference_workers
-        return self.trainings_at_once * training.workers * training.threads + inference.count * inference.threads
-
-    def _end_sessions(self, *, at_once: bool = False) -> None:
+    def end_sessions(self, *, at_once: bool = False) -> None:
+        """Ends whoever trains, in the middle of it if `at_once`; the next training starts new workers."""
         with self._lock:
             sessions, self._sessions = self._sessions, None
         if sessions is not None:
@@ -356,14 +289,16 @@ class StreamRun:
 
     def make_room(self) -> None:
         """Ends the training sessions where the cluster cannot hold its workers and those of inference side by side."""
-        if not self._side_by_side:
-            self._end_sessions()
+        if not self.capacity.side_by_side:
+            self.end_sessions()
 
     def close(self, *, at_once: bool = False) -> None:
         """Ends whoever trains and evaluates, in the middle of it if `at_once`."""
+        with self._lock:
+            self._closed = True
         if "_predictors" in self.__dict__:
             self._predictors.close(for_good=True)
-        self._end_sessions(at_once=at_once)
+        self.end_sessions(at_once=at_once)
 
     # Evaluation
 
@@ -380,7 +315,7 @@ class StreamRun:
             self.terminal.say(f"  {column}: {aside}: {self.folder}/quarantine/eval/{column}.jsonl")
 
         return Evaluator(
-            PromptSource(config.base, config.data, self.data_folder, data / "features", self.inference_workers),
+            PromptSource(config.base, config.data, self.data_folder, data / "features", self.capacity.inference),
             data,
             answers=self.identity.answers,
             max_new_tokens=config.evaluation.max_new_tokens,
@@ -407,7 +342,7 @@ class StreamRun:
 
         Pools whose Linears choose are evaluated now: they are read from a folder in which the next one will lie.
         """
-        if self._at_once and pool.router.kind == "prompt":
+        if self.capacity.undisturbed and pool.router.kind == "prompt":
             evaluate = partial(self.evaluate, columns, pool, pool_digest, folder=folder, quietly=True)
             return begin(evaluate, name="evaluating")
         done: Future[Evaluation] = Future()
@@ -453,93 +388,3 @@ class StreamRun:
         folder = self.folder / "state"
         folder.mkdir(parents=True, exist_ok=True)
         return folder / name
-
-
-class BusyError(UserError):
-    """Another process works on the same run; the message says which."""
-
-
-@contextmanager
-def alone_in(folder: Path) -> Iterator[None]:
-    """Holds a run's folder, made if need be, for this process; raises BusyError if another one has it."""
-    with ExitStack() as stack:
-        try:
-            stack.enter_context(file_lock(folder / "run.lock", wait=False))
-        except LockedError as error:
-            raise BusyError(
-                f"{folder}: {error.holder} works on this run; wait for its end, or give this one a `name` of its own"
-            ) from None
-        yield
-
-
-@contextmanager
-def open_run(config: LearnConfig, *, job: str, trains: bool = True) -> Iterator[StreamRun]:
-    """Joins or starts Ray, checks that the cluster suffices, opens MLflow; yields the run.
-
-    `job` names the kind of MLflow run, so that learning and comparing do not write into each other's. One that never
-    `trains` needs neither DeepSpeed nor a place for training workers.
-    """
-    terminal = Terminal()
-    with PeakMemory() as memory, outside_errors(config.folder), _told_how_to_go_on(terminal), alone_in(config.folder):
-        with tempfile.TemporaryFile(dir=config.folder):  # now, not after an hour of training
-            pass
-        if trains and starts_here() and not config.training.gpu:
-            # Before Ray's processes are there: the compiler takes 3 GB.
-            with terminal.working(PREPARING):
-                build_op(extensions_folder())
-        with terminal.working("starting Ray"):
-            cluster = connect()
-        training, run = config.training, StreamRun(config, cluster, terminal, memory)
-        inference, at_once = run.inference_workers, run.trainings_at_once
-        if trains:
-            check_resources(
-                workers=training.workers,
-                cpus_per_worker=training.threads,
-                gpus_per_worker=int(training.gpu),
-                extra_cpus=SPARE_CPUS,
-                trainings=at_once,
-            )
-            run.check_side_by_side()
-        check_inference(workers=inference.count, cpus_per_worker=inference.threads, gpus_per_worker=inference.gpus)
-        with terminal.working("opening MLflow"):
-            experiment = run.patience(
-                lambda: open_tracking(config.tracking_uri, config.registry.experiment, on_wait=terminal.say),
-                "opening MLflow",
-            )
-        with tracked_run(
-            experiment,
-            f"{config.name} {job}",
-            digest(
-                config.model_dump(
-                    mode="json", exclude={"registry": True, "training": True, "evaluation": {"expert_memory"}}
-                ),
-                run.fingerprint,
-                job,
-            ),
-        ) as run_id:
-            run.run_id = run_id
-            log_config(run_id, config)
-            run.metrics.go_on(run_id)
-            run.metrics.write()  # of an earlier run, if the registry was away then
-            try:
-                yield run
-            except BaseException:
-                run.close(at_once=True)
-                raise
-            else:
-                run.close()
-            finally:
-                if not run.metrics.write():
-                    terminal.say(f"  {run.metrics.waiting} points of metrics wait for the next run of this command")
-
-
-@contextmanager
-def _told_how_to_go_on(terminal: Terminal) -> Iterator[None]:
-    try:
-        yield
-    except BaseException as error:
-        if isinstance(error, KeyboardInterrupt):
-            terminal.say("stopped; what is finished is kept, and the same command goes on from there")
-        for name in ("ray", "ray.data"):  # what still reads is about to lose Ray, and would complain
-            logging.getLogger(name).setLevel(logging.CRITICAL)
-        raise

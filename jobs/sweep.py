@@ -17,9 +17,10 @@ import mlflow
 import typer
 from mlflow import MlflowClient
 
+from jobs.opening import open_run
 from jobs.options import Address, ConfigFile, Overrides, job_command, load, user_errors
 from jobs.state import write_json
-from jobs.stream_run import StreamRun, open_run
+from jobs.stream_run import StreamRun
 from jobs.summary import now, provenance
 from jobs.terminal import table
 from pipeline.config import ConfigError, digest

@@ -1,5 +1,6 @@
 """The trainings of a stream: one task after the other, or several of them at a time where the cluster has room."""
 
+import threading
 from concurrent.futures import Future
 from dataclasses import dataclass
 from functools import partial
@@ -30,52 +31,57 @@ class TrainedExpert:
 
 
 class Trainings:
-    """Finds or trains the experts of a stream's tasks, up to `run.trainings_at_once` tasks ahead of the one asked for."""
+    """Finds or trains the experts of a stream's tasks in its order, `run.capacity.trainings` at a time.
+
+    Where there is room they go on while the experts before them are registered and evaluated; after an error none begins.
+    """
 
     def __init__(self, run: StreamRun) -> None:
         self._run, self._tasks = run, list(run.config.stream.tasks)
         self._begun: dict[str, Future[TrainedExpert]] = {}
+        self._next, self._lock = 0, threading.RLock()
 
     def expert(self, task: TaskConfig) -> TrainedExpert:
         """Returns a task's expert; waits for its training, and raises what went wrong in it."""
-        number = self._tasks.index(task)
-        for ahead in range(number, min(number + self._run.trainings_at_once, len(self._tasks))):
-            self._begin(ahead)
+        self._begin_until(self._tasks.index(task) + self._run.capacity.trainings)
         return self._begun.pop(task.name).result()
 
-    def _begin(self, number: int) -> None:
-        """Begins to train a task's expert, if it is not there."""
-        task, run, started = self._tasks[number], self._run, monotonic()
-        if task.name in self._begun:
-            return
-        try:
-            wanted = run.reference(task.name, expert_wanted(run, task))
-        except Exception as error:  # noqa: BLE001 - raised when its turn comes: those before it are to be learned
-            self._begun[task.name] = Future()
-            self._begun[task.name].set_exception(error)
-            return
-        file = run.folder / "state" / f"task-{wanted.digest}.json"
-        if (file.exists() or not run.has_trained(wanted)) and run.has_expert(wanted):
-            if not file.exists():
-                run.terminal.say(f"  {task.name}: another run has learned it; its expert is taken from there")
-                card = run.experts.load(wanted).card
-                write_json(file, task_figures(run, task.name, figures_on_card(card)))
-            self._begun[task.name] = Future()
-            self._begun[task.name].set_result(TrainedExpert(wanted, file, before=True))
-            return
-        _ = run.worker_env  # made once a node: no part of what learning a task takes
-        following = next(iter(self._tasks[number + 1 :]), None)
-        train = partial(_train, run, task, wanted, file, following, started)
-        self._begun[task.name] = begin(train, name=f"training {task.name}")
+    def _begin_until(self, end: int) -> None:
+        """Begins with the tasks up to number `end` that are not begun yet."""
+        with self._lock:
+            while self._next < min(end, len(self._tasks)):
+                task, self._next = self._tasks[self._next], self._next + 1
+                following = next(iter(self._tasks[self._next :]), None)
+                found = partial(_found_or_trained, self._run, task, following)
+                self._begun[task.name] = begin(found, name=f"training {task.name}")
+                self._begun[task.name].add_done_callback(self._go_on)
+
+    def _go_on(self, done: Future[TrainedExpert]) -> None:
+        if self._run.capacity.ahead and done.exception() is None:
+            self._begin_until(self._next + 1)
 
 
-def _train(
-    run: StreamRun, task: TaskConfig, wanted: ExpertReference, file: Path, following: TaskConfig | None, started: float
-) -> TrainedExpert:
-    """Trains a task's expert into the store, then writes its figures to `file`: then it is learned, registered or not.
+def _found_or_trained(run: StreamRun, task: TaskConfig, following: TaskConfig | None) -> TrainedExpert:
+    """Returns a task's expert, which this run, or another one, has trained, or which is trained now.
 
     While it trains the rows of the `following` task are read, if that is to be trained too.
     """
+    started = monotonic()
+    wanted = run.reference(task.name, expert_wanted(run, task))
+    file = run.folder / "state" / f"task-{wanted.digest}.json"
+    if (file.exists() or not run.has_trained(wanted)) and run.has_expert(wanted):
+        if not file.exists():
+            run.terminal.say(f"  {task.name}: another run has learned it; its expert is taken from there")
+            card = run.experts.load(wanted).card
+            write_json(file, task_figures(run, task.name, figures_on_card(card)))
+        return TrainedExpert(wanted, file, before=True)
+    return _trained(run, task, wanted, file, following, started)
+
+
+def _trained(
+    run: StreamRun, task: TaskConfig, wanted: ExpertReference, file: Path, following: TaskConfig | None, started: float
+) -> TrainedExpert:
+    """Trains a task's expert into the store, then writes its figures to `file`: then it is learned, registered or not."""
     assert wanted.digest is not None
     before = run.seconds_before(wanted)
     if before:

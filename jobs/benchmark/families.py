@@ -27,9 +27,10 @@ import pipeline
 from jobs.benchmark.reload_pool import TOKENS, routed_logits
 from jobs.benchmark.small_models import SMALL, write_small
 from jobs.learn import Learned, learn_stream
+from jobs.opening import open_run
 from jobs.options import user_errors
 from jobs.state import write_json
-from jobs.stream_run import StreamRun, open_run
+from jobs.stream_run import StreamRun
 from jobs.summary import PACKAGES, command_line, git_commit, now
 from jobs.terminal import Terminal, table
 from pipeline.config import ConfigError, LearnConfig

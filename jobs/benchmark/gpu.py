@@ -25,10 +25,11 @@ from peft import PeftModel
 from transformers import InternVLForConditionalGeneration
 
 from cluster.usage import memory_bytes
+from jobs.opening import open_run
 from jobs.options import user_errors
 from jobs.plan import make_plan
 from jobs.state import write_json
-from jobs.stream_run import StreamRun, open_run
+from jobs.stream_run import StreamRun
 from jobs.summary import PACKAGES, command_line, git_commit, now
 from jobs.terminal import Terminal, table
 from pipeline.config import BaseModelConfig, ConfigError, LearnConfig
@@ -202,7 +203,7 @@ def measure(run: StreamRun, device: Device) -> dict[str, Any]:
     with meter.during(TRAINING):
         # A name of its own: a finished run of the same name would only be read again.
         trained = run.train(*run.job(task, f"gpu-{now():%Y%m%d%H%M%S}"))
-        run.close()  # its base is not part of the moments after it
+        run.end_sessions()  # its base is not part of the moments after it
     expert = Expert.load(trained.expert)
     pool = Pool(run.config.base.label, run.fingerprint, run.config.router, **null).add(expert)
     folder = pool.save(run.folder / "pool")
@@ -252,7 +253,7 @@ def _against_plan(run: StreamRun, meter: Meter, lengths: list[tuple[int, int]]) 
 
 def _answering(run: StreamRun, prompts: Prepared, pool: Pool, expert: Path) -> dict[str, float]:
     """Returns seconds of answering the task's prompts with the pool and with its one LoRA in PEFT, and their ratio."""
-    config, workers = run.config, run.inference_workers
+    config, workers = run.config, run.capacity.inference
     tokens = config.evaluation.max_new_tokens
     batches = [
         unpack(batch)

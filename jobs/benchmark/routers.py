@@ -20,10 +20,11 @@ import typer
 from jobs.benchmark.plain_loop import plain_steps, shuffled_batches
 from jobs.compare import ROUTERS
 from jobs.learn import Learned, learn_stream
+from jobs.opening import open_run
 from jobs.options import ConfigFile, Overrides, load, user_errors
 from jobs.pretrain_tiny import encode_examples
 from jobs.state import write_json
-from jobs.stream_run import StreamRun, open_run
+from jobs.stream_run import StreamRun
 from jobs.summary import now, provenance
 from jobs.terminal import table
 from pipeline.config import LearnConfig, digest

@@ -16,8 +16,9 @@ import typer
 from mlflow import MlflowClient
 
 from jobs.learn import learn_stream, publish, where_next
+from jobs.opening import open_run
 from jobs.options import user_errors
-from jobs.stream_run import StreamRun, open_run
+from jobs.stream_run import StreamRun
 from jobs.terminal import table
 from pipeline.config import ConfigError, LearnConfig
 from pipeline.registry.pools import pool_name

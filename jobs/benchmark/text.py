@@ -22,9 +22,10 @@ from torch.nn.functional import cross_entropy
 
 from jobs.benchmark.library_text import QUESTIONS, write_library
 from jobs.learn import Learned, learn_stream, publish, show, where_next
+from jobs.opening import open_run
 from jobs.options import Overrides, load, user_errors
 from jobs.state import Stopwatch
-from jobs.stream_run import StreamRun, open_run
+from jobs.stream_run import StreamRun
 from jobs.terminal import table
 from pipeline.config import digest
 from pipeline.models.bases import load_base

@@ -8,9 +8,10 @@ import torch
 import typer
 
 from jobs.benchmark.plain_loop import plain_steps, shuffled_batches
+from jobs.opening import open_run
 from jobs.options import ConfigFile, Overrides, load, user_errors
 from jobs.state import write_json
-from jobs.stream_run import StreamRun, open_run
+from jobs.stream_run import StreamRun
 from jobs.summary import now, provenance
 from jobs.terminal import table
 from pipeline.config import ConfigError, LearnConfig
@@ -60,7 +61,7 @@ def _training(run: StreamRun, rounds: int) -> None:
             # A digest of its own: a finished run of the same name would only be read again.
             job = which.job(task, f"benchmark-{time_ns()}", task=f"benchmark_{task.name}", router_stage=False)
             figures = which.train(*job).figures
-            which.close()  # the plain loop is to have the machine alone
+            which.end_sessions()  # the plain loop is to have the machine alone
             seconds.append(fmean(figures["expert_step_seconds"][WARM_UP:]))
             if which is run:
                 waits.append(figures["expert_wait_seconds"] / figures["expert_seconds"])

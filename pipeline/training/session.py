@@ -140,7 +140,7 @@ class Session:
         try:
             trainer.fit()
         except Exception as error:  # noqa: BLE001 - told to whoever waits for a job
-            self._error = str(error)
+            self._error = str(error) or type(error).__name__
         finally:
             shutil.rmtree(self._storage / name, ignore_errors=True)  # what Ray Train notes of a run
 

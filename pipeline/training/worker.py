@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 
 from pipeline.errors import StoredFileError
+from pipeline.memory import free_memory
 from pipeline.models.bases import Base, load_base
 from pipeline.models.prompts import collate_for
 from pipeline.routing.adapters import ExpertError, load_adapters
@@ -45,7 +46,6 @@ from pipeline.training.validation import BestAdapter, Look, held_out_loss
 from pipeline.training.zero import (
     base_dtype,
     close_engine,
-    free_memory,
     gathered,
     sharded_loading,
     start_engine,

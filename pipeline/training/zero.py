@@ -1,6 +1,5 @@
 """DeepSpeed: the ZeRO configuration of a stage, and an engine around a model of which few parameters train."""
 
-import gc
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -83,7 +82,7 @@ def base_dtype(base: BaseModelConfig, training: TrainingConfig) -> BaseModelConf
 
 
 def close_engine(engine: Any) -> None:
-    """Takes an engine's hooks off its model; what it held is free once its last name is gone and `free_memory` is called."""
+    """Takes an engine's hooks off its model; what it held is free once its last name is gone, after `free_memory`."""
     from deepspeed.runtime.zero import parameter_offload
     from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator
 
@@ -101,10 +100,3 @@ def close_engine(engine: Any) -> None:
             module.__dict__.pop(name, None)
     for parameter in engine.module.parameters():
         parameter.__dict__.pop("_z3_optimizer", None)
-
-
-def free_memory() -> None:
-    """Frees what an engine has left: engines are full of references in circles."""
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()

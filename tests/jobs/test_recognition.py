@@ -104,7 +104,7 @@ def test_data_that_are_gone_are_not_needed(config: Path, learned: str, capsys) -
     (config.parent / "train.jsonl").unlink()
     assert wanted(opened(config)) == learned
     said = " ".join(capsys.readouterr().out.split())
-    assert "its training data are not to be had" in said
+    assert "hum: its training data are not to be had" in said
     assert "train.jsonl" in said
 
 

@@ -16,8 +16,9 @@ from typer.testing import CliRunner
 
 from jobs import learn, recompute_statistics, trainings
 from jobs.cli import app
+from jobs.opening import open_run
 from jobs.recompute_statistics import _meant, recompute
-from jobs.stream_run import StreamRun, open_run
+from jobs.stream_run import StreamRun
 from pipeline.config import BaseModelConfig, LearnConfig, RouterConfig, load_config
 from pipeline.errors import UserError
 from pipeline.models.bases import Base, load_base
@@ -207,7 +208,7 @@ def test_one_line_says_what_was_done(aged: Aged, renewed: tuple[Pool, str]) -> N
 def test_learning_goes_on_from_the_recomputed_experts(
     aged: Aged, renewed: tuple[Pool, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(trainings, "_train", lambda *arguments: pytest.fail("trained again"))
+    monkeypatch.setattr(trainings, "_trained", lambda *arguments: pytest.fail("trained again"))
     settings = load_config(aged.config, ["stream.on_change=fail"], LearnConfig)
     with open_run(settings, job="test", trains=False) as run:
         begun = trainings.Trainings(run)

@@ -18,6 +18,7 @@ from jobs.benchmark.real_size import loss as benchmark
 from jobs.benchmark.real_size.loss import OneStep
 from jobs.benchmark.real_size.ranks import run_ranks
 from pipeline.config import BaseModelConfig, ExpertConfig, TrainingConfig
+from pipeline.memory import free_memory
 from pipeline.models.bases import Base, load_base
 from pipeline.models.prompts import Encoded, collate_for
 from pipeline.routing.adapters import load_adapters
@@ -30,7 +31,6 @@ from pipeline.training.stages import answer_loss, heard_paths, save_lora, with_g
 from pipeline.training.zero import (
     base_dtype,
     close_engine,
-    free_memory,
     gathered,
     sharded_loading,
     start_engine,

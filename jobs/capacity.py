@@ -1,0 +1,92 @@
+"""What a cluster holds of what a configuration asks for: trainings side by side, and evaluation beside them."""
+
+from dataclasses import dataclass
+from functools import cached_property
+
+from cluster.local import ClusterInfo, available_cpus
+from cluster.preflight import PreflightError, check_inference, check_resources, trainings_that_fit
+from pipeline.config import LearnConfig
+from pipeline.models.inference import InferenceWorkers
+
+SPARE_CPUS = 2
+"""Logical CPUs that must be free beside training, for Ray Data."""
+
+
+@dataclass(frozen=True)
+class Capacity:
+    """The room that a cluster has for a configuration."""
+
+    config: LearnConfig
+    cluster: ClusterInfo
+
+    @property
+    def inference(self) -> InferenceWorkers:
+        """Who reads base prompts, encodes images and evaluates."""
+        return InferenceWorkers.of(self.config.training, self.config.evaluation)
+
+    @cached_property
+    def trainings(self) -> int:
+        """How many tasks are trained at a time: `training.parallel_tasks`, or as many as there is room for."""
+        asked = self.config.training.parallel_tasks
+        return min(self._room if isinstance(asked, str) else asked, len(self.config.stream.tasks))
+
+    @property
+    def side_by_side(self) -> bool:
+        """Whether the workers of training and those of inference find room at a time."""
+        training, inference = self.config.training, self.inference
+        gpus = self.trainings * training.workers * training.gpu + inference.count * inference.gpus
+        return self.cluster.cpus >= self._cpus + SPARE_CPUS and self.cluster.gpus >= gpus
+
+    @property
+    def undisturbed(self) -> bool:
+        """Whether training and inference can compute at a time without being slower for it.
+
+        Ray started here has more CPUs in its books than the machine has, so that what waits does not block what works.
+        """
+        return self.side_by_side and not (self.cluster.started and available_cpus() < self._cpus)
+
+    @property
+    def ahead(self) -> bool:
+        """Whether tasks are trained while the pools of those before them are evaluated, instead of in turns with that."""
+        return self.trainings > 1 or self.undisturbed
+
+    def check(self, *, trains: bool) -> None:
+        """Raises PreflightError where the cluster cannot hold what is asked for.
+
+        A single training takes turns with evaluation; several at a time need room for it beside them.
+        """
+        training, inference = self.config.training, self.inference
+        if trains:
+            check_resources(
+                workers=training.workers,
+                cpus_per_worker=training.threads,
+                gpus_per_worker=int(training.gpu),
+                extra_cpus=SPARE_CPUS,
+                trainings=self.trainings,
+            )
+        if trains and self.trainings > 1 and not self.side_by_side:
+            raise PreflightError(
+                f"training.parallel_tasks={self.trainings} leaves no room for evaluation "
+                f"(evaluation.workers={inference.count}): the cluster has {self.cluster.cpus:g} CPUs and "
+                f"{self.cluster.gpus:g} GPUs\n"
+                f"    lower training.parallel_tasks to {self._room}, or say `auto`"
+            )
+        check_inference(workers=inference.count, cpus_per_worker=inference.threads, gpus_per_worker=inference.gpus)
+
+    @property
+    def _room(self) -> int:
+        """How many trainings find room beside evaluation, at least 1."""
+        training, inference = self.config.training, self.inference
+        return trainings_that_fit(
+            workers=training.workers,
+            cpus_per_worker=training.threads,
+            gpus_per_worker=int(training.gpu),
+            beside_cpus=inference.count * inference.threads + SPARE_CPUS,
+            beside_gpus=inference.count * inference.gpus,
+            here=self.cluster.started,
+        )
+
+    @property
+    def _cpus(self) -> int:
+        training, inference = self.config.training, self.inference
+        return self.trainings * training.workers * training.threads + inference.count * inference.threads

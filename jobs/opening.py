@@ -1,0 +1,98 @@
+"""Opens a run: its folder for one process alone, Ray, room on the cluster, MLflow; and closes it, whatever happens."""
+
+import logging
+import tempfile
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+
+from cluster.local import connect, starts_here
+from cluster.preflight import build_op, extensions_folder
+from cluster.usage import PeakMemory
+from jobs.endings import outside_errors
+from jobs.stream_run import PREPARING, StreamRun
+from jobs.terminal import Terminal
+from pipeline.config import LearnConfig, digest
+from pipeline.errors import UserError
+from pipeline.locks import LockedError, file_lock
+from pipeline.registry.tracking import log_config, open_tracking, tracked_run
+
+
+class BusyError(UserError):
+    """Another process works on the same run; the message says which."""
+
+
+@contextmanager
+def alone_in(folder: Path) -> Iterator[None]:
+    """Holds a run's folder, made if need be, for this process; raises BusyError if another one has it."""
+    with ExitStack() as stack:
+        try:
+            stack.enter_context(file_lock(folder / "run.lock", wait=False))
+        except LockedError as error:
+            raise BusyError(
+                f"{folder}: {error.holder} works on this run; wait for its end, or give this one a `name` of its own"
+            ) from None
+        yield
+
+
+@contextmanager
+def open_run(config: LearnConfig, *, job: str, trains: bool = True) -> Iterator[StreamRun]:
+    """Joins or starts Ray, checks that the cluster suffices, opens MLflow; yields the run.
+
+    `job` names the kind of MLflow run, so that learning and comparing do not write into each other's. One that never
+    `trains` needs neither DeepSpeed nor a place for training workers.
+    """
+    terminal = Terminal()
+    with PeakMemory() as memory, outside_errors(config.folder), _told_how_to_go_on(terminal), alone_in(config.folder):
+        with tempfile.TemporaryFile(dir=config.folder):  # now, not after an hour of training
+            pass
+        if trains and starts_here() and not config.training.gpu:
+            # Before Ray's processes are there: the compiler takes 3 GB.
+            with terminal.working(PREPARING):
+                build_op(extensions_folder())
+        with terminal.working("starting Ray"):
+            cluster = connect()
+        run = StreamRun(config, cluster, terminal, memory)
+        run.capacity.check(trains=trains)
+        with terminal.working("opening MLflow"):
+            experiment = run.patience(
+                lambda: open_tracking(config.tracking_uri, config.registry.experiment, on_wait=terminal.say),
+                "opening MLflow",
+            )
+        with tracked_run(
+            experiment,
+            f"{config.name} {job}",
+            digest(
+                config.model_dump(
+                    mode="json", exclude={"registry": True, "training": True, "evaluation": {"expert_memory"}}
+                ),
+                run.fingerprint,
+                job,
+            ),
+        ) as run_id:
+            run.run_id = run_id
+            log_config(run_id, config)
+            run.metrics.go_on(run_id)
+            run.metrics.write()  # of an earlier run, if the registry was away then
+            try:
+                yield run
+            except BaseException:
+                run.close(at_once=True)
+                raise
+            else:
+                run.close()
+            finally:
+                if not run.metrics.write():
+                    terminal.say(f"  {run.metrics.waiting} points of metrics wait for the next run of this command")
+
+
+@contextmanager
+def _told_how_to_go_on(terminal: Terminal) -> Iterator[None]:
+    try:
+        yield
+    except BaseException as error:
+        if isinstance(error, KeyboardInterrupt):
+            terminal.say("stopped; what is finished is kept, and the same command goes on from there")
+        for name in ("ray", "ray.data"):  # what still reads is about to lose Ray, and would complain
+            logging.getLogger(name).setLevel(logging.CRITICAL)
+        raise
