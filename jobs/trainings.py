@@ -51,7 +51,7 @@ class Trainings:
         with self._lock:
             while self._next < min(end, len(self._tasks)):
                 task, self._next = self._tasks[self._next], self._next + 1
-                following = next(iter(self._tasks[self._next :]), None)
+                following = next(iter(self._tasks[self._next + self._run.capacity.trainings - 1 :]), None)
                 found = partial(_found_or_trained, self._run, task, following)
                 self._begun[task.name] = begin(found, name=f"training {task.name}")
                 self._begun[task.name].add_done_callback(self._go_on)
@@ -64,7 +64,7 @@ class Trainings:
 def _found_or_trained(run: StreamRun, task: TaskConfig, following: TaskConfig | None) -> TrainedExpert:
     """Returns a task's expert, which this run, or another one, has trained, or which is trained now.
 
-    While it trains the rows of the `following` task are read, if that is to be trained too.
+    While it trains the rows of the `following` task are read, which its workers will train next, if it is to be trained too.
     """
     started = monotonic()
     wanted = run.reference(task.name, expert_wanted(run, task))
