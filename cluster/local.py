@@ -216,6 +216,7 @@ def _quiet_data() -> None:
     context.isolate_read_workers = False
     warnings.filterwarnings("ignore", module=r"ray\.data")  # hints on tuning, one for every small data set
     log_once("ray_data_progress_manager_disabled")  # counts as said: the bars are off on purpose
+    log_once("cpu_warning")  # this too: preflight has counted the CPUs, and what waits for one waits for another reader
     for handler in logging.getLogger("ray.data").handlers:
         if isinstance(handler, logging.StreamHandler):  # its log file in Ray's log folder keeps everything
             handler.setLevel(logging.WARNING)

@@ -17,6 +17,7 @@ import mlflow
 import typer
 from mlflow import MlflowClient
 
+from jobs.background import begin
 from jobs.opening import open_run
 from jobs.options import Address, ConfigFile, Overrides, job_command, load, user_errors
 from jobs.state import write_json
@@ -81,7 +82,10 @@ def _sweep(run: StreamRun, space: SweepSpace, name: str) -> None:
             "no learned pool with other tasks: the expert stands alone, and temperature has nothing to weigh; "
             "run `pointsman learn` first to sweep inside its pool"
         )
-    prompts = run.read_prompts([name, *others]).rows([name, *others])
+    asked = [name, *others]
+    prompts = begin(
+        lambda: run.read_prompts(asked).rows(asked), name="reading prompts"
+    )  # while the experts are trained
     job, rows = run.job(task, f"sweep-{run.identity.expert(task)}")
     evaluation = config.evaluation.model_dump(mode="json", exclude={"expert_memory"})
     folder = run.folder / "sweeps" / f"{name}-{digest(space, job, evaluation)}"
@@ -93,7 +97,7 @@ def _sweep(run: StreamRun, space: SweepSpace, name: str) -> None:
             config,
             job,
             rows,
-            prompts=prompts,
+            prompts=prompts.result,
             tasks=tasks,
             pool=pool_folder,
             folder=folder,
