@@ -95,7 +95,8 @@ def learn_stream(run: StreamRun) -> Learned:
             turn = {"turn_seconds": monotonic() - began, "memory_bytes": memory_bytes()}
             figures[task.name] = with_figures(trained.file, figures[task.name], turn)
         watch.lap()
-    last = evaluations.end() or last
+    if evaluations.end() is not None:  # with samples now
+        last = run.evaluate([*names, *families], pool, pool_key, folder=pool_folder, quietly=True)
     summary = {
         **provenance(run, started),
         "seconds_total": watch.lap(),

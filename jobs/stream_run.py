@@ -27,7 +27,7 @@ from pipeline.config import LearnConfig, SourceConfig, TaskConfig
 from pipeline.errors import stored_file
 from pipeline.evaluation.actors import PredictorActors
 from pipeline.evaluation.choices import Mode
-from pipeline.evaluation.evaluate import Evaluator
+from pipeline.evaluation.evaluate import SAMPLES, Evaluator
 from pipeline.evaluation.prompts import Column
 from pipeline.evaluation.results import Evaluation
 from pipeline.models.bases import language_width
@@ -338,15 +338,16 @@ class StreamRun:
     def evaluate_soon(
         self, columns: Sequence[str], pool: Pool, pool_digest: str, *, folder: Path | None = None
     ) -> Future[Evaluation]:
-        """Begins to evaluate a pool. Where evaluators have CPUs or GPUs of their own that goes on in the background.
+        """Begins to evaluate a pool, without samples. Where evaluators have CPUs or GPUs of their own that goes on in the
+        background.
 
         Pools whose Linears choose are evaluated now: they are read from a folder in which the next one will lie.
         """
+        evaluate = partial(self.evaluate, columns, pool, pool_digest, folder=folder, samples=0)
         if self.capacity.undisturbed and pool.router.kind == "prompt":
-            evaluate = partial(self.evaluate, columns, pool, pool_digest, folder=folder, quietly=True)
-            return begin(evaluate, name="evaluating")
+            return begin(partial(evaluate, quietly=True), name="evaluating")
         done: Future[Evaluation] = Future()
-        done.set_result(self.evaluate(columns, pool, pool_digest, folder=folder))
+        done.set_result(evaluate())
         return done
 
     def evaluate(
@@ -357,21 +358,30 @@ class StreamRun:
         mode: Mode = "routed",
         *,
         folder: Path | None = None,
+        samples: int = SAMPLES,
         quietly: bool = False,
     ) -> Evaluation:
         """Evaluates a pool on columns (tasks and families), or finds the result of having done so.
 
-        `folder` is where the pool lies, for routers whose Linears choose.
+        `folder` is where the pool lies, for routers whose Linears choose. Of each column `samples` predictions are kept, with
+        the reasons of the router, which cost as much as its choices: accuracies alone need none.
         """
         key = self.identity.evaluation([self.columns[column] for column in columns], pool_digest, mode)
-        file = self._state(f"evaluation-{key}.json")
+        whole, brief = (self._state(f"evaluation-{key}{end}.json") for end in ("", "-brief"))
+        file = whole if samples or whole.exists() else brief
         if not file.exists():
             asked = [self._column(self.columns[column]) for column in columns]
             shown = self.terminal.working(f"evaluating {len(columns)} tasks and families")
             with nullcontext() if quietly else shown:
                 try:
                     result = self.evaluator.evaluate(
-                        asked, pool, key=pool_digest, folder=folder, mode=mode, actors=self._predictors
+                        asked,
+                        pool,
+                        key=pool_digest,
+                        folder=folder,
+                        mode=mode,
+                        samples=samples,
+                        actors=self._predictors,
                     )
                 finally:
                     self.generated.total(self.evaluator.generated)

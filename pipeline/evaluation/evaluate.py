@@ -93,7 +93,8 @@ class Evaluator:
             features = [table.features_NF for table in tables]
             found = choices(routers, mode, [column.name for column in columns], features)
             self._generate(columns, tables, found, authors, predictors)
-        why = iter(reasons(routers, mode, torch.cat([features_NF[:samples] for features_NF in features])))
+        shown = torch.cat([features_NF[:samples] for features_NF in features])
+        why = iter(reasons(routers, mode, shown) if samples else ())
         results = {}
         for column, table, choice in zip(columns, tables, found, strict=True):
             result = self._result(name_of(column, width), column, table, choice, authors, samples)
