@@ -19,7 +19,6 @@ import ray
 import yaml
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from cluster.local import available_cpus
 from pipeline.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -78,22 +77,30 @@ def check_resources(
 
 
 def trainings_that_fit(
-    *, workers: int, cpus_per_worker: float, gpus_per_worker: float, beside_cpus: float, beside_gpus: float, here: bool
+    *,
+    workers: int,
+    cpus_per_worker: float,
+    gpus_per_worker: float,
+    evaluators: int,
+    cpus_per_evaluator: float,
+    gpus_per_evaluator: float,
+    spare_cpus: float,
 ) -> int:
-    """Returns how many trainings of so many workers the connected cluster runs side by side, at least 1.
+    """Returns how many trainings of so many workers the connected cluster holds beside its `evaluators`, perhaps none.
 
-    `beside_cpus` and `beside_gpus` are for evaluation meanwhile. Ray that was started `here` has more CPUs in its books than
-    the machine has: then it is the real ones that count, and evaluation takes turns.
+    `spare_cpus` are for reading rows. Each worker and each evaluator lies on one node.
     """
-    nodes = _nodes()
-    if gpus_per_worker:
-        room = (sum(node.get("GPU", 0.0) for node in nodes) - beside_gpus) // (workers * gpus_per_worker)
-    elif here:
-        room = available_cpus() // (workers * cpus_per_worker)
-    else:
-        room = (sum(node.get("CPU", 0.0) for node in nodes) - beside_cpus) // (workers * cpus_per_worker)
+    nodes = [dict(node) for node in _nodes()]
+    for _ in range(evaluators):
+        free = [node for node in nodes if _places(node, cpus_per_evaluator, gpus_per_evaluator)]
+        if not free:
+            return 0
+        fullest = max(free, key=lambda node: (node.get("GPU", 0.0), node["CPU"]))
+        fullest["CPU"] -= cpus_per_evaluator
+        fullest["GPU"] = fullest.get("GPU", 0.0) - gpus_per_evaluator
+    cpus = sum(node.get("CPU", 0.0) for node in nodes) - spare_cpus
     places = sum(_places(node, cpus_per_worker, gpus_per_worker) for node in nodes)
-    return max(1, min(int(room), places // workers))
+    return max(0, min(places // workers, int(cpus // (workers * cpus_per_worker))))
 
 
 READER_CPUS = 1

@@ -26,16 +26,22 @@ class Capacity:
 
     @cached_property
     def trainings(self) -> int:
-        """How many tasks are trained at a time: `training.parallel_tasks`, or as many as there is room for."""
-        asked = self.config.training.parallel_tasks
-        return min(self._room if isinstance(asked, str) else asked, len(self.config.stream.tasks))
+        """How many tasks are trained at a time: `training.parallel_tasks`, or as many as there is room for.
+
+        Ray started here has more CPUs in its books than the machine has: then the real ones count, and evaluation is given
+        what is left of them.
+        """
+        training, asked = self.config.training, self.config.training.parallel_tasks
+        if isinstance(asked, str):
+            here = self.cluster.started and not training.gpu
+            real = available_cpus() // (training.workers * training.threads) if here else self._room
+            asked = max(1, min(self._room, real))
+        return min(asked, len(self.config.stream.tasks))
 
     @property
     def side_by_side(self) -> bool:
         """Whether the workers of training and those of inference find room at a time."""
-        training, inference = self.config.training, self.inference
-        gpus = self.trainings * training.workers * training.gpu + inference.count * inference.gpus
-        return self.cluster.cpus >= self._cpus + SPARE_CPUS and self.cluster.gpus >= gpus
+        return self.trainings <= self._room
 
     @property
     def undisturbed(self) -> bool:
@@ -69,21 +75,25 @@ class Capacity:
                 f"training.parallel_tasks={self.trainings} leaves no room for evaluation "
                 f"(evaluation.workers={inference.count}): the cluster has {self.cluster.cpus:g} CPUs and "
                 f"{self.cluster.gpus:g} GPUs\n"
-                f"    lower training.parallel_tasks to {self._room}, or say `auto`"
+                f"    lower training.parallel_tasks to {max(1, self._room)}, or evaluation.workers; `auto` takes what fits"
             )
         check_inference(workers=inference.count, cpus_per_worker=inference.threads, gpus_per_worker=inference.gpus)
 
-    @property
+    @cached_property
     def _room(self) -> int:
-        """How many trainings find room beside evaluation, at least 1."""
+        """How many trainings find room beside inference, perhaps none.
+
+        Image features of a task's rows are computed by as many workers again, while others evaluate.
+        """
         training, inference = self.config.training, self.inference
         return trainings_that_fit(
             workers=training.workers,
             cpus_per_worker=training.threads,
             gpus_per_worker=int(training.gpu),
-            beside_cpus=inference.count * inference.threads + SPARE_CPUS,
-            beside_gpus=inference.count * inference.gpus,
-            here=self.cluster.started,
+            evaluators=inference.count * (1 if self.config.data.vision_cache == "off" else 2),
+            cpus_per_evaluator=inference.threads,
+            gpus_per_evaluator=inference.gpus,
+            spare_cpus=SPARE_CPUS,
         )
 
     @property

@@ -165,7 +165,7 @@ def main(config: ConfigFile, overrides: Overrides = None, address: Address = Non
             write_json(run.folder / "methods.json", methods)
             summary = learned.summary | {
                 "methods": methods,
-                "seconds_total": learned.summary["seconds_total"] + watch.lap(),
+                "seconds_total": learned.summary["seconds_total"] + watch.stop(),
                 "peak_memory_bytes": run.memory.bytes,
             }
             run.log(

@@ -63,7 +63,11 @@ def learn_stream(run: StreamRun) -> Learned:
     for number, task in enumerate(config.stream.tasks):
         run.terminal.say(f"task {number + 1}/{len(names)}: {task.name}", "bold")
         began = monotonic()
-        trained = trainings.expert(task)
+        try:
+            trained = trainings.expert(task)
+        except Exception:
+            evaluations.end()  # of the pool before, which is whole
+            raise
         ended = monotonic()
         found = _registered(run, task, trained)
         versions[task.name], figures[task.name] = found.version, found.figures
@@ -99,7 +103,7 @@ def learn_stream(run: StreamRun) -> Learned:
         last = run.evaluate([*names, *families], pool, pool_key, folder=pool_folder, quietly=True)
     summary = {
         **provenance(run, started),
-        "seconds_total": watch.lap(),
+        "seconds_total": watch.stop(),
         "peak_memory_bytes": run.memory.bytes,
         **learned(run, matrix, last, figures),
         "answers": answers(last, names, run.generated.total(run.evaluator.generated)),

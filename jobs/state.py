@@ -34,7 +34,7 @@ class Stopwatch:
     """Seconds that a run has taken over all its restarts, kept in a file; also written in between, lest a kill loses them."""
 
     def __init__(self, file: Path, *, every: float = 5.0) -> None:
-        self._file, self._every, self._lock = file, every, threading.Lock()
+        self._file, self._every, self._lock, self._stopped = file, every, threading.Lock(), threading.Event()
         with stored_file(file, REMADE):
             self._before = float(json.loads(file.read_text())["seconds"]) if file.exists() else 0.0
         self._started = time.monotonic()
@@ -47,10 +47,14 @@ class Stopwatch:
             write_json(self._file, {"seconds": seconds})
         return seconds
 
+    def stop(self) -> float:
+        """Returns the seconds so far and writes them down for the last time."""
+        self._stopped.set()
+        return self.lap()
+
     def _go(self) -> None:
         with suppress(OSError):  # told where the lap counts
-            while True:
-                time.sleep(self._every)
+            while not self._stopped.wait(self._every):
                 self.lap()
 
 

@@ -73,7 +73,9 @@ class StreamRun:
         self.metrics = MetricSpool(self.folder / "state" / "metrics.jsonl", terminal.say)
         self._training: dict[str, Future[Prepared]] = {}
         self._sessions: Sessions | None = None
-        self._lock, self._closed = threading.Lock(), False
+        self._lock, self._encoding = threading.Lock(), threading.Lock()
+        self.closed = False
+        """Whether nothing is to be trained or evaluated any more."""
 
     def log(self, points: Iterable[tuple[str, float, int]]) -> None:
         """Logs (metric, value, step) points; where the registry is away they wait in the run's folder."""
@@ -83,11 +85,19 @@ class StreamRun:
 
     def training_rows(self, task: TaskConfig) -> Prepared:
         """Reads, validates and encodes a task's training rows (once in a run)."""
-        self.read_ahead(task)
+        self._make_room_for_features()
+        self._begin_to_read(task)
         return self._training[task.name].result()
 
     def read_ahead(self, task: TaskConfig) -> None:
-        """Begins to read a task's training rows, in the background; what goes wrong is raised where they are needed."""
+        """Begins to read a task's training rows, in the background; what goes wrong is raised where they are needed.
+
+        Not where that takes workers that are at work elsewhere meanwhile: they compute image features.
+        """
+        if self.vision or self.capacity.side_by_side:
+            self._begin_to_read(task)
+
+    def _begin_to_read(self, task: TaskConfig) -> None:
         assert task.train is not None
         parts = {task.name: (task.train, task.prompt)}
         read = partial(self._prepare, parts, "train", answer=True)
@@ -101,11 +111,18 @@ class StreamRun:
         for task in self.config.stream.tasks:
             assert task.train is not None
             parts[task.name] = task.train.model_copy(update={"cache": None}), task.prompt
+        self._make_room_for_features()
         return self._prepare(parts, "train", answer=True).training_rows(list(parts))
 
     def release(self, task: TaskConfig) -> None:
         """Gives a task's encoded training rows back; memory must not grow with the number of tasks."""
         self._training.pop(task.name, None)
+
+    def _make_room_for_features(self) -> None:
+        """Sends evaluators and trainings home where those who compute the image features of rows find no room beside them."""
+        if not self.vision and not self.capacity.side_by_side:
+            self._predictors.close()
+            self.end_sessions()
 
     @cached_property
     def general_prompts(self) -> Prepared:
@@ -149,16 +166,18 @@ class StreamRun:
             metric = self.columns[name].metric if name in self.columns and not answer else None
             key = self.identity.encoded_rows(source, prompt, answer=answer, metric=metric)
             parts[name] = Part(source, prompt, key=key, metric=metric)
-        return prepare(
-            parts,
-            config.data,
-            base=self.config.base,
-            data_folder=self.data_folder,
-            quarantine=self.folder / "quarantine" / kind,
-            answer=answer,
-            features=Path(self.config.output).resolve() / "data" / "features",
-            workers=self.capacity.inference,
-        )
+        # One set of workers computes the image features of rows to be learned, whoever asks.
+        with self._encoding if answer and not self.vision else nullcontext():
+            return prepare(
+                parts,
+                config.data,
+                base=self.config.base,
+                data_folder=self.data_folder,
+                quarantine=self.folder / "quarantine" / kind,
+                answer=answer,
+                features=Path(self.config.output).resolve() / "data" / "features",
+                workers=self.capacity.inference,
+            )
 
     def null_expert(self) -> dict[str, Any]:
         """Returns what the general sample gives a pool (`null`, `null_evidence`); nothing where the stream has none."""
@@ -271,7 +290,7 @@ class StreamRun:
             if not self.capacity.side_by_side:  # no evaluation goes on in the background then
                 self._predictors.close()
             with self._lock:
-                if self._closed:
+                if self.closed:
                     raise RuntimeError(f"{job.task}: the run has ended")
                 if self._sessions is None:
                     storage = self.folder / "training"
@@ -295,7 +314,7 @@ class StreamRun:
     def close(self, *, at_once: bool = False) -> None:
         """Ends whoever trains and evaluates, in the middle of it if `at_once`."""
         with self._lock:
-            self._closed = True
+            self.closed = True
         if "_predictors" in self.__dict__:
             self._predictors.close(for_good=True)
         self.end_sessions(at_once=at_once)

@@ -82,13 +82,12 @@ def _sweep(run: StreamRun, space: SweepSpace, name: str) -> None:
             "no learned pool with other tasks: the expert stands alone, and temperature has nothing to weigh; "
             "run `pointsman learn` first to sweep inside its pool"
         )
-    asked = [name, *others]
-    prompts = begin(
-        lambda: run.read_prompts(asked).rows(asked), name="reading prompts"
-    )  # while the experts are trained
     job, rows = run.job(task, f"sweep-{run.identity.expert(task)}")
+    asked = [name, *others]
+    prompts = begin(lambda: run.read_prompts(asked).rows(asked), name="reading prompts")  # while experts are trained
     evaluation = config.evaluation.model_dump(mode="json", exclude={"expert_memory"})
-    folder = run.folder / "sweeps" / f"{name}-{digest(space, job, evaluation)}"
+    learned = job.model_dump(mode="json", exclude={"training"})
+    folder = run.folder / "sweeps" / f"{name}-{digest(space, learned, evaluation)}"
     trials = len(space.ranks) * len(space.temperatures)
     worker_env = run.worker_env
     with run.terminal.working(f"sweeping {name}: {len(space.ranks)} trainings, {trials} evaluations"):

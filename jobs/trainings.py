@@ -39,26 +39,36 @@ class Trainings:
     def __init__(self, run: StreamRun) -> None:
         self._run, self._tasks = run, list(run.config.stream.tasks)
         self._begun: dict[str, Future[TrainedExpert]] = {}
-        self._next, self._lock = 0, threading.RLock()
+        self._next = self._running = self._asked = 0
+        self._failed, self._lock = False, threading.RLock()
 
     def expert(self, task: TaskConfig) -> TrainedExpert:
         """Returns a task's expert; waits for its training, and raises what went wrong in it."""
-        self._begin_until(self._tasks.index(task) + self._run.capacity.trainings)
+        with self._lock:
+            self._asked = self._tasks.index(task) + self._run.capacity.trainings
+            self._begin()
         return self._begun.pop(task.name).result()
 
-    def _begin_until(self, end: int) -> None:
-        """Begins with the tasks up to number `end` that are not begun yet."""
-        with self._lock:
-            while self._next < min(end, len(self._tasks)):
-                task, self._next = self._tasks[self._next], self._next + 1
-                following = next(iter(self._tasks[self._next + self._run.capacity.trainings - 1 :]), None)
-                found = partial(_found_or_trained, self._run, task, following)
-                self._begun[task.name] = begin(found, name=f"training {task.name}")
-                self._begun[task.name].add_done_callback(self._go_on)
+    def _begin(self) -> None:
+        """Begins as many trainings as there is room for, with those next in order."""
+        at_once = self._run.capacity.trainings
+        end = len(self._tasks) if self._run.capacity.ahead else min(self._asked, len(self._tasks))
+        while self._next < end and self._running < at_once and not self._failed:
+            task, self._next, self._running = self._tasks[self._next], self._next + 1, self._running + 1
+            following = next(iter(self._tasks[self._next + at_once - 1 :]), None)
+            found = partial(_found_or_trained, self._run, task, following)
+            self._begun[task.name] = begin(found, name=f"training {task.name}")
+            self._begun[task.name].add_done_callback(partial(self._ended, task.name))
 
-    def _go_on(self, done: Future[TrainedExpert]) -> None:
-        if self._run.capacity.ahead and done.exception() is None:
-            self._begin_until(self._next + 1)
+    def _ended(self, name: str, done: Future[TrainedExpert]) -> None:
+        with self._lock:
+            self._running -= 1
+            if (error := done.exception()) is not None:
+                self._failed = True
+                if name in self._begun and not self._run.closed:  # others come first
+                    said = str(error).splitlines()[0] if str(error) else type(error).__name__
+                    self._run.terminal.say(f"  {name} has failed, which ends the run when its turn comes: {said}")
+            self._begin()
 
 
 def _found_or_trained(run: StreamRun, task: TaskConfig, following: TaskConfig | None) -> TrainedExpert:
@@ -74,6 +84,7 @@ def _found_or_trained(run: StreamRun, task: TaskConfig, following: TaskConfig | 
             run.terminal.say(f"  {task.name}: another run has learned it; its expert is taken from there")
             card = run.experts.load(wanted).card
             write_json(file, task_figures(run, task.name, figures_on_card(card)))
+        run.release(task)  # rows that were read ahead for nothing
         return TrainedExpert(wanted, file, before=True)
     return _trained(run, task, wanted, file, following, started)
 
@@ -83,7 +94,7 @@ def _trained(
 ) -> TrainedExpert:
     """Trains a task's expert into the store, then writes its figures to `file`: then it is learned, registered or not."""
     assert wanted.digest is not None
-    before = run.seconds_before(wanted)
+    before, finished = run.seconds_before(wanted), run.has_trained(wanted)
     if before:
         run.terminal.say(f"  {task.name}: goes on at its last checkpoint")
     with run.terminal.working(f"reading {task.name}"):
@@ -94,8 +105,9 @@ def _trained(
     aside = rows.aside[task.name]
     trained = run.train(*run.job(task, wanted.digest))
     run.experts.put(Expert.load(trained.expert))
+    stages = trained.figures["expert_seconds"] + trained.figures["router_seconds"]
     figures = trained.figures | {
-        "seconds": before + monotonic() - started,
+        "seconds": (stages if finished else before) + monotonic() - started,  # finished: killed before it was noted
         "rows": rows.counts[task.name],
         "quarantined": aside.rows,
         "lost_files": aside.files,
@@ -106,8 +118,10 @@ def _trained(
 
 
 def with_figures(file: Path, figures: dict[str, Any], more: dict[str, Any]) -> dict[str, Any]:
-    """Adds to a task's figures what is known late: `overhead_seconds`, beyond its optimizer steps from its first row to its
-    pool's registration; `turn_seconds` until the next task's turn; `memory_bytes` of all processes here, then.
+    """Adds to a task's figures what is known late.
+
+    `overhead_seconds`, beyond its optimizer steps from its first row to its pool's registration, but for the wait for its
+    turn; `turn_seconds` until the next task's turn; `memory_bytes` of all processes here, then.
     """
     write_json(file, figures | more)
     return figures | more
