@@ -18,7 +18,7 @@ $(BIN)/.installed: pyproject.toml
 
 install: $(BIN)/.installed ## Environment in .venv (about 2 minutes)
 
-demo: install ## Learn six tasks one after the other, compare with the alternatives, say where to look
+demo: install ## Learn six tasks, compare with the alternatives, say where to look
 	$(BIN)/pointsman compare $(STREAM)
 
 test: install ## All tests (real Ray, DeepSpeed, MLflow; no network)

@@ -1,6 +1,7 @@
 """The trainings of a stream: one task after the other, or several of them at a time where the cluster has room."""
 
 import threading
+from collections.abc import Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass
 from functools import partial
@@ -94,7 +95,7 @@ def _trained(
 ) -> TrainedExpert:
     """Trains a task's expert into the store, then writes its figures to `file`: then it is learned, registered or not."""
     assert wanted.digest is not None
-    before, finished = run.seconds_before(wanted), run.has_trained(wanted)
+    before = run.seconds_before(wanted)
     if before:
         run.terminal.say(f"  {task.name}: goes on at its last checkpoint")
     with run.terminal.working(f"reading {task.name}"):
@@ -103,11 +104,14 @@ def _trained(
         run.read_ahead(following)
     run.tell_set_aside(rows, task.name, "train")
     aside = rows.aside[task.name]
+    finished = run.has_trained(wanted)
     trained = run.train(*run.job(task, wanted.digest))
     run.experts.put(Expert.load(trained.expert))
-    stages = trained.figures["expert_seconds"] + trained.figures["router_seconds"]
+    if finished:  # by workers of a driver that was killed before it heard of it
+        run.log(_curves(task.name, trained.figures))
+        before = trained.figures["expert_seconds"] + trained.figures["router_seconds"]
     figures = trained.figures | {
-        "seconds": (stages if finished else before) + monotonic() - started,  # finished: killed before it was noted
+        "seconds": before + monotonic() - started,
         "rows": rows.counts[task.name],
         "quarantined": aside.rows,
         "lost_files": aside.files,
@@ -115,6 +119,16 @@ def _trained(
     write_json(file, task_figures(run, task.name, figures))
     run.release(task)
     return TrainedExpert(wanted, file, before=False)
+
+
+def _curves(task: str, figures: Mapping[str, Any]) -> list[tuple[str, float, int]]:
+    """Returns the points (metric, value, step) of a training's losses."""
+    points = [
+        (f"{task}/{stage}_loss", loss, step)
+        for stage in ("expert", "router")
+        for step, loss in enumerate(figures[f"{stage}_losses"], 1)
+    ]
+    return points + [(f"{task}/validation_loss", loss, step) for step, loss in figures.get("validation_losses", [])]
 
 
 def with_figures(file: Path, figures: dict[str, Any], more: dict[str, Any]) -> dict[str, Any]:
