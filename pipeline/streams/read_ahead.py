@@ -3,10 +3,13 @@
 - Each task reads and encodes its rows for as long as they are wanted, and stops where `_UNREAD` tables wait to be taken.
 - Tasks book no CPUs: one whose rows nobody takes yet would hold them, and starve the other workers' tasks for ever.
 - A task that is lost with its process or node, or whose table is lost, is started again at the row that is needed next.
-- Leaving cancels the tasks; nobody waits longer than `POLL_SECONDS` without asking whether it is time to leave.
+- Leaving ends the tasks, a moment later; nobody waits longer than `POLL_SECONDS` without asking whether it is time to leave.
 """
 
+import threading
+import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from typing import Any
 
 import pyarrow as pa
@@ -24,6 +27,11 @@ POLL_SECONDS = 0.2
 
 RESTARTS = 3
 """Times that a task is started again without a row in between."""
+
+SETTLING_SECONDS = 10.0
+"""From leaving to the end of tasks that are not done. A task that ends at the very moment at which it is cancelled makes Ray
+abort this process (`it != submissible_tasks_.end()`, ray pull request 54527). One that nobody reads from is done after this
+time, or stands still with `_UNREAD` tables."""
 
 _UNREAD = 2
 """Tables of a task that wait in the object store, 32 MB each or the rows of one large image."""
@@ -51,9 +59,11 @@ class ReadAhead:
         return self._rows()
 
     def __exit__(self, *error: object) -> None:
-        for task in self._running.values():
-            ray.cancel(task)
+        tasks = list(self._running.values())
         self._running.clear()
+        if tasks:
+            here = ray.get_runtime_context().get_node_id()
+            threading.Thread(target=_end, args=(tasks, here), name="ending readers", daemon=True).start()
 
     def _rows(self) -> Iterator[Encoded]:
         for task in range(self._tasks):
@@ -100,6 +110,17 @@ class ReadAhead:
     def _check(self) -> None:
         if self._left():
             raise LeftError
+
+
+def _end(tasks: list[Any], node: str) -> None:
+    """Cancels tasks that nobody reads from any more, once they are done or stand still; `node` is the one on which this runs."""
+    time.sleep(SETTLING_SECONDS)
+    with suppress(Exception):  # Ray is gone, and they with it
+        for task in tasks:
+            if not ray.is_initialized() or ray.get_runtime_context().get_node_id() != node:
+                return
+            if not ray.wait([task.completed()], timeout=0)[0]:
+                ray.cancel(task)
 
 
 def _unpacked(table: pa.Table) -> Iterator[Encoded]:
