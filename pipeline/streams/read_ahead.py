@@ -113,7 +113,7 @@ class ReadAhead:
 
 
 def _end(tasks: list[Any], node: str) -> None:
-    """Cancels tasks that nobody reads from any more, once they are done or stand still; `node` is the one on which this runs."""
+    """Cancels tasks that nobody reads from any more, where they stand still; `node` is the one on which this runs."""
     time.sleep(SETTLING_SECONDS)
     with suppress(Exception):  # Ray is gone, and they with it
         for task in tasks:
