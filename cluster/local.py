@@ -157,6 +157,9 @@ def _start(cpus: int) -> None:
         log_to_driver=False,
         logging_level=logging.ERROR,
     )
+    # Counts as said, that no CPU is free: preflight has counted those of this Ray, which nobody else uses, and who waits for
+    # one waits for another reader.
+    log_once("cpu_warning")
     # Every service of Ray Train and Ray Data is a process here; from the eighth on Ray warns that there are many.
     if ray_logging.stdout_deduplicator.skip_re is None:  # what the user has set stays
         ray_logging.stdout_deduplicator.skip_re = re.compile("worker processes have been started")
@@ -216,7 +219,6 @@ def _quiet_data() -> None:
     context.isolate_read_workers = False
     warnings.filterwarnings("ignore", module=r"ray\.data")  # hints on tuning, one for every small data set
     log_once("ray_data_progress_manager_disabled")  # counts as said: the bars are off on purpose
-    log_once("cpu_warning")  # this too: preflight has counted the CPUs, and what waits for one waits for another reader
     for handler in logging.getLogger("ray.data").handlers:
         if isinstance(handler, logging.StreamHandler):  # its log file in Ray's log folder keeps everything
             handler.setLevel(logging.WARNING)

@@ -33,9 +33,10 @@ class Capacity:
         """
         training, asked = self.config.training, self.config.training.parallel_tasks
         if isinstance(asked, str):
-            here = self.cluster.started and not training.gpu
-            real = available_cpus() // (training.workers * training.threads) if here else self._room
-            asked = max(1, min(self._room, real))
+            fit = self._room
+            if self.cluster.started and not training.gpu:
+                fit = min(fit, available_cpus() // (training.workers * training.threads))
+            asked = max(1, fit)
         return min(asked, len(self.config.stream.tasks))
 
     @property

@@ -27,6 +27,7 @@ from jobs.summary import answers, learned, now, provenance
 from jobs.terminal import table
 from jobs.trainings import TrainedExpert, Trainings, with_figures
 from pipeline.config import TaskConfig
+from pipeline.errors import UserError
 from pipeline.evaluation.matrix import AccuracyMatrix
 from pipeline.evaluation.report import write_report
 from pipeline.memory import trim_memory
@@ -65,7 +66,7 @@ def learn_stream(run: StreamRun) -> Learned:
         began = monotonic()
         try:
             trained = trainings.expert(task)
-        except Exception:
+        except UserError:
             evaluations.end()  # of the pool before, which is whole
             raise
         ended = monotonic()

@@ -17,7 +17,6 @@ import mlflow
 import typer
 from mlflow import MlflowClient
 
-from jobs.background import begin
 from jobs.opening import open_run
 from jobs.options import Address, ConfigFile, Overrides, job_command, load, user_errors
 from jobs.state import write_json
@@ -84,7 +83,7 @@ def _sweep(run: StreamRun, space: SweepSpace, name: str) -> None:
         )
     job, rows = run.job(task, f"sweep-{run.identity.expert(task)}")
     asked = [name, *others]
-    prompts = begin(lambda: run.read_prompts(asked).rows(asked), name="reading prompts")  # while experts are trained
+    prompts = run.read_prompts(asked).rows(asked)  # now: what is missing is told before anything is trained
     evaluation = config.evaluation.model_dump(mode="json", exclude={"expert_memory"})
     learned = job.model_dump(mode="json", exclude={"training"})
     folder = run.folder / "sweeps" / f"{name}-{digest(space, learned, evaluation)}"
@@ -96,7 +95,7 @@ def _sweep(run: StreamRun, space: SweepSpace, name: str) -> None:
             config,
             job,
             rows,
-            prompts=prompts.result,
+            prompts=prompts,
             tasks=tasks,
             pool=pool_folder,
             folder=folder,

@@ -49,7 +49,7 @@ def sweep(
     job: Job,
     rows: TrainingRows,
     *,
-    prompts: Callable[[], ray.data.Dataset],
+    prompts: ray.data.Dataset,
     tasks: Mapping[str, TaskConfig],
     pool: Path | None,
     folder: Path,
@@ -60,7 +60,7 @@ def sweep(
 ) -> SweepResult:
     """Sweeps rank and temperature for one task's expert inside `pool` (None: a pool of its own).
 
-    `job` is the task's training job; `prompts` gives the encoded evaluation prompts of the swept task and the pool's others;
+    `job` is the task's training job; `prompts` the encoded evaluation prompts of the swept task and the pool's others;
     `answers` the folder of the store of answers, in which `pool_key` names pools by their experts' digests and their router.
     `say` is told of every trial that is done. Raises TrainingError with the trial's error if a trial fails.
     """
@@ -89,7 +89,7 @@ def sweep(
             experts={rank: metrics["expert"] for rank, metrics in trainings.items()},
             base=config.base,
             pool=str(pool) if pool else None,
-            prompts=prompts(),
+            prompts=prompts,
             tasks=dict(tasks),
             max_new_tokens=config.evaluation.max_new_tokens,
             workers=workers,

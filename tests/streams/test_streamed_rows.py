@@ -1,8 +1,9 @@
 """Rows that stream: in which order they come, from which files, and what happens where they cannot be read any more."""
 
 import json
+import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import replace
 from functools import partial
@@ -16,10 +17,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from pyarrow.fs import LocalFileSystem
+from ray.util.state import list_tasks
 
 from cluster.local import connect
 from pipeline.config import BaseModelConfig, DataConfig, SourceConfig
 from pipeline.models.prompts import IGNORED, collate
+from pipeline.streams import read_ahead
 from pipeline.streams.batch_loader import BatchLoader, StepLayout, distinct_batches
 from pipeline.streams.drawing import Drawable, Drawn
 from pipeline.streams.encoding import Part
@@ -354,3 +357,29 @@ def test_leaving_waits_for_nobody(tiny_folder, tmp_path):
                     next(loader)
         for loader in loaders:
             assert loader.ended(0)
+
+
+def test_readers_that_are_left_end_a_moment_later(tiny_folder, tmp_path, monkeypatch):
+    """They stand still, with more rows to read than anybody will take."""
+    monkeypatch.setattr(read_ahead, "SETTLING_SECONDS", 2.0)
+    found = streamed(write(tmp_path, "parquet", 64, row_group_size=8), tiny_folder, tmp_path)
+    before = reading()
+    with BatchLoader(found, layout=StepLayout(4, 1, 1), rank=0, steps=range(100_000), seed=0, collate=list) as loader:
+        next(loader)
+        assert until(lambda: reading() - before), "it reads"
+        mine = reading() - before
+    assert until(lambda: not mine & reading()), "and is gone"
+
+
+def reading() -> set[str]:
+    """Returns the ids of the tasks that read rows now."""
+    running = [("name", "=", read_ahead._encoded._function_name.split(".")[-1]), ("state", "=", "RUNNING")]
+    return {task.task_id for task in list_tasks(filters=running)}
+
+
+def until(true: Callable[[], object], seconds: float = 60.0) -> bool:
+    """Waits until something is true; returns whether it has become so."""
+    end = time.monotonic() + seconds
+    while not (found := true()) and time.monotonic() < end:
+        time.sleep(0.5)
+    return bool(found)
