@@ -10,14 +10,15 @@ import re
 import shutil
 import tempfile
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib.metadata import version as installed
 from pathlib import Path
 
 import mlflow
 from mlflow import MlflowClient
+from mlflow.entities import LoggedModel
 from mlflow.entities.model_registry import ModelVersion
-from mlflow.models import ModelSignature
+from mlflow.models import Model, ModelSignature
 from mlflow.types import ColSpec, DataType, ParamSchema, ParamSpec, Schema
 from mlflow.types.schema import AnyType
 
@@ -35,6 +36,7 @@ from pipeline.registry.versions import (
     find_finished,
     get_version,
     log_lineage,
+    log_model,
     logged_model,
 )
 from pipeline.routing.pool import CARD, Pool
@@ -55,6 +57,9 @@ SIGNATURE = ModelSignature(
     ]),
 )  # fmt: skip
 """`prompt` as text, `image` as encoded bytes, base64 text or null; answers and who gave them."""
+
+LISTED = 12
+"""Experts that a version's tag names; `pool.json` names them all."""
 
 _ADDRESS = re.compile(rf"{MODELS}(?P<name>[^/@]+)(?:/(?P<version>\d+)|@(?P<alias>[^/@]+))")
 
@@ -87,11 +92,11 @@ def register_pool(
 ) -> ModelVersion:
     """Registers a pool as a new version and makes it champion, its base too if it is new; needs an open run.
 
-    `digest` names what the pool is made of; `experts` are the versions of its experts by name, which it refers to, recorded as
-    tags `expert.<name>` and as inputs of the run. None of their weights is read. A pool with the same digest is returned as
-    it is, and `champion` stays where it is: someone may have rolled back. `expert_memory` (bytes) is what the experts' weights
-    may take where the pool is loaded, unless the loader says otherwise. Raises RegistryError where `experts` and the pool
-    differ.
+    `digest` names what the pool is made of; `experts` are the versions of its experts by name, which `pool.json` refers to;
+    those that other runs have made are inputs of this one. None of their weights is read, and no tag grows with their number.
+    A pool with the same digest is returned as it is, and `champion` stays where it is: someone may have rolled back.
+    `expert_memory` (bytes) is what the experts' weights may take where the pool is loaded, unless the loader says otherwise.
+    Raises RegistryError where `experts` and the pool differ.
     """
     run = active_run()
     _check_versions(pool, experts)
@@ -103,36 +108,47 @@ def register_pool(
         "base_label": pool.base_label,
         "base_fingerprint": pool.base_fingerprint,
         "null_expert": bool(pool.null),
-        "experts": ", ".join(f"{expert} {experts[expert].version}" for expert in pool.names),
+        "experts": _listed([f"{expert} {experts[expert].version}" for expert in pool.names]),
         "experts_model": experts_name(pool.base_label),
-        **{f"expert.{expert}": experts[expert].version for expert in pool.names},
         **{f"router.{key}": value for key, value in pool.router.model_dump().items()},
     }
     base_version = register_base(base)
     tags["base_version"] = base_version.version
-    log_lineage(run.info.run_id, experts)
+    log_lineage(run.info.run_id, experts.values())
     with tempfile.TemporaryDirectory() as scratch, warnings.catch_warnings():
         # An example would make MLflow load and run the whole model before it logs it; the signature is our own.
         warnings.filterwarnings("ignore", message=".*input example was not provided")
         references = {expert: reference_to(expert, version) for expert, version in experts.items()}
         folder = pool.refer(Path(scratch) / "pool", references)
-        model = mlflow.pyfunc.log_model(
-            name="pool",
-            python_model=pyfunc_model.__file__,
-            artifacts={"pool": str(folder)},
-            code_paths=[str(_copy_code(Path(scratch) / "code"))],
-            signature=SIGNATURE,
-            pip_requirements=pip_requirements(),
-            model_config={
-                "base_model_id": logged_model(base_version),
-                "expert_memory": expert_memory,
-                **base.model_dump(include={"dtype", "max_tiles", "trust_remote_code"}),
-            },
-            tags={key: str(value) for key, value in tags.items()},
-            model_type="pool",
-        )
+
+        def write(model: LoggedModel) -> Path:
+            mlflow.pyfunc.save_model(
+                Path(scratch) / "model",
+                mlflow_model=Model(
+                    model.artifact_location, run.info.run_id, model_uuid=model.model_id, model_id=model.model_id
+                ),
+                python_model=pyfunc_model.__file__,
+                artifacts={"pool": str(folder)},
+                code_paths=[str(_copy_code(Path(scratch) / "code"))],
+                signature=SIGNATURE,
+                pip_requirements=pip_requirements(),
+                model_config={
+                    "base_model_id": logged_model(base_version),
+                    "expert_memory": expert_memory,
+                    **base.model_dump(include={"dtype", "max_tiles", "trust_remote_code"}),
+                },
+            )
+            return Path(scratch) / "model"
+
+        model_id = log_model("pool", write, tags, kind="pool")
     about = f"Pools of experts over {pool.base_label}; alias `{CHAMPION}` marks the one in use"
-    return create_version(name, model.model_id, run.info.run_id, tags, alias=CHAMPION, about=about)
+    return create_version(name, model_id, run.info.run_id, tags, alias=CHAMPION, about=about)
+
+
+def _listed(experts: Sequence[str]) -> str:
+    """Lists the newest experts first; of many, how many there are beside them."""
+    newest, more = list(reversed(experts[-LISTED:])), len(experts) - LISTED
+    return ", ".join(newest) + (f" and {more} more" if more > 0 else "")
 
 
 def _check_versions(pool: Pool, experts: Mapping[str, ModelVersion]) -> None:

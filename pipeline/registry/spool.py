@@ -21,7 +21,8 @@ PAUSE_SECONDS = 15.0
 
 
 REMEMBERED = 256
-"""Metrics of which one remembers what is written: those of a task are not logged again when it is long done."""
+"""Metrics, those logged last, of which one remembers what is written: those of a task are not logged again when it is long
+done."""
 
 
 class Point(NamedTuple):
@@ -67,7 +68,7 @@ class MetricSpool:
         new = []
         for point in points:
             place = point.run_id, point.key
-            known = self._known.setdefault(place, set())
+            known = self._known[place] = self._known.pop(place, set())  # asked for last, so the last to be forgotten
             while len(self._known) > REMEMBERED:
                 del self._known[next(iter(self._known))]
             if place in self._old and not is_silent():

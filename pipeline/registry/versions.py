@@ -5,12 +5,12 @@ without that last tag; nobody takes it for finished, and the next registration o
 """
 
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
 import mlflow
 from mlflow import MlflowClient
-from mlflow.entities import LoggedModelInput, LoggedModelOutput
+from mlflow.entities import LoggedModel, LoggedModelInput, LoggedModelOutput
 from mlflow.entities.model_registry import ModelVersion
 from mlflow.exceptions import MlflowException
 from mlflow.protos.databricks_pb2 import RESOURCE_ALREADY_EXISTS, RESOURCE_DOES_NOT_EXIST, ErrorCode
@@ -125,24 +125,32 @@ def _earlier(version: ModelVersion, digest: str) -> ModelVersion | None:
 
 
 def log_folder(name: str, folder: Path, tags: Mapping[str, object], *, kind: str) -> str:
-    """Uploads a folder as a logged model of the active run and returns its id.
+    """Uploads a folder as a logged model of the active run and returns its id."""
+    return log_model(name, lambda model: folder, tags, kind=kind)
 
-    The model is an output of the run and READY only after the upload.
+
+def log_model(name: str, write: Callable[[LoggedModel], Path], tags: Mapping[str, object], *, kind: str) -> str:
+    """Makes a logged model of the active run, uploads the folder that `write` returns for it, and returns its id.
+
+    The model is an output of the run and READY only after the upload. Flavors of MLflow have a `log_model` too, which asks
+    for the history of every metric of the run, one query each: a run over many tasks has hundreds.
     """
     run = mlflow.active_run()
     assert run is not None, "callers check"
     client = MlflowClient()
     texts = {key: str(value) for key, value in tags.items()}
     model = client.create_logged_model(run.info.experiment_id, name, run.info.run_id, tags=texts, model_type=kind)
-    client.log_model_artifacts(model.model_id, str(folder))
+    client.log_model_artifacts(model.model_id, str(write(model)))
     client.finalize_logged_model(model.model_id, "READY")
     client.log_outputs(run.info.run_id, [LoggedModelOutput(model.model_id, step=0)])
     return model.model_id
 
 
-def log_lineage(run_id: str, versions: Mapping[str, ModelVersion]) -> None:
-    """Records versions (by task) as inputs of a run; doing so again changes nothing."""
-    MlflowClient().log_inputs(run_id, models=[LoggedModelInput(logged_model(v)) for v in versions.values()])
+def log_lineage(run_id: str, versions: Iterable[ModelVersion]) -> None:
+    """Records versions that other runs have made as inputs of a run: its own are its outputs; again changes nothing."""
+    others = [LoggedModelInput(logged_model(version)) for version in versions if version.run_id != run_id]
+    if others:
+        MlflowClient().log_inputs(run_id, models=others)
 
 
 def logged_model(version: ModelVersion) -> str:

@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from pipeline.config import BaseModelConfig, RouterConfig
 from pipeline.models.bases import Base
 from pipeline.models.checkpoints import fingerprint
+from pipeline.registry import pools as pools_module
 from pipeline.registry import versions as versions_module
 from pipeline.registry.bases import base_folder
 from pipeline.registry.experts import CONTENT, MissingExpertError, register_expert, registered_experts
@@ -22,6 +23,7 @@ from pipeline.registry.tracking import RegistryError, tracked_run
 from pipeline.registry.versions import logged_model
 from pipeline.routing import Pool
 from pipeline.routing.expert import FILES
+from pipeline.routing.pool import PoolCard
 from pipeline.routing.store import ExpertReference, ExpertStore, StoredExpert
 from tests.helpers import attached
 from tests.registry.conftest import LINEAR, MakeExpert
@@ -46,16 +48,38 @@ def learned(
     return run, versions, pools
 
 
-def test_a_version_names_its_parts(learned: Learned) -> None:
+def test_a_version_names_its_parts(learned: Learned, tmp_path: Path) -> None:
     run, versions, _ = learned
     version = champion("untrained")
     assert (version.name, int(version.version), version.run_id) == ("untrained.pool", 2, run)
-    assert version.tags["experts"] == "digits 1, clock 2"
-    assert (version.tags["expert.digits"], version.tags["expert.clock"]) == ("1", "2")
+    assert version.tags["experts"] == "clock 2, digits 1"
+    folder = download_pool("models:/untrained.pool@champion", tmp_path / "champion")
+    references = PoolCard.read(folder).experts
+    assert [(r.name, r.version, r.model) for r in references] == [
+        ("digits", 1, "untrained.experts"),
+        ("clock", 2, "untrained.experts"),
+    ]
     assert version.tags["router.kind"] == "prompt"
     assert version.tags["null_expert"] == "False"
-    inputs = {entry.model_id for entry in MlflowClient().get_run(run).inputs.model_inputs}
-    assert inputs == {logged_model(v) for v in versions.values()}
+    found = MlflowClient().get_run(run)
+    outputs = {entry.model_id for entry in found.outputs.model_outputs}
+    assert outputs >= {logged_model(v) for v in versions.values()}
+    assert not found.inputs.model_inputs, "its own experts"
+
+
+def test_experts_of_other_runs_are_inputs(learned: Learned, experiment: str, tiny_folder: Path) -> None:
+    _, versions, pools = learned
+    with tracked_run(experiment, "another", "another") as run:
+        register_pool(pools[0], BaseModelConfig(path=str(tiny_folder)), digest="p9", experts={"digits": versions["digits"]})
+    (entry,) = MlflowClient().get_run(run).inputs.model_inputs
+    assert entry.model_id == logged_model(versions["digits"])
+
+
+def test_tags_do_not_grow_with_the_pool() -> None:
+    names = [f"task_{number} {number}" for number in range(1000)]
+    assert pools_module._listed(names[:2]) == "task_1 1, task_0 0"
+    assert pools_module._listed(names).startswith("task_999 999, ")
+    assert pools_module._listed(names).endswith("task_988 988 and 988 more")
 
 
 def test_the_base_is_stored_once(learned: Learned, experiment: str, tiny_folder: Path) -> None:
