@@ -57,6 +57,16 @@ class Capacity:
         """Whether tasks are trained while the pools of those before them are evaluated, instead of in turns with that."""
         return self.trainings > 1 or self.undisturbed
 
+    @property
+    def driver_threads(self) -> int:
+        """Threads with which routers are solved and asked in the driver: the cores of this machine that no training takes.
+
+        More would not be faster: threads that wait for each other then hold up the steps.
+        """
+        training = self.config.training
+        taken = self.trainings * training.workers * training.threads if self.cluster.started and not training.gpu else 0
+        return max(1, available_cpus() - taken)
+
     def check(self, *, trains: bool) -> None:
         """Raises PreflightError where the cluster cannot hold what is asked for.
 

@@ -6,6 +6,8 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
+import torch
+
 from cluster.local import connect, starts_here
 from cluster.preflight import build_op, extensions_folder
 from cluster.usage import PeakMemory
@@ -54,6 +56,8 @@ def open_run(config: LearnConfig, *, job: str, trains: bool = True) -> Iterator[
             cluster = connect()
         run = StreamRun(config, cluster, terminal, memory)
         run.capacity.check(trains=trains)
+        if trains:
+            torch.set_num_threads(run.capacity.driver_threads)
         with terminal.working("opening MLflow"):
             experiment = run.patience(
                 lambda: open_tracking(config.tracking_uri, config.registry.experiment, on_wait=terminal.say),

@@ -28,6 +28,7 @@ forgotten exactly by leaving its term out. Shapes: B prompts, F features, C clas
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import lru_cache
 
 import torch
@@ -44,36 +45,46 @@ FACTORS = 128
 """Cholesky factors that are kept, those asked for last: 2 MB each at F = 512."""
 
 
+@dataclass(frozen=True, eq=False)
+class _Covariances:
+    """The covariances of classes, each blended with that of all, or with that of a class beside it."""
+
+    classes: Sequence[PromptStatistics]
+    shared_FF: Tensor
+    scale_F: Tensor
+    shrinkage: float
+
+    def blended(self, number: int) -> Tensor:
+        """Returns a class's covariance blended with that of all (F, F)."""
+        return blended(self.classes[number], self.shared_FF, PRIOR * len(self.scale_F))
+
+    def factorise(self, number: int, beside: int | None) -> tuple[Tensor, float, float]:
+        """Returns a class's Cholesky factor (F, F), its nu, and what its score has beside the distance."""
+        own, width = self.classes[number], len(self.scale_F)
+        if beside is None:
+            prior, blended_FF = PRIOR * width, self.blended(number)
+        else:
+            prior = LIKENESS * width
+            blended_FF = blended(own, self.blended(beside), prior)
+        factor_FF = shrunk_cholesky(blended_FF, self.scale_F, self.shrinkage) * math.sqrt(1 + 1 / own.independent)
+        nu = own.independent + prior
+        constant = math.lgamma((nu + width) / 2) - math.lgamma(nu / 2) - width / 2 * math.log(nu)
+        return factor_FF, nu, constant - float(factor_FF.diagonal().log().sum())
+
+
 class Gaussians:
     """Classes with covariances of their own, blended with that of all."""
 
     def __init__(self, classes: Sequence[PromptStatistics], *, shrinkage: float) -> None:
         self.classes, self.shrinkage = list(classes), shrinkage
         self.weight_CF, self.bias_C, self.shared_FF, self.scale_F = _shared(self.classes, shrinkage)
-        self.prior = PRIOR * len(self.scale_F)
-        self._factor = lru_cache(maxsize=FACTORS)(self._factorise)
+        covariances = _Covariances(self.classes, self.shared_FF, self.scale_F, shrinkage)
+        # Not a method of this object: it would hold itself, and its factors, until the garbage collector comes.
+        self._factor = lru_cache(maxsize=FACTORS)(covariances.factorise)
 
     def linear(self, x_BF: Tensor) -> Tensor:
         """Returns the scores by the shared covariance alone (B, C), float64."""
         return x_BF.double() @ self.weight_CF.T + self.bias_C
-
-    def _covariance(self, number: int) -> Tensor:
-        """Returns a class's covariance blended with that of all (F, F)."""
-        own = self.classes[number]
-        return blended(own, self.shared_FF, self.prior)
-
-    def _factorise(self, number: int, beside: int | None = None) -> tuple[Tensor, float, float]:
-        """Returns a class's Cholesky factor (F, F), its nu, and what its score has beside the distance."""
-        own, width = self.classes[number], len(self.scale_F)
-        if beside is None:
-            prior, blended_FF = self.prior, self._covariance(number)
-        else:
-            prior = LIKENESS * width
-            blended_FF = blended(own, self._covariance(beside), prior)
-        factor_FF = shrunk_cholesky(blended_FF, self.scale_F, self.shrinkage) * math.sqrt(1 + 1 / own.independent)
-        nu = own.independent + prior
-        constant = math.lgamma((nu + width) / 2) - math.lgamma(nu / 2) - width / 2 * math.log(nu)
-        return factor_FF, nu, constant - float(factor_FF.diagonal().log().sum())
 
     def scores(self, x_BF: Tensor, asked_BC: Tensor) -> Tensor:
         """Returns the scores (B, C), float64, of the classes that the mask asks for; the others have -inf."""

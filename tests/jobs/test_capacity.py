@@ -81,3 +81,13 @@ def test_too_many_are_refused_with_what_fits(monkeypatch) -> None:
     room = of(monkeypatch, [{"CPU": 64.0, "GPU": 8.0}], training={"gpu": True, "parallel_tasks": 8})
     with pytest.raises(PreflightError, match="lower training.parallel_tasks to 7, or evaluation.workers"):
         room.check(trains=True)
+
+
+def test_the_driver_leaves_the_cores_of_training_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(capacity, "available_cpus", lambda: 8)
+    many = [{"CPU": 12.0}]
+    assert of(monkeypatch, many, training={"threads": 2}, here=True).driver_threads == 6
+    assert of(monkeypatch, many, training={"threads": 2, "parallel_tasks": 3}, here=True).driver_threads == 2
+    assert of(monkeypatch, many, training={"threads": 8}, here=True).driver_threads == 1
+    # On a cluster training may be elsewhere.
+    assert of(monkeypatch, many, training={"threads": 8}).driver_threads == 8

@@ -1,5 +1,7 @@
 """The closed form against the same classifier made from all samples at once, and against scikit-learn's."""
 
+import gc
+import weakref
 from itertools import permutations
 
 import pytest
@@ -7,7 +9,7 @@ import torch
 from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
 from torch import Tensor
 
-from pipeline.routing.gaussian import solve
+from pipeline.routing.gaussian import Gaussians, solve
 from pipeline.routing.statistics import PromptStatistics
 from tests.routing.test_prompt_router import FEATURES, NEW_BF, NEW_TASKS, STATISTICS, F, relative, task_features
 
@@ -90,3 +92,17 @@ def test_features_that_never_vary_say_nothing():
     seen = torch.cat([NEW_BF, torch.full((len(NEW_BF), 2), 7.0)], dim=-1)
     found = scores([PromptStatistics.of(x_NF) for x_NF in fixed], seen)
     torch.testing.assert_close(found, scores(STATISTICS), rtol=1e-4, atol=1e-3)
+
+
+def test_what_was_computed_is_freed_with_the_last_reference() -> None:
+    """A pool's factors are megabytes each, and an evaluation after each task makes new ones."""
+    samples_NF = torch.randn(40, 6, generator=torch.Generator().manual_seed(0))
+    gaussians = Gaussians([PromptStatistics.of(samples_NF), PromptStatistics.of(samples_NF + 3)], shrinkage=0.05)
+    gaussians.scores(samples_NF, torch.ones(40, 2, dtype=torch.bool))
+    gone = weakref.ref(gaussians)
+    gc.disable()
+    try:
+        del gaussians
+        assert gone() is None
+    finally:
+        gc.enable()
