@@ -54,14 +54,14 @@ def compare_methods(run: StreamRun, learned: Learned) -> dict[str, Any]:
     def routed(name: str) -> Evaluation:
         pool = learned.pool.routed_by(**ROUTERS[name])
         folder = pool.save(run.folder / "methods" / f"pool-{name}")
-        return run.evaluate(columns, pool, run.pool_key(pool), folder=folder)
+        return run.evaluate(columns, pool, run.pool_key(pool), folder=folder, who=name)
 
-    told = run.evaluate(columns, learned.pool, digest(learned.pool_digest), mode="told")
+    told = run.evaluate(columns, learned.pool, digest(learned.pool_digest), mode="told", who="specialist")
     sequential, multitask = _both(
         partial(_sequential, run), partial(_multitask, run), at_once=run.capacity.trainings > 1
     )
     return {
-        "base": _method(run, run.evaluate(columns, None, "base"), 0, 0.0),
+        "base": _method(run, run.evaluate(columns, None, "base", who="the base"), 0, 0.0),
         "specialist": _method(run, told, samples, expert_seconds),
         "sequential": _method(run, _only(run, "sequential", sequential), sequential.samples, sequential.seconds),
         "multitask": _method(run, _only(run, "multitask", multitask), multitask.samples, multitask.seconds),
@@ -149,7 +149,7 @@ def _only(run: StreamRun, name: str, trained: _Adapter) -> Evaluation:
     pool = Pool(
         run.config.base.label, run.fingerprint, run.config.router, [Expert(card, config, adapters, {}, nothing)]
     )
-    return run.evaluate(list(run.columns), pool, trained.key, mode="only")
+    return run.evaluate(list(run.columns), pool, trained.key, mode="only", who=name)
 
 
 def main(config: ConfigFile, overrides: Overrides = None, address: Address = None) -> None:

@@ -58,7 +58,7 @@ def learn_stream(run: StreamRun) -> Learned:
     matrix = AccuracyMatrix(names, families)
     pool = Pool(config.base.label, run.fingerprint, config.router, **run.null_expert())
     pool_folder, figures, versions = run.folder / "pool", {}, {}
-    last = run.evaluate([*names, *families], None, "base")
+    last = run.evaluate([*names, *families], None, "base", who="the base")
     matrix.record("base", last.accuracies())
     evaluations, trainings = PoolEvaluations(run, matrix), Trainings(run)
     for number, task in enumerate(config.stream.tasks):

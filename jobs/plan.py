@@ -207,6 +207,7 @@ def summary(plan: Plan, gpu: str | None, changes: list[Change]) -> dict[str, Any
             "row_features_gpu_seconds": plan.caching_seconds,
             "evaluation_gpu_seconds": plan.evaluation_seconds,
             "stream_gpu_seconds": plan.gpu_seconds,
+            "training_clock_seconds": plan.clock_seconds,
         },
         "disk": {
             "adapter_bytes": disk.adapter,
@@ -313,6 +314,7 @@ def _time(plan: Plan, gpu: str | None) -> Any:
         rows.append(
             [f"all evaluations, {plan.evaluated_columns} columns", f"{_hours(plan.evaluation_seconds)} of one GPU"]
         )
+        rows.append([f"training on the clock, {_together(plan)}", _hours(plan.clock_seconds)])
         rows.append(
             [
                 f"[bold]the stream, {len(config.stream.tasks)} tasks[/bold]",
@@ -402,6 +404,13 @@ def _gb(value: float) -> str:
 
 def _mb(value: float) -> str:
     return f"{value / 1e9:.1f} GB" if value >= 1e9 else f"{value / 1e6:.1f} MB"
+
+
+def _together(plan: Plan) -> str:
+    """Returns how many tasks are trained at a time, and on how many GPUs."""
+    asked, tasks, workers = plan.config.training.parallel_tasks, plan.parallel_tasks, plan.config.training.workers
+    said = "one task at a time (auto: as many as there are GPUs for)" if asked == "auto" else f"{tasks} at a time"
+    return f"{said} on {tasks * workers} GPU{'s' * (tasks * workers > 1)}"
 
 
 def _dealt(plan: Plan) -> str:

@@ -379,18 +379,20 @@ class StreamRun:
         folder: Path | None = None,
         samples: int = SAMPLES,
         quietly: bool = False,
+        who: str = "",
     ) -> Evaluation:
         """Evaluates a pool on columns (tasks and families), or finds the result of having done so.
 
-        `folder` is where the pool lies, for routers whose Linears choose. Of each column `samples` predictions are kept, with
-        the reasons of the router, which cost as much as its choices: accuracies alone need none.
+        `folder` is where the pool lies, for routers whose Linears choose; `who` is what the terminal calls it. Of each column
+        `samples` predictions are kept, with the reasons of the router, which cost as much as its choices: accuracies alone
+        need none.
         """
         key = self.identity.evaluation([self.columns[column] for column in columns], pool_digest, mode)
         whole, brief = (self._state(f"evaluation-{key}{end}.json") for end in ("", "-brief"))
         file = whole if samples or whole.exists() else brief
         if not file.exists():
             asked = [self._column(self.columns[column]) for column in columns]
-            shown = self.terminal.working(f"evaluating {len(columns)} tasks and families")
+            shown = self.terminal.working(f"evaluating {who + ' on ' if who else ''}{len(columns)} tasks and families")
             with nullcontext() if quietly else shown:
                 try:
                     result = self.evaluator.evaluate(

@@ -1,6 +1,8 @@
 """Training sessions side by side: each trains one job at a time, and its workers live on for the next."""
 
 import queue
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 from pipeline.config import TrainingConfig
@@ -28,6 +30,6 @@ class Sessions:
             self._free.put(session)
 
     def close(self, *, at_once: bool = False) -> None:
-        """Ends all sessions, those that train only with `at_once`."""
-        for session in self._all:
-            session.close(at_once=at_once)
+        """Ends all sessions at a time, those that train only with `at_once`."""
+        with ThreadPoolExecutor(len(self._all)) as pool:
+            list(pool.map(partial(Session.close, at_once=at_once), self._all))

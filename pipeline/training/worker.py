@@ -73,7 +73,11 @@ def train(settings: dict[str, Any]) -> None:
     try:
         while (taken := ray.get(queue.take.remote(number))) is not None:
             job = Job.model_validate(taken[0])
-            figures = _work(job, ray.get(taken[1][0]), queue, storage / f"{job.task}-{job.digest}", base)
+            folder = storage / f"{job.task}-{job.digest}"
+            # Workers may have died after the last step, before they told of it.
+            figures = _agreed(JobFolder(folder).figures() if rank == 0 else None)
+            if figures is None:
+                figures = _work(job, ray.get(taken[1][0]), queue, folder, base)
             taken = None  # the rows
             free_memory()
             if rank == 0:

@@ -180,6 +180,10 @@ def test_hours_add_up(bases: dict[str, Architecture]) -> None:
     assert (plan.expert_seconds, plan.router_seconds) == (2000 * plan.step_seconds, 200 * plan.step_seconds)
     tasks = 2 * 4 * (plan.expert_seconds + plan.router_seconds)
     assert plan.gpu_seconds == pytest.approx(tasks + plan.evaluation_seconds)
+    assert plan.clock_seconds == tasks / 4  # of two tasks, each on four GPUs
+    both = shipped(bases, "internvl2_2b", "training.parallel_tasks=8")
+    assert (both.parallel_tasks, both.clock_seconds, both.gpu_seconds) == (2, tasks / 8, plan.gpu_seconds)
+    assert shipped(bases, "internvl2_2b", "training.parallel_tasks=auto").clock_seconds == plan.clock_seconds
     assert plan.evaluated_columns == 4 + 2  # the base answers all, each expert its task
     choosing = {"router": plan.config.router.model_copy(update={"kind": "token"})}
     plan = replace(plan, config=plan.config.model_copy(update=choosing))

@@ -24,6 +24,7 @@ from pipeline.streams.preprocess import Part, prepare
 from pipeline.streams.training_rows import CachedRows, TrainingRows
 from pipeline.training import session as sessions
 from pipeline.training.job import Job
+from pipeline.training.job_folder import JobFolder
 from pipeline.training.session import TrainingError, run_training, training_session
 from pipeline.training.stages import answer_loss
 
@@ -130,6 +131,18 @@ def test_the_next_job_finds_the_workers_warm_and_the_base_as_it_was(trained, ses
         session.train(make_job(tiny_folder, "wild", training=ONE, learning_rate=1e30), rows)
     third = session.train(make_job(tiny_folder, "third", training=ONE), rows)
     assert_same_expert(Expert.load(third.expert), Expert.load(trained[0].expert))
+
+
+def test_workers_do_not_train_what_is_finished_and_was_not_told(trained, session, rows, tiny_folder, monkeypatch):
+    """Those that came before them may have died between the last step and telling of it."""
+    before, _ = trained
+    written = (before.expert / "expert.json").stat().st_mtime_ns
+    monkeypatch.setattr(JobFolder, "figures", lambda self: None)  # in the driver alone
+    seen = []
+    again = session.train(make_job(tiny_folder, "one", training=ONE), rows, seen.extend)
+    assert again.figures == before.figures
+    assert seen == []
+    assert (again.expert / "expert.json").stat().st_mtime_ns == written
 
 
 def test_the_best_adapter_on_held_out_rows_becomes_the_expert(trained, session, rows, tiny_folder):

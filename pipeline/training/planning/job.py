@@ -2,7 +2,8 @@
 
 A job reads base prompts, computes image features, trains both stages of each task and evaluates after it. All but training
 is inference: by `evaluation.workers`, in batches of `evaluation.tokens_per_batch`, each on
-`evaluation.gpus_per_worker` GPUs. A moment's workers are gone before the next one begins, so moments do not add up.
+`evaluation.gpus_per_worker` GPUs. Moments do not add up: a GPU is one worker's at a time, whether tasks are trained side by
+side and evaluated meanwhile, or in turns.
 """
 
 from collections.abc import Mapping

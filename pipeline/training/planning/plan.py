@@ -322,6 +322,20 @@ class Plan:
         training = (self.expert_seconds + self.router_seconds) * self.config.training.workers
         return len(self.config.stream.tasks) * training + self.evaluation_seconds
 
+    @property
+    def parallel_tasks(self) -> int:
+        """Tasks that are trained at a time; one where the cluster decides."""
+        asked = self.config.training.parallel_tasks
+        return 1 if isinstance(asked, str) else min(asked, len(self.config.stream.tasks))
+
+    @property
+    def clock_seconds(self) -> float | None:
+        """Seconds from the first task's first step to the last one's last, `parallel_tasks` of them at a time."""
+        if self.expert_seconds is None or self.router_seconds is None:
+            return None
+        turns = -(-len(self.config.stream.tasks) // self.parallel_tasks)
+        return turns * (self.expert_seconds + self.router_seconds)
+
     # Disk
 
     @property
