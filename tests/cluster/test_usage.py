@@ -14,7 +14,8 @@ def test_children_count_and_the_peak_stays() -> None:
     with PeakMemory(every=0.05) as peak:
         before, quick = memory_bytes(), _quick_bytes()
         with subprocess.Popen([sys.executable, "-c", FILLED], stdout=subprocess.PIPE, text=True) as child:
-            assert child.stdout is not None and child.stdout.readline() == "filled\n"
+            assert child.stdout is not None
+            assert child.stdout.readline() == "filled\n"
             assert memory_bytes() - before == pytest.approx(SIZE, rel=0.2)
             assert _quick_bytes() - quick == pytest.approx(SIZE, rel=0.2)
             time.sleep(0.5)

@@ -70,7 +70,9 @@ def test_a_version_names_its_parts(learned: Learned, tmp_path: Path) -> None:
 def test_experts_of_other_runs_are_inputs(learned: Learned, experiment: str, tiny_folder: Path) -> None:
     _, versions, pools = learned
     with tracked_run(experiment, "another", "another") as run:
-        register_pool(pools[0], BaseModelConfig(path=str(tiny_folder)), digest="p9", experts={"digits": versions["digits"]})
+        register_pool(
+            pools[0], BaseModelConfig(path=str(tiny_folder)), digest="p9", experts={"digits": versions["digits"]}
+        )
     (entry,) = MlflowClient().get_run(run).inputs.model_inputs
     assert entry.model_id == logged_model(versions["digits"])
 
