@@ -20,12 +20,12 @@ from jobs.state import write_json
 from jobs.summary import PACKAGES, command_line, git_commit, now
 from jobs.terminal import Terminal, table
 from pipeline.config import ConfigError, LearnConfig
-from pipeline.models.architecture import Architecture, architecture_of, base_configuration
-from pipeline.training.planning import activations, compute, inference, sizes, states
-from pipeline.training.planning.advice import Change, advice, changed, largest_micro_batch
-from pipeline.training.planning.compute import GPUS
-from pipeline.training.planning.job import EXPERT_STAGE, job_fits, job_moments, served_pool, worst_moment
-from pipeline.training.planning.plan import CONTEXT, FRAGMENTATION, Assumptions, Plan
+from pipeline.planning import activations, compute, inference, sizes, states
+from pipeline.planning.advice import Change, advice, changed, largest_micro_batch
+from pipeline.planning.architecture import Architecture, architecture_of, base_configuration
+from pipeline.planning.compute import GPUS
+from pipeline.planning.job import EXPERT_STAGE, job_fits, job_moments, served_pool, worst_moment
+from pipeline.planning.plan import CONTEXT, FRAGMENTATION, Assumptions, Plan
 
 POOLS = (10, 50, 100)
 """Pools whose size is told beside that of the stream's own."""

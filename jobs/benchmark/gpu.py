@@ -34,16 +34,16 @@ from jobs.summary import PACKAGES, command_line, git_commit, now
 from jobs.terminal import Terminal, table
 from pipeline.config import BaseModelConfig, ConfigError, LearnConfig
 from pipeline.evaluation.predictor import Predictor
-from pipeline.models.architecture import architecture_of, base_configuration
 from pipeline.models.prompts import IGNORED, Encoded, generate_answers
 from pipeline.models.tiny import build_tiny, tiny_processor
+from pipeline.planning.architecture import architecture_of, base_configuration
+from pipeline.planning.job import EXPERT_STAGE, ROUTER_STAGE, job_moments
+from pipeline.planning.plan import Assumptions
 from pipeline.routing.expert import Expert
 from pipeline.routing.pool import Pool
 from pipeline.streams.embedded.foundation import vocabulary
 from pipeline.streams.packing import unpack
 from pipeline.streams.preprocess import Prepared
-from pipeline.training.planning.job import EXPERT_STAGE, ROUTER_STAGE, job_moments
-from pipeline.training.planning.plan import Assumptions
 
 SHAPE = Path(__file__).parents[1] / "configs" / "bases" / "internvl2_2b"
 TILES = 4

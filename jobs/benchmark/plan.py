@@ -27,14 +27,14 @@ from jobs.state import write_json
 from jobs.summary import command_line, git_commit, now
 from jobs.terminal import Terminal, table
 from pipeline.config import ExpertConfig
-from pipeline.models.architecture import Architecture, architecture_of
 from pipeline.models.bases import Base
 from pipeline.models.families import family_of
 from pipeline.models.prompts import IGNORED
-from pipeline.training.planning.activations import Kernel, Pass, activations
-from pipeline.training.planning.inference import Batch, inference_moments
-from pipeline.training.planning.plan import moments_of
-from pipeline.training.planning.states import States
+from pipeline.planning.activations import Kernel, Pass, activations
+from pipeline.planning.architecture import Architecture, architecture_of
+from pipeline.planning.inference import Batch, inference_moments
+from pipeline.planning.plan import moments_of
+from pipeline.planning.states import States
 from pipeline.training.stages import answer_loss, checkpoint_activations, with_lora
 
 PACKAGES = ("torch", "transformers", "peft")

@@ -7,10 +7,10 @@ import torch
 from transformers import AutoModelForImageTextToText
 
 from pipeline.config import BaseModelConfig
-from pipeline.models.architecture import base_configuration
 from pipeline.models.bases import Base, load_base
 from pipeline.models.families import family_of
 from pipeline.models.placement import device_map, largest_share, split
+from pipeline.planning.architecture import base_configuration
 from pipeline.routing.evidence import pooled
 from tests.helpers import checksum
 

@@ -10,8 +10,8 @@ those at which logits are computed.
 
 from dataclasses import dataclass
 
-from pipeline.models.architecture import Architecture
-from pipeline.training.planning.activations import Kernel
+from pipeline.planning.activations import Kernel
+from pipeline.planning.architecture import Architecture
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from pipeline.models.architecture import Architecture
+from pipeline.planning.architecture import Architecture
 from pipeline.routing.evidence import WIDTH
 from pipeline.routing.features import feature_width
 

@@ -15,7 +15,7 @@ from collections import Counter
 from dataclasses import dataclass
 from typing import Literal
 
-from pipeline.models.architecture import Architecture, Decoder, Tower
+from pipeline.planning.architecture import Architecture, Decoder, Tower
 
 Kernel = Literal["eager", "flash", "masked"]
 """How attention is computed; see `attention_bytes`."""

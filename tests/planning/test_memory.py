@@ -10,11 +10,11 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from jobs.benchmark.plan import PEAK, QUICK, Case, build, measure, taken
 from pipeline.config import TrainingConfig
-from pipeline.models.architecture import Architecture, architecture_of
+from pipeline.planning.activations import Pass, activations, layer_bytes
+from pipeline.planning.architecture import Architecture, architecture_of
+from pipeline.planning.compute import operations, vision_operations
+from pipeline.planning.states import DEFAULTS, States, states
 from pipeline.routing.adapters import load_adapters
-from pipeline.training.planning.activations import Pass, activations, layer_bytes
-from pipeline.training.planning.compute import operations, vision_operations
-from pipeline.training.planning.states import DEFAULTS, States, states
 from pipeline.training.stages import answer_loss, save_lora, with_gates, without_dropout
 
 CASE = Case("test", tiles=2)

@@ -9,12 +9,12 @@ side and evaluated meanwhile, or in turns.
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from pipeline.models.architecture import HEAD, LANGUAGE, PROJECTOR, VISION
 from pipeline.models.inference import InferenceWorkers
 from pipeline.models.placement import largest_share
-from pipeline.training.planning.activations import Kernel
-from pipeline.training.planning.inference import Batch, inference_moments, worst_batch_shapes
-from pipeline.training.planning.plan import CONTEXT, FRAGMENTATION, Plan
+from pipeline.planning.activations import Kernel
+from pipeline.planning.architecture import HEAD, LANGUAGE, PROJECTOR, VISION
+from pipeline.planning.inference import Batch, inference_moments, worst_batch_shapes
+from pipeline.planning.plan import CONTEXT, FRAGMENTATION, Plan
 
 EXPERT_STAGE, ROUTER_STAGE = "expert stage", "router stage"
 SERVED = InferenceWorkers(batch_size=32)

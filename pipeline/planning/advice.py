@@ -4,8 +4,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from pipeline.training.planning.job import worst_inference
-from pipeline.training.planning.plan import Plan
+from pipeline.planning.job import worst_inference
+from pipeline.planning.plan import Plan
 
 NOTICEABLE = 0.005
 """Share of the peak that a setting must save to be named."""

@@ -7,8 +7,8 @@ width, H heads, I width of the MLP, L layers, V vocabulary, b bytes of an activa
 
 from dataclasses import dataclass
 
-from pipeline.models.architecture import Architecture, Decoder
-from pipeline.training.planning.activations import FLOAT, Kernel, Pass, vision_bytes
+from pipeline.planning.activations import FLOAT, Kernel, Pass, vision_bytes
+from pipeline.planning.architecture import Architecture, Decoder
 
 
 @dataclass(frozen=True)

@@ -8,13 +8,13 @@ import pytest
 from transformers import LlavaConfig, Qwen2_5_VLConfig, Qwen3Config
 
 from pipeline.config import BaseModelConfig, ExpertConfig
-from pipeline.models.architecture import Architecture, architecture_of, base_configuration
 from pipeline.models.bases import load_base
 from pipeline.models.checkpoints import BaseError
+from pipeline.planning.architecture import Architecture, architecture_of, base_configuration
 from pipeline.training.stages import adapted_paths, with_lora
 
 BASES = Path(__file__).parents[2] / "jobs" / "configs" / "bases"
-PUBLISHED = Path(__file__).parent / "configs"
+PUBLISHED = Path(__file__).parents[1] / "models" / "configs"
 
 
 @pytest.fixture(scope="module")

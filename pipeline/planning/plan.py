@@ -8,10 +8,9 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from pipeline.config import LearnConfig
-from pipeline.models.architecture import PROJECTOR, VISION, Architecture
-from pipeline.streams.batch_loader import StepLayout
-from pipeline.training.planning.activations import Activations, Kernel, Pass, activations
-from pipeline.training.planning.compute import (
+from pipeline.planning.activations import Activations, Kernel, Pass, activations
+from pipeline.planning.architecture import PROJECTOR, VISION, Architecture
+from pipeline.planning.compute import (
     Gpu,
     Operations,
     answering_seconds,
@@ -19,8 +18,9 @@ from pipeline.training.planning.compute import (
     operations,
     vision_operations,
 )
-from pipeline.training.planning.sizes import Sizes, sizes
-from pipeline.training.planning.states import States, states
+from pipeline.planning.sizes import Sizes, sizes
+from pipeline.planning.states import States, states
+from pipeline.streams.batch_loader import StepLayout
 from pipeline.training.zero import zero_config
 
 CONTEXT = 1.0e9

@@ -9,11 +9,11 @@ import pytest
 
 from jobs.plan import make_plan
 from pipeline.config import BaseModelConfig, LearnConfig, load_config
-from pipeline.models.architecture import Architecture, architecture_of, base_configuration
+from pipeline.planning.advice import advice, changed, largest_micro_batch
+from pipeline.planning.architecture import Architecture, architecture_of, base_configuration
+from pipeline.planning.job import job_fits, job_moments, served_pool, worst_inference, worst_moment
+from pipeline.planning.plan import Assumptions, Plan
 from pipeline.routing import Pool
-from pipeline.training.planning.advice import advice, changed, largest_micro_batch
-from pipeline.training.planning.job import job_fits, job_moments, served_pool, worst_inference, worst_moment
-from pipeline.training.planning.plan import Assumptions, Plan
 from tests.helpers import make_expert
 
 CONFIGS = Path(__file__).parents[2] / "jobs" / "configs"
