@@ -24,11 +24,12 @@ from jobs.background import begin
 from jobs.learn import Learned, learn_stream, publish, show, where_next
 from jobs.opening import open_run
 from jobs.options import Address, ConfigFile, Overrides, job_command, load, user_errors
-from jobs.state import Stopwatch, write_json
+from jobs.state import Stopwatch
 from jobs.stream_run import StreamRun
 from jobs.terminal import methods_table
 from pipeline.config import digest
 from pipeline.evaluation.results import Evaluation
+from pipeline.files import write_json
 from pipeline.routing.adapters import load_adapters
 from pipeline.routing.expert import Expert, ExpertCard
 from pipeline.routing.pool import Pool

@@ -21,16 +21,18 @@ from jobs.evaluations import PoolEvaluations
 from jobs.opening import open_run
 from jobs.options import Address, ConfigFile, Overrides, job_command, load, user_errors
 from jobs.recognition import remember
-from jobs.state import Stopwatch, read_json, write_json
+from jobs.state import Stopwatch, read_json
 from jobs.stream_run import StreamRun
-from jobs.summary import answers, learned, now, provenance
+from jobs.summary import answers, learned, run_provenance
 from jobs.terminal import table
 from jobs.trainings import TrainedExpert, Trainings, with_figures
 from pipeline.config import TaskConfig
 from pipeline.errors import UserError
 from pipeline.evaluation.matrix import AccuracyMatrix
 from pipeline.evaluation.report import write_report
+from pipeline.files import write_json
 from pipeline.memory import trim_memory
+from pipeline.provenance import now
 from pipeline.registry.experts import find_expert, register_expert
 from pipeline.registry.pools import pool_name, register_pool
 from pipeline.registry.tracking import log_dataset, ui_command
@@ -103,7 +105,7 @@ def learn_stream(run: StreamRun) -> Learned:
     if evaluations.end() is not None:  # with samples now
         last = run.evaluate([*names, *families], pool, pool_key, folder=pool_folder, quietly=True)
     summary = {
-        **provenance(run, started),
+        **run_provenance(run, started),
         "seconds_total": watch.stop(),
         "peak_memory_bytes": run.memory.bytes,
         **learned(run, matrix, last, figures),

@@ -8,7 +8,6 @@ Reads the stream's configuration and the base's config.json; no weights, no data
 import inspect
 import json
 from dataclasses import replace
-from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -16,16 +15,16 @@ import psutil
 import typer
 
 from jobs.options import ConfigFile, Overrides, load, user_errors
-from jobs.state import write_json
-from jobs.summary import PACKAGES, command_line, git_commit, now
 from jobs.terminal import Terminal, table
 from pipeline.config import ConfigError, LearnConfig
+from pipeline.files import write_json
 from pipeline.planning import activations, compute, inference, sizes, states
 from pipeline.planning.advice import Change, advice, changed, largest_micro_batch
 from pipeline.planning.architecture import Architecture, architecture_of, base_configuration
 from pipeline.planning.compute import GPUS
 from pipeline.planning.job import EXPERT_STAGE, job_fits, job_moments, served_pool, worst_moment
 from pipeline.planning.plan import CONTEXT, FRAGMENTATION, Assumptions, Plan
+from pipeline.provenance import now, provenance
 
 POOLS = (10, 50, 100)
 """Pools whose size is told beside that of the stream's own."""
@@ -107,12 +106,7 @@ def main(
         changes = advice(plan)
         figures = summary(plan, gpu_name(settings, gpu), changes)
         figures = {
-            "name": settings.name,
-            "command": command_line(),
-            "seed": settings.seed,
-            "git_commit": git_commit(),
-            "started": started.isoformat(timespec="seconds"),
-            "versions": {package: version(package) for package in PACKAGES},
+            **provenance(settings.name, started, seed=settings.seed),
             **figures,
         }
         file = (output or Path("runs") / settings.name) / "plan.json"

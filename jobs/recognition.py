@@ -9,10 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from jobs.identity import DATA, is_of_statistics
-from jobs.state import read_json, write_json
+from jobs.state import read_json
 from jobs.stream_run import StreamRun
 from pipeline.config import TaskConfig
 from pipeline.errors import UserError
+from pipeline.files import write_json
 from pipeline.routing.expert import CARD, ExpertCard
 from pipeline.routing.pool import EXPERTS
 from pipeline.streams.faults import StreamError

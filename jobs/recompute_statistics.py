@@ -21,9 +21,9 @@ from jobs.opening import open_run
 from jobs.options import Address, ConfigFile, Overrides, job_command, load, user_errors
 from jobs.recognition import remember
 from jobs.renewals import Renewal, plan
-from jobs.state import write_json
 from jobs.stream_run import StreamRun
 from jobs.summary import figures_on_card, task_figures
+from pipeline.files import write_json
 from pipeline.registry.experts import register_expert
 from pipeline.registry.pools import CHAMPION, download_pool, find_pool, pool_name, register_pool
 from pipeline.registry.versions import MODELS

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.errors import stored_file
+from pipeline.files import write_json
 
 REMADE = "delete this file, and the same command makes it anew"
 """What to do about a damaged file of a run."""
@@ -20,14 +21,6 @@ def read_json(file: Path) -> dict[str, Any]:
         if not isinstance(value, dict):
             raise TypeError(f"an object was expected, found {type(value).__name__}")
         return value
-
-
-def write_json(file: Path, value: Any) -> None:
-    """Writes a JSON file, all of it or nothing."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    draft = file.with_name(file.name + ".draft")
-    draft.write_text(json.dumps(value, indent=1) + "\n")
-    draft.rename(file)
 
 
 class Stopwatch:

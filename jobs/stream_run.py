@@ -21,7 +21,7 @@ from cluster.usage import PeakMemory
 from jobs.background import begin
 from jobs.capacity import Capacity
 from jobs.identity import GENERAL_PROMPT, Identity
-from jobs.state import REMADE, Tally, write_json
+from jobs.state import REMADE, Tally
 from jobs.terminal import Terminal
 from pipeline.config import LearnConfig, SourceConfig, TaskConfig
 from pipeline.errors import stored_file
@@ -30,6 +30,7 @@ from pipeline.evaluation.choices import Mode
 from pipeline.evaluation.evaluate import SAMPLES, Evaluator
 from pipeline.evaluation.prompts import Column
 from pipeline.evaluation.results import Evaluation
+from pipeline.files import atomic_file, write_json
 from pipeline.models.bases import language_width
 from pipeline.models.checkpoints import checkpoint, fingerprint
 from pipeline.registry.experts import MissingExpertError, experts_name, fetch_expert
@@ -197,8 +198,8 @@ class StreamRun:
                     workers=self.capacity.inference,
                     vision=self.vision,
                 )
-            write_null(file.with_suffix(".draft"), null, evidence)
-            file.with_suffix(".draft").rename(file)
+            with atomic_file(file) as staging:
+                write_null(staging, null, evidence)
         with stored_file(file, REMADE):
             null, evidence = read_null(file)
             return {"null": null, "null_evidence": evidence}

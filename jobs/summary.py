@@ -2,55 +2,25 @@
 
 import base64
 import io
-import shlex
-import subprocess
-import sys
 from collections.abc import Mapping, Sequence
-from datetime import UTC, datetime
-from importlib.metadata import version
-from pathlib import Path
+from datetime import datetime
 from typing import Any
 
 from jobs.stream_run import StreamRun
-from pipeline.config import without_secrets
 from pipeline.evaluation.matrix import BASE, AccuracyMatrix, continual_metrics
 from pipeline.evaluation.results import Evaluation
+from pipeline.provenance import provenance
 from pipeline.routing.expert import ExpertCard
 from pipeline.streams.sources import first_records
 
-PACKAGES = ("torch", "ray", "transformers", "peft", "deepspeed", "mlflow", "pyarrow")
 SAMPLES = 2
 """Sample prompts of each column in the report."""
 
 
-def provenance(run: StreamRun, started: datetime) -> dict[str, Any]:
-    """Returns name, command line, seed, commit and versions."""
-    return {
-        "name": run.config.name,
-        "command": command_line(),
-        "seed": run.config.seed,
-        "git_commit": git_commit(),
-        "started": started.isoformat(timespec="seconds"),
-        "versions": {package: version(package) for package in PACKAGES},
-        "base": {"label": run.config.base.label, "fingerprint": run.fingerprint},
-    }
-
-
-def now() -> datetime:
-    """Returns the time in UTC."""
-    return datetime.now(UTC)
-
-
-def command_line() -> str:
-    """Returns the command as the user typed it, but for secrets."""
-    return without_secrets(shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]))
-
-
-def git_commit() -> str | None:
-    """Returns the commit of the code, or None outside a checkout."""
-    here = Path(__file__).parent
-    answer = subprocess.run(["git", "-C", str(here), "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
-    return answer.stdout.strip() or None
+def run_provenance(run: StreamRun, started: datetime) -> dict[str, Any]:
+    """Returns the provenance of a run's summary, its base included."""
+    made = provenance(run.config.name, started, seed=run.config.seed)
+    return made | {"base": {"label": run.config.base.label, "fingerprint": run.fingerprint}}
 
 
 def task_figures(run: StreamRun, task: str, figures: Mapping[str, Any]) -> dict[str, Any]:

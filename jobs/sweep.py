@@ -19,11 +19,12 @@ from mlflow import MlflowClient
 
 from jobs.opening import open_run
 from jobs.options import Address, ConfigFile, Overrides, job_command, load, user_errors
-from jobs.state import write_json
 from jobs.stream_run import StreamRun
-from jobs.summary import now, provenance
+from jobs.summary import run_provenance
 from jobs.terminal import table
 from pipeline.config import ConfigError, digest
+from pipeline.files import write_json
+from pipeline.provenance import now
 from pipeline.registry.tracking import active_run, log_batch
 from pipeline.routing.pool import Pool, PoolError
 from tuning.space import SweepSpace
@@ -104,7 +105,7 @@ def _sweep(run: StreamRun, space: SweepSpace, name: str) -> None:
             worker_env=worker_env,
             say=run.terminal.say,
         )
-    summary = provenance(run, started) | {
+    summary = run_provenance(run, started) | {
         "task": name,
         "seconds_total": monotonic() - begun,
         "training_seconds": {str(rank): t["seconds"] for rank, t in result.trainings.items()},

@@ -11,10 +11,10 @@ from typing import Any
 
 from jobs.background import begin
 from jobs.recognition import expert_wanted
-from jobs.state import write_json
 from jobs.stream_run import StreamRun
 from jobs.summary import figures_on_card, task_figures
 from pipeline.config import TaskConfig
+from pipeline.files import write_json
 from pipeline.routing.expert import Expert
 from pipeline.routing.store import ExpertReference
 from pipeline.streams.faults import StreamError

@@ -1,9 +1,33 @@
-"""Folders that are replaced as a whole: written beside their place, put there by renaming."""
+"""Files and folders that are replaced as a whole: written beside their place, put there by renaming."""
 
+import json
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
+from uuid import uuid4
+
+
+@contextmanager
+def atomic_file(target: Path) -> Iterator[Path]:
+    """Yields where to write a file that replaces `target` when the context ends; after an error `target` is untouched.
+
+    Of several processes that write the same file the last one stays. Makes the folder if need be.
+    """
+    target.parent.mkdir(parents=True, exist_ok=True)
+    staging = target.with_name(f".{target.name}.{uuid4().hex}")  # hidden: whoever lists the folder does not see it
+    try:
+        yield staging
+        staging.replace(target)
+    finally:
+        staging.unlink(missing_ok=True)
+
+
+def write_json(file: Path, value: Any) -> None:
+    """Writes a JSON file, all of it or nothing."""
+    with atomic_file(file) as staging:
+        staging.write_text(json.dumps(value, indent=1) + "\n")
 
 
 @contextmanager

@@ -15,7 +15,6 @@ import os
 import shutil
 import tempfile
 from collections.abc import Sequence
-from importlib.metadata import version
 from pathlib import Path
 from statistics import median
 from time import perf_counter
@@ -33,13 +32,13 @@ from cluster.usage import PeakMemory, memory_bytes
 from jobs.benchmark.malformed_corpus import Case, build
 from jobs.benchmark.plan import PEAK, measure
 from jobs.options import user_errors
-from jobs.state import write_json
-from jobs.summary import command_line, git_commit, now
 from jobs.terminal import Terminal, table
 from pipeline.config import BaseModelConfig, ConfigError, DataConfig, SourceConfig
+from pipeline.files import write_json
 from pipeline.models.bases import load_processor
 from pipeline.models.prompts import Encoded, encode
 from pipeline.models.tiny import tiny_config, tiny_processor
+from pipeline.provenance import now, provenance
 from pipeline.streams.embedded.foundation import vocabulary
 from pipeline.streams.packing import pack
 from pipeline.streams.preprocess import Part, Prepared, encoded_rows, prepare
@@ -93,11 +92,7 @@ def _measure(rows: int, rounds: int, gigabytes: float, tiles: int, output: Path)
     with terminal.working("comparing planned with measured memory"):
         figures["plan"] = {"max_relative_error": max(c.error for c in measure() if c.part == PEAK)}
     summary = {
-        "name": "benchmark-data",
-        "command": command_line(),
-        "git_commit": git_commit(),
-        "started": started.isoformat(timespec="seconds"),
-        "versions": {package: version(package) for package in (*PACKAGES, "datasets")},
+        **provenance("benchmark-data", started, packages=(*PACKAGES, "datasets")),
         "tiles": tiles,
     }
     write_json(output / "summary.json", summary | figures)

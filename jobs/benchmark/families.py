@@ -13,7 +13,6 @@ import json
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
-from importlib.metadata import version
 from pathlib import Path
 from time import monotonic
 from typing import Annotated, Any
@@ -29,12 +28,12 @@ from jobs.benchmark.small_models import SMALL, write_small
 from jobs.learn import Learned, learn_stream
 from jobs.opening import open_run
 from jobs.options import user_errors
-from jobs.state import write_json
 from jobs.stream_run import StreamRun
-from jobs.summary import PACKAGES, command_line, git_commit, now
 from jobs.terminal import Terminal, table
 from pipeline.config import ConfigError, LearnConfig
+from pipeline.files import write_json
 from pipeline.models.bases import load_base
+from pipeline.provenance import now, provenance
 from pipeline.registry.pools import CHAMPION, pool_name
 from pipeline.routing import Pool, RoutedModel
 from pipeline.streams.embedded import synthetic
@@ -80,11 +79,7 @@ def prove(names: Sequence[str], cached: Sequence[str], output: Path, *, tasks: i
     """
     started, terminal, found = now(), Terminal(), dict[str, Any]()
     summary = {
-        "name": output.name,
-        "command": command_line(),
-        "git_commit": git_commit(),
-        "started": started.isoformat(timespec="seconds"),
-        "versions": {package: version(package) for package in PACKAGES},
+        **provenance(output.name, started),
         "tasks": tasks,
         "steps": steps,
         "tolerance": TOLERANCE,

@@ -13,7 +13,6 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from importlib.metadata import version
 from pathlib import Path
 from statistics import fmean, median
 from time import monotonic
@@ -28,17 +27,17 @@ from cluster.usage import memory_bytes
 from jobs.opening import open_run
 from jobs.options import user_errors
 from jobs.plan import make_plan
-from jobs.state import write_json
 from jobs.stream_run import StreamRun
-from jobs.summary import PACKAGES, command_line, git_commit, now
 from jobs.terminal import Terminal, table
 from pipeline.config import BaseModelConfig, ConfigError, LearnConfig
 from pipeline.evaluation.predictor import Predictor
+from pipeline.files import write_json
 from pipeline.models.prompts import IGNORED, Encoded, generate_answers
 from pipeline.models.tiny import build_tiny, tiny_processor
 from pipeline.planning.architecture import architecture_of, base_configuration
 from pipeline.planning.job import EXPERT_STAGE, ROUTER_STAGE, job_moments
 from pipeline.planning.plan import Assumptions
+from pipeline.provenance import now, provenance
 from pipeline.routing.expert import Expert
 from pipeline.routing.pool import Pool
 from pipeline.streams.embedded.foundation import vocabulary
@@ -111,12 +110,7 @@ def gpu(
             base = write_base(size, output / f"base-{size}")
         config = configuration(base, size=size, device=device, steps=steps, output=output)
         summary = {
-            "name": "benchmark gpu",
-            "command": command_line(),
-            "seed": config.seed,
-            "git_commit": git_commit(),
-            "started": now().isoformat(timespec="seconds"),
-            "versions": {package: version(package) for package in PACKAGES},
+            **provenance("benchmark gpu", now(), seed=config.seed),
             "device": torch.cuda.get_device_name() if device == "cuda" else "cpu",
             "size": size,
         }

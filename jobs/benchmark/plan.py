@@ -12,7 +12,6 @@ python -m jobs.benchmark plan
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -23,10 +22,9 @@ from transformers import InternVLConfig, InternVLForConditionalGeneration, Llama
 from transformers.models.internvl.configuration_internvl import InternVLVisionConfig
 
 from jobs.benchmark.routing import Allocations
-from jobs.state import write_json
-from jobs.summary import command_line, git_commit, now
 from jobs.terminal import Terminal, table
 from pipeline.config import ExpertConfig
+from pipeline.files import write_json
 from pipeline.models.bases import Base
 from pipeline.models.families import family_of
 from pipeline.models.prompts import IGNORED
@@ -35,6 +33,7 @@ from pipeline.planning.architecture import Architecture, architecture_of
 from pipeline.planning.inference import Batch, inference_moments
 from pipeline.planning.plan import moments_of
 from pipeline.planning.states import States
+from pipeline.provenance import now, provenance
 from pipeline.training.stages import answer_loss, checkpoint_activations, with_lora
 
 PACKAGES = ("torch", "transformers", "peft")
@@ -370,12 +369,7 @@ def plan(
     parts = list(dict.fromkeys(c.part for c in comparisons))
     worst = {part: max(c.error for c in comparisons if c.part == part) for part in parts}
     summary = {
-        "name": "benchmark plan",
-        "command": command_line(),
-        "seed": 0,
-        "git_commit": git_commit(),
-        "started": started.isoformat(timespec="seconds"),
-        "versions": {package: version(package) for package in PACKAGES},
+        **provenance("benchmark plan", started, seed=0, packages=PACKAGES),
         "plan": {"max_relative_error": worst[PEAK], "max_relative_error_by_part": worst},
         "cases": [
             {

@@ -23,13 +23,14 @@ from jobs.learn import Learned, learn_stream
 from jobs.opening import open_run
 from jobs.options import ConfigFile, Overrides, load, user_errors
 from jobs.pretrain_tiny import encode_examples
-from jobs.state import write_json
 from jobs.stream_run import StreamRun
-from jobs.summary import now, provenance
+from jobs.summary import run_provenance
 from jobs.terminal import table
 from pipeline.config import LearnConfig, digest
+from pipeline.files import write_json
 from pipeline.models.bases import Base, load_base
 from pipeline.models.prompts import Encoded, collate, generate_answers
+from pipeline.provenance import now
 from pipeline.routing import Expert, ExpertCard, Pool, PromptStatistics, RoutedModel
 from pipeline.routing.adapters import load_adapters
 from pipeline.routing.features import feature_width
@@ -51,7 +52,7 @@ def routers(config: ConfigFile, overrides: Overrides = None, many: Many = 50) ->
         settings = load(config, overrides)
         with open_run(settings, job="benchmark routers") as run:
             started = now()
-            summary = provenance(run, started) | _on_the_stream(run, learn_stream(run))
+            summary = run_provenance(run, started) | _on_the_stream(run, learn_stream(run))
             file = run.folder.parent / "benchmark-routers" / "summary.json"
             write_json(file, summary)
             _show_stream(run, summary)

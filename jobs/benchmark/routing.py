@@ -12,7 +12,6 @@ import weakref
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
-from importlib.metadata import version
 from pathlib import Path
 from statistics import median
 from time import perf_counter
@@ -29,11 +28,11 @@ from torch.utils._pytree import tree_leaves
 
 from jobs.benchmark.engines import ENGINES, MODELS, PROMPT, RANK, Engine, Routed, Setup, Step, build, linear_widths
 from jobs.options import user_errors
-from jobs.state import write_json
-from jobs.summary import command_line, git_commit, now
 from jobs.terminal import Terminal, table
 from pipeline.config import ConfigError
 from pipeline.evaluation.pictures import CYCLE, MUTED, OURS
+from pipeline.files import write_json
+from pipeline.provenance import now, provenance
 
 SIZES = "internvl2_2b,tiny,2048x2048,2048x8192,8192x2048"
 EXPERTS = "1,2,4,10,32,64,128,256,1000"
@@ -105,12 +104,7 @@ def routing(
             raise ConfigError(f"--engines {engines}: runs on whole models only; add --sizes {', '.join(MODELS)}")
     torch.set_num_threads(threads)
     summary: dict[str, Any] = {
-        "name": "benchmark routing",
-        "command": command_line(),
-        "seed": seed,
-        "git_commit": git_commit(),
-        "started": now().isoformat(timespec="seconds"),
-        "versions": {package: version(package) for package in PACKAGES},
+        **provenance("benchmark routing", now(), seed=seed, packages=PACKAGES),
         "threads": threads,
         "dtype": dtype,
         "memory_gb": memory_gb,

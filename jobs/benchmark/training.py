@@ -10,12 +10,13 @@ import typer
 from jobs.benchmark.plain_loop import plain_steps, shuffled_batches
 from jobs.opening import open_run
 from jobs.options import ConfigFile, Overrides, load, user_errors
-from jobs.state import write_json
 from jobs.stream_run import StreamRun
-from jobs.summary import now, provenance
+from jobs.summary import run_provenance
 from jobs.terminal import table
 from pipeline.config import ConfigError, LearnConfig
+from pipeline.files import write_json
 from pipeline.models.bases import load_base
+from pipeline.provenance import now
 from pipeline.streams.packing import unpack
 from pipeline.training.stages import with_lora
 
@@ -65,7 +66,7 @@ def _training(run: StreamRun, rounds: int) -> None:
             seconds.append(fmean(figures["expert_step_seconds"][WARM_UP:]))
             if which is run:
                 waits.append(figures["expert_wait_seconds"] / figures["expert_seconds"])
-    summary = provenance(run, started) | {
+    summary = run_provenance(run, started) | {
         "steps": steps,
         "batch_size": run.config.expert.batch_size,
         "rows": rows.counts[task.name],

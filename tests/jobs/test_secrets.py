@@ -7,10 +7,10 @@ import pytest
 
 from jobs.endings import LOG, OutsideError, outside_errors
 from jobs.options import job_command, user_errors
-from jobs.summary import command_line
 from jobs.terminal import Terminal
 from pipeline.config import BaseModelConfig, ConfigError, LearnConfig, load_config
 from pipeline.evaluation.report import write_report
+from pipeline.provenance import command_line
 from tests.evaluation.test_report import FAMILIES, TASKS, make_summary
 
 SECRET = "hunter2"

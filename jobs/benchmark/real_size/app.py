@@ -6,7 +6,6 @@ Each measurement is a module of this folder with a function `measure`; one of th
 """
 
 from importlib import import_module
-from importlib.metadata import version
 from pathlib import Path
 from time import monotonic
 from typing import Annotated, Any
@@ -14,10 +13,10 @@ from typing import Annotated, Any
 import typer
 
 from jobs.options import user_errors
-from jobs.state import write_json
-from jobs.summary import PACKAGES, command_line, git_commit, now
 from jobs.terminal import Terminal, table
 from pipeline.config import ConfigError
+from pipeline.files import write_json
+from pipeline.provenance import now, provenance
 
 MEASUREMENTS = {
     "features": "routing with prompt features projected to 128 and 512, against unprojected ones",
@@ -55,10 +54,7 @@ def real_size(only: Only = None, output: Output = Path("runs/benchmark-real-size
                 raise ConfigError(f"--only {name}: no such measurement; there are: {', '.join(MEASUREMENTS)}")
         terminal, started = Terminal(), now()
         summary: dict[str, Any] = {
-            "command": command_line(),
-            "git_commit": git_commit(),
-            "started": started.isoformat(timespec="seconds"),
-            "versions": {package: version(package) for package in PACKAGES},
+            **provenance("benchmark real-size", started),
         }
         for name in only or MEASUREMENTS:
             terminal.say(f"{name}: {MEASUREMENTS[name]}", "bold")

@@ -1,0 +1,46 @@
+"""Provenance: which command, code and versions made a summary."""
+
+import shlex
+import subprocess
+import sys
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from pipeline.config import without_secrets
+
+PACKAGES = ("torch", "ray", "transformers", "peft", "deepspeed", "mlflow", "pyarrow")
+"""Packages whose versions may change a result."""
+
+
+def provenance(
+    name: str, started: datetime, *, seed: int | None = None, packages: Sequence[str] = PACKAGES
+) -> dict[str, Any]:
+    """Returns what every `summary.json` begins with: name, command line, seed (if there is one), commit, start, versions."""
+    return {
+        "name": name,
+        "command": command_line(),
+        **({} if seed is None else {"seed": seed}),
+        "git_commit": git_commit(),
+        "started": started.isoformat(timespec="seconds"),
+        "versions": {package: version(package) for package in packages},
+    }
+
+
+def now() -> datetime:
+    """Returns the time in UTC."""
+    return datetime.now(UTC)
+
+
+def command_line() -> str:
+    """Returns the command as the user typed it, without secrets."""
+    return without_secrets(shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]))
+
+
+def git_commit() -> str | None:
+    """Returns the commit of the code, or None outside a checkout."""
+    here = Path(__file__).parent
+    answer = subprocess.run(["git", "-C", str(here), "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
+    return answer.stdout.strip() or None
