@@ -1,156 +1,15 @@
-"""Sets the learned pool beside what one would do instead, at equal steps a task, in one table.
+"""Sets the learned pool beside its baselines (`learning.baselines`) in one table.
 
 python -m jobs.compare jobs/configs/embedded.yaml
-
-base             the frozen base
-specialist       each task's expert, told which task a prompt belongs to (the upper bound of routing)
-sequential       one LoRA, fine-tuned on task after task
-multitask        one LoRA, trained on all tasks' data at once
-token_published  the pool, routed token by token (the paper's router)
-token            the pool, every Linear for itself, by evidence
-prompt           the pool, one closed-form decision a prompt
-two_level        the pool, a short list by prompt, weighed by Linear
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass
-from functools import partial
-from pathlib import Path
-from typing import Any
-
-import torch
-
-from jobs.background import begin
-from jobs.learn import Learned, learn_stream, publish, show, where_next
-from jobs.opening import open_run
+from jobs.learn import show, where_next
 from jobs.options import Address, ConfigFile, Overrides, job_command, load, user_errors
-from jobs.state import Stopwatch
-from jobs.stream_run import StreamRun
-from jobs.terminal import methods_table
-from pipeline.config import digest
-from pipeline.evaluation.results import Evaluation
-from pipeline.files import write_json
-from pipeline.routing.adapters import load_adapters
-from pipeline.routing.expert import Expert, ExpertCard
-from pipeline.routing.pool import Pool
-from pipeline.routing.statistics import PromptStatistics
-
-ROUTERS: dict[str, dict[str, str]] = {
-    "token_published": {"kind": "token", "token_scores": "published"},
-    "token": {"kind": "token", "token_scores": "evidence"},
-    "prompt": {"kind": "prompt"},
-    "two_level": {"kind": "two_level"},
-}
-"""Router settings by the name that results bear."""
-
-
-def compare_methods(run: StreamRun, learned: Learned) -> dict[str, Any]:
-    """Trains and evaluates the other methods; returns the summary's `methods`."""
-    tasks = learned.summary["tasks"]
-    samples = sum(t["samples"] for t in tasks.values())
-    expert_seconds = sum(t["expert_seconds"] for t in tasks.values())
-    all_seconds = expert_seconds + sum(t["router_seconds"] for t in tasks.values())
-    columns = list(run.columns)
-
-    def routed(name: str) -> Evaluation:
-        pool = learned.pool.routed_by(**ROUTERS[name])
-        folder = pool.save(run.folder / "methods" / f"pool-{name}")
-        return run.evaluate(columns, pool, run.pool_key(pool), folder=folder, who=name)
-
-    told = run.evaluate(columns, learned.pool, digest(learned.pool_digest), mode="told", who="specialist")
-    sequential, multitask = _both(
-        partial(_sequential, run), partial(_multitask, run), at_once=run.capacity.trainings > 1
-    )
-    return {
-        "base": _method(run, run.evaluate(columns, None, "base", who="the base"), 0, 0.0),
-        "specialist": _method(run, told, samples, expert_seconds),
-        "sequential": _method(run, _only(run, "sequential", sequential), sequential.samples, sequential.seconds),
-        "multitask": _method(run, _only(run, "multitask", multitask), multitask.samples, multitask.seconds),
-        **{name: _method(run, routed(name), samples, all_seconds) for name in ROUTERS},
-    }
-
-
-def _method(run: StreamRun, evaluation: Evaluation, samples: int, seconds: float) -> dict[str, Any]:
-    accuracies = evaluation.accuracies()
-    new = [accuracies[task.name] for task in run.config.stream.tasks]
-    old = [accuracies[task.name] for task in run.config.stream.foundation]
-    return {
-        "new": sum(new) / len(new),
-        "foundation": sum(old) / len(old) if old else None,
-        "samples": samples,
-        "seconds": seconds,
-        "columns": accuracies,
-        "columns_by_row": evaluation.row_accuracies(),
-    }
-
-
-@dataclass(frozen=True)
-class _Adapter:
-    """A single adapter that answers everything, and what it took."""
-
-    folder: Path
-    key: str
-    """Names what it was trained from."""
-    samples: int
-    seconds: float
-
-
-def _both(one: Callable[[], _Adapter], other: Callable[[], _Adapter], *, at_once: bool) -> tuple[_Adapter, _Adapter]:
-    """Does both trainings, one after the other or side by side."""
-    if not at_once:
-        return one(), other()
-    beside = begin(other, name="training beside")
-    return one(), beside.result()
-
-
-def _sequential(run: StreamRun) -> _Adapter:
-    """One LoRA goes from task to task."""
-    adapter, key, samples, seconds = None, "sequential", 0, 0.0
-    for number, task in enumerate(run.config.stream.tasks):
-        run.terminal.say(f"sequential fine-tuning {number + 1}/{len(run.config.stream.tasks)}: {task.name}", "bold")
-        key = digest(key, run.identity.expert(task))
-        changes = {"task": f"sequential_{task.name}", "router_stage": False, "validation": 0.0}
-        trained = run.train(*run.job(task, key, start=str(adapter) if adapter else None, **changes))
-        adapter = trained.adapter
-        run.release(task)
-        samples += trained.figures["samples"]
-        seconds += trained.figures["expert_seconds"]
-    assert adapter is not None, "a stream has tasks"
-    return _Adapter(adapter, key, samples, seconds)
-
-
-def _multitask(run: StreamRun) -> _Adapter:
-    """One LoRA sees all tasks' rows, in as many steps as all experts together."""
-    tasks = run.config.stream.tasks
-    run.terminal.say(f"multi-task training on all {len(tasks)} tasks", "bold")
-    key = digest("multitask", [run.identity.expert(task) for task in tasks])
-    expert = run.config.expert.model_copy(update={"steps": run.config.expert.steps * len(tasks)})
-    changes = {"task": "multitask", "data_fingerprint": key, "expert": expert, "router_stage": False, "validation": 0.0}
-    with run.terminal.working(f"reading {len(tasks)} tasks"):
-        rows = run.all_training_rows()
-    trained = run.train(run.job_alone(tasks[0], key, **changes), rows)
-    return _Adapter(trained.adapter, key, trained.figures["samples"], trained.figures["expert_seconds"])
-
-
-def _only(run: StreamRun, name: str, trained: _Adapter) -> Evaluation:
-    """Evaluates a single adapter that answers everything."""
-    config, adapters = load_adapters(trained.folder)
-    card = ExpertCard(
-        name=name,
-        task=name,
-        base_fingerprint=run.fingerprint,
-        rank=run.config.expert.rank,
-        alpha=run.config.expert.lora_alpha,
-        seed=run.config.seed,
-        data_fingerprint=trained.key,
-        config_digest=trained.key,
-        samples=trained.samples,
-    )
-    nothing = PromptStatistics.of(torch.zeros(1, 1))  # nobody routes to it
-    pool = Pool(
-        run.config.base.label, run.fingerprint, run.config.router, [Expert(card, config, adapters, {}, nothing)]
-    )
-    return run.evaluate(list(run.columns), pool, trained.key, mode="only", who=name)
+from jobs.terminal import Terminal, methods_table
+from pipeline.learning.baselines import compare_methods
+from pipeline.learning.learn import learn_stream, publish
+from pipeline.learning.opening import open_run
+from pipeline.learning.state import Stopwatch
 
 
 def main(config: ConfigFile, overrides: Overrides = None, address: Address = None) -> None:
@@ -159,11 +18,10 @@ def main(config: ConfigFile, overrides: Overrides = None, address: Address = Non
         settings = load(config, overrides)
         if address:
             job_command("jobs.compare", config, overrides, address)
-        with open_run(settings, job="compare") as run:
+        with open_run(settings, job="compare", progress=Terminal()) as run:
             learned = learn_stream(run)
             watch = Stopwatch(run.folder / "state" / "clock-compare.json")
             methods = compare_methods(run, learned)
-            write_json(run.folder / "methods.json", methods)
             summary = learned.summary | {
                 "methods": methods,
                 "seconds_total": learned.summary["seconds_total"] + watch.stop(),
@@ -174,7 +32,7 @@ def main(config: ConfigFile, overrides: Overrides = None, address: Address = Non
             )
             report = publish(run, summary)
             show(run, summary)
-            run.terminal.console.print(methods_table(methods))
+            run.progress.show(methods_table(methods))
             where_next(run, report)
 
 

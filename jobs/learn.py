@@ -1,172 +1,19 @@
 """Learns a stream of tasks, one after the other, without forgetting; the job that the project is for.
 
-    python -m jobs.learn jobs/configs/embedded.yaml expert.rank=16
-
-For each task: train an expert and its routing vectors from this task's data alone, register it, make a new pool version,
-evaluate the pool on all tasks seen and on what the base could do before. Stopped at any moment, the same command goes on.
+python -m jobs.learn jobs/configs/embedded.yaml expert.rank=16
 """
 
-from collections.abc import Mapping
-from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
-from time import monotonic
-from typing import Any, NamedTuple
+from typing import Any
 
-import mlflow
-from mlflow.entities.model_registry import ModelVersion
-
-from cluster.usage import memory_bytes
-from jobs.evaluations import PoolEvaluations
-from jobs.opening import open_run
 from jobs.options import Address, ConfigFile, Overrides, job_command, load, user_errors
-from jobs.recognition import remember
-from jobs.state import Stopwatch, read_json
-from jobs.stream_run import StreamRun
-from jobs.summary import answers, learned, run_provenance
-from jobs.terminal import table
-from jobs.trainings import TrainedExpert, Trainings, with_figures
-from pipeline.config import TaskConfig
-from pipeline.errors import UserError
-from pipeline.evaluation.matrix import AccuracyMatrix
-from pipeline.evaluation.report import write_report
-from pipeline.files import write_json
-from pipeline.memory import trim_memory
-from pipeline.provenance import now
-from pipeline.registry.experts import find_expert, register_expert
-from pipeline.registry.pools import pool_name, register_pool
-from pipeline.registry.tracking import log_dataset, ui_command
-from pipeline.routing.expert import Expert
-from pipeline.routing.pool import Pool
-from pipeline.routing.store import ExpertReference, StoredExpert
-
-
-@dataclass(frozen=True)
-class Learned:
-    """A stream that has been learned."""
-
-    pool: Pool
-    pool_folder: Path
-    pool_digest: str
-    summary: dict[str, Any]
-
-
-def learn_stream(run: StreamRun) -> Learned:
-    """Learns all tasks of the run's stream; what is finished already is found and skipped."""
-    config, started = run.config, now()
-    watch = Stopwatch(run.folder / "state" / "clock.json")
-    names = [task.name for task in config.stream.tasks]
-    families = [task.name for task in config.stream.foundation]
-    matrix = AccuracyMatrix(names, families)
-    pool = Pool(config.base.label, run.fingerprint, config.router, **run.null_expert())
-    pool_folder, figures, versions = run.folder / "pool", {}, {}
-    last = run.evaluate([*names, *families], None, "base", who="the base")
-    matrix.record("base", last.accuracies())
-    evaluations, trainings = PoolEvaluations(run, matrix), Trainings(run)
-    for number, task in enumerate(config.stream.tasks):
-        run.terminal.say(f"task {number + 1}/{len(names)}: {task.name}", "bold")
-        began = monotonic()
-        try:
-            trained = trainings.expert(task)
-        except UserError:
-            evaluations.end()  # of the pool before, which is whole
-            raise
-        ended = monotonic()
-        found = _registered(run, task, trained)
-        versions[task.name], figures[task.name] = found.version, found.figures
-        pool = pool.add(found.expert)
-        pool.save(pool_folder)
-        pool_key = run.pool_key(pool)
-        version = run.patience(
-            partial(
-                register_pool,
-                pool,
-                config.base,
-                digest=pool_key,
-                experts=dict(versions),
-                expert_memory=config.evaluation.expert_memory,
-            ),
-            "registering the pool",
-            kept=f"pool and experts are safe in {run.folder}; nothing will be trained again",
-        )
-        if not trained.before:
-            beyond = figures[task.name]["seconds"] - figures[task.name]["step_seconds"]
-            overhead = {"overhead_seconds": beyond + monotonic() - ended}
-            figures[task.name] = with_figures(trained.file, figures[task.name], overhead)
-        seconds = figures[task.name]["seconds"]
-        run.terminal.say(f"  pool version {version.version}   ({seconds:.0f} s to learn)")
-        if config.is_evaluated(number + 1):
-            evaluations.begin(pool, pool_key, pool_folder)
-        if not trained.before:
-            trim_memory()
-            turn = {"turn_seconds": monotonic() - began, "memory_bytes": memory_bytes()}
-            figures[task.name] = with_figures(trained.file, figures[task.name], turn)
-        watch.lap()
-    if evaluations.end() is not None:  # with samples now
-        last = run.evaluate([*names, *families], pool, pool_key, folder=pool_folder, quietly=True)
-    summary = {
-        **run_provenance(run, started),
-        "seconds_total": watch.stop(),
-        "peak_memory_bytes": run.memory.bytes,
-        **learned(run, matrix, last, figures),
-        "answers": answers(last, names, run.generated.total(run.evaluator.generated)),
-    }
-    return Learned(pool, pool_folder, pool_key, summary)
-
-
-class _Registered(NamedTuple):
-    """A task's expert, as the pool takes it."""
-
-    expert: StoredExpert
-    version: ModelVersion
-    figures: dict[str, Any]
-
-
-def _registered(run: StreamRun, task: TaskConfig, trained: TrainedExpert) -> _Registered:
-    """Registers a task's expert, if it is not yet."""
-    figures, folder = read_json(trained.file), run.experts.ensure(trained.reference)
-    version = run.patience(
-        lambda: _register(run, task, trained.reference, folder, figures),
-        f"registering expert {task.name}",
-        kept=f"the trained expert is safe in {folder}; it will not be trained again",
-    )
-    if trained.before:
-        run.terminal.say(f"  learned before, version {version.version} of {version.name}")
-    where = {"model": version.name, "version": int(version.version)}
-    expert = StoredExpert(ExpertReference.of(folder).model_copy(update=where), run.experts)
-    remember(run, expert.expert.card)
-    return _Registered(expert, version, figures)
-
-
-def _register(
-    run: StreamRun, task: TaskConfig, expert: ExpertReference, folder: Path, figures: Mapping[str, Any]
-) -> ModelVersion:
-    """Returns the version of a trained expert, made now if there is none."""
-    label = run.config.base.label
-    assert expert.digest is not None
-    if (version := find_expert(label, expert.digest)) is not None:
-        return version
-    if "rows" in figures:  # which earlier releases did not write down
-        assert task.train is not None
-        fingerprint = Expert.load(folder).card.data_fingerprint
-        log_dataset(run.run_id, task.name, task.train.path, fingerprint, samples=figures["rows"])
-    return register_expert(label, folder)
-
-
-def _upload(folder: Path, report: Path) -> None:
-    mlflow.log_artifact(str(folder / "summary.json"))
-    mlflow.log_artifact(str(report), "report")
-    mlflow.log_artifacts(str(folder / "pictures"), "report/pictures")
-
-
-def publish(run: StreamRun, summary: dict[str, Any]) -> Path:
-    """Writes summary and report into the run's folder and as artifacts of the MLflow run; returns the report."""
-    write_json(run.folder / "summary.json", summary)
-    report = write_report(summary, run.folder)
-    run.patience(partial(_upload, run.folder, report), "uploading summary and report", kept=f"both are in {run.folder}")
-    figures = {key: value for key, value in summary["continual"].items() if value is not None}
-    run.log([(f"continual/{key}", value, 0) for key, value in figures.items()])
-    return report
+from jobs.terminal import Terminal, table
+from pipeline.learning.learn import learn_stream, publish
+from pipeline.learning.opening import open_run
+from pipeline.learning.session import StreamSession
+from pipeline.learning.state import read_json
+from pipeline.registry.pools import pool_name
+from pipeline.registry.tracking import ui_command
 
 
 def main(config: ConfigFile, overrides: Overrides = None, address: Address = None) -> None:
@@ -175,14 +22,14 @@ def main(config: ConfigFile, overrides: Overrides = None, address: Address = Non
         settings = load(config, overrides)
         if address:
             job_command("jobs.learn", config, overrides, address)
-        with open_run(settings, job="learn") as run:
+        with open_run(settings, job="learn", progress=Terminal()) as run:
             result = learn_stream(run)
             report = publish(run, _with_comparison(run, result.summary))
             show(run, result.summary)
             where_next(run, report)
 
 
-def _with_comparison(run: StreamRun, summary: dict[str, Any]) -> dict[str, Any]:
+def _with_comparison(run: StreamSession, summary: dict[str, Any]) -> dict[str, Any]:
     """Keeps the comparison that an earlier `compare` of the same pool has written into the summary."""
     file = run.folder / "summary.json"
     if not file.exists():
@@ -192,7 +39,7 @@ def _with_comparison(run: StreamRun, summary: dict[str, Any]) -> dict[str, Any]:
     return before if same else summary
 
 
-def show(run: StreamRun, summary: dict[str, Any]) -> None:
+def show(run: StreamSession, summary: dict[str, Any]) -> None:
     """Prints the closing table: accuracy of every task after the last one, and what learning it took."""
     values = summary["accuracy_matrix"]["values"]
     columns = summary["accuracy_matrix"]["columns"]
@@ -202,26 +49,26 @@ def show(run: StreamRun, summary: dict[str, Any]) -> None:
         own = values[1 + list(summary["tasks"]).index(name)][i]
         accuracies = ("-" if value is None else f"{value:.3f}" for value in (values[0][i], own, values[-1][i]))
         rows.append([name, *accuracies, f"{figures['seconds']:.0f}"])
-    run.terminal.console.print(table("Tasks", ["task", "base", "when learned", "at the end", "seconds"], rows))
+    run.progress.show(table("Tasks", ["task", "base", "when learned", "at the end", "seconds"], rows))
     c = summary["continual"]
     parts = [f"{key.replace('_', ' ')} {value:.3f}" for key, value in c.items() if value is not None]
-    run.terminal.say("   ".join(parts))
+    run.progress.say("   ".join(parts))
     a = summary["answers"]
-    run.terminal.say(
+    run.progress.say(
         f"answers    {a['generated']:,} generated for {a['prompts']:,} prompts, {a['generated'] / a['single_pass']:.2f} of a "
         "single pass (each prompt once by the base, those of tasks once by their expert)"
     )
 
 
-def where_next(run: StreamRun, report: Path) -> None:
+def where_next(run: StreamSession, report: Path) -> None:
     """Prints where to look."""
-    run.terminal.say(f"\nreport     {report}")
-    run.terminal.say(f"summary    {run.folder / 'summary.json'}")
+    run.progress.say(f"\nreport     {report}")
+    run.progress.say(f"summary    {run.folder / 'summary.json'}")
     if run.config.registry.uri is None:
-        run.terminal.say(f"registry   {pool_name(run.config.base.label)}@champion; browse it: pointsman ui")
-        run.terminal.say(f"           (that is: {' '.join(ui_command(run.config.tracking_uri))})")
+        run.progress.say(f"registry   {pool_name(run.config.base.label)}@champion; browse it: pointsman ui")
+        run.progress.say(f"           (that is: {' '.join(ui_command(run.config.tracking_uri))})")
     else:
-        run.terminal.say(f"registry   {pool_name(run.config.base.label)}@champion at {run.config.registry.uri}")
+        run.progress.say(f"registry   {pool_name(run.config.base.label)}@champion at {run.config.registry.uri}")
 
 
 if __name__ == "__main__":

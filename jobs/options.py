@@ -11,9 +11,10 @@ import typer
 
 from cluster.local import JOB_CONFIG
 from cluster.submit import submit
-from jobs.endings import message_of, outside_errors, stoppable
+from jobs.endings import message_of, stoppable
 from pipeline.config import ConfigError, LearnConfig, fields_of, holds_secrets, load_config, without_secrets
 from pipeline.errors import UserError
+from pipeline.learning.outside_errors import outside_errors
 
 EMBEDDED = Path(__file__).parent / "configs" / "embedded.yaml"
 """The stream that ships with the project."""

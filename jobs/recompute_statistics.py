@@ -17,13 +17,14 @@ from typing import Annotated
 import typer
 from mlflow.entities.model_registry import ModelVersion
 
-from jobs.opening import open_run
 from jobs.options import Address, ConfigFile, Overrides, job_command, load, user_errors
-from jobs.recognition import remember
-from jobs.renewals import Renewal, plan
-from jobs.stream_run import StreamRun
-from jobs.summary import figures_on_card, task_figures
+from jobs.terminal import Terminal
 from pipeline.files import write_json
+from pipeline.learning.opening import open_run
+from pipeline.learning.recognition import remember
+from pipeline.learning.renewals import Renewal, plan
+from pipeline.learning.session import StreamSession
+from pipeline.learning.summary import figures_on_card, task_figures
 from pipeline.registry.experts import register_expert
 from pipeline.registry.pools import CHAMPION, download_pool, find_pool, pool_name, register_pool
 from pipeline.registry.versions import MODELS
@@ -49,7 +50,7 @@ SkipMissing = Annotated[
 ]
 
 
-def recompute(run: StreamRun, old: TrainedPool, *, skip_missing: bool = False) -> ModelVersion:
+def recompute(run: StreamSession, old: TrainedPool, *, skip_missing: bool = False) -> ModelVersion:
     """Makes and registers the new pool of an old one; returns its version.
 
     First what is missing is told, then statistics are taken, expert by expert; only when all are there, anything is registered.
@@ -58,12 +59,12 @@ def recompute(run: StreamRun, old: TrainedPool, *, skip_missing: bool = False) -
     renewals = plan(run, old, skip_missing=skip_missing)
     experts, read = {}, 0
     for number, renewal in enumerate(renewals):
-        run.terminal.say(f"expert {number + 1}/{len(renewals)}: {renewal.task.name}", "bold")
+        run.progress.say(f"expert {number + 1}/{len(renewals)}: {renewal.task.name}", "bold")
         experts[renewal.task.name], prompts = _expert(run, old, renewal)
         read += prompts
     pool = Pool(run.config.base.label, run.fingerprint, run.config.router, **run.null_expert())
     if old.null and not pool.null:
-        run.terminal.say("  the old pool had a null expert; without stream.general the new one abstains by distance")
+        run.progress.say("  the old pool had a null expert; without stream.general the new one abstains by distance")
     pools = []
     for expert in experts.values():
         pool = pool.add(expert)
@@ -74,31 +75,31 @@ def recompute(run: StreamRun, old: TrainedPool, *, skip_missing: bool = False) -
         partial(_register, run, pools, experts, new), "registering experts and pool", kept="nothing is computed again"
     )
     said = "there already, its aliases are where they were" if before else f"now {CHAMPION}; the old versions stay"
-    run.terminal.say(
+    run.progress.say(
         f"\n{len(experts)} of {len(old.experts)} experts, {read} prompts read in {monotonic() - began:.0f} s: version "
         f"{version.version} of {version.name} ({said}), in {new}"
     )
     return version
 
 
-def _expert(run: StreamRun, old: TrainedPool, renewal: Renewal) -> tuple[StoredExpert, int]:
+def _expert(run: StreamSession, old: TrainedPool, renewal: Renewal) -> tuple[StoredExpert, int]:
     """Returns an expert with its new statistics, in the run's store, and how many prompts were read for them now."""
     task = renewal.task
     if renewal.identity is None:
-        run.terminal.say("  has these statistics already")
+        run.progress.say("  has these statistics already")
         found = old.folder_of(task.name)
         return _stored(run, run.experts.take(ExpertReference.of(found), found)), 0
     wanted = run.reference(task.name, renewal.digest)
     if renewal.changes:
-        run.terminal.say(f"  trained otherwise than the configuration says, and kept: {'; '.join(renewal.changes)}")
+        run.progress.say(f"  trained otherwise than the configuration says, and kept: {'; '.join(renewal.changes)}")
     if run.has_expert(wanted):
-        run.terminal.say("  recomputed before")
+        run.progress.say("  recomputed before")
         return _stored(run, run.experts.ensure(wanted)), 0
     began, trained = monotonic(), old.expert(task.name)
-    with run.terminal.working(f"reading {task.name}"):
+    with run.progress.working(f"reading {task.name}"):
         rows = run.training_rows(task)
     run.tell_set_aside(rows, task.name, "train")
-    with run.terminal.working("taking statistics of its prompts"):
+    with run.progress.working("taking statistics of its prompts"):
         expert = recomputed(
             trained,
             rows.training_rows([task.name]),
@@ -115,15 +116,15 @@ def _expert(run: StreamRun, old: TrainedPool, renewal: Renewal) -> tuple[StoredE
     _keep_figures(run, trained, renewal.digest, counts)
     folder = run.experts.put(expert)
     run.release(task)
-    run.terminal.say(f"  {expert.statistics.count} prompts in {monotonic() - began:.0f} s")
+    run.progress.say(f"  {expert.statistics.count} prompts in {monotonic() - began:.0f} s")
     return _stored(run, folder), expert.statistics.count
 
 
-def _stored(run: StreamRun, folder: Path) -> StoredExpert:
+def _stored(run: StreamSession, folder: Path) -> StoredExpert:
     return StoredExpert(ExpertReference.of(folder), run.experts)
 
 
-def _keep_figures(run: StreamRun, trained: TrainedExpert, key: str, counts: Mapping[str, int]) -> None:
+def _keep_figures(run: StreamSession, trained: TrainedExpert, key: str, counts: Mapping[str, int]) -> None:
     """Writes what `learn` needs to take the expert for learned: the figures of its training, or what its card has of them."""
     card = trained.card
     before, now = (run.folder / "state" / f"task-{name}.json" for name in (card.config_digest, key))
@@ -134,7 +135,9 @@ def _keep_figures(run: StreamRun, trained: TrainedExpert, key: str, counts: Mapp
     write_json(now, task_figures(run, card.task, figures))
 
 
-def _register(run: StreamRun, pools: Sequence[Pool], experts: Mapping[str, StoredExpert], new: Path) -> ModelVersion:
+def _register(
+    run: StreamSession, pools: Sequence[Pool], experts: Mapping[str, StoredExpert], new: Path
+) -> ModelVersion:
     """Registers all experts, then the pools of the first of them, of the first two, ..., as learning does.
 
     So `learn` finds each of them, and leaves `champion` at the last, which is written to `new`; returns its version.
@@ -176,22 +179,22 @@ def main(
             options = [*(["--pool", pool] if pool else []), *(["--skip-missing"] if skip_missing else [])]
             job_command("jobs.recompute_statistics", config, overrides, address, *options)
         with (
-            open_run(settings, job="recompute-statistics", trains=False) as run,
+            open_run(settings, job="recompute-statistics", progress=Terminal(), trains=False) as run,
             tempfile.TemporaryDirectory(dir=run.folder, prefix="pool-") as scratch,
         ):
             recompute(run, _meant(run, pool, Path(scratch)), skip_missing=skip_missing)
 
 
-def _meant(run: StreamRun, pool: str | None, scratch: Path) -> TrainedPool:
+def _meant(run: StreamSession, pool: str | None, scratch: Path) -> TrainedPool:
     """Returns the pool that is meant, copied to `scratch` if it comes from the registry."""
     own = run.folder / "pool"
     if pool is None and not (own / CARD).is_file():
         pool = f"{MODELS}{pool_name(run.config.base.label)}@{CHAMPION}"
     if pool is None or not pool.startswith(MODELS):
         folder = own if pool is None else Path(pool).expanduser().resolve()
-        run.terminal.say(f"pool {folder}")
+        run.progress.say(f"pool {folder}")
         return TrainedPool.load(folder, run.experts if pool is None else None)
-    run.terminal.say(f"pool {pool}")
+    run.progress.say(f"pool {pool}")
     return TrainedPool.load(run.patience(partial(download_pool, pool, scratch), f"fetching {pool}"), run.experts)
 
 

@@ -17,13 +17,13 @@ import mlflow
 import typer
 from mlflow import MlflowClient
 
-from jobs.opening import open_run
 from jobs.options import Address, ConfigFile, Overrides, job_command, load, user_errors
-from jobs.stream_run import StreamRun
-from jobs.summary import run_provenance
-from jobs.terminal import table
+from jobs.terminal import Terminal, table
 from pipeline.config import ConfigError, digest
 from pipeline.files import write_json
+from pipeline.learning.opening import open_run
+from pipeline.learning.session import StreamSession
+from pipeline.learning.summary import run_provenance
 from pipeline.provenance import now
 from pipeline.registry.tracking import active_run, log_batch
 from pipeline.routing.pool import Pool, PoolError
@@ -59,11 +59,11 @@ def main(
         if address:
             more = ["--ranks", ranks, "--temperatures", temperatures, *(["--task", task] if task else [])]
             job_command("jobs.sweep", config, overrides, address, *more)
-        with open_run(settings, job=f"sweep {digest(space, task)}") as run:
+        with open_run(settings, job=f"sweep {digest(space, task)}", progress=Terminal()) as run:
             _sweep(run, space, task or names[-1])
 
 
-def _sweep(run: StreamRun, space: SweepSpace, name: str) -> None:
+def _sweep(run: StreamSession, space: SweepSpace, name: str) -> None:
     started, begun, config = now(), monotonic(), run.config
     tasks = {task.name: task for task in config.stream.tasks}
     task = tasks[name]
@@ -78,7 +78,7 @@ def _sweep(run: StreamRun, space: SweepSpace, name: str) -> None:
             )
         others = [n for n in pool.names if n != name and n in tasks]
     if not others:
-        run.terminal.say(
+        run.progress.say(
             "no learned pool with other tasks: the expert stands alone, and temperature has nothing to weigh; "
             "run `pointsman learn` first to sweep inside its pool"
         )
@@ -90,7 +90,7 @@ def _sweep(run: StreamRun, space: SweepSpace, name: str) -> None:
     folder = run.folder / "sweeps" / f"{name}-{digest(space, learned, evaluation)}"
     trials = len(space.ranks) * len(space.temperatures)
     worker_env = run.worker_env
-    with run.terminal.working(f"sweeping {name}: {len(space.ranks)} trainings, {trials} evaluations"):
+    with run.progress.working(f"sweeping {name}: {len(space.ranks)} trainings, {trials} evaluations"):
         result = sweep(
             space,
             config,
@@ -103,7 +103,7 @@ def _sweep(run: StreamRun, space: SweepSpace, name: str) -> None:
             answers=run.evaluator.store.folder,
             pool_key=run.identity.pool,
             worker_env=worker_env,
-            say=run.terminal.say,
+            say=run.progress.say,
         )
     summary = run_provenance(run, started) | {
         "task": name,
@@ -138,16 +138,16 @@ def _log(result: SweepResult, task: str, summary: Path) -> None:
             log_batch(nested.info.run_id, points)
 
 
-def _show(run: StreamRun, result: SweepResult, summary: dict[str, object], folder: Path) -> None:
+def _show(run: StreamSession, result: SweepResult, summary: dict[str, object], folder: Path) -> None:
     rows = [
         [str(t.rank), f"{t.temperature:g}", f"{t.accuracy:.3f}", f"{t.others:.3f}", f"{t.seconds:.1f}"]
         for t in result.trials
     ]
     header = ["rank", "temperature", f"{summary['task']}", "other tasks", "seconds"]
-    run.terminal.console.print(table("Sweep", header, rows))
+    run.progress.show(table("Sweep", header, rows))
     trainings = ", ".join(f"rank {rank} {t['seconds']:.0f} s" for rank, t in result.trainings.items())
-    run.terminal.say(f"trainings: {trainings}; in all {summary['seconds_total']:.0f} s")
-    run.terminal.say(f"summary    {folder / 'summary.json'}")
+    run.progress.say(f"trainings: {trainings}; in all {summary['seconds_total']:.0f} s")
+    run.progress.say(f"summary    {folder / 'summary.json'}")
 
 
 if __name__ == "__main__":

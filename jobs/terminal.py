@@ -38,6 +38,10 @@ class Terminal:
         """Prints a line above the bars, all of it in a style of rich's; brackets in it are brackets."""
         self.console.print(Text(without_secrets(text), style=style), soft_wrap=True)
 
+    def show(self, drawn: object) -> None:
+        """Prints a table."""
+        self.console.print(drawn)
+
     @contextmanager
     def working(self, text: str) -> Iterator[None]:
         """Shows that something without a known length is going on."""

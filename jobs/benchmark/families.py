@@ -25,13 +25,13 @@ from torch import Tensor
 import pipeline
 from jobs.benchmark.reload_pool import TOKENS, routed_logits
 from jobs.benchmark.small_models import SMALL, write_small
-from jobs.learn import Learned, learn_stream
-from jobs.opening import open_run
 from jobs.options import user_errors
-from jobs.stream_run import StreamRun
 from jobs.terminal import Terminal, table
 from pipeline.config import ConfigError, LearnConfig
 from pipeline.files import write_json
+from pipeline.learning.learn import LearnResult, learn_stream
+from pipeline.learning.opening import open_run
+from pipeline.learning.session import StreamSession
 from pipeline.models.bases import load_base
 from pipeline.provenance import now, provenance
 from pipeline.registry.pools import CHAMPION, pool_name
@@ -150,9 +150,9 @@ def _words(output: Path) -> dict[str, Any]:
 
 def _proof(settings: LearnConfig) -> tuple[Pool, dict[str, Any]]:
     """Learns a stream, reloads its pool in another process; returns the pool and what was found."""
-    with open_run(settings, job="benchmark families") as run:
+    with open_run(settings, job="benchmark families", progress=Terminal()) as run:
         learned = learn_stream(run)
-        with run.terminal.working("the same prompts, here and from the registry in another process"):
+        with run.progress.working("the same prompts, here and from the registry in another process"):
             same = _reloaded(run, learned)
     return learned.pool, {
         "experts": learned.pool.names,
@@ -162,7 +162,7 @@ def _proof(settings: LearnConfig) -> tuple[Pool, dict[str, Any]]:
     }
 
 
-def _reloaded(run: StreamRun, learned: Learned) -> dict[str, Any]:
+def _reloaded(run: StreamSession, learned: LearnResult) -> dict[str, Any]:
     """Compares what this process and another one, which has the pool from the registry, answer."""
     rows, folder = _prompts(run), run.folder / "reloaded"
     base = load_base(run.config.base)
@@ -196,7 +196,7 @@ def _largest(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> float:
     return max((one[key] - other[key]).abs().max().item() for key in one)
 
 
-def _prompts(run: StreamRun) -> list[dict[str, str | None]]:
+def _prompts(run: StreamSession) -> list[dict[str, str | None]]:
     """Returns the first prompts of every task and family, as rows for a pool's `predict`."""
     rows: list[dict[str, str | None]] = []
     for task in run.columns.values():

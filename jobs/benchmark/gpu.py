@@ -24,14 +24,14 @@ from peft import PeftModel
 from transformers import InternVLForConditionalGeneration
 
 from cluster.usage import memory_bytes
-from jobs.opening import open_run
 from jobs.options import user_errors
 from jobs.plan import make_plan
-from jobs.stream_run import StreamRun
 from jobs.terminal import Terminal, table
 from pipeline.config import BaseModelConfig, ConfigError, LearnConfig
 from pipeline.evaluation.predictor import Predictor
 from pipeline.files import write_json
+from pipeline.learning.opening import open_run
+from pipeline.learning.session import StreamSession
 from pipeline.models.prompts import IGNORED, Encoded, generate_answers
 from pipeline.models.tiny import build_tiny, tiny_processor
 from pipeline.planning.architecture import architecture_of, base_configuration
@@ -114,7 +114,7 @@ def gpu(
             "device": torch.cuda.get_device_name() if device == "cuda" else "cpu",
             "size": size,
         }
-        with open_run(config, job="benchmark gpu") as run:
+        with open_run(config, job="benchmark gpu", progress=Terminal()) as run:
             summary |= measure(run, device)
     write_json(output / "summary.json", summary)
     (output / "report.md").write_text(page(summary))
@@ -185,7 +185,7 @@ def configuration(base: Path, *, size: Size, device: Device, steps: int, output:
     )
 
 
-def measure(run: StreamRun, device: Device) -> dict[str, Any]:
+def measure(run: StreamSession, device: Device) -> dict[str, Any]:
     """Runs the job moment by moment; returns the summary's figures."""
     task, meter = run.config.stream.tasks[0], Meter(_taken(device), every=0.1 if device == "cuda" else 0.5)
     with meter.during("image features"):
@@ -223,7 +223,7 @@ def _taken(device: Device) -> Callable[[], int]:
     return on_gpu if device == "cuda" else memory_bytes
 
 
-def _against_plan(run: StreamRun, meter: Meter, lengths: list[tuple[int, int]]) -> dict[str, dict[str, float]]:
+def _against_plan(run: StreamSession, meter: Meter, lengths: list[tuple[int, int]]) -> dict[str, dict[str, float]]:
     """Returns measured and planned bytes by moment; the plan's longest row is the job's."""
     longest, answer = (max(values) for values in zip(*lengths, strict=True))
     data = run.config.data.model_copy(update={"max_tokens": longest})
@@ -245,7 +245,7 @@ def _against_plan(run: StreamRun, meter: Meter, lengths: list[tuple[int, int]]) 
     }
 
 
-def _answering(run: StreamRun, prompts: Prepared, pool: Pool, expert: Path) -> dict[str, float]:
+def _answering(run: StreamSession, prompts: Prepared, pool: Pool, expert: Path) -> dict[str, float]:
     """Returns seconds of answering the task's prompts with the pool and with its one LoRA in PEFT, and their ratio."""
     config, workers = run.config, run.capacity.inference
     tokens = config.evaluation.max_new_tokens

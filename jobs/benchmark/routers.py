@@ -18,16 +18,16 @@ import torch
 import typer
 
 from jobs.benchmark.plain_loop import plain_steps, shuffled_batches
-from jobs.compare import ROUTERS
-from jobs.learn import Learned, learn_stream
-from jobs.opening import open_run
 from jobs.options import ConfigFile, Overrides, load, user_errors
 from jobs.pretrain_tiny import encode_examples
-from jobs.stream_run import StreamRun
-from jobs.summary import run_provenance
-from jobs.terminal import table
+from jobs.terminal import Terminal, table
 from pipeline.config import LearnConfig, digest
 from pipeline.files import write_json
+from pipeline.learning.baselines import ROUTERS
+from pipeline.learning.learn import LearnResult, learn_stream
+from pipeline.learning.opening import open_run
+from pipeline.learning.session import StreamSession
+from pipeline.learning.summary import run_provenance
 from pipeline.models.bases import Base, load_base
 from pipeline.models.prompts import Encoded, collate, generate_answers
 from pipeline.provenance import now
@@ -50,28 +50,28 @@ def routers(config: ConfigFile, overrides: Overrides = None, many: Many = 50) ->
     """How well routers choose: on the learned stream, without a general sample, and among many synthetic experts."""
     with user_errors():
         settings = load(config, overrides)
-        with open_run(settings, job="benchmark routers") as run:
+        with open_run(settings, job="benchmark routers", progress=Terminal()) as run:
             started = now()
             summary = run_provenance(run, started) | _on_the_stream(run, learn_stream(run))
             file = run.folder.parent / "benchmark-routers" / "summary.json"
             write_json(file, summary)
             _show_stream(run, summary)
             if many:
-                run.terminal.say(f"learning {many} synthetic tasks")
+                run.progress.say(f"learning {many} synthetic tasks")
                 empty = Pool(settings.base.label, run.fingerprint, settings.router, **run.null_expert())
-                summary["many"] = among_many(load_base(settings.base), empty, settings, many, say=run.terminal.say)
+                summary["many"] = among_many(load_base(settings.base), empty, settings, many, say=run.progress.say)
                 write_json(file, summary)
                 _show_many(run, summary["many"])
-            run.terminal.say(f"summary    {file}")
+            run.progress.say(f"summary    {file}")
 
 
-def _on_the_stream(run: StreamRun, learned: Learned) -> dict[str, Any]:
+def _on_the_stream(run: StreamSession, learned: LearnResult) -> dict[str, Any]:
     """Evaluates every router on the stream's tasks and foundation."""
     columns, tasks = list(run.columns), [task.name for task in run.config.stream.tasks]
     foundation = [task.name for task in run.config.stream.foundation]
 
     def measured(pool: Pool | None, name: str, mode: Any = "routed") -> dict[str, Any]:
-        run.terminal.say(f"  {name}")
+        run.progress.say(f"  {name}")
         folder = pool.save(run.folder / "routers" / name) if pool else None
         if pool is None:
             key = "base"
@@ -100,7 +100,7 @@ def _on_the_stream(run: StreamRun, learned: Learned) -> dict[str, Any]:
     }
 
 
-def _show_stream(run: StreamRun, summary: Mapping[str, Any]) -> None:
+def _show_stream(run: StreamSession, summary: Mapping[str, Any]) -> None:
     told, base = summary["specialist"], summary["base"]
     rows = [["base", f"{base['new']:.3f}", _text(base["foundation"]), "", "", ""]]
     rows.append(["specialist, told", f"{told['new']:.3f}", _text(told["foundation"]), "1.000", "", ""])
@@ -118,7 +118,7 @@ def _show_stream(run: StreamRun, summary: Mapping[str, Any]) -> None:
             ]
         )
     header = ["router", "new tasks", "foundation", "/ specialist", "/ base", "routing"]
-    run.terminal.console.print(table("Routers on the stream", header, rows))
+    run.progress.show(table("Routers on the stream", header, rows))
 
 
 def _text(value: float | None) -> str:
@@ -166,12 +166,12 @@ def among_many(
     return found
 
 
-def _show_many(run: StreamRun, found: Mapping[str, Any]) -> None:
+def _show_many(run: StreamSession, found: Mapping[str, Any]) -> None:
     rows = [["specialist, told", f"{found['specialist']:.3f}", "", ""]]
     for name, r in found["routers"].items():
         rows.append([name, f"{r['new']:.3f}", f"{r['routing_accuracy']:.3f}", f"{r['largest_loss']:.3f}"])
     header = ["router", "new tasks", "routing", "largest loss of a task"]
-    run.terminal.console.print(table(f"Routers among {found['experts']} synthetic experts", header, rows))
+    run.progress.show(table(f"Routers among {found['experts']} synthetic experts", header, rows))
 
 
 def _accuracy(base: Base, rows: Sequence[Encoded], answers: Sequence[str]) -> float:

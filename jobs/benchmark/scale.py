@@ -15,12 +15,13 @@ from urllib.parse import urlparse
 import typer
 from mlflow import MlflowClient
 
-from jobs.learn import learn_stream, publish, where_next
-from jobs.opening import open_run
+from jobs.learn import where_next
 from jobs.options import user_errors
-from jobs.stream_run import StreamRun
-from jobs.terminal import table
+from jobs.terminal import Terminal, table
 from pipeline.config import ConfigError, LearnConfig
+from pipeline.learning.learn import learn_stream, publish
+from pipeline.learning.opening import open_run
+from pipeline.learning.session import StreamSession
 from pipeline.registry.pools import pool_name
 from pipeline.registry.versions import logged_model
 
@@ -41,7 +42,7 @@ def scale(
     with user_errors():
         if tasks < FEWEST:
             raise ConfigError(f"--tasks {tasks}: at least {FEWEST}, so that the last ten are not the first twenty")
-        with open_run(_settings(tasks, steps, output), job="benchmark scale") as run:
+        with open_run(_settings(tasks, steps, output), job="benchmark scale", progress=Terminal()) as run:
             learned = learn_stream(run)
             found = measure(run, learned.summary)
             report = publish(run, learned.summary | {"scale": found})
@@ -49,7 +50,7 @@ def scale(
             where_next(run, report)
 
 
-def measure(run: StreamRun, summary: Mapping[str, Any]) -> dict[str, Any]:
+def measure(run: StreamSession, summary: Mapping[str, Any]) -> dict[str, Any]:
     """Returns the summary's part `scale`: medians of early and last tasks, and their ratios."""
     figures = list(summary["tasks"].values())
     seconds = _pair([task["turn_seconds"] for task in figures])
@@ -74,7 +75,7 @@ def _pair(values: Sequence[float]) -> dict[str, float]:
     return {"early": median(values[EARLY]), "last": median(values[LAST])}
 
 
-def version_bytes(run: StreamRun) -> list[float]:
+def version_bytes(run: StreamSession) -> list[float]:
     """Returns the bytes of every version of the run's pools in the registry, in their order; artifacts lie in local files."""
     client, sizes = MlflowClient(), {}
     for version in client.search_model_versions(f"name = '{pool_name(run.config.base.label)}'"):
@@ -104,11 +105,11 @@ def _settings(tasks: int, steps: int, output: Path) -> LearnConfig:
     })  # fmt: skip
 
 
-def _show(run: StreamRun, found: Mapping[str, Any]) -> None:
+def _show(run: StreamSession, found: Mapping[str, Any]) -> None:
     rows = [
         [key, f"{found[key]:.3f}", f"<= {most:g}", "yes" if found[key] <= most else "NO"]
         for key, most in TARGETS.items()
     ]
-    run.terminal.console.print(table(f"{found['tasks']} tasks", ["figure", "measured", "target", "reached"], rows))
+    run.progress.show(table(f"{found['tasks']} tasks", ["figure", "measured", "target", "reached"], rows))
     early, last = (f"{found['seconds'][when]:.1f}" for when in ("early", "last"))
-    run.terminal.say(f"a task takes {early} s at first, {last} s at the end")
+    run.progress.say(f"a task takes {early} s at first, {last} s at the end")

@@ -21,13 +21,14 @@ import typer
 from torch.nn.functional import cross_entropy
 
 from jobs.benchmark.library_text import QUESTIONS, write_library
-from jobs.learn import Learned, learn_stream, publish, show, where_next
-from jobs.opening import open_run
+from jobs.learn import show, where_next
 from jobs.options import Overrides, load, user_errors
-from jobs.state import Stopwatch
-from jobs.stream_run import StreamRun
-from jobs.terminal import table
+from jobs.terminal import Terminal, table
 from pipeline.config import digest
+from pipeline.learning.learn import LearnResult, learn_stream, publish
+from pipeline.learning.opening import open_run
+from pipeline.learning.session import StreamSession
+from pipeline.learning.state import Stopwatch
 from pipeline.models.bases import load_base
 from pipeline.models.prompts import IGNORED, Encoded, encode
 from pipeline.routing import Expert, Pool, RoutedModel
@@ -60,7 +61,7 @@ def text(
         library = next(task.train for task in settings.stream.tasks if task.name == LIBRARY)
         assert library is not None, "a task has rows to learn from"
         write_library(Path(library.path).parent)
-        with open_run(settings, job="benchmark text") as run:
+        with open_run(settings, job="benchmark text", progress=Terminal()) as run:
             learned = learn_stream(run)
             watch = Stopwatch(run.folder / "state" / "clock-text.json")
             found = measure(run, learned, sequential=sequential)
@@ -78,7 +79,7 @@ def packaged_base() -> str | None:
     return next((str(file) for folder in folders for file in sorted(Path(folder).glob("*.gguf"))), None)
 
 
-def measure(run: StreamRun, learned: Learned, *, sequential: bool) -> dict[str, Any]:
+def measure(run: StreamSession, learned: LearnResult, *, sequential: bool) -> dict[str, Any]:
     """Returns the summary's parts `general_text` (perplexities, shares answered by the base) and `sequential`."""
     pool, tasks = learned.pool, learned.pool.names
     tuned = _sequential(run, learned) if sequential else None
@@ -103,7 +104,7 @@ def measure(run: StreamRun, learned: Learned, *, sequential: bool) -> dict[str, 
         found[name] = {column: value for column, (value, _) in read.items()}
         to_base[name] = {column: share for column, (_, share) in read.items()}
         figures = "  ".join(f"{column} {value:.3f}" for column, value in found[name].items())
-        run.terminal.say(f"  perplexity, {name}: {figures}   ({monotonic() - started:.0f} s)")
+        run.progress.say(f"  perplexity, {name}: {figures}   ({monotonic() - started:.0f} s)")
 
     with routed.forced(None):
         note("base")
@@ -164,13 +165,13 @@ def perplexity(routed: RoutedModel, rows: Sequence[Encoded]) -> tuple[float, flo
     return math.exp(loss / tokens), left / len(rows)
 
 
-def _sequential(run: StreamRun, learned: Learned) -> Expert:
+def _sequential(run: StreamSession, learned: LearnResult) -> Expert:
     """Fine-tunes the first task's LoRA on the tasks after it; returns the last expert with that LoRA instead of its own."""
     first, *others = run.config.stream.tasks
     key = learned.pool.experts[first.name].card.config_digest
     adapter = run.experts.ensure(run.reference(first.name, key))
     for task in others:
-        run.terminal.say(f"sequential fine-tuning: {task.name} after {first.name}", "bold")
+        run.progress.say(f"sequential fine-tuning: {task.name} after {first.name}", "bold")
         key = digest("sequential", key, run.identity.expert(task))
         job = run.job(task, key, task=f"sequential_{task.name}", start=str(adapter), router_stage=False)
         adapter = run.train(*job).adapter
@@ -180,13 +181,13 @@ def _sequential(run: StreamRun, learned: Learned) -> Expert:
     return replace(last, card=card, adapters=load_adapters(adapter)[1])
 
 
-def _evaluated(run: StreamRun, pool: Pool, tuned: Expert) -> dict[str, float]:
+def _evaluated(run: StreamSession, pool: Pool, tuned: Expert) -> dict[str, float]:
     """Returns the accuracies of a LoRA that answers everything."""
     alone = _alone(pool, tuned)
     return run.evaluate(list(run.columns), alone, tuned.card.config_digest, mode="only").accuracies()
 
 
-def _show(run: StreamRun, found: Mapping[str, Any]) -> None:
+def _show(run: StreamSession, found: Mapping[str, Any]) -> None:
     general = found["general_text"]
     columns = list(general["prompts"])
     rows = [
@@ -194,7 +195,7 @@ def _show(run: StreamRun, found: Mapping[str, Any]) -> None:
         for name, values in general["perplexity"].items()
     ]
     header = ["who answers", *columns, *(f"{c} to base" for c in columns)]
-    run.terminal.console.print(table("Perplexity of general text, and how much of it the base answers", header, rows))
+    run.progress.show(table("Perplexity of general text, and how much of it the base answers", header, rows))
     if "sequential" in found:
         values = "  ".join(f"{name} {value:.3f}" for name, value in found["sequential"].items())
-        run.terminal.say(f"accuracy of sequential fine-tuning at the end: {values}")
+        run.progress.say(f"accuracy of sequential fine-tuning at the end: {values}")

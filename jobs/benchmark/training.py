@@ -8,13 +8,13 @@ import torch
 import typer
 
 from jobs.benchmark.plain_loop import plain_steps, shuffled_batches
-from jobs.opening import open_run
 from jobs.options import ConfigFile, Overrides, load, user_errors
-from jobs.stream_run import StreamRun
-from jobs.summary import run_provenance
-from jobs.terminal import table
+from jobs.terminal import Terminal, table
 from pipeline.config import ConfigError, LearnConfig
 from pipeline.files import write_json
+from pipeline.learning.opening import open_run
+from pipeline.learning.session import StreamSession
+from pipeline.learning.summary import run_provenance
 from pipeline.models.bases import load_base
 from pipeline.provenance import now
 from pipeline.streams.packing import unpack
@@ -33,20 +33,20 @@ def training(config: ConfigFile, overrides: Overrides = None, rounds: Rounds = 3
     """
     with user_errors():
         settings = load(config, overrides)
-        with open_run(settings, job="benchmark training") as run:
+        with open_run(settings, job="benchmark training", progress=Terminal()) as run:
             _training(run, rounds)
 
 
-def _training(run: StreamRun, rounds: int) -> None:
+def _training(run: StreamSession, rounds: int) -> None:
     started = now()
     steps = run.config.expert.steps
     if steps <= WARM_UP:
         raise ConfigError(f"expert.steps={steps}: the first {WARM_UP} steps are start-up and do not count; take more")
     task = run.config.stream.tasks[0]
     rows = run.training_rows(task)
-    cached = StreamRun(_with_features(run.config), run.cluster, run.terminal, run.memory)
+    cached = StreamSession(_with_features(run.config), run.cluster, run.progress, run.memory)
     cached.run_id = run.run_id
-    with run.terminal.working("computing image features"):
+    with run.progress.working("computing image features"):
         began = perf_counter()
         cached.training_rows(task)
         feature_seconds = perf_counter() - began
@@ -55,8 +55,8 @@ def _training(run: StreamRun, rounds: int) -> None:
     features: list[float] = []
     waits: list[float] = []
     for number in range(rounds):
-        run.terminal.say(f"round {number + 1}/{rounds}")
-        with run.terminal.working("plain PyTorch + PEFT loop"):
+        run.progress.say(f"round {number + 1}/{rounds}")
+        with run.progress.working("plain PyTorch + PEFT loop"):
             plain.append(fmean(_plain_loop(run)[WARM_UP:]))
         for which, seconds in ((run, ours), (cached, features)):
             # A digest of its own: a finished run of the same name would only be read again.
@@ -97,8 +97,8 @@ def _training(run: StreamRun, rounds: int) -> None:
             "-",
         ],
     ]
-    run.terminal.console.print(table(f"{steps} steps of {run.config.expert.batch_size} rows", header, body))
-    run.terminal.say(f"summary    {file}")
+    run.progress.show(table(f"{steps} steps of {run.config.expert.batch_size} rows", header, body))
+    run.progress.say(f"summary    {file}")
 
 
 def _with_features(config: LearnConfig) -> LearnConfig:
@@ -106,7 +106,7 @@ def _with_features(config: LearnConfig) -> LearnConfig:
     return config.model_copy(update={"data": data_})
 
 
-def _plain_loop(run: StreamRun) -> list[float]:
+def _plain_loop(run: StreamSession) -> list[float]:
     """Returns the seconds of each of the expert stage's steps in a plain loop, in this process, all rows in memory."""
     config = run.config
     torch.manual_seed(config.seed)

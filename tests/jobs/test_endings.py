@@ -14,12 +14,13 @@ from ray.exceptions import RayError
 from typer.testing import CliRunner
 
 from jobs.cli import app
-from jobs.endings import MOMENT, OutsideError, outside_errors
+from jobs.endings import MOMENT
 from jobs.options import user_errors
-from jobs.state import Stopwatch, read_json
 from jobs.terminal import Terminal, methods_table
 from pipeline.config import ConfigError
 from pipeline.errors import StoredFileError
+from pipeline.learning.outside_errors import OutsideError, outside_errors
+from pipeline.learning.state import Stopwatch, read_json
 
 SLEEPER = """
 import os, signal, time

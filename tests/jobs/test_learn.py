@@ -14,7 +14,7 @@ import pytest
 import yaml
 from mlflow import MlflowClient
 
-from jobs.opening import alone_in
+from pipeline.learning.opening import alone_in
 from pipeline.registry.pools import download_pool
 from pipeline.routing.pool import Pool
 
@@ -208,7 +208,7 @@ def test_an_identical_run_at_once_is_told_who_runs(tmp_path):
             [
                 sys.executable,
                 "-c",
-                f"from jobs.opening import *\nwith alone_in(Path({str(tmp_path / 'mini')!r})): pass",
+                f"from pipeline.learning.opening import *\nwith alone_in(Path({str(tmp_path / 'mini')!r})): pass",
             ],
             cwd=ROOT,
             capture_output=True,

@@ -16,11 +16,11 @@ from typer.testing import CliRunner
 
 from jobs import learn, recompute_statistics, trainings
 from jobs.cli import app
-from jobs.opening import open_run
 from jobs.recompute_statistics import _meant, recompute
-from jobs.stream_run import StreamRun
 from pipeline.config import BaseModelConfig, LearnConfig, RouterConfig, load_config
 from pipeline.errors import UserError
+from pipeline.learning.opening import open_run
+from pipeline.learning.session import StreamSession
 from pipeline.models.bases import Base, load_base
 from pipeline.models.prompts import Encoded, collate_for, without_answer
 from pipeline.routing import Expert, Pool, PromptStatistics
@@ -50,7 +50,7 @@ class Aged:
     """Some of each task."""
 
 
-def training_rows(run: StreamRun) -> dict[str, TrainingRows]:
+def training_rows(run: StreamSession) -> dict[str, TrainingRows]:
     return {t.name: run.training_rows(t).training_rows([t.name]) for t in run.config.stream.tasks}
 
 

@@ -5,11 +5,11 @@ from pathlib import Path
 
 import pytest
 
-from jobs.endings import LOG, OutsideError, outside_errors
 from jobs.options import job_command, user_errors
 from jobs.terminal import Terminal
 from pipeline.config import BaseModelConfig, ConfigError, LearnConfig, load_config
 from pipeline.evaluation.report import write_report
+from pipeline.learning.outside_errors import LOG, OutsideError, outside_errors
 from pipeline.provenance import command_line
 from tests.evaluation.test_report import FAMILIES, TASKS, make_summary
 

@@ -8,12 +8,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from jobs.identity import DATA, is_of_statistics
-from jobs.state import read_json
-from jobs.stream_run import StreamRun
 from pipeline.config import TaskConfig
 from pipeline.errors import UserError
 from pipeline.files import write_json
+from pipeline.learning.identity import DATA, is_of_statistics
+from pipeline.learning.session import StreamSession
+from pipeline.learning.state import read_json
 from pipeline.routing.expert import CARD, ExpertCard
 from pipeline.routing.pool import EXPERTS
 from pipeline.streams.faults import StreamError
@@ -26,7 +26,7 @@ class ChangedError(UserError):
     """A task that was learned from other data or with other settings, where `stream.on_change` is `fail`."""
 
 
-def expert_wanted(run: StreamRun, task: TaskConfig) -> str:
+def expert_wanted(run: StreamSession, task: TaskConfig) -> str:
     """Returns the name of the expert that a task is to have; what is unusual about it is said.
 
     Raises ChangedError as `stream.on_change` wants it, StreamError where the task's data are not to be had and no expert was
@@ -49,16 +49,16 @@ def expert_wanted(run: StreamRun, task: TaskConfig) -> str:
             "stream.on_change=keep leaves its expert as it is"
         )
     if policy == "keep":
-        run.terminal.say(f"  {what}; its expert is kept (stream.on_change: keep)")
+        run.progress.say(f"  {what}; its expert is kept (stream.on_change: keep)")
         return str(known["config_digest"])
-    run.terminal.say(
+    run.progress.say(
         f"  {what}; it is trained again (stream.on_change: retrain), the expert before stays in the registry"
         + ("; only statistics depend on that: `pointsman recompute-statistics` takes them without training" * alike)
     )
     return key
 
 
-def remember(run: StreamRun, card: ExpertCard) -> None:
+def remember(run: StreamSession, card: ExpertCard) -> None:
     """Writes down the expert that a task has now."""
     file = _file(run.folder, card.task)
     kept = {"config_digest": card.config_digest, "identity": card.identity}
@@ -83,7 +83,7 @@ def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     return found
 
 
-def _without_data(run: StreamRun, task: TaskConfig, known: dict[str, Any] | None, error: StreamError) -> str:
+def _without_data(run: StreamSession, task: TaskConfig, known: dict[str, Any] | None, error: StreamError) -> str:
     """Returns the name of the expert that was learned from data that are gone, or raises the error of reading them."""
     if known is None:
         raise error
@@ -94,13 +94,13 @@ def _without_data(run: StreamRun, task: TaskConfig, known: dict[str, Any] | None
             f"{error}; its expert was learned with other settings ({'; '.join(changes)}), so that the data are needed again: "
             "bring them back, undo the change, or set stream.on_change=keep"
         ) from None
-    run.terminal.say(
+    run.progress.say(
         f"  {task.name}: its training data are not to be had ({error}); the expert that was learned from them stands"
     )
     return str(known["config_digest"])
 
 
-def _known(run: StreamRun, task: TaskConfig) -> dict[str, Any] | None:
+def _known(run: StreamSession, task: TaskConfig) -> dict[str, Any] | None:
     # Earlier releases kept no note of it, but the expert's own card.
     files = _file(run.folder, task.name), run.folder / EXPERTS / task.name / CARD
     return next((read_json(file) for file in files if file.exists()), None)

@@ -11,11 +11,11 @@ import torch
 from cluster.local import connect, starts_here
 from cluster.preflight import build_op, extensions_folder
 from cluster.usage import PeakMemory
-from jobs.endings import outside_errors
-from jobs.stream_run import PREPARING, StreamRun
-from jobs.terminal import Terminal
 from pipeline.config import LearnConfig, digest
 from pipeline.errors import UserError
+from pipeline.learning.outside_errors import outside_errors
+from pipeline.learning.progress import LoggedProgress, Progress
+from pipeline.learning.session import PREPARING, StreamSession
 from pipeline.locks import LockedError, file_lock
 from pipeline.registry.tracking import log_config, open_tracking, tracked_run
 
@@ -38,29 +38,31 @@ def alone_in(folder: Path) -> Iterator[None]:
 
 
 @contextmanager
-def open_run(config: LearnConfig, *, job: str, trains: bool = True) -> Iterator[StreamRun]:
+def open_run(
+    config: LearnConfig, *, job: str, trains: bool = True, progress: Progress | None = None
+) -> Iterator[StreamSession]:
     """Joins or starts Ray, checks that the cluster suffices, opens MLflow; yields the run.
 
     `job` names the kind of MLflow run, so that learning and comparing do not write into each other's. One that never
     `trains` needs neither DeepSpeed nor a place for training workers.
     """
-    terminal = Terminal()
-    with PeakMemory() as memory, outside_errors(config.folder), _told_how_to_go_on(terminal), alone_in(config.folder):
+    progress = progress or LoggedProgress()
+    with PeakMemory() as memory, outside_errors(config.folder), _told_how_to_go_on(progress), alone_in(config.folder):
         with tempfile.TemporaryFile(dir=config.folder):  # now, not after an hour of training
             pass
         if trains and starts_here() and not config.training.gpu:
             # Before Ray's processes are there: the compiler takes 3 GB.
-            with terminal.working(PREPARING):
+            with progress.working(PREPARING):
                 build_op(extensions_folder())
-        with terminal.working("starting Ray"):
+        with progress.working("starting Ray"):
             cluster = connect()
-        run = StreamRun(config, cluster, terminal, memory)
+        run = StreamSession(config, cluster, progress, memory)
         run.capacity.check(trains=trains)
         if trains:
             torch.set_num_threads(run.capacity.driver_threads)
-        with terminal.working("opening MLflow"):
+        with progress.working("opening MLflow"):
             experiment = run.patience(
-                lambda: open_tracking(config.tracking_uri, config.registry.experiment, on_wait=terminal.say),
+                lambda: open_tracking(config.tracking_uri, config.registry.experiment, on_wait=progress.say),
                 "opening MLflow",
             )
         with tracked_run(
@@ -87,16 +89,16 @@ def open_run(config: LearnConfig, *, job: str, trains: bool = True) -> Iterator[
                 run.close()
             finally:
                 if not run.metrics.write():
-                    terminal.say(f"  {run.metrics.waiting} points of metrics wait for the next run of this command")
+                    progress.say(f"  {run.metrics.waiting} points of metrics wait for the next run of this command")
 
 
 @contextmanager
-def _told_how_to_go_on(terminal: Terminal) -> Iterator[None]:
+def _told_how_to_go_on(progress: Progress) -> Iterator[None]:
     try:
         yield
     except BaseException as error:
         if isinstance(error, KeyboardInterrupt):
-            terminal.say("stopped; what is finished is kept, and the same command goes on from there")
+            progress.say("stopped; what is finished is kept, and the same command goes on from there")
         for name in ("ray", "ray.data"):  # what still reads is about to lose Ray, and would complain
             logging.getLogger(name).setLevel(logging.CRITICAL)
         raise

@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from jobs import trainings
-from jobs.trainings import Trainings
+from pipeline.learning import trainings
+from pipeline.learning.trainings import Trainings
 
 NAMES = ["one", "two", "three", "four"]
 

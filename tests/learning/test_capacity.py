@@ -8,9 +8,9 @@ import pytest
 from cluster import preflight
 from cluster.local import ClusterInfo
 from cluster.preflight import PreflightError
-from jobs import capacity
-from jobs.capacity import Capacity
 from pipeline.config import LearnConfig
+from pipeline.learning import capacity
+from pipeline.learning.capacity import Capacity
 
 TASKS = 8
 LAPTOP = [{"CPU": 6.0}]

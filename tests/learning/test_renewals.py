@@ -4,12 +4,12 @@ from pathlib import Path
 
 import pytest
 
-from jobs.identity import Identity
-from jobs.renewals import recorded_differences
 from pipeline.config import LearnConfig, load_config
+from pipeline.learning.identity import Identity
+from pipeline.learning.renewals import recorded_differences
 from pipeline.routing import ExpertCard
 from pipeline.routing.trained import TrainedExpert
-from tests.jobs.test_identity import config as config
+from tests.learning.test_identity import config as config
 
 
 def trained(config: Path) -> TrainedExpert:

@@ -4,11 +4,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from jobs.identity import DATA, Identity, is_of_statistics
-from jobs.recognition import differences
-from jobs.stream_run import GENERAL, StreamRun
 from pipeline.config import TaskConfig, digest
 from pipeline.errors import UserError
+from pipeline.learning.identity import DATA, Identity, is_of_statistics
+from pipeline.learning.recognition import differences
+from pipeline.learning.session import GENERAL, StreamSession
 from pipeline.routing.pool import PoolError
 from pipeline.routing.trained import TrainedExpert, TrainedPool
 from pipeline.streams.sources import StreamError, first_records
@@ -41,7 +41,7 @@ class Renewal:
         return digest(self.identity)
 
 
-def plan(run: StreamRun, old: TrainedPool, *, skip_missing: bool) -> list[Renewal]:
+def plan(run: StreamSession, old: TrainedPool, *, skip_missing: bool) -> list[Renewal]:
     """Returns what becomes of each expert of a pool; raises MissingError that lists all rows that are not there."""
     if old.base_fingerprint != run.fingerprint:
         raise PoolError(
@@ -64,13 +64,13 @@ def plan(run: StreamRun, old: TrainedPool, *, skip_missing: bool) -> list[Renewa
     if gone or (missing and not skip_missing) or not found:
         raise MissingError(_told(old, missing, gone))
     for name, reason in missing.items():
-        run.terminal.say(f"  left out: {name}: {reason}")
+        run.progress.say(f"  left out: {name}: {reason}")
     if later := [name for name in tasks if name not in old.experts]:
-        run.terminal.say(f"  not in the pool, so for `pointsman learn`: {', '.join(later)}")
+        run.progress.say(f"  not in the pool, so for `pointsman learn`: {', '.join(later)}")
     return found
 
 
-def _renewal(run: StreamRun, task: TaskConfig, old: TrainedPool) -> Renewal:
+def _renewal(run: StreamSession, task: TaskConfig, old: TrainedPool) -> Renewal:
     """Returns what becomes of a task's expert; raises StreamError where the rows that it takes are gone."""
     trained, names = old.expert(task.name), run.identity
     card, now = trained.card, names.settings(task)
@@ -117,14 +117,14 @@ def recorded_differences(
     return found
 
 
-def _check_rows(run: StreamRun, task: TaskConfig) -> None:
+def _check_rows(run: StreamSession, task: TaskConfig) -> None:
     """Raises StreamError where a task's files are gone, or no image of its first rows is there."""
     assert task.train is not None, "checked where configurations are read"
     if next(first_records(task.train, run.data_folder, task.prompt, LOOKED_AT), None) is None:
         raise StreamError(f"{task.train.path}: none of its first rows can be used (are their images there?)")
 
 
-def _general_gone(run: StreamRun) -> str | None:
+def _general_gone(run: StreamSession) -> str | None:
     """Returns why the general sample cannot be read, or None."""
     try:
         _ = run.identity.base_prompts

@@ -9,12 +9,12 @@ from pathlib import Path
 from time import monotonic
 from typing import Any
 
-from jobs.background import begin
-from jobs.recognition import expert_wanted
-from jobs.stream_run import StreamRun
-from jobs.summary import figures_on_card, task_figures
 from pipeline.config import TaskConfig
 from pipeline.files import write_json
+from pipeline.learning.background import begin
+from pipeline.learning.recognition import expert_wanted
+from pipeline.learning.session import StreamSession
+from pipeline.learning.summary import figures_on_card, task_figures
 from pipeline.routing.expert import Expert
 from pipeline.routing.store import ExpertReference
 from pipeline.streams.faults import StreamError
@@ -37,7 +37,7 @@ class Trainings:
     Where there is room they go on while the experts before them are registered and evaluated; after an error none begins.
     """
 
-    def __init__(self, run: StreamRun) -> None:
+    def __init__(self, run: StreamSession) -> None:
         self._run, self._tasks = run, list(run.config.stream.tasks)
         self._begun: dict[str, Future[TrainedExpert]] = {}
         self._next = self._running = self._asked = 0
@@ -68,11 +68,11 @@ class Trainings:
                 self._failed = True
                 if name in self._begun and not self._run.closed:  # others come first
                     said = str(error).splitlines()[0] if str(error) else type(error).__name__
-                    self._run.terminal.say(f"  {name} has failed, which ends the run when its turn comes: {said}")
+                    self._run.progress.say(f"  {name} has failed, which ends the run when its turn comes: {said}")
             self._begin()
 
 
-def _found_or_trained(run: StreamRun, task: TaskConfig, following: TaskConfig | None) -> TrainedExpert:
+def _found_or_trained(run: StreamSession, task: TaskConfig, following: TaskConfig | None) -> TrainedExpert:
     """Returns a task's expert, which this run, or another one, has trained, or which is trained now.
 
     While it trains the rows of the `following` task are read, which its workers will train next, if it is to be trained too.
@@ -82,7 +82,7 @@ def _found_or_trained(run: StreamRun, task: TaskConfig, following: TaskConfig | 
     file = run.folder / "state" / f"task-{wanted.digest}.json"
     if (file.exists() or not run.has_trained(wanted)) and run.has_expert(wanted):
         if not file.exists():
-            run.terminal.say(f"  {task.name}: another run has learned it; its expert is taken from there")
+            run.progress.say(f"  {task.name}: another run has learned it; its expert is taken from there")
             card = run.experts.load(wanted).card
             write_json(file, task_figures(run, task.name, figures_on_card(card)))
         run.release(task)  # rows that were read ahead for nothing
@@ -91,14 +91,19 @@ def _found_or_trained(run: StreamRun, task: TaskConfig, following: TaskConfig | 
 
 
 def _trained(
-    run: StreamRun, task: TaskConfig, wanted: ExpertReference, file: Path, following: TaskConfig | None, started: float
+    run: StreamSession,
+    task: TaskConfig,
+    wanted: ExpertReference,
+    file: Path,
+    following: TaskConfig | None,
+    started: float,
 ) -> TrainedExpert:
     """Trains a task's expert into the store, then writes its figures to `file`: then it is learned, registered or not."""
     assert wanted.digest is not None
     before = run.seconds_before(wanted)
     if before:
-        run.terminal.say(f"  {task.name}: goes on at its last checkpoint")
-    with run.terminal.working(f"reading {task.name}"):
+        run.progress.say(f"  {task.name}: goes on at its last checkpoint")
+    with run.progress.working(f"reading {task.name}"):
         rows = run.training_rows(task)
     if following is not None and _to_be_trained(run, following):
         run.read_ahead(following)
@@ -141,7 +146,7 @@ def with_figures(file: Path, figures: dict[str, Any], more: dict[str, Any]) -> d
     return figures | more
 
 
-def _to_be_trained(run: StreamRun, task: TaskConfig) -> bool:
+def _to_be_trained(run: StreamSession, task: TaskConfig) -> bool:
     """Whether a task that comes later is not learned yet, as far as one can tell without a word."""
     try:
         return not (run.folder / "state" / f"task-{run.identity.expert(task)}.json").exists()

@@ -5,16 +5,16 @@ from concurrent.futures import Future
 from pathlib import Path
 from statistics import fmean
 
-from jobs.stream_run import StreamRun
 from pipeline.evaluation.matrix import AccuracyMatrix
 from pipeline.evaluation.results import Evaluation
+from pipeline.learning.session import StreamSession
 from pipeline.routing.pool import Pool
 
 
 class PoolEvaluations:
     """Evaluates pools of growing size into a matrix, at most one of them while the next task is learned."""
 
-    def __init__(self, run: StreamRun, matrix: AccuracyMatrix) -> None:
+    def __init__(self, run: StreamSession, matrix: AccuracyMatrix) -> None:
         self._run, self._matrix = run, matrix
         self._families = [task.name for task in run.config.stream.foundation]
         self._waiting: tuple[list[str], Future[Evaluation]] | None = None
@@ -41,4 +41,4 @@ class PoolEvaluations:
         self._run.log([(f"accuracy/{column}", value, len(names)) for column, value in accuracies.items()])
         new, old = ([accuracies[name] for name in of] for of in (names, self._families))
         foundation = f", foundation {fmean(old):.3f}" if old else ""
-        self._run.terminal.say(f"  with {names[-1]}: tasks so far {fmean(new):.3f}{foundation}")
+        self._run.progress.say(f"  with {names[-1]}: tasks so far {fmean(new):.3f}{foundation}")

@@ -8,10 +8,10 @@ import yaml
 
 from cluster.local import ClusterInfo
 from cluster.usage import PeakMemory
-from jobs.recognition import ChangedError, expert_wanted, remember
-from jobs.stream_run import StreamRun
 from jobs.terminal import Terminal
 from pipeline.config import LearnConfig, load_config
+from pipeline.learning.recognition import ChangedError, expert_wanted, remember
+from pipeline.learning.session import StreamSession
 from pipeline.routing.expert import ExpertCard
 from pipeline.streams.faults import StreamError
 
@@ -30,16 +30,16 @@ def config(tmp_path: Path, tiny_folder: Path) -> Path:
     return file
 
 
-def opened(config: Path, *overrides: str) -> StreamRun:
+def opened(config: Path, *overrides: str) -> StreamSession:
     settings = load_config(config, overrides, LearnConfig)
-    return StreamRun(settings, HERE, Terminal(), PeakMemory())
+    return StreamSession(settings, HERE, Terminal(), PeakMemory())
 
 
-def wanted(run: StreamRun) -> str:
+def wanted(run: StreamSession) -> str:
     return expert_wanted(run, run.config.stream.tasks[0])
 
 
-def card(run: StreamRun, digest: str, *, identity: bool = True) -> ExpertCard:
+def card(run: StreamSession, digest: str, *, identity: bool = True) -> ExpertCard:
     (task,) = run.config.stream.tasks
     return ExpertCard(
         name="hum",

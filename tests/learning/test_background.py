@@ -6,7 +6,7 @@ import time
 
 import pytest
 
-from jobs.background import begin
+from pipeline.learning.background import begin
 
 
 def test_results_and_errors_come_where_they_are_asked_for() -> None:
@@ -17,6 +17,6 @@ def test_results_and_errors_come_where_they_are_asked_for() -> None:
 
 def test_a_process_ends_though_work_goes_on() -> None:
     started = time.monotonic()
-    script = "import time; from jobs.background import begin; begin(lambda: time.sleep(60), name='long')"
+    script = "import time; from pipeline.learning.background import begin; begin(lambda: time.sleep(60), name='long')"
     subprocess.run([sys.executable, "-c", script], check=True, timeout=30)
     assert time.monotonic() - started < 30

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from jobs.identity import Identity
 from pipeline.config import LearnConfig, load_config
+from pipeline.learning.identity import Identity
 
 
 @pytest.fixture

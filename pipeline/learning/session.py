@@ -18,11 +18,6 @@ from cluster.preflight import (
     build_deepspeed_ops,
 )
 from cluster.usage import PeakMemory
-from jobs.background import begin
-from jobs.capacity import Capacity
-from jobs.identity import GENERAL_PROMPT, Identity
-from jobs.state import REMADE, Tally
-from jobs.terminal import Terminal
 from pipeline.config import LearnConfig, SourceConfig, TaskConfig
 from pipeline.errors import stored_file
 from pipeline.evaluation.actors import PredictorActors
@@ -31,6 +26,11 @@ from pipeline.evaluation.evaluate import SAMPLES, Evaluator
 from pipeline.evaluation.prompts import Column
 from pipeline.evaluation.results import Evaluation
 from pipeline.files import atomic_file, write_json
+from pipeline.learning.background import begin
+from pipeline.learning.capacity import Capacity
+from pipeline.learning.identity import GENERAL_PROMPT, Identity
+from pipeline.learning.progress import Progress
+from pipeline.learning.state import REMADE, Tally
 from pipeline.models.bases import language_width
 from pipeline.models.checkpoints import checkpoint, fingerprint
 from pipeline.registry.experts import MissingExpertError, experts_name, fetch_expert
@@ -58,11 +58,11 @@ GENERAL = "general"
 PREPARING = "preparing DeepSpeed (once on a machine, up to a minute)"
 
 
-class StreamRun:
+class StreamSession:
     """One run over a stream of tasks; made by `opening.open_run`."""
 
-    def __init__(self, config: LearnConfig, cluster: ClusterInfo, terminal: Terminal, memory: PeakMemory) -> None:
-        self.config, self.cluster, self.terminal, self.memory = config, cluster, terminal, memory
+    def __init__(self, config: LearnConfig, cluster: ClusterInfo, progress: Progress, memory: PeakMemory) -> None:
+        self.config, self.cluster, self.progress, self.memory = config, cluster, progress, memory
         self.capacity = Capacity(config, cluster)
         self.folder = config.folder
         self.fingerprint = fingerprint(checkpoint(config.base))
@@ -70,8 +70,8 @@ class StreamRun:
         self.identity = Identity(config, self.fingerprint, self.data_folder)
         self.columns: dict[str, TaskConfig] = {t.name: t for t in (*config.stream.tasks, *config.stream.foundation)}
         self.run_id = ""
-        self.patience = Patience(config.registry.patience, terminal.say)
-        self.metrics = MetricSpool(self.folder / "state" / "metrics.jsonl", terminal.say)
+        self.patience = Patience(config.registry.patience, progress.say)
+        self.metrics = MetricSpool(self.folder / "state" / "metrics.jsonl", progress.say)
         self._training: dict[str, Future[Prepared]] = {}
         self._sessions: Sessions | None = None
         self._lock, self._encoding = threading.Lock(), threading.Lock()
@@ -140,7 +140,7 @@ class StreamRun:
             elif self.config.stream.general is not None:
                 parts[name] = self.config.stream.general, GENERAL_PROMPT
         whose = f"{len(parts)} tasks and families" if len(parts) > 1 else " ".join(parts)
-        with self.terminal.working(f"reading the prompts of {whose}"):
+        with self.progress.working(f"reading the prompts of {whose}"):
             found = self._prepare(parts, "eval", answer=False)
         for name in parts:
             self.tell_set_aside(found, name, "eval")
@@ -149,7 +149,7 @@ class StreamRun:
     def tell_set_aside(self, found: Prepared, name: str, kind: str) -> None:
         """Says what of a task's rows (`kind` train or eval) could not be used, if anything, and where it is written down."""
         if aside := found.aside[name]:
-            self.terminal.say(f"  {name}: {aside}: {self.folder}/quarantine/{kind}/{name}.jsonl")
+            self.progress.say(f"  {name}: {aside}: {self.folder}/quarantine/{kind}/{name}.jsonl")
 
     def _limited(self, source: SourceConfig) -> SourceConfig:
         limit = self.config.evaluation.limit
@@ -188,7 +188,7 @@ class StreamRun:
         file = self._state(f"general-{key}.safetensors")
         if not file.exists():
             prompts = self.general_prompts.rows([GENERAL])
-            with self.terminal.working("reading the general sample"):
+            with self.progress.working("reading the general sample"):
                 null, evidence = general_statistics(
                     prompts,
                     self.config.base,
@@ -276,13 +276,13 @@ class StreamRun:
             return {}
         if self.cluster.started:  # so it has been prepared
             return build_deepspeed_ops()
-        with self.terminal.working(PREPARING):
+        with self.progress.working(PREPARING):
             return build_deepspeed_ops()
 
     def train(self, job: Job, rows: TrainingRows) -> Trained:
-        """Trains, or goes on with a run of the same name; progress in the terminal, loss curves in MLflow meanwhile."""
+        """Trains, or goes on with a run of the same name; progress is shown, loss curves in MLflow meanwhile."""
         worker_env = self.worker_env
-        with self.terminal.training(job.task) as bar:
+        with self.progress.training(job.task) as bar:
 
             def on_steps(steps: list[Step]) -> None:
                 bar.update(steps)
@@ -332,7 +332,7 @@ class StreamRun:
         config, data = self.config, Path(self.config.output).resolve() / "data"
 
         def tell(column: str, aside: SetAside) -> None:
-            self.terminal.say(f"  {column}: {aside}: {self.folder}/quarantine/eval/{column}.jsonl")
+            self.progress.say(f"  {column}: {aside}: {self.folder}/quarantine/eval/{column}.jsonl")
 
         return Evaluator(
             PromptSource(config.base, config.data, self.data_folder, data / "features", self.capacity.inference),
@@ -384,7 +384,7 @@ class StreamRun:
     ) -> Evaluation:
         """Evaluates a pool on columns (tasks and families), or finds the result of having done so.
 
-        `folder` is where the pool lies, for routers whose Linears choose; `who` is what the terminal calls it. Of each column
+        `folder` is where the pool lies, for routers whose Linears choose; `who` is what progress calls it. Of each column
         `samples` predictions are kept, with the reasons of the router, which cost as much as its choices: accuracies alone
         need none.
         """
@@ -393,7 +393,7 @@ class StreamRun:
         file = whole if samples or whole.exists() else brief
         if not file.exists():
             asked = [self._column(self.columns[column]) for column in columns]
-            shown = self.terminal.working(f"evaluating {who + ' on ' if who else ''}{len(columns)} tasks and families")
+            shown = self.progress.working(f"evaluating {who + ' on ' if who else ''}{len(columns)} tasks and families")
             with nullcontext() if quietly else shown:
                 try:
                     result = self.evaluator.evaluate(

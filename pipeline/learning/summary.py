@@ -6,9 +6,9 @@ from collections.abc import Mapping, Sequence
 from datetime import datetime
 from typing import Any
 
-from jobs.stream_run import StreamRun
 from pipeline.evaluation.matrix import BASE, AccuracyMatrix, continual_metrics
 from pipeline.evaluation.results import Evaluation
+from pipeline.learning.session import StreamSession
 from pipeline.provenance import provenance
 from pipeline.routing.expert import ExpertCard
 from pipeline.streams.sources import first_records
@@ -17,13 +17,13 @@ SAMPLES = 2
 """Sample prompts of each column in the report."""
 
 
-def run_provenance(run: StreamRun, started: datetime) -> dict[str, Any]:
+def run_provenance(run: StreamSession, started: datetime) -> dict[str, Any]:
     """Returns the provenance of a run's summary, its base included."""
     made = provenance(run.config.name, started, seed=run.config.seed)
     return made | {"base": {"label": run.config.base.label, "fingerprint": run.fingerprint}}
 
 
-def task_figures(run: StreamRun, task: str, figures: Mapping[str, Any]) -> dict[str, Any]:
+def task_figures(run: StreamSession, task: str, figures: Mapping[str, Any]) -> dict[str, Any]:
     """Returns a task's part of the summary."""
     return {
         "seconds": figures["seconds"],
@@ -63,7 +63,7 @@ def wait_share(tasks: Mapping[str, Mapping[str, Any]]) -> float:
     return sum(t["wait_seconds"] for t in tasks.values()) / steps if steps else 0.0
 
 
-def learned(run: StreamRun, matrix: AccuracyMatrix, last: Evaluation, tasks: Mapping[str, Any]) -> dict[str, Any]:
+def learned(run: StreamSession, matrix: AccuracyMatrix, last: Evaluation, tasks: Mapping[str, Any]) -> dict[str, Any]:
     """Returns the parts of the summary that describe what was learned."""
     names, columns = list(tasks), list(run.columns)
     experts = [*names, BASE]
@@ -88,7 +88,7 @@ def answers(last: Evaluation, tasks: Sequence[str], generated: int) -> dict[str,
     return {"generated": generated, "prompts": sum(prompts.values()), "single_pass": single}
 
 
-def samples(run: StreamRun, evaluation: Evaluation) -> list[dict[str, Any]]:
+def samples(run: StreamSession, evaluation: Evaluation) -> list[dict[str, Any]]:
     """Returns the first prompts of every column with image, answer and chosen expert."""
     answered = {(p.column, p.id): p for p in evaluation.samples}
     shown = []

@@ -1,0 +1,164 @@
+"""Learns a stream of tasks, one after the other, without forgetting: what the project is for.
+
+For each task: train an expert and its routing vectors from this task's data alone, register it, make a new pool version,
+evaluate the pool on all tasks seen and on the base abilities. Stopped at any moment, the same call goes on.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from time import monotonic
+from typing import Any, NamedTuple
+
+import mlflow
+from mlflow.entities.model_registry import ModelVersion
+
+from cluster.usage import memory_bytes
+from pipeline.config import TaskConfig
+from pipeline.errors import UserError
+from pipeline.evaluation.matrix import AccuracyMatrix
+from pipeline.evaluation.report import write_report
+from pipeline.files import write_json
+from pipeline.learning.evaluations import PoolEvaluations
+from pipeline.learning.recognition import remember
+from pipeline.learning.session import StreamSession
+from pipeline.learning.state import Stopwatch, read_json
+from pipeline.learning.summary import answers, learned, run_provenance
+from pipeline.learning.trainings import TrainedExpert, Trainings, with_figures
+from pipeline.memory import trim_memory
+from pipeline.provenance import now
+from pipeline.registry.experts import find_expert, register_expert
+from pipeline.registry.pools import register_pool
+from pipeline.registry.tracking import log_dataset
+from pipeline.routing.expert import Expert
+from pipeline.routing.pool import Pool
+from pipeline.routing.store import ExpertReference, StoredExpert
+
+
+@dataclass(frozen=True)
+class LearnResult:
+    """A stream that has been learned."""
+
+    pool: Pool
+    pool_folder: Path
+    pool_digest: str
+    summary: dict[str, Any]
+
+
+def learn_stream(run: StreamSession) -> LearnResult:
+    """Learns all tasks of the run's stream; what is finished already is found and skipped."""
+    config, started = run.config, now()
+    watch = Stopwatch(run.folder / "state" / "clock.json")
+    names = [task.name for task in config.stream.tasks]
+    families = [task.name for task in config.stream.foundation]
+    matrix = AccuracyMatrix(names, families)
+    pool = Pool(config.base.label, run.fingerprint, config.router, **run.null_expert())
+    pool_folder, figures, versions = run.folder / "pool", {}, {}
+    last = run.evaluate([*names, *families], None, "base", who="the base")
+    matrix.record("base", last.accuracies())
+    evaluations, trainings = PoolEvaluations(run, matrix), Trainings(run)
+    for number, task in enumerate(config.stream.tasks):
+        run.progress.say(f"task {number + 1}/{len(names)}: {task.name}", "bold")
+        began = monotonic()
+        try:
+            trained = trainings.expert(task)
+        except UserError:
+            evaluations.end()  # of the pool before, which is whole
+            raise
+        ended = monotonic()
+        found = _registered(run, task, trained)
+        versions[task.name], figures[task.name] = found.version, found.figures
+        pool = pool.add(found.expert)
+        pool.save(pool_folder)
+        pool_key = run.pool_key(pool)
+        version = run.patience(
+            partial(
+                register_pool,
+                pool,
+                config.base,
+                digest=pool_key,
+                experts=dict(versions),
+                expert_memory=config.evaluation.expert_memory,
+            ),
+            "registering the pool",
+            kept=f"pool and experts are safe in {run.folder}; nothing will be trained again",
+        )
+        if not trained.before:
+            beyond = figures[task.name]["seconds"] - figures[task.name]["step_seconds"]
+            overhead = {"overhead_seconds": beyond + monotonic() - ended}
+            figures[task.name] = with_figures(trained.file, figures[task.name], overhead)
+        seconds = figures[task.name]["seconds"]
+        run.progress.say(f"  pool version {version.version}   ({seconds:.0f} s to learn)")
+        if config.is_evaluated(number + 1):
+            evaluations.begin(pool, pool_key, pool_folder)
+        if not trained.before:
+            trim_memory()
+            turn = {"turn_seconds": monotonic() - began, "memory_bytes": memory_bytes()}
+            figures[task.name] = with_figures(trained.file, figures[task.name], turn)
+        watch.lap()
+    if evaluations.end() is not None:  # with samples now
+        last = run.evaluate([*names, *families], pool, pool_key, folder=pool_folder, quietly=True)
+    summary = {
+        **run_provenance(run, started),
+        "seconds_total": watch.stop(),
+        "peak_memory_bytes": run.memory.bytes,
+        **learned(run, matrix, last, figures),
+        "answers": answers(last, names, run.generated.total(run.evaluator.generated)),
+    }
+    return LearnResult(pool, pool_folder, pool_key, summary)
+
+
+class _Registered(NamedTuple):
+    """A task's expert, as the pool takes it."""
+
+    expert: StoredExpert
+    version: ModelVersion
+    figures: dict[str, Any]
+
+
+def _registered(run: StreamSession, task: TaskConfig, trained: TrainedExpert) -> _Registered:
+    """Registers a task's expert, if it is not yet."""
+    figures, folder = read_json(trained.file), run.experts.ensure(trained.reference)
+    version = run.patience(
+        lambda: _register(run, task, trained.reference, folder, figures),
+        f"registering expert {task.name}",
+        kept=f"the trained expert is safe in {folder}; it will not be trained again",
+    )
+    if trained.before:
+        run.progress.say(f"  learned before, version {version.version} of {version.name}")
+    where = {"model": version.name, "version": int(version.version)}
+    expert = StoredExpert(ExpertReference.of(folder).model_copy(update=where), run.experts)
+    remember(run, expert.expert.card)
+    return _Registered(expert, version, figures)
+
+
+def _register(
+    run: StreamSession, task: TaskConfig, expert: ExpertReference, folder: Path, figures: Mapping[str, Any]
+) -> ModelVersion:
+    """Returns the version of a trained expert, made now if there is none."""
+    label = run.config.base.label
+    assert expert.digest is not None
+    if (version := find_expert(label, expert.digest)) is not None:
+        return version
+    if "rows" in figures:  # which earlier releases did not write down
+        assert task.train is not None
+        fingerprint = Expert.load(folder).card.data_fingerprint
+        log_dataset(run.run_id, task.name, task.train.path, fingerprint, samples=figures["rows"])
+    return register_expert(label, folder)
+
+
+def _upload(folder: Path, report: Path) -> None:
+    mlflow.log_artifact(str(folder / "summary.json"))
+    mlflow.log_artifact(str(report), "report")
+    mlflow.log_artifacts(str(folder / "pictures"), "report/pictures")
+
+
+def publish(run: StreamSession, summary: dict[str, Any]) -> Path:
+    """Writes summary and report into the run's folder and as artifacts of the MLflow run; returns the report."""
+    write_json(run.folder / "summary.json", summary)
+    report = write_report(summary, run.folder)
+    run.patience(partial(_upload, run.folder, report), "uploading summary and report", kept=f"both are in {run.folder}")
+    figures = {key: value for key, value in summary["continual"].items() if value is not None}
+    run.log([(f"continual/{key}", value, 0) for key, value in figures.items()])
+    return report

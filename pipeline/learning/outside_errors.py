@@ -1,0 +1,104 @@
+"""Errors that come from outside (disk, registry, cluster): told as one message that names file and remedy.
+
+Their traceback goes to a log file, for bug reports.
+"""
+
+import errno
+import os
+import re
+import tempfile
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from pathlib import Path
+
+from mlflow.exceptions import MlflowException
+from ray.exceptions import RayError, RayTaskError
+from safetensors import SafetensorError
+
+from pipeline.config import without_secrets
+from pipeline.errors import UserError
+
+LOG = "error.log"
+"""File in a run's folder with the tracebacks of errors that came from outside."""
+
+AGAIN = "then run the same command again: what is finished is kept"
+
+_REMEDIES = {
+    errno.ENOSPC: f"the disk is full; make room or choose another `output`, {AGAIN}",
+    errno.EDQUOT: f"the disk quota is used up; make room or choose another `output`, {AGAIN}",
+    errno.EACCES: f"this user may not do that; change the permissions or choose another `output`, {AGAIN}",
+    errno.EPERM: f"this user may not do that; change the permissions or choose another `output`, {AGAIN}",
+    errno.EROFS: f"that place is read-only; choose another `output`, {AGAIN}",
+    errno.ENOTDIR: "a file stands where a folder is needed; move it away or choose another place",
+    errno.EISDIR: "a folder stands where a file is needed; name the file",
+    errno.EEXIST: "something else has that name; move it away or choose another place",
+    errno.EMFILE: f"too many open files; raise the limit (ulimit -n), {AGAIN}",
+}
+
+
+_MISTAKE = re.compile(r"^(?:pipeline|cluster)\.[\w.]+Error: (.+)$", re.MULTILINE)
+"""An error of this project at the end of a traceback."""
+
+
+class OutsideError(UserError):
+    """Disk, registry or cluster failed; the message names which, the remedy and the log file."""
+
+
+@contextmanager
+def outside_errors(folder: Path | None = None) -> Iterator[None]:
+    """Turns errors of file system, registry and cluster into OutsideError; their traceback goes to `folder`/error.log.
+
+    Without a folder, or where it cannot be written to, the log goes to the folder for temporary files.
+    """
+    try:
+        yield
+    except (OSError, MlflowException, RayError, SafetensorError) as error:
+        if (mistake := _user_error_in(error)) is not None:
+            raise mistake from error
+        raise OutsideError(f"{_told(error)}\n    details    {_log(error, folder)}") from error
+
+
+def _user_error_in(error: BaseException | None) -> UserError | None:
+    """Returns the mistake of the user that an error of Ray was raised for, in whichever process."""
+    while error is not None:
+        inner: BaseException = error.cause if isinstance(error, RayTaskError) else error
+        if isinstance(inner, UserError):
+            return inner
+        error = inner.__cause__
+    return None
+
+
+def _told(error: BaseException) -> str:
+    """Returns what is wrong and what to do, in one sentence or two."""
+    if isinstance(error, RayError):
+        mistake = _MISTAKE.search(str(error))  # of another process, which hands on its text alone
+        return mistake[1] if mistake else f"{type(error).__name__}: {_first(str(error))}; see to it, {AGAIN}"
+    if isinstance(error, MlflowException):
+        return f"MLflow: {_first(error.message)}; is registry.uri right, and does the server run? {AGAIN.capitalize()}"
+    if isinstance(error, OSError):
+        place = f"{error.filename}: " if error.filename is not None else ""
+        remedy = _REMEDIES.get(error.errno or 0, f"see to it, {AGAIN}")
+        return f"{place}{error.strerror or _first(str(error))}; {remedy}"
+    return f"{type(error).__name__}: {_first(str(error))}; see to it, {AGAIN}"
+
+
+def _first(text: str) -> str:
+    return next((line.strip() for line in text.splitlines() if line.strip()), "no reason given")[:300]
+
+
+def _log(error: BaseException, folder: Path | None) -> Path:
+    """Writes the traceback; returns the file."""
+    entry = f"{datetime.now(UTC).isoformat(timespec='seconds')}\n{''.join(traceback.format_exception(error))}\n"
+    for place in (folder, Path(tempfile.gettempdir())):
+        if place is None or not place.is_dir():
+            continue
+        file = place / (LOG if place == folder else f"pointsman-{os.getuid()}-{LOG}")
+        try:
+            with file.open("a", encoding="utf-8") as log:
+                log.write(without_secrets(entry))
+        except OSError:
+            continue
+        return file
+    return Path("(no log: neither the run's folder nor the one for temporary files can be written to)")
