@@ -14,11 +14,12 @@ import yaml
 from mlflow import MlflowClient
 from typer.testing import CliRunner
 
-from jobs import learn, recompute_statistics, trainings
+from jobs import recompute_statistics
 from jobs.cli import app
 from jobs.recompute_statistics import _meant, recompute
 from pipeline.config import BaseModelConfig, LearnConfig, RouterConfig, load_config
 from pipeline.errors import UserError
+from pipeline.learning import learn, trainings
 from pipeline.learning.opening import open_run
 from pipeline.learning.session import StreamSession
 from pipeline.models.bases import Base, load_base
