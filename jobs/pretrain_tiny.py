@@ -20,9 +20,9 @@ from transformers import InternVLForConditionalGeneration
 
 from jobs.options import user_errors
 from pipeline.config import ConfigError
+from pipeline.data.demo.foundation import FAMILIES, FOUNDATION, Example, vocabulary
 from pipeline.models.prompts import IGNORED, Encoded, chat, collate, generate_answers
 from pipeline.models.tiny import TINY_BASE, build_tiny, tiny_processor
-from pipeline.streams.embedded.foundation import FAMILIES, FOUNDATION, Example, vocabulary
 
 RECORD = "pretraining.json"
 """What the base was made of, beside its weights: commands, examples, seconds, held-out scores."""

@@ -7,11 +7,11 @@ import pytest
 import torch
 
 from pipeline.config import BaseModelConfig
+from pipeline.data.demo.foundation import vocabulary
 from pipeline.models.bases import Base, load_base
 from pipeline.models.tiny import build_tiny, tiny_processor
 from pipeline.routing import Pool
 from pipeline.routing.store import CACHE_VARIABLE
-from pipeline.streams.embedded.foundation import vocabulary
 from tests.helpers import claimed_pool
 
 torch.set_num_threads(1)  # models this small only wait for a second thread, on a busy machine for minutes

@@ -13,6 +13,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from pipeline.config import RouterConfig
+from pipeline.data.demo.foundation import FAMILIES
 from pipeline.models.bases import Base
 from pipeline.models.families import FAMILIES as BASES
 from pipeline.models.prompts import Encoded, collate, encode
@@ -21,7 +22,6 @@ from pipeline.routing.adapters import Adapter
 from pipeline.routing.evidence import EvidenceReader
 from pipeline.routing.null import components
 from pipeline.routing.routed_model import PromptReader
-from pipeline.streams.embedded.foundation import FAMILIES
 
 CLAIMS = {"reader": "document", "speaker": "repeat", "painter": "describe"}
 """Which foundation family each expert of `claimed_pool` claims."""

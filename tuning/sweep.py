@@ -11,8 +11,8 @@ from ray.tune import Callback, CheckpointConfig, ResultGrid, RunConfig, TuneConf
 
 from cluster.local import available_cpus
 from pipeline.config import LearnConfig, RouterConfig, TaskConfig
+from pipeline.data.loading.training_rows import TrainingRows
 from pipeline.models.inference import InferenceWorkers
-from pipeline.streams.training_rows import TrainingRows
 from pipeline.training.job import Job
 from pipeline.training.session import TrainingError
 from tuning.space import SweepSpace

@@ -15,6 +15,8 @@ import ray
 from ray import tune
 
 from pipeline.config import BaseModelConfig, RouterConfig, TaskConfig
+from pipeline.data.encoded.packing import unpack
+from pipeline.data.loading.training_rows import TrainingRows
 from pipeline.evaluation.answers import AnswerStore, pool_author
 from pipeline.evaluation.pages import paged
 from pipeline.evaluation.predictor import Predictor
@@ -22,8 +24,6 @@ from pipeline.evaluation.results import Evaluation, Prediction, scored
 from pipeline.models.inference import InferenceWorkers
 from pipeline.routing.expert import Expert
 from pipeline.routing.pool import Pool
-from pipeline.streams.packing import unpack
-from pipeline.streams.training_rows import TrainingRows
 from pipeline.training.job import Job
 from pipeline.training.session import Session
 

@@ -34,17 +34,17 @@ from jobs.benchmark.plan import PEAK, measure
 from jobs.options import user_errors
 from jobs.terminal import Terminal, table
 from pipeline.config import BaseModelConfig, ConfigError, DataConfig, SourceConfig
+from pipeline.data.demo.foundation import vocabulary
+from pipeline.data.encoded.packing import pack
+from pipeline.data.loading.preprocess import Part, Prepared, encoded_rows, prepare
+from pipeline.data.rows.records import to_record
+from pipeline.data.sources.reader import StreamError
+from pipeline.data.sources.storage import ImageFolder, place_of
 from pipeline.files import write_json
 from pipeline.models.bases import load_processor
 from pipeline.models.prompts import Encoded, encode
 from pipeline.models.tiny import tiny_config, tiny_processor
 from pipeline.provenance import now, provenance
-from pipeline.streams.embedded.foundation import vocabulary
-from pipeline.streams.packing import pack
-from pipeline.streams.preprocess import Part, Prepared, encoded_rows, prepare
-from pipeline.streams.records import to_record
-from pipeline.streams.sources import StreamError
-from pipeline.streams.storage import ImageFolder, place_of
 
 SIDE = 448
 """Side of a tile in pixels, InternVL's."""

@@ -28,6 +28,8 @@ from jobs.benchmark.small_models import SMALL, write_small
 from jobs.options import user_errors
 from jobs.terminal import Terminal, table
 from pipeline.config import ConfigError, LearnConfig
+from pipeline.data.demo import synthetic
+from pipeline.data.sources.reader import first_records
 from pipeline.files import write_json
 from pipeline.learning.learn import LearnResult, learn_stream
 from pipeline.learning.opening import open_run
@@ -36,8 +38,6 @@ from pipeline.models.bases import load_base
 from pipeline.provenance import now, provenance
 from pipeline.registry.pools import CHAMPION, pool_name
 from pipeline.routing import Pool, RoutedModel
-from pipeline.streams.embedded import synthetic
-from pipeline.streams.sources import first_records
 
 TOLERANCE = 1e-5
 """Largest difference of two logits, or of two weights, that counts as none."""

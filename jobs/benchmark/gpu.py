@@ -28,6 +28,9 @@ from jobs.options import user_errors
 from jobs.plan import make_plan
 from jobs.terminal import Terminal, table
 from pipeline.config import BaseModelConfig, ConfigError, LearnConfig
+from pipeline.data.demo.foundation import vocabulary
+from pipeline.data.encoded.packing import unpack
+from pipeline.data.loading.preprocess import Prepared
 from pipeline.evaluation.predictor import Predictor
 from pipeline.files import write_json
 from pipeline.learning.opening import open_run
@@ -40,9 +43,6 @@ from pipeline.planning.plan import Assumptions
 from pipeline.provenance import now, provenance
 from pipeline.routing.expert import Expert
 from pipeline.routing.pool import Pool
-from pipeline.streams.embedded.foundation import vocabulary
-from pipeline.streams.packing import unpack
-from pipeline.streams.preprocess import Prepared
 
 SHAPE = Path(__file__).parents[1] / "configs" / "bases" / "internvl2_2b"
 TILES = 4

@@ -22,6 +22,7 @@ from jobs.options import ConfigFile, Overrides, load, user_errors
 from jobs.pretrain_tiny import encode_examples
 from jobs.terminal import Terminal, table
 from pipeline.config import LearnConfig, digest
+from pipeline.data.demo import synthetic
 from pipeline.files import write_json
 from pipeline.learning.baselines import ROUTERS
 from pipeline.learning.learn import LearnResult, learn_stream
@@ -34,7 +35,6 @@ from pipeline.provenance import now
 from pipeline.routing import Expert, ExpertCard, Pool, PromptStatistics, RoutedModel
 from pipeline.routing.adapters import load_adapters
 from pipeline.routing.features import feature_width
-from pipeline.streams.embedded import synthetic
 from pipeline.training.collector import EvidenceCollector, collect_features
 from pipeline.training.stages import with_lora
 

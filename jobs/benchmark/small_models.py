@@ -34,10 +34,10 @@ from transformers.models.idefics3.image_processing_pil_idefics3 import Idefics3I
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 from transformers.models.smolvlm.image_processing_pil_smolvlm import SmolVLMImageProcessorPil
 
+from pipeline.data.demo.foundation import vocabulary
 from pipeline.models import processors
 from pipeline.models.processors import TextProcessor
 from pipeline.models.tiny import tiny_config, tiny_processor, tiny_tokenizer
-from pipeline.streams.embedded.foundation import vocabulary
 
 Built = tuple[Any, Any]
 """Model and processor."""

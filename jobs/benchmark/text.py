@@ -25,6 +25,7 @@ from jobs.learn import show, where_next
 from jobs.options import Overrides, load, user_errors
 from jobs.terminal import Terminal, table
 from pipeline.config import digest
+from pipeline.data.sources.reader import first_records
 from pipeline.learning.learn import LearnResult, learn_stream, publish
 from pipeline.learning.opening import open_run
 from pipeline.learning.session import StreamSession
@@ -33,7 +34,6 @@ from pipeline.models.bases import load_base
 from pipeline.models.prompts import IGNORED, Encoded, encode
 from pipeline.routing import Expert, Pool, RoutedModel
 from pipeline.routing.adapters import load_adapters
-from pipeline.streams.sources import first_records
 
 SMOLLM2 = Path(__file__).parents[1] / "configs" / "smollm2.yaml"
 LIBRARY = "modules"

@@ -11,13 +11,13 @@ from jobs.benchmark.plain_loop import plain_steps, shuffled_batches
 from jobs.options import ConfigFile, Overrides, load, user_errors
 from jobs.terminal import Terminal, table
 from pipeline.config import ConfigError, LearnConfig
+from pipeline.data.encoded.packing import unpack
 from pipeline.files import write_json
 from pipeline.learning.opening import open_run
 from pipeline.learning.session import StreamSession
 from pipeline.learning.summary import run_provenance
 from pipeline.models.bases import load_base
 from pipeline.provenance import now
-from pipeline.streams.packing import unpack
 from pipeline.training.stages import with_lora
 
 WARM_UP = 10

@@ -19,6 +19,9 @@ from typing import Any
 import numpy as np
 import torch
 
+from pipeline.data.faults import StreamError
+from pipeline.data.loading.prompts import PromptSource
+from pipeline.data.rows.quarantine import SetAside
 from pipeline.evaluation.actors import PredictorActors
 from pipeline.evaluation.answers import AnswerStore
 from pipeline.evaluation.authors import Asked, Authors
@@ -29,9 +32,6 @@ from pipeline.evaluation.reading import PromptTables, name_of, see
 from pipeline.evaluation.results import ColumnResult, Evaluation, scored
 from pipeline.routing.pool import Pool
 from pipeline.routing.route import MIXED
-from pipeline.streams.faults import StreamError
-from pipeline.streams.prompts import PromptSource
-from pipeline.streams.quarantine import SetAside
 
 SAMPLES = 4
 """Predictions of each column that an evaluation keeps."""

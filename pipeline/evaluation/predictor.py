@@ -10,6 +10,8 @@ import ray
 import torch
 
 from pipeline.config import BaseModelConfig, RouterConfig
+from pipeline.data.encoded.packing import PACKED, unpack_row
+from pipeline.data.faults import StreamError
 from pipeline.evaluation.answers import Answer
 from pipeline.evaluation.matrix import BASE
 from pipeline.evaluation.prompts import known_of
@@ -19,8 +21,6 @@ from pipeline.routing.expert import Expert
 from pipeline.routing.features import project
 from pipeline.routing.pool import Pool
 from pipeline.routing.routed_model import PromptReader, RoutedModel
-from pipeline.streams.faults import StreamError
-from pipeline.streams.packing import PACKED, unpack_row
 
 
 class Predictor(FrozenBase):

@@ -18,13 +18,13 @@ import pyarrow.parquet as pq
 import torch
 
 from pipeline.config import DataConfig, TaskConfig
+from pipeline.data.encoded.encoding import Part
+from pipeline.data.loading.prompts import Numbers
+from pipeline.data.rows.quarantine import NOTES, SetAside, set_aside
+from pipeline.data.sources.reader import NUMBER
 from pipeline.errors import stored_file
 from pipeline.evaluation.pages import paged
 from pipeline.evaluation.tables import write_table
-from pipeline.streams.encoding import Part
-from pipeline.streams.prompts import Numbers
-from pipeline.streams.quarantine import NOTES, SetAside, set_aside
-from pipeline.streams.sources import NUMBER
 
 REMEDY = "delete this file, and it is made anew"
 """What to do about a damaged table."""

@@ -6,12 +6,12 @@ from pathlib import Path
 import pyarrow as pa
 
 from pipeline.config import digest
+from pipeline.data.loading.prompts import PromptSource
+from pipeline.data.rows.quarantine import SetAside
 from pipeline.evaluation.actors import PredictorActors, Work
 from pipeline.evaluation.pages import blocks
 from pipeline.evaluation.prompts import Column, PromptTable
 from pipeline.routing.features import FEATURE_RULE
-from pipeline.streams.prompts import PromptSource
-from pipeline.streams.quarantine import SetAside
 
 
 class PromptTables:

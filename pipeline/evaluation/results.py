@@ -11,9 +11,9 @@ from typing import Any
 
 import numpy as np
 
+from pipeline.data.rows.records import Reference
 from pipeline.evaluation.matrix import BASE
 from pipeline.evaluation.metrics import METRICS
-from pipeline.streams.records import Reference
 
 
 @dataclass(frozen=True)

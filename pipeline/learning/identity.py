@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.config import LearnConfig, RouterConfig, SourceConfig, TaskConfig, digest
+from pipeline.data.encoded.encoding import PROMPT_COLUMNS
+from pipeline.data.sources import reader
 from pipeline.routing.expert import VERSIONS
-from pipeline.streams import sources
-from pipeline.streams.encoding import PROMPT_COLUMNS
 
 GENERAL_PROMPT = "{question}"
 """Template around the questions of the general sample."""
@@ -61,7 +61,7 @@ class Identity:
     def _fingerprint(self, source: SourceConfig) -> str:
         """A source as it is when it is first asked for: its files are read once in a run, however often rows are named."""
         if source not in self._fingerprints:
-            self._fingerprints[source] = sources.fingerprint(source, self.data_folder)
+            self._fingerprints[source] = reader.fingerprint(source, self.data_folder)
         return self._fingerprints[source]
 
     def encoded_rows(self, source: SourceConfig, prompt: str, *, answer: bool, metric: str | None) -> str:

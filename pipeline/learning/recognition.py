@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.config import TaskConfig
+from pipeline.data.faults import StreamError
 from pipeline.errors import UserError
 from pipeline.files import write_json
 from pipeline.learning.identity import DATA, is_of_statistics
@@ -16,7 +17,6 @@ from pipeline.learning.session import StreamSession
 from pipeline.learning.state import read_json
 from pipeline.routing.expert import CARD, ExpertCard
 from pipeline.routing.pool import EXPERTS
-from pipeline.streams.faults import StreamError
 
 SHOWN = 40
 """Characters of a value that are shown."""

@@ -5,13 +5,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from pipeline.config import TaskConfig, digest
+from pipeline.data.sources.reader import StreamError, first_records
 from pipeline.errors import UserError
 from pipeline.learning.identity import DATA, Identity, is_of_statistics
 from pipeline.learning.recognition import differences
 from pipeline.learning.session import GENERAL, StreamSession
 from pipeline.routing.pool import PoolError
 from pipeline.routing.trained import TrainedExpert, TrainedPool
-from pipeline.streams.sources import StreamError, first_records
 
 BEFORE = "recomputed from"
 """Part of an expert whose earlier release did not write down what its training depended on: its name then."""

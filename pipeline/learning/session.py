@@ -19,6 +19,10 @@ from cluster.preflight import (
 )
 from cluster.usage import PeakMemory
 from pipeline.config import LearnConfig, SourceConfig, TaskConfig
+from pipeline.data.loading.preprocess import Part, Prepared, prepare
+from pipeline.data.loading.prompts import PromptSource
+from pipeline.data.loading.training_rows import TrainingRows
+from pipeline.data.rows.quarantine import SetAside
 from pipeline.errors import stored_file
 from pipeline.evaluation.actors import PredictorActors
 from pipeline.evaluation.choices import Mode
@@ -41,10 +45,6 @@ from pipeline.routing.features import feature_width
 from pipeline.routing.null import read_null, write_null
 from pipeline.routing.pool import EXPERTS, Pool
 from pipeline.routing.store import ExpertReference, ExpertStore
-from pipeline.streams.preprocess import Part, Prepared, prepare
-from pipeline.streams.prompts import PromptSource
-from pipeline.streams.quarantine import SetAside
-from pipeline.streams.training_rows import TrainingRows
 from pipeline.training.general import general_statistics
 from pipeline.training.job import Job
 from pipeline.training.job_folder import JobFolder

@@ -6,12 +6,12 @@ from collections.abc import Mapping, Sequence
 from datetime import datetime
 from typing import Any
 
+from pipeline.data.sources.reader import first_records
 from pipeline.evaluation.matrix import BASE, AccuracyMatrix, continual_metrics
 from pipeline.evaluation.results import Evaluation
 from pipeline.learning.session import StreamSession
 from pipeline.provenance import provenance
 from pipeline.routing.expert import ExpertCard
-from pipeline.streams.sources import first_records
 
 SAMPLES = 2
 """Sample prompts of each column in the report."""

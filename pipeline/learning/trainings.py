@@ -10,6 +10,7 @@ from time import monotonic
 from typing import Any
 
 from pipeline.config import TaskConfig
+from pipeline.data.faults import StreamError
 from pipeline.files import write_json
 from pipeline.learning.background import begin
 from pipeline.learning.recognition import expert_wanted
@@ -17,7 +18,6 @@ from pipeline.learning.session import StreamSession
 from pipeline.learning.summary import figures_on_card, task_figures
 from pipeline.routing.expert import Expert
 from pipeline.routing.store import ExpertReference
-from pipeline.streams.faults import StreamError
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from pipeline.config import LearnConfig
+from pipeline.data.loading.batch_loader import StepLayout
 from pipeline.planning.activations import Activations, Kernel, Pass, activations
 from pipeline.planning.architecture import PROJECTOR, VISION, Architecture
 from pipeline.planning.compute import (
@@ -20,7 +21,6 @@ from pipeline.planning.compute import (
 )
 from pipeline.planning.sizes import Sizes, sizes
 from pipeline.planning.states import States, states
-from pipeline.streams.batch_loader import StepLayout
 from pipeline.training.zero import zero_config
 
 CONTEXT = 1.0e9

@@ -8,6 +8,8 @@ import ray
 import torch
 
 from pipeline.config import BaseModelConfig
+from pipeline.data.encoded.actors import on_workers
+from pipeline.data.encoded.packing import unpack
 from pipeline.models.inference import FrozenBase, InferenceWorkers
 from pipeline.models.prompts import Encoded, ids
 from pipeline.routing.evidence import EvidenceReader
@@ -15,8 +17,6 @@ from pipeline.routing.features import feature_width, project
 from pipeline.routing.null import components
 from pipeline.routing.routed_model import PromptReader
 from pipeline.routing.statistics import PromptStatistics
-from pipeline.streams.actors import on_workers
-from pipeline.streams.packing import unpack
 from pipeline.training.stages import heard_paths
 
 FEATURES, IDS = "features", "ids"

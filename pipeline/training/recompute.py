@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 
 from pipeline.config import BaseModelConfig, RouterConfig
+from pipeline.data.loading.batch_loader import distinct_batches
+from pipeline.data.loading.training_rows import TrainingRows
 from pipeline.errors import UserError
 from pipeline.models.inference import InferenceWorkers
 from pipeline.models.prompts import without_answer
@@ -21,8 +23,6 @@ from pipeline.routing.adapters import Adapter
 from pipeline.routing.expert import Expert
 from pipeline.routing.statistics import PromptStatistics
 from pipeline.routing.trained import TrainedExpert
-from pipeline.streams.batch_loader import distinct_batches
-from pipeline.streams.training_rows import TrainingRows
 from pipeline.training.general import FEATURES, IDS, StatisticsCollector
 from pipeline.training.session import FEWEST_ROWS
 from pipeline.training.stages import with_gates, without_gates

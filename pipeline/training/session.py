@@ -20,8 +20,8 @@ from ray.train import FailureConfig, RunConfig, ScalingConfig, TrainingFailedErr
 from ray.train.torch import TorchConfig, TorchTrainer
 
 from pipeline.config import TrainingConfig
+from pipeline.data.loading.training_rows import TrainingRows, held_out
 from pipeline.errors import UserError
-from pipeline.streams.training_rows import TrainingRows, held_out
 from pipeline.training.failures import Failures
 from pipeline.training.job import Job
 from pipeline.training.job_folder import ADAPTER, EXPERT, JobFolder

@@ -6,7 +6,7 @@ from functools import partial
 from pathlib import Path
 
 from pipeline.config import TrainingConfig
-from pipeline.streams.training_rows import TrainingRows
+from pipeline.data.loading.training_rows import TrainingRows
 from pipeline.training.job import Job
 from pipeline.training.session import OnSteps, Session, Trained
 

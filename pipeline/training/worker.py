@@ -13,6 +13,8 @@ import ray.train
 import torch
 import torch.distributed as dist
 
+from pipeline.data.loading.batch_loader import BatchLoader, StepLayout, distinct_batches
+from pipeline.data.loading.training_rows import TrainingRows
 from pipeline.errors import StoredFileError
 from pipeline.memory import free_memory
 from pipeline.models.bases import Base, load_base
@@ -21,8 +23,6 @@ from pipeline.routing.adapters import ExpertError, load_adapters
 from pipeline.routing.expert import Expert, ExpertCard
 from pipeline.routing.features import feature_width
 from pipeline.routing.statistics import PromptStatistics
-from pipeline.streams.batch_loader import BatchLoader, StepLayout, distinct_batches
-from pipeline.streams.training_rows import TrainingRows
 from pipeline.training.collector import EvidenceCollector, collect_features
 from pipeline.training.job import Job
 from pipeline.training.job_folder import ADAPTER, EXPERT, STATE, JobFolder, load_state, save_state

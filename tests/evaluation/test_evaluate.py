@@ -15,6 +15,10 @@ from ray.exceptions import RayError
 
 from cluster.local import connect
 from pipeline.config import BaseModelConfig, DataConfig, SourceConfig, TaskConfig
+from pipeline.data.encoded.encoding import Part
+from pipeline.data.encoded.packing import unpack
+from pipeline.data.faults import StreamError
+from pipeline.data.loading.prompts import PromptSource
 from pipeline.evaluation.actors import PredictorActors
 from pipeline.evaluation.choices import SHOWN, format_candidates
 from pipeline.evaluation.evaluate import Evaluator
@@ -25,10 +29,6 @@ from pipeline.models.inference import InferenceWorkers
 from pipeline.models.prompts import Encoded
 from pipeline.routing import Pool
 from pipeline.routing.insight import weighed
-from pipeline.streams.encoding import Part
-from pipeline.streams.faults import StreamError
-from pipeline.streams.packing import unpack
-from pipeline.streams.prompts import PromptSource
 from tests.helpers import CLAIMS
 
 WORKERS = InferenceWorkers(threads=1, batch_size=5)

@@ -5,9 +5,9 @@ import random
 import pytest
 
 from pipeline.config import TaskConfig
+from pipeline.data.rows.records import Reference
 from pipeline.evaluation.metrics import METRICS, anls, exact_match, mmbench, relaxed_accuracy, token_f1, vqa_accuracy
 from pipeline.evaluation.metrics.choice import chosen_option
-from pipeline.streams.records import Reference
 
 
 def accepting(*answers: str) -> Reference:

@@ -5,8 +5,8 @@ from dataclasses import replace
 
 import pytest
 
+from pipeline.data.rows.records import Reference
 from pipeline.evaluation.results import ColumnResult, Evaluation, Prediction, scored
-from pipeline.streams.records import Reference
 
 
 def predicted(column: str, value: float, group: str = "") -> Prediction:

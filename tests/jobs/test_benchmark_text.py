@@ -9,8 +9,8 @@ import torch
 from jobs.benchmark.library_text import MODULES, descriptions, paragraphs, write_library
 from jobs.benchmark.text import SMOLLM2, perplexity
 from pipeline.config import LearnConfig, load_config
+from pipeline.data.sources.reader import StreamError
 from pipeline.models.prompts import collate_for
-from pipeline.streams.sources import StreamError
 from tests.helpers import ask, attached
 
 TEXT = "Return something that is long enough to describe a function well"

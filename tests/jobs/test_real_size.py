@@ -13,8 +13,8 @@ import pyarrow.parquet as pq
 import pytest
 import yaml
 
+from pipeline.data.demo.files import SCHEMA, embedded_file
 from pipeline.routing.pool import Pool
-from pipeline.streams.embedded.files import SCHEMA, embedded_file
 
 ROOT = Path(__file__).parents[2]
 ROWS = 48

@@ -18,6 +18,8 @@ from jobs import recompute_statistics
 from jobs.cli import app
 from jobs.recompute_statistics import _meant, recompute
 from pipeline.config import BaseModelConfig, LearnConfig, RouterConfig, load_config
+from pipeline.data.loading.batch_loader import distinct_batches
+from pipeline.data.loading.training_rows import CachedRows, TrainingRows
 from pipeline.errors import UserError
 from pipeline.learning import learn, trainings
 from pipeline.learning.opening import open_run
@@ -30,8 +32,6 @@ from pipeline.routing.features import FEATURE_RULE
 from pipeline.routing.null import components
 from pipeline.routing.store import cache_folder
 from pipeline.routing.trained import TrainedExpert
-from pipeline.streams.batch_loader import distinct_batches
-from pipeline.streams.training_rows import CachedRows, TrainingRows
 from pipeline.training.collector import EvidenceCollector, collect_features
 from pipeline.training.stages import heard_paths, with_gates, without_gates
 from tests.helpers import attached, batch_of, make_expert

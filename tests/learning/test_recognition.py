@@ -10,10 +10,10 @@ from cluster.local import ClusterInfo
 from cluster.usage import PeakMemory
 from jobs.terminal import Terminal
 from pipeline.config import LearnConfig, load_config
+from pipeline.data.faults import StreamError
 from pipeline.learning.recognition import ChangedError, expert_wanted, remember
 from pipeline.learning.session import StreamSession
 from pipeline.routing.expert import ExpertCard
-from pipeline.streams.faults import StreamError
 
 HERE = ClusterInfo("", True, 4, 0, 1, None, Path(), 0.0)
 

@@ -10,14 +10,14 @@ from torch import nn
 
 from jobs.benchmark.small_models import SMALL, write_small
 from pipeline.config import BaseModelConfig
+from pipeline.data.encoded.image_embeds import ImageEncoder
+from pipeline.data.encoded.packing import pack, unpack_row
+from pipeline.data.sources.reader import StreamError
 from pipeline.models.bases import Base, load_base
 from pipeline.models.checkpoints import BaseError
 from pipeline.models.families import FAMILIES
 from pipeline.models.inference import InferenceWorkers
 from pipeline.models.prompts import FEATURES, IGNORED, PromptError, collate_for, generate_answers
-from pipeline.streams.packing import pack, unpack_row
-from pipeline.streams.sources import StreamError
-from pipeline.streams.vision import ImageEncoder
 from pipeline.training.stages import answer_loss, checkpoint_activations, without_dropout
 from tests.helpers import ask
 

@@ -6,6 +6,7 @@ import torch
 from PIL import Image
 
 from pipeline.config import BaseModelConfig
+from pipeline.data.encoded.packing import pack, unpack_row
 from pipeline.models.bases import load_processor
 from pipeline.models.prompts import (
     IGNORED,
@@ -18,7 +19,6 @@ from pipeline.models.prompts import (
     picture_hash,
     without_answer,
 )
-from pipeline.streams.packing import pack, unpack_row
 from tests.helpers import ask, batch_of, generate
 
 RED, BLUE = Image.new("RGB", (64, 64), "red"), Image.new("RGB", (90, 40), "blue")

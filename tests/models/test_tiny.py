@@ -5,8 +5,8 @@ import string
 import pytest
 import torch
 
+from pipeline.data.demo.foundation import vocabulary
 from pipeline.models.tiny import IMAGE_TOKENS, SPECIAL_TOKENS, TINY_BASE, build_tiny, tiny_processor, tiny_tokenizer
-from pipeline.streams.embedded.foundation import vocabulary
 from tests.helpers import ask
 
 

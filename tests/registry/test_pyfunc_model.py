@@ -15,6 +15,7 @@ from mlflow.pyfunc.scoring_server import _split_data_and_params, infer_and_parse
 from PIL import Image
 
 from pipeline.config import BaseModelConfig
+from pipeline.data.demo.foundation import FAMILIES
 from pipeline.models.bases import load_base
 from pipeline.models.inference import FrozenBase, InferenceWorkers
 from pipeline.models.prompts import encode, generate_answers
@@ -25,7 +26,6 @@ from pipeline.registry.pyfunc_model import RoutedPool, RowError, read_image
 from pipeline.registry.tracking import RegistryError, tracked_run
 from pipeline.registry.versions import logged_model
 from pipeline.routing import Pool, RoutedModel
-from pipeline.streams.embedded.foundation import FAMILIES
 from tests.helpers import CLAIMS, GENERAL
 from tests.registry.conftest import Created, MakeExpert, new_experiment
 

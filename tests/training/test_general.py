@@ -9,9 +9,9 @@ import ray
 
 from cluster.local import connect
 from pipeline.config import BaseModelConfig
+from pipeline.data.encoded.packing import pack
 from pipeline.models.bases import Base
 from pipeline.models.inference import InferenceWorkers
-from pipeline.streams.packing import pack
 from pipeline.training.general import FEATURES, StatisticsCollector, general_statistics
 from tests.helpers import prompts
 from tests.models.test_inference import WORKERS, counted_logits

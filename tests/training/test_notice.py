@@ -18,7 +18,7 @@ import ray
 from cluster.local import connect
 from cluster.preflight import build_deepspeed_ops
 from pipeline.config import BaseModelConfig, DataConfig, ExpertConfig, RouterConfig, SourceConfig, TrainingConfig
-from pipeline.streams.preprocess import Part, prepare
+from pipeline.data.loading.preprocess import Part, prepare
 from pipeline.training.job import Job
 from pipeline.training.job_folder import PROGRESS
 from pipeline.training.session import training_session

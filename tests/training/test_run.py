@@ -17,11 +17,11 @@ from safetensors.torch import load_file
 from cluster.local import connect
 from cluster.preflight import build_deepspeed_ops
 from pipeline.config import BaseModelConfig, DataConfig, ExpertConfig, RouterConfig, SourceConfig, TrainingConfig
+from pipeline.data.loading.preprocess import Part, prepare
+from pipeline.data.loading.training_rows import CachedRows, TrainingRows
 from pipeline.models.bases import load_base
 from pipeline.models.prompts import collate_for
 from pipeline.routing.expert import Expert
-from pipeline.streams.preprocess import Part, prepare
-from pipeline.streams.training_rows import CachedRows, TrainingRows
 from pipeline.training import session as sessions
 from pipeline.training.job import Job
 from pipeline.training.job_folder import JobFolder

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from pipeline.config import BaseModelConfig, RouterConfig
+from pipeline.data.demo.foundation import FAMILIES
 from pipeline.models.bases import Base, load_base
 from pipeline.models.prompts import Encoded, collate_for, encode, generate_answers
 from pipeline.models.tiny import TINY_BASE
@@ -26,7 +27,6 @@ from pipeline.routing import Expert, ExpertCard, Pool, PromptStatistics, RoutedM
 from pipeline.routing.adapters import Adapter
 from pipeline.routing.evidence import EvidenceReader
 from pipeline.routing.routed_model import PromptReader
-from pipeline.streams.embedded.foundation import FAMILIES
 
 PROMPTS, THREADS = 400, 8
 ROUTERS = ("prompt", "two_level", "token")

@@ -9,7 +9,7 @@ from collections.abc import Callable
 import numpy as np
 from PIL import Image, ImageDraw
 
-from pipeline.streams.embedded.drawing import (
+from pipeline.data.demo.drawing import (
     COLORS,
     SHAPES,
     SIDE,
@@ -24,7 +24,7 @@ from pipeline.streams.embedded.drawing import (
     shade,
     speckle,
 )
-from pipeline.streams.embedded.foundation import DIGITS, LETTERS, SEGMENTS, Example
+from pipeline.data.demo.foundation import DIGITS, LETTERS, SEGMENTS, Example
 
 Draw = Callable[[Random], Example]
 

@@ -15,6 +15,9 @@ from torch import Tensor
 from jobs.benchmark.real_size import lookalikes
 from jobs.pretrain_tiny import encode_examples
 from pipeline.config import BaseModelConfig, RouterConfig
+from pipeline.data.demo import foundation, tasks
+from pipeline.data.demo.files import held_out, held_out_general
+from pipeline.data.demo.foundation import Example
 from pipeline.models.bases import Base, load_base
 from pipeline.models.prompts import collate
 from pipeline.routing.null import components
@@ -22,9 +25,6 @@ from pipeline.routing.prompt_router import PromptRouter
 from pipeline.routing.route import NOBODY
 from pipeline.routing.routed_model import PromptReader
 from pipeline.routing.statistics import PromptStatistics
-from pipeline.streams.embedded import foundation, tasks
-from pipeline.streams.embedded.files import held_out, held_out_general
-from pipeline.streams.embedded.foundation import Example
 
 TRAIN_ROWS, ASKED = 800, 200
 """Prompts of a task that statistics are taken of, and that are routed."""

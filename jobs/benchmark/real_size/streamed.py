@@ -23,13 +23,13 @@ from peft import PeftModel
 from cluster.local import connect
 from cluster.preflight import build_deepspeed_ops
 from pipeline.config import BaseModelConfig, DataConfig, ExpertConfig, RouterConfig, SourceConfig, TrainingConfig
+from pipeline.data.demo.files import embedded_file
+from pipeline.data.encoded.packing import unpack
+from pipeline.data.loading.batch_loader import BatchLoader, StepLayout
+from pipeline.data.loading.preprocess import Part, Prepared, prepare
+from pipeline.data.loading.training_rows import TrainingRows
 from pipeline.models.bases import load_base
 from pipeline.models.prompts import generate_answers
-from pipeline.streams.batch_loader import BatchLoader, StepLayout
-from pipeline.streams.embedded.files import embedded_file
-from pipeline.streams.packing import unpack
-from pipeline.streams.preprocess import Part, Prepared, prepare
-from pipeline.streams.training_rows import TrainingRows
 from pipeline.training.job import Job
 from pipeline.training.session import run_training
 

@@ -9,10 +9,10 @@
 
 from collections.abc import Callable
 
+from pipeline.data.rows.records import Reference
 from pipeline.evaluation.metrics.choice import mmbench
 from pipeline.evaluation.metrics.consensus import vqa_accuracy
 from pipeline.evaluation.metrics.text import anls, exact_match, relaxed_accuracy, token_f1
-from pipeline.streams.records import Reference
 
 METRICS: dict[str, Callable[[str, Reference], float]] = {
     "exact_match": exact_match,

@@ -3,7 +3,7 @@
 import re
 from collections.abc import Mapping
 
-from pipeline.streams.records import Reference
+from pipeline.data.rows.records import Reference
 
 LAST_WORDS = 4
 """A letter that names an option stands among so many words at the end."""

@@ -2,7 +2,7 @@
 
 import re
 
-from pipeline.streams.records import Reference
+from pipeline.data.rows.records import Reference
 
 AGREEING = 3
 """People who must have given an answer for it to be right."""

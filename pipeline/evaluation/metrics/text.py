@@ -7,7 +7,7 @@ from collections import Counter
 
 from rapidfuzz.distance import Levenshtein
 
-from pipeline.streams.records import Reference
+from pipeline.data.rows.records import Reference
 
 RELAXED_TOLERANCE = 0.05
 """Largest relative error of a numeric answer in relaxed accuracy (ChartQA)."""

@@ -1,0 +1,123 @@
+"""From a raw row to an encoded one: decode, tokenize, say what is wrong with it. Runs in tasks of Ray Data."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from pipeline.config import BaseModelConfig, DataConfig, SourceConfig
+from pipeline.data.encoded.packing import pack, prompt_digest
+from pipeline.data.faults import BadRow
+from pipeline.data.rows.records import Reference
+from pipeline.data.sources.reader import NUMBER, PATH, excerpt, extent, record_of, row_id
+from pipeline.models.bases import load_processor
+from pipeline.models.prompts import Encoded, PromptError, encode
+
+processor_of = lru_cache(maxsize=2)(load_processor)
+
+WHICH, PLACE = "part", "place"
+"""Columns of a raw row where several parts come together: its part's place among them, its own place in the part."""
+
+PROMPT_COLUMNS = 2
+"""Version of the columns of rows that are asked; those of version 1 had neither number nor digest."""
+
+_AT_ONCE = 32 << 20
+"""Bytes of encoded images after which a batch is handed on; keeps memory flat, however many tiles an image has."""
+
+
+@dataclass(frozen=True)
+class Part:
+    """A task's rows of one kind: where they come from and the template around their questions."""
+
+    source: SourceConfig
+    prompt: str = "{question}"
+    key: str = ""
+    """Names what its encoded rows depend on; needed where they are kept on disk."""
+    metric: str | None = None
+    """What its answers will be scored by; rows that this metric cannot score are set aside."""
+
+
+@dataclass(frozen=True)
+class Encoder:
+    """How the rows of a part are encoded."""
+
+    part: Part
+    column: str
+    """The task's name."""
+    base: BaseModelConfig
+    data: DataConfig
+    answer: bool
+    """Whether rows are to be learned or only asked."""
+
+    def row(self, raw: Mapping[str, Any]) -> dict[str, Any]:
+        """Returns the columns of an encoded row; one that fails has a `reason` instead of an exception.
+
+        A row that is only asked has its number in its file, and a digest of its prompt.
+        """
+        row: dict[str, Any] = {
+            "column": self.column,
+            "id": row_id(raw, self.part.source),
+            "question": "",
+            "reference": "",
+        }
+        row |= {"reason": "", "excerpt": "", "source": str(raw.get(PATH, "")), "rows": 1, "lost": ""}
+        if not self.answer:
+            row |= {"prompt": "", NUMBER: raw[NUMBER]}
+        if PLACE in raw:
+            row |= {PLACE: raw[PLACE]}
+        try:
+            record = record_of(raw, self.part.source, self.part.prompt, max_pixels=self.data.max_pixels)
+            encoded = encode(processor_of(self.base), record.messages, record.images, answer=self.answer)
+            check_metric(record.reference, self.part.metric)
+            if len(encoded.input_ids) > self.data.max_tokens:
+                raise BadRow(f"{len(encoded.input_ids)} tokens, data.max_tokens allows {self.data.max_tokens}")
+            row |= {"question": record.question, "reference": record.reference.model_dump_json()}
+        except (BadRow, PromptError) as error:
+            encoded = _NOTHING
+            row |= {"reason": str(error), "excerpt": excerpt(raw), **extent(raw)}
+        packed = pack(encoded)
+        if not self.answer and not row["reason"]:
+            row["prompt"] = prompt_digest(packed)
+        return row | packed
+
+
+def encode_batch(batch: pa.Table, *, encoders: Sequence[Encoder]) -> Iterator[dict[str, Any]]:
+    """Encodes a batch of raw rows, each by the encoder of its part.
+
+    Yields as soon as `_AT_ONCE` bytes have come together: twelve tiles of one image are 29 MB.
+    """
+    out: list[dict[str, Any]] = []
+    size = 0
+    for raw in batch.to_pylist():
+        out.append(encoders[raw.get(WHICH, 0)].row(raw))
+        size += len(out[-1]["arrays"])
+        if size >= _AT_ONCE:
+            yield _columns(out)
+            out, size = [], 0
+    if out:
+        yield _columns(out)
+
+
+VOTES = 4
+"""Answers of people below which VQA accuracy has no meaning: not even a unanimous one could reach 1."""
+
+
+def check_metric(reference: Reference, metric: str | None) -> None:
+    """Raises BadRow where a metric cannot score answers against this reference."""
+    if metric == "mmbench" and reference.answers[0] not in reference.choices:
+        options = ", ".join(reference.choices) or "none"
+        raise BadRow(
+            f"metric mmbench: the answer {reference.answers[0]!r} is not an option's letter (options: {options})"
+        )
+    if metric == "vqa_accuracy" and len(reference.answers) < VOTES:
+        raise BadRow(f"metric vqa_accuracy needs at least {VOTES} answers of people, found {len(reference.answers)}")
+
+
+def _columns(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    return {key: [row[key] for row in rows] for key in rows[0]}
+
+
+_NOTHING = Encoded(np.zeros(0, np.int64), np.zeros(0, np.int64))

@@ -1,0 +1,176 @@
+"""From raw rows to encoded rows, on Ray Data: validate, decode, tokenize; set bad rows aside.
+
+One task of Ray Data does all three for a batch, outside the training process. Small sources are kept encoded in Ray's
+object store over the epochs; large ones are read in pieces, in an order of their own for every epoch, when they are needed.
+"""
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import ray
+from ray.data import TaskPoolStrategy
+from ray.data.expressions import col
+
+from pipeline.config import BaseModelConfig, DataConfig
+from pipeline.data.encoded.encoding import PLACE, Encoder, encode_batch, processor_of
+from pipeline.data.encoded.encoding import Part as Part
+from pipeline.data.encoded.image_embeds import with_features
+from pipeline.data.loading.streamed_part import StreamedPart, streamed_features, streamed_part
+from pipeline.data.loading.training_rows import TrainingRows
+from pipeline.data.rows.quarantine import NOTES, SetAside, set_aside
+from pipeline.data.sources.reader import count_rows, first_records, read
+from pipeline.models.inference import InferenceWorkers
+from pipeline.models.prompts import PromptError, encode
+
+_SAMPLE = 4
+"""Rows a part that are encoded to guess how much room all of them will take."""
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """Sources ready for use."""
+
+    parts: Mapping[str, ray.data.Dataset]
+    """Encoded rows by task (see `packing`), lazily: with `id`, `column` (the task), `question` and `reference` (JSON)."""
+    cache: ray.data.Dataset | None
+    """All good rows in the object store, where they fit."""
+    counts: Mapping[str, int]
+    """Good rows by task."""
+    aside: Mapping[str, SetAside]
+    """Rows and files set aside, by task."""
+    streamed: Mapping[str, StreamedPart] = field(default_factory=dict)
+    """How rows to be learned are read that do not fit into the object store, by task."""
+
+    def rows(self, names: Sequence[str]) -> ray.data.Dataset:
+        """Returns the good rows of these tasks."""
+        if self.cache is None:
+            return union([self.parts[name] for name in names]).filter(expr=_GOOD)
+        if set(names) == set(self.parts):
+            return self.cache
+        return self.cache.filter(expr=col("column").is_in(list(names)))
+
+    def training_rows(self, names: Sequence[str]) -> TrainingRows:
+        """Returns the good rows of these tasks as training workers read them; for rows that were prepared to be learned."""
+        count = sum(self.counts[name] for name in names)
+        if self.cache is None:
+            return TrainingRows(count, parts=tuple(self.streamed[name] for name in names))
+        blocks = self.rows(names).materialize().to_arrow_refs()
+        return TrainingRows(count, tuple(blocks))
+
+
+_GOOD = col("reason") == ""
+_NOTES = ["column", *NOTES]
+
+
+def union(datasets: Sequence[ray.data.Dataset]) -> ray.data.Dataset:
+    """Returns the rows of all datasets, in their order."""
+    return datasets[0].union(*datasets[1:]) if len(datasets) > 1 else datasets[0]
+
+
+def prepare(
+    parts: Mapping[str, Part],
+    data: DataConfig,
+    *,
+    base: BaseModelConfig,
+    data_folder: Path,
+    quarantine: Path,
+    answer: bool,
+    features: Path | None = None,
+    workers: InferenceWorkers | None = None,
+) -> Prepared:
+    """Validates and encodes the rows of one or more tasks in a single pass.
+
+    Rows that cannot be used go to `quarantine` (`<task>.jsonl` in that folder) with id and reason. `answer` says whether
+    rows are to be learned or only asked. With `data.vision_cache` what the vision tower says of the images is kept below
+    the folder `features`, under each part's key, computed by `workers`. Raises StreamError when a task's share of bad
+    rows exceeds `data.max_bad_share`, more files are lost than `data.max_lost_files`, or no row is left.
+    """
+    wishes = {part.source.cache or data.cache for part in parts.values()} if answer else {data.cache}
+    fits = wishes == {"memory"} or ("none" not in wishes and _fits(parts, data, base, data_folder))
+    streaming = answer and not fits
+    streamed: dict[str, StreamedPart] = {}
+    encoded = {}
+    for name, part in parts.items():
+        encoder, folder = Encoder(part, name, base, data, answer), None
+        rows = encoded_rows(part, name, data, base=base, data_folder=data_folder, answer=answer)
+        if data.vision_cache == "features":
+            assert features is not None, "whoever asks for features says where they go"
+            folder = features / f"{name}-{part.key}"
+            rows = with_features(rows, base, folder, workers=workers or InferenceWorkers())
+        if streaming:
+            streamed[name] = streamed_features(encoder, folder) if folder else streamed_part(encoder, data_folder)
+            rows = streamed[name].in_order()
+        encoded[name] = rows
+    rows = union(list(encoded.values()))
+    if fits:
+        rows = rows.materialize()
+    totals: Counter[str] = Counter()
+    bad: dict[str, list[dict[str, Any]]] = {name: [] for name in parts}
+    places: dict[str, list[int]] = {name: [] for name in parts}
+    noted = [*_NOTES, PLACE] if streaming else _NOTES
+    for batch in rows.select_columns(noted).iter_batches(batch_size=None, batch_format="numpy"):
+        totals.update(batch["column"])
+        for i in np.flatnonzero(batch["reason"] != ""):
+            bad[batch["column"][i]].append(
+                {key: batch[key][i].item() if key == "rows" else str(batch[key][i]) for key in NOTES}
+            )
+            if streaming:
+                places[batch["column"][i]].append(int(batch[PLACE][i]))
+    good = {name: totals[name] - len(bad[name]) for name in parts}
+    aside = {
+        name: set_aside(name, part.source, bad[name], good[name], quarantine / f"{name}.jsonl", data)
+        for name, part in parts.items()
+    }
+    if fits and any(bad.values()):
+        rows = rows.filter(expr=_GOOD).materialize()
+    return Prepared(
+        parts=encoded,
+        cache=rows if fits else None,
+        streamed={name: part.without(np.sort(np.array(places[name], np.int64))) for name, part in streamed.items()},
+        counts=good,
+        aside=aside,
+    )
+
+
+def encoded_rows(
+    part: Part,
+    name: str,
+    data: DataConfig,
+    *,
+    base: BaseModelConfig,
+    data_folder: Path,
+    answer: bool,
+    chosen: Any = None,
+) -> ray.data.Dataset:
+    """Returns a part's rows, encoded when they are read; bad ones have a `reason`.
+
+    `chosen`, an expression on raw rows (see `sources`), says which of them are encoded; by default all are.
+    """
+    raw = read(part.source, data_folder, readers=data.readers)
+    work = partial(encode_batch, encoders=[Encoder(part, name, base, data, answer)])
+    return (raw if chosen is None else raw.filter(expr=chosen)).map_batches(
+        work, batch_size=64, batch_format="pyarrow", compute=TaskPoolStrategy(data.readers)
+    )
+
+
+def _fits(parts: Mapping[str, Part], data: DataConfig, base: BaseModelConfig, data_folder: Path) -> bool:
+    """Whether all rows take at most a quarter of the smallest object store, going by the first ones of each part.
+
+    Every node on which a worker trains comes to hold all of them.
+    """
+    processor, total = processor_of(base), 0.0
+    for part in parts.values():
+        sizes = []
+        for record in first_records(part.source, data_folder, part.prompt, _SAMPLE):
+            with suppress(PromptError):
+                row = encode(processor, record.messages, record.images, answer=False)
+                sizes.append(sum(array.nbytes for array in row.images.values()) + row.input_ids.nbytes)
+        total += max(sizes, default=0) * count_rows(part.source, data_folder)
+    stores = [node["Resources"].get("object_store_memory", 0) for node in ray.nodes() if node["Alive"]]
+    return total <= min(stores) / 4

@@ -1,0 +1,145 @@
+"""Encoded rows, read ahead by a few tasks of Ray outside the training process.
+
+- Each task reads and encodes its rows for as long as they are wanted, and stops where `_UNREAD` tables wait to be taken.
+- Tasks book no CPUs: one whose rows nobody takes yet would hold them, and starve the other workers' tasks for ever.
+- A task that is lost with its process or node, or whose table is lost, is started again at the row that is needed next.
+- Leaving ends the tasks, a moment later; nobody waits longer than `POLL_SECONDS` without asking whether it is time to leave.
+"""
+
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from typing import Any
+
+import pyarrow as pa
+import ray
+from ray.exceptions import GetTimeoutError, RayError, RayTaskError
+
+from pipeline.data.encoded.encoding import encode_batch
+from pipeline.data.encoded.packing import PACKED, unpack_row
+from pipeline.data.faults import StreamError, first_line
+from pipeline.data.loading.drawing import Drawable, Order
+from pipeline.data.loading.piece_reader import tables
+from pipeline.models.prompts import Encoded
+
+POLL_SECONDS = 0.2
+
+RESTARTS = 3
+"""Times that a task is started again without a row in between."""
+
+SETTLING_SECONDS = 10.0
+"""From leaving to the end of tasks that are not done. A task that ends at the very moment at which it is cancelled makes Ray
+abort this process (`it != submissible_tasks_.end()`, ray pull request 54527). One that nobody reads from is done after this
+time, or stands still with `_UNREAD` tables."""
+
+_UNREAD = 2
+"""Tables of a task that wait in the object store, 32 MB each or the rows of one large image."""
+
+_NEEDED = (*PACKED, "id", "source", "reason")
+
+
+class LeftError(Exception):
+    """Nobody wants the rows any more."""
+
+
+class ReadAhead:
+    """Yields rows in their order; use as a context manager.
+
+    At most `tasks` read. `left` says whether the rows are still wanted; LeftError is raised where they are not. Raises
+    StreamError where a row cannot be read any more.
+    """
+
+    def __init__(self, source: Drawable, order: Order, *, tasks: int, left: Callable[[], bool]) -> None:
+        self._order, self._tasks, self._left = order, order.tasks(tasks), left
+        self._source, self._settings = ray.put(source), ray.put(order)
+        self._running: dict[int, Any] = {}
+
+    def __enter__(self) -> Iterator[Encoded]:
+        return self._rows()
+
+    def __exit__(self, *error: object) -> None:
+        tasks = list(self._running.values())
+        self._running.clear()
+        if tasks:
+            here = ray.get_runtime_context().get_node_id()
+            threading.Thread(target=_end, args=(tasks, here), name="ending readers", daemon=True).start()
+
+    def _rows(self) -> Iterator[Encoded]:
+        for task in range(self._tasks):
+            self._start(task, 0)
+        held: dict[int, Iterator[Encoded]] = {}
+        for place, task in enumerate(self._order.turns(self._tasks)):
+            row = next(held[task], None) if task in held else None
+            if row is None:
+                held.pop(task, None)  # gives the table's memory back
+                held[task] = _unpacked(self._table(task, place))
+                row = next(held[task])
+            yield row
+
+    def _start(self, task: int, first: int) -> None:
+        self._running[task] = _encoded.remote(self._source, self._settings, task, self._tasks, first)
+
+    def _table(self, task: int, place: int) -> pa.Table:
+        """Returns the next table of a task, which begins with row `place`."""
+        for restarts in range(RESTARTS + 1):
+            try:
+                return self._got(self._running[task])
+            except RayTaskError as error:
+                raise StreamError(f"rows cannot be read: {first_line(error.cause)}") from error
+            except RayError as error:
+                if restarts == RESTARTS:
+                    raise StreamError(
+                        f"rows cannot be read: the task that reads them was lost {RESTARTS + 1} times (out of memory?): "
+                        f"{first_line(error)}"
+                    ) from error
+                self._start(task, place)
+        raise AssertionError
+
+    def _got(self, running: Any) -> pa.Table:
+        while not ray.wait([running], timeout=POLL_SECONDS)[0]:
+            self._check()
+        table = next(running)
+        while True:
+            self._check()
+            try:
+                return ray.get(table, timeout=POLL_SECONDS)
+            except GetTimeoutError:
+                continue
+
+    def _check(self) -> None:
+        if self._left():
+            raise LeftError
+
+
+def _end(tasks: list[Any], node: str) -> None:
+    """Cancels tasks that nobody reads from any more, where they stand still; `node` is the one on which this runs."""
+    time.sleep(SETTLING_SECONDS)
+    with suppress(Exception):  # Ray is gone, and they with it
+        for task in tasks:
+            if not ray.is_initialized() or ray.get_runtime_context().get_node_id() != node:
+                return
+            if not ray.wait([task.completed()], timeout=0)[0]:
+                ray.cancel(task)
+
+
+def _unpacked(table: pa.Table) -> Iterator[Encoded]:
+    for i in range(len(table)):
+        if reason := table["reason"][i].as_py():
+            where = f"{table['source'][i].as_py()}: row {table['id'][i].as_py()}"
+            raise StreamError(f"{where} could be read before training, and cannot any more: {reason}")
+        yield unpack_row(*(table[name][i].as_buffer() for name in PACKED))
+
+
+# Without Ray's own retries: they would begin with the first row of the stage.
+@ray.remote(num_cpus=0, max_retries=0, scheduling_strategy="SPREAD", _generator_backpressure_num_objects=_UNREAD)
+def _encoded(source: Drawable, order: Order, task: int, tasks: int, first: int) -> Iterator[pa.Table]:
+    rows = tables(order.rows(source, task, tasks, first))
+    if source.parts[0].origin.kind == "encoded":
+        for table in rows:
+            yield table.select(_NEEDED)
+        return
+    encoders = [part.origin.encoder for part in source.parts]
+    for table in rows:
+        for columns in encode_batch(table, encoders=encoders):
+            yield pa.table({name: columns[name] for name in _NEEDED})

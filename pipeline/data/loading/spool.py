@@ -1,0 +1,73 @@
+"""Raw rows copied once into parquet, where their own files cannot be read from the middle.
+
+So are all texts (jsonl, json, csv, tsv, compressed or not), parquet with large row groups, and MMBench's rotations. A row is
+JSON, its bytes lie beside it: nothing that is read back is code.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+
+from pipeline.config import SourceConfig
+from pipeline.data.faults import Fault
+from pipeline.data.sources.formats import Row
+from pipeline.data.sources.reader import NUMBER, PATH, RAW, ROOT, content_of, read
+from pipeline.locks import made_once
+
+DONE = "_SUCCESS"
+"""Marks a folder that is complete."""
+
+BLOBS = "blobs"
+"""Column of a row's bytes."""
+
+_BYTES, _FAULT = "$bytes", "$fault"
+_SCHEMA = pa.schema([
+    (PATH, pa.string()), (NUMBER, pa.int64()), (ROOT, pa.string()), (RAW, pa.string()), (BLOBS, pa.list_(pa.binary())),
+])  # fmt: skip
+
+
+def spooled(source: SourceConfig, data_folder: Path, folder: Path, *, readers: int) -> list[str]:
+    """Copies the raw rows of a source into `folder`, unless they are there; returns the files in order."""
+
+    def write(unfinished: Path) -> None:
+        rows = read(source, data_folder, readers=readers).map_batches(_written, batch_format="pyarrow", batch_size=None)
+        rows.write_parquet(str(unfinished))
+
+    made_once(folder, write, why="which copies the same rows", mark=DONE)
+    return sorted(str(file) for file in folder.glob("*.parquet"))
+
+
+def _written(batch: pa.Table) -> pa.Table:
+    rows = []
+    for raw in batch.to_pylist():
+        blobs: list[bytes] = []
+        rows.append(raw | {RAW: _text(content_of(raw), blobs), BLOBS: blobs})
+    return pa.Table.from_pylist(rows, schema=_SCHEMA)
+
+
+def _text(content: Row, blobs: list[bytes]) -> str:
+    def beside(value: Any) -> Any:
+        if isinstance(value, (bytes, bytearray, memoryview)):
+            blobs.append(bytes(value))
+            return {_BYTES: len(blobs) - 1}
+        return str(value)
+
+    found = (
+        {_FAULT: [content.reason, content.excerpt, content.lost, content.rows]}
+        if isinstance(content, Fault)
+        else content
+    )
+    return json.dumps(found, default=beside)
+
+
+def content(text: str, blobs: Sequence[bytes]) -> Row:
+    """Returns a row that was copied."""
+
+    def back(value: dict[str, Any]) -> Any:
+        return blobs[value[_BYTES]] if value.keys() == {_BYTES} else value
+
+    found: Mapping[str, Any] = json.loads(text, object_hook=back)
+    return Fault(*found[_FAULT]) if found.keys() == {_FAULT} else dict(found)

@@ -1,0 +1,117 @@
+"""Rows that stream: a task's rows in pieces of parquet files, and how Ray Data goes through all of them once."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import pyarrow.fs as fs
+import ray
+from ray.data import TaskPoolStrategy
+from ray.data.block import BlockMetadata
+from ray.data.datasource import Datasource, ReadTask
+
+from pipeline.config import DataConfig, digest
+from pipeline.data.encoded.encoding import Encoder, encode_batch
+from pipeline.data.faults import StreamError
+from pipeline.data.loading import spool
+from pipeline.data.loading.piece_reader import BLOCK_ROWS, Origin, in_order, tables
+from pipeline.data.loading.pieces import Pieces, pieces_of
+from pipeline.data.loading.windows import LANES
+from pipeline.data.sources.files import resolve
+from pipeline.data.sources.reader import fingerprint, image_root
+
+
+@dataclass(frozen=True)
+class StreamedPart:
+    """A part's rows, in pieces of parquet files."""
+
+    origin: Origin
+    pieces: Pieces
+
+    @property
+    def count(self) -> int:
+        """Good rows."""
+        return int(self.pieces.good.sum())
+
+    def in_order(self) -> ray.data.Dataset:
+        """Returns the encoded rows in the order of the files, lazily, with their `PLACE`; those that fail have a `reason`."""
+        readers = self.origin.encoder.data.readers
+        rows = ray.data.read_datasource(_InOrder(self), compute=TaskPoolStrategy(max(1, readers // 4)))
+        if self.origin.kind == "encoded":
+            return rows
+        work = partial(encode_batch, encoders=[self.origin.encoder])
+        return rows.map_batches(work, batch_size=BLOCK_ROWS, batch_format="pyarrow", compute=TaskPoolStrategy(readers))
+
+    def without(self, bad: np.ndarray) -> "StreamedPart":
+        """Returns the part without the rows at these places (in rising order, among all rows of the pieces)."""
+        return replace(self, pieces=replace(self.pieces, bad=bad))
+
+
+class _InOrder(Datasource):
+    """Reads the pieces of a part; each task some that follow each other."""
+
+    def __init__(self, part: StreamedPart) -> None:
+        super().__init__()
+        self._part = part
+
+    def get_name(self) -> str:
+        """Returns what Ray calls the reading."""
+        return "Pieces"
+
+    def estimate_inmemory_data_size(self) -> int:
+        """Returns the bytes of all pieces."""
+        return int(self._part.pieces.bytes.sum())
+
+    def get_read_tasks(
+        self, parallelism: int, per_task_row_limit: int | None = None, data_context: Any = None
+    ) -> list[ReadTask]:
+        """Returns the tasks, at most `parallelism`."""
+        pieces = self._part.pieces
+        edges = np.linspace(0, len(pieces), max(1, min(parallelism, len(pieces))) + 1).astype(int).tolist()
+        tasks = []
+        for start, end in zip(edges, edges[1:], strict=False):
+            some = pieces.some(start, end)
+            metadata = BlockMetadata(
+                num_rows=int(some.good.sum()), size_bytes=int(some.bytes.sum()), exec_stats=None, input_files=some.paths
+            )
+            work = partial(_read, self._part.origin, some)
+            tasks.append(ReadTask(work, metadata, None, per_task_row_limit))
+        return tasks
+
+
+def _read(origin: Origin, pieces: Pieces) -> Any:
+    return tables(in_order([origin], map(pieces.read, range(len(pieces)))))
+
+
+def streamed_part(encoder: Encoder, data_folder: Path) -> StreamedPart:
+    """Returns the rows of a source in pieces; copied first where its files cannot be read from the middle."""
+    source = encoder.part.source
+    filesystem, files, kind = resolve(source, data_folder)
+    paths = [file.path for file in files]
+    if kind == "parquet" and source.layout != "mmbench":
+        pieces = pieces_of(filesystem, paths, rows=piece_rows(encoder.data), limit=source.limit)
+        if pieces is not None:
+            return StreamedPart(Origin(encoder, filesystem, "own", image_root(source)), pieces)
+    key = digest(fingerprint(source, data_folder), paths)
+    copies = data_folder / "rows" / f"{encoder.column}-{key}"
+    return _local(encoder, "spooled", spool.spooled(source, data_folder, copies, readers=encoder.data.readers))
+
+
+def streamed_features(encoder: Encoder, folder: Path) -> StreamedPart:
+    """Returns the encoded rows in a folder of parquet files in pieces."""
+    return _local(encoder, "encoded", sorted(str(file) for file in folder.glob("*.parquet")))
+
+
+def _local(encoder: Encoder, kind: Literal["spooled", "encoded"], paths: Sequence[str]) -> StreamedPart:
+    pieces = pieces_of(fs.LocalFileSystem(), paths, rows=piece_rows(encoder.data))
+    if pieces is None:
+        raise StreamError(f"{paths[0]} and its neighbours: damaged; remove the folder, it is written again")
+    return StreamedPart(Origin(encoder, fs.LocalFileSystem(), kind), pieces)
+
+
+def piece_rows(data: DataConfig) -> int:
+    """Returns the rows of a piece: rows are drawn from sixteen of them at a time."""
+    return data.shuffle_rows // LANES

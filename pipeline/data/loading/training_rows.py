@@ -1,0 +1,116 @@
+"""The rows of one or more tasks as a training worker gets them: a description that can be pickled, and access to it."""
+
+from collections.abc import Callable, Generator, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import ray
+
+from pipeline.data.encoded.packing import PACKED, unpack_row
+from pipeline.data.loading.drawing import Chosen, Drawable, Drawn, Order
+from pipeline.data.loading.read_ahead import ReadAhead
+from pipeline.data.loading.streamed_part import StreamedPart
+from pipeline.data.loading.windows import spans
+from pipeline.models.prompts import Encoded
+
+
+@dataclass(frozen=True)
+class TrainingRows:
+    """Good rows of one or more tasks."""
+
+    count: int
+    """How many there are."""
+    blocks: tuple[ray.ObjectRef, ...] = ()
+    """All of them, encoded, as Arrow tables in Ray's object store; none where rows stream."""
+    parts: tuple[StreamedPart, ...] = ()
+    """Where rows that stream come from."""
+    chosen: np.ndarray | None = None
+    """Which of these rows they are, by rising number (N,); None: all."""
+
+    @property
+    def cached(self) -> bool:
+        """Whether encoded rows lie in the object store."""
+        return bool(self.blocks)
+
+    def split(self, share: float, seed: int) -> tuple["TrainingRows", "TrainingRows"]:
+        """Returns the rows of one task without a random share of them, and that share: `held_out` rows."""
+        number = held_out(self.count, share)
+        held = np.sort(np.random.default_rng([seed, self.count]).permutation(self.count)[:number])
+        learned = replace(self, count=self.count - number)
+        if self.cached:
+            learned = replace(learned, chosen=np.delete(np.arange(self.count), held))
+        else:
+            (part,) = self.parts
+            bad = part.pieces.bad
+            places = np.delete(np.arange(int(part.pieces.rows.sum())), bad)[held]
+            learned = replace(learned, parts=(part.without(np.union1d(bad, places)),))
+        return learned, replace(self, count=number, chosen=held)
+
+
+MOST_HELD_OUT = 2048
+"""Rows whose loss tells one adapter from another; more of them would only cost more."""
+
+
+def held_out(count: int, share: float) -> int:
+    """Returns how many of `count` rows are held out: a share of them, one at least."""
+    return min(MOST_HELD_OUT, max(1, round(share * count)))
+
+
+class CachedRows:
+    """Encoded rows drawn from the object store one by one, as views of its memory.
+
+    A tenth of the work of shuffling them through a buffer, which matters where reader and training share few cores.
+    """
+
+    def __init__(self, rows: TrainingRows) -> None:
+        self._blocks: list[pa.Table] = [block for block in ray.get(list(rows.blocks)) if len(block)]
+        self._ends = np.cumsum([len(block) for block in self._blocks])
+        self._chosen = rows.chosen
+
+    def __len__(self) -> int:
+        if self._chosen is not None:
+            return len(self._chosen)
+        return int(self._ends[-1]) if len(self._ends) else 0
+
+    def __getitem__(self, number: int) -> Encoded:
+        """Returns row `number` in the order of the blocks, wherever their borders are."""
+        if self._chosen is not None:
+            number = int(self._chosen[number])
+        which = int(np.searchsorted(self._ends, number, side="right"))
+        block, start = self._blocks[which], int(self._ends[which]) - len(self._blocks[which])
+        return unpack_row(*(block[name][number - start].as_buffer() for name in PACKED))
+
+    def lengths(self) -> np.ndarray:
+        """Returns the length of every row in bytes of its tokens (N,)."""
+        lengths = np.concatenate([pc.binary_length(block["input_ids"]).to_numpy() for block in self._blocks])
+        return lengths if self._chosen is None else lengths[self._chosen]
+
+
+class StreamedRows:
+    """Rows that are read and encoded when they are needed, by tasks of this worker's own.
+
+    Each worker reads its own pieces: none waits for another, and one may stop whenever it likes: `left` says that it has.
+    """
+
+    def __init__(
+        self, rows: TrainingRows, *, rank: int, workers: int, seed: int, left: Callable[[], bool] = lambda: False
+    ) -> None:
+        self._source, self._count, self._chosen = Drawable(rows.parts), rows.count, rows.chosen
+        self._rank, self._workers, self._seed, self._left = rank, workers, seed, left
+
+    def drawn(self, shares: Sequence[int], steps: range) -> Generator[Encoded]:
+        """Yields this rank's rows of `steps` one after the other; `shares` says how many each rank takes a step."""
+        span, share = spans(self._count, shares)[self._rank], shares[self._rank]
+        return self._encoded(Drawn(span, steps.start * share, steps.stop * share, self._seed, self._source.window))
+
+    def chosen(self, numbers: np.ndarray) -> Generator[Encoded]:
+        """Yields the rows of these numbers, in rising order, in the order of the files."""
+        numbers = numbers if self._chosen is None else self._chosen[numbers]
+        return self._encoded(Chosen(numbers, self._source.sizes, self._source.weights, self._source.window))
+
+    def _encoded(self, order: Order) -> Generator[Encoded]:
+        tasks = max(1, self._source.parts[0].origin.encoder.data.readers // self._workers)
+        with ReadAhead(self._source, order, tasks=tasks, left=self._left) as rows:
+            yield from rows

@@ -1,0 +1,167 @@
+"""Images as corpora hold them, decoded to RGB: any mode, any orientation, never more pixels than allowed.
+
+- Encoded bytes, base64 (bare or as a data: URI), paths, or a mapping with one of them.
+- The size is read from the header before a pixel is decoded. Large JPEGs are decoded at a half, quarter or eighth.
+- Knows nothing of rows and prompts; paths are read by the caller's folder.
+"""
+
+import base64
+import binascii
+import io
+import re
+import warnings
+from collections.abc import Mapping
+from typing import Any, Protocol
+
+import numpy as np
+from PIL import ExifTags, Image, UnidentifiedImageError
+
+from pipeline.data.faults import BadRow, first_line, printable
+
+MAX_PIXELS = 200_000_000
+"""Largest image, where the configuration does not say."""
+
+ENOUGH_PIXELS = 16_000_000
+"""JPEGs are decoded smaller while at least this many pixels remain: more than processors keep of any image."""
+
+_KNOWN = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000", "AVIF", "ICO")
+Image.init()
+FORMATS = tuple(name for name in _KNOWN if name in Image.OPEN)
+"""Formats that are decoded; Pillow knows more, but some of them run other programs (EPS) or have no use here."""
+
+_FOREIGN = (
+    (re.compile(rb"\s*%PDF"), "a PDF; render its pages to PNG or JPEG"),
+    (re.compile(rb"\s*<(svg|[?!].{0,2000}?<svg)", re.S), "an SVG drawing; render it to PNG"),
+    (re.compile(rb".{4}ftyp(hei[cfmsx]|hev[cmsx]|mif1|msf1)", re.S), "an HEIC photo; convert it to JPEG"),
+    (re.compile(rb".{4}ftyp(isom|iso2|mp4|M4V|qt )", re.S), "a video; take images out of it"),
+    (re.compile(rb"\s*<(!doctype html|html|head)", re.I), "a web page (a download that failed?)"),
+    (re.compile(rb"version https://git-lfs"), "a Git LFS pointer; fetch the file itself with `git lfs pull`"),
+)  # fmt: skip
+"""What stands in image columns without being an image that is read, and what to do about it."""
+
+_WEB = re.compile(r"(https?|ftp)://", re.I)
+_DATA = re.compile(r"data:[^,]{0,200},")
+_BASE64 = re.compile(r"(iVBORw0KGgo|/9j/|R0lGOD|UklGR|Qk|SUkq|TU0AK)[^.]*\Z")
+"""How images of the common formats begin in base64; no path does without an ending in the whole of it."""
+_NO_PATH = 1000
+"""Longer texts without a dot are base64, however they begin."""
+
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}  # fmt: skip
+"""What brings an image upright, by EXIF's orientation."""
+
+
+class Folder(Protocol):
+    """Where paths are read from."""
+
+    def read(self, name: str) -> bytes:
+        """Returns a file's bytes; raises BadRow."""
+
+
+def load_image(item: Any, folder: Folder, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
+    """Returns the image that an item of an image column stands for, as RGB; raises BadRow with the reason."""
+    if isinstance(item, Mapping):
+        item = item.get("path") if item.get("bytes") is None else item["bytes"]
+    if isinstance(item, str):
+        item = _bytes_of(item, folder)
+    if not isinstance(item, bytes):
+        raise BadRow("an image must be encoded bytes, a path, or a mapping with one of them")
+    return decode(item, max_pixels=max_pixels)
+
+
+def _bytes_of(text: str, folder: Folder) -> bytes:
+    if _WEB.match(text):
+        raise BadRow(
+            f"image {printable(text, 100)!r} is a web address; download the images, nothing is fetched from the web"
+        )
+    if found := _DATA.match(text):
+        if not found[0].endswith(";base64,"):
+            raise BadRow("an image is a data: URI without base64")
+        try:
+            return base64.b64decode(text[found.end() :], validate=True)
+        except (binascii.Error, ValueError) as error:
+            raise BadRow(f"an image is a data: URI with broken base64: {error}") from None
+    if _BASE64.match(text) or (len(text) > _NO_PATH and "." not in text):
+        try:
+            return base64.b64decode("".join(text.split()), validate=True)
+        except (binascii.Error, ValueError) as error:
+            raise BadRow(f"an image is neither a path nor valid base64: {error}") from None
+    return folder.read(text)
+
+
+def decode(data: bytes, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
+    """Decodes the first frame or page of an image to upright RGB; raises BadRow with the reason.
+
+    Transparency becomes white, since what is drawn on nothing (charts, documents, formulas) is drawn for white paper.
+    Sixteen-bit images are scaled by their full range; 32-bit and float ones, which have none, from their own darkest to
+    their own brightest value.
+    """
+    if not data:
+        raise BadRow("an image of 0 bytes")
+    if what := next((what for pattern, what in _FOREIGN if pattern.match(data)), None):
+        raise BadRow(f"an image is {what}")
+    Image.MAX_IMAGE_PIXELS = max_pixels  # for images inside images (icons); its own default is below our largest scans
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # Pillow's remarks on odd files would fill the logs of every reader
+            with Image.open(io.BytesIO(data), formats=FORMATS) as image:
+                width, height = image.size
+                if width * height > max_pixels:
+                    raise BadRow(f"an image of {width} x {height} pixels; data.max_pixels allows {max_pixels:,}")
+                shrink = _shrink(width * height)
+                if image.format in ("JPEG", "MPO") and shrink > 1:
+                    image.draft(None, (width // shrink, height // shrink))
+                image.load()
+                return _upright(image, _rgb(image))
+    except BadRow:
+        raise
+    except Image.DecompressionBombError as error:
+        raise BadRow(f"an image is larger than data.max_pixels allows ({max_pixels:,}): {first_line(error)}") from None
+    except UnidentifiedImageError:
+        raise BadRow(f"an image cannot be decoded: it is none of {', '.join(FORMATS)}, or cut") from None
+    except Exception as error:  # noqa: BLE001 - decoders raise anything on broken data (IndexError, struct.error, ...)
+        raise BadRow(f"an image cannot be decoded: {first_line(error)}") from None
+
+
+def _shrink(pixels: int) -> int:
+    """Returns by what (1, 2, 4 or 8) both sides can be divided so that enough pixels remain."""
+    return next((by for by in (8, 4, 2) if pixels >= ENOUGH_PIXELS * by * by), 1)
+
+
+def _rgb(image: Image.Image) -> Image.Image:
+    if image.mode == "RGB" and not image.has_transparency_data:
+        return image
+    if image.mode.startswith("I;16"):
+        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    elif image.mode in ("I", "F"):
+        image = Image.fromarray(_stretched(np.asarray(image, dtype=np.float64)))
+    if not image.has_transparency_data:
+        return image.convert("RGB")
+    image = image.convert("RGBA")
+    alpha = image.getchannel("A")
+    paper = Image.new("RGB", image.size, "white")
+    paper.paste(image.convert("RGB"), mask=alpha)
+    return paper
+
+
+def _stretched(values_HW: np.ndarray) -> np.ndarray:
+    """Returns values as bytes, from the least (0) to the greatest (255); what is not finite counts as the least."""
+    finite = np.isfinite(values_HW)
+    if not finite.any():
+        return np.zeros(values_HW.shape, np.uint8)
+    least, greatest = values_HW[finite].min(), values_HW[finite].max()
+    scaled = (np.where(finite, values_HW, least) - least) * (255 / max(greatest - least, np.finfo(np.float64).tiny))
+    return scaled.astype(np.uint8)
+
+
+def _upright(image: Image.Image, pixels: Image.Image) -> Image.Image:
+    """Turns `pixels` as the EXIF data of `image` say, where they can be read."""
+    try:
+        orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
+    except Exception:  # noqa: BLE001 - broken EXIF data say nothing about the pixels, which are whole
+        return pixels
+    turn = _TURNS.get(orientation)
+    return pixels if turn is None else pixels.transpose(turn)

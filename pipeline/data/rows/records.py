@@ -1,0 +1,137 @@
+"""The canonical row and how users' rows become one.
+
+Canonical: `messages` (role and content, the last one the assistant's answer, `<image>` where an image belongs) and
+`images` (encoded bytes or paths), as LLaMA-Factory and ms-swift read them. Accepted beside it: LLaVA's `conversations`
+(from/value, `image`), messages made of parts, and benchmark rows with a question, an answer or a list of answers, and an
+image. Text-only rows are normal. Of a conversation of several turns the last answer is learned, the others are context.
+"""
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from string import ascii_uppercase
+from typing import Any
+
+from PIL import Image
+from pydantic import Field
+
+from pipeline.config import ColumnsConfig, Config
+from pipeline.data.faults import BadRow as BadRow
+from pipeline.data.faults import printable
+from pipeline.data.rows.conversations import Conversation, checked, conversation_of, text_of
+from pipeline.data.rows.elements import parse
+from pipeline.data.rows.images import MAX_PIXELS, Folder, load_image
+from pipeline.models.prompts import IMAGE_PLACEHOLDER
+
+_LEADING_IMAGES = re.compile(rf"(\s*{re.escape(IMAGE_PLACEHOLDER)})*")
+_LONGEST_ID = 200
+
+
+class Reference(Config):
+    """What an answer is measured against."""
+
+    answers: tuple[str, ...] = Field(min_length=1)
+    """Accepted answers; the first is the one to learn."""
+    choices: dict[str, str] = {}
+    """Options of a multiple-choice question, text by letter."""
+    group: str = ""
+    """Rows of one group count as one question, right only if all are (MMBench's circular evaluation); empty: alone."""
+
+
+@dataclass(frozen=True)
+class Record:
+    """One row in canonical form, images decoded."""
+
+    id: str
+    messages: list[dict[str, str]]
+    images: list[Image.Image]
+    reference: Reference
+
+    @property
+    def question(self) -> str:
+        """Text of the last user message, without image placeholders."""
+        text = next(m["content"] for m in reversed(self.messages) if m["role"] == "user")
+        return text.replace(IMAGE_PLACEHOLDER, "").strip()
+
+
+def to_record(
+    row: Mapping[str, Any],
+    columns: ColumnsConfig,
+    *,
+    name: str,
+    prompt: str,
+    folder: Folder,
+    max_pixels: int = MAX_PIXELS,
+) -> Record:
+    """Turns a user's row into a record; raises BadRow with the reason where that is impossible.
+
+    `name` is the row's id where the file has none; `prompt` the task's template; image paths are read from `folder`; images
+    of more than `max_pixels` are refused undecoded. The row itself is left as it is.
+    """
+    said = conversation_of(row, columns)
+    items = _items(row, columns, said)
+    messages = _with_template(said.messages, prompt)
+    reference = Reference(answers=said.answers, choices=_choices(row, columns), group=_group(row, columns))
+    images = [load_image(item, folder, max_pixels=max_pixels) for item in items]
+    return Record(identity(row, columns) or name, messages, images, reference)
+
+
+def identity(row: Mapping[str, Any], columns: ColumnsConfig) -> str:
+    """Returns a row's id as text that can be shown; empty where it has none."""
+    value = row.get(columns.id)
+    missing = value is None or value != value  # NaN
+    return "" if missing else printable(str(value), _LONGEST_ID).replace("\x00", "")
+
+
+def _items(row: Mapping[str, Any], columns: ColumnsConfig, said: Conversation) -> list[Any]:
+    """Returns the row's images in the order of their placeholders; writes placeholders where there are none."""
+    found = row.get(columns.images)
+    if found is None or found != found:
+        found = row.get("image")
+    given = list(found) if isinstance(found, (list, tuple)) else [found]
+    given = [item for item in given if not (item is None or item == "" or item != item)]
+    placeholders = sum(m["content"].count(IMAGE_PLACEHOLDER) for m in said.messages)
+    if placeholders == 0 and given:
+        first = next(m for m in said.messages if m["role"] == "user")
+        first["content"] = IMAGE_PLACEHOLDER * len(given) + first["content"]
+        return given
+    if placeholders != len(given) + len(said.inline):
+        raise BadRow(f"{placeholders} {IMAGE_PLACEHOLDER} in the messages, but {len(given) + len(said.inline)} images")
+    rest = iter(given)
+    return [said.inline[place] if place in said.inline else next(rest) for place in range(placeholders)]
+
+
+def _with_template(messages: list[dict[str, str]], prompt: str) -> list[dict[str, str]]:
+    """Puts the task's template around the first question, after the images that lead it."""
+    first = next(i for i, m in enumerate(messages) if m["role"] == "user")
+    text = messages[first]["content"]
+    question = _LEADING_IMAGES.sub("", text, count=1)
+    text = text.removesuffix(question) + prompt.replace("{question}", question)
+    if not text.replace(IMAGE_PLACEHOLDER, "").strip():
+        raise BadRow("there is no question: name `columns.question`, or ask one in the task's prompt")
+    return [*messages[:first], messages[first] | {"content": text}, *messages[first + 1 :]]
+
+
+def _choices(row: Mapping[str, Any], columns: ColumnsConfig) -> dict[str, str]:
+    """Returns the options by their letters; a list's options are A, B, C, ..."""
+    found = row.get(columns.choices) if columns.choices is not None else None
+    if isinstance(found, str):
+        try:
+            found = parse(found)
+        except ValueError:
+            raise BadRow(f"column {columns.choices!r} is neither a mapping nor a list of options") from None
+    if found is None or found != found:
+        return {}
+    if isinstance(found, (list, tuple)):
+        found = dict(zip(ascii_uppercase, found, strict=False))
+    if not isinstance(found, Mapping):
+        raise BadRow(f"column {columns.choices!r} is neither a mapping nor a list of options")
+    what = f"column {columns.choices!r}"
+    texts = {str(letter): text_of(text, what) for letter, text in found.items()}
+    return {letter: checked(text, "an option") for letter, text in texts.items() if text is not None}
+
+
+def _group(row: Mapping[str, Any], columns: ColumnsConfig) -> str:
+    if columns.group is None:
+        return ""
+    return checked(text_of(row.get(columns.group), f"column {columns.group!r}") or "", "the group")

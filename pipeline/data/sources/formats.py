@@ -1,0 +1,221 @@
+"""The rows of one file, by its format: parquet, jsonl, json, tsv, csv.
+
+- Files are streamed: what is held is a row, or a small batch of parquet.
+- Texts may be compressed (.gz, .bz2, .zst, .lz4, by their ending), start with a byte order mark, and hold bytes that are not
+  UTF-8: those pass as surrogates (PEP 383), so that only rows which use them are bad.
+- What cannot be read is a Fault in the place of the row, with all that is known of it; the rest of the file is read. A
+  Fault that stands for more than a row (a file, its end, a row group) says what is lost.
+- Knows nothing of what a column means.
+"""
+
+import csv
+import io
+from collections import deque
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import suppress
+from pathlib import PurePosixPath
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.fs as fs
+import pyarrow.parquet as pq
+
+from pipeline.data.faults import Fault, StreamError, first_line, printable
+from pipeline.data.rows.elements import WHOLE, Elements, breaks_off, parse
+
+Row = dict[str, Any] | Fault
+
+LONGEST_LINE = 1 << 28
+"""Characters of the longest line or cell that is read."""
+
+_ENDINGS = {".parquet": "parquet", ".jsonl": "jsonl", ".ndjson": "jsonl", ".json": "json", ".tsv": "tsv", ".csv": "csv"}
+_COMPRESSED = {".gz", ".bz2", ".zst", ".lz4"}
+_BATCH = 32
+"""Rows of parquet that are taken at a time; they may hold megabytes each."""
+
+
+def format_of(path: str) -> str:
+    """Returns a file's format by its ending; empty where that says nothing."""
+    endings = PurePosixPath(path.lower()).suffixes
+    if endings and endings[-1] in _COMPRESSED:
+        endings.pop()
+    return _ENDINGS.get(endings[-1], "") if endings else ""
+
+
+def rows_of(filesystem: fs.FileSystem, path: str, kind: str, known: Collection[str]) -> Iterator[tuple[int, Row]]:
+    """Yields the rows of a file with their numbers: lines of a text, places in an array or table, from 1.
+
+    `known` are the columns that are wanted; parquet is read for these only. Raises StreamError where storage fails; a file
+    that is damaged is told by a Fault.
+    """
+    number = 0
+    try:
+        for number, row in _READERS[kind](filesystem, path, known):  # noqa: B007 - needed after the loop
+            yield number, row
+    except (OSError, ValueError, csv.Error, pa.ArrowException) as error:
+        if of_network(filesystem, error):
+            raise StreamError(f"{path}: cannot be read: {first_line(error)}") from None
+        where = f"beyond its row {number}" if number else "at all"
+        yield (
+            number + 1,
+            Fault(
+                f"{PurePosixPath(path).name}: the file cannot be read {where}: {first_line(error)}",
+                lost=f"all rows beyond row {number}" if number else WHOLE,
+                rows=0,
+            ),
+        )
+
+
+def of_network(filesystem: fs.FileSystem, error: Exception) -> bool:
+    """Whether not the file is to blame but the network before it, which may recover: no row shall be lost to it."""
+    signs = ("AWS Error", "google::cloud", "Azure", "curl", "HTTP")
+    return filesystem.type_name != "local" and any(sign in str(error) for sign in signs)
+
+
+def _open(filesystem: fs.FileSystem, path: str, newline: str) -> io.TextIOWrapper:
+    stream = filesystem.open_input_stream(path)  # decompresses by the file's ending
+    return io.TextIOWrapper(stream, encoding="utf-8-sig", errors="surrogateescape", newline=newline)
+
+
+def _jsonl(filesystem: fs.FileSystem, path: str, known: Collection[str]) -> Iterator[tuple[int, Row]]:
+    with _open(filesystem, path, "\n") as text:
+        number = 0
+        while line := text.readline(LONGEST_LINE):
+            number += 1
+            if len(line) == LONGEST_LINE:
+                while (rest := text.readline(LONGEST_LINE)) and not rest.endswith("\n"):
+                    pass
+                reason = f"a line of more than {LONGEST_LINE:,} characters (is the file one JSON array? Then say format: json)"
+                yield number, Fault(reason, printable(line))
+            elif line.strip("\ufeff \t\r\n"):
+                yield number, _object(line.lstrip("\ufeff"), number)
+
+
+def _object(line: str, number: int) -> Row:
+    try:
+        row = parse(line)
+    except ValueError as error:
+        # Only the last line has no end; JSON that breaks off there was cut, and so may the rows be that followed.
+        cut = not line.endswith("\n") and breaks_off(line)
+        return Fault(str(error), printable(line), lost=f"all rows beyond row {number}" if cut else "")
+    return row if isinstance(row, dict) else _no_object(row)
+
+
+def _no_object(element: Any) -> Fault:
+    return Fault(f"a row must be a JSON object, found {type(element).__name__}", printable(repr(element)))
+
+
+def _json(filesystem: fs.FileSystem, path: str, known: Collection[str]) -> Iterator[tuple[int, Row]]:
+    with _open(filesystem, path, "") as text:
+        for number, element in enumerate(Elements(text, known), start=1):
+            yield number, element if isinstance(element, (dict, Fault)) else _no_object(element)
+
+
+class _Lines:
+    """The lines of a text; those of a record that turns out to be none can be read again."""
+
+    def __init__(self, text: Iterator[str]) -> None:
+        self._text, self._again = text, deque[str]()
+        self.record: list[str] = []
+        """Lines of the record that is being read."""
+        self.number = 0
+        """Number of the last line that was read."""
+
+    def __iter__(self) -> "_Lines":
+        return self
+
+    def __next__(self) -> str:
+        line = self._again.popleft() if self._again else next(self._text)
+        self.record.append(line)
+        self.number += 1
+        return line
+
+    def put_back(self) -> None:
+        """Leaves all but the first line of the record to be read again."""
+        self._again.extendleft(reversed(self.record[1:]))
+        self.number -= len(self.record) - 1
+
+
+def _table(delimiter: str) -> Callable[..., Iterator[tuple[int, Row]]]:
+    """Returns the reader of tables whose cells are separated by `delimiter`; empty cells are None.
+
+    A record that does not fit the header costs its first line: a quote that is not closed must not swallow what follows.
+    """
+
+    def read(filesystem: fs.FileSystem, path: str, known: Collection[str]) -> Iterator[tuple[int, Row]]:
+        csv.field_size_limit(LONGEST_LINE)
+        with _open(filesystem, path, "") as text:
+            lines = _Lines(text)
+            records = csv.reader(lines, delimiter=delimiter, strict=True)
+            names = [name.strip() for name in next(records, [])]
+            if any("\x00" in name for name in names):
+                yield 1, Fault("the file holds NUL characters: is it UTF-16? Save it as UTF-8", lost=WHOLE, rows=0)
+                return
+            if not names:
+                yield 1, Fault("the file is empty: not even a line with the columns' names", lost=WHOLE, rows=0)
+                return
+            number = 0
+            while True:
+                lines.record.clear()
+                cells, fault = _cells(records, lines, delimiter)
+                if not lines.record:
+                    return
+                if len(cells) == len(names):
+                    number += 1
+                    yield number, {name: cell or None for name, cell in zip(names, cells, strict=True)}
+                elif cells or fault:
+                    number += 1
+                    lines.put_back()
+                    what = fault or f"{len(cells)} cells, the header has {len(names)}"
+                    line = lines.record[0]
+                    # Only the last line has no end; one without all its cells was cut, and so may the rows be that followed.
+                    cut = len(cells) < len(names) and not line.endswith(("\n", "\r"))
+                    reason = f"line {lines.number}: {what} (a quote that is not closed, a cut file?)"
+                    lost = f"all rows beyond row {number}" if cut else ""
+                    yield number, Fault(reason, printable(line.rstrip()), lost=lost)
+
+    return read
+
+
+def _cells(records: Iterator[list[str]], lines: _Lines, delimiter: str) -> tuple[list[str], str]:
+    """Returns the cells of the next record, none at the end, and what is wrong with it."""
+    try:
+        return next(records, []), ""
+    except csv.Error as error:
+        if len(lines.record) == 1:  # quotes inside a cell that are not doubled
+            with suppress(csv.Error):
+                return next(csv.reader(lines.record, delimiter=delimiter)), str(error)
+        return [], str(error)
+
+
+def _parquet(filesystem: fs.FileSystem, path: str, known: Collection[str]) -> Iterator[tuple[int, Row]]:
+    with filesystem.open_input_file(path) as stream:
+        file = pq.ParquetFile(stream)
+        names = [name for name in file.schema_arrow.names if name in known]
+        done = 0
+        for group in range(file.num_row_groups):
+            first, done = done, done + file.metadata.row_group(group).num_rows
+            last = first
+            try:
+                for batch in file.iter_batches(_BATCH, row_groups=[group], columns=names or None):
+                    for i in range(len(batch)):
+                        last += 1
+                        yield last, row_values(batch, i)
+            except (OSError, pa.ArrowException) as error:
+                if of_network(filesystem, error):
+                    raise
+                reason = f"row group {group} of {PurePosixPath(path).name} cannot be read: {first_line(error)}"
+                yield last + 1, Fault(reason, lost=f"rows {last + 1} to {done}", rows=done - last)
+
+
+def row_values(batch: pa.RecordBatch, i: int) -> Row:
+    """Returns row `i` of a batch of parquet."""
+    try:
+        return dict(zip(batch.schema.names, (column[i].as_py() for column in batch.columns), strict=True))
+    except (ValueError, OverflowError, pa.ArrowException) as error:  # text that is not UTF-8, a date before the year 1
+        return Fault(f"a value cannot be read: {first_line(error)}")
+
+
+_READERS: Mapping[str, Callable[..., Iterator[tuple[int, Row]]]] = {
+    "parquet": _parquet, "jsonl": _jsonl, "json": _json, "tsv": _table("\t"), "csv": _table(","),
+}  # fmt: skip

@@ -1,0 +1,140 @@
+"""MMBench's files as rows: the published prompt, shared images, and circular evaluation.
+
+- A question with N options is asked N times, its options rotated by one place each time, and counts as right only if all N
+  answers are (CircularEval; Liu et al. 2023, arXiv 2307.06281). Rotation r of question `index` is row `index` + r * 10^6.
+- Files that hold these rotations already (most published ones do) are taken as they are, others are rotated here.
+- A row may name another row's index instead of repeating its image.
+- Knows nothing of file formats.
+"""
+
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from string import ascii_uppercase
+from typing import Any
+
+from pipeline.data.faults import Fault
+from pipeline.data.sources.formats import Row
+
+INSTRUCTION = "Answer with the option's letter from the given choices directly."
+"""What is asked for under the options, as LLaVA and InternVL are evaluated."""
+
+COLUMNS = frozenset({"index", "question", "hint", "answer", "image", *ascii_uppercase})
+"""Columns that are read."""
+
+_ROTATION = 1_000_000
+"""What the index of a question's next rotation is higher by."""
+
+_REFERENCE = 64
+"""Images shorter than this are another row's index, the published convention."""
+
+Numbered = tuple[str, int, Row]
+"""File, number in it, row."""
+
+
+def questions(read: Callable[[], Iterable[Numbered]], limit: int | None) -> Iterator[Numbered]:
+    """Yields rows with `index`, `question` (the whole prompt), `answer` (a letter), `choices`, `image` and `group`.
+
+    `read` reads all rows of a source anew: first to see which rotations and shared images there are, then for the rows.
+    `limit` takes whole questions with all their rotations, at least one.
+    """
+    sizes, shared = Counter[int](), set[str]()
+    rotated = False
+    for _, _, row in read():
+        if isinstance(row, dict) and (index := _index(row)) is not None:
+            sizes[index % _ROTATION] += 1
+            rotated |= index >= _ROTATION
+            shared |= {_reference(row)} - {""}
+    images = _images(read(), shared) if shared else {}
+    seen, chosen, taken = set[int](), set[int](), 0
+    for file, number, row in read():
+        index = _index(row) if isinstance(row, dict) else None
+        turns: list[Row]
+        if isinstance(row, Fault):
+            turns = [row]
+        elif index is None:
+            turns = [Fault("column 'index' is missing or no number (layout mmbench)", _text(row.get("question")))]
+        elif index in seen:
+            turns = [
+                Fault(f"index {index} stands twice; a source holds one language and split", _text(row.get("question")))
+            ]
+        else:
+            seen.add(index)
+            row = row | {"image": images.get(_reference(row), row.get("image"))}
+            turns = [asked(row, index, 0)] if rotated else rotations(row, index)
+        group = number if index is None else index % _ROTATION
+        if limit is not None and group not in chosen:
+            size = sizes[group] if rotated else len(turns)
+            if chosen and taken + size > limit:
+                continue
+            chosen.add(group)
+            taken += size
+        yield from ((file, number, turn) for turn in turns)
+
+
+def rotations(row: dict[str, Any], index: int) -> list[Row]:
+    """Returns a question once for every rotation of its options; one Fault where it cannot be asked."""
+    first = asked(row, index, 0)
+    if isinstance(first, Fault):
+        return [first]
+    return [first, *(asked(row, index, by) for by in range(1, len(first["choices"])))]
+
+
+def asked(row: dict[str, Any], index: int, by: int) -> Row:
+    """Returns a question with its options rotated by `by` places, and all that is scored."""
+    options = _options(row)
+    letters, texts = list(options), list(options.values())
+    letter = _text(row.get("answer")).upper()
+    if reference := _reference(row):
+        return Fault(f"question {index} shares the image of row {reference}, which has none")
+    if not options:
+        return Fault(f"question {index} has no options (columns A, B, ...)")
+    if not letter:
+        return Fault(f"question {index} has no answer (a test split, whose answers are not public?)")
+    if letter not in options:
+        return Fault(
+            f"question {index}: its answer {letter[:20]!r} is not the letter of an option ({', '.join(letters)})"
+        )
+    right = letters[(letters.index(letter) - by) % len(letters)]
+    choices = dict(zip(letters, texts[by:] + texts[:by], strict=True))
+    parts = [_text(row.get("hint")), _text(row.get("question"))]
+    if not parts[1]:
+        return Fault(f"question {index} is empty")
+    lines = [part for part in parts if part] + [f"{name}. {text}" for name, text in choices.items()] + [INSTRUCTION]
+    return {
+        "index": index + by * _ROTATION,
+        "question": "\n".join(lines),
+        "answer": right,
+        "choices": choices,
+        "image": row.get("image"),
+        "group": str(index % _ROTATION),
+    }
+
+
+def _index(row: dict[str, Any]) -> int | None:
+    try:
+        return int(float(row["index"]))
+    except (KeyError, TypeError, ValueError, OverflowError):
+        return None
+
+
+def _text(value: Any) -> str:
+    """Returns a cell's text; empty for a missing one, which tables also write as `nan`."""
+    text = "" if value is None else str(value).strip()
+    return "" if text.lower() == "nan" else text
+
+
+def _options(row: dict[str, Any]) -> dict[str, str]:
+    return {letter: text for letter in ascii_uppercase if (text := _text(row.get(letter)))}
+
+
+def _reference(row: dict[str, Any]) -> str:
+    """Returns the index of the row whose image this row shares; empty where it has its own."""
+    image = row.get("image")
+    text = str(image).strip() if isinstance(image, (str, int)) else ""
+    return text if text.isdecimal() and len(text) <= _REFERENCE else ""
+
+
+def _images(rows: Iterable[Numbered], shared: set[str]) -> dict[str, Any]:
+    """Returns the images of these rows' own, by the index by which others name them."""
+    own = ((str(_index(row)), row) for _, _, row in rows if isinstance(row, dict) and not _reference(row))
+    return {index: row.get("image") for index, row in own if index in shared}

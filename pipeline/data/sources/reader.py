@@ -1,0 +1,267 @@
+"""Rows of a source: read as a Ray Dataset, counted, fingerprinted, turned into records one by one.
+
+- A raw row is `PATH` (its file), `NUMBER` (its place there), `ROOT` (what its image paths count from; empty: its file's folder)
+  and `RAW` (the user's row, pickled). All formats have these columns: one broken line costs one row, files may differ in
+  their columns, and a file that cannot be read is a row that says so.
+- Rows are known by file and number: two rows with the same id are two rows.
+"""
+
+import hashlib
+import json
+import pickle
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import lru_cache, partial
+from itertools import islice
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.fs as fs
+import pyarrow.parquet as pq
+import ray
+from ray.data import TaskPoolStrategy
+from ray.data.block import BlockMetadata
+from ray.data.datasource import Datasource, ReadTask
+
+from pipeline.config import SourceConfig, without_secrets
+from pipeline.data.demo.files import SCHEME
+from pipeline.data.faults import SHOWN, BadRow, Fault, printable
+from pipeline.data.faults import StreamError as StreamError
+from pipeline.data.rows.images import MAX_PIXELS
+from pipeline.data.rows.records import Record, identity, to_record
+from pipeline.data.sources import mmbench
+from pipeline.data.sources.files import resolve, split_glob
+from pipeline.data.sources.formats import Row, rows_of
+from pipeline.data.sources.presets import columns_of, wanted_columns
+from pipeline.data.sources.storage import ImageFolder, place_of, unreachable
+
+PATH, NUMBER, ROOT, RAW = "path", "number", "root", "raw"
+"""Columns of a raw row."""
+
+_SCHEMA = pa.schema([(PATH, pa.string()), (NUMBER, pa.int64()), (ROOT, pa.string()), (RAW, pa.binary())])
+_BLOCK_ROWS, _BLOCK_BYTES = 256, 16 << 20
+"""Raw rows that are handed to Ray at a time: so many, or so many bytes."""
+_HASHED_BYTES = 64 << 20
+"""Files up to this size are fingerprinted by content, larger ones by size and time of change."""
+_SAMPLE = 200
+"""Rows of a text file from whose length the number of all is guessed."""
+_COUNTED = 64
+"""Files of a source that are looked at to tell how many rows all hold."""
+_COMPRESSION = 4
+"""How much longer texts are guessed to be than their compressed files."""
+
+
+def read(source: SourceConfig, folder: Path, *, readers: int | None = None) -> ray.data.Dataset:
+    """Returns the raw rows of a source as a lazy Ray Dataset. Raises StreamError where `resolve` does.
+
+    `readers` is the number of tasks that will work on the rows at a time. A fourth as many read: raw rows come faster than
+    they can be worked on, and would pile up in the object store.
+    """
+    compute = None if readers is None else TaskPoolStrategy(max(1, readers // 4))
+    return ray.data.read_datasource(_Rows(source, folder), compute=compute)
+
+
+class _Rows(Datasource):
+    """Reads one file a task; all in one where rows depend on those before them (a limit, MMBench's rotations)."""
+
+    def __init__(self, source: SourceConfig, folder: Path) -> None:
+        super().__init__()
+        self._filesystem, files, self._kind = resolve(source, folder)
+        self._files = [(file.path, file.size or 0) for file in files]  # pyarrow's own entries cannot be pickled
+        self._source = source
+        self._root = image_root(source)
+
+    def get_name(self) -> str:
+        """Returns what Ray calls the reading."""
+        return self._kind.capitalize()
+
+    def estimate_inmemory_data_size(self) -> int:
+        """Returns the bytes of all files."""
+        return sum(size for _, size in self._files)
+
+    def get_read_tasks(
+        self, parallelism: int, per_task_row_limit: int | None = None, data_context: Any = None
+    ) -> list[ReadTask]:
+        """Returns the tasks, at most `parallelism`."""
+        together = self._source.limit is not None or self._source.layout == "mmbench"
+        count = 1 if together else max(1, min(parallelism, len(self._files)))
+        edges = [len(self._files) * i // count for i in range(count + 1)]
+        tasks = []
+        for start, end in zip(edges, edges[1:], strict=False):
+            files = self._files[start:end]
+            paths = [path for path, _ in files]
+            size = sum(size for _, size in files)
+            metadata = BlockMetadata(num_rows=None, size_bytes=size, exec_stats=None, input_files=tuple(paths))
+            work = partial(_tables, self._filesystem, paths, self._kind, self._source, self._root)
+            tasks.append(ReadTask(work, metadata, _SCHEMA, per_task_row_limit))
+        return tasks
+
+
+def image_root(source: SourceConfig) -> str:
+    """Returns what image paths count from, as it means the same on workers, which run elsewhere; empty: the file's folder."""
+    path = source.image_root or ""
+    return path if "://" in path or not path else str(Path(path).expanduser().resolve())
+
+
+def _tables(
+    filesystem: fs.FileSystem, paths: Sequence[str], kind: str, source: SourceConfig, root: str
+) -> Iterator[pa.Table]:
+    """Yields the raw rows of these files in tables."""
+    rows: list[dict[str, Any]] = []
+    size = 0
+    for row in _raw_rows(filesystem, paths, kind, source, root):
+        rows.append(row)
+        size += len(row[RAW])
+        if len(rows) == _BLOCK_ROWS or size >= _BLOCK_BYTES:
+            yield pa.Table.from_pylist(rows, schema=_SCHEMA)
+            rows, size = [], 0
+    yield pa.Table.from_pylist(rows, schema=_SCHEMA)
+
+
+def _raw_rows(
+    filesystem: fs.FileSystem, paths: Sequence[str], kind: str, source: SourceConfig, root: str
+) -> Iterator[dict[str, Any]]:
+    known = wanted_columns(source)
+
+    def numbered() -> Iterable[mmbench.Numbered]:
+        return ((path, number, row) for path in paths for number, row in rows_of(filesystem, path, kind, known))
+
+    circular = source.layout == "mmbench"
+    for path, number, row in (
+        mmbench.questions(numbered, source.limit) if circular else islice(numbered(), source.limit)
+    ):
+        yield {PATH: path, NUMBER: number, ROOT: root, RAW: packed_row(row)}
+
+
+def packed_row(row: Row) -> bytes:
+    """Returns a row as it travels between tasks."""
+    try:
+        return pickle.dumps(row, pickle.HIGHEST_PROTOCOL)
+    except RecursionError:
+        return pickle.dumps(Fault("nested too deeply"), pickle.HIGHEST_PROTOCOL)
+
+
+def content_of(row: Mapping[str, Any]) -> Row:
+    """Returns what a raw row holds, or the fault in its place."""
+    return pickle.loads(row[RAW])
+
+
+def row_id(row: Mapping[str, Any], source: SourceConfig) -> str:
+    """Returns the id of a raw row, good or bad; where it has none, its file and its number there."""
+    content = content_of(row)
+    found = "" if isinstance(content, Fault) else identity(content, columns_of(source, content))
+    return found or f"{PurePosixPath(row[PATH]).name}#{row[NUMBER]}"
+
+
+def record_of(row: Mapping[str, Any], source: SourceConfig, prompt: str, *, max_pixels: int = MAX_PIXELS) -> Record:
+    """Turns a raw row into a record; raises BadRow."""
+    content = content_of(row)
+    if isinstance(content, Fault):
+        raise BadRow(content.reason)
+    columns = columns_of(source, content)
+    if source.layout is not None and content.get(columns.images) is None:
+        raise BadRow(f"column {columns.images!r} is missing or null; every row of layout {source.layout} has an image")
+    if row[ROOT]:
+        folder = _folder(row[ROOT])
+    else:
+        where = "/" if source.path.startswith(SCHEME) else split_glob(source.path)[0]
+        folder = ImageFolder(_folder(where).filesystem, str(PurePosixPath(row[PATH]).parent))
+    return to_record(content, columns, name=row_id(row, source), prompt=prompt, folder=folder, max_pixels=max_pixels)
+
+
+@lru_cache(maxsize=64)
+def _folder(path: str) -> ImageFolder:
+    """Opens a folder once; with some storage that is a round trip."""
+    return ImageFolder(*place_of(path))
+
+
+def excerpt(row: Mapping[str, Any]) -> str:
+    """Returns the beginning of a raw row as text, for the quarantine file."""
+    content = content_of(row)
+    if isinstance(content, Fault):
+        return content.excerpt
+    return printable(json.dumps(_shortened(content), ensure_ascii=False, default=str))
+
+
+def extent(row: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns how many `rows` stand in the place of a raw row, and what of its file is `lost`; see Fault."""
+    content = content_of(row)
+    return {"rows": content.rows, "lost": content.lost} if isinstance(content, Fault) else {"rows": 1, "lost": ""}
+
+
+def _shortened(value: Any, depth: int = 4) -> Any:
+    """Returns a value without what would not be shown anyway."""
+    if isinstance(value, bytes):
+        return f"<{len(value)} bytes>"
+    if isinstance(value, str):
+        return value[:SHOWN]
+    if isinstance(value, (list, tuple)):
+        return [_shortened(item, depth - 1) for item in value[:SHOWN]] if depth else "..."
+    if isinstance(value, Mapping):
+        return {str(key)[:SHOWN]: _shortened(item, depth - 1) for key, item in value.items()} if depth else "..."
+    return value
+
+
+def first_records(source: SourceConfig, folder: Path, prompt: str, count: int) -> Iterator[Record]:
+    """Yields the first good records of a source, read here and now (for showing samples)."""
+    filesystem, files, kind = resolve(source, folder)
+    root = image_root(source)
+    good = 0
+    for row in islice(_raw_rows(filesystem, [file.path for file in files], kind, source, root), 4 * count):
+        try:
+            yield record_of(row, source, prompt)
+        except BadRow:
+            continue
+        good += 1
+        if good == count:
+            return
+
+
+def count_rows(source: SourceConfig, folder: Path) -> int:
+    """Returns about how many rows there are: from parquet's metadata, or guessed from the first rows of a text.
+
+    Of small files the number is exact; of more than `_COUNTED` files, some are counted, and their bytes speak for all.
+    """
+    filesystem, files, kind = resolve(source, folder)
+    counted = files[:: -(-len(files) // _COUNTED)]
+    rows = sum(_count(filesystem, file, kind, wanted_columns(source)) for file in counted)
+    if len(counted) < len(files):
+        rows = rows * sum(file.size for file in files) // max(1, sum(file.size for file in counted))
+    rows *= 4 if source.layout == "mmbench" else 1  # at most: a question has up to four rotations
+    return min(rows, source.limit) if source.limit else rows
+
+
+def _count(filesystem: fs.FileSystem, file: fs.FileInfo, kind: str, known: frozenset[str]) -> int:
+    if kind == "parquet":
+        try:
+            with filesystem.open_input_file(file.path) as stream:
+                return pq.read_metadata(stream).num_rows
+        except (OSError, pa.ArrowException):
+            return 1  # a damaged file is one row, which says so
+    lengths = [len(packed_row(row)) for _, row in islice(rows_of(filesystem, file.path, kind, known), _SAMPLE)]
+    if len(lengths) < _SAMPLE:
+        return len(lengths)
+    size = file.size * (1 if PurePosixPath(file.path).suffix.lower() == f".{kind}" else _COMPRESSION)
+    return max(_SAMPLE, size * _SAMPLE // sum(lengths))
+
+
+def fingerprint(source: SourceConfig, folder: Path) -> str:
+    """Returns 16 hex digits that change when a source's files change, or how they are read; with what keys, is all the same.
+
+    Images that rows name by their paths are not looked at.
+    """
+    filesystem, files, kind = resolve(source, folder)
+    root = source.image_root and without_secrets(source.image_root)
+    settings = source.model_copy(update={"image_root": root}).model_dump_json(exclude={"path", "format", "cache"})
+    digest = hashlib.sha256(f"{kind} {settings}".encode())
+    try:
+        for file in files:
+            digest.update(f"{PurePosixPath(file.path).name} {file.size}".encode())
+            if file.size <= _HASHED_BYTES:
+                with filesystem.open_input_file(file.path) as stream:
+                    digest.update(stream.read())
+            else:
+                digest.update(str(file.mtime_ns).encode())
+    except (OSError, pa.ArrowException) as error:
+        raise unreachable(source.path, error) from None
+    return digest.hexdigest()[:16]

@@ -1,0 +1,88 @@
+"""Where files lie: local folders and URIs (s3://, gs://, file://) through pyarrow's filesystems.
+
+Knows nothing of rows; image paths are read here so that none leads out of its folder.
+"""
+
+import posixpath
+from dataclasses import dataclass
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.fs as fs
+
+from pipeline.config import without_secrets
+from pipeline.data.faults import BadRow, StreamError, first_line, printable
+
+MAX_FILE = 1 << 30
+"""Bytes of the largest image file that is read."""
+
+_SCHEMES = {"local": "file", "s3": "s3", "gcs": "gs"}
+_PATIENCE = 60
+"""Seconds after which Google's storage gives up; its own default is a quarter of an hour."""
+
+
+def place_of(path: str) -> tuple[fs.FileSystem, str]:
+    """Returns filesystem and place within it of a local path or URI.
+
+    Raises StreamError for an unknown kind of URI and where the filesystem cannot be reached.
+    """
+    if "://" not in path:
+        return fs.LocalFileSystem(), str(Path(path).expanduser().resolve())
+    if path.startswith(("gs://", "gcs://")) and "retry_limit_seconds=" not in path:
+        path += f"{'&' if '?' in path else '?'}retry_limit_seconds={_PATIENCE}"
+    try:
+        return fs.FileSystem.from_uri(path)
+    except (OSError, ValueError, ImportError, pa.ArrowException) as error:
+        raise unreachable(path, error) from None
+
+
+def unreachable(path: str, error: BaseException) -> StreamError:
+    """Returns what to raise where a filesystem says `error`."""
+    return StreamError(
+        f"{without_secrets(path)}: cannot be read: {first_line(error)} (are name, region and credentials right, and does "
+        "this machine reach it?)"
+    )
+
+
+@dataclass(frozen=True)
+class ImageFolder:
+    """The folder that image paths count from."""
+
+    filesystem: fs.FileSystem
+    place: str
+
+    def read(self, name: str) -> bytes:
+        """Returns the bytes of an image file; raises BadRow where there is none, or it lies outside this folder.
+
+        A path may be relative or absolute (or a URI of the same storage), but must lead into the folder: a row must not
+        make the job read whatever the machine can read. Links inside the folder are followed.
+        """
+        shown = repr(printable(name, 100))
+        scheme, separator, rest = name.partition("://")
+        if separator and scheme != _SCHEMES.get(self.filesystem.type_name):
+            raise BadRow(
+                f"image {shown}: its rows lie elsewhere than {scheme}://; name the images' folder as image_root"
+            )
+        place = posixpath.normpath(rest if separator else posixpath.join(self.place, name))
+        if not place.startswith(self.place.rstrip("/") + "/"):
+            raise BadRow(
+                f"image {shown} lies outside of {self.place}; a folder with all images can be named as image_root"
+            )
+        try:
+            with self.filesystem.open_input_file(place) as stream:
+                if stream.size() > MAX_FILE:
+                    raise BadRow(f"image file {shown} has {stream.size():,} bytes, {MAX_FILE:,} are read at most")
+                return stream.read()
+        except BadRow:
+            raise
+        except (OSError, ValueError, pa.ArrowException) as error:
+            raise BadRow(f"image file {shown} {self._why(place, error)}") from None
+
+    def _why(self, place: str, error: BaseException) -> str:
+        """Returns what is wrong with a file that cannot be opened; asked only then, since asking is a round trip."""
+        try:
+            kind = self.filesystem.get_file_info(place).type
+        except (OSError, ValueError, pa.ArrowException):
+            kind = fs.FileType.Unknown
+        known = {fs.FileType.NotFound: f"does not exist in {self.place}", fs.FileType.Directory: "is a folder"}
+        return known.get(kind, f"cannot be read: {first_line(error)}")
