@@ -374,7 +374,7 @@ def test_readers_that_are_left_end_a_moment_later(tiny_folder, tmp_path, monkeyp
 def reading() -> set[str]:
     """Returns the ids of the tasks that read rows now."""
     running = [("name", "=", read_ahead._encoded._function_name.split(".")[-1]), ("state", "=", "RUNNING")]
-    return {task.task_id for task in list_tasks(filters=running)}
+    return {task.task_id for task in list_tasks(address=connect().address, filters=running)}
 
 
 def until(true: Callable[[], object], seconds: float = 60.0) -> bool:
