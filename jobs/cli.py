@@ -35,7 +35,9 @@ JOBS = {
 }
 
 app = lazy_group(
-    JOBS, "Continual learning for vision-language models: one expert a task, a router between them, nothing forgotten."
+    JOBS,
+    "Continual learning for vision-language models: one expert per task, a router between them, nothing forgotten.",
+    versioned=True,
 )
 
 if __name__ == "__main__":

@@ -3,7 +3,8 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib import import_module
-from typing import Any
+from importlib.metadata import version
+from typing import Annotated, Any
 
 import typer
 from typer.core import TyperCommand, TyperGroup
@@ -34,7 +35,18 @@ STYLE: Any = {"add_completion": False, "rich_markup_mode": None, "pretty_excepti
 """Plain help, plain tracebacks."""
 
 
-def lazy_group(commands: Mapping[str, Lazy], summary: str) -> typer.Typer:
+def _show_version(asked: bool) -> None:
+    if asked:
+        typer.echo(f"pointsman {version('pointsman')}")
+        raise typer.Exit
+
+
+Version = Annotated[
+    bool, typer.Option("--version", help="Show the version and exit.", callback=_show_version, is_eager=True)
+]
+
+
+def lazy_group(commands: Mapping[str, Lazy], summary: str, *, versioned: bool = False) -> typer.Typer:
     """Returns the app of a group; its list of commands imports none of them."""
 
     class Group(TyperGroup):
@@ -51,5 +63,12 @@ def lazy_group(commands: Mapping[str, Lazy], summary: str) -> typer.Typer:
                 formatter.write_dl([(name, command.summary) for name, command in commands.items()])
 
     app = typer.Typer(cls=Group, help=summary, no_args_is_help=True, **STYLE)
-    app.callback()(lambda: None)  # a Typer without commands of its own needs one
+
+    def callback() -> None:
+        """A Typer without commands of its own needs one."""
+
+    def versioned_callback(version: Version = False) -> None:
+        """Shows the version where it is asked for."""
+
+    app.callback()(versioned_callback if versioned else callback)
     return app

@@ -109,10 +109,9 @@ def _trained(
         run.read_ahead(following)
     run.tell_set_aside(rows, task.name, "train")
     aside = rows.aside[task.name]
-    finished = run.has_trained(wanted)
     trained = run.train(*run.job(task, wanted.digest))
     run.experts.put(Expert.load(trained.expert))
-    if finished:  # by workers of a driver that was killed before it heard of it
+    if trained.found:  # by workers of a driver that was killed before it heard of it
         run.log(_curves(task.name, trained.figures))
         before = trained.figures["expert_seconds"] + trained.figures["router_seconds"]
     figures = trained.figures | {

@@ -27,7 +27,7 @@ from pipeline.training.job import Job
 from pipeline.training.job_folder import ADAPTER, EXPERT, JobFolder
 from pipeline.training.job_queue import JobQueue
 from pipeline.training.telemetry import Step, listening
-from pipeline.training.worker import train
+from pipeline.training.worker import FOUND, train
 
 FEWEST_ROWS = 4
 """Rows from which the spread of a task's prompts can be told."""
@@ -50,6 +50,8 @@ class Trained:
     """Folder of what came out."""
     figures: dict[str, Any]
     """Losses by step, seconds and data wait of both stages, samples."""
+    found: bool = False
+    """Whether it was finished already: then nobody was told of its steps."""
 
     @property
     def expert(self) -> Path:
@@ -81,7 +83,7 @@ class Session:
             raise ValueError("a session's workers are those of its first job: open another one for other workers")
         folder = JobFolder(self._storage / f"{job.task}-{job.digest}")
         if (figures := folder.figures()) is not None:
-            return Trained(folder.finished, figures)
+            return Trained(folder.finished, figures, found=True)
         _check(job, rows)
         with _as_training_error(job.task):
             number = self._put(job, rows)
@@ -89,7 +91,8 @@ class Session:
                 figures = self._outcome(number)
         if "failure" in figures:
             raise TrainingError(f"task {job.task!r}: {figures['failure']}")
-        return Trained(folder.finished, figures)
+        found = figures.pop(FOUND, False)
+        return Trained(folder.finished, figures, found=found)
 
     def close(self, *, at_once: bool = False) -> None:
         """Sends the workers home; those that train only with `at_once`: their last checkpoint stays."""

@@ -55,6 +55,9 @@ from pipeline.training.zero import (
 HOW = {"workers", "gpu", "threads", "zero_stage", "precision", "micro_batch", "gradient_checkpointing", "offload"}
 """Settings of the machine that an expert's card keeps."""
 
+FOUND = "found"
+"""Key in a job's outcome: it was finished before anybody asked for it, and its steps are told by nobody."""
+
 TELL_EVERY = 0.8
 """Seconds between messages to the driver."""
 
@@ -74,10 +77,10 @@ def train(settings: dict[str, Any]) -> None:
         while (taken := ray.get(queue.take.remote(number))) is not None:
             job = Job.model_validate(taken[0])
             folder = storage / f"{job.task}-{job.digest}"
-            # Workers may have died after the last step, before they told of it.
-            figures = _agreed(JobFolder(folder).figures() if rank == 0 else None)
-            if figures is None:
-                figures = _work(job, ray.get(taken[1][0]), queue, folder, base)
+            # Workers may have died after the last step, before they told of it; those of a driver that was killed go on for
+            # a moment.
+            found = _agreed(JobFolder(folder).figures() if rank == 0 else None)
+            figures = _work(job, ray.get(taken[1][0]), queue, folder, base) if found is None else found | {FOUND: True}
             taken = None  # the rows
             free_memory()
             if rank == 0:

@@ -141,6 +141,7 @@ def test_workers_do_not_train_what_is_finished_and_was_not_told(trained, session
     seen = []
     again = session.train(make_job(tiny_folder, "one", training=ONE), rows, seen.extend)
     assert again.figures == before.figures
+    assert (before.found, again.found) == (False, True)
     assert seen == []
     assert (again.expert / "expert.json").stat().st_mtime_ns == written
 
