@@ -106,7 +106,7 @@ def show(terminal: Terminal, answer: str, explanation: Explanation) -> None:
     terminal.say(f"because    {explanation.reason}")
     header = ["candidate", "posterior", "log-lik.", "distance", "radius", "within", "weight"]
     rows = [_row(candidate) for candidate in explanation.candidates]
-    terminal.console.print(table("Whom the routers weighed", header, rows))
+    terminal.console.print(table("Candidate experts", header, rows))
     terminal.say(
         "posterior and log-likelihood (log-lik.): by the covariance that all experts share, best 0; distance: from the task by "
         "its own covariance, against the radius that holds nearly all of its prompts; weight: share in the answer"

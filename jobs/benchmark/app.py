@@ -17,8 +17,8 @@ from jobs.lazy import Lazy, lazy_group
 BENCHMARKS = {
     "training": Lazy("jobs.benchmark.training:training", "The expert stage against a plain loop."),
     "plan": Lazy("jobs.benchmark.plan:plan", "How well a plan predicts memory."),
-    "routing": Lazy("jobs.benchmark.routing:routing", "What routing costs, beside PEFT's ways."),
-    "routers": Lazy("jobs.benchmark.routers:routers", "How well routers choose, among fifty experts too."),
+    "routing": Lazy("jobs.benchmark.routing:routing", "Routing overhead against PEFT."),
+    "routers": Lazy("jobs.benchmark.routers:routers", "Routing accuracy, also among fifty experts."),
     "data": Lazy("jobs.benchmark.data:data", "Preprocessing beside datasets.map, memory, bad rows."),
     "families": Lazy("jobs.benchmark.families:families", "Every family: learned, registered, reloaded."),
     "gpu": Lazy("jobs.benchmark.gpu:gpu", "One GPU: memory of every moment against the plan, speed."),

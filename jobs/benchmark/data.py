@@ -62,7 +62,7 @@ def data(
     tiles: Annotated[int, typer.Option(help="Most tiles an image is cut into.")] = 4,
     output: Annotated[Path, typer.Option(help="Folder for the summary.")] = Path("runs/benchmark-data"),
 ) -> None:
-    """Reading and preprocessing: rows a second beside datasets.map, memory over a large corpus, malformed rows."""
+    """Reading and preprocessing: rows per second beside datasets.map, memory over a large corpus, malformed rows."""
     with user_errors():
         _measure(rows, rounds, gigabytes, tiles, output.resolve())
 
@@ -294,7 +294,7 @@ def _show(terminal: Terminal, figures: dict[str, Any]) -> None:
         ["Ray Data, as in training", f"{data_['rows_per_second']:.1f}", f"{data_['ratio_to_datasets_map']:.2f}"],
         ["datasets.map", f"{data_['datasets_map_rows_per_second']:.1f}", "1.00"],
     ]
-    terminal.console.print(table("Reading and preprocessing", ["path", "rows a second", "ratio"], body))
+    terminal.console.print(table("Reading and preprocessing", ["path", "rows per second", "ratio"], body))
     malformed = figures["malformed"]
     terminal.say(
         f"malformed  {malformed['cases']} cases: {malformed['handled']} handled, {malformed['quarantined']} set aside, "
@@ -305,5 +305,5 @@ def _show(terminal: Terminal, figures: dict[str, Any]) -> None:
     if "peak_growth_bytes" in data_:
         terminal.say(
             f"memory     {data_['peak_growth_bytes'] / 1e9:.2f} GB above the start over {data_['corpus_bytes'] / 1e9:.2f} GB "
-            f"({data_['corpus_rows_per_second']:.1f} rows a second)"
+            f"({data_['corpus_rows_per_second']:.1f} rows per second)"
         )

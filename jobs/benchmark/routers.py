@@ -47,7 +47,7 @@ Many = Annotated[int, typer.Option(help="Synthetic experts in one pool; 0 leaves
 
 
 def routers(config: ConfigFile, overrides: Overrides = None, many: Many = 50) -> None:
-    """How well routers choose: on the learned stream, without a general sample, and among many synthetic experts."""
+    """Routing accuracy: on the learned stream, without a general sample, and among many synthetic experts."""
     with user_errors():
         settings = load(config, overrides)
         with open_run(settings, job="benchmark routers", progress=Terminal()) as run:

@@ -114,7 +114,7 @@ class RouterConfig(Config):
     """Router stage and routing. Of a learned pool, all but the router stage's settings can be changed without training."""
 
     kind: Literal["prompt", "token", "two_level"] = "prompt"
-    """Who chooses: `prompt`, one closed-form decision a prompt (the one that measures best); `token`, every Linear for
+    """Who chooses: `prompt`, one closed-form decision per prompt (the one that measures best); `token`, every Linear for
     itself; `two_level`, the prompt short-lists experts and the Linears weigh them."""
     token_scores: Literal["evidence", "published"] = "evidence"
     """token: by what a Linear chooses: `evidence`, what its input says about the whole prompt, from statistics; or, as
@@ -216,7 +216,7 @@ class EvaluationConfig(Config):
     were not used for longest; a batch that needs more at once gets them all the same, for as long as it lasts. Default: all
     experts are there. Not for router.kind token, where every Linear chooses from all of them."""
     limit: int | None = Field(default=None, ge=1)
-    """At most this many prompts a task."""
+    """At most this many prompts per task."""
     every: int = Field(default=1, ge=1)
     """router.kind token and two_level: evaluate after every so many tasks, and after the last. Their answers are the whole
     pool's, so that all prompts are answered anew; with `prompt` an expert's answers are generated once, and each task is

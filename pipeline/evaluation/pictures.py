@@ -100,7 +100,7 @@ def cost_by_tasks(summary: Mapping[str, Any]) -> Figure:
         axes.plot(
             counts, retraining, color=CYCLE[1], linestyle="--", marker="s", label="multi-task retraining (computed)"
         )
-        axes.plot(counts, ours, color=TASKS, marker="o", linewidth=2.2, label="one expert a task (measured)")
+        axes.plot(counts, ours, color=TASKS, marker="o", linewidth=2.2, label="one expert per task (measured)")
         for line, colour in ((retraining, CYCLE[1]), (ours, TASKS)):
             axes.annotate(f" {line[-1]:,.0f}", (len(ours), line[-1]), color=colour, va="center", xytext=(6, 0),
                           textcoords="offset points", fontsize=11, annotation_clip=False)  # fmt: skip

@@ -6,7 +6,7 @@ sequential       one LoRA, fine-tuned on task after task
 multitask        one LoRA, trained on all tasks' data at once
 token_published  the pool, routed token by token (the paper's router)
 token            the pool, every Linear for itself, by evidence
-prompt           the pool, one closed-form decision a prompt
+prompt           the pool, one closed-form decision per prompt
 two_level        the pool, a short list by prompt, weighed by Linear
 """
 

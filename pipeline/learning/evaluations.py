@@ -21,7 +21,7 @@ class PoolEvaluations:
         self._last: Evaluation | None = None
 
     def begin(self, pool: Pool, key: str, folder: Path) -> None:
-        """Evaluates a pool on its tasks and on what the base could do, now or in the background; first ends the one before."""
+        """Evaluates a pool on its tasks and on the base abilities, now or in the background; first ends the one before."""
         self.end()
         self._waiting = pool.names, self._run.evaluate_soon([*pool.names, *self._families], pool, key, folder=folder)
         if self._waiting[1].done():

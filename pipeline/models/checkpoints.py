@@ -71,7 +71,7 @@ def _downloaded(name: str, revision: str | None) -> Path:
     try:
         return Path(snapshot_download(name, revision=revision, allow_patterns=list(NEEDED)))
     except (OSError, HFValidationError) as error:
-        raise BaseError(f"base.path: {name} is neither a folder here nor to be had from the hub: {error}") from None
+        raise BaseError(f"base.path: {name} is not a local folder, and not found on the hub: {error}") from None
 
 
 def _fetched(uri: str) -> Path:

@@ -50,7 +50,7 @@ class Assumptions:
     utilisation: float = 0.35
     """Share of the GPU's operations that training reaches."""
     prompts: int = 1000
-    """Evaluation prompts a task or benchmark, where `evaluation.limit` does not say."""
+    """Evaluation prompts per task or benchmark, where `evaluation.limit` does not say."""
 
 
 @dataclass(frozen=True)

@@ -24,8 +24,8 @@ class Decision:
     expert: str | None
     """The expert with the largest weight; None where the base's is larger."""
     weights: dict[str, float]
-    """Weight of each expert; where tokens decide, its mean over the prompt's tokens and all Linears. What is missing to
-    1 is the base's."""
+    """Weight of each expert; where tokens decide, its mean over the prompt's tokens and all Linears. The remainder
+    to 1 is the base's weight."""
 
 
 def router_of(pool: Pool) -> Router:

@@ -47,7 +47,7 @@ class Explanation:
     decision: Decision
     """Who answered."""
     candidates: tuple[Candidate, ...]
-    """Whom the routers weighed, likeliest first."""
+    """Candidate experts, likeliest first."""
     weights: Mapping[str, Tensor]
     """By Linear: weight of each of the pool's experts at each prompt token (T, E), padding left out."""
     experts: tuple[str, ...]

@@ -1,4 +1,4 @@
-"""The prompt router: one decision a prompt, in closed form.
+"""The prompt router: one decision per prompt, in closed form.
 
 Every expert is a Gaussian over the prompt features, with its own mean and its own covariance blended with that of all;
 general prompts, which belong to the null expert, are several (`gaussian`, `null`). All have equal priors. The null expert's

@@ -59,7 +59,7 @@ def test_it_says_who_answered_what_and_why(run: Any, image: Path, tmp_path: Path
     assert said["expert"] == "painter"
     assert len(said["answer"].split()) <= 3
     assert said["because"].startswith("painter: ")
-    assert "Whom the routers weighed" in outcome.output
+    assert "Candidate experts" in outcome.output
     for name in (*CLAIMS, "base"):
         assert any(name in line and "%" in line and "│" in line for line in outcome.output.splitlines())
     assert said["picture"] == str(tmp_path / "new" / "why.png")

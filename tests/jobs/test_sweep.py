@@ -1,4 +1,4 @@
-"""The sweep on a real Ray Tune: one training a rank, evaluations for the rest, nested runs."""
+"""The sweep on a real Ray Tune: one training per rank, evaluations for the rest, nested runs."""
 
 import json
 import subprocess
