@@ -4,10 +4,10 @@ BIN := $(VENV)/bin
 STREAM ?= jobs/configs/embedded.yaml
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test lint format
+.PHONY: help install demo test test-fast lint format
 
 help: ## What there is
-	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
 
 $(BIN)/.installed: pyproject.toml
 	@command -v g++ > /dev/null || { echo "g++ is missing: apt-get install g++ (DeepSpeed compiles with it)"; exit 1; }
@@ -23,6 +23,9 @@ demo: install ## Learn six tasks, compare with the alternatives, say where to lo
 
 test: install ## All tests (real Ray, DeepSpeed, MLflow; no network)
 	$(BIN)/python -m pytest
+
+test-fast: install ## Tests without Ray, what to run while editing (two minutes)
+	$(BIN)/python -m pytest -m 'not ray'
 
 lint: install ## ruff, mypy, import layers
 	$(BIN)/ruff check .

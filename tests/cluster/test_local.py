@@ -1,10 +1,13 @@
 import os
 
 import psutil
+import pytest
 import ray
 import ray.data
 
 from cluster.local import SPARE_CPUS, ClusterInfo, available_cpus, connect
+
+pytestmark = pytest.mark.ray
 
 LOOPBACK = {"127.0.0.1", "::ffff:127.0.0.1", "::1"}
 

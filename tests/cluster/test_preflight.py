@@ -19,6 +19,8 @@ from cluster.preflight import (
     remove_stale_lock,
 )
 
+pytestmark = pytest.mark.ray
+
 PLAN = """
 max_workers: 3
 head_node_type: head

@@ -12,6 +12,8 @@ from cluster.local import ClusterError, connect
 from cluster.submit import SubmitError, submit
 from tests.cluster.conftest import PATIENCE, ROOT, Head, free_port
 
+pytestmark = pytest.mark.ray
+
 CLIENT = """
 import dataclasses, json, sys
 from pathlib import Path

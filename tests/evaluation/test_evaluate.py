@@ -31,6 +31,8 @@ from pipeline.routing import Pool
 from pipeline.routing.insight import weighed
 from tests.helpers import CLAIMS
 
+pytestmark = pytest.mark.ray
+
 WORKERS = InferenceWorkers(threads=1, batch_size=5)
 ALL = 1000
 """More samples than a column has prompts."""

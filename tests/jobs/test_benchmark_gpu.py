@@ -9,6 +9,8 @@ from typer.testing import CliRunner
 
 from jobs.benchmark.app import app
 
+pytestmark = pytest.mark.ray
+
 
 def test_it_is_skipped_without_a_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)

@@ -8,6 +8,8 @@ import pytest
 from jobs.benchmark.families import difference, prove
 from pipeline.routing import Pool
 
+pytestmark = pytest.mark.ray
+
 
 @pytest.fixture(scope="module")
 def output(tmp_path_factory):

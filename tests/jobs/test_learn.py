@@ -18,6 +18,8 @@ from pipeline.learning.opening import alone_in
 from pipeline.registry.pools import download_pool
 from pipeline.routing.pool import Pool
 
+pytestmark = pytest.mark.ray
+
 ROOT = Path(__file__).parents[2]
 
 

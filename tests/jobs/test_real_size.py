@@ -16,6 +16,8 @@ import yaml
 from pipeline.data.demo.files import SCHEMA, embedded_file
 from pipeline.routing.pool import Pool
 
+pytestmark = pytest.mark.ray
+
 ROOT = Path(__file__).parents[2]
 ROWS = 48
 

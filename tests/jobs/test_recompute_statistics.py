@@ -37,6 +37,8 @@ from pipeline.training.stages import heard_paths, with_gates, without_gates
 from tests.helpers import attached, batch_of, make_expert
 from tests.jobs.test_learn import stream
 
+pytestmark = pytest.mark.ray
+
 ROWS = {"digits": 64, "echo": 79}
 
 

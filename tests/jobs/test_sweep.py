@@ -5,9 +5,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 from mlflow import MlflowClient
 
 from tests.jobs.test_learn import ROOT, stream
+
+pytestmark = pytest.mark.ray
 
 
 def test_sweep_trains_once_a_rank(tiny_folder: Path, tmp_path: Path) -> None:

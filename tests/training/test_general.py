@@ -16,6 +16,8 @@ from pipeline.training.general import FEATURES, StatisticsCollector, general_sta
 from tests.helpers import prompts
 from tests.models.test_inference import WORKERS, counted_logits
 
+pytestmark = pytest.mark.ray
+
 
 @pytest.fixture(scope="module")
 def packed(tiny_base: Base) -> list[dict[str, bytes]]:

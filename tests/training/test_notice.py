@@ -6,6 +6,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
+pytestmark = pytest.mark.ray
+
 STEPS = 600
 """More than are done before the checkpoint."""
 

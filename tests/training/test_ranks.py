@@ -38,6 +38,8 @@ from pipeline.training.zero import (
 )
 from tests.helpers import ask, features_of
 
+pytestmark = pytest.mark.ray
+
 PICTURE = Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8))
 
 

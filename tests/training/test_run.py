@@ -28,6 +28,8 @@ from pipeline.training.job_folder import JobFolder
 from pipeline.training.session import TrainingError, run_training, training_session
 from pipeline.training.stages import answer_loss
 
+pytestmark = pytest.mark.ray
+
 ROWS = 100
 """Not a multiple of the batch size: a step of each stage lies on the border of an epoch."""
 

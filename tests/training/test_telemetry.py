@@ -10,6 +10,8 @@ import ray
 from cluster.local import connect
 from pipeline.training.telemetry import Step, Telemetry, listening
 
+pytestmark = pytest.mark.ray
+
 
 @pytest.fixture(scope="module", autouse=True)
 def _cluster() -> None:

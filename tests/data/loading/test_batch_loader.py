@@ -15,6 +15,8 @@ from pipeline.data.loading.batch_loader import BatchLoader, StepLayout, distinct
 from pipeline.data.loading.training_rows import TrainingRows
 from pipeline.models.prompts import IGNORED, Encoded, collate
 
+pytestmark = pytest.mark.ray
+
 ROWS, PAD = 23, 7
 
 

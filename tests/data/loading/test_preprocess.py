@@ -19,6 +19,8 @@ from pipeline.data.sources import reader
 from pipeline.data.sources.reader import StreamError
 from pipeline.models.prompts import IGNORED
 
+pytestmark = pytest.mark.ray
+
 
 @pytest.fixture(scope="module", autouse=True)
 def _ray() -> None:

@@ -32,6 +32,8 @@ from pipeline.data.loading.windows import LANES, WINDOW_BYTES, Span, Window, lan
 from pipeline.data.sources.reader import StreamError
 from pipeline.models.prompts import IGNORED, collate
 
+pytestmark = pytest.mark.ray
+
 KINDS = ("red", "blue", "one", "two")
 
 

@@ -10,6 +10,8 @@ from jobs.benchmark.malformed_corpus import Case, build
 from pipeline.config import BaseModelConfig, DataConfig
 from pipeline.data.loading.preprocess import Part, prepare
 
+pytestmark = pytest.mark.ray
+
 GROUP = 10
 """Cases that are prepared at a time; Ray plans their readings together."""
 

@@ -19,6 +19,8 @@ from pipeline.config import SourceConfig
 from pipeline.data.faults import BadRow, StreamError
 from pipeline.data.sources.reader import count_rows, fingerprint, first_records, read, record_of
 
+pytestmark = pytest.mark.ray
+
 
 class Bucket(BaseHTTPRequestHandler):
     """Answers for the objects in `server.objects`, by key; all other buckets are forbidden."""
