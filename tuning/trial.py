@@ -56,11 +56,13 @@ class TrainRank(tune.Trainable):
             "digest": f"{self._job.digest}-rank{rank}",
         }
         trained = self._session.train(self._job.model_copy(update=changes), self._rows)
+        figures = trained.figures
+        spent = figures["expert_seconds"] + figures["router_seconds"] if trained.found else time.monotonic() - started
         return {
             "expert": str(trained.expert),
-            "seconds": time.monotonic() - started,
-            "expert_loss": trained.figures["expert_loss"],
-            "losses": trained.figures["expert_losses"],
+            "seconds": spent,
+            "expert_loss": figures["expert_loss"],
+            "losses": figures["expert_losses"],
             "done": True,
         }
 

@@ -104,7 +104,7 @@ def learn_stream(run: StreamSession) -> LearnResult:
         "seconds_total": watch.stop(),
         "peak_memory_bytes": run.memory.bytes,
         **learned(run, matrix, last, figures),
-        "answers": answers(last, names, run.generated.total(run.evaluator.generated)),
+        "answers": answers(last, names, run.generated.count),
     }
     return LearnResult(pool, pool_folder, pool_key, summary)
 

@@ -47,7 +47,13 @@ def open_run(
     `trains` needs neither DeepSpeed nor a place for training workers.
     """
     progress = progress or LoggedProgress()
-    with PeakMemory() as memory, outside_errors(config.folder), _told_how_to_go_on(progress), alone_in(config.folder):
+    with (
+        PeakMemory() as memory,
+        outside_errors(config.folder),
+        alone_in(config.folder),
+        ExitStack() as afterwards,
+        _told_how_to_go_on(progress),
+    ):
         with tempfile.TemporaryFile(dir=config.folder):  # now, not after an hour of training
             pass
         if trains and starts_here() and not config.training.gpu:
@@ -57,6 +63,8 @@ def open_run(
         with progress.working("starting Ray"):
             cluster = connect()
         run = StreamSession(config, cluster, progress, memory)
+        # When MLflow and the user know that it has ended: where Ray was stopped too, closing waits for it for a minute.
+        afterwards.push(lambda kind, *error: run.close(at_once=kind is not None))
         run.capacity.check(trains=trains)
         if trains:
             torch.set_num_threads(run.capacity.driver_threads)
@@ -82,11 +90,6 @@ def open_run(
             run.metrics.write()  # of an earlier run, if the registry was away then
             try:
                 yield run
-            except BaseException:
-                run.close(at_once=True)
-                raise
-            else:
-                run.close()
             finally:
                 if not run.metrics.write():
                     progress.say(f"  {run.metrics.waiting} points of metrics wait for the next run of this command")

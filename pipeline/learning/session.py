@@ -347,7 +347,7 @@ class StreamSession:
 
     @cached_property
     def generated(self) -> Tally:
-        """How many answers this run has had generated."""
+        """How many answers learning has had generated: the base's, and those of pools by the run's own router."""
         return Tally(self._state("answers.json"))
 
     @cached_property
@@ -394,6 +394,7 @@ class StreamSession:
         if not file.exists():
             asked = [self._column(self.columns[column]) for column in columns]
             shown = self.progress.working(f"evaluating {who + ' on ' if who else ''}{len(columns)} tasks and families")
+            before = self.evaluator.generated
             with nullcontext() if quietly else shown:
                 try:
                     result = self.evaluator.evaluate(
@@ -406,7 +407,8 @@ class StreamSession:
                         actors=self._predictors,
                     )
                 finally:
-                    self.generated.total(self.evaluator.generated)
+                    if pool is None or (mode == "routed" and pool.router == self.config.router):
+                        self.generated.add(self.evaluator.generated - before)
             write_json(file, result.to_json())
         with stored_file(file, REMADE):
             return Evaluation.from_json(json.loads(file.read_text()))

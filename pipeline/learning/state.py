@@ -57,9 +57,9 @@ class Tally:
     def __init__(self, file: Path) -> None:
         self._file = file
         with stored_file(file, REMADE):
-            self._before = int(json.loads(file.read_text())["count"]) if file.exists() else 0
+            self.count = int(json.loads(file.read_text())["count"]) if file.exists() else 0
 
-    def total(self, count: int) -> int:
-        """Returns the count so far, `count` of it since this process began, and writes it down."""
-        write_json(self._file, {"count": self._before + count})
-        return self._before + count
+    def add(self, count: int) -> None:
+        """Counts so many more, and writes the sum down."""
+        self.count += count
+        write_json(self._file, {"count": self.count})

@@ -88,7 +88,7 @@ def test_a_folder_that_does_not_exist_is_named(tmp_path):
 def test_a_hub_id_that_cannot_be_had_is_named(path, monkeypatch, tmp_path):
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
-    with pytest.raises(BaseError, match=rf"base\.path: {path} is neither a folder here nor"):
+    with pytest.raises(BaseError, match=rf"base\.path: {path} is not a local folder, and not found on the hub"):
         checkpoint(BaseModelConfig(path=path))
 
 

@@ -226,6 +226,7 @@ def test_a_version_needs_nothing_but_the_registry(
     code = f"""
 import sys, mlflow, pandas, torch
 from safetensors.torch import save_file
+torch.set_num_threads(1)
 model = mlflow.pyfunc.load_model({str(folder)!r})
 answers = model.predict(pandas.DataFrame({{"prompt": ["which digit is it ?"]}}), {{"max_new_tokens": 2}})
 import pipeline; assert pipeline.__file__.startswith({str(folder)!r}), pipeline.__file__
