@@ -74,6 +74,7 @@ def set_aside(
         reasons = "; ".join(f"{entry['id'] or 'a row'}: {entry['reason']}" for entry in shown[:_NAMED])
         raise StreamError(
             f"task {task!r}: {rows} of {total} rows of {path} cannot be used (data.max_bad_share allows "
-            f"{data.max_bad_share:.0%}). First: {reasons}. All of them with reasons: {file}"
+            f"{data.max_bad_share:.0%}). First: {reasons}. All of them with reasons: {file}. Correct them, or raise "
+            "data.max_bad_share, and run the same command again: what is finished is kept"
         )
     return SetAside(rows, len(lost))
