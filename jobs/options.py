@@ -13,6 +13,7 @@ from cluster.local import JOB_CONFIG
 from cluster.submit import submit
 from jobs.endings import message_of, stoppable
 from pipeline.config import ConfigError, LearnConfig, fields_of, holds_secrets, load_config, without_secrets
+from pipeline.config.loading import ALIASES
 from pipeline.errors import UserError
 from pipeline.learning.outside_errors import outside_errors
 
@@ -84,5 +85,6 @@ def fields_help() -> str:
         if not field.description:
             continue
         default = "required" if field.is_required() else f"default {field.get_default(call_default_factory=True)!r}"
-        lines += [f"{name}  ({default})", f"    {' '.join(field.description.split())}"]
+        also = "".join(f"; also {alias}" for alias, stands_for in ALIASES.items() if stands_for == name)
+        lines += [f"{name}  ({default}{also})", f"    {' '.join(field.description.split())}"]
     return "\n".join(lines)

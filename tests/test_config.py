@@ -19,6 +19,7 @@ from pipeline.config import (
     load_config,
     without_secrets,
 )
+from pipeline.config.loading import ALIASES
 
 STREAM = """
 stream:
@@ -87,6 +88,28 @@ def test_overrides_lie_on_top_of_the_file(file):
 def test_another_kind_of_configuration_loads_the_same_way(file):
     file.write_text("rank: 2")
     assert load_config(file, ["alpha=3"], ExpertConfig).lora_alpha == 3
+
+
+def test_names_from_peft_trainer_and_ray_are_accepted(file):
+    file.write_text(
+        STREAM + "expert: {lora_alpha: 32, max_steps: 7}\ntraining: {num_workers: 2, use_gpu: false}\n"
+        "data: {group_by_length: true}\n"
+    )
+    config = load_config(file, ["expert.lora_alpha=64", "training.cpus_per_worker=3"], LearnConfig)
+    assert (config.expert.alpha, config.expert.steps) == (64, 7)
+    assert (config.training.workers, config.training.threads, config.data.by_length) == (2, 3, True)
+
+
+def test_aliases_stand_for_fields_that_are_there():
+    fields = dict(fields_of(LearnConfig))
+    assert set(ALIASES.values()) <= fields.keys()
+    assert not set(ALIASES) & fields.keys()
+
+
+def test_a_field_and_its_alias_are_one_too_many(file):
+    assert error_of(file, STREAM + "expert: {alpha: 8, lora_alpha: 32}\n") == (
+        f"{file}: expert.lora_alpha and expert.alpha are the same field; remove one of them"
+    )
 
 
 def test_configurations_are_frozen():

@@ -12,6 +12,25 @@ from pipeline.config.group import Config, ConfigError
 
 C = TypeVar("C", bound=Config)
 
+ALIASES = {
+    "base.attn_implementation": "base.attention",
+    "data.group_by_length": "data.by_length",
+    "data.num_readers": "data.readers",
+    "expert.lora_alpha": "expert.alpha",
+    "expert.lora_dropout": "expert.dropout",
+    "expert.max_grad_norm": "expert.clip",
+    "expert.max_steps": "expert.steps",
+    "expert.warmup_ratio": "expert.warm_up",
+    "training.cpus_per_worker": "training.threads",
+    "training.divergence_factor": "training.explosion",
+    "training.num_workers": "training.workers",
+    "training.per_device_train_batch_size": "training.micro_batch",
+    "training.save_steps": "training.checkpoint_every",
+    "training.use_gpu": "training.gpu",
+}
+"""Names from PEFT, the HF Trainer and Ray that are accepted for fields of ours. Results are named by ours: either gives the
+same experts."""
+
 
 def load_config(path: str | Path, overrides: Sequence[str], kind: type[C]) -> C:
     """Reads a YAML file into `kind` and lays `field.sub=value` overrides on top (values are YAML).
@@ -30,6 +49,8 @@ def load_config(path: str | Path, overrides: Sequence[str], kind: type[C]) -> C:
         raise ConfigError(f"{path}: not valid YAML: {error}") from None
     if not isinstance(values, dict):
         raise ConfigError(f"{path}: must be a mapping of fields, found {type(values).__name__}")
+    for alias, name in ALIASES.items():
+        _rename(values, alias, name, path)
     for override in overrides:
         _override(values, override, kind)
     try:
@@ -38,11 +59,22 @@ def load_config(path: str | Path, overrides: Sequence[str], kind: type[C]) -> C:
         raise ConfigError("\n".join(_explain(path, kind, e) for e in error.errors())) from None
 
 
+def _rename(values: dict[str, Any], alias: str, name: str, path: Path) -> None:
+    """Gives a value that stands under an alias its own name; raises ConfigError where both are there."""
+    (group, before), (_, now) = alias.split("."), name.split(".")
+    fields = values.get(group)
+    if not isinstance(fields, dict) or before not in fields:
+        return
+    if now in fields:
+        raise ConfigError(f"{path}: {alias} and {name} are the same field; remove one of them")
+    fields[now] = fields.pop(before)
+
+
 def _override(values: dict[str, Any], override: str, kind: type[Config]) -> None:
     key, separator, text = override.partition("=")
     if not separator:
         raise ConfigError(f"override {override!r}: write it as field.sub=value, e.g. expert.rank=16")
-    *path, last = key.strip().split(".")
+    *path, last = ALIASES.get(key.strip(), key.strip()).split(".")
     place = values
     for part in path:
         place = place.setdefault(part, {})
