@@ -112,6 +112,28 @@ def test_a_field_and_its_alias_are_one_too_many(file):
     )
 
 
+def test_a_file_that_extends_another_says_what_differs(file, tmp_path):
+    file.write_text(STREAM + "expert: {rank: 4, steps: 9}\nname: first\n")
+    (tmp_path / "sub").mkdir()
+    (tmp_path / "sub" / "second.yaml").write_text("extends: ../stream.yaml\nname: second\nexpert: {lora_alpha: 3}\n")
+    third = tmp_path / "third.yaml"
+    third.write_text(
+        "extends: sub/second.yaml\nexpert: {rank: 16}\nstream: {tasks: [{name: clock, train: a, eval: b}]}\n"
+    )
+    config = load_config(third, ["expert.steps=5"], LearnConfig)
+    assert (config.name, config.expert.rank, config.expert.alpha, config.expert.steps) == ("second", 16, 3, 5)
+    assert [task.name for task in config.stream.tasks] == ["clock"], "lists are replaced"
+
+
+def test_a_file_that_cannot_be_extended_is_named(file, tmp_path):
+    assert error_of(file, "extends: none.yaml\n") == (
+        f"{tmp_path}/none.yaml: no such configuration file, which {file} extends"
+    )
+    assert error_of(file, "extends: [a, b]\n") == f"{file}: extends: must be the path of one file, found list"
+    (tmp_path / "other.yaml").write_text("extends: stream.yaml\n")
+    assert error_of(file, "extends: other.yaml\n") == f"{file}: `extends` leads back to stream.yaml; remove one of them"
+
+
 def test_configurations_are_frozen():
     with pytest.raises(ValueError, match="frozen"):
         ExpertConfig().rank = 2

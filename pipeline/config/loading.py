@@ -35,13 +35,28 @@ same experts."""
 def load_config(path: str | Path, overrides: Sequence[str], kind: type[C]) -> C:
     """Reads a YAML file into `kind` and lays `field.sub=value` overrides on top (values are YAML).
 
+    A file that says `extends: other.yaml`, relative to itself, holds only what differs from that one; lists are replaced.
     Raises ConfigError naming file, field and remedy.
     """
     path = Path(path)
+    values = _read(path, ())
+    for override in overrides:
+        _override(values, override, kind)
+    try:
+        return kind.model_validate(values)
+    except ValidationError as error:
+        raise ConfigError("\n".join(_explain(path, kind, e) for e in error.errors())) from None
+
+
+def _read(path: Path, extending: Sequence[Path]) -> dict[str, Any]:
+    """Returns what a YAML file and those that it extends say; `extending` are the files that extend it."""
+    if path.resolve() in extending:
+        raise ConfigError(f"{extending[0]}: `extends` leads back to {path.name}; remove one of them")
     try:
         values = yaml.safe_load(path.read_text()) or {}
     except FileNotFoundError:
         hint = "; it comes first, and FIELD=VALUE after it" if "=" in path.name else ""
+        hint = f", which {extending[-1]} extends" if extending else hint
         raise ConfigError(f"{path}: no such configuration file{hint}") from None
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read: {error.strerror}") from None
@@ -51,12 +66,21 @@ def load_config(path: str | Path, overrides: Sequence[str], kind: type[C]) -> C:
         raise ConfigError(f"{path}: must be a mapping of fields, found {type(values).__name__}")
     for alias, name in ALIASES.items():
         _rename(values, alias, name, path)
-    for override in overrides:
-        _override(values, override, kind)
-    try:
-        return kind.model_validate(values)
-    except ValidationError as error:
-        raise ConfigError("\n".join(_explain(path, kind, e) for e in error.errors())) from None
+    other = values.pop("extends", None)
+    if other is None:
+        return values
+    if not isinstance(other, str):
+        raise ConfigError(f"{path}: extends: must be the path of one file, found {type(other).__name__}")
+    return _merged(_read(path.parent / other, (*extending, path.resolve())), values)
+
+
+def _merged(before: dict[str, Any], now: dict[str, Any]) -> dict[str, Any]:
+    """Returns groups of fields with those of `now` on top."""
+    merged = dict(before)
+    for name, value in now.items():
+        both = isinstance(value, dict) and isinstance(before.get(name), dict)
+        merged[name] = _merged(before[name], value) if both else value
+    return merged
 
 
 def _rename(values: dict[str, Any], alias: str, name: str, path: Path) -> None:
