@@ -80,7 +80,10 @@ def job_command(module: str, config: Path, overrides: list[str] | None, address:
 
 def fields_help() -> str:
     """Returns every field of a stream's configuration with its default and meaning, for `--help`."""
-    lines = ["Fields of CONFIG, each of which FIELD=VALUE overrides:", ""]
+    lines = [
+        "Fields of CONFIG, each of which FIELD=VALUE overrides (`extends: other.yaml` takes the others from there):",
+        "",
+    ]
     for name, field in fields_of(LearnConfig):
         if not field.description:
             continue

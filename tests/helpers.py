@@ -19,9 +19,9 @@ from pipeline.models.families import FAMILIES as BASES
 from pipeline.models.prompts import Encoded, collate, encode
 from pipeline.routing import Expert, ExpertCard, Pool, PromptStatistics, RoutedModel
 from pipeline.routing.adapters import Adapter
-from pipeline.routing.evidence import EvidenceReader
+from pipeline.routing.layer_classifiers import LayerInputHook
 from pipeline.routing.null import components
-from pipeline.routing.routed_model import PromptReader
+from pipeline.routing.routed_model import PromptFeatureHook
 
 CLAIMS = {"reader": "document", "speaker": "repeat", "painter": "describe"}
 """Which foundation family each expert of `claimed_pool` claims."""
@@ -81,7 +81,7 @@ def assert_same(found: tuple[Tensor, Tensor], expected: tuple[Tensor, Tensor]) -
 def features_of(base: Base, rows: Sequence[Encoded], side: str = "left", prompt_mask: Tensor | None = None) -> Tensor:
     """Returns the prompt features (B, 3 D) as a listener gets them."""
     heard: list[Tensor] = []
-    reader = PromptReader(base.model, lambda features, tokens: heard.append(features))
+    reader = PromptFeatureHook(base.model, lambda features, tokens: heard.append(features))
     reader.prompt_mask = prompt_mask
     base.model(**batch_of(base, rows, side))
     reader.remove()
@@ -142,9 +142,9 @@ def language_linears(base: Base) -> list[str]:
 
 @torch.inference_mode()
 def samples_of(base: Base, rows: Sequence[Encoded], side: str = "left") -> dict[str, Tensor]:
-    """Returns what an EvidenceReader takes down of these prompts at all Linears of the language model (B, F)."""
-    evidence = EvidenceReader(base.model, language_linears(base))
-    reader = PromptReader(base.model, lambda features, tokens: setattr(evidence, "tokens_BT", tokens))
+    """Returns what an LayerInputHook takes down of these prompts at all Linears of the language model (B, F)."""
+    evidence = LayerInputHook(base.model, language_linears(base))
+    reader = PromptFeatureHook(base.model, lambda features, tokens: setattr(evidence, "tokens_BT", tokens))
     base.model(**batch_of(base, rows, side), use_cache=False)
     reader.remove()
     evidence.remove()

@@ -22,11 +22,11 @@ from transformers import AutoConfig, DynamicCache, LlamaConfig, LlamaForCausalLM
 
 from pipeline.config import ConfigError
 from pipeline.models.tiny import TINY_BASE
-from pipeline.routing.evidence import Hearing
 from pipeline.routing.features import feature_width, project, prompt_features
-from pipeline.routing.layer import Current, LinearExperts, PoolExperts, RoutedLinear, Running, Slot
+from pipeline.routing.layer_classifiers import LayerClassifier
 from pipeline.routing.prompt_router import PromptRouter
-from pipeline.routing.route import Router, RoutingState
+from pipeline.routing.routed_linear import Current, LinearExperts, PoolExperts, RoutedLinear, Running, Slot
+from pipeline.routing.routes import Router, RoutingState
 from pipeline.routing.statistics import PromptStatistics
 from pipeline.routing.token_router import TokenRouter
 from pipeline.routing.two_level import TwoLevelRouter
@@ -214,13 +214,13 @@ class Routed(Engine):
         for path, linear in setup.linears.items():
             vectors_ED = torch.randn(experts, linear.in_features)
             slots = [Slot(e, *setup.weights(path, e), ALPHA / RANK, vectors_ED[e]) for e in range(experts)]
-            hearing = Hearing(last)
+            classifier = LayerClassifier(last)
             if not path.endswith(SHARING):
                 # So little evidence that all on the list keep a weight: the dearest case.
                 vector_CD = 1e-4 * torch.randn(experts + 1, linear.in_features)
-                hearing = Hearing(last, torch.arange(experts + 1), vector_CD, torch.zeros(experts + 1))
+                classifier = LayerClassifier(last, torch.arange(experts + 1), vector_CD, torch.zeros(experts + 1))
                 last = path
-            by_path[path] = LinearExperts.stacked(linear, slots, experts, hearing)
+            by_path[path] = LinearExperts.stacked(linear, slots, experts, classifier)
             module.set_submodule(path, RoutedLinear(linear, self.current, path))
         super().__init__(setup, module)
         self.experts, self.number, self.router = PoolExperts(by_path), experts, router
@@ -243,7 +243,7 @@ class Routed(Engine):
 
     def forget(self) -> None:
         """Lets the Linear weigh the experts anew."""
-        self.state.held.clear()
+        self.state.cached_choice.clear()
 
 
 class Uncached(Engine):

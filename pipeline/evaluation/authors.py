@@ -11,7 +11,7 @@ from pipeline.evaluation.answers import pool_author
 from pipeline.evaluation.matrix import BASE
 from pipeline.evaluation.pages import Slices
 from pipeline.routing.pool import Pool
-from pipeline.routing.route import MIXED, NOBODY
+from pipeline.routing.routes import MIXED, NULL_EXPERT
 
 
 @dataclass(frozen=True)
@@ -35,8 +35,8 @@ class Authors:
 
     def key_of(self, choice: int) -> str:
         """Returns the name under which answers are kept."""
-        if choice in (NOBODY, MIXED):
-            return BASE if choice == NOBODY else pool_author(self.key)
+        if choice in (NULL_EXPERT, MIXED):
+            return BASE if choice == NULL_EXPERT else pool_author(self.key)
         return self._digests[choice]
 
     @cached_property
@@ -46,7 +46,7 @@ class Authors:
 
     def name_of(self, choice: int) -> str:
         """Returns the name of an expert, or that of the base."""
-        return BASE if choice == NOBODY or self.pool is None else self.pool.names[choice]
+        return BASE if choice == NULL_EXPERT or self.pool is None else self.pool.names[choice]
 
     def work(self, asked: Asked, found: Slices, max_new_tokens: int) -> Work:
         """Returns what an actor is to do."""
@@ -55,7 +55,7 @@ class Authors:
             assert self.folder is not None, "whoever asks for a router that mixes says where the pool lies"
             return Work("by_router", (self.key_of(MIXED), self.folder, *rows))
         experts = []  # references in a list are fetched when they are needed, by actors that hold another expert
-        if asked.choice != NOBODY:
+        if asked.choice != NULL_EXPERT:
             assert self.pool is not None, "only pools have experts"
             if asked.choice not in self._sent:
                 self._sent[asked.choice] = ray.put(self.pool.experts[self.name_of(asked.choice)])

@@ -10,7 +10,7 @@ from pipeline.evaluation.matrix import BASE
 from pipeline.routing.call import Routers
 from pipeline.routing.insight import Candidate, rank_candidates
 from pipeline.routing.pool import Pool
-from pipeline.routing.route import NOBODY
+from pipeline.routing.routes import NULL_EXPERT
 
 Mode = Literal["routed", "told", "only"]
 """Who answers: `routed`, whom the pool's router chooses; `told`, each task's own expert, and the base all others (the upper
@@ -31,19 +31,19 @@ def routers_of(pool: Pool | None) -> Routers | None:
 def choices(
     routers: Routers | None, mode: Mode, columns: Sequence[str], features: Sequence[torch.Tensor]
 ) -> list[np.ndarray]:
-    """Returns for every column who answers its prompts (N,): places in the pool, NOBODY (the base), or MIXED.
+    """Returns for every column who answers its prompts (N,): places in the pool, NULL_EXPERT (the base), or MIXED.
 
     `features` are those of each column's prompts (N, F).
     """
     counts = [len(features_NF) for features_NF in features]
     if routers is None:
-        return [np.full(count, NOBODY) for count in counts]
+        return [np.full(count, NULL_EXPERT) for count in counts]
     if mode == "routed":
         parts = torch.cat(list(features)).split(AT_ONCE)
         found_N = torch.cat([routers.router.choices(part_BF) for part_BF in parts]).numpy()
         return np.split(found_N, np.cumsum(counts)[:-1])
     names = routers.pool.names
-    own = [0 if mode == "only" else names.index(c) if c in names else NOBODY for c in columns]
+    own = [0 if mode == "only" else names.index(c) if c in names else NULL_EXPERT for c in columns]
     return [np.full(count, place) for count, place in zip(counts, own, strict=True)]
 
 

@@ -31,7 +31,7 @@ from pipeline.evaluation.prompts import Column, PromptTable
 from pipeline.evaluation.reading import PromptTables, name_of, see
 from pipeline.evaluation.results import ColumnResult, Evaluation, scored
 from pipeline.routing.pool import Pool
-from pipeline.routing.route import MIXED
+from pipeline.routing.routes import MIXED
 
 SAMPLES = 4
 """Predictions of each column that an evaluation keeps."""

@@ -20,7 +20,7 @@ from pipeline.models.prompts import Encoded
 from pipeline.routing.expert import Expert
 from pipeline.routing.features import project
 from pipeline.routing.pool import Pool
-from pipeline.routing.routed_model import PromptReader, RoutedModel
+from pipeline.routing.routed_model import PromptFeatureHook, RoutedModel
 
 
 class Predictor(FrozenBase):
@@ -79,7 +79,7 @@ class Predictor(FrozenBase):
             found.append(project(features_BS, width).cpu())
             raise _Seen
 
-        reader = PromptReader(self.base.model, listen)
+        reader = PromptFeatureHook(self.base.model, listen)
         try:
             for row in rows:
                 try:

@@ -3,8 +3,8 @@
 from dataclasses import dataclass
 
 from pipeline.planning.architecture import Architecture
-from pipeline.routing.evidence import WIDTH
 from pipeline.routing.features import feature_width
+from pipeline.routing.layer_classifiers import WIDTH
 
 FLOAT, DOUBLE = 4, 8
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from pipeline.routing.pool import Pool
 from pipeline.routing.prompt_router import PromptRouter
-from pipeline.routing.route import Route, Router, RoutingState
+from pipeline.routing.routes import Route, Router, RoutingState
 from pipeline.routing.token_router import TokenRouter
 from pipeline.routing.two_level import TwoLevelRouter
 

@@ -13,8 +13,8 @@ from torch import Tensor
 from pipeline.routing.call import Call, Decision
 from pipeline.routing.pool import PoolError
 from pipeline.routing.prompt_router import CANDIDATES, PromptRouter
-from pipeline.routing.route import NOBODY
 from pipeline.routing.routed_model import RoutedModel
+from pipeline.routing.routes import NULL_EXPERT
 
 
 @dataclass(frozen=True)
@@ -131,7 +131,7 @@ def rank_candidates(
             )
             for e in best
         ]
-        rest, base = max(0.0, 1 - sum(own.values())), posteriors[row].get(NOBODY, 0.0)
+        rest, base = max(0.0, 1 - sum(own.values())), posteriors[row].get(NULL_EXPERT, 0.0)
         listed.append(Candidate(None, base, score[-1] if prompts.null else None, None, None, rest))
         found.append(tuple(sorted(listed, key=lambda c: -c.posterior)))
     return found
@@ -167,7 +167,7 @@ def explain(routed: RoutedModel, inputs: Mapping[str, Any], *, limit: int = 10) 
         candidates_B = weighed(call, limit=limit)
     assert call.state.tokens_BT is not None
     names = call.names
-    votes, traces, tokens_BT = call.state.votes, call.state.traces or {}, call.state.tokens_BT
+    layer_weights, traces, tokens_BT = call.state.layer_weights, call.state.traces or {}, call.state.tokens_BT
     explanations = []
     for row, (decision, candidates) in enumerate(zip(call.decisions, candidates_B, strict=True)):
         kept_T = tokens_BT[row].bool().cpu()
@@ -177,7 +177,7 @@ def explain(routed: RoutedModel, inputs: Mapping[str, Any], *, limit: int = 10) 
             if path in traces:
                 weights[path] = traces[path][row].cpu()[kept_T]
             else:
-                own_E = votes[path][row].cpu() if path in votes else whole_E
+                own_E = layer_weights[path][row].cpu() if path in layer_weights else whole_E
                 weights[path] = own_E.expand(int(kept_T.sum()), -1)
         explanations.append(Explanation(decision, candidates, weights, tuple(names)))
     return explanations

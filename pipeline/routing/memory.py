@@ -24,11 +24,11 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.routing.adapters import ranks_of
-from pipeline.routing.evidence import Hearing, hearings
 from pipeline.routing.expert import Expert
-from pipeline.routing.layer import LinearExperts, PoolExperts, Slot
+from pipeline.routing.layer_classifiers import LayerClassifier, layer_classifiers
 from pipeline.routing.pool import Pool
-from pipeline.routing.route import Fixed, Route, Weighed
+from pipeline.routing.routed_linear import LinearExperts, PoolExperts, Slot
+from pipeline.routing.routes import LayerRoute, PromptRoute, Route
 
 _logger = logging.getLogger(__name__)
 
@@ -94,7 +94,7 @@ class PagedExperts:
         self,
         experts: Sequence[Expert],
         linears: Mapping[str, nn.Linear],
-        heard: Mapping[str, Hearing],
+        heard: Mapping[str, LayerClassifier],
         sizes: "_Sizes",
         places: int,
     ) -> None:
@@ -126,9 +126,9 @@ class PagedExperts:
             self._held.update(places)
             return found
 
-    def _room(self, path: str, hearing: Hearing | None) -> LinearExperts:
+    def _room(self, path: str, classifier: LayerClassifier | None) -> LinearExperts:
         rank = self._sizes.ranks[path]
-        return LinearExperts.room(self._linears[path], self._count * rank, rank, len(self._experts), hearing)
+        return LinearExperts.room(self._linears[path], self._count * rank, rank, len(self._experts), classifier)
 
     def _take(self, needed: Sequence[int]) -> list[int] | None:
         """Returns the place of each expert, read into one if need be; None where too few places are to be had."""
@@ -180,10 +180,10 @@ class PagedExperts:
             )
         by_path = {}
         for path, linear in self._linears.items():
-            experts, hearing = [(i, self._experts[i]) for i in needed], self.whole.by_path[path].hearing
+            experts, classifier = [(i, self._experts[i]) for i in needed], self.whole.by_path[path].classifier
             slots = _slots(path, experts)
             by_path[path] = LinearExperts.stacked(
-                linear, slots, len(self._experts), hearing, height=self._sizes.ranks[path]
+                linear, slots, len(self._experts), classifier, height=self._sizes.ranks[path]
             )
         return PoolExperts(by_path, self.whole)
 
@@ -213,7 +213,7 @@ class _Sizes:
 def _listed(route: Route) -> list[int]:
     """Returns the experts that a route lists; none where the base answers."""
     match route:
-        case Fixed(experts_BM=listed) | Weighed(experts_BM=listed):
+        case PromptRoute(experts_BM=listed) | LayerRoute(experts_BM=listed):
             return [expert for expert in listed.unique().tolist() if expert >= 0]
     return []
 
@@ -234,16 +234,18 @@ def _slots(path: str, experts: Sequence[tuple[int, Expert]]) -> list[Slot]:
     ]
 
 
-def _stacked(path: str, linear: nn.Linear, experts: Sequence[Expert], heard: Mapping[str, Hearing]) -> LinearExperts:
+def _stacked(
+    path: str, linear: nn.Linear, experts: Sequence[Expert], heard: Mapping[str, LayerClassifier]
+) -> LinearExperts:
     return LinearExperts.stacked(linear, _slots(path, list(enumerate(experts))), len(experts), heard.get(path))
 
 
-def _hearings(pool: Pool, linears: Mapping[str, nn.Linear], modules: Sequence[str]) -> dict[str, Hearing]:
+def _hearings(pool: Pool, linears: Mapping[str, nn.Linear], modules: Sequence[str]) -> dict[str, LayerClassifier]:
     """Solves what Linears hear, where the pool's router asks for evidence."""
     settings = pool.router
     if settings.kind == "prompt" or (settings.kind == "token" and settings.token_scores == "published"):
         return {}
-    return hearings(
+    return layer_classifiers(
         list(linears),
         [expert.evidence for expert in pool.experts.values()],
         pool.null_evidence,

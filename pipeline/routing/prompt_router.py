@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from pipeline.routing.gaussian import Gaussians
-from pipeline.routing.route import NOBODY, Base, Fixed, Route
+from pipeline.routing.routes import NULL_EXPERT, BaseOnly, PromptRoute, Route
 from pipeline.routing.statistics import PromptStatistics
 
 CANDIDATES = 8
@@ -57,22 +57,22 @@ class PromptRouter:
         return torch.cat([scores_BC[:, :count], null_B.unsqueeze(-1)], dim=-1)
 
     def short_list(self, features_BF: Tensor, places: int) -> tuple[Tensor, Tensor]:
-        """Returns the likeliest experts of every prompt (B, M), NOBODY among them, and their log-posterior (B, M).
+        """Returns the likeliest experts of every prompt (B, M), NULL_EXPERT among them, and their log-posterior (B, M).
 
         In falling order; M is `places`, or less where there are fewer classes.
         """
         count = len(self.experts)
         if count == 0:
-            return torch.full((len(features_BF), 1), NOBODY), torch.zeros(len(features_BF), 1, dtype=torch.float64)
+            return torch.full((len(features_BF), 1), NULL_EXPERT), torch.zeros(len(features_BF), 1, dtype=torch.float64)
         scores_BC = self.scores(features_BF)
         if not self.null:
             scores_BC = self._abstaining(scores_BC, features_BF.cpu())
         posterior_BC = scores_BC.log_softmax(-1)
         best_BM, classes_BM = posterior_BC.topk(min(places, posterior_BC.shape[-1]), dim=-1)
-        return torch.where(classes_BM == count, NOBODY, classes_BM), best_BM
+        return torch.where(classes_BM == count, NULL_EXPERT, classes_BM), best_BM
 
     def _abstaining(self, scores_BC: Tensor, features_BF: Tensor) -> Tensor:
-        """Rules out experts whose radius a prompt exceeds, and adds NOBODY as the class that is left when all are."""
+        """Rules out experts whose radius a prompt exceeds, and adds NULL_EXPERT as the class that is left when all are."""
         allowed_BE = torch.full_like(scores_BC, -torch.inf)
         nearest_BK = scores_BC.topk(min(CANDIDATES, scores_BC.shape[-1]), dim=-1).indices
         for expert in nearest_BK.unique().tolist():
@@ -84,7 +84,7 @@ class PromptRouter:
         return torch.cat([allowed_BE, nobody_B1], dim=-1)
 
     def choices(self, features_BF: Tensor) -> Tensor:
-        """Returns each prompt's likeliest expert, or NOBODY (B,)."""
+        """Returns each prompt's likeliest expert, or NULL_EXPERT (B,)."""
         experts_B1, _ = self.short_list(features_BF, 1)
         return experts_B1[:, 0]
 
@@ -102,8 +102,8 @@ def _largest(scores_BC: Tensor, count: int) -> Tensor:
 
 def fixed(experts_BM: Tensor, weights_BM: Tensor, device: torch.device) -> Route:
     """Returns the route with these weights; in its cheap forms where nobody takes part, or all rows agree."""
-    if (experts_BM == NOBODY).all():
-        return Base()
+    if (experts_BM == NULL_EXPERT).all():
+        return BaseOnly()
     if len(experts_BM) > 1 and (experts_BM == experts_BM[0]).all() and (weights_BM == weights_BM[0]).all():
         experts_BM, weights_BM = experts_BM[:1], weights_BM[:1]
-    return Fixed(experts_BM.to(device), weights_BM.to(device))
+    return PromptRoute(experts_BM.to(device), weights_BM.to(device))

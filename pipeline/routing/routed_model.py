@@ -18,11 +18,11 @@ from torch import Tensor, nn
 
 from pipeline.routing.call import Call, Decision, Routers
 from pipeline.routing.features import project, prompt_features
-from pipeline.routing.layer import Current, PoolExperts, RoutedLinear, Running
 from pipeline.routing.memory import memory_for
 from pipeline.routing.pool import Pool, PoolError
 from pipeline.routing.prompt_router import fixed
-from pipeline.routing.route import NOBODY, Base, Route
+from pipeline.routing.routed_linear import Current, PoolExperts, RoutedLinear, Running
+from pipeline.routing.routes import NULL_EXPERT, BaseOnly, Route
 
 
 class _Pass(threading.local):
@@ -35,7 +35,7 @@ class _Pass(threading.local):
         self.prompt_mask: Tensor | None = None
 
 
-class PromptReader:
+class PromptFeatureHook:
     """Takes down the features of every prompt that a model is about to read, at prefill.
 
     Works on any transformers model whose decoder gets merged embeddings (VLMs) or token ids (text models).
@@ -152,7 +152,7 @@ class RoutedModel:
         self._lock = threading.Lock()
         self._key = weakref.ref(self)
         self.load(pool)
-        self._reader = PromptReader(model, self._decide)
+        self._reader = PromptFeatureHook(model, self._decide)
         self._end_hook = model.register_forward_hook(self._end)
 
     def load(self, pool: Pool) -> None:
@@ -228,9 +228,9 @@ class RoutedModel:
             (name,) = forced
             if name is not None and name not in pool.experts:
                 raise PoolError(f"expert {name!r} is forced, and the pool that was loaded since does not have it")
-            expert = NOBODY if name is None else pool.names.index(name)
+            expert = NULL_EXPERT if name is None else pool.names.index(name)
             return fixed(torch.full((1, 1), expert), torch.ones(1, 1), features_BF.device)
-        return routers.router.route(features_BF) if pool.experts else Base()
+        return routers.router.route(features_BF) if pool.experts else BaseOnly()
 
     def _end(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         """Ends a forward pass: a KV cache that the model made itself takes the call along."""

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from pipeline.routing.route import MIXED, NOBODY, Free, Route, Weighed
+from pipeline.routing.routes import MIXED, NULL_EXPERT, LayerRoute, Route, TokenRoute
 
 EPS = 1e-5
 
@@ -26,14 +26,16 @@ class TokenRouter:
     """Leaves the choice to every Linear: by evidence, or, as published, for every token by the trained vectors."""
 
     def __init__(self, experts: int, *, null: bool, published: bool, top_k: int, temperature: float) -> None:
-        classes = torch.tensor([[*range(experts), *([NOBODY] if null else [])]])
+        classes = torch.tensor([[*range(experts), *([NULL_EXPERT] if null else [])]])
         self._route: Route = (
-            Free(top_k, temperature) if published else Weighed(classes, torch.zeros(classes.shape), top_k, temperature)
+            TokenRoute(top_k, temperature)
+            if published
+            else LayerRoute(classes, torch.zeros(classes.shape), top_k, temperature)
         )
 
     def route(self, features_BF: Tensor) -> Route:
         """Decides nothing beforehand."""
-        if isinstance(self._route, Weighed) and self._route.experts_BM.device != features_BF.device:
+        if isinstance(self._route, LayerRoute) and self._route.experts_BM.device != features_BF.device:
             device = features_BF.device
             self._route = replace(
                 self._route, experts_BM=self._route.experts_BM.to(device), prior_BM=self._route.prior_BM.to(device)

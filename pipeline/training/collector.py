@@ -14,9 +14,9 @@ from torch import Tensor, nn
 
 from pipeline.models.bases import Base
 from pipeline.models.prompts import IGNORED, Encoded, collate_for, ids, to_device
-from pipeline.routing.evidence import EvidenceReader
 from pipeline.routing.features import project
-from pipeline.routing.routed_model import PromptReader
+from pipeline.routing.layer_classifiers import LayerInputHook
+from pipeline.routing.routed_model import PromptFeatureHook
 
 
 def prompt_mask(batch: dict[str, Any]) -> Tensor:
@@ -35,7 +35,7 @@ def collect_features(
     """
     found: list[tuple[Tensor, Tensor]] = []
     seen: list[Tensor] = []
-    reader = PromptReader(base.model, lambda features, tokens: seen.append(features))
+    reader = PromptFeatureHook(base.model, lambda features, tokens: seen.append(features))
     last: Sequence[Encoded] | None = None
     try:
         with _without_layers(base):
@@ -72,7 +72,7 @@ class EvidenceCollector:
     """Collects the pooled inputs of the Linears at `paths` from training rows."""
 
     def __init__(self, model: nn.Module, paths: Sequence[str]) -> None:
-        self._reader = EvidenceReader(model, paths)
+        self._reader = LayerInputHook(model, paths)
 
     def expect(self, batch: dict[str, Any], rows: int) -> None:
         """Says that of the coming forward pass the first `rows` rows are to be recorded."""

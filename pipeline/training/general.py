@@ -12,10 +12,10 @@ from pipeline.data.encoded.actors import on_workers
 from pipeline.data.encoded.packing import unpack
 from pipeline.models.inference import FrozenBase, InferenceWorkers
 from pipeline.models.prompts import Encoded, ids
-from pipeline.routing.evidence import EvidenceReader
 from pipeline.routing.features import feature_width, project
+from pipeline.routing.layer_classifiers import LayerInputHook
 from pipeline.routing.null import components
-from pipeline.routing.routed_model import PromptReader
+from pipeline.routing.routed_model import PromptFeatureHook
 from pipeline.routing.statistics import PromptStatistics
 from pipeline.training.stages import heard_paths
 
@@ -63,8 +63,8 @@ class StatisticsCollector(FrozenBase):
         super().__init__(base, workers, vision=vision)
         self.width = feature_width(self.base.width, wanted_width)
         self.features: torch.Tensor | None = None
-        self.evidence = EvidenceReader(self.base.model, heard_paths(self.base, targets))
-        PromptReader(self.base.model, self._listen)
+        self.evidence = LayerInputHook(self.base.model, heard_paths(self.base, targets))
+        PromptFeatureHook(self.base.model, self._listen)
 
     def _listen(self, features: torch.Tensor | None, tokens: torch.Tensor | None) -> None:
         self.features, self.evidence.tokens_BT = features, tokens

@@ -21,7 +21,7 @@ from pipeline.config import ExpertConfig
 from pipeline.models.bases import Base
 from pipeline.models.prompts import IGNORED
 from pipeline.routing.adapters import ADAPTER_WEIGHTS, Adapter
-from pipeline.routing.layer import GatedLinear
+from pipeline.routing.routed_linear import GatedLinear
 from pipeline.training.zero import gathered
 
 

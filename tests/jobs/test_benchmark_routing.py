@@ -15,7 +15,7 @@ from jobs.benchmark.engines import ENGINES, PLACES, PROMPT, RANK, TOP_K, Engine,
 from jobs.benchmark.engines import _lora_layers as lora_layers
 from jobs.benchmark.engines import _with_adapters as with_adapters
 from jobs.benchmark.routing import Measuring, peak_bytes
-from pipeline.routing.route import Weighed
+from pipeline.routing.routes import LayerRoute
 
 LINEAR = "24x40"
 
@@ -93,7 +93,7 @@ def test_two_level_mixes_and_prompt_chooses_the_first(setup: Setup, experts: int
         mixing, choosing, one = (build(name, setup, experts) for name in ("two_level", "prompt", "single"))
     outputs(mixing, PROMPT)
     assert isinstance(mixing, Routed)
-    assert isinstance(mixing.state.route, Weighed)
+    assert isinstance(mixing.state.route, LayerRoute)
     assert mixing.state.route.experts_BM.shape == (1, min(PLACES, experts + 1))
     torch.testing.assert_close(outputs(choosing, 1), outputs(one, 1), rtol=1e-5, atol=1e-5)
 

@@ -11,7 +11,7 @@ from pipeline.models.bases import Base, load_base
 from pipeline.models.families import family_of
 from pipeline.models.placement import device_map, largest_share, split
 from pipeline.planning.architecture import base_configuration
-from pipeline.routing.evidence import pooled
+from pipeline.routing.layer_classifiers import pooled
 from tests.helpers import checksum
 
 LARGE = Path(__file__).parents[2] / "jobs" / "configs" / "bases" / "internvl2_8b"

@@ -20,7 +20,7 @@ from pipeline.models.bases import load_base
 from pipeline.models.prompts import generate_answers
 from pipeline.routing import Decision, Pool, PoolError, RoutedModel
 from pipeline.routing.insight import explain, weighed
-from pipeline.routing.layer import RoutedLinear
+from pipeline.routing.routed_linear import RoutedLinear
 from tests.helpers import (
     CLAIMS,
     GENERAL,

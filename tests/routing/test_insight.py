@@ -150,7 +150,7 @@ def test_where_whole_prompts_decide_every_token_has_the_same_weights(tiny_base, 
             assert weights_TE.shape == (lengths(rows)[row], len(CLAIMS))
             assert same_at_every_token(weights_TE)
             if kind == "token":
-                torch.testing.assert_close(weights_TE[0], routed.last.state.votes[path][row])
+                torch.testing.assert_close(weights_TE[0], routed.last.state.layer_weights[path][row])
             else:
                 assert weights_TE[0].tolist() == [float(name == owner) for name in CLAIMS]
         assert_mean_is_the_decision(explanation)

@@ -7,7 +7,7 @@ import torch
 from scipy.stats import multivariate_t
 
 from pipeline.routing.prompt_router import PromptRouter
-from pipeline.routing.route import Base, Fixed, spread
+from pipeline.routing.routes import BaseOnly, PromptRoute, to_pool_weights
 from pipeline.routing.statistics import PromptStatistics
 
 F = 10
@@ -79,10 +79,10 @@ def joint_null(experts: int) -> torch.Tensor:
 def weights(router: PromptRouter, x_BF: torch.Tensor) -> torch.Tensor:
     """Returns how much of each prompt every expert gets (B, E)."""
     match router.route(x_BF):
-        case Base():
+        case BaseOnly():
             return torch.zeros(len(x_BF), len(router.experts))
-        case Fixed(experts_BM, weights_BM):
-            return spread(weights_BM, experts_BM, len(router.experts)).expand(len(x_BF), -1)
+        case PromptRoute(experts_BM, weights_BM):
+            return to_pool_weights(weights_BM, experts_BM, len(router.experts)).expand(len(x_BF), -1)
     raise AssertionError
 
 

@@ -13,9 +13,9 @@ from pipeline.models.prompts import collate, generate_answers
 from pipeline.routing import Decision, Expert, Pool, PoolError, PromptStatistics, RoutedModel
 from pipeline.routing.call import router_of
 from pipeline.routing.features import project
-from pipeline.routing.layer import RoutedLinear, Running
 from pipeline.routing.null import components
-from pipeline.routing.route import Fixed, RoutingState
+from pipeline.routing.routed_linear import RoutedLinear, Running
+from pipeline.routing.routes import PromptRoute, RoutingState
 from tests.helpers import (
     CLAIMS,
     ask,
@@ -210,7 +210,7 @@ def test_a_gate_half_open_everywhere_is_half_of_both_worlds(tiny_base, pool):
     x_BTD = torch.randn(1, 3, linear.in_features)
     with attached(tiny_base, one) as routed:
         module = tiny_base.model.get_submodule(path)
-        state = RoutingState(1, Fixed(torch.tensor([[0]]), torch.tensor([[0.5]])))
+        state = RoutingState(1, PromptRoute(torch.tensor([[0]]), torch.tensor([[0.5]])))
         routed.current.running = Running(state, routed._loaded[1].whole, routed.current)
         half = module(x_BTD)
     expected = linear(x_BTD) + 0.5 * adapter.scaling * x_BTD @ adapter.a_RD.T @ adapter.b_OR.T

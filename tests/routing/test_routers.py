@@ -12,8 +12,8 @@ from pipeline.config import BaseModelConfig, RouterConfig
 from pipeline.models.bases import load_base
 from pipeline.routing import Pool, PoolError, RoutedModel
 from pipeline.routing.adapters import Adapter
-from pipeline.routing.layer import RoutedLinear
-from pipeline.routing.route import NOBODY, Fixed, Weighed
+from pipeline.routing.routed_linear import RoutedLinear
+from pipeline.routing.routes import NULL_EXPERT, LayerRoute, PromptRoute
 from tests.helpers import (
     assert_same,
     attached,
@@ -89,13 +89,13 @@ def test_where_prompts_look_alike_the_linears_decide(tiny_base, known_pool, mixe
     alike = blurred(known_pool, "reader", "speaker", None)
     with attached(tiny_base, alike) as routed:
         generate(tiny_base, rows, tokens=1)
-        assert isinstance(routed.last.state.route, Weighed)
+        assert isinstance(routed.last.state.route, LayerRoute)
         route = routed.last.state.route
         for listed, prior, owner in zip(route.experts_BM.tolist(), route.prior_BM.exp().tolist(), owners, strict=True):
             if owner == "painter":
                 assert (listed[0], prior[0]) == (2, pytest.approx(1, abs=1e-3))
             else:
-                assert set(listed) == {0, 1, NOBODY}
+                assert set(listed) == {0, 1, NULL_EXPERT}
                 assert prior == pytest.approx([1 / 3] * 3, abs=1e-3)
         assert answered(routed) == owners
     with attached(tiny_base, alike.routed_by(kind="prompt")) as routed:
@@ -108,7 +108,7 @@ def test_where_the_prompt_is_clear_both_levels_are_the_prompt_router(tiny_base, 
         expected = generate(tiny_base, mixed[0])
     with attached(tiny_base, known_pool.routed_by(kind="two_level")) as routed:
         found = generate(tiny_base, mixed[0])
-        assert isinstance(routed.last.state.route, Fixed)
+        assert isinstance(routed.last.state.route, PromptRoute)
         assert not routed.last.state.evidence
     assert found[1].equal(expected[1])
 
@@ -132,7 +132,7 @@ def test_every_linear_keeps_to_what_it_chose_at_prefill(tiny_base, pool, mixed):
     with attached(tiny_base, pool) as routed:
         hook = tiny_base.model.model.language_model.register_forward_hook(
             lambda module, args, output: steps.append(
-                [routed.current.running.state.held[path] for path in routed.paths]
+                [routed.current.running.state.cached_choice[path] for path in routed.paths]
             )
         )
         generate(tiny_base, rows, tokens=TOKENS)
@@ -314,5 +314,5 @@ def test_a_base_in_half_precision(tiny_base, half_base, known_pool, mixed, route
 def test_a_blurred_pool_in_half_precision(half_base, known_pool, mixed):
     with attached(half_base, blurred(known_pool, "reader", "speaker", None)) as routed:
         generate(half_base, mixed[0], tokens=2)
-        assert isinstance(routed.last.state.route, Weighed)
+        assert isinstance(routed.last.state.route, LayerRoute)
         assert answered(routed) == mixed[1]

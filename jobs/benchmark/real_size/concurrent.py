@@ -25,8 +25,8 @@ from pipeline.models.prompts import Encoded, collate_for, encode, generate_answe
 from pipeline.models.tiny import TINY_BASE
 from pipeline.routing import Expert, ExpertCard, Pool, PromptStatistics, RoutedModel
 from pipeline.routing.adapters import Adapter
-from pipeline.routing.evidence import EvidenceReader
-from pipeline.routing.routed_model import PromptReader
+from pipeline.routing.layer_classifiers import LayerInputHook
+from pipeline.routing.routed_model import PromptFeatureHook
 
 PROMPTS, THREADS = 400, 8
 ROUTERS = ("prompt", "two_level", "token")
@@ -134,13 +134,13 @@ def random_expert(base: Base, name: str, seed: int) -> Expert:
 def heard(base: Base, paths: list[str], rows: list[Encoded]) -> tuple[Tensor, dict[str, Tensor]]:
     """Returns the features of prompts (N, F), and the inputs of the Linears at `paths` pooled over each (N, 64)."""
     features: list[Tensor] = []
-    evidence = EvidenceReader(base.model, paths)
+    evidence = LayerInputHook(base.model, paths)
 
     def listen(features_BF: Tensor, tokens_BT: Tensor) -> None:
         features.append(features_BF)
         evidence.tokens_BT = tokens_BT
 
-    reader = PromptReader(base.model, listen)
+    reader = PromptFeatureHook(base.model, listen)
     batch = collate_for(base.processor, rows, "left")
     del batch["labels"]
     base.model(**batch, use_cache=False)

@@ -22,8 +22,8 @@ from pipeline.models.bases import Base, load_base
 from pipeline.models.prompts import collate
 from pipeline.routing.null import components
 from pipeline.routing.prompt_router import PromptRouter
-from pipeline.routing.route import NOBODY
-from pipeline.routing.routed_model import PromptReader
+from pipeline.routing.routed_model import PromptFeatureHook
+from pipeline.routing.routes import NULL_EXPERT
 from pipeline.routing.statistics import PromptStatistics
 
 TRAIN_ROWS, ASKED = 800, 200
@@ -69,7 +69,7 @@ def read(examples: Sequence[Example]) -> Tensor:
         heard.append(features_BS)
         raise _Heard
 
-    reader = PromptReader(base.model, listen)
+    reader = PromptFeatureHook(base.model, listen)
     rows = encode_examples(base.processor, list(examples), answer=False)
     for start in range(0, len(rows), 100):
         batch = collate(rows[start : start + 100], pad_token_id=base.processor.tokenizer.pad_token_id, side="left")
@@ -92,7 +92,7 @@ def routed_right(stream: Sequence[str], prepare: Prepare = lambda x_NS: x_NS) ->
     found = {}
     for name in (*stream, *foundation.FOUNDATION):
         chosen_B1, _ = router.short_list(prepare(features(name, "eval")), 1)
-        found[name] = float((chosen_B1 == (stream.index(name) if name in stream else NOBODY)).double().mean())
+        found[name] = float((chosen_B1 == (stream.index(name) if name in stream else NULL_EXPERT)).double().mean())
     return found
 
 

@@ -9,10 +9,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.functional import layer_norm
 from torch.utils.checkpoint import checkpoint
 
-from pipeline.routing import layer
-from pipeline.routing.evidence import Hearing
-from pipeline.routing.layer import Current, GatedLinear, LinearExperts, PoolExperts, RoutedLinear, Running, Slot
-from pipeline.routing.route import NOBODY, Base, Fixed, Free, Route, RoutingState, Weighed
+from pipeline.routing import routed_linear as layer
+from pipeline.routing.layer_classifiers import LayerClassifier
+from pipeline.routing.routed_linear import Current, GatedLinear, LinearExperts, PoolExperts, RoutedLinear, Running, Slot
+from pipeline.routing.routes import NULL_EXPERT, BaseOnly, LayerRoute, PromptRoute, Route, RoutingState, TokenRoute
 
 B, T, D, O, POOL = 3, 5, 24, 16, 4  # noqa: E741 - shape letters
 RANKS = {0: 2, 1: 5, 3: 1}
@@ -69,10 +69,10 @@ def token_weight(slots, x_BTD, top_k, temperature):
     return weight
 
 
-def routed(linear, slots, route: Route, hearing: Hearing | None = None, tokens_BT=None) -> RoutedLinear:
+def routed(linear, slots, route: Route, classifier: LayerClassifier | None = None, tokens_BT=None) -> RoutedLinear:
     """A routed Linear in a pool of POOL experts, at prefill under this route."""
     module = RoutedLinear(linear, Current([]), "path")
-    experts = PoolExperts({"path": LinearExperts.stacked(linear, slots, POOL, hearing)})
+    experts = PoolExperts({"path": LinearExperts.stacked(linear, slots, POOL, classifier)})
     state = RoutingState(POOL, route, torch.ones(B, T) if tokens_BT is None else tokens_BT)
     module.current.running = Running(state, experts, module.current)
     return module
@@ -89,7 +89,7 @@ def form(request, monkeypatch):
         monkeypatch.setattr(layer, "DENSE_EXPERTS", 0)
 
 
-LIST_BM = torch.tensor([[0, NOBODY, 3], [1, 0, 2], [NOBODY, 2, 1]])
+LIST_BM = torch.tensor([[0, NULL_EXPERT, 3], [1, 0, 2], [NULL_EXPERT, 2, 1]])
 """Each row has a list of its own; expert 2 has no adapter here."""
 
 
@@ -107,12 +107,12 @@ def listed_weight(slots, list_BM, weight):
 def test_fixed_weights_are_the_weighted_sum(linear, x_BTD, rows):
     slots, list_BM = make_slots(), LIST_BM[:rows]
     weights_BM = torch.rand(rows, 3, generator=random(2))
-    found = routed(linear, slots, Fixed(list_BM, weights_BM))(x_BTD)
+    found = routed(linear, slots, PromptRoute(list_BM, weights_BM))(x_BTD)
     expected = naive(linear, slots, x_BTD, listed_weight(slots, list_BM, lambda b, t: weights_BM[min(b, rows - 1)]))
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
 
 
-HEARING = Hearing(
+CLASSIFIER = LayerClassifier(
     None,
     classes_C=torch.tensor([0, 1, POOL]),
     vector_CD=0.1 * torch.randn(3, D, generator=random(5)),
@@ -123,8 +123,8 @@ HEARING = Hearing(
 
 def heard(x_TD: torch.Tensor) -> torch.Tensor:
     """Log-likelihoods of the pool's experts and of the null expert for a prompt (E + 1,), 0 where nothing is known."""
-    own_C = HEARING.vector_CD @ x_TD.mean(0) + HEARING.bias_C
-    return torch.zeros(POOL + 1).index_copy(0, HEARING.classes_C, own_C - own_C.mean())
+    own_C = CLASSIFIER.vector_CD @ x_TD.mean(0) + CLASSIFIER.bias_C
+    return torch.zeros(POOL + 1).index_copy(0, CLASSIFIER.classes_C, own_C - own_C.mean())
 
 
 @pytest.mark.parametrize("temperature", [0.3, 1.0])
@@ -137,7 +137,7 @@ def test_a_list_is_weighed_by_evidence_and_prior(linear, x_BTD, rows, temperatur
         row = min(b, rows - 1)
         return (heard(x_BTD[b])[list_BM[row]] / temperature + prior_BM[row]).softmax(0)
 
-    module = routed(linear, slots, Weighed(list_BM, prior_BM, 3, temperature), HEARING)
+    module = routed(linear, slots, LayerRoute(list_BM, prior_BM, 3, temperature), CLASSIFIER)
     found = module(x_BTD)
     expected = naive(linear, slots, x_BTD, listed_weight(slots, list_BM, weight))
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
@@ -147,9 +147,9 @@ def test_a_list_is_weighed_by_evidence_and_prior(linear, x_BTD, rows, temperatur
 
 
 def test_only_the_likeliest_of_a_list_have_a_weight(linear, x_BTD):
-    everybody = torch.tensor([[0, 1, 2, 3, NOBODY]])
-    route = Weighed(everybody, torch.zeros(1, 5), 1)
-    module = routed(linear, make_slots(), route, HEARING)
+    everybody = torch.tensor([[0, 1, 2, 3, NULL_EXPERT]])
+    route = LayerRoute(everybody, torch.zeros(1, 5), 1)
+    module = routed(linear, make_slots(), route, CLASSIFIER)
     module(x_BTD)
     best = [int(heard(x_TD).argmax()) for x_TD in x_BTD]
     expected = torch.zeros(B, POOL + 1)
@@ -160,7 +160,7 @@ def test_only_the_likeliest_of_a_list_have_a_weight(linear, x_BTD):
 def test_evidence_counts_the_prompts_real_tokens_only(linear, x_BTD):
     tokens_BT = torch.ones(B, T)
     tokens_BT[1, :3] = 0
-    module = routed(linear, make_slots(), Weighed(LIST_BM, torch.zeros(B, 3)), HEARING, tokens_BT)
+    module = routed(linear, make_slots(), LayerRoute(LIST_BM, torch.zeros(B, 3)), CLASSIFIER, tokens_BT)
     module(x_BTD)
     found_BX = state_of(module).evidence["path"]
     expected_BX = torch.stack([heard(x_BTD[0]), heard(x_BTD[1, 3:]), heard(x_BTD[2])])
@@ -170,11 +170,11 @@ def test_evidence_counts_the_prompts_real_tokens_only(linear, x_BTD):
 def test_evidence_adds_up_through_the_depth(linear, x_BTD):
     """The second Linear only repeats the first one's input; the third hears something new."""
     current = Current([])
-    hearings = {"a": HEARING, "b": Hearing("a"), "c": dataclasses.replace(HEARING, follows="a")}
-    experts = {path: LinearExperts.stacked(linear, make_slots(), POOL, h) for path, h in hearings.items()}
-    state = RoutingState(POOL, Weighed(LIST_BM, torch.zeros(B, 3)), torch.ones(B, T))
+    layer_classifiers = {"a": CLASSIFIER, "b": LayerClassifier("a"), "c": dataclasses.replace(CLASSIFIER, follows="a")}
+    experts = {path: LinearExperts.stacked(linear, make_slots(), POOL, h) for path, h in layer_classifiers.items()}
+    state = RoutingState(POOL, LayerRoute(LIST_BM, torch.zeros(B, 3)), torch.ones(B, T))
     current.running = Running(state, PoolExperts(experts), current)
-    modules = [RoutedLinear(linear, current, path) for path in hearings]
+    modules = [RoutedLinear(linear, current, path) for path in layer_classifiers]
     for module, x in zip(modules, (x_BTD, x_BTD, 2 * x_BTD), strict=True):
         module(x)
         module(x)  # as when a checkpointed layer runs again
@@ -187,62 +187,62 @@ def test_evidence_adds_up_through_the_depth(linear, x_BTD):
 @pytest.mark.parametrize("top_k", [1, 2, 3, 9])
 def test_choosing_from_the_whole_pool_is_the_weighted_sum(linear, x_BTD, top_k, temperature, form):
     slots = make_slots()
-    found = routed(linear, slots, Free(top_k, temperature))(x_BTD)
+    found = routed(linear, slots, TokenRoute(top_k, temperature))(x_BTD)
     expected = naive(linear, slots, x_BTD, token_weight(slots, x_BTD, top_k, temperature))
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
 
 
 def test_rows_may_go_to_different_experts_or_to_none(linear, x_BTD):
     slots = make_slots()
-    y_BTO = routed(linear, slots, Fixed(torch.tensor([[1], [3], [NOBODY]]), torch.ones(B, 1)))(x_BTD)
+    y_BTO = routed(linear, slots, PromptRoute(torch.tensor([[1], [3], [NULL_EXPERT]]), torch.ones(B, 1)))(x_BTD)
     for row, slot in ((0, slots[1]), (1, slots[2])):
         alone = linear(x_BTD[row]) + slot.scaling * x_BTD[row] @ slot.a_RD.T @ slot.b_OR.T
         torch.testing.assert_close(y_BTO[row], alone, rtol=1e-5, atol=1e-5)
     assert y_BTO[2].equal(linear(x_BTD)[2])
 
 
-@pytest.mark.parametrize("expert", [2, NOBODY])
+@pytest.mark.parametrize("expert", [2, NULL_EXPERT])
 def test_an_expert_without_this_linear_leaves_it_alone(linear, x_BTD, expert):
     one = torch.tensor([[expert]])
-    for route in (Fixed(one, torch.ones(1, 1)), Weighed(one, torch.zeros(1, 1))):
+    for route in (PromptRoute(one, torch.ones(1, 1)), LayerRoute(one, torch.zeros(1, 1))):
         module = routed(linear, make_slots(), route)
         assert module(x_BTD).equal(linear(x_BTD))
 
 
-@pytest.mark.parametrize("route", [Base(), Free(), Fixed(torch.tensor([[2]]), torch.ones(1, 1))])
+@pytest.mark.parametrize("route", [BaseOnly(), TokenRoute(), PromptRoute(torch.tensor([[2]]), torch.ones(1, 1))])
 def test_without_any_expert_the_base_answers(linear, x_BTD, route):
     assert routed(linear, [], route)(x_BTD).equal(linear(x_BTD))
-    assert routed(linear, make_slots(), Base())(x_BTD).equal(linear(x_BTD))
+    assert routed(linear, make_slots(), BaseOnly())(x_BTD).equal(linear(x_BTD))
 
 
 def test_one_expert_choosing_for_itself_is_its_lora(linear, x_BTD, form):
     (slot,) = make_slots({0: 3})
     lora = linear(x_BTD) + slot.scaling * x_BTD @ slot.a_RD.T @ slot.b_OR.T
-    torch.testing.assert_close(routed(linear, [slot], Free())(x_BTD), lora, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(routed(linear, [slot], TokenRoute())(x_BTD), lora, rtol=1e-5, atol=1e-5)
 
 
 def test_experts_stand_where_the_linear_is(linear):
-    experts = LinearExperts.stacked(linear, make_slots(), POOL, HEARING)
+    experts = LinearExperts.stacked(linear, make_slots(), POOL, CLASSIFIER)
     assert experts.beside(linear) is experts
     moved = experts.beside(linear.to("meta", torch.bfloat16))
     assert {moved.down_SD.dtype, moved.up_SO.dtype} == {torch.bfloat16}
-    tensors = [t for t in [*vars(moved).values(), *vars(moved.hearing).values()] if isinstance(t, torch.Tensor)]
+    tensors = [t for t in [*vars(moved).values(), *vars(moved.classifier).values()] if isinstance(t, torch.Tensor)]
     assert len(tensors) == 8
     assert all(tensor.is_meta for tensor in tensors)
 
 
 def test_the_base_linear_is_the_same_object_and_nothing_trains(linear):
-    module = routed(linear, make_slots(), Base())
+    module = routed(linear, make_slots(), BaseOnly())
     assert module.base is linear
     assert list(module.state_dict()) == ["base.weight", "base.bias"]
     assert not any(p.requires_grad for p in module.parameters())
 
 
 ROUTES = [
-    Free(2),
-    Fixed(LIST_BM, torch.full((B, 3), 0.25)),
-    Fixed(LIST_BM[:1], torch.ones(1, 3)),
-    Weighed(LIST_BM, torch.zeros(B, 3)),
+    TokenRoute(2),
+    PromptRoute(LIST_BM, torch.full((B, 3), 0.25)),
+    PromptRoute(LIST_BM[:1], torch.ones(1, 3)),
+    LayerRoute(LIST_BM, torch.zeros(B, 3)),
 ]
 
 
@@ -259,12 +259,12 @@ def test_half_precision_stays_half_precision(linear, x_BTD, route, form):
 def test_compiled_code_computes_the_same(linear, x_BTD, route):
     module = routed(linear, make_slots(), route)
     expected = module(x_BTD)
-    state_of(module).held.clear()
+    state_of(module).cached_choice.clear()
     torch.compiler.reset()
     compiled = torch.compile(module, backend="eager", fullgraph=True)
     for _ in ("chosen", "held"):
         torch.testing.assert_close(compiled(x_BTD), expected, rtol=1e-5, atol=1e-5)
-    assert isinstance(route, Free) or "path" in state_of(module).held
+    assert isinstance(route, TokenRoute) or "path" in state_of(module).cached_choice
 
 
 @pytest.mark.parametrize("route", ROUTES)
@@ -282,7 +282,7 @@ def test_votes_are_mean_weights_over_the_prompts_real_tokens(linear, x_BTD, form
     slots = make_slots()
     tokens_BT = torch.ones(B, T)
     tokens_BT[1, :3] = 0
-    module = routed(linear, slots, Free(2), None, tokens_BT)
+    module = routed(linear, slots, TokenRoute(2), None, tokens_BT)
     module(x_BTD)
     weight = token_weight(slots, x_BTD, 2, 1.0)
     expected_BE = torch.zeros(B, POOL)
@@ -299,7 +299,7 @@ def test_votes_are_mean_weights_over_the_prompts_real_tokens(linear, x_BTD, form
 
 
 def test_traces_hold_the_weight_of_every_expert_at_every_token(linear, x_BTD, form):
-    module = routed(linear, make_slots(), Free(2))
+    module = routed(linear, make_slots(), TokenRoute(2))
     module(x_BTD)
     assert state_of(module).traces is None
     state_of(module).traces = {}
@@ -351,18 +351,18 @@ def test_an_untrained_lora_gives_its_vector_no_gradient(linear, x_BTD):
 @pytest.mark.parametrize("route", ROUTES)
 def test_linears_on_several_devices(x_BTD, route, monkeypatch):
     """Devices without memory: operators compute shapes, and refuse tensors of two devices."""
-    if isinstance(route, Weighed):  # it looks at values to leave out who has no weight, except in compiled code
+    if isinstance(route, LayerRoute):  # it looks at values to leave out who has no weight, except in compiled code
         monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
     slots = [dataclasses.replace(slot, b_OR=torch.zeros(D, len(slot.a_RD))) for slot in make_slots()]
-    stacked = LinearExperts.stacked(nn.Linear(D, D), slots, POOL, HEARING)
+    stacked = LinearExperts.stacked(nn.Linear(D, D), slots, POOL, CLASSIFIER)
     devices = [torch.device("cpu", i) for i in (0, 1)]
     current, linears, experts = Current([]), [], {}
     with torch.no_grad(), FakeTensorMode(allow_non_fake_inputs=True):
         for i, device in enumerate(devices):
             linear = nn.Linear(D, D, bias=False, device="meta")
             linear.weight = nn.Parameter(torch.empty(D, D, device=device), requires_grad=False)
-            hearing = dataclasses.replace(HEARING, follows="0" if i else None)
-            experts[str(i)] = dataclasses.replace(stacked, hearing=hearing).beside(linear)
+            classifier = dataclasses.replace(CLASSIFIER, follows="0" if i else None)
+            experts[str(i)] = dataclasses.replace(stacked, classifier=classifier).beside(linear)
             linears.append(RoutedLinear(linear, current, str(i)))
         tensors = {name: value.to(devices[0]) for name, value in vars(route).items() if isinstance(value, torch.Tensor)}
         state = RoutingState(POOL, dataclasses.replace(route, **tensors), torch.ones(B, T).to(devices[0]))
@@ -373,6 +373,6 @@ def test_linears_on_several_devices(x_BTD, route, monkeypatch):
                 h_BTD = linear(h_BTD.to(device))
             assert h_BTD.device == devices[1]
             state.decode()
-        for path, held in state.held.items():
+        for path, held in state.cached_choice.items():
             assert {tensor.device for tensor in held} == {experts[path].down_SD.device}
         assert state.weights_BE is None or state.weights_BE.device == devices[0]

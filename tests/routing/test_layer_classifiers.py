@@ -8,10 +8,17 @@ from torch import Tensor
 
 from pipeline.config import RouterConfig
 from pipeline.routing import Pool, PromptStatistics
-from pipeline.routing.evidence import WIDTH, EvidenceReader, Hearing, add_evidence, hearings, pooled
 from pipeline.routing.features import project
 from pipeline.routing.gaussian import solve
-from pipeline.routing.routed_model import PromptReader
+from pipeline.routing.layer_classifiers import (
+    WIDTH,
+    LayerClassifier,
+    LayerInputHook,
+    add_evidence,
+    layer_classifiers,
+    pooled,
+)
+from pipeline.routing.routed_model import PromptFeatureHook
 from tests.helpers import (
     CLAIMS,
     attached,
@@ -50,13 +57,13 @@ def statistics(owner: int, paths: tuple[str, ...] = ("query", "gate", "down")) -
 KNOWN, NULL = [statistics(owner) for owner in range(EXPERTS)], statistics(EXPERTS)
 
 
-def hear(experts=KNOWN, null=NULL, shrinkage: float = 0.05) -> dict[str, Hearing]:
-    return hearings(list(WIDTHS), experts, null, WIDTHS, order=list(WIDTHS), shrinkage=shrinkage)
+def hear(experts=KNOWN, null=NULL, shrinkage: float = 0.05) -> dict[str, LayerClassifier]:
+    return layer_classifiers(list(WIDTHS), experts, null, WIDTHS, order=list(WIDTHS), shrinkage=shrinkage)
 
 
-def heard(hearing: Hearing, x_BD: Tensor, classes: int = CLASSES) -> Tensor:
+def heard(classifier: LayerClassifier, x_BD: Tensor, classes: int = CLASSES) -> Tensor:
     """Returns a Linear's own contribution for inputs that are the same at every token (B, X)."""
-    return add_evidence(hearing, None, x_BD.unsqueeze(1).expand(-1, T, -1), torch.ones(len(x_BD), T), classes)
+    return add_evidence(classifier, None, x_BD.unsqueeze(1).expand(-1, T, -1), torch.ones(len(x_BD), T), classes)
 
 
 def centred(scores_BC: Tensor) -> Tensor:
@@ -88,13 +95,13 @@ def test_a_row_without_tokens_pools_to_zero():
 @pytest.mark.parametrize("path", ["query", "gate", "down"])
 @pytest.mark.parametrize("shrinkage", [0.05, 0.5])
 def test_a_linear_hears_what_the_closed_form_says_of_its_projected_input(path, shrinkage):
-    hearing = hear(shrinkage=shrinkage)[path]
+    classifier = hear(shrinkage=shrinkage)[path]
     x_BD = torch.cat([samples(owner, path, 3) for owner in range(CLASSES)])
     weight_CF, bias_C = solve([*(known[path] for known in KNOWN), NULL[path]], shrinkage=shrinkage)
     expected_BC = project(x_BD, min(WIDTHS[path], WIDTH)).double() @ weight_CF.T + bias_C
-    assert hearing.classes_C.tolist() == [0, 1, 2, EXPERTS]
-    assert hearing.vector_CD.shape == (CLASSES, WIDTHS[path])
-    torch.testing.assert_close(heard(hearing, x_BD), centred(expected_BC), rtol=1e-4, atol=1e-3)
+    assert classifier.classes_C.tolist() == [0, 1, 2, EXPERTS]
+    assert classifier.vector_CD.shape == (CLASSES, WIDTHS[path])
+    torch.testing.assert_close(heard(classifier, x_BD), centred(expected_BC), rtol=1e-4, atol=1e-3)
 
 
 def test_linears_that_share_an_input_add_nothing_and_follow_the_one_that_heard_it():
@@ -109,8 +116,8 @@ def test_linears_that_share_an_input_add_nothing_and_follow_the_one_that_heard_i
 
 def test_nothing_is_heard_where_fewer_than_two_are_known():
     for experts, null in (([{}, {}, {}], {}), ([{}, {}, {}], NULL), ([KNOWN[0], {}, {}], {})):
-        assert all(hearing == Hearing(None) for hearing in hear(experts, null).values())
-    assert not heard(Hearing(None), torch.randn(B, NARROW)).any()
+        assert all(classifier == LayerClassifier(None) for classifier in hear(experts, null).values())
+    assert not heard(LayerClassifier(None), torch.randn(B, NARROW)).any()
 
 
 def test_an_expert_without_statistics_is_neither_spoken_for_nor_against():
@@ -148,21 +155,21 @@ def test_an_expert_that_was_removed_was_never_there(tiny_base):
 
 
 def test_evidence_adds_up(tiny_base):
-    hearing, before_BX = hear()["gate"], torch.randn(B, CLASSES, generator=random(4))
+    classifier, before_BX = hear()["gate"], torch.randn(B, CLASSES, generator=random(4))
     kept_BX, x_BTD = before_BX.clone(), torch.randn(B, T, NARROW, generator=random(5))
     tokens_BT = torch.ones(B, T)
     tokens_BT[0, 2:] = 0
-    own_BX = add_evidence(hearing, None, x_BTD, tokens_BT, CLASSES)
-    torch.testing.assert_close(add_evidence(hearing, before_BX, x_BTD, tokens_BT, CLASSES), before_BX + own_BX)
+    own_BX = add_evidence(classifier, None, x_BTD, tokens_BT, CLASSES)
+    torch.testing.assert_close(add_evidence(classifier, before_BX, x_BTD, tokens_BT, CLASSES), before_BX + own_BX)
     assert before_BX.equal(kept_BX)
-    assert add_evidence(hearing, None, x_BTD.bfloat16(), tokens_BT, CLASSES).dtype == torch.float32
+    assert add_evidence(classifier, None, x_BTD.bfloat16(), tokens_BT, CLASSES).dtype == torch.float32
 
 
 def test_a_hearing_moves_as_a_whole():
-    for hearing in hear().values():
-        moved = hearing.to(torch.device("cpu"))
-        assert moved.follows == hearing.follows
-        assert (moved.vector_CD is None) == (hearing.vector_CD is None)
+    for classifier in hear().values():
+        moved = classifier.to(torch.device("cpu"))
+        assert moved.follows == classifier.follows
+        assert (moved.vector_CD is None) == (classifier.vector_CD is None)
 
 
 @pytest.fixture(scope="module")
@@ -209,10 +216,10 @@ def test_neither_padding_nor_batch_mates_change_a_sample(tiny_base, mixed, side)
 def test_a_reader_takes_down_prompts_not_answers(tiny_base):
     """One sample a row, however many tokens are generated; nothing before it knows the prompt's tokens or once removed."""
     rows = prompts(tiny_base.processor, "repeat", 3)
-    evidence = EvidenceReader(tiny_base.model, language_linears(tiny_base))
+    evidence = LayerInputHook(tiny_base.model, language_linears(tiny_base))
     generate(tiny_base, rows, tokens=1)
     assert not evidence.samples
-    reader = PromptReader(tiny_base.model, lambda features, tokens: setattr(evidence, "tokens_BT", tokens))
+    reader = PromptFeatureHook(tiny_base.model, lambda features, tokens: setattr(evidence, "tokens_BT", tokens))
     generate(tiny_base, rows, tokens=4)
     assert [sample.shape for taken in evidence.samples.values() for sample in taken] == 16 * [(3, WIDTH)]
     evidence.remove()
@@ -222,7 +229,7 @@ def test_a_reader_takes_down_prompts_not_answers(tiny_base):
 
 
 def test_a_linear_hears_the_input_it_shares_with_one_that_is_not_routed():
-    found = hearings(["key", "up"], KNOWN, NULL, WIDTHS, order=list(WIDTHS), shrinkage=0.05)
+    found = layer_classifiers(["key", "up"], KNOWN, NULL, WIDTHS, order=list(WIDTHS), shrinkage=0.05)
     whole = hear()
     for path, first in (("key", "query"), ("up", "gate")):
         assert found[path].vector_CD.equal(whole[first].vector_CD)

@@ -9,37 +9,37 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-NOBODY = -1
+NULL_EXPERT = -1
 """On a list of experts: the null expert, that is the base as it is."""
 
 MIXED = -2
 """In place of a prompt's expert: its Linears choose, or mix several."""
 
-SLIGHT = 1e-3
+MIN_WEIGHT = 1e-3
 """Weight or probability below which an expert cannot change an answer visibly; it is left out, and costs nothing."""
 
 
 @dataclass(frozen=True)
-class Base:
+class BaseOnly:
     """The base answers every row."""
 
 
 @dataclass(frozen=True)
-class Fixed:
+class PromptRoute:
     """One weight for all Linears and tokens."""
 
     experts_BM: Tensor
-    """Short list of each row (B, M), or (1, M) where all rows agree: indices into the pool, or NOBODY."""
+    """Short list of each row (B, M), or (1, M) where all rows agree: indices into the pool, or NULL_EXPERT."""
     weights_BM: Tensor
     """Their weights, of the same shape."""
 
 
 @dataclass(frozen=True)
-class Weighed:
-    """Every Linear weighs a list of experts by the evidence of its own and all earlier inputs (see `evidence`)."""
+class LayerRoute:
+    """Every Linear weighs a list of experts by the evidence of its own and all earlier inputs (see `layer_classifiers`)."""
 
     experts_BM: Tensor
-    """List, as in Fixed."""
+    """List, as in PromptRoute."""
     prior_BM: Tensor
     """Log prior, added to the evidence."""
     top_k: int = 2
@@ -49,7 +49,7 @@ class Weighed:
 
 
 @dataclass(frozen=True)
-class Free:
+class TokenRoute:
     """Every Linear chooses from the whole pool, for every token, by the trained routing vectors."""
 
     top_k: int = 2
@@ -58,7 +58,7 @@ class Free:
     """Temperature of the softmax."""
 
 
-Route = Base | Fixed | Weighed | Free
+Route = BaseOnly | PromptRoute | LayerRoute | TokenRoute
 
 
 class Router(Protocol):
@@ -69,7 +69,7 @@ class Router(Protocol):
         ...
 
     def choices(self, features_BF: Tensor) -> Tensor:
-        """Returns who alone answers each prompt (B,): an index into the pool, NOBODY, or MIXED where that is not decided."""
+        """Returns who alone answers each prompt (B,): an index into the pool, NULL_EXPERT, or MIXED."""
         ...
 
 
@@ -79,16 +79,16 @@ class RoutingState:
 
     pool_size: int
     """Number of experts E."""
-    route: Route = Base()
+    route: Route = BaseOnly()
     tokens_BT: Tensor | None = None
     """Mask of the prompt's real tokens."""
     decoding: bool = False
     """Whether the prompt has been read, so that every choice is made."""
     evidence: dict[str, Tensor] = field(default_factory=dict, repr=False)
     """By Linear that hears the prompt: log-likelihood of every class so far (B, E + 1), the null expert last."""
-    held: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict, repr=False)
+    cached_choice: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict, repr=False)
     """By Linear: rows of its stacked A matrices that take part, and their weights (B, S); chosen at prefill."""
-    votes: dict[str, Tensor] = field(default_factory=dict, repr=False)
+    layer_weights: dict[str, Tensor] = field(default_factory=dict, repr=False)
     """By Linear that decides for itself: mean weight of each expert over the prompt's tokens (B, E)."""
     traces: dict[str, Tensor] | None = field(default=None, repr=False)
     """By Linear: weight of each expert at each prompt token (B, T, E); kept only while this is not None."""
@@ -104,7 +104,7 @@ class RoutingState:
         return self._placed[key]
 
     def decode(self) -> None:
-        """Ends the prompt: choices are held from here on, and nothing more is heard."""
+        """Ends the prompt: choices are cached from here on, and no Linear observes any more."""
         if not self.decoding:
             self.decoding = True
             self.evidence.clear()
@@ -112,17 +112,17 @@ class RoutingState:
     @property
     def weights_BE(self) -> Tensor | None:
         """Mean weight of each expert (B, E): over Linears and tokens where they decide, else the decision itself."""
-        if isinstance(self.route, Fixed):
-            return spread(self.route.weights_BM, self.route.experts_BM, self.pool_size)
-        if not self.votes:
+        if isinstance(self.route, PromptRoute):
+            return to_pool_weights(self.route.weights_BM, self.route.experts_BM, self.pool_size)
+        if not self.layer_weights:
             return None
-        first, *others = self.votes.values()
+        first, *others = self.layer_weights.values()
         return torch.stack([first, *(votes_BE.to(first.device) for votes_BE in others)]).mean(0)
 
 
-def spread(weights_BxM: Tensor, experts_BM: Tensor, pool_size: int) -> Tensor:
+def to_pool_weights(weights_BxM: Tensor, experts_BM: Tensor, pool_size: int) -> Tensor:
     """Turns weights of short lists (B, .., M) into weights of the whole pool (B, .., E)."""
     index_BxM = experts_BM.view(len(experts_BM), *[1] * (weights_BxM.dim() - 2), -1).expand_as(weights_BxM)
     whole = weights_BxM.new_zeros(*weights_BxM.shape[:-1], pool_size + 1)
-    # NOBODY counts from the end: it lands in the extra column, which is cut off.
+    # NULL_EXPERT counts from the end: it lands in the extra column, which is cut off.
     return whole.scatter_add(-1, index_BxM % (pool_size + 1), weights_BxM)[..., :-1]

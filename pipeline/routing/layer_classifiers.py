@@ -57,8 +57,8 @@ def pooled(x_BTD: Tensor, tokens_BT: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True)
-class Hearing:
-    """What one Linear hears."""
+class LayerClassifier:
+    """The classifier of one Linear: classes by the inputs that it observes."""
 
     follows: str | None
     """The Linear before it whose evidence it takes over."""
@@ -68,13 +68,13 @@ class Hearing:
     vector_CD: Tensor | None = None
     bias_C: Tensor | None = None
 
-    def to(self, device: torch.device) -> "Hearing":
+    def to(self, device: torch.device) -> "LayerClassifier":
         """Returns the same on another device."""
         tensors = (self.classes_C, self.vector_CD, self.bias_C)
-        return Hearing(self.follows, *(None if t is None else t.to(device) for t in tensors))
+        return LayerClassifier(self.follows, *(None if t is None else t.to(device) for t in tensors))
 
 
-def hearings(
+def layer_classifiers(
     paths: Sequence[str],
     experts: Sequence[Mapping[str, PromptStatistics]],
     null: Mapping[str, PromptStatistics],
@@ -82,11 +82,11 @@ def hearings(
     *,
     order: Sequence[str],
     shrinkage: float,
-) -> dict[str, Hearing]:
+) -> dict[str, LayerClassifier]:
     """Solves what every Linear hears from the statistics of all experts and of the null expert.
 
     `paths` are the routed Linears in the order in which the model runs them, `widths` their input widths, `order` the names
-    of all its modules. An input that several Linears share was taken down under the first of them (`EvidenceReader`): the
+    of all its modules. An input that several Linears share was taken down under the first of them (`LayerInputHook`): the
     first routed one among them hears it, whether or not that first one is routed itself.
     """
     known = {path for statistics in [*experts, null] for path in statistics}
@@ -95,25 +95,27 @@ def hearings(
     for name in order:
         source = name if name in known else source
         taken_down[name] = source
-    found: dict[str, Hearing] = {}
+    found: dict[str, LayerClassifier] = {}
     last: str | None = None
     heard: set[str] = set()
     for path in paths:
         source = taken_down[path]
         own = {i: s[source] for i, s in enumerate([*experts, null]) if source in s}
         if len(own) < 2 or source in heard:
-            found[path] = Hearing(last)
+            found[path] = LayerClassifier(last)
             continue
         heard.add(source)
         weight_CF, bias_C = solve(list(own.values()), shrinkage=shrinkage)
         matrix_DF = projection(widths[path], weight_CF.shape[-1])
         vector_CD = weight_CF.float() if matrix_DF is None else weight_CF.float() @ matrix_DF.T
-        found[path] = Hearing(last, torch.tensor(list(own)), vector_CD, bias_C.float())
+        found[path] = LayerClassifier(last, torch.tensor(list(own)), vector_CD, bias_C.float())
         last = path
     return found
 
 
-def add_evidence(hearing: Hearing, before_BX: Tensor | None, x_BTD: Tensor, tokens_BT: Tensor, classes: int) -> Tensor:
+def add_evidence(
+    classifier: LayerClassifier, before_BX: Tensor | None, x_BTD: Tensor, tokens_BT: Tensor, classes: int
+) -> Tensor:
     """Returns the evidence for all `classes` after this Linear's input (B, X).
 
     A class without statistics here gets the mean of the others. That is a handicap, since the best of the others gains:
@@ -121,14 +123,14 @@ def add_evidence(hearing: Hearing, before_BX: Tensor | None, x_BTD: Tensor, toke
     """
     rows = len(x_BTD)
     total_BX = x_BTD.new_zeros(rows, classes, dtype=torch.float32) if before_BX is None else before_BX
-    if hearing.classes_C is None or hearing.vector_CD is None or hearing.bias_C is None:
+    if classifier.classes_C is None or classifier.vector_CD is None or classifier.bias_C is None:
         return total_BX
-    own_BC = pooled(x_BTD, tokens_BT) @ hearing.vector_CD.T + hearing.bias_C
+    own_BC = pooled(x_BTD, tokens_BT) @ classifier.vector_CD.T + classifier.bias_C
     own_BC = own_BC - own_BC.mean(-1, keepdim=True)
-    return total_BX.index_add(-1, hearing.classes_C, own_BC)
+    return total_BX.index_add(-1, classifier.classes_C, own_BC)
 
 
-class EvidenceReader:
+class LayerInputHook:
     """Takes down the pooled, projected inputs of Linears while a model reads prompts.
 
     `tokens_BT` must be set before the language model runs, for all rows or the first ones, which are then the only ones that

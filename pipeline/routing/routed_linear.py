@@ -9,9 +9,9 @@
 All down-projections are one product, the masked up-projection another; nothing of shape (tokens, experts, O). Which rows
 of A and B take part depends on the route:
 
-- a list of experts (`Fixed`, `Weighed`): their rows are gathered, each prompt's own; the cost does not depend on the size
-  of the pool;
-- whole pool (`Free`), small: all rows at once, the scores of the routing vectors in the same product;
+- a list of experts (`PromptRoute`, `LayerRoute`): their rows are gathered, each prompt's own; the cost does not depend on
+  the size of the pool;
+- whole pool (`TokenRoute`), small: all rows at once, the scores of the routing vectors in the same product;
 - whole pool, large: scores of all experts, then each chosen expert once, on the tokens that chose it.
 
 Experts of different ranks stand side by side; an expert without this Linear changes nothing in it. Shapes: B rows, T
@@ -26,8 +26,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pipeline.routing.evidence import Hearing, add_evidence
-from pipeline.routing.route import SLIGHT, Fixed, Free, RoutingState, Weighed, spread
+from pipeline.routing.layer_classifiers import LayerClassifier, add_evidence
+from pipeline.routing.routes import MIN_WEIGHT, LayerRoute, PromptRoute, RoutingState, TokenRoute, to_pool_weights
 from pipeline.routing.token_router import keep_largest, normalise_vector, token_scores
 
 DENSE_EXPERTS = 16
@@ -56,14 +56,14 @@ class LinearExperts:
     """All scaled B, transposed, and a row of zeros."""
     rows_ER: Tensor
     """Rows of `down_SD` that belong to an expert of the pool (E + 1, R), filled up with the row of zeros. The last line,
-    NOBODY's, is all zeros, as is that of an expert without this Linear."""
+    NULL_EXPERT's, is all zeros, as is that of an expert without this Linear."""
     pool_E: Tensor
     """Index in the pool of the experts here."""
     owner_S: Tensor
     """Which of the experts here a row of A belongs to."""
     starts: tuple[int, ...]
     """First row of A of each expert here, and the number of them all."""
-    hearing: Hearing = Hearing(None)
+    classifier: LayerClassifier = LayerClassifier(None)
 
     @classmethod
     def stacked(
@@ -71,7 +71,7 @@ class LinearExperts:
         linear: nn.Linear,
         slots: Sequence[Slot],
         pool_size: int,
-        hearing: Hearing | None = None,
+        classifier: LayerClassifier | None = None,
         *,
         height: int = 0,
     ) -> "LinearExperts":
@@ -93,12 +93,12 @@ class LinearExperts:
             pool_E=torch.tensor([slot.expert for slot in slots], dtype=torch.long),
             owner_S=torch.repeat_interleave(torch.arange(len(slots)), torch.tensor(ranks, dtype=torch.long)),
             starts=starts,
-            hearing=hearing or Hearing(None),
+            classifier=classifier or LayerClassifier(None),
         ).beside(linear)
 
     @classmethod
     def room(
-        cls, linear: nn.Linear, rows: int, height: int, pool_size: int, hearing: Hearing | None = None
+        cls, linear: nn.Linear, rows: int, height: int, pool_size: int, classifier: LayerClassifier | None = None
     ) -> "LinearExperts":
         """Returns `rows` empty rows for experts of ranks up to `height` in `linear`, of a pool of `pool_size`."""
         kind: Any = {"dtype": linear.weight.dtype, "device": linear.weight.device}
@@ -110,7 +110,7 @@ class LinearExperts:
             pool_E=torch.zeros(0, dtype=torch.long, device=device),
             owner_S=torch.zeros(0, dtype=torch.long, device=device),
             starts=(0,),
-            hearing=(hearing or Hearing(None)).to(device),
+            classifier=(classifier or LayerClassifier(None)).to(device),
         )
 
     def beside(self, linear: nn.Linear) -> "LinearExperts":
@@ -126,7 +126,7 @@ class LinearExperts:
             rows_ER=self.rows_ER.to(device),
             pool_E=self.pool_E.to(device),
             owner_S=self.owner_S.to(device),
-            hearing=self.hearing.to(device),
+            classifier=self.classifier.to(device),
         )
 
 
@@ -189,10 +189,10 @@ class RoutedLinear(nn.Module):
         if experts is None:
             return y_BTO
         match state.route:
-            case Fixed() | Weighed():
-                held = state.held.get(self.path)
+            case PromptRoute() | LayerRoute():
+                held = state.cached_choice.get(self.path)
                 return self._listed(x_BTD, y_BTO, experts, *(held or self._choose(x_BTD, experts, state)))
-            case Free() as route if len(experts.pool_E):
+            case TokenRoute() as route if len(experts.pool_E):
                 return self._free(x_BTD, y_BTO, experts, state, route)
         return y_BTO
 
@@ -210,24 +210,26 @@ class RoutedLinear(nn.Module):
     @torch.no_grad()
     def _choose(self, x_BTD: Tensor, experts: LinearExperts, state: RoutingState) -> tuple[Tensor, Tensor]:
         """Chooses the rows that take part and their weights (B, S), which the call holds from then on."""
-        if isinstance(state.route, Weighed):
-            experts_BM, weights_BM = self._weigh(x_BTD, experts.hearing, state, state.route)
+        if isinstance(state.route, LayerRoute):
+            experts_BM, weights_BM = self._weigh(x_BTD, experts.classifier, state, state.route)
         else:
-            assert isinstance(state.route, Fixed)
+            assert isinstance(state.route, PromptRoute)
             experts_BM = state.on(x_BTD.device, state.route.experts_BM)
             weights_BM = state.on(x_BTD.device, state.route.weights_BM)
         rows_BS = experts.rows_ER[experts_BM].flatten(1)
         weights_BS = weights_BM.repeat_interleave(experts.rows_ER.shape[-1], dim=-1).to(x_BTD.dtype)
-        state.held[self.path] = rows_BS, weights_BS
+        state.cached_choice[self.path] = rows_BS, weights_BS
         return rows_BS, weights_BS
 
-    def _weigh(self, x_BTD: Tensor, hearing: Hearing, state: RoutingState, route: Weighed) -> tuple[Tensor, Tensor]:
+    def _weigh(
+        self, x_BTD: Tensor, classifier: LayerClassifier, state: RoutingState, route: LayerRoute
+    ) -> tuple[Tensor, Tensor]:
         """Weighs the listed experts by the evidence of the prompt: experts and weights (B, M)."""
         assert state.tokens_BT is not None
         device = x_BTD.device
-        before_BX = None if hearing.follows is None else state.evidence[hearing.follows].to(device)
+        before_BX = None if classifier.follows is None else state.evidence[classifier.follows].to(device)
         # Set, not added up: gradient checkpointing runs a forward pass twice.
-        evidence_BX = add_evidence(hearing, before_BX, x_BTD, state.on(device, state.tokens_BT), state.pool_size + 1)
+        evidence_BX = add_evidence(classifier, before_BX, x_BTD, state.on(device, state.tokens_BT), state.pool_size + 1)
         state.evidence[self.path] = evidence_BX
         experts_BM = state.on(device, route.experts_BM).expand(len(x_BTD), -1)
         listed_BM = evidence_BX.gather(-1, experts_BM % (state.pool_size + 1))
@@ -235,17 +237,19 @@ class RoutedLinear(nn.Module):
             min(route.top_k, experts_BM.shape[-1]), dim=-1
         )
         experts_BM, weights_BM = experts_BM.gather(-1, place_BM), best_BM.softmax(-1)
-        weights_BM = weights_BM.where(weights_BM >= SLIGHT, 0)
+        weights_BM = weights_BM.where(weights_BM >= MIN_WEIGHT, 0)
         weights_BM = weights_BM / weights_BM.sum(-1, keepdim=True)
         if not torch.compiler.is_compiling():
-            state.votes[self.path] = spread(weights_BM, experts_BM, state.pool_size)
+            state.layer_weights[self.path] = to_pool_weights(weights_BM, experts_BM, state.pool_size)
             places = int((weights_BM > 0).sum(-1).max())  # in falling order: who has no weight is cut off
             experts_BM, weights_BM = experts_BM[:, :places], weights_BM[:, :places]
             if places == 1 and len(experts_BM) > 1 and (experts_BM == experts_BM[0]).all():
                 experts_BM, weights_BM = experts_BM[:1], weights_BM[:1]
         return experts_BM, weights_BM
 
-    def _free(self, x_BTD: Tensor, y_BTO: Tensor, experts: LinearExperts, state: RoutingState, route: Free) -> Tensor:
+    def _free(
+        self, x_BTD: Tensor, y_BTO: Tensor, experts: LinearExperts, state: RoutingState, route: TokenRoute
+    ) -> Tensor:
         """Adds the experts that the tokens choose from all."""
         count = len(experts.pool_E)
         if count <= DENSE_EXPERTS or torch.compiler.is_compiling():
@@ -288,7 +292,7 @@ class RoutedLinear(nn.Module):
         whole_BTE = whole_BTE.index_copy(-1, experts.pool_E, weights_BTE)
         if state.tokens_BT is not None and state.tokens_BT.shape == weights_BTE.shape[:2]:
             tokens_BT1 = state.on(weights_BTE.device, state.tokens_BT).unsqueeze(-1).float()
-            state.votes[self.path] = (whole_BTE * tokens_BT1).sum(1) / tokens_BT1.sum(1).clamp(min=1)
+            state.layer_weights[self.path] = (whole_BTE * tokens_BT1).sum(1) / tokens_BT1.sum(1).clamp(min=1)
         if state.traces is not None:
             state.traces[self.path] = whole_BTE.detach()
 
