@@ -13,8 +13,8 @@ from cluster.local import available_cpus
 from pipeline.config import LearnConfig, RouterConfig, TaskConfig
 from pipeline.data.loading.training_rows import TrainingRows
 from pipeline.models.inference import InferenceWorkers
-from pipeline.training.job import Job
 from pipeline.training.session import TrainingError
+from pipeline.training.spec import TrainSpec
 from tuning.space import SweepSpace
 from tuning.trial import TOKEN, EvaluateTemperature, TrainRank
 
@@ -46,7 +46,7 @@ class SweepResult:
 def sweep(
     space: SweepSpace,
     config: LearnConfig,
-    job: Job,
+    job: TrainSpec,
     rows: TrainingRows,
     *,
     prompts: ray.data.Dataset,
@@ -169,7 +169,7 @@ class _Progress(Callback):
         self._say(f"  {point}: {', '.join(figures)} ({found['seconds']:.0f} s)")
 
 
-def _together(job: Job, ranks: int) -> tuple[int, int]:
+def _together(job: TrainSpec, ranks: int) -> tuple[int, int]:
     """Returns how many trainings the cluster holds together, and the threads of each of their workers.
 
     By its GPUs, or else its real cores: logical CPUs would let trainings on a laptop crowd each other out. Two trainings of

@@ -24,8 +24,8 @@ from pipeline.evaluation.results import Evaluation, Prediction, scored
 from pipeline.models.inference import InferenceWorkers
 from pipeline.routing.expert import Expert
 from pipeline.routing.pool import Pool
-from pipeline.training.job import Job
 from pipeline.training.session import Session
+from pipeline.training.spec import TrainSpec
 
 TOKEN = {"cpu": 0.01}
 """What a trial that trains books for itself."""
@@ -41,7 +41,7 @@ class TrainRank(tune.Trainable):
         self, config: dict[str, Any], *, job: dict[str, Any], rows: TrainingRows, storage: str, env: dict[str, str]
     ) -> None:
         """Takes what all ranks have in common; called once a process."""
-        self._job, self._rows = Job.model_validate(job), rows
+        self._job, self._rows = TrainSpec.model_validate(job), rows
         self._session = Session(self._job.training, storage=Path(storage), worker_env=env)
 
     def reset_config(self, new_config: dict[str, Any]) -> bool:

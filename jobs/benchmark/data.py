@@ -36,7 +36,7 @@ from jobs.terminal import Terminal, table
 from pipeline.config import BaseModelConfig, ConfigError, DataConfig, SourceConfig
 from pipeline.data.demo.foundation import vocabulary
 from pipeline.data.encoded.packing import pack
-from pipeline.data.loading.preprocess import Part, Prepared, encoded_rows, prepare
+from pipeline.data.loading.preprocess import PreparedData, TaskRows, encoded_rows, prepare
 from pipeline.data.rows.records import to_record
 from pipeline.data.sources.reader import StreamError
 from pipeline.data.sources.storage import ImageFolder, place_of
@@ -142,12 +142,12 @@ def _photograph(random: np.random.Generator, size: tuple[int, int], quality: int
     return out.getvalue()
 
 
-def _part(folder: Path) -> Part:
+def _part(folder: Path) -> TaskRows:
     columns = {"question": "question", "answer": "answer"}
-    return Part(SourceConfig.model_validate({"path": str(folder), "columns": columns}))
+    return TaskRows(SourceConfig.model_validate({"path": str(folder), "columns": columns}))
 
 
-def _consume(part: Part, base: BaseModelConfig, folder: Path) -> int:
+def _consume(part: TaskRows, base: BaseModelConfig, folder: Path) -> int:
     """Streams all encoded rows of a part through, as a training worker would; returns how many there were."""
     settings = DataConfig(readers=available_cpus(), max_tokens=1 << 15, cache="none")
     encoded = encoded_rows(part, "speed", settings, base=base, data_folder=folder, answer=True)
@@ -199,7 +199,7 @@ def _datasets_map(corpus: Path, base: BaseModelConfig, cache: Path) -> int:
 class MapEncoder:
     """The function that `datasets.map` gets: the same encoding, without Ray."""
 
-    def __init__(self, base: BaseModelConfig, part: Part) -> None:
+    def __init__(self, base: BaseModelConfig, part: TaskRows) -> None:
         self._part, self._processor = part, load_processor(base)
         self._folder = ImageFolder(*place_of(part.source.path))
 
@@ -268,7 +268,7 @@ def _malformed(terminal: Terminal, folder: Path, base: BaseModelConfig) -> dict[
 
 def _outcomes(group: Sequence[Case], settings: DataConfig, base: BaseModelConfig, folder: Path) -> list[str]:
     """Returns for each case whether its rows were handled, or set aside for the right reason, or a file lost, or crashed."""
-    parts = {case.name: Part(case.source) for case in group}
+    parts = {case.name: TaskRows(case.source) for case in group}
     quarantine = folder / "quarantine"
     try:
         found = prepare(parts, settings, base=base, data_folder=folder, quarantine=quarantine, answer=True)
@@ -279,7 +279,7 @@ def _outcomes(group: Sequence[Case], settings: DataConfig, base: BaseModelConfig
     return [_outcome(case, found, quarantine / f"{case.name}.jsonl") for case in group]
 
 
-def _outcome(case: Case, found: Prepared, file: Path) -> str:
+def _outcome(case: Case, found: PreparedData, file: Path) -> str:
     good, bad, lost = found.counts[case.name], found.aside[case.name].rows, found.aside[case.name].files
     if (good, bad, lost) != (case.good, case.bad, case.lost):
         return f"{good} good and {bad} bad rows, {lost} lost files, not {case.good}, {case.bad} and {case.lost}"

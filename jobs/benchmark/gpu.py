@@ -30,7 +30,7 @@ from jobs.terminal import Terminal, table
 from pipeline.config import BaseModelConfig, ConfigError, LearnConfig
 from pipeline.data.demo.foundation import vocabulary
 from pipeline.data.encoded.packing import unpack
-from pipeline.data.loading.preprocess import Prepared
+from pipeline.data.loading.preprocess import PreparedData
 from pipeline.evaluation.predictor import Predictor
 from pipeline.files import write_json
 from pipeline.learning.opening import open_run
@@ -245,7 +245,7 @@ def _against_plan(run: StreamSession, meter: Meter, lengths: list[tuple[int, int
     }
 
 
-def _answering(run: StreamSession, prompts: Prepared, pool: Pool, expert: Path) -> dict[str, float]:
+def _answering(run: StreamSession, prompts: PreparedData, pool: Pool, expert: Path) -> dict[str, float]:
     """Returns seconds of answering the task's prompts with the pool and with its one LoRA in PEFT, and their ratio."""
     config, workers = run.config, run.capacity.inference
     tokens = config.evaluation.max_new_tokens

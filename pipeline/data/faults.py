@@ -20,7 +20,7 @@ class StreamError(UserError):
 
 
 @dataclass(frozen=True)
-class Fault:
+class UnreadableRow:
     """What stands in the place of a row that could not be read from its file, or of more than a row."""
 
     reason: str

@@ -18,7 +18,7 @@ import pyarrow.parquet as pq
 import torch
 
 from pipeline.config import DataConfig, TaskConfig
-from pipeline.data.encoded.encoding import Part
+from pipeline.data.encoded.encoding import TaskRows
 from pipeline.data.loading.prompts import Numbers
 from pipeline.data.rows.quarantine import NOTES, SetAside, set_aside
 from pipeline.data.sources.reader import NUMBER
@@ -38,7 +38,7 @@ class Column:
     """A task or foundation family, and where its prompts come from."""
 
     task: TaskConfig
-    part: Part
+    part: TaskRows
 
     @property
     def name(self) -> str:

@@ -19,7 +19,7 @@ from cluster.preflight import (
 )
 from cluster.usage import PeakMemory
 from pipeline.config import LearnConfig, SourceConfig, TaskConfig
-from pipeline.data.loading.preprocess import Part, Prepared, prepare
+from pipeline.data.loading.preprocess import PreparedData, TaskRows, prepare
 from pipeline.data.loading.prompts import PromptSource
 from pipeline.data.loading.training_rows import TrainingRows
 from pipeline.data.rows.quarantine import SetAside
@@ -46,10 +46,10 @@ from pipeline.routing.null import read_null, write_null
 from pipeline.routing.pool import EXPERTS, Pool
 from pipeline.routing.store import ExpertReference, ExpertStore
 from pipeline.training.general import general_statistics
-from pipeline.training.job import Job
 from pipeline.training.job_folder import JobFolder
-from pipeline.training.session import Trained
+from pipeline.training.session import TrainResult
 from pipeline.training.sessions import Sessions
+from pipeline.training.spec import TrainSpec
 from pipeline.training.telemetry import Step
 
 GENERAL = "general"
@@ -72,7 +72,7 @@ class StreamSession:
         self.run_id = ""
         self.patience = Patience(config.registry.patience, progress.say)
         self.metrics = MetricSpool(self.folder / "state" / "metrics.jsonl", progress.say)
-        self._training: dict[str, Future[Prepared]] = {}
+        self._training: dict[str, Future[PreparedData]] = {}
         self._sessions: Sessions | None = None
         self._lock, self._encoding = threading.Lock(), threading.Lock()
         self.closed = False
@@ -84,7 +84,7 @@ class StreamSession:
 
     # Data
 
-    def training_rows(self, task: TaskConfig) -> Prepared:
+    def training_rows(self, task: TaskConfig) -> PreparedData:
         """Reads, validates and encodes a task's training rows (once in a run)."""
         self._make_room_for_features()
         self._begin_to_read(task)
@@ -126,11 +126,11 @@ class StreamSession:
             self.end_sessions()
 
     @cached_property
-    def general_prompts(self) -> Prepared:
+    def general_prompts(self) -> PreparedData:
         """The prompts of the general sample, as `GENERAL`."""
         return self.read_prompts([GENERAL])
 
-    def read_prompts(self, names: Sequence[str]) -> Prepared:
+    def read_prompts(self, names: Sequence[str]) -> PreparedData:
         """Reads the evaluation prompts of these tasks and families, or of the general sample, as `GENERAL`."""
         parts: dict[str, tuple[SourceConfig, str]] = {}
         for name in names:
@@ -146,7 +146,7 @@ class StreamSession:
             self.tell_set_aside(found, name, "eval")
         return found
 
-    def tell_set_aside(self, found: Prepared, name: str, kind: str) -> None:
+    def tell_set_aside(self, found: PreparedData, name: str, kind: str) -> None:
         """Says what of a task's rows (`kind` train or eval) could not be used, if anything, and where it is written down."""
         if aside := found.aside[name]:
             self.progress.say(f"  {name}: {aside}: {self.folder}/quarantine/{kind}/{name}.jsonl")
@@ -160,13 +160,13 @@ class StreamSession:
         """Whether those who train and answer need the vision tower: not where its features are kept."""
         return self.config.data.vision_cache == "off"
 
-    def _prepare(self, sources_: Mapping[str, tuple[SourceConfig, str]], kind: str, *, answer: bool) -> Prepared:
+    def _prepare(self, sources_: Mapping[str, tuple[SourceConfig, str]], kind: str, *, answer: bool) -> PreparedData:
         config = self.config
         parts = {}
         for name, (source, prompt) in sources_.items():
             metric = self.columns[name].metric if name in self.columns and not answer else None
             key = self.identity.encoded_rows(source, prompt, answer=answer, metric=metric)
-            parts[name] = Part(source, prompt, key=key, metric=metric)
+            parts[name] = TaskRows(source, prompt, key=key, metric=metric)
         # One set of workers computes the image features of rows to be learned, whoever asks.
         with self._encoding if answer and not self.vision else nullcontext():
             return prepare(
@@ -247,13 +247,13 @@ class StreamSession:
 
     # Training
 
-    def job(self, task: TaskConfig, digest_: str, /, **changes: Any) -> tuple[Job, TrainingRows]:
+    def job(self, task: TaskConfig, digest_: str, /, **changes: Any) -> tuple[TrainSpec, TrainingRows]:
         """Returns the training job of a task and its rows; `changes` to the job make it another method's."""
         return self.job_alone(task, digest_, **changes), self.training_rows(task).training_rows([task.name])
 
-    def job_alone(self, task: TaskConfig, digest_: str, /, **changes: Any) -> Job:
+    def job_alone(self, task: TaskConfig, digest_: str, /, **changes: Any) -> TrainSpec:
         """Returns the training job of a task, without its rows."""
-        job = Job(
+        job = TrainSpec(
             task=task.name,
             digest=digest_,
             identity=self.identity.parts(task),
@@ -279,7 +279,7 @@ class StreamSession:
         with self.progress.working(PREPARING):
             return build_deepspeed_ops()
 
-    def train(self, job: Job, rows: TrainingRows) -> Trained:
+    def train(self, job: TrainSpec, rows: TrainingRows) -> TrainResult:
         """Trains, or goes on with a run of the same name; progress is shown, loss curves in MLflow meanwhile."""
         worker_env = self.worker_env
         with self.progress.training(job.task) as bar:
@@ -416,7 +416,7 @@ class StreamSession:
     def _column(self, task: TaskConfig) -> Column:
         source = self._limited(task.eval)
         key = self.identity.encoded_rows(source, task.prompt, answer=False, metric=task.metric)
-        return Column(task, Part(source, task.prompt, key=key, metric=task.metric))
+        return Column(task, TaskRows(source, task.prompt, key=key, metric=task.metric))
 
     def _state(self, name: str) -> Path:
         folder = self.folder / "state"

@@ -23,9 +23,9 @@ from pipeline.config import TrainingConfig
 from pipeline.data.loading.training_rows import TrainingRows, held_out
 from pipeline.errors import UserError
 from pipeline.training.failures import Failures
-from pipeline.training.job import Job
 from pipeline.training.job_folder import ADAPTER, EXPERT, JobFolder
 from pipeline.training.job_queue import JobQueue
+from pipeline.training.spec import TrainSpec
 from pipeline.training.telemetry import Step, listening
 from pipeline.training.worker import FOUND, train
 
@@ -43,7 +43,7 @@ class TrainingError(UserError):
 
 
 @dataclass(frozen=True)
-class Trained:
+class TrainResult:
     """What a job left behind."""
 
     folder: Path
@@ -74,7 +74,7 @@ class Session:
         self._error = ""
         """Why the workers' run has ended; as text, since the error's traceback would keep Ray Train's controller alive."""
 
-    def train(self, job: Job, rows: TrainingRows, on_steps: OnSteps = lambda steps: None) -> Trained:
+    def train(self, job: TrainSpec, rows: TrainingRows, on_steps: OnSteps = lambda steps: None) -> TrainResult:
         """Trains `job` on encoded rows; a job of the same task and digest goes on where it stopped, or is found finished.
 
         Raises TrainingError when the loss diverges, the expert learned nothing, or workers keep dying.
@@ -83,7 +83,7 @@ class Session:
             raise ValueError("a session's workers are those of its first job: open another one for other workers")
         folder = JobFolder(self._storage / f"{job.task}-{job.digest}")
         if (figures := folder.figures()) is not None:
-            return Trained(folder.finished, figures, found=True)
+            return TrainResult(folder.finished, figures, found=True)
         _check(job, rows)
         with _as_training_error(job.task):
             number = self._put(job, rows)
@@ -92,7 +92,7 @@ class Session:
         if "failure" in figures:
             raise TrainingError(f"task {job.task!r}: {figures['failure']}")
         found = figures.pop(FOUND, False)
-        return Trained(folder.finished, figures, found=found)
+        return TrainResult(folder.finished, figures, found=found)
 
     def close(self, *, at_once: bool = False) -> None:
         """Sends the workers home; those that train only with `at_once`: their last checkpoint stays."""
@@ -105,7 +105,7 @@ class Session:
         self._thread.join(PATIENCE)
         self._queue = self._thread = None
 
-    def _put(self, job: Job, rows: TrainingRows) -> int:
+    def _put(self, job: TrainSpec, rows: TrainingRows) -> int:
         """Hands a job to the workers; to new ones where there are none, or they failed too often at the job before."""
         number, boxed = None, [ray.put(rows)]
         if self._thread is not None and self._thread.is_alive():
@@ -174,19 +174,19 @@ def training_session(
 
 
 def run_training(
-    job: Job,
+    job: TrainSpec,
     rows: TrainingRows,
     *,
     storage: Path,
     on_steps: OnSteps = lambda steps: None,
     worker_env: dict[str, str] | None = None,
-) -> Trained:
+) -> TrainResult:
     """Trains one job in a session of its own."""
     with training_session(job.training, storage=storage, worker_env=worker_env) as session:
         return session.train(job, rows, on_steps)
 
 
-def _check(job: Job, rows: TrainingRows) -> None:
+def _check(job: TrainSpec, rows: TrainingRows) -> None:
     held, workers = held_out(rows.count, job.validation) if job.validation else 0, job.training.workers
     learned = rows.count - held
     which = f"{rows.count} rows" + (f", {held} of them held out," if held else "")

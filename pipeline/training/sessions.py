@@ -7,8 +7,8 @@ from pathlib import Path
 
 from pipeline.config import TrainingConfig
 from pipeline.data.loading.training_rows import TrainingRows
-from pipeline.training.job import Job
-from pipeline.training.session import OnSteps, Session, Trained
+from pipeline.training.session import OnSteps, Session, TrainResult
+from pipeline.training.spec import TrainSpec
 
 
 class Sessions:
@@ -21,7 +21,7 @@ class Sessions:
         for session in self._all:
             self._free.put(session)
 
-    def train(self, job: Job, rows: TrainingRows, on_steps: OnSteps = lambda steps: None) -> Trained:
+    def train(self, job: TrainSpec, rows: TrainingRows, on_steps: OnSteps = lambda steps: None) -> TrainResult:
         """Trains a job in the first session that is free, as `Session.train` does."""
         session = self._free.get()
         try:

@@ -24,12 +24,12 @@ from pipeline.routing.expert import Expert, ExpertCard
 from pipeline.routing.features import feature_width
 from pipeline.routing.statistics import PromptStatistics
 from pipeline.training.collector import EvidenceCollector, collect_features
-from pipeline.training.job import Job
 from pipeline.training.job_folder import ADAPTER, EXPERT, STATE, JobFolder, load_state, save_state
 from pipeline.training.lockstep import VisionLockstep
 from pipeline.training.loop import Divergence, StageClock, run_steps
 from pipeline.training.notice import Notice
 from pipeline.training.randomness import seed_all
+from pipeline.training.spec import TrainSpec
 from pipeline.training.stages import (
     adapted_paths,
     checkpoint_activations,
@@ -75,7 +75,7 @@ def train(settings: dict[str, Any]) -> None:
     number = _agreed(ray.get(queue.first.remote()) if rank == 0 else None)
     try:
         while (taken := ray.get(queue.take.remote(number))) is not None:
-            job = Job.model_validate(taken[0])
+            job = TrainSpec.model_validate(taken[0])
             folder = storage / f"{job.task}-{job.digest}"
             # Workers may have died after the last step, before they told of it; those of a driver that was killed go on for
             # a moment.
@@ -90,7 +90,7 @@ def train(settings: dict[str, Any]) -> None:
         base.drop()
 
 
-def _work(job: Job, rows: TrainingRows, queue: Any, folder: Path, base: "HeldBase") -> dict[str, Any]:
+def _work(job: TrainSpec, rows: TrainingRows, queue: Any, folder: Path, base: "HeldBase") -> dict[str, Any]:
     """Does one job; returns its outcome."""
     worker = None
     try:
@@ -120,7 +120,7 @@ class HeldBase:
         self._base: Base | None = None
         self._open = ExitStack()
 
-    def get(self, job: Job, settings: dict[str, Any]) -> Base:
+    def get(self, job: TrainSpec, settings: dict[str, Any]) -> Base:
         """Returns the base that a job trains on, bare as it was loaded."""
         key = (job.base, job.vision, job.training)
         if self._base is None or key != self._key:
@@ -142,7 +142,7 @@ class HeldBase:
 class Worker:
     """One rank."""
 
-    def __init__(self, job: Job, rows: TrainingRows, queue: Any, folder: Path, base: HeldBase) -> None:
+    def __init__(self, job: TrainSpec, rows: TrainingRows, queue: Any, folder: Path, base: HeldBase) -> None:
         context = ray.train.get_context()
         self.job, self.queue, self.base = job, queue, base
         self.rows = rows

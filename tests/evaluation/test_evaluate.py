@@ -15,7 +15,7 @@ from ray.exceptions import RayError
 
 from cluster.local import connect
 from pipeline.config import BaseModelConfig, DataConfig, SourceConfig, TaskConfig
-from pipeline.data.encoded.encoding import Part
+from pipeline.data.encoded.encoding import TaskRows
 from pipeline.data.encoded.packing import unpack
 from pipeline.data.faults import StreamError
 from pipeline.data.loading.prompts import PromptSource
@@ -63,7 +63,7 @@ def first(pool: Pool, count: int, **router: object) -> Pool:
 
 def column(name: str, source: SourceConfig, metric: str = "exact_match") -> Column:
     task = TaskConfig(name=name, eval=source, metric=metric)
-    return Column(task, Part(source, key=f"{name}-{source.limit}", metric=metric))
+    return Column(task, TaskRows(source, key=f"{name}-{source.limit}", metric=metric))
 
 
 @pytest.fixture(scope="module")

@@ -22,17 +22,17 @@ import ray
 from cluster.local import connect
 from cluster.preflight import build_deepspeed_ops
 from pipeline.config import BaseModelConfig, DataConfig, ExpertConfig, RouterConfig, SourceConfig, TrainingConfig
-from pipeline.data.loading.preprocess import Part, prepare
-from pipeline.training.job import Job
+from pipeline.data.loading.preprocess import TaskRows, prepare
+from pipeline.training.spec import TrainSpec
 from pipeline.training.job_folder import PROGRESS
 from pipeline.training.session import training_session
 
 base, folder, steps = BaseModelConfig(path=sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3])
 cluster = connect()
-part = Part(SourceConfig(path="embedded://digits/train", limit=64))
+part = TaskRows(SourceConfig(path="embedded://digits/train", limit=64))
 rows = prepare({"digits": part}, DataConfig(), base=base, data_folder=folder, quarantine=folder, answer=True)
 training = TrainingConfig(workers=2, threads=1, checkpoint_every=steps)
-job = Job(
+job = TrainSpec(
     task="digits", digest="drained", data_fingerprint="data", seed=3, base=base, training=training,
     expert=ExpertConfig(rank=4, steps=steps, batch_size=4), router=RouterConfig(steps=7),
 )

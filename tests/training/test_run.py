@@ -17,15 +17,15 @@ from safetensors.torch import load_file
 from cluster.local import connect
 from cluster.preflight import build_deepspeed_ops
 from pipeline.config import BaseModelConfig, DataConfig, ExpertConfig, RouterConfig, SourceConfig, TrainingConfig
-from pipeline.data.loading.preprocess import Part, prepare
+from pipeline.data.loading.preprocess import TaskRows, prepare
 from pipeline.data.loading.training_rows import CachedRows, TrainingRows
 from pipeline.models.bases import load_base
 from pipeline.models.prompts import collate_for
 from pipeline.routing.expert import Expert
 from pipeline.training import session as sessions
-from pipeline.training.job import Job
 from pipeline.training.job_folder import JobFolder
 from pipeline.training.session import TrainingError, run_training, training_session
+from pipeline.training.spec import TrainSpec
 from pipeline.training.stages import answer_loss
 
 pytestmark = pytest.mark.ray
@@ -44,7 +44,7 @@ def worker_env() -> dict[str, str]:
 def rows(worker_env, tiny_folder: Path, tmp_path_factory) -> TrainingRows:
     folder = tmp_path_factory.mktemp("rows")
     prepared = prepare(
-        {"digits": Part(SourceConfig(path="embedded://digits/train", limit=ROWS))},
+        {"digits": TaskRows(SourceConfig(path="embedded://digits/train", limit=ROWS))},
         DataConfig(),
         base=BaseModelConfig(path=str(tiny_folder)),
         data_folder=folder,
@@ -56,8 +56,8 @@ def rows(worker_env, tiny_folder: Path, tmp_path_factory) -> TrainingRows:
 
 def make_job(
     tiny_folder: Path, digest: str, *, training: TrainingConfig, learning_rate: float = 5e-3, steps: int = 12
-) -> Job:
-    return Job(
+) -> TrainSpec:
+    return TrainSpec(
         task="digits",
         digest=digest,
         data_fingerprint="data",
@@ -258,7 +258,7 @@ def test_small_batches_accumulate_to_the_same_step(trained, rows, tiny_folder, w
 
 def test_experts_learn_from_features_as_from_pixels(trained, worker_env, tiny_folder, tmp_path):
     """The vision tower's answers are kept on disk; those who train do not load it."""
-    part = Part(SourceConfig(path="embedded://digits/train", limit=ROWS), key="rows")
+    part = TaskRows(SourceConfig(path="embedded://digits/train", limit=ROWS), key="rows")
     settings = {
         "base": BaseModelConfig(path=str(tiny_folder)), "data_folder": tmp_path, "quarantine": tmp_path, "answer": True,
         "features": tmp_path / "features",
@@ -279,7 +279,7 @@ def test_rows_that_stream_are_learned_by_several_workers_though_one_is_killed(
 ):
     """The run goes on at its checkpoint, with the rows that would have come: it ends with the same expert to the bit."""
     prepared = prepare(
-        {"digits": Part(SourceConfig(path="embedded://digits/train", limit=ROWS))},
+        {"digits": TaskRows(SourceConfig(path="embedded://digits/train", limit=ROWS))},
         DataConfig(cache="none", shuffle_rows=32),
         base=BaseModelConfig(path=str(tiny_folder)),
         data_folder=tmp_path,

@@ -26,12 +26,12 @@ from pipeline.config import BaseModelConfig, DataConfig, ExpertConfig, RouterCon
 from pipeline.data.demo.files import embedded_file
 from pipeline.data.encoded.packing import unpack
 from pipeline.data.loading.batch_loader import BatchLoader, StepLayout
-from pipeline.data.loading.preprocess import Part, Prepared, prepare
+from pipeline.data.loading.preprocess import PreparedData, TaskRows, prepare
 from pipeline.data.loading.training_rows import TrainingRows
 from pipeline.models.bases import load_base
 from pipeline.models.prompts import generate_answers
-from pipeline.training.job import Job
 from pipeline.training.session import run_training
+from pipeline.training.spec import TrainSpec
 
 TASK, STEPS, WINDOW, SEEDS = "textures", 250, 128, 3
 EXITS, AT_ONCE, PATIENCE = 50, 5, 60.0
@@ -76,9 +76,9 @@ def sorted_file(folder: Path) -> Path:
     return file
 
 
-def _prepared(source: SourceConfig, folder: Path, *, answer: bool, cache: str = "memory") -> Prepared:
+def _prepared(source: SourceConfig, folder: Path, *, answer: bool, cache: str = "memory") -> PreparedData:
     return prepare(
-        {TASK: Part(source)},
+        {TASK: TaskRows(source)},
         DataConfig.model_validate({"cache": cache, "shuffle_rows": WINDOW}),
         base=BaseModelConfig(),
         data_folder=folder,
@@ -87,8 +87,8 @@ def _prepared(source: SourceConfig, folder: Path, *, answer: bool, cache: str = 
     )
 
 
-def _accuracy(rows: TrainingRows, name: str, seed: int, steps: int, prompts: Prepared, folder: Path) -> float:
-    job = Job(
+def _accuracy(rows: TrainingRows, name: str, seed: int, steps: int, prompts: PreparedData, folder: Path) -> float:
+    job = TrainSpec(
         task=TASK,
         digest=name,
         data_fingerprint=name,

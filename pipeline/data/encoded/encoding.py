@@ -29,7 +29,7 @@ _AT_ONCE = 32 << 20
 
 
 @dataclass(frozen=True)
-class Part:
+class TaskRows:
     """A task's rows of one kind: where they come from and the template around their questions."""
 
     source: SourceConfig
@@ -44,7 +44,7 @@ class Part:
 class Encoder:
     """How the rows of a part are encoded."""
 
-    part: Part
+    part: TaskRows
     column: str
     """The task's name."""
     base: BaseModelConfig

@@ -12,7 +12,7 @@ import pyarrow.fs as fs
 import pyarrow.parquet as pq
 
 from pipeline.data.encoded.encoding import PLACE, WHICH, Encoder
-from pipeline.data.faults import Fault, StreamError, first_line
+from pipeline.data.faults import StreamError, UnreadableRow, first_line
 from pipeline.data.loading import spool
 from pipeline.data.loading.pieces import Read
 from pipeline.data.sources.formats import of_network, row_values
@@ -47,7 +47,7 @@ class Found:
     read: Read
     i: int
     """Its place among the rows of the read."""
-    source: pa.Table | Fault
+    source: pa.Table | UnreadableRow
     """Where it is; or why it cannot be read."""
     at: int
     """At which place."""
@@ -56,7 +56,7 @@ class Found:
 def load(origins: Sequence[Origin], reads: Sequence[Read]) -> list[Found]:
     """Reads rows, those of each read in turn; each file is opened once.
 
-    A row group that is damaged is a Fault in the place of each of its rows. Raises StreamError where storage fails.
+    A row group that is damaged is a UnreadableRow in the place of each of its rows. Raises StreamError where storage fails.
     """
     by_file: dict[tuple[int, str], list[int]] = {}
     for number in sorted(range(len(reads)), key=lambda n: (reads[n].part, reads[n].path, reads[n].group)):
@@ -102,7 +102,7 @@ def _of_file(origin: Origin, reads: Sequence[Read]) -> Iterator[list[Found]]:
             yield [Found(read, i, fault, 0) for i in range(len(read.at))]
         return
     names = [name for name in file.schema_arrow.names if known is None or name in known]
-    held: list[tuple[int, pa.Table | Fault]] = []
+    held: list[tuple[int, pa.Table | UnreadableRow]] = []
     last: tuple[int, int] | None = None
     with stream:
         for read in reads:
@@ -127,7 +127,7 @@ def _opened(origin: Origin, stream: pa.NativeFile, path: str) -> pq.ParquetFile:
 
 def _groups(
     origin: Origin, file: pq.ParquetFile, names: list[str] | None, read: Read
-) -> list[tuple[int, pa.Table | Fault]]:
+) -> list[tuple[int, pa.Table | UnreadableRow]]:
     """Returns the row groups of a read, as one table unless one of them is damaged, each with how many rows it stands for."""
     groups = range(read.group, read.group + read.groups)
     try:
@@ -139,13 +139,13 @@ def _groups(
     return [found for group in groups for found in _groups(origin, file, names, replace(read, group=group, groups=1))]
 
 
-def _taken(held: list[tuple[int, pa.Table | Fault]], read: Read) -> list[Found]:
+def _taken(held: list[tuple[int, pa.Table | UnreadableRow]], read: Read) -> list[Found]:
     """Returns the rows of a read, without holding on to those around them."""
     rows: list[Found] = []
     begin = 0
     for count, source in held:
         own = read.at[(read.at >= begin) & (read.at < begin + count)] - begin
-        if isinstance(source, Fault):
+        if isinstance(source, UnreadableRow):
             rows += [Found(read, len(rows) + i, source, 0) for i in range(len(own))]
         else:
             taken = source if len(own) == count else source.take(own)
@@ -154,23 +154,23 @@ def _taken(held: list[tuple[int, pa.Table | Fault]], read: Read) -> list[Found]:
     return rows
 
 
-def _fault(origin: Origin, read: Read, error: Exception) -> Fault:
+def _fault(origin: Origin, read: Read, error: Exception) -> UnreadableRow:
     last = read.group + read.groups - 1
     groups = f"row group {read.group}" if last == read.group else f"row groups {read.group} to {last}"
     reason = f"{groups} of {PurePosixPath(read.path).name} cannot be read: {first_line(error)}"
     if origin.kind == "encoded" or of_network(origin.filesystem, error):
         raise StreamError(f"{read.path}: {reason}") from None
-    return Fault(reason, lost=groups)
+    return UnreadableRow(reason, lost=groups)
 
 
 def raw_row(origin: Origin, found: Found) -> dict[str, Any]:
     """Returns a row as this kind of part has it: raw or encoded."""
     read, source, at = found.read, found.source, int(found.read.at[found.i])
     mark = {WHICH: read.part, PLACE: read.place + at}
-    if not isinstance(source, Fault) and origin.kind != "own":
+    if not isinstance(source, UnreadableRow) and origin.kind != "own":
         row = {name: c[found.at].as_py() for name, c in zip(source.column_names, source.columns, strict=True)}
         if origin.kind == "spooled":
             row[RAW] = packed_row(spool.content(row[RAW], row.pop(spool.BLOBS)))
         return row | mark
-    content = source if isinstance(source, Fault) else row_values(source, found.at)
+    content = source if isinstance(source, UnreadableRow) else row_values(source, found.at)
     return {PATH: read.path, NUMBER: read.number + at, ROOT: origin.root, RAW: packed_row(content)} | mark

@@ -19,7 +19,7 @@ from ray.data.expressions import col
 
 from pipeline.config import BaseModelConfig, DataConfig
 from pipeline.data.encoded.encoding import PLACE, Encoder, encode_batch, processor_of
-from pipeline.data.encoded.encoding import Part as Part
+from pipeline.data.encoded.encoding import TaskRows as TaskRows
 from pipeline.data.encoded.image_embeds import with_features
 from pipeline.data.loading.streamed_part import StreamedPart, streamed_features, streamed_part
 from pipeline.data.loading.training_rows import TrainingRows
@@ -33,7 +33,7 @@ _SAMPLE = 4
 
 
 @dataclass(frozen=True)
-class Prepared:
+class PreparedData:
     """Sources ready for use."""
 
     parts: Mapping[str, ray.data.Dataset]
@@ -74,7 +74,7 @@ def union(datasets: Sequence[ray.data.Dataset]) -> ray.data.Dataset:
 
 
 def prepare(
-    parts: Mapping[str, Part],
+    parts: Mapping[str, TaskRows],
     data: DataConfig,
     *,
     base: BaseModelConfig,
@@ -83,7 +83,7 @@ def prepare(
     answer: bool,
     features: Path | None = None,
     workers: InferenceWorkers | None = None,
-) -> Prepared:
+) -> PreparedData:
     """Validates and encodes the rows of one or more tasks in a single pass.
 
     Rows that cannot be used go to `quarantine` (`<task>.jsonl` in that folder) with id and reason. `answer` says whether
@@ -129,7 +129,7 @@ def prepare(
     }
     if fits and any(bad.values()):
         rows = rows.filter(expr=_GOOD).materialize()
-    return Prepared(
+    return PreparedData(
         parts=encoded,
         cache=rows if fits else None,
         streamed={name: part.without(np.sort(np.array(places[name], np.int64))) for name, part in streamed.items()},
@@ -139,7 +139,7 @@ def prepare(
 
 
 def encoded_rows(
-    part: Part,
+    part: TaskRows,
     name: str,
     data: DataConfig,
     *,
@@ -159,7 +159,7 @@ def encoded_rows(
     )
 
 
-def _fits(parts: Mapping[str, Part], data: DataConfig, base: BaseModelConfig, data_folder: Path) -> bool:
+def _fits(parts: Mapping[str, TaskRows], data: DataConfig, base: BaseModelConfig, data_folder: Path) -> bool:
     """Whether all rows take at most a quarter of the smallest object store, going by the first ones of each part.
 
     Every node on which a worker trains comes to hold all of them.

@@ -15,7 +15,7 @@ import ray
 from ray.data.expressions import col
 
 from pipeline.config import BaseModelConfig, DataConfig
-from pipeline.data.encoded.encoding import Part
+from pipeline.data.encoded.encoding import TaskRows
 from pipeline.data.encoded.image_embeds import DONE, with_features
 from pipeline.data.loading.preprocess import encoded_rows
 from pipeline.data.sources.reader import NUMBER, PATH
@@ -38,7 +38,7 @@ class PromptSource:
     workers: InferenceWorkers
     """Who computes image features."""
 
-    def rows(self, name: str, part: Part, numbers: Numbers | None = None) -> ray.data.Dataset:
+    def rows(self, name: str, part: TaskRows, numbers: Numbers | None = None) -> ray.data.Dataset:
         """Returns the encoded rows of part `name`, or those of `numbers`, lazily; bad ones have a `reason`.
 
         With `data.vision_cache` the rows hold image features; whoever holds GPUs calls `see` first.
@@ -49,19 +49,19 @@ class PromptSource:
         kept = ray.data.read_parquet(str(self._folder(name, part)))
         return kept if numbers is None else kept.filter(expr=_chosen(numbers, "source"))
 
-    def has_seen(self, name: str, part: Part) -> bool:
+    def has_seen(self, name: str, part: TaskRows) -> bool:
         """Whether nothing is left to compute before the rows of a part can be read."""
         return self.data.vision_cache == "off" or (self._folder(name, part) / DONE).exists()
 
-    def see(self, name: str, part: Part) -> None:
+    def see(self, name: str, part: TaskRows) -> None:
         """Computes the image features of a part that are to be kept and are not there yet."""
         if not self.has_seen(name, part):
             with_features(self._encoded(name, part, None), self.base, self._folder(name, part), workers=self.workers)
 
-    def _folder(self, name: str, part: Part) -> Path:
+    def _folder(self, name: str, part: TaskRows) -> Path:
         return self.features / f"{name}-{part.key}"
 
-    def _encoded(self, name: str, part: Part, chosen: Any) -> ray.data.Dataset:
+    def _encoded(self, name: str, part: TaskRows, chosen: Any) -> ray.data.Dataset:
         data, folder = self.data, self.data_folder
         return encoded_rows(part, name, data, base=self.base, data_folder=folder, answer=False, chosen=chosen)
 

@@ -12,7 +12,7 @@ from typing import Any
 import pyarrow as pa
 
 from pipeline.config import SourceConfig
-from pipeline.data.faults import Fault
+from pipeline.data.faults import UnreadableRow
 from pipeline.data.sources.formats import Row
 from pipeline.data.sources.reader import NUMBER, PATH, RAW, ROOT, content_of, read
 from pipeline.locks import made_once
@@ -57,7 +57,7 @@ def _text(content: Row, blobs: list[bytes]) -> str:
 
     found = (
         {_FAULT: [content.reason, content.excerpt, content.lost, content.rows]}
-        if isinstance(content, Fault)
+        if isinstance(content, UnreadableRow)
         else content
     )
     return json.dumps(found, default=beside)
@@ -70,4 +70,4 @@ def content(text: str, blobs: Sequence[bytes]) -> Row:
         return blobs[value[_BYTES]] if value.keys() == {_BYTES} else value
 
     found: Mapping[str, Any] = json.loads(text, object_hook=back)
-    return Fault(*found[_FAULT]) if found.keys() == {_FAULT} else dict(found)
+    return UnreadableRow(*found[_FAULT]) if found.keys() == {_FAULT} else dict(found)

@@ -13,7 +13,7 @@ from typing import Any
 
 from pipeline.config import ColumnsConfig
 from pipeline.data.faults import BadRow, printable
-from pipeline.data.rows.elements import parse
+from pipeline.data.rows.json_stream import parse
 from pipeline.models.prompts import IMAGE_PLACEHOLDER
 
 LONGEST_TEXT = 1_000_000

@@ -19,8 +19,8 @@ from pipeline.config import ColumnsConfig, Config
 from pipeline.data.faults import BadRow as BadRow
 from pipeline.data.faults import printable
 from pipeline.data.rows.conversations import Conversation, checked, conversation_of, text_of
-from pipeline.data.rows.elements import parse
 from pipeline.data.rows.images import MAX_PIXELS, Folder, load_image
+from pipeline.data.rows.json_stream import parse
 from pipeline.models.prompts import IMAGE_PLACEHOLDER
 
 _LEADING_IMAGES = re.compile(rf"(\s*{re.escape(IMAGE_PLACEHOLDER)})*")

@@ -3,8 +3,8 @@
 - Files are streamed: what is held is a row, or a small batch of parquet.
 - Texts may be compressed (.gz, .bz2, .zst, .lz4, by their ending), start with a byte order mark, and hold bytes that are not
   UTF-8: those pass as surrogates (PEP 383), so that only rows which use them are bad.
-- What cannot be read is a Fault in the place of the row, with all that is known of it; the rest of the file is read. A
-  Fault that stands for more than a row (a file, its end, a row group) says what is lost.
+- What cannot be read is a UnreadableRow in the place of the row, with all that is known of it; the rest of the file is read. A
+  UnreadableRow that stands for more than a row (a file, its end, a row group) says what is lost.
 - Knows nothing of what a column means.
 """
 
@@ -20,10 +20,10 @@ import pyarrow as pa
 import pyarrow.fs as fs
 import pyarrow.parquet as pq
 
-from pipeline.data.faults import Fault, StreamError, first_line, printable
-from pipeline.data.rows.elements import WHOLE, Elements, breaks_off, parse
+from pipeline.data.faults import StreamError, UnreadableRow, first_line, printable
+from pipeline.data.rows.json_stream import WHOLE, JsonStream, breaks_off, parse
 
-Row = dict[str, Any] | Fault
+Row = dict[str, Any] | UnreadableRow
 
 LONGEST_LINE = 1 << 28
 """Characters of the longest line or cell that is read."""
@@ -46,7 +46,7 @@ def rows_of(filesystem: fs.FileSystem, path: str, kind: str, known: Collection[s
     """Yields the rows of a file with their numbers: lines of a text, places in an array or table, from 1.
 
     `known` are the columns that are wanted; parquet is read for these only. Raises StreamError where storage fails; a file
-    that is damaged is told by a Fault.
+    that is damaged is told by a UnreadableRow.
     """
     number = 0
     try:
@@ -58,7 +58,7 @@ def rows_of(filesystem: fs.FileSystem, path: str, kind: str, known: Collection[s
         where = f"beyond its row {number}" if number else "at all"
         yield (
             number + 1,
-            Fault(
+            UnreadableRow(
                 f"{PurePosixPath(path).name}: the file cannot be read {where}: {first_line(error)}",
                 lost=f"all rows beyond row {number}" if number else WHOLE,
                 rows=0,
@@ -86,7 +86,7 @@ def _jsonl(filesystem: fs.FileSystem, path: str, known: Collection[str]) -> Iter
                 while (rest := text.readline(LONGEST_LINE)) and not rest.endswith("\n"):
                     pass
                 reason = f"a line of more than {LONGEST_LINE:,} characters (is the file one JSON array? Then say format: json)"
-                yield number, Fault(reason, printable(line))
+                yield number, UnreadableRow(reason, printable(line))
             elif line.strip("\ufeff \t\r\n"):
                 yield number, _object(line.lstrip("\ufeff"), number)
 
@@ -97,18 +97,18 @@ def _object(line: str, number: int) -> Row:
     except ValueError as error:
         # Only the last line has no end; JSON that breaks off there was cut, and so may the rows be that followed.
         cut = not line.endswith("\n") and breaks_off(line)
-        return Fault(str(error), printable(line), lost=f"all rows beyond row {number}" if cut else "")
+        return UnreadableRow(str(error), printable(line), lost=f"all rows beyond row {number}" if cut else "")
     return row if isinstance(row, dict) else _no_object(row)
 
 
-def _no_object(element: Any) -> Fault:
-    return Fault(f"a row must be a JSON object, found {type(element).__name__}", printable(repr(element)))
+def _no_object(element: Any) -> UnreadableRow:
+    return UnreadableRow(f"a row must be a JSON object, found {type(element).__name__}", printable(repr(element)))
 
 
 def _json(filesystem: fs.FileSystem, path: str, known: Collection[str]) -> Iterator[tuple[int, Row]]:
     with _open(filesystem, path, "") as text:
-        for number, element in enumerate(Elements(text, known), start=1):
-            yield number, element if isinstance(element, (dict, Fault)) else _no_object(element)
+        for number, element in enumerate(JsonStream(text, known), start=1):
+            yield number, element if isinstance(element, (dict, UnreadableRow)) else _no_object(element)
 
 
 class _Lines:
@@ -149,10 +149,13 @@ def _table(delimiter: str) -> Callable[..., Iterator[tuple[int, Row]]]:
             records = csv.reader(lines, delimiter=delimiter, strict=True)
             names = [name.strip() for name in next(records, [])]
             if any("\x00" in name for name in names):
-                yield 1, Fault("the file holds NUL characters: is it UTF-16? Save it as UTF-8", lost=WHOLE, rows=0)
+                yield (
+                    1,
+                    UnreadableRow("the file holds NUL characters: is it UTF-16? Save it as UTF-8", lost=WHOLE, rows=0),
+                )
                 return
             if not names:
-                yield 1, Fault("the file is empty: not even a line with the columns' names", lost=WHOLE, rows=0)
+                yield 1, UnreadableRow("the file is empty: not even a line with the columns' names", lost=WHOLE, rows=0)
                 return
             number = 0
             while True:
@@ -172,7 +175,7 @@ def _table(delimiter: str) -> Callable[..., Iterator[tuple[int, Row]]]:
                     cut = len(cells) < len(names) and not line.endswith(("\n", "\r"))
                     reason = f"line {lines.number}: {what} (a quote that is not closed, a cut file?)"
                     lost = f"all rows beyond row {number}" if cut else ""
-                    yield number, Fault(reason, printable(line.rstrip()), lost=lost)
+                    yield number, UnreadableRow(reason, printable(line.rstrip()), lost=lost)
 
     return read
 
@@ -205,7 +208,7 @@ def _parquet(filesystem: fs.FileSystem, path: str, known: Collection[str]) -> It
                 if of_network(filesystem, error):
                     raise
                 reason = f"row group {group} of {PurePosixPath(path).name} cannot be read: {first_line(error)}"
-                yield last + 1, Fault(reason, lost=f"rows {last + 1} to {done}", rows=done - last)
+                yield last + 1, UnreadableRow(reason, lost=f"rows {last + 1} to {done}", rows=done - last)
 
 
 def row_values(batch: pa.RecordBatch, i: int) -> Row:
@@ -213,7 +216,7 @@ def row_values(batch: pa.RecordBatch, i: int) -> Row:
     try:
         return dict(zip(batch.schema.names, (column[i].as_py() for column in batch.columns), strict=True))
     except (ValueError, OverflowError, pa.ArrowException) as error:  # text that is not UTF-8, a date before the year 1
-        return Fault(f"a value cannot be read: {first_line(error)}")
+        return UnreadableRow(f"a value cannot be read: {first_line(error)}")
 
 
 _READERS: Mapping[str, Callable[..., Iterator[tuple[int, Row]]]] = {

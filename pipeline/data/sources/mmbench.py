@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Iterator
 from string import ascii_uppercase
 from typing import Any
 
-from pipeline.data.faults import Fault
+from pipeline.data.faults import UnreadableRow
 from pipeline.data.sources.formats import Row
 
 INSTRUCTION = "Answer with the option's letter from the given choices directly."
@@ -49,13 +49,17 @@ def questions(read: Callable[[], Iterable[Numbered]], limit: int | None) -> Iter
     for file, number, row in read():
         index = _index(row) if isinstance(row, dict) else None
         turns: list[Row]
-        if isinstance(row, Fault):
+        if isinstance(row, UnreadableRow):
             turns = [row]
         elif index is None:
-            turns = [Fault("column 'index' is missing or no number (layout mmbench)", _text(row.get("question")))]
+            turns = [
+                UnreadableRow("column 'index' is missing or no number (layout mmbench)", _text(row.get("question")))
+            ]
         elif index in seen:
             turns = [
-                Fault(f"index {index} stands twice; a source holds one language and split", _text(row.get("question")))
+                UnreadableRow(
+                    f"index {index} stands twice; a source holds one language and split", _text(row.get("question"))
+                )
             ]
         else:
             seen.add(index)
@@ -72,9 +76,9 @@ def questions(read: Callable[[], Iterable[Numbered]], limit: int | None) -> Iter
 
 
 def rotations(row: dict[str, Any], index: int) -> list[Row]:
-    """Returns a question once for every rotation of its options; one Fault where it cannot be asked."""
+    """Returns a question once for every rotation of its options; one UnreadableRow where it cannot be asked."""
     first = asked(row, index, 0)
-    if isinstance(first, Fault):
+    if isinstance(first, UnreadableRow):
         return [first]
     return [first, *(asked(row, index, by) for by in range(1, len(first["choices"])))]
 
@@ -85,20 +89,20 @@ def asked(row: dict[str, Any], index: int, by: int) -> Row:
     letters, texts = list(options), list(options.values())
     letter = _text(row.get("answer")).upper()
     if reference := _reference(row):
-        return Fault(f"question {index} shares the image of row {reference}, which has none")
+        return UnreadableRow(f"question {index} shares the image of row {reference}, which has none")
     if not options:
-        return Fault(f"question {index} has no options (columns A, B, ...)")
+        return UnreadableRow(f"question {index} has no options (columns A, B, ...)")
     if not letter:
-        return Fault(f"question {index} has no answer (a test split, whose answers are not public?)")
+        return UnreadableRow(f"question {index} has no answer (a test split, whose answers are not public?)")
     if letter not in options:
-        return Fault(
+        return UnreadableRow(
             f"question {index}: its answer {letter[:20]!r} is not the letter of an option ({', '.join(letters)})"
         )
     right = letters[(letters.index(letter) - by) % len(letters)]
     choices = dict(zip(letters, texts[by:] + texts[:by], strict=True))
     parts = [_text(row.get("hint")), _text(row.get("question"))]
     if not parts[1]:
-        return Fault(f"question {index} is empty")
+        return UnreadableRow(f"question {index} is empty")
     lines = [part for part in parts if part] + [f"{name}. {text}" for name, text in choices.items()] + [INSTRUCTION]
     return {
         "index": index + by * _ROTATION,

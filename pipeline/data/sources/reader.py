@@ -25,7 +25,7 @@ from ray.data.datasource import Datasource, ReadTask
 
 from pipeline.config import SourceConfig, without_secrets
 from pipeline.data.demo.files import SCHEME
-from pipeline.data.faults import SHOWN, BadRow, Fault, printable
+from pipeline.data.faults import SHOWN, BadRow, UnreadableRow, printable
 from pipeline.data.faults import StreamError as StreamError
 from pipeline.data.rows.images import MAX_PIXELS
 from pipeline.data.rows.records import Record, identity, to_record
@@ -138,7 +138,7 @@ def packed_row(row: Row) -> bytes:
     try:
         return pickle.dumps(row, pickle.HIGHEST_PROTOCOL)
     except RecursionError:
-        return pickle.dumps(Fault("nested too deeply"), pickle.HIGHEST_PROTOCOL)
+        return pickle.dumps(UnreadableRow("nested too deeply"), pickle.HIGHEST_PROTOCOL)
 
 
 def content_of(row: Mapping[str, Any]) -> Row:
@@ -149,14 +149,14 @@ def content_of(row: Mapping[str, Any]) -> Row:
 def row_id(row: Mapping[str, Any], source: SourceConfig) -> str:
     """Returns the id of a raw row, good or bad; where it has none, its file and its number there."""
     content = content_of(row)
-    found = "" if isinstance(content, Fault) else identity(content, columns_of(source, content))
+    found = "" if isinstance(content, UnreadableRow) else identity(content, columns_of(source, content))
     return found or f"{PurePosixPath(row[PATH]).name}#{row[NUMBER]}"
 
 
 def record_of(row: Mapping[str, Any], source: SourceConfig, prompt: str, *, max_pixels: int = MAX_PIXELS) -> Record:
     """Turns a raw row into a record; raises BadRow."""
     content = content_of(row)
-    if isinstance(content, Fault):
+    if isinstance(content, UnreadableRow):
         raise BadRow(content.reason)
     columns = columns_of(source, content)
     if source.layout is not None and content.get(columns.images) is None:
@@ -178,15 +178,17 @@ def _folder(path: str) -> ImageFolder:
 def excerpt(row: Mapping[str, Any]) -> str:
     """Returns the beginning of a raw row as text, for the quarantine file."""
     content = content_of(row)
-    if isinstance(content, Fault):
+    if isinstance(content, UnreadableRow):
         return content.excerpt
     return printable(json.dumps(_shortened(content), ensure_ascii=False, default=str))
 
 
 def extent(row: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns how many `rows` stand in the place of a raw row, and what of its file is `lost`; see Fault."""
+    """Returns how many `rows` stand in the place of a raw row, and what of its file is `lost`; see UnreadableRow."""
     content = content_of(row)
-    return {"rows": content.rows, "lost": content.lost} if isinstance(content, Fault) else {"rows": 1, "lost": ""}
+    return (
+        {"rows": content.rows, "lost": content.lost} if isinstance(content, UnreadableRow) else {"rows": 1, "lost": ""}
+    )
 
 
 def _shortened(value: Any, depth: int = 4) -> Any:

@@ -10,7 +10,7 @@ import pytest
 
 from cluster.local import connect
 from pipeline.config import BaseModelConfig, ColumnsConfig, DataConfig, SourceConfig
-from pipeline.data.encoded.encoding import Part, check_metric
+from pipeline.data.encoded.encoding import TaskRows, check_metric
 from pipeline.data.encoded.packing import unpack
 from pipeline.data.loading.preprocess import prepare
 from pipeline.data.rows.quarantine import SetAside
@@ -29,7 +29,7 @@ def _ray() -> None:
 
 def run(source: SourceConfig, tiny_folder: Path, folder: Path, *, answer: bool = True, **data):
     return prepare(
-        {"mine": Part(source)},
+        {"mine": TaskRows(source)},
         DataConfig(**data),
         base=BaseModelConfig(path=str(tiny_folder)),
         data_folder=folder,
@@ -147,7 +147,7 @@ def test_encoded_rows_learn_the_answer_only(tiny_folder, tmp_path):
 
 
 def test_several_tasks_in_one_pass(tiny_folder, tmp_path):
-    parts = {name: Part(SourceConfig(path=f"embedded://{name}/eval", limit=10)) for name in ("shape", "repeat")}
+    parts = {name: TaskRows(SourceConfig(path=f"embedded://{name}/eval", limit=10)) for name in ("shape", "repeat")}
     prepared = prepare(
         parts,
         DataConfig(),
@@ -184,7 +184,7 @@ def test_a_source_may_stream_where_others_are_cached(tmp_path):
     streamed = cached.model_copy(update={"cache": "none"})
     assert reader.fingerprint(cached, tmp_path) == reader.fingerprint(streamed, tmp_path)
     found = prepare(
-        {"successor": Part(streamed)},
+        {"successor": TaskRows(streamed)},
         DataConfig(),
         base=BaseModelConfig(),
         data_folder=tmp_path,

@@ -21,12 +21,12 @@ from ray.util.state import list_tasks
 
 from cluster.local import connect
 from pipeline.config import BaseModelConfig, DataConfig, SourceConfig
-from pipeline.data.encoded.encoding import Part
+from pipeline.data.encoded.encoding import TaskRows
 from pipeline.data.loading import read_ahead
 from pipeline.data.loading.batch_loader import BatchLoader, StepLayout, distinct_batches
 from pipeline.data.loading.drawing import Drawable, Drawn
 from pipeline.data.loading.pieces import pieces_of
-from pipeline.data.loading.preprocess import Prepared, prepare
+from pipeline.data.loading.preprocess import PreparedData, prepare
 from pipeline.data.loading.training_rows import TrainingRows
 from pipeline.data.loading.windows import LANES, WINDOW_BYTES, Span, Window, lane_windows, spans
 from pipeline.data.sources.reader import StreamError
@@ -60,9 +60,9 @@ def write(folder: Path, ending: str, count: int, **settings: int) -> SourceConfi
     return SourceConfig.model_validate({"path": str(file), "columns": columns})
 
 
-def prepared(source: SourceConfig, tiny_folder: Path, folder: Path, **data: Any) -> Prepared:
+def prepared(source: SourceConfig, tiny_folder: Path, folder: Path, **data: Any) -> PreparedData:
     return prepare(
-        {"mine": Part(source)},
+        {"mine": TaskRows(source)},
         DataConfig.model_validate({"cache": "none", **data}),
         base=BaseModelConfig(path=str(tiny_folder)),
         data_folder=folder,
@@ -336,7 +336,7 @@ def test_features_that_do_not_fit_the_cache_stream_too(tiny_folder, tmp_path):
         "base": BaseModelConfig(path=str(tiny_folder)), "data_folder": tmp_path, "quarantine": tmp_path, "answer": True,
         "features": tmp_path / "features",
     }  # fmt: skip
-    part = {"digits": Part(SourceConfig(path="embedded://digits/train", limit=24), key="rows")}
+    part = {"digits": TaskRows(SourceConfig(path="embedded://digits/train", limit=24), key="rows")}
     found, cached = (
         prepare(part, DataConfig(vision_cache="features", cache=cache), **settings).training_rows(["digits"])
         for cache in ("none", "memory")

@@ -8,7 +8,7 @@ import pytest
 from cluster.local import connect
 from jobs.benchmark.malformed_corpus import Case, build
 from pipeline.config import BaseModelConfig, DataConfig
-from pipeline.data.loading.preprocess import Part, prepare
+from pipeline.data.loading.preprocess import TaskRows, prepare
 
 pytestmark = pytest.mark.ray
 
@@ -30,7 +30,7 @@ def outcomes(cases, tiny_folder, tmp_path_factory) -> dict[str, tuple[int, int, 
     for start in range(0, len(cases), GROUP):
         group = cases[start : start + GROUP]
         prepared = prepare(
-            {case.name: Part(case.source) for case in group},
+            {case.name: TaskRows(case.source) for case in group},
             DataConfig(max_bad_share=1, max_lost_files=1),
             base=BaseModelConfig(path=str(tiny_folder)),
             data_folder=folder,

@@ -11,7 +11,7 @@ import pyarrow.fs as fs
 import pyarrow.parquet as pq
 import pytest
 
-from pipeline.data.faults import Fault, StreamError
+from pipeline.data.faults import StreamError, UnreadableRow
 from pipeline.data.sources import formats
 from pipeline.data.sources.formats import format_of, rows_of
 
@@ -38,13 +38,13 @@ def write(path, data: bytes):
 
 def fault(found) -> str:
     """Returns the reason of the only fault."""
-    (only,) = [row for _, row in found if isinstance(row, Fault)]
+    (only,) = [row for _, row in found if isinstance(row, UnreadableRow)]
     return only.reason
 
 
 def lost(found: list) -> tuple[str, int]:
     """What of a file is lost by its only fault, and rows that stand there."""
-    (only,) = [row for _, row in found if isinstance(row, Fault)]
+    (only,) = [row for _, row in found if isinstance(row, UnreadableRow)]
     return only.lost, only.rows
 
 
@@ -164,7 +164,7 @@ def test_empty_cells_are_missing_values(tmp_path):
 
 def test_rows_that_do_not_fit_the_header_are_faults(tmp_path):
     found = read(write(tmp_path / "a.tsv", b"id\ttext\n1\tx\n2\n3\tx\ty\n4\tx\n"))
-    assert [isinstance(entry, Fault) for _, entry in found] == [False, True, True, False]
+    assert [isinstance(entry, UnreadableRow) for _, entry in found] == [False, True, True, False]
     assert "line 3: 1 cells, the header has 2" in found[1][1].reason
 
 
@@ -192,7 +192,7 @@ def test_a_table_without_a_header_is_no_table(tmp_path):
 def test_cells_longer_than_allowed_are_faults(tmp_path, monkeypatch):
     monkeypatch.setattr(formats, "LONGEST_LINE", 100)
     found = read(write(tmp_path / "a.tsv", table([["id", "text"], [1, "x"], [2, "x" * 200], [3, "x"]])))
-    assert "field larger than field limit" in "".join(e.reason for _, e in found if isinstance(e, Fault))
+    assert "field larger than field limit" in "".join(e.reason for _, e in found if isinstance(e, UnreadableRow))
     assert found[0][1] == {"id": "1", "text": "x"}
 
 
@@ -224,7 +224,7 @@ def test_a_damaged_row_group_costs_its_own_rows(tmp_path):
     data[start : start + column.total_compressed_size] = b"\xff" * column.total_compressed_size
     found = read(write(path, bytes(data)))
     assert [number for number, _ in found] == [*range(1, 32), *range(61, 91)]
-    (lost,) = [entry for _, entry in found if isinstance(entry, Fault)]
+    (lost,) = [entry for _, entry in found if isinstance(entry, UnreadableRow)]
     assert "row group 1 of a.parquet cannot be read" in lost.reason
     assert (lost.lost, lost.rows) == ("rows 31 to 60", 30)
 
@@ -234,7 +234,7 @@ def test_a_cell_that_is_not_utf8_costs_its_row(tmp_path):
     broken = pa.Array.from_buffers(pa.string(), 3, texts.buffers())
     pq.write_table(pa.table({"id": [1, 2, 3], "text": broken}), tmp_path / "a.parquet")
     found = read(tmp_path / "a.parquet")
-    assert [isinstance(entry, Fault) for _, entry in found] == [False, True, False]
+    assert [isinstance(entry, UnreadableRow) for _, entry in found] == [False, True, False]
     assert "a value cannot be read" in fault(found)
 
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from pipeline.data.faults import Fault
+from pipeline.data.faults import UnreadableRow
 from pipeline.data.sources.mmbench import INSTRUCTION, questions
 
 PICTURE = "A" * 100
@@ -24,7 +24,7 @@ def letters(found: list) -> list[tuple[str, str]]:
 
 
 def reason(rows: list) -> str:
-    (fault,) = [turn for turn in asked(rows) if isinstance(turn, Fault)]
+    (fault,) = [turn for turn in asked(rows) if isinstance(turn, UnreadableRow)]
     return fault.reason
 
 
@@ -85,7 +85,7 @@ def test_images_are_shared_by_index():
         (row("one", "x"), "column 'index' is missing"),
         (row(float("nan"), "x"), "column 'index' is missing"),
         (row(0, "x"), "index 0 stands twice; a source holds one language and split"),
-        (Fault("line 3: 2 cells"), "line 3: 2 cells"),
+        (UnreadableRow("line 3: 2 cells"), "line 3: 2 cells"),
     ],
 )
 def test_a_question_that_cannot_be_asked_is_one_fault(bad, said):

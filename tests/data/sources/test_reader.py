@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from pipeline.config import ColumnsConfig, SourceConfig
-from pipeline.data.faults import Fault
+from pipeline.data.faults import UnreadableRow
 from pipeline.data.rows.records import BadRow
 from pipeline.data.sources import reader
 from pipeline.data.sources.reader import (
@@ -195,7 +195,7 @@ def test_first_records_of_embedded_data_have_images(tmp_path):
 
 
 def test_a_fault_is_a_bad_row(tmp_path):
-    bad = raw(Fault("not valid JSON: Expecting value", "nonsense"))
+    bad = raw(UnreadableRow("not valid JSON: Expecting value", "nonsense"))
     with pytest.raises(BadRow, match="not valid JSON: Expecting value"):
         record_of(bad, source(tmp_path), "{question}")
     assert (row_id(bad, source(tmp_path)), excerpt(bad)) == ("rows.jsonl#7", "nonsense")

@@ -10,7 +10,7 @@ import re
 from collections.abc import Collection, Iterator
 from typing import Any, Protocol
 
-from pipeline.data.faults import Fault, printable
+from pipeline.data.faults import UnreadableRow, printable
 
 READ = 1 << 20
 """Characters that are read at a time."""
@@ -21,7 +21,7 @@ LONGEST = 1 << 25
 _DECODER = json.JSONDecoder(strict=False)
 """Takes tabs and line breaks inside texts, which are meant where they stand, if not allowed."""
 WHOLE = "the whole file"
-"""What a Fault says of a file of which nothing can be read."""
+"""What an UnreadableRow says of a file of which nothing can be read."""
 
 _SPACE = re.compile(r"[\s\ufeff]*")
 _NEXT = re.compile(r"[,}\]]\s*(?=\{)")
@@ -62,7 +62,7 @@ def breaks_off(text: str) -> bool:
     return False
 
 
-class Elements:
+class JsonStream:
     """Iterates over the elements of `text`; `known` are keys by which an element is recognised after a broken one."""
 
     def __init__(self, text: Text, known: Collection[str]) -> None:
@@ -71,10 +71,10 @@ class Elements:
         self._in_array = False
         self._number = 0
 
-    def __iter__(self) -> Iterator[Any | Fault]:
-        """Yields elements, and a Fault for each place that cannot be read."""
+    def __iter__(self) -> Iterator[Any | UnreadableRow]:
+        """Yields elements, and an UnreadableRow for each place that cannot be read."""
         if self._peek() == "":
-            yield Fault("the file is empty: not even an array", lost=WHOLE, rows=0)
+            yield UnreadableRow("the file is empty: not even an array", lost=WHOLE, rows=0)
             return
         self._in_array = self._peek() == "["
         self._at += self._in_array
@@ -86,7 +86,9 @@ class Elements:
                 self._number += 1
                 yield self._element()
         if self._in_array:
-            yield Fault("the file ends before its array does: rows are missing at the end", lost=self._rest(), rows=0)
+            yield UnreadableRow(
+                "the file ends before its array does: rows are missing at the end", lost=self._rest(), rows=0
+            )
 
     def _rest(self) -> str:
         return f"all rows beyond row {self._number}"
@@ -107,7 +109,7 @@ class Elements:
         piece = self._text.read(max(READ, len(held)))
         self._buffer, self._at, self._ended = held + piece, 0, not piece
 
-    def _element(self) -> Any | Fault:
+    def _element(self) -> Any | UnreadableRow:
         while True:
             try:
                 element, end = _DECODER.raw_decode(self._buffer, self._at)
@@ -127,8 +129,8 @@ class Elements:
             return False
         return error.msg.startswith("Unterminated string") or error.pos > len(self._buffer) - _TAIL
 
-    def _skip(self, error: Exception) -> Fault:
-        """Goes to the next element that can be read; what lies between is one Fault."""
+    def _skip(self, error: Exception) -> UnreadableRow:
+        """Goes to the next element that can be read; what lies between is one UnreadableRow."""
         if isinstance(error, json.JSONDecodeError):
             reason = f"not valid JSON: {error.msg}: character {error.pos - self._at} of the element"
         else:
@@ -140,12 +142,14 @@ class Elements:
             for match in _NEXT.finditer(self._buffer, self._at):
                 if self._starts_element(match.end()):
                     self._at = match.end()
-                    return Fault(reason, excerpt)
+                    return UnreadableRow(reason, excerpt)
             if self._ended:
                 rest = self._buffer[self._at :]
                 cut = not _END.search(rest) if self._in_array else breaks_off(rest)
                 self._at, self._in_array = len(self._buffer), False
-                return Fault(f"{reason}; no row could be read after it", excerpt, lost=self._rest() if cut else "")
+                return UnreadableRow(
+                    f"{reason}; no row could be read after it", excerpt, lost=self._rest() if cut else ""
+                )
             self._at = max(self._at, len(self._buffer) - LONGEST)
             self._more()
 

@@ -5,9 +5,8 @@ import json
 
 import pytest
 
-from pipeline.data.faults import Fault
-from pipeline.data.rows import elements
-from pipeline.data.rows.elements import Elements, parse
+from pipeline.data.faults import UnreadableRow
+from pipeline.data.rows.json_stream import JsonStream, parse
 
 KNOWN = ("id", "conversations")
 
@@ -33,12 +32,12 @@ class Drip(io.StringIO):
 
 
 def found(text: str) -> list:
-    return list(Elements(io.StringIO(text), KNOWN))
+    return list(JsonStream(io.StringIO(text), KNOWN))
 
 
 def ids(text: str) -> list:
     """Returns the rows' ids, and x for a fault."""
-    return ["x" if isinstance(element, Fault) else element["id"] for element in found(text)]
+    return ["x" if isinstance(element, UnreadableRow) else element["id"] for element in found(text)]
 
 
 @pytest.mark.parametrize(
@@ -56,7 +55,7 @@ def test_rows_in_any_writing(text):
 @pytest.mark.parametrize("size", [1, 2, 3, 7, 50, 1000])
 def test_pieces_may_end_anywhere(size):
     text = f"[{','.join(ROWS)}, 12, 345.5, true, null]"
-    assert list(Elements(Drip(text, size), KNOWN)) == [*(row(n) for n in range(4)), 12, 345.5, True, None]
+    assert list(JsonStream(Drip(text, size), KNOWN)) == [*(row(n) for n in range(4)), 12, 345.5, True, None]
 
 
 @pytest.mark.parametrize(
@@ -70,9 +69,9 @@ def test_pieces_may_end_anywhere(size):
 @pytest.mark.parametrize("size", [10, 10_000])
 def test_a_broken_row_costs_itself(broken, size):
     text = f"[{ROWS[0]}, {broken}, {ROWS[2]}, {ROWS[3]}]"
-    seen = list(Elements(Drip(text, size), KNOWN))
+    seen = list(JsonStream(Drip(text, size), KNOWN))
     assert [seen[0], *seen[2:]] == [row(0), row(2), row(3)]
-    assert isinstance(seen[1], Fault)
+    assert isinstance(seen[1], UnreadableRow)
     assert seen[1].reason.startswith("not valid JSON: ")
     assert seen[1].excerpt.startswith(broken[:10])
 
@@ -111,13 +110,13 @@ def test_tabs_and_line_breaks_inside_texts_are_kept():
 
 def test_memory_stays_flat(monkeypatch):
     """What is read ahead does not grow with the file, nor without end where an element does not end."""
-    monkeypatch.setattr(elements, "READ", 1000)
+    monkeypatch.setattr(json_stream, "READ", 1000)
     text = Drip(f"[{','.join(json.dumps(row(n)) for n in range(5000))}]", 1000)
-    assert sum(1 for _ in Elements(text, KNOWN)) == 5000
+    assert sum(1 for _ in JsonStream(text, KNOWN)) == 5000
     assert text.longest <= 2000
-    monkeypatch.setattr(elements, "LONGEST", 8000)
+    monkeypatch.setattr(json_stream, "LONGEST", 8000)
     text = Drip(f'[{{"id": "{"x" * 200_000}, {",".join(ROWS)}]', 1000)
-    assert [type(element) for element in Elements(text, KNOWN)] == [Fault, dict, dict, dict, dict]
+    assert [type(element) for element in JsonStream(text, KNOWN)] == [UnreadableRow, dict, dict, dict, dict]
     assert text.longest <= 10_000
 
 

@@ -5,7 +5,7 @@ from typing import Any
 from pipeline.config import BaseModelConfig, Config, ExpertConfig, RouterConfig, TrainingConfig
 
 
-class Job(Config):
+class TrainSpec(Config):
     """All that a worker needs to know of its task."""
 
     task: str
