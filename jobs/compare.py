@@ -3,8 +3,8 @@
 python -m jobs.compare jobs/configs/embedded.yaml
 """
 
-from jobs.learn import show, where_next
 from jobs.options import Address, ConfigFile, Overrides, job_command, load, user_errors
+from jobs.results import print_next_steps, show_tasks
 from jobs.terminal import Terminal, methods_table
 from pipeline.learning.baselines import compare_methods
 from pipeline.learning.learn import learn_stream, publish
@@ -31,9 +31,9 @@ def main(config: ConfigFile, overrides: Overrides = None, address: Address = Non
                 [(f"{m}/{k}", v[k], 0) for m, v in methods.items() for k in ("new", "foundation") if v[k] is not None],
             )
             report = publish(run, summary)
-            show(run, summary)
+            show_tasks(run, summary)
             run.progress.show(methods_table(methods))
-            where_next(run, report)
+            print_next_steps(run, report)
 
 
 if __name__ == "__main__":

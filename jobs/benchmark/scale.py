@@ -15,8 +15,8 @@ from urllib.parse import urlparse
 import typer
 from mlflow import MlflowClient
 
-from jobs.learn import where_next
 from jobs.options import user_errors
+from jobs.results import print_next_steps
 from jobs.terminal import Terminal, table
 from pipeline.config import ConfigError, LearnConfig
 from pipeline.learning.learn import learn_stream, publish
@@ -47,7 +47,7 @@ def scale(
             found = measure(run, learned.summary)
             report = publish(run, learned.summary | {"scale": found})
             _show(run, found)
-            where_next(run, report)
+            print_next_steps(run, report)
 
 
 def measure(run: StreamSession, summary: Mapping[str, Any]) -> dict[str, Any]:

@@ -21,8 +21,8 @@ import typer
 from torch.nn.functional import cross_entropy
 
 from jobs.benchmark.library_text import QUESTIONS, write_library
-from jobs.learn import show, where_next
 from jobs.options import Overrides, load, user_errors
+from jobs.results import print_next_steps, show_tasks
 from jobs.terminal import Terminal, table
 from pipeline.config import digest
 from pipeline.data.sources.reader import first_records
@@ -67,9 +67,9 @@ def text(
             found = measure(run, learned, sequential=sequential)
             seconds = learned.summary["seconds_total"] + watch.lap()
             report = publish(run, learned.summary | found | {"seconds_total": seconds})
-            show(run, learned.summary)
+            show_tasks(run, learned.summary)
             _show(run, found)
-            where_next(run, report)
+            print_next_steps(run, report)
 
 
 def packaged_base() -> str | None:

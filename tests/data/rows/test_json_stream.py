@@ -6,6 +6,7 @@ import json
 import pytest
 
 from pipeline.data.faults import UnreadableRow
+from pipeline.data.rows import json_stream
 from pipeline.data.rows.json_stream import JsonStream, parse
 
 KNOWN = ("id", "conversations")
