@@ -14,10 +14,12 @@ from pipeline.routing import Pool
 from pipeline.routing.store import CACHE_VARIABLE
 from tests.helpers import claimed_pool
 
+torch.set_num_threads(1)  # models this small only wait for a second thread, on a busy machine for minutes
+
 
 @pytest.fixture(autouse=True)
 def one_thread() -> None:
-    """Models this small only wait for a second thread, on a busy machine for minutes; and threads change the last digit."""
+    """A test may have left more: threads change the last digit."""
     torch.set_num_threads(1)
 
 

@@ -25,7 +25,6 @@ from transformers import InternVLForConditionalGeneration
 
 from cluster.usage import memory_bytes
 from jobs.options import user_errors
-from jobs.plan import make_plan
 from jobs.terminal import Terminal, table
 from pipeline.config import BaseModelConfig, ConfigError, LearnConfig
 from pipeline.data.demo.foundation import vocabulary
@@ -40,6 +39,7 @@ from pipeline.models.tiny import build_tiny, tiny_processor
 from pipeline.planning.architecture import architecture_of, base_configuration
 from pipeline.planning.job import EXPERT_STAGE, ROUTER_STAGE, job_moments
 from pipeline.planning.plan import Assumptions
+from pipeline.planning.summary import make_plan
 from pipeline.provenance import now, provenance
 from pipeline.routing.expert import Expert
 from pipeline.routing.pool import Pool

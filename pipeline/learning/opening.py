@@ -67,6 +67,7 @@ def open_run(
         afterwards.push(lambda kind, *error: run.close(at_once=kind is not None))
         run.capacity.check(trains=trains)
         if trains:
+            afterwards.callback(torch.set_num_threads, torch.get_num_threads())
             torch.set_num_threads(run.capacity.driver_threads)
         with progress.working("opening MLflow"):
             experiment = run.patience(

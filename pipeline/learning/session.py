@@ -14,9 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from cluster.local import ClusterInfo
-from cluster.preflight import (
-    build_deepspeed_ops,
-)
+from cluster.preflight import build_deepspeed_ops
 from cluster.usage import PeakMemory
 from pipeline.config import LearnConfig, SourceConfig, TaskConfig
 from pipeline.data.loading.preprocess import PreparedData, TaskRows, prepare
