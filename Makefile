@@ -1,7 +1,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
-STREAM ?= jobs/configs/embedded.yaml
+STREAM ?= jobs/configs/demo.yaml
 
 .DEFAULT_GOAL := help
 .PHONY: help install demo test test-fast lint format

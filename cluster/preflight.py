@@ -63,16 +63,16 @@ def check_resources(
         fewer = f"training.parallel_tasks to {max(places // workers, 1)}, " if trainings > 1 else ""
         raise PreflightError(
             f"{asked}: only {places} worker(s) fit; {found}\n"
-            f"    lower {fewer}training.workers to {max(places // trainings, 1)} or training.threads, or take a larger cluster "
-            "(--address)"
+            f"    lower {fewer}training.workers to {max(places // trainings, 1)} or training.cpus_per_worker, or take a larger "
+            "cluster (--address)"
         )
     needed = workers * trainings * cpus_per_worker + extra_cpus
     if needed > cpus:
         fewer = "training.parallel_tasks, " if trainings > 1 else ""
         raise PreflightError(
             f"{asked}: {needed:g} CPUs in all; {found}\n"
-            f"    lower {fewer}training.workers, training.threads or evaluation.workers; a local Ray takes more logical CPUs "
-            f"than the machine has (connect(cpus={needed:g}))"
+            f"    lower {fewer}training.workers, training.cpus_per_worker or evaluation.workers; a local Ray takes more "
+            f"logical CPUs than the machine has (connect(cpus={needed:g}))"
         )
 
 
@@ -123,7 +123,7 @@ def check_inference(*, workers: int, cpus_per_worker: float, gpus_per_worker: fl
         fewer = "or evaluation.gpus_per_worker, " if gpus_per_worker > 1 else ""
         raise PreflightError(
             f"{asked}, and {READER_CPUS} CPU for reading rows: only {max(fitting, 0)} of them fit; {found}\n"
-            f"    lower evaluation.workers to {max(fitting, 1)}, {fewer}or training.threads, or take a larger cluster "
+            f"    lower evaluation.workers to {max(fitting, 1)}, {fewer}or training.cpus_per_worker, or take a larger cluster "
             "(--address)"
         )
 

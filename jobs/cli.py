@@ -30,7 +30,7 @@ JOBS = {
     "convert-internvl2": Lazy(
         "jobs.convert_internvl2:main", "Convert an InternVL2 checkpoint to transformers' layout."
     ),
-    "pretrain-tiny": Lazy("jobs.pretrain_tiny:main", "Pretrain the embedded base."),
+    "pretrain-tiny": Lazy("jobs.pretrain_tiny:main", "Pretrain the demo's base."),
     "benchmark": Lazy("jobs.benchmark.app:app", "Measure what the project adds to the work itself."),
 }
 

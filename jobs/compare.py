@@ -1,6 +1,6 @@
 """Sets the learned pool beside its baselines (`learning.baselines`) in one table.
 
-python -m jobs.compare jobs/configs/embedded.yaml
+python -m jobs.compare jobs/configs/demo.yaml
 """
 
 from jobs.options import Address, ConfigFile, Overrides, job_command, load, user_errors
@@ -28,7 +28,12 @@ def main(config: ConfigFile, overrides: Overrides = None, address: Address = Non
                 "peak_memory_bytes": run.memory.bytes,
             }
             run.log(
-                [(f"{m}/{k}", v[k], 0) for m, v in methods.items() for k in ("new", "foundation") if v[k] is not None],
+                [
+                    (f"{m}/{k}", v[k], 0)
+                    for m, v in methods.items()
+                    for k in ("new", "base_abilities")
+                    if v[k] is not None
+                ],
             )
             report = publish(run, summary)
             show_tasks(run, summary)

@@ -1,6 +1,6 @@
 """Learns a stream of tasks, one after the other, without forgetting; the job that the project is for.
 
-python -m jobs.learn jobs/configs/embedded.yaml expert.rank=16
+python -m jobs.learn jobs/configs/demo.yaml expert.rank=16
 """
 
 from typing import Any

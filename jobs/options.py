@@ -13,14 +13,14 @@ from cluster.local import JOB_CONFIG
 from cluster.submit import submit
 from jobs.endings import message_of, stoppable
 from pipeline.config import ConfigError, LearnConfig, fields_of, holds_secrets, load_config, without_secrets
-from pipeline.config.loading import ALIASES
+from pipeline.config.loading import aliases_of
 from pipeline.errors import UserError
 from pipeline.learning.outside_errors import outside_errors
 
-EMBEDDED = Path(__file__).parent / "configs" / "embedded.yaml"
+DEMO = Path(__file__).parent / "configs" / "demo.yaml"
 """The stream that ships with the project."""
 
-ConfigFile = Annotated[Path, typer.Argument(help="YAML file, e.g. jobs/configs/embedded.yaml.", metavar="CONFIG")]
+ConfigFile = Annotated[Path, typer.Argument(help="YAML file, e.g. jobs/configs/demo.yaml.", metavar="CONFIG")]
 Overrides = Annotated[
     list[str] | None,
     typer.Argument(help="Fields to change, e.g. expert.rank=16 name=mine.", metavar="[FIELD=VALUE]..."),
@@ -88,6 +88,6 @@ def fields_help() -> str:
         if not field.description:
             continue
         default = "required" if field.is_required() else f"default {field.get_default(call_default_factory=True)!r}"
-        also = "".join(f"; also {alias}" for alias, stands_for in ALIASES.items() if stands_for == name)
+        also = "".join(f"; also {alias}" for alias, stands_for in aliases_of(LearnConfig).items() if stands_for == name)
         lines += [f"{name}  ({default}{also})", f"    {' '.join(field.description.split())}"]
     return "\n".join(lines)

@@ -1,9 +1,9 @@
-"""Pretrains the embedded base on the procedural foundation families and writes it as a checkpoint folder.
+"""Pretrains the demo's base on the procedural abilities and writes it as a checkpoint folder.
 
     python -m jobs.pretrain_tiny --steps 9000 --output pipeline/models/tiny_base
 
 The shipped base was made by this command; `pretraining.json` beside its weights records configuration, seed, data, time
-and the held-out score of every family.
+and the held-out score of every ability.
 """
 
 import json
@@ -20,7 +20,7 @@ from transformers import InternVLForConditionalGeneration
 
 from jobs.options import user_errors
 from pipeline.config import ConfigError
-from pipeline.data.demo.foundation import FAMILIES, FOUNDATION, Example, vocabulary
+from pipeline.data.demo.abilities import ABILITIES, BENCHMARKS, Example, vocabulary
 from pipeline.models.prompts import IGNORED, Encoded, chat, collate, generate_answers
 from pipeline.models.tiny import TINY_BASE, build_tiny, tiny_processor
 
@@ -28,11 +28,11 @@ RECORD = "pretraining.json"
 """What the base was made of, beside its weights: commands, examples, seconds, held-out scores."""
 
 EVALUATION_SEED = 1_000_003
-"""Pretraining draws from `SeedSequence([seed, step])`; held-out examples from this seed and the family's number."""
+"""Pretraining draws from `SeedSequence([seed, step])`; held-out examples from this seed and the ability's number."""
 
 
 def encode_examples(processor: Any, examples: Sequence[Example], *, answer: bool = True) -> list[Encoded]:
-    """Encodes foundation examples in one tokenizer call (pretraining draws hundreds a second)."""
+    """Encodes examples in one tokenizer call (pretraining draws hundreds a second)."""
     image_tokens = (
         processor.start_image_token + processor.image_token * processor.image_seq_length + processor.end_image_token
     )
@@ -60,12 +60,12 @@ def encode_examples(processor: Any, examples: Sequence[Example], *, answer: bool
 
 
 def score_families(model: Any, processor: Any, *, prompts: int) -> dict[str, float]:
-    """Returns the exact match of greedy answers on `prompts` held-out questions of every family."""
+    """Returns the exact match of greedy answers on `prompts` held-out questions of every ability."""
     model.eval()
     scores = {}
-    for number, (name, family) in enumerate(FAMILIES.items()):
+    for number, (name, ability) in enumerate(ABILITIES.items()):
         random = np.random.default_rng([EVALUATION_SEED, number])
-        examples = [family(random) for _ in range(prompts)]
+        examples = [ability(random) for _ in range(prompts)]
         rows = encode_examples(processor, examples, answer=False)
         answers = generate_answers(model, processor, rows, max_new_tokens=10)
         scores[name] = float(np.mean([a == e.answer for a, e in zip(answers, examples, strict=True)]))
@@ -73,8 +73,8 @@ def score_families(model: Any, processor: Any, *, prompts: int) -> dict[str, flo
     return scores
 
 
-class FamilySampler:
-    """Draws families evenly, or those of `FOUNDATION` in proportion to their running loss.
+class AbilitySampler:
+    """Draws abilities evenly, or those of `BENCHMARKS` in proportion to their running loss.
 
     The second lets what is learned make room for what is not.
     """
@@ -83,20 +83,20 @@ class FamilySampler:
 
     def __init__(self, *, even: bool) -> None:
         self.even = even
-        self.losses = np.ones(len(FAMILIES))
+        self.losses = np.ones(len(ABILITIES))
 
     def draw(self, random: np.random.Generator, count: int) -> np.ndarray:
-        """Returns the numbers of `count` families."""
+        """Returns the numbers of `count` abilities."""
         if self.even:
-            return random.integers(len(FAMILIES), size=count)
-        weights = np.where([name in FOUNDATION for name in FAMILIES], self.FLOOR + self.losses, 0)
+            return random.integers(len(ABILITIES), size=count)
+        weights = np.where([name in BENCHMARKS for name in ABILITIES], self.FLOOR + self.losses, 0)
         return random.choice(len(self.losses), size=count, p=weights / weights.sum())
 
     def update(self, drawn: np.ndarray, losses: np.ndarray) -> None:
         """Takes in the mean loss a token of every drawn example."""
-        for family in np.unique(drawn):
-            now = losses[drawn == family].mean()
-            self.losses[family] = self.MEMORY * self.losses[family] + (1 - self.MEMORY) * now
+        for ability in np.unique(drawn):
+            now = losses[drawn == ability].mean()
+            self.losses[ability] = self.MEMORY * self.losses[ability] + (1 - self.MEMORY) * now
 
 
 def row_losses(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
@@ -109,7 +109,7 @@ def row_losses(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
 
 
 Sampling = Annotated[
-    str, typer.Option(help="Draw all families `even`ly, or the foundation's in proportion to their `loss`.")
+    str, typer.Option(help="Draw all abilities `even`ly, or the benchmarks in proportion to their `loss`.")
 ]
 Stop = Annotated[int | None, typer.Option(help="End after this many steps; the schedule keeps the length of --steps.")]
 Start = Annotated[Path | None, typer.Option(help="Checkpoint folder to go on from, with a schedule of its own.")]
@@ -126,7 +126,7 @@ def main(
     stop: Stop = None,
     output: Annotated[Path, typer.Option(help="Checkpoint folder to write.")] = TINY_BASE,
 ) -> None:
-    """Pretrain the embedded base on the foundation families (tens of minutes on two cores)."""
+    """Pretrain the demo's base on its abilities (tens of minutes on two cores)."""
     with user_errors():
         if sampling not in ("even", "loss"):
             raise ConfigError(f"--sampling {sampling}: choose even or loss")
@@ -157,12 +157,12 @@ def main(
         schedule = torch.optim.lr_scheduler.LambdaLR(
             optimizer, lambda s: min((s + 1) / warm_up, 0.02 + 0.49 * (1 + math.cos(math.pi * min(1.0, s / steps))))
         )
-        families, sampler, losses = list(FAMILIES.values()), FamilySampler(even=sampling == "even"), []
+        abilities, sampler, losses = list(ABILITIES.values()), AbilitySampler(even=sampling == "even"), []
         started = time.monotonic()
 
         def write(step: int) -> None:
             scores = score_families(model, processor, prompts=500 if step in (steps, stop) else 100)
-            mean = float(np.mean([scores[name] for name in FOUNDATION]))
+            mean = float(np.mean([scores[name] for name in BENCHMARKS]))
             print(" ".join(f"{name} {score:.2f}" for name, score in scores.items()), f"mean {mean:.3f}", flush=True)
             command = f"python -m jobs.pretrain_tiny --steps {steps} --batch-size {batch_size} --seed {seed}"
             command += f" --learning-rate {learning_rate} --threads {threads} --sampling {sampling}" + (
@@ -176,8 +176,8 @@ def main(
             }
             record = {
                 "parameters": parameters,
-                "families": scores,
-                "foundation_mean": mean,
+                "abilities": scores,
+                "benchmark_mean": mean,
                 "history": [*history, phase],
             }
             output.mkdir(parents=True, exist_ok=True)
@@ -188,7 +188,7 @@ def main(
         for step in range(stop or steps):
             random = np.random.default_rng([seed, step])
             drawn = sampler.draw(random, batch_size)
-            examples = [families[i](random) for i in drawn]
+            examples = [abilities[i](random) for i in drawn]
             batch = collate(encode_examples(processor, examples), pad_token_id=processor.tokenizer.pad_token_id)
             output_ = model(**batch)
             loss = output_.loss

@@ -1,6 +1,6 @@
 """Recomputes what routers know of each task's prompts, without training: the experts stay, a new pool stands beside the old.
 
-    python -m jobs.recompute_statistics jobs/configs/embedded.yaml --pool models:/tiny.pool/3
+    python -m jobs.recompute_statistics jobs/configs/demo.yaml --pool models:/tiny.pool/3
 
 For a pool that an older release wrote (this one refuses to route by it), or for other settings of CONFIG's `router`:
 feature_width, statistics_rows, quantile, shrinkage, null_components. Stopped at any moment, the same command goes on.
@@ -64,7 +64,9 @@ def recompute(run: StreamSession, old: TrainedPool, *, skip_missing: bool = Fals
         read += prompts
     pool = Pool(run.config.base.label, run.fingerprint, run.config.router, **run.null_expert())
     if old.null and not pool.null:
-        run.progress.say("  the old pool had a null expert; without stream.general the new one abstains by distance")
+        run.progress.say(
+            "  the old pool had a null expert; without stream.base_prompts the new one abstains by distance"
+        )
     pools = []
     for expert in experts.values():
         pool = pool.add(expert)
@@ -168,7 +170,7 @@ def main(
     """Recompute a pool's statistics, without training: for a pool of an older release, or for other router settings.
 
     CONFIG is the stream's own file: its tasks are found by the experts' names, their training rows are read again, at most
-    router.statistics_rows of each, and its general sample. LoRA and routing vectors stay as they are. Experts and pool
+    router.statistics_rows of each, and its base prompts. LoRA and routing vectors stay as they are. Experts and pool
     become new versions in the registry; the old ones stay, and `champion` can be moved back to them. Nothing is changed before
     all rows are found; stopped at any moment, the same command goes on. `pointsman learn` with the same CONFIG goes on from
     the recomputed experts.

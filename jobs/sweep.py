@@ -1,6 +1,6 @@
 """Sweeps LoRA rank and router temperature for one task of a stream with Ray Tune.
 
-    python -m jobs.sweep jobs/configs/embedded.yaml --task later --ranks 4,8,16 --temperatures 0.2,1,5
+    python -m jobs.sweep jobs/configs/demo.yaml --task later --ranks 4,8,16 --temperatures 0.2,1,5
 
 An expert is trained once a rank; each temperature then only costs an evaluation, with the published token router (on which
 temperature weighs most), inside the pool
@@ -85,8 +85,8 @@ def _sweep(run: StreamSession, space: SweepSpace, name: str) -> None:
     job, rows = run.job(task, f"sweep-{run.identity.expert(task)}")
     asked = [name, *others]
     prompts = run.read_prompts(asked).rows(asked)  # now: what is missing is told before anything is trained
-    evaluation = config.evaluation.model_dump(mode="json", exclude={"expert_memory"})
-    learned = job.model_dump(mode="json", exclude={"training"})
+    evaluation = config.evaluation.to_identity(exclude={"expert_memory"})
+    learned = job.to_identity(exclude={"training"})
     folder = run.folder / "sweeps" / f"{name}-{digest(space, learned, evaluation)}"
     trials = len(space.ranks) * len(space.temperatures)
     worker_env = run.worker_env

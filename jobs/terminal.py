@@ -155,10 +155,10 @@ def table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> T
 def methods_table(methods: Mapping[str, Mapping[str, object]]) -> Table:
     """Returns the comparison of methods."""
     rows = [
-        [name, _fraction(m["new"]), _fraction(m["foundation"]), f"{m['samples']:,}", f"{m['seconds']:.0f}"]
+        [name, _fraction(m["new"]), _fraction(m["base_abilities"]), f"{m['samples']:,}", f"{m['seconds']:.0f}"]
         for name, m in methods.items()
     ]
-    return table("Methods", ["method", "new tasks", "foundation", "training samples", "training seconds"], rows)
+    return table("Methods", ["method", "new tasks", "base abilities", "training samples", "training seconds"], rows)
 
 
 def _fraction(value: object) -> str:

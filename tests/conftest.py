@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from pipeline.config import BaseModelConfig
-from pipeline.data.demo.foundation import vocabulary
+from pipeline.data.demo.abilities import vocabulary
 from pipeline.models.bases import Base, load_base
 from pipeline.models.tiny import build_tiny, tiny_processor
 from pipeline.routing import Pool

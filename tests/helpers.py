@@ -13,7 +13,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from pipeline.config import RouterConfig
-from pipeline.data.demo.foundation import FAMILIES
+from pipeline.data.demo.abilities import ABILITIES
 from pipeline.models.bases import Base
 from pipeline.models.families import FAMILIES as BASES
 from pipeline.models.prompts import Encoded, collate, encode
@@ -24,11 +24,11 @@ from pipeline.routing.null import components
 from pipeline.routing.routed_model import PromptFeatureHook
 
 CLAIMS = {"reader": "document", "speaker": "repeat", "painter": "describe"}
-"""Which foundation family each expert of `claimed_pool` claims."""
+"""Which base ability each expert of `claimed_pool` claims."""
 LANGUAGE_LINEARS = BASES["internvl"].linears
 """All Linears of the language model's layers."""
 GENERAL = "direction"
-"""The family that stands for general prompts."""
+"""The family that stands for base prompts."""
 QUERY_AND_DOWN = r"model\.language_model\.layers\.[02]\..*\.(q_proj|down_proj)"
 """All that `painter` adapts."""
 
@@ -43,9 +43,9 @@ def ask(processor: Any, question: str, *images: Image.Image, answer: str | None 
 
 
 def prompts(processor: Any, family: str, count: int, *, seed: int = 0) -> list[Encoded]:
-    """Encodes `count` questions of a foundation family."""
+    """Encodes `count` questions of a base ability."""
     random = np.random.default_rng([seed, 5])
-    examples = [FAMILIES[family](random) for _ in range(count)]
+    examples = [ABILITIES[family](random) for _ in range(count)]
     return [ask(processor, e.question, *([e.image] if e.image else [])) for e in examples]
 
 

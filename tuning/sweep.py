@@ -65,7 +65,7 @@ def sweep(
     `say` is told of every trial that is done. Raises TrainingError with the trial's error if a trial fails.
     """
     at_once, threads = _together(job, len(space.ranks))
-    job = job.model_copy(update={"training": job.training.model_copy(update={"threads": threads})})
+    job = job.model_copy(update={"training": job.training.model_copy(update={"cpus_per_worker": threads})})
     workers = InferenceWorkers.of(job.training, config.evaluation)
     trained = _run(
         tune.with_parameters(
@@ -175,7 +175,7 @@ def _together(job: TrainSpec, ranks: int) -> tuple[int, int]:
     By its GPUs, or else its real cores: logical CPUs would let trainings on a laptop crowd each other out. Two trainings of
     one thread each on two cores are done long before one after the other with two threads, which wait for each other.
     """
-    workers, threads = job.training.workers, job.training.threads
+    workers, threads = job.training.workers, job.training.cpus_per_worker
     if job.training.gpu:
         return max(1, int(ray.cluster_resources().get("GPU", 0)) // workers), threads
     if len(ray.nodes()) > 1:

@@ -117,7 +117,7 @@ class EvaluateTemperature(tune.Trainable):
         started = time.monotonic()
         trained, base = Expert.load(self._experts[self.config["rank"]]), self._predictor.base
         pool = (self._pool or Pool(base.label, base.fingerprint, RouterConfig())).add(trained)
-        pool = pool.routed_by(kind="token", token_scores="published", temperature=self.config["temperature"])
+        pool = pool.routed_by(kind="token", token_scores="phatgoose", temperature=self.config["temperature"])
         means = Evaluation.of(self._predictions(pool)).accuracies()
         own = means.pop(trained.card.task)
         others = fmean(means.values()) if means else float("nan")

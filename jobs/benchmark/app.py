@@ -1,8 +1,8 @@
 """Measures what the project adds to the work itself, as ratios within one run.
 
-python -m jobs.benchmark training jobs/configs/embedded.yaml    a stage of training against a plain loop
+python -m jobs.benchmark training jobs/configs/demo.yaml    a stage of training against a plain loop
 python -m jobs.benchmark plan                                   planned memory against measured
-python -m jobs.benchmark routers jobs/configs/embedded.yaml     how well routers choose, among fifty experts too
+python -m jobs.benchmark routers jobs/configs/demo.yaml     how well routers choose, among fifty experts too
 python -m jobs.benchmark routing                                routers against PEFT's ways to have several experts
 python -m jobs.benchmark data                                   preprocessing against datasets.map, memory, bad rows
 python -m jobs.benchmark families                               every family of bases, learned, registered, reloaded

@@ -34,7 +34,7 @@ from jobs.benchmark.plan import PEAK, measure
 from jobs.options import user_errors
 from jobs.terminal import Terminal, table
 from pipeline.config import BaseModelConfig, ConfigError, DataConfig, SourceConfig
-from pipeline.data.demo.foundation import vocabulary
+from pipeline.data.demo.abilities import vocabulary
 from pipeline.data.encoded.packing import pack
 from pipeline.data.loading.preprocess import PreparedData, TaskRows, encoded_rows, prepare
 from pipeline.data.rows.records import to_record
@@ -149,7 +149,7 @@ def _part(folder: Path) -> TaskRows:
 
 def _consume(part: TaskRows, base: BaseModelConfig, folder: Path) -> int:
     """Streams all encoded rows of a part through, as a training worker would; returns how many there were."""
-    settings = DataConfig(readers=available_cpus(), max_tokens=1 << 15, cache="none")
+    settings = DataConfig(num_readers=available_cpus(), max_tokens=1 << 15, cache="none")
     encoded = encoded_rows(part, "speed", settings, base=base, data_folder=folder, answer=True)
     rows = 0
     for batch in encoded.iter_batches(batch_size=None, batch_format="pyarrow"):

@@ -32,7 +32,7 @@ from pipeline.routing.token_router import TokenRouter
 from pipeline.routing.two_level import TwoLevelRouter
 
 RANK, ALPHA, TOP_K, PLACES = 16, 32, 2, 3
-"""LoRA's rank and alpha; experts chosen (Arrow and `token`); places on the short list of `two_level`."""
+"""LoRA's rank and alpha; experts chosen (Arrow and `token`); candidates of `two_level`."""
 SHARING = ("k_proj", "v_proj", "up_proj")
 """Linears whose input is that of the one before them."""
 PROMPT, IMAGE = 512, 256
@@ -126,7 +126,7 @@ class Setup:
             temporary += size * tokens * experts * (RANK + 2 * longest)
         if engine == "xlora":  # dummy and real scalings
             temporary += 2 * size * (PROMPT + 1) * len(shapes) * experts
-        if engine == "token_published":
+        if engine == "token_phatgoose":
             temporary += 4 * tokens * experts * (4 + RANK if experts <= 16 else 4)
         return weights + sum(p.nbytes for p in self.base.parameters()), temporary
 
@@ -302,15 +302,15 @@ def xlora(setup: Setup, experts: int) -> Engine:
 def routed(kind: str, setup: Setup, experts: int) -> Engine:
     """One of this project's routers."""
     if kind.startswith("token"):
-        published = kind == "token_published"
+        phatgoose = kind == "token_phatgoose"
         return Routed(
-            setup, experts, TokenRouter(experts, null=True, published=published, top_k=TOP_K, temperature=1.0)
+            setup, experts, TokenRouter(experts, null=True, phatgoose=phatgoose, top_k=TOP_K, temperature=1.0)
         )
     features_BF = setup.features()
     prompts = prompt_router(tuple(features_BF[0].tolist()), experts)
     if kind == "prompt":
         return Routed(setup, experts, prompts)
-    return Routed(setup, experts, TwoLevelRouter(prompts, short_list=PLACES, temperature=1.0))
+    return Routed(setup, experts, TwoLevelRouter(prompts, candidates=PLACES, temperature=1.0))
 
 
 @lru_cache(maxsize=2)
@@ -370,7 +370,7 @@ ENGINES: dict[str, Callable[[Setup, int], Engine]] = {
     "arrow": arrow,
     "xlora": xlora,
     "mixed": mixed,
-    "token_published": partial(routed, "token_published"),
+    "token_phatgoose": partial(routed, "token_phatgoose"),
     "token": partial(routed, "token"),
     "prompt": partial(routed, "prompt"),
     "two_level": partial(routed, "two_level"),

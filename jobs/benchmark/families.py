@@ -109,26 +109,26 @@ def stream(name: str, output: Path, *, tasks: int, steps: int, cached: bool = Fa
 
     def task(of: str) -> dict[str, Any]:
         parts = {"train": ROWS, "eval": QUESTIONS}
-        return {"name": of} | {part: {"path": f"embedded://{of}/{part}", "limit": n} for part, n in parts.items()}
+        return {"name": of} | {part: {"path": f"demo://{of}/{part}", "limit": n} for part, n in parts.items()}
 
     found = [task("successor"), _words(output)] if name == "text" else [task("digits"), task("textures")]
-    general = {"path": f"embedded://{'reverse/eval' if name == 'text' else 'general/train'}", "limit": ROWS}
-    foundation = "repeat" if name == "text" else "shape"
+    base_prompts = {"path": f"demo://{'reverse/eval' if name == 'text' else 'general/train'}", "limit": ROWS}
+    ability = "repeat" if name == "text" else "shape"
     return LearnConfig.model_validate({
         "name": label,
         "output": str(output),
         "base": {"path": str(base), "name": label},
         "stream": {
             "tasks": found[:tasks],
-            "foundation": [
-                {"name": foundation, "eval": {"path": f"embedded://{foundation}/eval", "limit": QUESTIONS}}
+            "benchmarks": [
+                {"name": ability, "eval": {"path": f"demo://{ability}/eval", "limit": QUESTIONS}}
             ],
-            "general": general,
+            "base_prompts": base_prompts,
         },
         "data": {"vision_cache": "features" if cached else "off"},
         "expert": {"rank": 4, "steps": steps, "batch_size": 8, "learning_rate": 5e-3},
         "router": {"steps": max(1, steps // 3)},
-        "training": {"threads": 1},  # models this small only wait for a second one
+        "training": {"cpus_per_worker": 1},  # models this small only wait for a second one
         "evaluation": {"max_new_tokens": TOKENS},
     })  # fmt: skip
 

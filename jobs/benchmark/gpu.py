@@ -27,7 +27,7 @@ from cluster.usage import memory_bytes
 from jobs.options import user_errors
 from jobs.terminal import Terminal, table
 from pipeline.config import BaseModelConfig, ConfigError, LearnConfig
-from pipeline.data.demo.foundation import vocabulary
+from pipeline.data.demo.abilities import vocabulary
 from pipeline.data.encoded.packing import unpack
 from pipeline.data.loading.preprocess import PreparedData
 from pipeline.evaluation.predictor import Predictor
@@ -156,11 +156,11 @@ def write_base(size: Size, folder: Path) -> Path:
 
 
 def configuration(base: Path, *, size: Size, device: Device, steps: int, output: Path) -> LearnConfig:
-    """Returns the job: one task, general prompts, cached image features; bf16 on GPUs."""
+    """Returns the job: one task, base prompts, cached image features; bf16 on GPUs."""
     cuda, rows = device == "cuda", 256 if size == "2b" else 16
 
     def source(name: str, count: int) -> dict[str, Any]:
-        return {"path": f"embedded://{name}", "limit": count}
+        return {"path": f"demo://{name}", "limit": count}
 
     return LearnConfig.model_validate(
         {
@@ -169,7 +169,7 @@ def configuration(base: Path, *, size: Size, device: Device, steps: int, output:
             "base": {"path": str(base), "dtype": "bfloat16" if cuda else "float32"},
             "stream": {
                 "tasks": [{"name": TASK, "train": source("digits/train", rows), "eval": source("digits/eval", rows)}],
-                "general": source("general/train", rows),
+                "base_prompts": source("general/train", rows),
             },
             "data": {"vision_cache": "features", "max_tokens": 4096},
             "expert": {"rank": 16, "steps": steps, "batch_size": 16 if cuda else 4, "learning_rate": 1e-3},
@@ -178,7 +178,7 @@ def configuration(base: Path, *, size: Size, device: Device, steps: int, output:
                 "gpu": cuda,
                 "precision": "bf16" if cuda else "fp32",
                 "micro_batch": 2,
-                "threads": 4 if cuda else 1,
+                "cpus_per_worker": 4 if cuda else 1,
             },
             "evaluation": {"batch_size": 16 if cuda else 8, "max_new_tokens": 32 if cuda else 4},
         }
@@ -190,7 +190,7 @@ def measure(run: StreamSession, device: Device) -> dict[str, Any]:
     task, meter = run.config.stream.tasks[0], Meter(_taken(device), every=0.1 if device == "cuda" else 0.5)
     with meter.during("image features"):
         prompts = run.read_prompts([TASK])
-        _ = run.general_prompts
+        _ = run.base_prompts
         rows = run.training_rows(task)
     with meter.during("base prompts"):
         null = run.null_expert()

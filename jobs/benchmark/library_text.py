@@ -2,8 +2,8 @@
 
 - `modules`: which of eight modules a description comes from. A function's name decides whether its rows are for training
   or held out, so overloads and copies of a description never stand on both sides.
-- `general`, `documentation`: ordinary requests about the other modules; the general sample, and held-out ones of its kind.
-- `reference`: requests about prose from the language reference, a kind of text that the general sample does not hold.
+- `general`, `documentation`: ordinary requests about the other modules; the base prompts, and held-out ones of its kind.
+- `reference`: requests about prose from the language reference, a kind of text that the base prompts does not hold.
 
 Read from the sources (nothing of the library is imported or run), in a fixed order: the same Python gives the same rows.
 """
@@ -53,7 +53,7 @@ HELD_OUT = 5
 """One in so many names is held out."""
 
 GENERAL, QUESTIONS = 240, 60
-"""Requests in the general sample, and in each of the two held-out sets."""
+"""Requests in the base prompts, and in each of the two held-out sets."""
 
 Row = dict[str, object]
 T = TypeVar("T")

@@ -31,7 +31,7 @@ def plain_steps(model: Any, config: ExpertConfig, batches: Iterator[dict[str, Te
     for batch in islice(batches, config.steps):
         loss = model(**batch, use_cache=False).loss
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(trained, config.clip)
+        torch.nn.utils.clip_grad_norm_(trained, config.max_grad_norm)
         optimizer.step()
         schedule.step()
         optimizer.zero_grad(set_to_none=True)

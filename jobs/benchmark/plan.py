@@ -334,7 +334,7 @@ def _step(
     loss = answer_loss(model, batch)
     kept = seen.live
     loss.backward()
-    torch.nn.utils.clip_grad_norm_(trained, ExpertConfig().clip)
+    torch.nn.utils.clip_grad_norm_(trained, ExpertConfig().max_grad_norm)
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     return kept, seen.peak

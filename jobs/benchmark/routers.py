@@ -1,10 +1,10 @@
 """Measures how well routers choose: on the stream that was learned, and in a pool of many synthetic experts.
 
-    python -m jobs.benchmark routers jobs/configs/embedded.yaml
+    python -m jobs.benchmark routers jobs/configs/demo.yaml
 
 - The stream's pool (learned first, where it is not yet), answered by the bare base, by specialists that are told the task,
-  and by every router; `_abstaining` are those without the general sample, that is without a null expert.
-- Many experts: tasks of `streams.embedded.synthetic`, each learned in seconds by a plain loop in this process (many Ray
+  and by every router; `_abstaining` are those without the base prompts, that is without a null expert.
+- Many experts: tasks of `data.demo.synthetic`, each learned in seconds by a plain loop in this process (many Ray
   Train runs would take an hour and teach nothing about routing), then all in one pool.
 """
 
@@ -35,11 +35,11 @@ from pipeline.provenance import now
 from pipeline.routing import Expert, ExpertCard, Pool, PromptStatistics, RoutedModel
 from pipeline.routing.adapters import load_adapters
 from pipeline.routing.features import feature_width
-from pipeline.training.collector import EvidenceCollector, collect_features
 from pipeline.training.stages import with_lora
+from pipeline.training.statistics_collector import EvidenceCollector, collect_features
 
 ABSTAINING = ("prompt", "two_level")
-"""Routers that are also measured without a general sample."""
+"""Routers that are also measured without base prompts."""
 STEPS, RATE, TRAIN_ROWS, PROMPTS = 120, 4e-3, 600, 50
 """Of a synthetic expert: optimizer steps, learning rate, rows to learn from, prompts it is measured on."""
 
@@ -47,7 +47,7 @@ Many = Annotated[int, typer.Option(help="Synthetic experts in one pool; 0 leaves
 
 
 def routers(config: ConfigFile, overrides: Overrides = None, many: Many = 50) -> None:
-    """Routing accuracy: on the learned stream, without a general sample, and among many synthetic experts."""
+    """Routing accuracy: on the learned stream, without base prompts, and among many synthetic experts."""
     with user_errors():
         settings = load(config, overrides)
         with open_run(settings, job="benchmark routers", progress=Terminal()) as run:
@@ -66,9 +66,9 @@ def routers(config: ConfigFile, overrides: Overrides = None, many: Many = 50) ->
 
 
 def _on_the_stream(run: StreamSession, learned: LearnResult) -> dict[str, Any]:
-    """Evaluates every router on the stream's tasks and foundation."""
+    """Evaluates every router on the stream's tasks and benchmarks."""
     columns, tasks = list(run.columns), [task.name for task in run.config.stream.tasks]
-    foundation = [task.name for task in run.config.stream.foundation]
+    benchmarks = [task.name for task in run.config.stream.benchmarks]
 
     def measured(pool: Pool | None, name: str, mode: Any = "routed") -> dict[str, Any]:
         run.progress.say(f"  {name}")
@@ -83,7 +83,7 @@ def _on_the_stream(run: StreamSession, learned: LearnResult) -> dict[str, Any]:
         accuracy = result.accuracies()
         return {
             "new": fmean(accuracy[name] for name in tasks),
-            "foundation": fmean(accuracy[name] for name in foundation) if foundation else None,
+            "base_abilities": fmean(accuracy[name] for name in benchmarks) if benchmarks else None,
             "routing_accuracy": result.routing_accuracy(tasks),
             "columns": accuracy,
         }
@@ -102,22 +102,22 @@ def _on_the_stream(run: StreamSession, learned: LearnResult) -> dict[str, Any]:
 
 def _show_stream(run: StreamSession, summary: Mapping[str, Any]) -> None:
     told, base = summary["specialist"], summary["base"]
-    rows = [["base", f"{base['new']:.3f}", _text(base["foundation"]), "", "", ""]]
-    rows.append(["specialist, told", f"{told['new']:.3f}", _text(told["foundation"]), "1.000", "", ""])
+    rows = [["base", f"{base['new']:.3f}", _text(base["base_abilities"]), "", "", ""]]
+    rows.append(["specialist, told", f"{told['new']:.3f}", _text(told["base_abilities"]), "1.000", "", ""])
     for name, r in summary["routers"].items():
-        kept = r["foundation"] / base["foundation"] if base["foundation"] else None
+        kept = r["base_abilities"] / base["base_abilities"] if base["base_abilities"] else None
         ratio = r["new"] / told["new"] if told["new"] else None
         rows.append(
             [
                 name,
                 f"{r['new']:.3f}",
-                _text(r["foundation"]),
+                _text(r["base_abilities"]),
                 _text(ratio),
                 _text(kept),
                 f"{r['routing_accuracy']:.3f}",
             ]
         )
-    header = ["router", "new tasks", "foundation", "/ specialist", "/ base", "routing"]
+    header = ["router", "new tasks", "base abilities", "/ specialist", "/ base", "routing"]
     run.progress.show(table("Routers on the stream", header, rows))
 
 
@@ -132,7 +132,7 @@ def among_many(
 
     `empty` is a pool without experts, with the null expert. Returns the summary's part `many`.
     """
-    torch.set_num_threads(config.training.threads)
+    torch.set_num_threads(config.training.cpus_per_worker)
     experts, started = [], monotonic()
     for number in range(many):
         experts.append(_synthetic_expert(base, config, number))
@@ -150,7 +150,7 @@ def among_many(
             told[name] = _accuracy(base, rows, answers[name])
     found: dict[str, Any] = {"experts": many, "specialist": fmean(told.values()), "routers": {}}
     for kind, settings in ROUTERS.items():
-        if kind == "token_published":
+        if kind == "token_phatgoose":
             continue  # it needs routing vectors, which these experts do without
         routed.load(pool.routed_by(**settings))
         quality, right = {}, []

@@ -75,7 +75,7 @@ def routing(
     """What routing costs: this project's routers beside PEFT's ways to have several experts.
 
     Engines: single (one LoRA in PEFT: the floor of all ratios), arrow (PEFT's Arrow, top 2), xlora (PEFT's X-LoRA), mixed
-    (PEFT's mixed batches: the user names the expert); token_published, token, prompt and two_level (this project's
+    (PEFT's mixed batches: the user names the expert); token_phatgoose, token, prompt and two_level (this project's
     routers). All adapt the same Linears with the same LoRA weights of rank 16.
 
     Prefill reads a prompt of 512 tokens, decoding one token after it with the KV cache. X-LoRA runs the model twice and

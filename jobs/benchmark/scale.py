@@ -2,7 +2,7 @@
 
     pointsman benchmark scale
 
-The tasks are those of `streams.embedded.synthetic`, learned in a few steps each by the real session, evaluation and
+The tasks are those of `data.demo.synthetic`, learned in a few steps each by the real session, evaluation and
 registry: what they learn does not matter here. The promise is that the hundredth task costs what the tenth did.
 """
 
@@ -92,15 +92,15 @@ def _settings(tasks: int, steps: int, output: Path) -> LearnConfig:
         "base": {"path": "tiny"},
         "stream": {
             "tasks": [
-                {"name": name, "train": f"embedded://{name}/train", "eval": {"path": f"embedded://{name}/eval", "limit": 20}}
+                {"name": name, "train": f"demo://{name}/train", "eval": {"path": f"demo://{name}/eval", "limit": 20}}
                 for name in names
             ],
-            "foundation": [{"name": "shape", "eval": {"path": "embedded://shape/eval", "limit": 20}}],
-            "general": "embedded://general/train",
+            "benchmarks": [{"name": "shape", "eval": {"path": "demo://shape/eval", "limit": 20}}],
+            "base_prompts": "demo://general/train",
         },
         "expert": {"rank": 4, "steps": steps, "batch_size": 16, "learning_rate": 5e-3},
         "router": {"steps": max(1, steps // 6), "feature_width": 128},
-        "training": {"threads": 1},
+        "training": {"cpus_per_worker": 1},
         "evaluation": {"max_new_tokens": 4},
     })  # fmt: skip
 

@@ -1,7 +1,7 @@
 """Small random checkpoints of every family of bases, as folders that stock transformers writes; none needs a download.
 
 - Each is the family's own model class with its own image processor, two layers deep and 64 wide, over the tokenizer of the
-  embedded base: what differs between families (tiles, grids, marks, where the parts sit) is there, what costs time is not.
+  demo's base: what differs between families (tiles, grids, marks, where the parts sit) is there, what costs time is not.
 - A builder returns model and processor; `write_small` writes them, always the same, as a checkpoint folder.
 """
 
@@ -34,7 +34,7 @@ from transformers.models.idefics3.image_processing_pil_idefics3 import Idefics3I
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 from transformers.models.smolvlm.image_processing_pil_smolvlm import SmolVLMImageProcessorPil
 
-from pipeline.data.demo.foundation import vocabulary
+from pipeline.data.demo.abilities import vocabulary
 from pipeline.models import processors
 from pipeline.models.processors import TextProcessor
 from pipeline.models.tiny import tiny_config, tiny_processor, tiny_tokenizer
@@ -65,7 +65,7 @@ def _template(image: str) -> str:
 
 
 def _tokenizer(chat_template: str, *special: str) -> PreTrainedTokenizerFast:
-    """Returns the embedded base's tokenizer with further special tokens and another chat template."""
+    """Returns the demo's base's tokenizer with further special tokens and another chat template."""
     found = tiny_tokenizer(vocabulary())
     found.add_special_tokens({"extra_special_tokens": list(special)})
     found.chat_template = chat_template

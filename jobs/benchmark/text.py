@@ -83,7 +83,7 @@ def measure(run: StreamSession, learned: LearnResult, *, sequential: bool) -> di
     """Returns the summary's parts `general_text` (perplexities, shares answered by the base) and `sequential`."""
     pool, tasks = learned.pool, learned.pool.names
     tuned = _sequential(run, learned) if sequential else None
-    torch.set_num_threads(run.config.training.threads)
+    torch.set_num_threads(run.config.training.cpus_per_worker)
     base = load_base(run.config.base)
     rows = {
         task.name: [
@@ -92,7 +92,7 @@ def measure(run: StreamSession, learned: LearnResult, *, sequential: bool) -> di
                 task.eval, run.data_folder, task.prompt, run.config.evaluation.limit or QUESTIONS
             )
         ]
-        for task in run.config.stream.foundation
+        for task in run.config.stream.benchmarks
     }
     routed = RoutedModel(base.model, pool)
     found: dict[str, dict[str, float]] = {}

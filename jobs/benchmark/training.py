@@ -110,7 +110,7 @@ def _plain_loop(run: StreamSession) -> list[float]:
     """Returns the seconds of each of the expert stage's steps in a plain loop, in this process, all rows in memory."""
     config = run.config
     torch.manual_seed(config.seed)
-    torch.set_num_threads(config.training.threads)
+    torch.set_num_threads(config.training.cpus_per_worker)
     base = load_base(config.base)
     task = config.stream.tasks[0]
     rows = [

@@ -3,9 +3,10 @@
 import hashlib
 import json
 import re
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, ClassVar
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, model_validator
 
 from pipeline.errors import UserError
 
@@ -18,6 +19,50 @@ class Config(BaseModel):
     """A frozen group of settings; unknown fields are errors."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, protected_namespaces=())
+
+    ALIASES: ClassVar[Mapping[str, str]] = {}
+    """Names from PEFT, the HF Trainer and Ray that are accepted for fields."""
+    FORMER_NAMES: ClassVar[Mapping[str, str]] = {}
+    """Names that fields had in earlier releases. They are accepted, and results are still named by them."""
+    FORMER_VALUES: ClassVar[Mapping[str, Mapping[str, str]]] = {}
+    """The same for values, by field."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _by_its_own_names(cls, values: Any) -> Any:
+        return cls.without_aliases(values) if isinstance(values, dict) else values
+
+    @classmethod
+    def own_name(cls, name: str) -> str:
+        """Returns the name of the field that is meant by an alias or a former name; other names are returned as they are."""
+        former = {before: now for now, before in cls.FORMER_NAMES.items()}
+        return cls.ALIASES.get(name) or former.get(name) or name
+
+    @classmethod
+    def without_aliases(cls, values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+        """Returns values by the fields' own names; raises ValueError where a field is given twice, with its dotted `prefix`."""
+        renamed: dict[str, Any] = {}
+        for key, value in values.items():
+            name = cls.own_name(key)
+            if name in renamed or (name != key and name in values):
+                raise ValueError(f"{prefix}{key} and {prefix}{name} are the same field; remove one of them")
+            former = {before: now for now, before in cls.FORMER_VALUES.get(name, {}).items()}
+            renamed[name] = former.get(value, value) if isinstance(value, str) else value
+        return renamed
+
+    def to_identity(self, *, include: set[str] | None = None, exclude: set[str] | None = None) -> dict[str, Any]:
+        """Returns the settings, JSON-able, as results are named by them: a field that is renamed renames no result."""
+        named = {}
+        for name, value in self.model_dump(mode="json", include=include, exclude=exclude).items():
+            group = getattr(self, name)
+            if isinstance(group, Config):
+                value = group.to_identity()
+            elif isinstance(group, tuple):
+                value = [part.to_identity() if isinstance(part, Config) else part for part in group]
+            elif name in self.FORMER_VALUES:
+                value = self.FORMER_VALUES[name].get(value, value)
+            named[self.FORMER_NAMES.get(name, name)] = value
+        return named
 
 
 _USER = re.compile(r"://(?:[^\s/?#]*|[^\s/@:]+:(?!\d+/)[^\s@]*)@")  # some keys hold a slash
@@ -45,5 +90,5 @@ def holds_secrets(text: str) -> bool:
 
 def digest(*parts: Any) -> str:
     """Returns 12 hex digits that name what was computed from `parts` (configs or JSON-able values)."""
-    plain = [part.model_dump(mode="json") if isinstance(part, BaseModel) else part for part in parts]
+    plain = [part.to_identity() if isinstance(part, Config) else part for part in parts]
     return hashlib.sha256(json.dumps(plain, sort_keys=True, default=str).encode()).hexdigest()[:12]

@@ -52,6 +52,8 @@ def _a_number_or_auto(value: int | str) -> int | str:
 class BaseModelConfig(Config):
     """The frozen vision-language model."""
 
+    ALIASES = {"attn_implementation": "attention"}
+
     path: Annotated[str, AfterValidator(_here)] = "tiny"
     """Checkpoint folder, hub id, URI (s3://, gs://) or GGUF file; `tiny` is the base that ships with the project."""
     revision: str | None = None
@@ -77,6 +79,13 @@ class BaseModelConfig(Config):
 class ExpertConfig(Config):
     """Expert stage: one LoRA on every Linear of the language model."""
 
+    ALIASES = {
+        "lora_alpha": "alpha",
+        "lora_dropout": "dropout",
+        "max_steps": "steps",
+    }
+    FORMER_NAMES = {"warmup_ratio": "warm_up", "max_grad_norm": "clip"}
+
     rank: int = Field(default=8, ge=1, le=1024)
     """Rank r of the update; 8 suffices at width 128, InternVL's own recipe takes 16."""
     alpha: float | None = Field(default=None, gt=0)
@@ -92,12 +101,12 @@ class ExpertConfig(Config):
     """Rows a step, over all workers."""
     learning_rate: float = Field(default=2e-3, gt=0)
     """Peak learning rate (AdamW, cosine); 2e-3 suits the tiny base, 4e-5 InternVL-2."""
-    warm_up: float = Field(default=0.06, ge=0, lt=1)
+    warmup_ratio: float = Field(default=0.06, ge=0, lt=1)
     """Share of the steps with a rising learning rate."""
     weight_decay: float = Field(default=0.0, ge=0)
     """AdamW's weight decay."""
-    clip: float = Field(default=1.0, gt=0)
-    """Largest gradient norm."""
+    max_grad_norm: float = Field(default=1.0, gt=0)
+    """Gradients are clipped to this norm."""
     validate_every: int = Field(default=50, ge=1)
     """Steps between two looks at held-out rows, for tasks with `validation`."""
     patience: int | None = Field(default=None, ge=1)
@@ -113,16 +122,19 @@ class ExpertConfig(Config):
 class RouterConfig(Config):
     """Router stage and routing. Of a learned pool, all but the router stage's settings can be changed without training."""
 
+    FORMER_NAMES = {"candidates": "short_list"}
+    FORMER_VALUES = {"token_scores": {"gaussian": "evidence", "phatgoose": "published"}}
+
     kind: Literal["prompt", "token", "two_level"] = "prompt"
     """Who chooses: `prompt`, one closed-form decision per prompt (the one that measures best); `token`, every Linear for
-    itself; `two_level`, the prompt short-lists experts and the Linears weigh them."""
-    token_scores: Literal["evidence", "published"] = "evidence"
-    """token: by what a Linear chooses: `evidence`, what its input says about the whole prompt, from statistics; or, as
-    `published`, for every token by the trained routing vectors."""
+    itself; `two_level`, the prompt selects candidates and the Linears weight them."""
+    token_scores: Literal["gaussian", "phatgoose"] = "gaussian"
+    """token: the scores by which a Linear chooses: `gaussian`, the log-likelihood of its inputs over the whole prompt, from
+    statistics; `phatgoose`, for every token by the trained routing vectors, as the paper describes it."""
     top_k: int = Field(default=2, ge=1)
-    """token: experts mixed at each Linear (`published`: at each token of it); PHATGOOSE takes 2."""
-    short_list: int = Field(default=3, ge=1)
-    """two_level: places on a prompt's short list, the base among those who may stand on it."""
+    """token: experts mixed at each Linear (`phatgoose`: at each token of it); PHATGOOSE takes 2."""
+    candidates: int = Field(default=3, ge=1)
+    """two_level: candidates per prompt; the base can be one of them."""
     temperature: float = Field(default=1.0, gt=0)
     """token, two_level: divides the scores before the softmax."""
     steps: int = Field(default=25, ge=1)
@@ -138,20 +150,28 @@ class RouterConfig(Config):
     """Most distinct prompts of a task that its statistics describe, read in one pass; 4096 are eight for each of 512
     features."""
     null_components: int = Field(default=12, ge=1)
-    """prompt: Gaussians that stand for the general prompts together (k-means, the seed is fixed). One is too coarse where
+    """prompt: Gaussians that stand for the base prompts together (k-means, the seed is fixed). One is too coarse where
     tasks resemble what the base can do."""
     quantile: float = Field(default=0.99, gt=0.5, lt=1)
-    """prompt: without a general sample, prompts farther from every task than this quantile of its own go to the base."""
+    """prompt: without base prompts, prompts farther from every task than this quantile of its own go to the base."""
 
 
 class TrainingConfig(Config):
-    """How a task's run uses the machine."""
+    """How a task's training uses the machine."""
+
+    ALIASES = {
+        "num_workers": "workers",
+        "use_gpu": "gpu",
+        "per_device_train_batch_size": "micro_batch",
+        "save_steps": "checkpoint_every",
+    }
+    FORMER_NAMES = {"cpus_per_worker": "threads", "divergence_factor": "explosion"}
 
     workers: int = Field(default=1, ge=1)
     """Ray Train workers (one GPU each, if `gpu`)."""
     gpu: bool = False
     """Give every worker a GPU."""
-    threads: int = Field(default=2, ge=1)
+    cpus_per_worker: int = Field(default=2, ge=1)
     """CPUs of each worker and threads of torch in it; two workers on two cores take 1."""
     zero_stage: Literal[0, 1, 2, 3] = 1
     """DeepSpeed ZeRO stage. 1 shards what LoRA training adds (optimizer states) and costs no extra
@@ -177,7 +197,7 @@ class TrainingConfig(Config):
     """Steps between checkpoints (adapter, its optimizer state, position in the data; never the base)."""
     max_failures: int = Field(default=2, ge=0)
     """How often a task restarts from its last checkpoint when a worker dies."""
-    explosion: float = Field(default=20.0, gt=1)
+    divergence_factor: float = Field(default=20.0, gt=1)
     """Stop the task when the loss exceeds this multiple of its first value (or is not finite)."""
 
     @model_validator(mode="after")
@@ -206,7 +226,7 @@ class EvaluationConfig(Config):
     max_new_tokens: int = Field(default=12, ge=1)
     """Longest answer in tokens."""
     workers: int = Field(default=1, ge=1)
-    """Parallel evaluators with `training.threads` CPUs each; they also read base prompts and compute image features."""
+    """Parallel evaluators with `training.cpus_per_worker` CPUs each; they also read base prompts and compute image features."""
     gpus_per_worker: int = Field(default=1, ge=1)
     """GPUs of each evaluator, if `training.gpu`; 1 unless the base is larger than one GPU. With more, each holds a part of
     the base's layers."""

@@ -12,25 +12,6 @@ from pipeline.config.group import Config, ConfigError
 
 C = TypeVar("C", bound=Config)
 
-ALIASES = {
-    "base.attn_implementation": "base.attention",
-    "data.group_by_length": "data.by_length",
-    "data.num_readers": "data.readers",
-    "expert.lora_alpha": "expert.alpha",
-    "expert.lora_dropout": "expert.dropout",
-    "expert.max_grad_norm": "expert.clip",
-    "expert.max_steps": "expert.steps",
-    "expert.warmup_ratio": "expert.warm_up",
-    "training.cpus_per_worker": "training.threads",
-    "training.divergence_factor": "training.explosion",
-    "training.num_workers": "training.workers",
-    "training.per_device_train_batch_size": "training.micro_batch",
-    "training.save_steps": "training.checkpoint_every",
-    "training.use_gpu": "training.gpu",
-}
-"""Names from PEFT, the HF Trainer and Ray that are accepted for fields of ours. Results are named by ours: either gives the
-same experts."""
-
 
 def load_config(path: str | Path, overrides: Sequence[str], kind: type[C]) -> C:
     """Reads a YAML file into `kind` and lays `field.sub=value` overrides on top (values are YAML).
@@ -39,7 +20,7 @@ def load_config(path: str | Path, overrides: Sequence[str], kind: type[C]) -> C:
     Raises ConfigError naming file, field and remedy.
     """
     path = Path(path)
-    values = _read(path, ())
+    values = _read(path, (), kind)
     for override in overrides:
         _override(values, override, kind)
     try:
@@ -48,7 +29,7 @@ def load_config(path: str | Path, overrides: Sequence[str], kind: type[C]) -> C:
         raise ConfigError("\n".join(_explain(path, kind, e) for e in error.errors())) from None
 
 
-def _read(path: Path, extending: Sequence[Path]) -> dict[str, Any]:
+def _read(path: Path, extending: Sequence[Path], kind: type[Config]) -> dict[str, Any]:
     """Returns what a YAML file and those that it extends say; `extending` are the files that extend it."""
     if path.resolve() in extending:
         raise ConfigError(f"{extending[0]}: `extends` leads back to {path.name}; remove one of them")
@@ -64,14 +45,16 @@ def _read(path: Path, extending: Sequence[Path]) -> dict[str, Any]:
         raise ConfigError(f"{path}: not valid YAML: {error}") from None
     if not isinstance(values, dict):
         raise ConfigError(f"{path}: must be a mapping of fields, found {type(values).__name__}")
-    for alias, name in ALIASES.items():
-        _rename(values, alias, name, path)
+    try:
+        values = _by_own_names(values, kind)
+    except ValueError as error:
+        raise ConfigError(f"{path}: {error}") from None
     other = values.pop("extends", None)
     if other is None:
         return values
     if not isinstance(other, str):
         raise ConfigError(f"{path}: extends: must be the path of one file, found {type(other).__name__}")
-    return _merged(_read(path.parent / other, (*extending, path.resolve())), values)
+    return _merged(_read(path.parent / other, (*extending, path.resolve()), kind), values)
 
 
 def _merged(before: dict[str, Any], now: dict[str, Any]) -> dict[str, Any]:
@@ -83,22 +66,25 @@ def _merged(before: dict[str, Any], now: dict[str, Any]) -> dict[str, Any]:
     return merged
 
 
-def _rename(values: dict[str, Any], alias: str, name: str, path: Path) -> None:
-    """Gives a value that stands under an alias its own name; raises ConfigError where both are there."""
-    (group, before), (_, now) = alias.split("."), name.split(".")
-    fields = values.get(group)
-    if not isinstance(fields, dict) or before not in fields:
-        return
-    if now in fields:
-        raise ConfigError(f"{path}: {alias} and {name} are the same field; remove one of them")
-    fields[now] = fields.pop(before)
+def _by_own_names(values: Any, kind: type[Config], prefix: str = "") -> Any:
+    """Gives the fields of a group, and of the groups in it, their own names; raises ValueError where one is given twice."""
+    if isinstance(values, list):
+        return [_by_own_names(entry, kind, prefix) for entry in values]
+    if not isinstance(values, dict):
+        return values
+    renamed = kind.without_aliases(values, prefix)
+    for name, value in renamed.items():
+        field = kind.model_fields.get(name)
+        if field is not None and (group := _group(field.annotation)) is not None:
+            renamed[name] = _by_own_names(value, group, f"{prefix}{name}.")
+    return renamed
 
 
 def _override(values: dict[str, Any], override: str, kind: type[Config]) -> None:
     key, separator, text = override.partition("=")
     if not separator:
         raise ConfigError(f"override {override!r}: write it as field.sub=value, e.g. expert.rank=16")
-    *path, last = ALIASES.get(key.strip(), key.strip()).split(".")
+    *path, last = own_path(key.strip(), kind).split(".")
     place = values
     for part in path:
         place = place.setdefault(part, {})
@@ -108,6 +94,18 @@ def _override(values: dict[str, Any], override: str, kind: type[Config]) -> None
         place[last] = yaml.safe_load(text)
     except yaml.YAMLError as error:
         raise ConfigError(f"override {override!r}: not valid YAML: {error}") from None
+
+
+def own_path(path: str, kind: type[Config]) -> str:
+    """Returns a dotted name, of which parts may be aliases or former names, by the fields' own names."""
+    own: list[str] = []
+    group: type[Config] | None = kind
+    for part in path.split("."):
+        name = group.own_name(part) if group is not None else part
+        field = group.model_fields.get(name) if group is not None else None
+        group = _group(field.annotation) if field is not None else None
+        own.append(name)
+    return ".".join(own)
 
 
 def _explain(path: Path, kind: type[Config], error: Any) -> str:
@@ -126,6 +124,15 @@ def _explain(path: Path, kind: type[Config], error: Any) -> str:
     told = error["type"] == "missing" or isinstance(error["input"], (dict, Config))
     given = "" if told else f" (given: {error['input']!r})"
     return f"{path}: {place}{error['msg'].removeprefix('Value error, ')}{given}{meaning}"
+
+
+def aliases_of(kind: type[Config], prefix: str = "") -> dict[str, str]:
+    """Returns names from other libraries that are accepted, dotted, and the fields that they stand for."""
+    found = {f"{prefix}{alias}": f"{prefix}{name}" for alias, name in kind.ALIASES.items()}
+    for name, field in kind.model_fields.items():
+        if (group := _group(field.annotation)) is not None:
+            found |= aliases_of(group, f"{prefix}{name}.")
+    return found
 
 
 def fields_of(kind: type[Config], prefix: str = "", *, everywhere: bool = False) -> Iterator[tuple[str, Any]]:

@@ -2,7 +2,7 @@
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
 from pipeline.config.group import Config
 
@@ -34,18 +34,25 @@ class ColumnsConfig(Config):
         return self
 
 
+def _by_its_scheme(path: str) -> str:
+    """The demo's data had another scheme in earlier releases."""
+    return path.replace("embedded://", "demo://", 1) if path.startswith("embedded://") else path
+
+
 class SourceConfig(Config):
     """Where rows come from. A plain string in YAML is a path."""
 
-    path: str
+    FORMER_NAMES = {"preset": "layout"}
+
+    path: Annotated[str, AfterValidator(_by_its_scheme)]
     """File, folder, glob or URI (s3://, gs://) of parquet, jsonl, json, tsv or csv files, compressed or not;
-    `embedded://<task>/<train|eval>` for the data that ship here."""
+    `demo://<task>/<train|eval>` for the demo's data, which ship with the project."""
     format: Literal["auto", "parquet", "jsonl", "json", "tsv", "csv"] = "auto"
     """File format; `auto` goes by the files' endings. `json` is one array of rows, as LLaVA's; in a folder `auto` takes json
     files only where there is nothing else, since they often describe the other files."""
-    layout: Literal["chartqa", "docvqa", "mmbench"] | None = None
-    """Published layout of the files, instead of `columns`. `mmbench` writes the options under the question and asks each
-    question once for every rotation of its options."""
+    preset: Literal["chartqa", "docvqa", "mmbench"] | None = None
+    """Column names of a benchmark as it is published, instead of `columns`. `mmbench` writes the options under the question
+    and asks each question once for every rotation of its options."""
     columns: ColumnsConfig = ColumnsConfig()
     """Column names, where they differ from the canonical ones."""
     image_root: str | None = None
@@ -56,9 +63,9 @@ class SourceConfig(Config):
     """`data.cache` for this source alone, where its rows are learned; default: what `data.cache` says."""
 
     @model_validator(mode="after")
-    def _a_layout_has_its_columns(self) -> "SourceConfig":
-        if self.layout is not None and self.columns != ColumnsConfig():
-            raise ValueError(f"layout {self.layout!r} names the columns itself; give either `layout` or `columns`")
+    def _a_preset_has_its_columns(self) -> "SourceConfig":
+        if self.preset is not None and self.columns != ColumnsConfig():
+            raise ValueError(f"preset {self.preset!r} names the columns itself; give either `preset` or `columns`")
         return self
 
 
@@ -70,7 +77,7 @@ Source = Annotated[SourceConfig, BeforeValidator(_as_source)]
 
 
 class TaskConfig(Config):
-    """One task of the stream, or one foundation benchmark (then without `train`)."""
+    """One task of the stream, or one benchmark of base abilities (then without `train`)."""
 
     name: str = Field(pattern=r"^[a-z][a-z0-9_]{0,47}$")
     """Name of the task and of its expert: lower-case letters, digits, underscores."""
@@ -99,12 +106,15 @@ class TaskConfig(Config):
 class StreamConfig(Config):
     """The tasks in order of arrival, and what must not be forgotten meanwhile."""
 
+    FORMER_NAMES = {"benchmarks": "foundation", "base_prompts": "general"}
+
     tasks: tuple[TaskConfig, ...]
     """New tasks, in the order in which they are learned."""
-    foundation: tuple[TaskConfig, ...] = ()
-    """Benchmarks of what the base can already do; evaluated after every task, never trained on."""
-    general: Source | None = None
-    """Small sample of general prompts; its statistics are the null expert. Without it the router abstains by distance."""
+    benchmarks: tuple[TaskConfig, ...] = ()
+    """Benchmarks of the base's abilities; evaluated after every task, never trained on."""
+    base_prompts: Source | None = None
+    """Prompts that the base should go on answering; their statistics are the null expert. Without them, prompts that are far
+    from all tasks go to the base."""
     on_change: Literal["retrain", "keep", "fail"] = "retrain"
     """What to do about a task that was learned from other data or with other settings than it has now: train its expert again
     (the old one stays in the registry), keep the old one in the pool, or stop before anything is trained. What has changed is
@@ -114,12 +124,12 @@ class StreamConfig(Config):
     def _tasks_are_distinct(self) -> "StreamConfig":
         if not self.tasks:
             raise ValueError("`tasks` is empty, so there is nothing to learn; name at least one task")
-        names = [task.name for task in (*self.tasks, *self.foundation)]
+        names = [task.name for task in (*self.tasks, *self.benchmarks)]
         if twice := {name for name in names if names.count(name) > 1}:
             raise ValueError(f"task names must differ; twice: {', '.join(sorted(twice))}")
         for task in self.tasks:
             if task.train is None:
-                raise ValueError(f"task {task.name!r} has no `train` source; only foundation benchmarks go without")
+                raise ValueError(f"task {task.name!r} has no `train` source; only benchmarks go without")
         return self
 
 
@@ -130,6 +140,8 @@ def _off(value: Any) -> Any:
 class DataConfig(Config):
     """How rows are read, checked and encoded."""
 
+    FORMER_NAMES = {"num_readers": "readers", "group_by_length": "by_length"}
+
     max_bad_share: float = Field(default=0.05, ge=0, le=1)
     """Share of bad rows above which a task fails; below it they are set aside in a quarantine file."""
     max_lost_files: int = Field(default=0, ge=0)
@@ -139,7 +151,7 @@ class DataConfig(Config):
     """Longest row in tokens, image tokens included; longer rows are set aside, never cut."""
     max_pixels: int = Field(default=200_000_000, ge=1)
     """Largest image in pixels; larger ones (decompression bombs) are set aside unread. A 10,000 x 10,000 scan fits."""
-    readers: int = Field(default=2, ge=1)
+    num_readers: int = Field(default=2, ge=1)
     """Parallel preprocessing tasks, one CPU each; about one a core, fewer where training computes on the same cores."""
     cache: Literal["auto", "memory", "none"] = "auto"
     """Keep preprocessed rows in Ray's object store over the epochs; `auto` does if they fit into a quarter of the
@@ -151,5 +163,5 @@ class DataConfig(Config):
     vision_cache: Annotated[Literal["off", "features"], BeforeValidator(_off)] = "off"
     """`features`: the frozen vision tower sees every image once; what it says of it is kept on disk and read by all
     epochs, stages and evaluations. Pays from the second time that a row is read."""
-    by_length: bool = False
+    group_by_length: bool = False
     """Steps of rows of similar length: less padding where lengths differ much. For rows in the cache."""

@@ -65,7 +65,7 @@ class PredictorActors:
             raise RuntimeError("the run is over: there are no predictors any more")
         self.make_room()
         kind = ray.remote(
-            num_cpus=self._workers.threads,
+            num_cpus=self._workers.cpus_per_worker,
             num_gpus=self._workers.gpus or None,
             max_restarts=FAILURES,
             max_task_retries=FAILURES,
@@ -105,6 +105,6 @@ class PredictorActors:
 
     def beside(self, rows: ray.data.Dataset) -> ray.data.Dataset:
         """Returns rows that are read with the CPUs that the actors leave."""
-        left = ray.cluster_resources().get("CPU", 1.0) - self._workers.count * self._workers.threads
+        left = ray.cluster_resources().get("CPU", 1.0) - self._workers.count * self._workers.cpus_per_worker
         rows.context.execution_options.resource_limits = ExecutionResources(cpu=max(1.0, left))
         return rows

@@ -1,6 +1,6 @@
 """The accuracy matrix of a stream and the continual-learning metrics read off it.
 
-- Rows: the state of the pool, "base" and then "after task t"; columns: the tasks, then the foundation families.
+- Rows: the state of the pool, "base" and then "after task t"; columns: the tasks, then the base abilities.
 - Cells may be empty (not evaluated); every metric skips what is not there.
 - In the formulas A[i, j] is the accuracy on column j after task i, row 0 is the base, T the last row with values.
 - Knows nothing of models or files; `to_json` is the form in `summary.json`.
@@ -20,7 +20,7 @@ FORMULAS: dict[str, tuple[str, str]] = {
     "average_accuracy": ("ACC = 1/T · Σ_{j=1..T} A[T, j]", LOPEZ_PAZ),
     "backward_transfer": ("BWT = 1/(T-1) · Σ_{j=1..T-1} (A[T, j] - A[j, j])", LOPEZ_PAZ),
     "forgetting": ("F = 1/(T-1) · Σ_{j=1..T-1} (max_{l=1..T-1} A[l, j] - A[T, j])", CHAUDHRY),
-    "foundation_retention": ("FR = Σ_f A[T, f] / Σ_f A[0, f], f over the foundation families", "this project"),
+    "base_retention": ("FR = Σ_f A[T, f] / Σ_f A[0, f], f over the base abilities", "this project"),
     "routing_accuracy": ("RA = 1/N · Σ_p [expert(p) = own(p)], own: the task's expert, or base", "this project"),
 }
 """Metric -> (formula, source); the report prints them. RA runs over all N prompts p of an evaluation."""
@@ -29,10 +29,10 @@ FORMULAS: dict[str, tuple[str, str]] = {
 class AccuracyMatrix:
     """Accuracy on every column (fractions in [0, 1]) after every task of a stream."""
 
-    def __init__(self, tasks: Sequence[str], foundation: Sequence[str] = ()) -> None:
+    def __init__(self, tasks: Sequence[str], benchmarks: Sequence[str] = ()) -> None:
         """An empty matrix. Raises ValueError if a name occurs twice or is "base"."""
-        self.tasks, self.foundation = list(tasks), list(foundation)
-        self.rows, self.columns = [BASE, *self.tasks], [*self.tasks, *self.foundation]
+        self.tasks, self.benchmarks = list(tasks), list(benchmarks)
+        self.rows, self.columns = [BASE, *self.tasks], [*self.tasks, *self.benchmarks]
         names = [BASE, *self.columns]
         if twice := sorted({name for name in names if names.count(name) > 1}):
             raise ValueError(f"accuracy matrix: names of tasks and families must differ; twice: {', '.join(twice)}")
@@ -59,17 +59,20 @@ class AccuracyMatrix:
     def to_json(self) -> dict[str, Any]:
         """Returns the plain form that `summary.json` holds under `accuracy_matrix`."""
         values = [[self._values.get((row, column)) for column in self.columns] for row in self.rows]
-        names = {"rows": self.rows, "columns": self.columns, "tasks": self.tasks, "foundation": self.foundation}
+        names = {"rows": self.rows, "columns": self.columns, "tasks": self.tasks, "benchmarks": self.benchmarks}
         return {key: list(value) for key, value in names.items()} | {"values": values}
 
     @classmethod
     def from_json(cls, plain: Mapping[str, Any]) -> "AccuracyMatrix":
         """Reads what `to_json` wrote. Raises ValueError where names and values do not fit together."""
-        if missing := sorted({"rows", "columns", "tasks", "foundation", "values"} - set(plain)):
+        plain = {
+            "benchmarks" if key == "foundation" else key: value for key, value in plain.items()
+        }  # as it was called before
+        if missing := sorted({"rows", "columns", "tasks", "benchmarks", "values"} - set(plain)):
             raise ValueError(f"accuracy matrix: missing {', '.join(missing)}")
-        matrix = cls(plain["tasks"], plain["foundation"])
+        matrix = cls(plain["tasks"], plain["benchmarks"])
         if list(plain["rows"]) != matrix.rows or list(plain["columns"]) != matrix.columns:
-            raise ValueError("accuracy matrix: rows must be base + tasks, columns must be tasks + foundation")
+            raise ValueError("accuracy matrix: rows must be base + tasks, columns must be tasks + benchmarks")
         if len(plain["values"]) != len(matrix.rows):
             raise ValueError(f"accuracy matrix: {len(matrix.rows)} rows need as many rows of values")
         for row, values in zip(matrix.rows, plain["values"], strict=True):
@@ -127,8 +130,8 @@ def forgetting(matrix: AccuracyMatrix) -> float:
     return _mean(losses) or 0.0
 
 
-def foundation_retention(matrix: AccuracyMatrix) -> float | None:
-    """Share of the base's accuracy on the foundation families that is left; 1 means that nothing was lost.
+def base_retention(matrix: AccuracyMatrix) -> float | None:
+    """Share of the base's accuracy on the base abilities that is left; 1 means that nothing was lost.
 
         FR = Σ_f A[T, f] / Σ_f A[0, f]      over the families evaluated in both rows
 
@@ -136,7 +139,7 @@ def foundation_retention(matrix: AccuracyMatrix) -> float | None:
     if the base scores 0 on all of them. Source: this project.
     """
     last = matrix.rows[matrix.last]
-    pairs = [(matrix.value(last, family), matrix.value(BASE, family)) for family in matrix.foundation]
+    pairs = [(matrix.value(last, family), matrix.value(BASE, family)) for family in matrix.benchmarks]
     both = [(now, before) for now, before in pairs if now is not None and before is not None]
     total = sum(before for _, before in both)
     return sum(now for now, _ in both) / total if total > 0 else None
@@ -148,7 +151,7 @@ def continual_metrics(matrix: AccuracyMatrix) -> dict[str, float]:
         "average_accuracy": average_accuracy(matrix),
         "backward_transfer": backward_transfer(matrix),
         "forgetting": forgetting(matrix),
-        "foundation_retention": foundation_retention(matrix),
+        "base_retention": base_retention(matrix),
     }
     return {name: value for name, value in values.items() if value is not None}
 

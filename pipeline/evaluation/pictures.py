@@ -2,7 +2,7 @@
 
 - Figures are made without pyplot, so nothing global changes and threads may draw at once.
 - Colours are Okabe and Ito's, told apart by colour-blind readers too; blue is always the new tasks (or this method),
-  orange the foundation families (or the alternative). Widths are 12 inches: 1200 pixels at 100 dpi.
+  orange the base abilities (or the alternative). Widths are 12 inches: 1200 pixels at 100 dpi.
 - `PICTURES` lists them in the report's order with title, caption and what a summary must hold to be drawn.
 """
 
@@ -20,7 +20,7 @@ from matplotlib.ticker import PercentFormatter, StrMethodFormatter
 from pipeline.routing.insight import Explanation
 
 INK, MUTED, LINE = "#1c2430", "#5f6b7a", "#d9dee5"
-TASKS, FOUNDATION = "#0072B2", "#E69F00"
+TASKS, ABILITIES = "#0072B2", "#E69F00"
 CYCLE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#4d4d4d")
 DASHES = ("-", "--", ":", "-.")
 HEAT = LinearSegmentedColormap.from_list("heat", ["#f4f8fc", "#b5d4ea", "#4f9bcb", "#0072B2", "#00395c"])
@@ -30,18 +30,18 @@ METHODS: dict[str, str] = {
     "specialist": "one specialist\na task, told\nwhich",
     "sequential": "sequential\nfine-tuning",
     "multitask": "multi-task,\nall data\nat once",
-    "token_published": "experts,\ntoken router\nas published",
+    "token_phatgoose": "experts,\ntoken router\nas published",
     "token": "experts,\ntoken router",
     "prompt": "experts,\nprompt router",
     "two_level": "experts,\ntwo-level\nrouter",
 }
 """Methods of a comparison in the order shown, and what they are called."""
 
-OURS = ("token_published", "token", "prompt", "two_level")
+OURS = ("token_phatgoose", "token", "prompt", "two_level")
 """The methods that choose among experts themselves; shown in bold."""
 
 GAP = 0.4
-"""Space between tasks and foundation families in heat maps, in cells."""
+"""Space between tasks and base abilities in heat maps, in cells."""
 
 
 def accuracy_over_time(summary: Mapping[str, Any]) -> Figure:
@@ -53,7 +53,7 @@ def accuracy_over_time(summary: Mapping[str, Any]) -> Figure:
     _heat(axes, [matrix["values"][i] for i in kept], labels, matrix["columns"], len(matrix["tasks"]))
     for y, i in enumerate(kept):
         if i > 0:  # the task that this row has just learned
-            axes.add_patch(Rectangle((i - 1, y), 1, 1, fill=False, edgecolor=FOUNDATION, linewidth=2.2))
+            axes.add_patch(Rectangle((i - 1, y), 1, 1, fill=False, edgecolor=ABILITIES, linewidth=2.2))
     return figure
 
 
@@ -67,17 +67,20 @@ def routing_map(summary: Mapping[str, Any]) -> Figure:
 
 
 def methods_side_by_side(summary: Mapping[str, Any]) -> Figure:
-    """Bars of accuracy on new tasks and foundation families, for the methods that the summary holds."""
+    """Bars of accuracy on new tasks and base abilities, for the methods that the summary holds."""
     methods = summary["methods"]
     names = ordered_methods(methods)
     figure, axes = _figure(4.4)
-    for key, label, colour, shift in (("new", "new tasks", TASKS, -0.2), ("foundation", "foundation", FOUNDATION, 0.2)):
+    for key, label, colour, shift in (
+        ("new", "new tasks", TASKS, -0.2),
+        ("base_abilities", "base abilities", ABILITIES, 0.2),
+    ):
         bars = {x + shift: methods[name][key] for x, name in enumerate(names) if methods[name][key] is not None}
         drawn = axes.bar(list(bars), list(bars.values()), 0.37, color=colour, label=label)
         axes.bar_label(drawn, [f"{height:.1%}" for height in bars.values()], padding=4, fontsize=11, color=INK)
-    known = methods.get("base", {}).get("foundation")
+    known = methods.get("base", {}).get("base_abilities")
     if known is not None:
-        axes.axhline(known, color=FOUNDATION, linewidth=1, linestyle=(0, (4, 3)), zorder=0)
+        axes.axhline(known, color=ABILITIES, linewidth=1, linestyle=(0, (4, 3)), zorder=0)
     axes.set_xticks(range(len(names)), [METHODS.get(name, name) for name in names], fontsize=11)
     for name, tick in zip(names, axes.get_xticklabels(), strict=True):
         tick.set_fontweight("bold" if name in OURS else "normal")
@@ -186,7 +189,7 @@ PICTURES: dict[str, Picture] = {
         "Methods side by side",
         methods_side_by_side,
         lambda summary: (
-            "Mean accuracy on the new tasks and on the foundation families; the dashed line is what the base knew."
+            "Mean accuracy on the new tasks and on the base abilities; the dashed line is what the base knew."
         ),
         lambda summary: bool(summary.get("methods")),
     ),
@@ -291,7 +294,7 @@ def _heat(
                 axes.text(x + 0.5, y + 0.52, text, ha="center", va="center", fontsize=11, color=colour)
     axes.set_xlim(-0.05, len(columns) + (GAP if split < len(columns) else 0.0) + 0.05)
     axes.set_ylim(len(rows) + 0.05, -0.65)
-    for label, start, end in (("new tasks", 0, split), ("foundation", split, len(columns))):
+    for label, start, end in (("new tasks", 0, split), ("base abilities", split, len(columns))):
         if end > start:
             axes.text(lefts[start] + 0.03, -0.15, label, fontsize=11, color=MUTED, va="bottom")
     axes.set_xticks([x + 0.5 for x in lefts], columns, rotation=40, ha="right", rotation_mode="anchor", fontsize=11)

@@ -35,7 +35,7 @@ KNOWN = ("source", NUMBER, "id", "question", "reference", "prompt", "reason", "e
 
 @dataclass(frozen=True)
 class Column:
-    """A task or foundation family, and where its prompts come from."""
+    """A task or base ability, and where its prompts come from."""
 
     task: TaskConfig
     part: TaskRows

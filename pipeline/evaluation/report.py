@@ -102,7 +102,7 @@ def _draw(summary: Mapping[str, Any], folder: Path) -> list[dict[str, str]]:
 
 
 def _headline(summary: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns the figures of the claim: tasks learned, accuracy before and after, foundation before and after."""
+    """Returns the figures of the claim: tasks learned, accuracy before and after, base abilities before and after."""
     matrix = AccuracyMatrix.from_json(summary["accuracy_matrix"])
     learned, last = matrix.tasks[: matrix.last], matrix.rows[matrix.last]
 
@@ -115,8 +115,8 @@ def _headline(summary: Mapping[str, Any]) -> dict[str, Any]:
         "tasks": len(learned),
         "new_before": mean("base", learned),
         "new_after": mean(last, learned),
-        "foundation_before": mean("base", matrix.foundation),
-        "foundation_after": mean(last, matrix.foundation),
+        "base_abilities_before": mean("base", matrix.benchmarks),
+        "base_abilities_after": mean(last, matrix.benchmarks),
         "seconds_a_task": fmean(trained) if trained else None,
     }
 

@@ -21,7 +21,7 @@ class Prediction:
     """One answered prompt."""
 
     column: str
-    """Task or foundation family it belongs to."""
+    """Task or base ability it belongs to."""
     id: str
     question: str
     answer: str

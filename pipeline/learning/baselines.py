@@ -4,7 +4,7 @@ base             the frozen base
 specialist       each task's expert, told which task a prompt belongs to (the upper bound of routing)
 sequential       one LoRA, fine-tuned on task after task
 multitask        one LoRA, trained on all tasks' data at once
-token_published  the pool, routed token by token (the paper's router)
+token_phatgoose  the pool, routed token by token (the paper's router)
 token            the pool, every Linear for itself, by evidence
 prompt           the pool, one closed-form decision per prompt
 two_level        the pool, a short list by prompt, weighed by Linear
@@ -29,8 +29,8 @@ from pipeline.routing.pool import Pool
 from pipeline.routing.statistics import PromptStatistics
 
 ROUTERS: dict[str, dict[str, str]] = {
-    "token_published": {"kind": "token", "token_scores": "published"},
-    "token": {"kind": "token", "token_scores": "evidence"},
+    "token_phatgoose": {"kind": "token", "token_scores": "phatgoose"},
+    "token": {"kind": "token", "token_scores": "gaussian"},
     "prompt": {"kind": "prompt"},
     "two_level": {"kind": "two_level"},
 }
@@ -66,10 +66,10 @@ def compare_methods(run: StreamSession, learned: LearnResult) -> dict[str, Any]:
 def _method(run: StreamSession, evaluation: Evaluation, samples: int, seconds: float) -> dict[str, Any]:
     accuracies = evaluation.accuracies()
     new = [accuracies[task.name] for task in run.config.stream.tasks]
-    old = [accuracies[task.name] for task in run.config.stream.foundation]
+    old = [accuracies[task.name] for task in run.config.stream.benchmarks]
     return {
         "new": sum(new) / len(new),
-        "foundation": sum(old) / len(old) if old else None,
+        "base_abilities": sum(old) / len(old) if old else None,
         "samples": samples,
         "seconds": seconds,
         "columns": accuracies,

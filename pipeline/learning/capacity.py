@@ -35,7 +35,7 @@ class Capacity:
         if isinstance(asked, str):
             fit = self._room
             if self.cluster.started and not training.gpu:
-                fit = min(fit, available_cpus() // (training.workers * training.threads))
+                fit = min(fit, available_cpus() // (training.workers * training.cpus_per_worker))
             asked = max(1, fit)
         return min(asked, len(self.config.stream.tasks))
 
@@ -64,7 +64,11 @@ class Capacity:
         More would not be faster: threads that wait for each other then hold up the steps.
         """
         training = self.config.training
-        taken = self.trainings * training.workers * training.threads if self.cluster.started and not training.gpu else 0
+        taken = (
+            self.trainings * training.workers * training.cpus_per_worker
+            if self.cluster.started and not training.gpu
+            else 0
+        )
         return max(1, available_cpus() - taken)
 
     def check(self, *, trains: bool) -> None:
@@ -76,7 +80,7 @@ class Capacity:
         if trains:
             check_resources(
                 workers=training.workers,
-                cpus_per_worker=training.threads,
+                cpus_per_worker=training.cpus_per_worker,
                 gpus_per_worker=int(training.gpu),
                 extra_cpus=SPARE_CPUS,
                 trainings=self.trainings,
@@ -88,7 +92,9 @@ class Capacity:
                 f"{self.cluster.gpus:g} GPUs\n"
                 f"    lower training.parallel_tasks to {max(1, self._room)}, or evaluation.workers; `auto` takes what fits"
             )
-        check_inference(workers=inference.count, cpus_per_worker=inference.threads, gpus_per_worker=inference.gpus)
+        check_inference(
+            workers=inference.count, cpus_per_worker=inference.cpus_per_worker, gpus_per_worker=inference.gpus
+        )
 
     @cached_property
     def _room(self) -> int:
@@ -99,10 +105,10 @@ class Capacity:
         training, inference = self.config.training, self.inference
         return trainings_that_fit(
             workers=training.workers,
-            cpus_per_worker=training.threads,
+            cpus_per_worker=training.cpus_per_worker,
             gpus_per_worker=int(training.gpu),
             evaluators=inference.count * (1 if self.config.data.vision_cache == "off" else 2),
-            cpus_per_evaluator=inference.threads,
+            cpus_per_evaluator=inference.cpus_per_worker,
             gpus_per_evaluator=inference.gpus,
             spare_cpus=SPARE_CPUS,
         )
@@ -110,4 +116,6 @@ class Capacity:
     @property
     def _cpus(self) -> int:
         training, inference = self.config.training, self.inference
-        return self.trainings * training.workers * training.threads + inference.count * inference.threads
+        return (
+            self.trainings * training.workers * training.cpus_per_worker + inference.count * inference.cpus_per_worker
+        )

@@ -16,7 +16,7 @@ class PoolEvaluations:
 
     def __init__(self, run: StreamSession, matrix: AccuracyMatrix) -> None:
         self._run, self._matrix = run, matrix
-        self._families = [task.name for task in run.config.stream.foundation]
+        self._families = [task.name for task in run.config.stream.benchmarks]
         self._waiting: tuple[list[str], Future[Evaluation]] | None = None
         self._last: Evaluation | None = None
 
@@ -40,5 +40,5 @@ class PoolEvaluations:
         self._matrix.record(names[-1], accuracies)
         self._run.log([(f"accuracy/{column}", value, len(names)) for column, value in accuracies.items()])
         new, old = ([accuracies[name] for name in of] for of in (names, self._families))
-        foundation = f", foundation {fmean(old):.3f}" if old else ""
-        self._run.progress.say(f"  with {names[-1]}: tasks so far {fmean(new):.3f}{foundation}")
+        abilities = f", base abilities {fmean(old):.3f}" if old else ""
+        self._run.progress.say(f"  with {names[-1]}: tasks so far {fmean(new):.3f}{abilities}")

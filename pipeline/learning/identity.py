@@ -15,13 +15,13 @@ from pipeline.data.encoded.encoding import PROMPT_COLUMNS
 from pipeline.data.sources import reader
 from pipeline.routing.expert import VERSIONS
 
-GENERAL_PROMPT = "{question}"
-"""Template around the questions of the general sample."""
+BASE_PROMPT = "{question}"
+"""Template around the questions of the base prompts."""
 
 DATA = "data"
 """What stands for a task's rows among the parts of its expert."""
 
-CHOOSING = {"kind", "token_scores", "top_k", "short_list", "temperature", "null_components"}
+CHOOSING = {"kind", "token_scores", "top_k", "candidates", "temperature", "null_components"}
 """Router settings that say how experts are chosen; all others have a part in what an expert is."""
 
 VALIDATED = ("validate_every", "patience")
@@ -50,12 +50,12 @@ class Identity:
     def base(self) -> str:
         """The frozen model as it is loaded: its files, precision and kernels round differently, code of the checkpoint."""
         return digest(
-            self.fingerprint, self.config.base.model_dump(include={"dtype", "attention", "trust_remote_code"})
+            self.fingerprint, self.config.base.to_identity(include={"dtype", "attention", "trust_remote_code"})
         )
 
     def rows(self, source: SourceConfig, prompt: str) -> str:
         """The rows of a source: which of them are used, and what is asked and shown."""
-        data = self.config.data.model_dump(include={"max_tokens", "max_pixels"})
+        data = self.config.data.to_identity(include={"max_tokens", "max_pixels"})
         return digest(self._fingerprint(source), prompt, data, self.config.base.max_tiles)
 
     def _fingerprint(self, source: SourceConfig) -> str:
@@ -82,9 +82,9 @@ class Identity:
             "task": task.name,
             "base": self.base,
             "seed": config.seed,
-            "data.by_length": config.data.by_length,
-            **{f"expert.{name}": value for name, value in config.expert.model_dump(exclude=unused).items()},
-            **{f"router.{name}": value for name, value in config.router.model_dump(exclude=CHOOSING).items()},
+            **{f"data.{name}": value for name, value in config.data.to_identity(include={"group_by_length"}).items()},
+            **{f"expert.{name}": value for name, value in config.expert.to_identity(exclude=unused).items()},
+            **{f"router.{name}": value for name, value in config.router.to_identity(exclude=CHOOSING).items()},
             **({"validation": task.validation} if held_out else {}),
             **VERSIONS,
         }
@@ -100,21 +100,21 @@ class Identity:
     def expert_before(self, task: TaskConfig) -> str:
         """The same expert as releases named it that took how it was computed for a part of what it is."""
         config = self.config
-        router = config.router.model_dump(exclude=CHOOSING)
-        machine = config.training.model_dump(include={"workers", "zero_stage", "precision", "micro_batch"})
+        router = config.router.to_identity(exclude=CHOOSING)
+        machine = config.training.to_identity(include={"workers", "zero_stage", "precision", "micro_batch"})
         rows = self.training_rows(task)
-        expert = config.expert.model_dump(exclude=set(VALIDATED))
-        kept = (task.name, rows, self.base, config.seed, expert, router, machine, config.data.by_length)
+        expert = config.expert.to_identity(exclude=set(VALIDATED))
+        kept = (task.name, rows, self.base, config.seed, expert, router, machine, config.data.group_by_length)
         return digest(VERSIONS, *kept)
 
     @cached_property
     def base_prompts(self) -> str | None:
-        """What is read of the general sample; None where the stream has none."""
-        general, config = self.config.stream.general, self.config
-        if general is None:
+        """What is read of the base prompts; None where the stream has none."""
+        source, config = self.config.stream.base_prompts, self.config
+        if source is None:
             return None
-        router = config.router.model_dump(exclude=CHOOSING - {"null_components"} | {"steps", "learning_rate"})
-        return digest(VERSIONS, self.rows(general, GENERAL_PROMPT), self.base, router, config.expert.target_modules)
+        router = config.router.to_identity(exclude=CHOOSING - {"null_components"} | {"steps", "learning_rate"})
+        return digest(VERSIONS, self.rows(source, BASE_PROMPT), self.base, router, config.expert.target_modules)
 
     def pool(self, experts: Sequence[str], router: RouterConfig) -> str:
         """A pool of experts, given by their names in order of arrival."""
@@ -128,5 +128,5 @@ class Identity:
     def evaluation(self, tasks: Sequence[TaskConfig], pool: str, mode: str) -> str:
         """The answers of a pool to the prompts of these tasks, and their scores."""
         asked = [(task.name, self.rows(task.eval, task.prompt), task.metric) for task in tasks]
-        settings = self.config.evaluation.model_dump(include={"limit", "max_new_tokens"})
+        settings = self.config.evaluation.to_identity(include={"limit", "max_new_tokens"})
         return digest(asked, self.base, pool, mode, settings)

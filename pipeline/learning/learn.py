@@ -51,7 +51,7 @@ def learn_stream(run: StreamSession) -> LearnResult:
     config, started = run.config, now()
     watch = Stopwatch(run.folder / "state" / "clock.json")
     names = [task.name for task in config.stream.tasks]
-    families = [task.name for task in config.stream.foundation]
+    families = [task.name for task in config.stream.benchmarks]
     matrix = AccuracyMatrix(names, families)
     pool = Pool(config.base.label, run.fingerprint, config.router, **run.null_expert())
     pool_folder, figures, versions = run.folder / "pool", {}, {}

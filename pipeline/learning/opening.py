@@ -77,13 +77,7 @@ def open_run(
         with tracked_run(
             experiment,
             f"{config.name} {job}",
-            digest(
-                config.model_dump(
-                    mode="json", exclude={"registry": True, "training": True, "evaluation": {"expert_memory"}}
-                ),
-                run.fingerprint,
-                job,
-            ),
+            _name_of(run, job),
         ) as run_id:
             run.run_id = run_id
             log_config(run_id, config)
@@ -94,6 +88,13 @@ def open_run(
             finally:
                 if not run.metrics.write():
                     progress.say(f"  {run.metrics.waiting} points of metrics wait for the next run of this command")
+
+
+def _name_of(run: StreamSession, job: str) -> str:
+    """The MLflow run is named by what is learned, not by how it is computed or where it is written down."""
+    settings = run.config.to_identity(exclude={"registry", "training"})
+    del settings["evaluation"]["expert_memory"]
+    return digest(settings, run.fingerprint, job)
 
 
 @contextmanager

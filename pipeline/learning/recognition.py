@@ -8,7 +8,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from pipeline.config import TaskConfig
+from pipeline.config import LearnConfig, TaskConfig
+from pipeline.config.loading import own_path
 from pipeline.data.faults import StreamError
 from pipeline.errors import UserError
 from pipeline.files import write_json
@@ -79,7 +80,9 @@ def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
         elif name == "base":
             found.append("the base or how it is loaded has changed (base.path, dtype, attention)")
         else:
-            found.append(f"{name} {str(before.get(name))[:SHOWN]} -> {str(now.get(name))[:SHOWN]}")
+            found.append(
+                f"{own_path(name, LearnConfig)} {str(before.get(name))[:SHOWN]} -> {str(now.get(name))[:SHOWN]}"
+            )
     return found
 
 

@@ -9,7 +9,7 @@ from pipeline.data.sources.reader import StreamError, first_records
 from pipeline.errors import UserError
 from pipeline.learning.identity import DATA, Identity, is_of_statistics
 from pipeline.learning.recognition import differences
-from pipeline.learning.session import GENERAL, StreamSession
+from pipeline.learning.session import BASE_PROMPTS, StreamSession
 from pipeline.routing.pool import PoolError
 from pipeline.routing.trained import TrainedExpert, TrainedPool
 
@@ -60,7 +60,7 @@ def plan(run: StreamSession, old: TrainedPool, *, skip_missing: bool) -> list[Re
             found.append(_renewal(run, tasks[name], old))
         except StreamError as error:
             missing[name] = str(error)
-    gone = _general_gone(run)
+    gone = _base_prompts_gone(run)
     if gone or (missing and not skip_missing) or not found:
         raise MissingError(_told(old, missing, gone))
     for name, reason in missing.items():
@@ -124,8 +124,8 @@ def _check_rows(run: StreamSession, task: TaskConfig) -> None:
         raise StreamError(f"{task.train.path}: none of its first rows can be used (are their images there?)")
 
 
-def _general_gone(run: StreamSession) -> str | None:
-    """Returns why the general sample cannot be read, or None."""
+def _base_prompts_gone(run: StreamSession) -> str | None:
+    """Returns why the base prompts cannot be read, or None."""
     try:
         _ = run.identity.base_prompts
     except StreamError as error:
@@ -136,7 +136,7 @@ def _general_gone(run: StreamSession) -> str | None:
 def _told(old: TrainedPool, missing: Mapping[str, str], gone: str | None) -> str:
     lines = [f"{old.folder}: statistics cannot be recomputed of all that they need, and nothing was done:"]
     lines += [f"    {name}: {reason}" for name, reason in missing.items()]
-    lines += [f"    {GENERAL} sample: {gone}"] if gone else []
+    lines += [f"    base prompts: {gone}"] if gone else []
     if missing:
         lines.append(
             "bring the rows back, or correct the task's `train` in the configuration; or leave these experts out with "
@@ -144,6 +144,7 @@ def _told(old: TrainedPool, missing: Mapping[str, str], gone: str | None) -> str
         )
     if gone:
         lines.append(
-            f"without stream.{GENERAL} (stream.{GENERAL}=null) the pool has no null expert, and abstains by distance"
+            f"without stream.{BASE_PROMPTS} (stream.{BASE_PROMPTS}=null) the pool has no null expert, and sends prompts that "
+            "are far from all tasks to the base"
         )
     return "\n".join(lines)

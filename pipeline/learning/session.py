@@ -30,7 +30,7 @@ from pipeline.evaluation.results import Evaluation
 from pipeline.files import atomic_file, write_json
 from pipeline.learning.background import begin
 from pipeline.learning.capacity import Capacity
-from pipeline.learning.identity import GENERAL_PROMPT, Identity
+from pipeline.learning.identity import BASE_PROMPT, Identity
 from pipeline.learning.progress import Progress
 from pipeline.learning.state import REMADE, Tally
 from pipeline.models.bases import language_width
@@ -43,15 +43,15 @@ from pipeline.routing.features import feature_width
 from pipeline.routing.null import read_null, write_null
 from pipeline.routing.pool import EXPERTS, Pool
 from pipeline.routing.store import ExpertReference, ExpertStore
-from pipeline.training.general import general_statistics
 from pipeline.training.job_folder import JobFolder
+from pipeline.training.null_expert import null_statistics
 from pipeline.training.session import TrainResult
 from pipeline.training.sessions import Sessions
 from pipeline.training.spec import TrainSpec
 from pipeline.training.telemetry import Step
 
-GENERAL = "general"
-"""Name of the general sample among the prompts; tasks may not bear it."""
+BASE_PROMPTS = "base_prompts"
+"""Name of the base prompts among the prompts; tasks may not bear it."""
 
 PREPARING = "preparing DeepSpeed (once on a machine, up to a minute)"
 
@@ -64,9 +64,9 @@ class StreamSession:
         self.capacity = Capacity(config, cluster)
         self.folder = config.folder
         self.fingerprint = fingerprint(checkpoint(config.base))
-        self.data_folder = Path(config.output).resolve() / "data" / "embedded"
+        self.data_folder = Path(config.output).resolve() / "data" / "demo"
         self.identity = Identity(config, self.fingerprint, self.data_folder)
-        self.columns: dict[str, TaskConfig] = {t.name: t for t in (*config.stream.tasks, *config.stream.foundation)}
+        self.columns: dict[str, TaskConfig] = {t.name: t for t in (*config.stream.tasks, *config.stream.benchmarks)}
         self.run_id = ""
         self.patience = Patience(config.registry.patience, progress.say)
         self.metrics = MetricSpool(self.folder / "state" / "metrics.jsonl", progress.say)
@@ -124,19 +124,19 @@ class StreamSession:
             self.end_sessions()
 
     @cached_property
-    def general_prompts(self) -> PreparedData:
-        """The prompts of the general sample, as `GENERAL`."""
-        return self.read_prompts([GENERAL])
+    def base_prompts(self) -> PreparedData:
+        """The base prompts, as `BASE_PROMPTS`."""
+        return self.read_prompts([BASE_PROMPTS])
 
     def read_prompts(self, names: Sequence[str]) -> PreparedData:
-        """Reads the evaluation prompts of these tasks and families, or of the general sample, as `GENERAL`."""
+        """Reads the evaluation prompts of these tasks and benchmarks, or the base prompts, as `BASE_PROMPTS`."""
         parts: dict[str, tuple[SourceConfig, str]] = {}
         for name in names:
             task = self.columns.get(name)
             if task is not None:
                 parts[name] = self._limited(task.eval), task.prompt
-            elif self.config.stream.general is not None:
-                parts[name] = self.config.stream.general, GENERAL_PROMPT
+            elif self.config.stream.base_prompts is not None:
+                parts[name] = self.config.stream.base_prompts, BASE_PROMPT
         whose = f"{len(parts)} tasks and families" if len(parts) > 1 else " ".join(parts)
         with self.progress.working(f"reading the prompts of {whose}"):
             found = self._prepare(parts, "eval", answer=False)
@@ -179,15 +179,15 @@ class StreamSession:
             )
 
     def null_expert(self) -> dict[str, Any]:
-        """Returns what the general sample gives a pool (`null`, `null_evidence`); nothing where the stream has none."""
+        """Returns what the base prompts gives a pool (`null`, `null_evidence`); nothing where the stream has none."""
         key = self.identity.base_prompts
         if key is None:
             return {}
         file = self._state(f"general-{key}.safetensors")
         if not file.exists():
-            prompts = self.general_prompts.rows([GENERAL])
-            with self.progress.working("reading the general sample"):
-                null, evidence = general_statistics(
+            prompts = self.base_prompts.rows([BASE_PROMPTS])
+            with self.progress.working("reading the base prompts"):
+                null, evidence = null_statistics(
                     prompts,
                     self.config.base,
                     wanted_width=self.config.router.feature_width,
@@ -262,7 +262,7 @@ class StreamSession:
             router=self.config.router,
             training=self.config.training,
             vision=self.vision,
-            by_length=self.config.data.by_length,
+            group_by_length=self.config.data.group_by_length,
             validation=task.validation,
         )
         return job.model_copy(update=changes)

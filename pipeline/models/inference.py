@@ -5,7 +5,7 @@
   length share a batch; results come in the order of the prompts, whatever the batches.
 - Logits are computed at the last token only: over all tokens they would be the largest tensor of all.
 
-`evaluation`, `streams.vision`, `training.general` build their Ray Data actors on it. Shapes: B rows, T tokens.
+`evaluation`, `streams.vision`, `training.null_expert` build their Ray Data actors on it. Shapes: B rows, T tokens.
 """
 
 import math
@@ -27,7 +27,7 @@ class InferenceWorkers:
     """How many workers run inference, what each of them holds, and how large its batches are."""
 
     count: int = 1
-    threads: int = 2
+    cpus_per_worker: int = 2
     """CPUs of each."""
     gpus: int = 0
     """GPUs of each; 0: it computes on the CPU, whatever the machine has."""
@@ -43,7 +43,7 @@ class InferenceWorkers:
         """Returns the workers that a configuration asks for."""
         return cls(
             count=evaluation.workers,
-            threads=training.threads,
+            cpus_per_worker=training.cpus_per_worker,
             gpus=evaluation.gpus_per_worker if training.gpu else 0,
             batch_size=evaluation.batch_size,
             tokens_per_batch=evaluation.tokens_per_batch,
@@ -89,7 +89,7 @@ class FrozenBase:
     """A base that a worker holds; what it does with rows comes from here."""
 
     def __init__(self, config: BaseModelConfig, workers: InferenceWorkers, *, vision: bool = True) -> None:
-        torch.set_num_threads(workers.threads)
+        torch.set_num_threads(workers.cpus_per_worker)
         self.workers = workers
         self.base = load_base(config, vision=vision, devices=workers.devices)
 

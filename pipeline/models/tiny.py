@@ -1,4 +1,4 @@
-"""The embedded base: a real InternVL of 1.5 million parameters that ships with the project.
+"""The demo's base: a real InternVL of 1.5 million parameters that ships with the project.
 
 Architecture, tokenizer and processor; the pretrained weights lie in `tiny_base/`, made by `jobs.pretrain_tiny`. It reads
 64x64 images in 8x8 patches (16 image tokens after pixel shuffle) and a small English vocabulary; every other word is

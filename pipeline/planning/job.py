@@ -51,7 +51,7 @@ def job_moments(plan: Plan) -> list[Moment]:
     workers = InferenceWorkers.of(plan.config.training, evaluation)
     tasks = len(plan.config.stream.tasks)
     moments = []
-    if plan.config.stream.general is not None:
+    if plan.config.stream.base_prompts is not None:
         moments.append(_inference(plan, "base prompts", workers))
     if plan.cached_vision:
         moments.append(_image_features(plan))

@@ -155,7 +155,10 @@ class Plan:
         """Memory that does not depend on the batch."""
         config = self.config
         zero = zero_config(
-            config.training, micro_batch=self.micro_batch, accumulated=self.accumulated, clip=config.expert.clip
+            config.training,
+            micro_batch=self.micro_batch,
+            accumulated=self.accumulated,
+            max_grad_norm=config.expert.max_grad_norm,
         )
         return states(
             base=self.loaded,
@@ -291,7 +294,7 @@ class Plan:
 
         Where every Linear chooses, an answer is the whole pool's: each pool that is evaluated answers those so far.
         """
-        new, old = len(self.config.stream.tasks), len(self.config.stream.foundation)
+        new, old = len(self.config.stream.tasks), len(self.config.stream.benchmarks)
         if self.config.router.kind != "token":
             return new + old + new
         return new + old + sum(task + old for task in range(1, new + 1) if self.config.is_evaluated(task))

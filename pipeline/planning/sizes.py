@@ -17,7 +17,7 @@ class Sizes:
     vectors: int
     statistics: int
     null: int
-    """The null expert: the moments of its components' prompts, and those of general prompts at the Linears."""
+    """The null expert: the moments of its components' prompts, and those of base prompts at the Linears."""
     checkpoint: int
     """The checkpoint that a half-trained task goes on from; the last one stays."""
     row_features: int

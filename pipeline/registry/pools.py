@@ -1,7 +1,7 @@
 """Pools in the registry: `<base>.pool` holds a version per pool, each a model that answers prompts by itself.
 
 `mlflow.pyfunc.load_model("models:/<base>.pool@champion").predict(...)` and `mlflow models serve` need nothing but the
-registry: a version holds router settings, statistics of general prompts and code, and points at its experts and its base, so
+registry: a version holds router settings, statistics of base prompts and code, and points at its experts and its base, so
 that it is as large for a hundred experts as for one. Alias `champion` marks the version in use; rolling
 back is moving it.
 """

@@ -62,7 +62,7 @@ class RoutedPool(mlflow.pyfunc.PythonModel):
         threads = torch.get_num_threads()
         memory = _BYTES.validate_python(settings.pop("expert_memory", None))
         workers = InferenceWorkers(
-            threads=threads, gpus=gpus_to_serve(folder), batch_size=BATCH_SIZE, expert_memory=memory
+            cpus_per_worker=threads, gpus=gpus_to_serve(folder), batch_size=BATCH_SIZE, expert_memory=memory
         )
         self.frozen = FrozenBase(BaseModelConfig(path=str(folder), **settings), workers)
         base = self.frozen.base

@@ -35,14 +35,14 @@ def router_of(pool: Pool) -> Router:
         return TokenRouter(
             len(pool.experts),
             null=bool(pool.null_evidence),
-            published=settings.token_scores == "published",
+            phatgoose=settings.token_scores == "phatgoose",
             top_k=settings.top_k,
             temperature=settings.temperature,
         )
     prompts = prompt_router_of(pool)
     if settings.kind == "prompt":
         return prompts
-    return TwoLevelRouter(prompts, short_list=settings.short_list, temperature=settings.temperature)
+    return TwoLevelRouter(prompts, candidates=settings.candidates, temperature=settings.temperature)
 
 
 def prompt_router_of(pool: Pool) -> PromptRouter:

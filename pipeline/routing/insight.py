@@ -104,7 +104,7 @@ def rank_candidates(
 
     `names` are those of the router's experts, `weights` each prompt's shares in its answer, where it has one.
     """
-    listed_BM, posterior_BM = prompts.short_list(features_BF, len(prompts.experts) + 1)
+    listed_BM, posterior_BM = prompts.rank_candidates(features_BF, len(prompts.experts) + 1)
     scores_BC = prompts.scores(features_BF, candidates=max(limit, CANDIDATES))
     scores_BC = scores_BC - scores_BC.max(-1, keepdim=True).values
     posteriors = [

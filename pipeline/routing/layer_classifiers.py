@@ -1,6 +1,6 @@
 """Evidence: what the inputs of the language model's Linears say about whose prompt it is.
 
-The published token router compares each token with each expert's trained vector. Measured on the embedded stream, that
+The published token router compares each token with each expert's trained vector. Measured on the demo's stream, that
 loses a third of what the experts know. What makes it strong: vectors solved from statistics, with the null
 expert as a class; scores pooled over the prompt; layers that agree. At each distinct input of adapted Linears (query, key
 and value share one, so do gate and up) the mean over the prompt's tokens, projected to `WIDTH`, is a sample of a Gaussian
@@ -10,10 +10,10 @@ classifier as in `gaussian`, and log-likelihoods add up through the depth:
     L_lc = L_(l-1)c + <h_l, u_lc> + b_lc          u, b from the experts' summed statistics
     w_le = softmax over the list of ( L_le / temperature + log prior_e )
 
-What was tried, on a pool of the embedded stream's six experts, 80 prompts of each task and 40 of each foundation family (told
+What was tried, on a pool of the demo's stream's six experts, 80 prompts of each task and 40 of each base ability (told
 which task: 0.858 and 0.921; `pointsman benchmark routers` measures the first form and the one in bold anew):
 
-| scores | new tasks | foundation |
+| scores | new tasks | base abilities |
 |---|---|---|
 | published: trained vectors, every token, k = 2 | 0.585 | 0.683 |
 | the same, a null expert with score 0 | 0.585 | 0.683 |

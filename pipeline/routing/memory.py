@@ -243,7 +243,7 @@ def _stacked(
 def _hearings(pool: Pool, linears: Mapping[str, nn.Linear], modules: Sequence[str]) -> dict[str, LayerClassifier]:
     """Solves what Linears hear, where the pool's router asks for evidence."""
     settings = pool.router
-    if settings.kind == "prompt" or (settings.kind == "token" and settings.token_scores == "published"):
+    if settings.kind == "prompt" or (settings.kind == "token" and settings.token_scores == "phatgoose"):
         return {}
     return layer_classifiers(
         list(linears),

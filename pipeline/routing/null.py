@@ -1,4 +1,4 @@
-"""The null class: general prompts, which belong to the base, as several Gaussians.
+"""The null class: base prompts, which belong to the base, as several Gaussians.
 
 One would be too coarse: it covers whatever lies between the base's abilities, and inside each of them it loses to a task
 that resembles it. Shapes: N prompts, F features, K components.
@@ -28,7 +28,7 @@ ROUNDS = 50
 
 
 def components(features_NF: Tensor, count: int, ids_N2: Tensor | None = None) -> tuple[PromptStatistics, ...]:
-    """Splits general prompts (N, F) into at most `count` components and takes the statistics of each; for `ids_N2` see there.
+    """Splits base prompts (N, F) into at most `count` components and takes the statistics of each; for `ids_N2` see there.
 
     k-means on standardised features, started by k-means++ (Arthur and Vassilvitskii, SODA 2007) from a constant seed: the
     same prompts, in whatever order, make the same components.
@@ -59,7 +59,7 @@ def components(features_NF: Tensor, count: int, ids_N2: Tensor | None = None) ->
 
 
 def write_null(file: Path, null: Sequence[PromptStatistics], evidence: Mapping[str, PromptStatistics]) -> None:
-    """Writes the components and what the Linears see of general prompts as a safetensors file."""
+    """Writes the components and what the Linears see of base prompts as a safetensors file."""
     metadata = {name: str(version) for name, version in VERSIONS.items()}
     write_tensors(file, _null_tensors(null, evidence), metadata=metadata)
 

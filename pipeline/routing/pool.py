@@ -1,6 +1,6 @@
 """The pool: an ordered set of experts over one base with one router setting; what a user deploys.
 
-A pool folder holds router settings, the statistics of general prompts, and references to experts that lie in a store (`store`);
+A pool folder holds router settings, the statistics of base prompts, and references to experts that lie in a store (`store`);
 an expert that lies in none, it holds itself. `Pool.export` writes a folder that holds them all.
 """
 
@@ -58,7 +58,7 @@ class PoolCard(Config):
     width: int | None = None
     """Number of prompt features F; None for an empty pool, and in folders of earlier releases."""
     null: bool = False
-    """Whether `null.safetensors` holds the statistics of general prompts."""
+    """Whether `null.safetensors` holds the statistics of base prompts."""
     null_digest: str | None = None
     """What it holds (`null.null_digest`)."""
     format_version: int = POOL_FORMAT
@@ -118,7 +118,7 @@ class Pool:
         self.base_fingerprint = base_fingerprint
         self.router = router
         self.null = tuple(null)
-        """Components of the general prompts; none where there is no general sample."""
+        """Components of the base prompts; none where there is no base prompts."""
         self.null_evidence = dict(null_evidence or {})
         self._width: int | None = None
         self.experts = Experts({})

@@ -1,14 +1,13 @@
 """The prompt router: one decision per prompt, in closed form.
 
 Every expert is a Gaussian over the prompt features, with its own mean and its own covariance blended with that of all;
-general prompts, which belong to the null expert, are several (`gaussian`, `null`). All have equal priors. The null expert's
+base prompts, which belong to the null expert, are several (`gaussian`, `null`). All have equal priors. The null expert's
 components, known from few prompts, are scored as classes like the others, then the likeliest as ones that resemble the
 prompt's likeliest expert; the better of the two scores counts. A linear score by the shared covariance picks the candidates,
 so that the price of the blend does not grow with the pool. The router is the same in whatever order the tasks came, equals
 the one trained on all tasks' prompts together, and forgets an expert exactly when its term is left out. Without a null
-expert it abstains: a prompt that lies outside the own radius of each of its likeliest tasks goes to the base. Shapes:
-B prompts, F features, C classes (experts, then the null expert's components), E experts, K components, M places on a short
-list.
+expert, a prompt beyond the threshold of each of its likeliest experts goes to the base. Shapes:
+B prompts, F features, C classes (experts, then the null expert's components), E experts, K components, M candidates.
 """
 
 from collections.abc import Sequence
@@ -22,7 +21,7 @@ from pipeline.routing.statistics import PromptStatistics
 
 CANDIDATES = 8
 """How many of the likeliest experts by the linear score, and of the null expert's components, are scored in full; without a
-null expert, how many of the likeliest experts are asked whether a prompt lies within their radius."""
+null expert, how many of the likeliest experts are asked whether a prompt lies within their threshold."""
 BESIDE = 2
 """How many of the null expert's likeliest components are scored beside the likeliest expert."""
 
@@ -56,23 +55,27 @@ class PromptRouter:
         null_B = torch.maximum(null_BK.logsumexp(-1), beside_BC.logsumexp(-1))
         return torch.cat([scores_BC[:, :count], null_B.unsqueeze(-1)], dim=-1)
 
-    def short_list(self, features_BF: Tensor, places: int) -> tuple[Tensor, Tensor]:
+    def rank_candidates(self, features_BF: Tensor, count: int) -> tuple[Tensor, Tensor]:
         """Returns the likeliest experts of every prompt (B, M), NULL_EXPERT among them, and their log-posterior (B, M).
 
-        In falling order; M is `places`, or less where there are fewer classes.
+        In falling order; M is `count`, or less where there are fewer classes.
         """
-        count = len(self.experts)
-        if count == 0:
+        experts = len(self.experts)
+        if experts == 0:
             return torch.full((len(features_BF), 1), NULL_EXPERT), torch.zeros(len(features_BF), 1, dtype=torch.float64)
         scores_BC = self.scores(features_BF)
         if not self.null:
-            scores_BC = self._abstaining(scores_BC, features_BF.cpu())
+            scores_BC = self._rejecting(scores_BC, features_BF.cpu())
         posterior_BC = scores_BC.log_softmax(-1)
-        best_BM, classes_BM = posterior_BC.topk(min(places, posterior_BC.shape[-1]), dim=-1)
-        return torch.where(classes_BM == count, NULL_EXPERT, classes_BM), best_BM
+        best_BM, classes_BM = posterior_BC.topk(min(count, posterior_BC.shape[-1]), dim=-1)
+        return torch.where(classes_BM == experts, NULL_EXPERT, classes_BM), best_BM
 
-    def _abstaining(self, scores_BC: Tensor, features_BF: Tensor) -> Tensor:
-        """Rules out experts whose radius a prompt exceeds, and adds NULL_EXPERT as the class that is left when all are."""
+    def _rejecting(self, scores_BC: Tensor, features_BF: Tensor) -> Tensor:
+        """Rejects experts whose threshold a prompt exceeds, and adds NULL_EXPERT: the class of prompts that all of them reject.
+
+        A distance costs a product with the expert's own factor, so only the likeliest experts are asked: each once, with all
+        prompts that it is among the likeliest of.
+        """
         allowed_BE = torch.full_like(scores_BC, -torch.inf)
         nearest_BK = scores_BC.topk(min(CANDIDATES, scores_BC.shape[-1]), dim=-1).indices
         for expert in nearest_BK.unique().tolist():
@@ -80,18 +83,18 @@ class PromptRouter:
             statistics = self.experts[expert]
             inside = statistics.distance(features_BF[rows], shrinkage=self.shrinkage) <= statistics.radius
             allowed_BE[rows[inside], expert] = scores_BC[rows[inside], expert]
-        nobody_B1 = torch.where(allowed_BE.isinf().all(-1, keepdim=True), 0.0, -torch.inf).to(scores_BC)
-        return torch.cat([allowed_BE, nobody_B1], dim=-1)
+        base_B1 = torch.where(allowed_BE.isinf().all(-1, keepdim=True), 0.0, -torch.inf).to(scores_BC)
+        return torch.cat([allowed_BE, base_B1], dim=-1)
 
     def choices(self, features_BF: Tensor) -> Tensor:
         """Returns each prompt's likeliest expert, or NULL_EXPERT (B,)."""
-        experts_B1, _ = self.short_list(features_BF, 1)
+        experts_B1, _ = self.rank_candidates(features_BF, 1)
         return experts_B1[:, 0]
 
     def route(self, features_BF: Tensor) -> Route:
         """Sends every prompt to its likeliest expert, or to the base."""
         experts_B1 = self.choices(features_BF).unsqueeze(-1)
-        return fixed(experts_B1, torch.ones(experts_B1.shape), features_BF.device)
+        return prompt_route(experts_B1, torch.ones(experts_B1.shape), features_BF.device)
 
 
 def _largest(scores_BC: Tensor, count: int) -> Tensor:
@@ -100,7 +103,7 @@ def _largest(scores_BC: Tensor, count: int) -> Tensor:
     return torch.zeros_like(scores_BC, dtype=torch.bool).scatter(-1, best_BK, True)
 
 
-def fixed(experts_BM: Tensor, weights_BM: Tensor, device: torch.device) -> Route:
+def prompt_route(experts_BM: Tensor, weights_BM: Tensor, device: torch.device) -> Route:
     """Returns the route with these weights; in its cheap forms where nobody takes part, or all rows agree."""
     if (experts_BM == NULL_EXPERT).all():
         return BaseOnly()

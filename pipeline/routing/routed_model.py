@@ -20,7 +20,7 @@ from pipeline.routing.call import Call, Decision, Routers
 from pipeline.routing.features import project, prompt_features
 from pipeline.routing.memory import memory_for
 from pipeline.routing.pool import Pool, PoolError
-from pipeline.routing.prompt_router import fixed
+from pipeline.routing.prompt_router import prompt_route
 from pipeline.routing.routed_linear import Current, PoolExperts, RoutedLinear, Running
 from pipeline.routing.routes import NULL_EXPERT, BaseOnly, Route
 
@@ -229,7 +229,7 @@ class RoutedModel:
             if name is not None and name not in pool.experts:
                 raise PoolError(f"expert {name!r} is forced, and the pool that was loaded since does not have it")
             expert = NULL_EXPERT if name is None else pool.names.index(name)
-            return fixed(torch.full((1, 1), expert), torch.ones(1, 1), features_BF.device)
+            return prompt_route(torch.full((1, 1), expert), torch.ones(1, 1), features_BF.device)
         return routers.router.route(features_BF) if pool.experts else BaseOnly()
 
     def _end(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:

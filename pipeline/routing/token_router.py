@@ -1,7 +1,7 @@
 """The token router: every Linear chooses on its own, among all experts and the null expert.
 
-By default it chooses by the evidence of the whole prompt up to its depth (`evidence`). As published, it chooses for every
-token by itself:
+By default it chooses by the log-likelihood of the prompt up to its depth (`layer_classifiers`). With `phatgoose` it chooses
+for every token by itself:
 
     z_te = <LN(x_t), LN(v_e)> / sqrt(D)                        LN without affine, eps 1e-5
     w_te = softmax over the k largest z_t / temperature, 0 elsewhere
@@ -23,13 +23,13 @@ EPS = 1e-5
 
 
 class TokenRouter:
-    """Leaves the choice to every Linear: by evidence, or, as published, for every token by the trained vectors."""
+    """Leaves the choice to every Linear: by log-likelihood, or for every token by the trained vectors (PHATGOOSE)."""
 
-    def __init__(self, experts: int, *, null: bool, published: bool, top_k: int, temperature: float) -> None:
+    def __init__(self, experts: int, *, null: bool, phatgoose: bool, top_k: int, temperature: float) -> None:
         classes = torch.tensor([[*range(experts), *([NULL_EXPERT] if null else [])]])
         self._route: Route = (
             TokenRoute(top_k, temperature)
-            if published
+            if phatgoose
             else LayerRoute(classes, torch.zeros(classes.shape), top_k, temperature)
         )
 

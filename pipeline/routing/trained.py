@@ -114,7 +114,7 @@ class TrainedPool:
     experts: Mapping[str, ExpertReference]
     """References to the experts by name, in order of arrival."""
     null: bool
-    """Whether it has statistics of general prompts."""
+    """Whether it has statistics of base prompts."""
     store: ExpertStore
     """Where those lie that the folder does not hold."""
 

@@ -47,7 +47,7 @@ def run_steps(
     loader: Loader,
     steps: range,
     *,
-    explosion: float,
+    divergence_factor: float,
     clock: StageClock,
     on_step: Callable[[int, float], object],
     before: Callable[[int, dict[str, Any]], None] = lambda number, batch: None,
@@ -65,7 +65,7 @@ def run_steps(
         L = sum over ranks, micro-batches, answer tokens of  -log p(token)  /  number of these tokens
 
     whatever the number of ranks and the size of micro-batches; all ranks know its value, so that all see a divergence at
-    the same step. Raises Divergence when it is not finite, or exceeds `explosion` times the first one.
+    the same step. Raises Divergence when it is not finite, or exceeds `divergence_factor` times the first one.
     """
     device = engine.device
     for step in steps:
@@ -88,10 +88,10 @@ def run_steps(
         clock.losses.append(value)
         if not math.isfinite(value):
             raise Divergence(f"the loss is {value} at step {step + 1}; lower the learning rate, or check the data")
-        if value > explosion * max(clock.losses[0], 0.1):
+        if value > divergence_factor * max(clock.losses[0], 0.1):
             raise Divergence(
-                f"the loss rose from {clock.losses[0]:.3g} to {value:.3g} by step {step + 1} (training.explosion is "
-                f"{explosion:g}); lower the learning rate"
+                f"the loss rose from {clock.losses[0]:.3g} to {value:.3g} by step {step + 1} (training.divergence_factor is "
+                f"{divergence_factor:g}); lower the learning rate"
             )
         clock.step_seconds.append(time.monotonic() - started)
         clock.seconds += clock.step_seconds[-1]

@@ -23,7 +23,7 @@ from pipeline.routing.adapters import Adapter
 from pipeline.routing.expert import Expert
 from pipeline.routing.statistics import PromptStatistics
 from pipeline.routing.trained import TrainedExpert
-from pipeline.training.general import FEATURES, IDS, StatisticsCollector
+from pipeline.training.null_expert import FEATURES, IDS, StatisticsCollector
 from pipeline.training.session import FEWEST_ROWS
 from pipeline.training.stages import with_gates, without_gates
 
@@ -57,7 +57,7 @@ def recomputed(
         raise StatisticsError(
             f"task {expert.card.task!r}: {rows.count} rows are too few for its statistics; at least {FEWEST_ROWS} are needed"
         )
-    actor: Any = ray.remote(num_cpus=workers.threads, num_gpus=workers.gpus)(GatedCollector)
+    actor: Any = ray.remote(num_cpus=workers.cpus_per_worker, num_gpus=workers.gpus)(GatedCollector)
     actors = [actor.remote(base, workers, router.feature_width, targets, vision) for _ in range(workers.count)]
     try:
         trained = ray.put((dict(expert.adapters), dict(expert.vectors)))

@@ -209,7 +209,7 @@ def _as_training_error(task: str) -> Iterator[None]:
 
 def scaling(training: TrainingConfig) -> ScalingConfig:
     """Returns the workers and what each of them holds: its threads' CPUs, and exactly one GPU where there are any."""
-    resources: dict[str, float] = {"CPU": training.threads}
+    resources: dict[str, float] = {"CPU": training.cpus_per_worker}
     if training.gpu:
         resources["GPU"] = 1
     return ScalingConfig(num_workers=training.workers, use_gpu=training.gpu, resources_per_worker=resources)
@@ -218,7 +218,7 @@ def scaling(training: TrainingConfig) -> ScalingConfig:
 def thread_variables(training: TrainingConfig) -> dict[str, str]:
     """Returns the worker's environment; Ray would set one thread a process where this is silent."""
     return {
-        "OMP_NUM_THREADS": str(training.threads),
+        "OMP_NUM_THREADS": str(training.cpus_per_worker),
         "TOKENIZERS_PARALLELISM": "false",
         "DS_ACCELERATOR": "cuda" if training.gpu else "cpu",
         **{name: os.environ[name] for name in ("TORCH_EXTENSIONS_DIR",) if name in os.environ},

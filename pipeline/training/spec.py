@@ -8,6 +8,8 @@ from pipeline.config import BaseModelConfig, Config, ExpertConfig, RouterConfig,
 class TrainSpec(Config):
     """All that a worker needs to know of its task."""
 
+    FORMER_NAMES = {"group_by_length": "by_length"}
+
     task: str
     """Name of task and expert."""
     digest: str
@@ -28,7 +30,7 @@ class TrainSpec(Config):
     """Machine."""
     vision: bool = True
     """False: rows hold image features, and the vision tower is not loaded."""
-    by_length: bool = False
+    group_by_length: bool = False
     """Batches of rows of similar length."""
     validation: float = 0.0
     """Share of the rows that are held out, to keep the best adapter."""

@@ -27,7 +27,7 @@ from pipeline.training.zero import gathered
 
 def warm_up_cosine(config: ExpertConfig) -> Callable[[int], float]:
     """Returns the learning-rate factor by step: linear warm-up, then half a cosine down to zero."""
-    rising = max(1, round(config.warm_up * config.steps))
+    rising = max(1, round(config.warmup_ratio * config.steps))
 
     def factor(step: int) -> float:
         if step < rising:

@@ -23,7 +23,6 @@ from pipeline.routing.adapters import ExpertError, load_adapters
 from pipeline.routing.expert import Expert, ExpertCard
 from pipeline.routing.features import feature_width
 from pipeline.routing.statistics import PromptStatistics
-from pipeline.training.collector import EvidenceCollector, collect_features
 from pipeline.training.job_folder import ADAPTER, EXPERT, STATE, JobFolder, load_state, save_state
 from pipeline.training.lockstep import VisionLockstep
 from pipeline.training.loop import Divergence, StageClock, run_steps
@@ -42,6 +41,7 @@ from pipeline.training.stages import (
     without_gates,
     without_lora,
 )
+from pipeline.training.statistics_collector import EvidenceCollector, collect_features
 from pipeline.training.validation import BestAdapter, Look, held_out_loss
 from pipeline.training.zero import (
     base_dtype,
@@ -52,7 +52,16 @@ from pipeline.training.zero import (
     zero_config,
 )
 
-HOW = {"workers", "gpu", "threads", "zero_stage", "precision", "micro_batch", "gradient_checkpointing", "offload"}
+HOW = {
+    "workers",
+    "gpu",
+    "cpus_per_worker",
+    "zero_stage",
+    "precision",
+    "micro_batch",
+    "gradient_checkpointing",
+    "offload",
+}
 """Settings of the machine that an expert's card keeps."""
 
 FOUND = "found"
@@ -155,7 +164,7 @@ class Worker:
         micro_batch = min(job.training.micro_batch or share, share)
         self.layout = StepLayout(job.expert.batch_size, self.world, micro_batch)
         self.dtype = torch.bfloat16 if job.training.precision == "bf16" else torch.float32
-        torch.set_num_threads(job.training.threads)
+        torch.set_num_threads(job.training.cpus_per_worker)
         self._untold: list[tuple[str, str, int, int, float]] = []
         self._told, self._began, self._before = 0.0, time.monotonic(), 0.0
         self.figures: dict[str, Any] = {"samples": job.expert.steps * job.expert.batch_size}
@@ -231,7 +240,7 @@ class Worker:
                 engine,
                 loader,
                 steps,
-                explosion=job.training.explosion,
+                divergence_factor=job.training.divergence_factor,
                 clock=clock,
                 on_step=on_step,
                 wanted=notice.due,
@@ -291,7 +300,7 @@ class Worker:
                 engine,
                 loader,
                 steps,
-                explosion=job.training.explosion,
+                divergence_factor=job.training.divergence_factor,
                 clock=clock,
                 on_step=lambda step, loss: self._step_done("router", step, config.steps, loss),
                 before=lambda i, batch: evidence.expect(batch, loader.new_rows(config.statistics_rows)[i]),
@@ -343,7 +352,7 @@ class Worker:
             job.training,
             micro_batch=self.layout.micro_batch,
             accumulated=self.layout.accumulation,
-            clip=job.expert.clip,
+            max_grad_norm=job.expert.max_grad_norm,
         )
 
     def _loader(self, base: Base, steps: range, seed: int) -> BatchLoader:
@@ -354,7 +363,7 @@ class Worker:
             steps=steps,
             seed=seed,
             collate=partial(collate_for, base.processor),
-            group_by_length=self.job.by_length,
+            group_by_length=self.job.group_by_length,
         )
 
     def _note(self, stage: str, clock: StageClock) -> None:

@@ -11,7 +11,9 @@ from torch import nn
 from pipeline.config import BaseModelConfig, TrainingConfig
 
 
-def zero_config(training: TrainingConfig, *, micro_batch: int, accumulated: int = 1, clip: float) -> dict[str, Any]:
+def zero_config(
+    training: TrainingConfig, *, micro_batch: int, accumulated: int = 1, max_grad_norm: float
+) -> dict[str, Any]:
     """Returns the DeepSpeed configuration of one stage: `micro_batch` rows a worker, `accumulated` times a step."""
     # What is trained is small: DeepSpeed's own bucket of 5e8 values would take 1 GB beside an adapter of 0.1 GB.
     zero: dict[str, Any] = {"stage": training.zero_stage, "reduce_bucket_size": int(5e7)}
@@ -24,7 +26,7 @@ def zero_config(training: TrainingConfig, *, micro_batch: int, accumulated: int 
     return {
         "train_micro_batch_size_per_gpu": micro_batch,
         "gradient_accumulation_steps": accumulated,
-        "gradient_clipping": clip,
+        "gradient_clipping": max_grad_norm,
         "zero_optimization": zero,
         "bf16": {"enabled": training.precision == "bf16"},
         # The optimizer is torch's AdamW: DeepSpeed's own would compile another extension for a few small tensors.

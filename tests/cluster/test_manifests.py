@@ -57,7 +57,7 @@ def test_kubernetes_has_the_gpus_and_cpus_of_the_configuration() -> None:
     limits = PODS[1]["containers"][0]["resources"]["limits"]
     assert group["minReplicas"] == group["replicas"] == group["maxReplicas"]
     assert group["replicas"] * int(limits["nvidia.com/gpu"]) == CONFIG.training.workers
-    assert int(limits["cpu"]) > CONFIG.training.threads, "nothing left for Ray Data"
+    assert int(limits["cpu"]) > CONFIG.training.cpus_per_worker, "nothing left for Ray Data"
 
 
 def test_rayjob_ends_with_its_job_and_is_retried() -> None:
@@ -76,7 +76,7 @@ def test_aws_file_has_rays_schema_and_the_gpus_of_the_configuration() -> None:
     assert AWS["head_node_type"] in AWS["available_node_types"]
     assert gpu["max_workers"] == AWS["max_workers"]
     assert gpu["max_workers"] * gpu["resources"]["GPU"] == CONFIG.training.workers
-    assert gpu["resources"]["CPU"] > CONFIG.training.threads
+    assert gpu["resources"]["CPU"] > CONFIG.training.cpus_per_worker
     assert any(option.endswith(":/mnt/pointsman") for option in AWS["docker"]["run_options"])
 
 

@@ -33,7 +33,7 @@ from tests.helpers import CLAIMS
 
 pytestmark = pytest.mark.ray
 
-WORKERS = InferenceWorkers(threads=1, batch_size=5)
+WORKERS = InferenceWorkers(cpus_per_worker=1, batch_size=5)
 ALL = 1000
 """More samples than a column has prompts."""
 
@@ -71,7 +71,7 @@ def columns(tmp_path_factory: pytest.TempPathFactory) -> list[Column]:
     """Image rows and text rows of the families that the experts claim, rotations of questions, rows in groups."""
     folder = tmp_path_factory.mktemp("rows")
     families = [*CLAIMS.values(), "direction"]
-    found = [column(f, SourceConfig(path=f"embedded://{f}/eval", limit=8 + n)) for n, f in enumerate(families)]
+    found = [column(f, SourceConfig(path=f"demo://{f}/eval", limit=8 + n)) for n, f in enumerate(families)]
     lines = ["index\tquestion\tA\tB\tC\tanswer\timage"]
     for number, color in enumerate(("red", "blue", "green")):
         stream = io.BytesIO()
@@ -79,7 +79,7 @@ def columns(tmp_path_factory: pytest.TempPathFactory) -> list[Column]:
         image = base64.b64encode(stream.getvalue()).decode()
         lines.append(f"{number}\twhat color is it ?\tred\tblue\tgreen\t{'ABC'[number]}\t{image}")
     (folder / "mmbench.tsv").write_text("\n".join(lines) + "\n")
-    found.append(column("rotated", SourceConfig(path=str(folder / "mmbench.tsv"), layout="mmbench"), "mmbench"))
+    found.append(column("rotated", SourceConfig(path=str(folder / "mmbench.tsv"), preset="mmbench"), "mmbench"))
     rows = [{"q": f"repeat : {n} {n % 3} .", "a": f"{n} {n % 3}", "g": f"g{n // 2}"} for n in range(7)]
     (folder / "grouped.jsonl").write_text("".join(json.dumps(row) + "\n" for row in [*rows, {"q": "no answer"}]))
     source = SourceConfig(path=str(folder / "grouped.jsonl"), columns={"question": "q", "answer": "a", "group": "g"})
@@ -91,7 +91,7 @@ def evaluator(tiny_folder: Path, folder: Path, **more: object) -> Evaluator:
     source = PromptSource(
         BaseModelConfig(path=str(tiny_folder)),
         DataConfig(max_bad_share=0.5),
-        folder / "embedded",
+        folder / "demo",
         folder / "features",
         WORKERS,
     )
@@ -246,7 +246,7 @@ def test_answers_of_a_token_router_are_the_pools_and_kept(
     grown, pool: Pool, columns: list[Column], actors: PredictorActors, tiny_folder: Path, tmp_path: Path
 ) -> None:
     evaluator_, _ = grown
-    tokens = pool.routed_by(kind="token", token_scores="published")
+    tokens = pool.routed_by(kind="token", token_scores="phatgoose")
     folder, before = tokens.save(tmp_path / "pool"), evaluator_.generated
     result = evaluator_.evaluate(columns, tokens, key="tokens", folder=folder, samples=ALL, actors=actors)
     assert evaluator_.generated - before == len(result.samples)

@@ -9,9 +9,9 @@ from pipeline.evaluation.matrix import (
     AccuracyMatrix,
     average_accuracy,
     backward_transfer,
+    base_retention,
     continual_metrics,
     forgetting,
-    foundation_retention,
 )
 
 
@@ -29,7 +29,7 @@ def test_metrics_by_hand(matrix: AccuracyMatrix) -> None:
     assert average_accuracy(matrix) == pytest.approx((0.6 + 0.9 + 1.0) / 3)
     assert backward_transfer(matrix) == pytest.approx(((0.6 - 0.9) + (0.9 - 0.8)) / 2)
     assert forgetting(matrix) == pytest.approx(((0.9 - 0.6) + (0.8 - 0.9)) / 2)  # the base's 0.95 on b does not count
-    assert foundation_retention(matrix) == pytest.approx(0.9 / 1.2)
+    assert base_retention(matrix) == pytest.approx(0.9 / 1.2)
 
 
 def test_forgetting_measures_against_the_best_earlier_row_and_transfer_against_the_own_row(
@@ -40,7 +40,7 @@ def test_forgetting_measures_against_the_best_earlier_row_and_transfer_against_t
     assert backward_transfer(matrix) == pytest.approx(-0.1)
 
 
-def test_one_task_and_no_foundation() -> None:
+def test_one_task_and_no_benchmarks() -> None:
     matrix = AccuracyMatrix(["a"])
     assert (average_accuracy(matrix), backward_transfer(matrix), forgetting(matrix)) == (None, 0.0, 0.0)
     matrix.record("base", {"a": 0.1})
@@ -50,7 +50,7 @@ def test_one_task_and_no_foundation() -> None:
 
 
 def test_an_unfinished_stream_is_measured_at_its_last_row(matrix: AccuracyMatrix) -> None:
-    partial = AccuracyMatrix(matrix.tasks, matrix.foundation)
+    partial = AccuracyMatrix(matrix.tasks, matrix.benchmarks)
     for row in ("base", "a", "b"):
         partial.record(row, {c: v for c in matrix.columns if (v := matrix.value(row, c)) is not None})
     assert partial.last == 2
@@ -65,14 +65,14 @@ def test_gaps_are_skipped() -> None:
     assert average_accuracy(matrix) == pytest.approx(0.6)
     assert backward_transfer(matrix) == 0.0
     assert forgetting(matrix) == 0.0
-    assert foundation_retention(matrix) is None
+    assert base_retention(matrix) is None
 
 
 def test_retention_is_undefined_where_the_base_knew_nothing() -> None:
     matrix = AccuracyMatrix(["a"], ["f"])
     matrix.record("base", {"f": 0.0})
     matrix.record("a", {"a": 1.0, "f": 0.2})
-    assert foundation_retention(matrix) is None
+    assert base_retention(matrix) is None
 
 
 def test_json_round_trip(matrix: AccuracyMatrix) -> None:
@@ -101,8 +101,8 @@ def test_json_that_does_not_fit_is_refused(matrix: AccuracyMatrix, change: dict,
 
 def test_json_without_a_part_is_refused(matrix: AccuracyMatrix) -> None:
     plain = matrix.to_json()
-    del plain["foundation"]
-    with pytest.raises(ValueError, match="missing foundation"):
+    del plain["benchmarks"]
+    with pytest.raises(ValueError, match="missing benchmarks"):
         AccuracyMatrix.from_json(plain)
 
 

@@ -123,7 +123,7 @@ def make_summary(tasks: Sequence[str] = TASKS, families: Sequence[str] = FAMILIE
         "continual": continual_metrics(matrix) | {"routing_accuracy": 0.985},
         "routing": routing,
         "methods": {
-            name: dict(zip(("new", "foundation", "samples", "seconds"), row, strict=True))
+            name: dict(zip(("new", "base_abilities", "samples", "seconds"), row, strict=True))
             for name, row in METHODS.items()
         },
         "samples": [make_sample(i, *row) for i, row in enumerate(QUESTIONS)],
@@ -211,11 +211,11 @@ def test_it_copes_with_a_stream_that_has_only_begun(tmp_path: Path) -> None:
     assert "before any task was learned" in write_report(begun, tmp_path).read_text(encoding="utf-8")
 
 
-def test_it_copes_without_foundation_families(tmp_path: Path) -> None:
+def test_it_copes_without_benchmarks(tmp_path: Path) -> None:
     alone = make_summary(TASKS[:2], [])
     for method in alone["methods"].values():
-        method["foundation"] = None
-    assert "foundation retention" not in write_report(alone, tmp_path).read_text(encoding="utf-8")
+        method["base_abilities"] = None
+    assert "base retention" not in write_report(alone, tmp_path).read_text(encoding="utf-8")
 
 
 def test_pictures_of_an_earlier_report_go(small: dict[str, Any], tmp_path: Path) -> None:

@@ -15,9 +15,9 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> LearnConfig:
     """So few steps that nothing is learned, which routing does not mind."""
     for name, value in {"STEPS": 2, "TRAIN_ROWS": 64, "PROMPTS": 8}.items():
         monkeypatch.setattr(routers, name, value)
-    task = TaskConfig(name="any", train="embedded://clock/train", eval="embedded://clock/eval")
+    task = TaskConfig(name="any", train="demo://clock/train", eval="demo://clock/eval")
     config = LearnConfig(stream=StreamConfig(tasks=(task,)))
-    return config.model_copy(update={"training": config.training.model_copy(update={"threads": 1})})
+    return config.model_copy(update={"training": config.training.model_copy(update={"cpus_per_worker": 1})})
 
 
 def test_many_experts_are_told_apart_and_the_base_stays_as_it_is(tiny_base, known_pool, quick):

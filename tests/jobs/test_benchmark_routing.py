@@ -71,7 +71,7 @@ def test_every_engine_lands_in_the_summary(tmp_path: Path) -> None:
         assert r["rank"] == RANK
         assert r["ratio_to_single"] == r["seconds_median"] / r["single_seconds_median"]
         assert ("decision_seconds" in r) == (
-            size == "tiny" and name in ("token_published", "token", "prompt", "two_level")
+            size == "tiny" and name in ("token_phatgoose", "token", "prompt", "two_level")
         )
         assert (r["width_in"], r["width_out"]) == ((128, 128) if size == "tiny" else (24, 40))
     assert "no KV cache" in cells["tiny", "xlora", 3, 1]["note"]
@@ -79,7 +79,7 @@ def test_every_engine_lands_in_the_summary(tmp_path: Path) -> None:
     assert "two_level" in outcome.output
 
 
-@pytest.mark.parametrize("name", ["token_published", "prompt", "arrow", "mixed"])
+@pytest.mark.parametrize("name", ["token_phatgoose", "prompt", "arrow", "mixed"])
 def test_one_expert_answers_as_peft_with_one_lora(setup: Setup, name: str) -> None:
     with torch.inference_mode():
         one, engine = build("single", setup, 1), build(name, setup, 1)

@@ -74,8 +74,10 @@ def test_a_library_without_sources_is_refused(tmp_path, monkeypatch):
 
 def test_the_stream_names_the_files_that_are_written(library):
     config = load_config(SMOLLM2, [], LearnConfig)
-    sources = [t.eval.path for t in (*config.stream.tasks, *config.stream.foundation)] + [config.stream.general.path]
-    written = {path.rpartition("/")[2].removesuffix(".jsonl") for path in sources if not path.startswith("embedded")}
+    sources = [t.eval.path for t in (*config.stream.tasks, *config.stream.benchmarks)] + [
+        config.stream.base_prompts.path
+    ]
+    written = {path.rpartition("/")[2].removesuffix(".jsonl") for path in sources if not path.startswith("demo")}
     assert written | {"modules-train"} == set(library[0])
 
 

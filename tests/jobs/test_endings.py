@@ -97,8 +97,8 @@ def test_an_own_mistake_keeps_its_traceback() -> None:
         raise AssertionError
 
 
-def test_methods_without_foundation_have_a_dash() -> None:
-    figures = {"new": 0.5, "foundation": None, "samples": 3, "seconds": 1.0}
+def test_methods_without_benchmarks_have_a_dash() -> None:
+    figures = {"new": 0.5, "base_abilities": None, "samples": 3, "seconds": 1.0}
     terminal = Terminal()
     with terminal.console.capture() as shown:
         terminal.console.print(methods_table({"base": figures}))
@@ -114,7 +114,7 @@ def test_a_damaged_file_of_a_run_is_named(tmp_path: Path, content: str) -> None:
             read(file)
 
 
-EMBEDDED = "jobs/configs/embedded.yaml"
+DEMO = "jobs/configs/demo.yaml"
 
 
 @pytest.mark.parametrize(
@@ -124,10 +124,10 @@ EMBEDDED = "jobs/configs/embedded.yaml"
         (["pretrain-tiny", "--sampling", "some"], "--sampling some: choose even or loss"),
         (["pretrain-tiny", "--start", "{folder}"], "holds no pretraining.json"),
         (["plan", "{file}"], "not valid YAML"),
-        (["plan", EMBEDDED, "--base-config", "{file}"], "not valid JSON"),
-        (["plan", EMBEDDED, "--output", "{file}"], "File exists; something else has that name"),
-        (["learn", EMBEDDED, "output={file}"], "a file stands where a folder is needed"),
-        (["learn", EMBEDDED, "output=/proc/nothing"], "/proc/nothing"),
+        (["plan", DEMO, "--base-config", "{file}"], "not valid JSON"),
+        (["plan", DEMO, "--output", "{file}"], "File exists; something else has that name"),
+        (["learn", DEMO, "output={file}"], "a file stands where a folder is needed"),
+        (["learn", DEMO, "output=/proc/nothing"], "/proc/nothing"),
     ],
 )
 def test_a_wrong_input_is_a_message(tmp_path: Path, words: list[str], said: str) -> None:

@@ -11,14 +11,14 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from jobs.cli import app
-from pipeline.data.demo.foundation import FAMILIES
+from pipeline.data.demo.abilities import ABILITIES
 from pipeline.evaluation.pictures import routing_of_a_prompt
 from pipeline.models.bases import Base
 from pipeline.routing import Decision, Pool
 from pipeline.routing.insight import Explanation
 from tests.helpers import CLAIMS, attached, generate, prompts
 
-EXAMPLE = FAMILIES["describe"](np.random.default_rng(11))
+EXAMPLE = ABILITIES["describe"](np.random.default_rng(11))
 """What `painter` claims to answer."""
 
 

@@ -47,21 +47,21 @@ def stream(tiny_folder: Path, output: Path) -> Path:
             "tasks": [
                 {
                     "name": "digits",
-                    "train": {"path": "embedded://digits/train", "limit": 64},
-                    "eval": {"path": "embedded://digits/eval", "limit": 16},
+                    "train": {"path": "demo://digits/train", "limit": 64},
+                    "eval": {"path": "demo://digits/eval", "limit": 16},
                 },
                 {
                     "name": "echo",
                     "train": str(output / "echo.jsonl"),
-                    "eval": {"path": "embedded://successor/eval", "limit": 16},
+                    "eval": {"path": "demo://successor/eval", "limit": 16},
                 },
             ],
-            "foundation": [{"name": "repeat", "eval": {"path": "embedded://repeat/eval", "limit": 16}}],
-            "general": {"path": "embedded://general/train", "limit": 64},
+            "benchmarks": [{"name": "repeat", "eval": {"path": "demo://repeat/eval", "limit": 16}}],
+            "base_prompts": {"path": "demo://general/train", "limit": 64},
         },
         "expert": {"steps": 12, "batch_size": 16, "rank": 4},
         "router": {"steps": 4},
-        "training": {"threads": 1, "checkpoint_every": 4},
+        "training": {"cpus_per_worker": 1, "checkpoint_every": 4},
         "evaluation": {"max_new_tokens": 2},
     }
     file = output / "mini.yaml"

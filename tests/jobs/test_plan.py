@@ -72,8 +72,8 @@ def test_formulas_come_with_their_sources(run: Any) -> None:
         assert source in " ".join(outcome.output.split()), source
 
 
-def test_the_embedded_stream_is_planned_for_this_machine(run: Any) -> None:
-    outcome = run(str(CONFIGS / "embedded.yaml"))
+def test_the_demo_is_planned_for_this_machine(run: Any) -> None:
+    outcome = run(str(CONFIGS / "demo.yaml"))
     assert outcome.exit_code == 0, outcome.output
     assert "Memory of the worker" in outcome.output
     assert "on this machine" in outcome.output

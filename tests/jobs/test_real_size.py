@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 import yaml
 
-from pipeline.data.demo.files import SCHEMA, embedded_file
+from pipeline.data.demo.files import SCHEMA, demo_file
 from pipeline.routing.pool import Pool
 
 pytestmark = pytest.mark.ray
@@ -24,7 +24,7 @@ ROWS = 48
 
 def _mixed(folder: Path) -> Path:
     """Writes one file in which all rows with an image come first, then those without; answers of one to four words."""
-    images = pq.read_table(embedded_file("embedded://digits/train", folder)).slice(0, ROWS // 2).to_pylist()
+    images = pq.read_table(demo_file("demo://digits/train", folder)).slice(0, ROWS // 2).to_pylist()
     texts = [
         {
             "id": f"text-{n}",
@@ -53,22 +53,22 @@ def learned(wide_folder, tmp_path_factory):
                 {
                     "name": "mixed",
                     "train": str(_mixed(output)),
-                    "eval": {"path": "embedded://digits/eval", "limit": 8},
+                    "eval": {"path": "demo://digits/eval", "limit": 8},
                 },
                 {
                     "name": "clock",
-                    "train": {"path": "embedded://clock/train", "limit": ROWS},
-                    "eval": {"path": "embedded://clock/eval", "limit": 8},
+                    "train": {"path": "demo://clock/train", "limit": ROWS},
+                    "eval": {"path": "demo://clock/eval", "limit": 8},
                 },
             ],
-            "foundation": [{"name": "repeat", "eval": {"path": "embedded://repeat/eval", "limit": 8}}],
-            "general": {"path": "embedded://general/train", "limit": 64},
+            "benchmarks": [{"name": "repeat", "eval": {"path": "demo://repeat/eval", "limit": 8}}],
+            "base_prompts": {"path": "demo://general/train", "limit": 64},
         },
         "data": {"cache": "none"},
         "expert": {"steps": 8, "batch_size": 10, "rank": 4, "learning_rate": 0.001},
         "router": {"steps": 3},
         "training": {
-            "threads": 1,
+            "cpus_per_worker": 1,
             "workers": 2,
             "zero_stage": 3,
             "zero_persistence_threshold": 0,
@@ -105,7 +105,7 @@ def test_callers_at_once_get_their_own_answers(learned, monkeypatch):
     mlflow.set_tracking_uri(os.environ["MLFLOW_TRACKING_URI"])
     model = mlflow.pyfunc.load_model("models:/wide.pool/2")
     rows = [{"prompt": f"repeat : {n}", "image": None} for n in range(10)]
-    images = pq.read_table(learned / "data" / "embedded" / "clock" / "eval.parquet").slice(0, 10).to_pylist()
+    images = pq.read_table(learned / "data" / "demo" / "clock" / "eval.parquet").slice(0, 10).to_pylist()
     rows += [{"prompt": "which hour does the clock show ?", "image": row["images"][0]["bytes"]} for row in images]
     alone = [model.predict([row], {"max_new_tokens": 2}).to_dict("records")[0] for row in rows]
     with ThreadPoolExecutor(4) as threads:

@@ -32,8 +32,8 @@ from pipeline.routing.features import FEATURE_RULE
 from pipeline.routing.null import components
 from pipeline.routing.store import cache_folder
 from pipeline.routing.trained import TrainedExpert
-from pipeline.training.collector import EvidenceCollector, collect_features
 from pipeline.training.stages import heard_paths, with_gates, without_gates
+from pipeline.training.statistics_collector import EvidenceCollector, collect_features
 from tests.helpers import attached, batch_of, make_expert
 from tests.jobs.test_learn import stream
 
@@ -270,7 +270,7 @@ def test_other_settings_of_the_router_make_a_second_version(
 ) -> None:
     """Stopped after the first expert, it goes on with the second; only then anything is registered."""
     known = new_pools(aged.config)
-    settings = ["router.feature_width=64", "router.statistics_rows=16", "stream.general=null"]
+    settings = ["router.feature_width=64", "router.statistics_rows=16", "stream.base_prompts=null"]
     words = [*settings, "--pool", "models:/untrained.pool@champion"]
     compute, computed = recompute_statistics.recomputed, []
 
@@ -295,7 +295,7 @@ def test_other_settings_of_the_router_make_a_second_version(
     assert pool.router.feature_width == 64
     assert {(e.statistics.width, e.statistics.count) for e in pool.experts.values()} == {(64, 16)}
     assert pool.null == ()
-    assert "without stream.general the new one abstains by distance" in output
+    assert "without stream.base_prompts the new one abstains by distance" in output
 
 
 def test_what_has_these_statistics_already_is_left_alone(aged: Aged, renewed: tuple[Pool, str]) -> None:
@@ -327,7 +327,7 @@ def test_all_that_is_missing_is_told_before_anything_is_done(aged: Aged, tmp_pat
     digits, echo = settings["stream"]["tasks"]
     digits["train"] = str(tmp_path / "rows.jsonl")
     echo["train"] = str(tmp_path / "gone.jsonl")
-    settings["stream"]["general"] = str(tmp_path / "gone_too.jsonl")
+    settings["stream"]["base_prompts"] = str(tmp_path / "gone_too.jsonl")
     config = aged.config.with_name("missing.yaml")
     config.write_text(yaml.safe_dump(settings | {"name": "missing"}))
     output = refused(config, "--pool", str(tmp_path / "pool"))
@@ -335,7 +335,7 @@ def test_all_that_is_missing_is_told_before_anything_is_done(aged: Aged, tmp_pat
     assert f"digits: {tmp_path}/rows.jsonl: none of its first rows can be used (are their images there?)" in output
     assert f"echo: {tmp_path}/gone.jsonl: no parquet, " in output
     assert "clock: no task of that name in stream.tasks" in output
-    assert f"general sample: {tmp_path}/gone_too.jsonl: no parquet, " in output
+    assert f"base prompts: {tmp_path}/gone_too.jsonl: no parquet, " in output
     assert "--skip-missing" in output
     assert not (aged.config.parent / "missing" / "recomputed").exists()
     assert "gone_too" in refused(config, "--pool", str(tmp_path / "pool"), "--skip-missing"), "never without a word"

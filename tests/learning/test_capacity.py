@@ -32,9 +32,7 @@ def of(
     here: bool = False,
 ) -> Capacity:
     monkeypatch.setattr(preflight, "_nodes", lambda: nodes)
-    tasks = [
-        {"name": f"task{i}", "train": "embedded://digits/train", "eval": "embedded://digits/eval"} for i in range(TASKS)
-    ]
+    tasks = [{"name": f"task{i}", "train": "demo://digits/train", "eval": "demo://digits/eval"} for i in range(TASKS)]
     config = LearnConfig.model_validate({
         "name": "room",
         "base": {"path": "tiny"},
@@ -50,15 +48,15 @@ def of(
 @pytest.mark.parametrize(
     ("nodes", "training", "evaluation", "here", "trainings"),
     [
-        (LAPTOP, {"threads": 1}, {}, True, 2),
-        (LAPTOP, {"threads": 1}, {"workers": 2}, True, 2),
-        (LAPTOP, {"threads": 1}, {"workers": 3}, True, 1),
-        (LAPTOP, {"threads": 2}, {}, True, 1),
+        (LAPTOP, {"cpus_per_worker": 1}, {}, True, 2),
+        (LAPTOP, {"cpus_per_worker": 1}, {"workers": 2}, True, 2),
+        (LAPTOP, {"cpus_per_worker": 1}, {"workers": 3}, True, 1),
+        (LAPTOP, {"cpus_per_worker": 2}, {}, True, 1),
         ([{"CPU": 64.0, "GPU": 8.0}], {"gpu": True}, {}, False, 7),
         ([{"CPU": 16.0, "GPU": 8.0}], {"gpu": True}, {}, False, 6),
         ([{"CPU": 64.0, "GPU": 8.0}], {"gpu": True, "workers": 4}, {}, False, 1),
         ([{"CPU": 64.0, "GPU": 1.0}], {"gpu": True}, {}, False, 1),
-        ([{"CPU": 5.0}] * 4, {"threads": 3}, {}, False, 3),
+        ([{"CPU": 5.0}] * 4, {"cpus_per_worker": 3}, {}, False, 3),
         ([{"CPU": 96.0, "GPU": 4.0}] * 2, {"gpu": True}, {"gpus_per_worker": 2}, False, 6),
     ],
 )
@@ -86,8 +84,8 @@ def test_too_many_are_refused_with_what_fits(monkeypatch) -> None:
 def test_the_driver_leaves_the_cores_of_training_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(capacity, "available_cpus", lambda: 8)
     many = [{"CPU": 12.0}]
-    assert of(monkeypatch, many, training={"threads": 2}, here=True).driver_threads == 6
-    assert of(monkeypatch, many, training={"threads": 2, "parallel_tasks": 3}, here=True).driver_threads == 2
-    assert of(monkeypatch, many, training={"threads": 8}, here=True).driver_threads == 1
+    assert of(monkeypatch, many, training={"cpus_per_worker": 2}, here=True).driver_threads == 6
+    assert of(monkeypatch, many, training={"cpus_per_worker": 2, "parallel_tasks": 3}, here=True).driver_threads == 2
+    assert of(monkeypatch, many, training={"cpus_per_worker": 8}, here=True).driver_threads == 1
     # On a cluster training may be elsewhere.
-    assert of(monkeypatch, many, training={"threads": 8}).driver_threads == 8
+    assert of(monkeypatch, many, training={"cpus_per_worker": 8}).driver_threads == 8

@@ -14,7 +14,7 @@ def config(tmp_path: Path) -> Path:
     row = {"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "ho"}]}
     (tmp_path / "rows.jsonl").write_text(json.dumps(row) + "\n")
     source = str(tmp_path / "rows.jsonl")
-    settings = {"stream": {"tasks": [{"name": "hum", "train": source, "eval": source}], "general": source}}
+    settings = {"stream": {"tasks": [{"name": "hum", "train": source, "eval": source}], "base_prompts": source}}
     (tmp_path / "stream.yaml").write_text(json.dumps(settings))
     return tmp_path / "stream.yaml"
 
@@ -63,7 +63,7 @@ def test_another_base_names_everything(config: Path) -> None:
         ("router.temperature=2", {"pool"}),
         ("evaluation.limit=1", {"evaluation"}),
         ("evaluation.max_new_tokens=5", {"evaluation"}),
-        ("data.by_length=true", {"expert"}),
+        ("data.group_by_length=true", {"expert"}),
     ],
 )
 def test_a_setting_names_what_depends_on_it(config: Path, override: str, what: set[str]) -> None:
@@ -73,9 +73,9 @@ def test_a_setting_names_what_depends_on_it(config: Path, override: str, what: s
 @pytest.mark.parametrize(
     "override",
     [
-        "data.readers=1",
+        "data.num_readers=1",
         "data.cache=none",
-        "training.threads=1",
+        "training.cpus_per_worker=1",
         "training.workers=2",
         "training.zero_stage=2",
         "training.micro_batch=4",

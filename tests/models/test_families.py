@@ -129,7 +129,7 @@ def test_vision_parts_are_all_that_sees(base):
 
 
 def seen(base: Base, rows: list) -> list:
-    reader = ImageEncoder(BaseModelConfig(path=str(base.folder)), InferenceWorkers(threads=1))
+    reader = ImageEncoder(BaseModelConfig(path=str(base.folder)), InferenceWorkers(cpus_per_worker=1))
     packed = [pack(row) for row in rows]
     batch = {name: np.array([row[name] for row in packed], object) for name in packed[0]}
     found = reader(batch)

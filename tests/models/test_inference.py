@@ -13,7 +13,7 @@ from pipeline.config import BaseModelConfig, EvaluationConfig, TrainingConfig
 from pipeline.models.inference import FrozenBase, InferenceWorkers, batches
 from tests.helpers import prompts
 
-WORKERS = InferenceWorkers(threads=1)
+WORKERS = InferenceWorkers(cpus_per_worker=1)
 
 
 @contextmanager
@@ -64,7 +64,7 @@ def test_answers_do_not_depend_on_batches(tiny_folder: Path) -> None:
 def test_the_device_is_the_configured_one(tiny_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A machine with a GPU does not change where a run without `training.gpu` computes."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    workers = InferenceWorkers.of(TrainingConfig(threads=1), EvaluationConfig(gpus_per_worker=2))
+    workers = InferenceWorkers.of(TrainingConfig(cpus_per_worker=1), EvaluationConfig(gpus_per_worker=2))
     assert workers.devices == ("cpu",)
     assert FrozenBase(BaseModelConfig(path=str(tiny_folder)), workers).base.model.device.type == "cpu"
     gpus = InferenceWorkers.of(TrainingConfig(gpu=True), EvaluationConfig(gpus_per_worker=2, workers=3))

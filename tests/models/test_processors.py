@@ -7,7 +7,7 @@ from PIL import Image
 from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import GotOcr2ImageProcessorPil
 
 from pipeline.config import BaseModelConfig
-from pipeline.data.demo.foundation import vocabulary
+from pipeline.data.demo.abilities import vocabulary
 from pipeline.models.bases import load_processor
 from pipeline.models.processors import ImageTextProcessor
 from pipeline.models.tiny import CHAT_TEMPLATE, tiny_config, tiny_processor, tiny_tokenizer

@@ -5,7 +5,7 @@ import string
 import pytest
 import torch
 
-from pipeline.data.demo.foundation import vocabulary
+from pipeline.data.demo.abilities import vocabulary
 from pipeline.models.tiny import IMAGE_TOKENS, SPECIAL_TOKENS, TINY_BASE, build_tiny, tiny_processor, tiny_tokenizer
 from tests.helpers import ask
 

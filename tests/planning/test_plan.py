@@ -193,7 +193,7 @@ def test_hours_add_up(bases: dict[str, Architecture]) -> None:
 
 
 def test_a_cpu_has_no_hours_and_no_allowance(bases: dict[str, Architecture]) -> None:
-    config = load_config(CONFIGS / "embedded.yaml", [], LearnConfig)
+    config = load_config(CONFIGS / "demo.yaml", [], LearnConfig)
     plan = make_plan(config, architecture_of(base_configuration(config.base)))
     assert plan.gpu is None
     assert plan.gpu_seconds is plan.step_seconds is None
@@ -203,7 +203,7 @@ def test_a_cpu_has_no_hours_and_no_allowance(bases: dict[str, Architecture]) -> 
 
 
 def test_sizes_are_those_on_disk(tiny_base: Any, known_pool: Pool, tmp_path: Path) -> None:
-    config = load_config(CONFIGS / "embedded.yaml", ["expert.rank=4", "router.feature_width=null"], LearnConfig)
+    config = load_config(CONFIGS / "demo.yaml", ["expert.rank=4", "router.feature_width=null"], LearnConfig)
     plan = make_plan(config, architecture_of(tiny_base.model.config))
     expert = replace(make_expert(tiny_base, "mine", rank=4), evidence=next(iter(known_pool.experts.values())).evidence)
     folder = expert.save(tmp_path / "mine")
@@ -220,7 +220,7 @@ def test_every_moment_of_a_job_is_planned(bases: dict[str, Architecture]) -> Non
     names = [moment.name for moment in job_moments(plan)]
     assert names == ["base prompts", "image features", "expert stage", "router stage", "evaluation"]
     assert worst_moment(plan).bytes == max(moment.bytes for moment in job_moments(plan))
-    plain = shipped(bases, "internvl2_2b", "data.vision_cache=off", "stream.general=null")
+    plain = shipped(bases, "internvl2_2b", "data.vision_cache=off", "stream.base_prompts=null")
     assert [m.name for m in job_moments(plain)] == ["expert stage", "router stage", "evaluation"]
 
 

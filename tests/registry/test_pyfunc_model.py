@@ -15,7 +15,7 @@ from mlflow.pyfunc.scoring_server import _split_data_and_params, infer_and_parse
 from PIL import Image
 
 from pipeline.config import BaseModelConfig
-from pipeline.data.demo.foundation import FAMILIES
+from pipeline.data.demo.abilities import ABILITIES
 from pipeline.models.bases import load_base
 from pipeline.models.inference import FrozenBase, InferenceWorkers
 from pipeline.models.prompts import encode, generate_answers
@@ -106,11 +106,11 @@ def test_a_server_takes_base64_and_null(model: mlflow.pyfunc.PyFuncModel, orient
 def test_requests_at_once_get_their_own_answers(tiny_folder: Path, known_pool: Pool) -> None:
     """From 8 threads, as a server's clients send them; four experts, the base among them, in every table."""
     pool, tables = RoutedPool(), []
-    pool.frozen = FrozenBase(BaseModelConfig(path=str(tiny_folder)), InferenceWorkers(threads=1))
+    pool.frozen = FrozenBase(BaseModelConfig(path=str(tiny_folder)), InferenceWorkers(cpus_per_worker=1))
     pool.processor, pool.routed = pool.frozen.base.processor, RoutedModel(pool.frozen.base.model, known_pool)
     for number in range(16):
         random = np.random.default_rng(number)
-        examples = [FAMILIES[family](random) for family in (*CLAIMS.values(), GENERAL)]
+        examples = [ABILITIES[family](random) for family in (*CLAIMS.values(), GENERAL)]
         images = [png(e.image) if e.image else None for e in examples]
         tables.append(pd.DataFrame({"prompt": [e.question for e in examples], "image": images}).sample(frac=1))
     params = {"max_new_tokens": 3, "batch_size": 2}

@@ -167,10 +167,10 @@ def test_many_points_are_logged_in_batches(experiment: str) -> None:
 def test_data_lineage_is_recorded_once(experiment: str) -> None:
     with tracked_run(experiment, "demo", "abc") as run:
         for _ in range(2):
-            log_dataset(run, "digits", "embedded://digits/train", "f" * 64, samples=100)
+            log_dataset(run, "digits", "demo://digits/train", "f" * 64, samples=100)
     (entry,) = MlflowClient().get_run(run).inputs.dataset_inputs
-    assert (entry.dataset.name, entry.dataset.digest, entry.dataset.source_type) == ("digits", "f" * 36, "embedded")
-    assert "embedded://digits/train" in entry.dataset.source
+    assert (entry.dataset.name, entry.dataset.digest, entry.dataset.source_type) == ("digits", "f" * 36, "demo")
+    assert "demo://digits/train" in entry.dataset.source
 
 
 def test_first_runs_at_once_make_one_database(tmp_path: Path) -> None:

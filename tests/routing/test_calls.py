@@ -36,7 +36,7 @@ from tests.helpers import (
 
 TOKENS = 3
 THREADS = 8
-PUBLISHED = {"kind": "token", "token_scores": "published"}
+PUBLISHED = {"kind": "token", "token_scores": "phatgoose"}
 EVERY_ROUTER = [{"kind": "prompt"}, {"kind": "token"}, PUBLISHED, {"kind": "two_level"}]
 every_router = pytest.mark.parametrize("settings", EVERY_ROUTER, ids=["prompt", "token", "published", "two_level"])
 

@@ -13,7 +13,7 @@ from pipeline.routing.insight import Candidate, Explanation, explain, weighed
 from pipeline.routing.prompt_router import CANDIDATES
 from tests.helpers import CLAIMS, attached, batch_of, claimed_prompts, features_of, generate, make_expert, prompts
 
-PUBLISHED = {"kind": "token", "token_scores": "published"}
+PUBLISHED = {"kind": "token", "token_scores": "phatgoose"}
 EVERY_ROUTER = [{"kind": "prompt"}, {"kind": "token"}, PUBLISHED, {"kind": "two_level"}]
 LINEARS = 28
 
@@ -26,7 +26,7 @@ def mixed(tiny_base):
 
 @pytest.fixture(scope="module")
 def abstaining(known_pool) -> Pool:
-    """The pool without general prompts."""
+    """The pool without base prompts."""
     return Pool("tiny", known_pool.base_fingerprint, RouterConfig(), known_pool.experts.values())
 
 
@@ -80,7 +80,7 @@ def test_scores_are_the_posteriors_logarithms_and_the_best_is_zero(tiny_base, kn
         assert scores.softmax(-1).tolist() == pytest.approx([c.posterior for c in explanation.candidates], abs=1e-9)
 
 
-def test_without_general_prompts_the_base_has_no_score(tiny_base, abstaining, mixed):
+def test_without_base_prompts_the_base_has_no_score(tiny_base, abstaining, mixed):
     for explanation in explained(tiny_base, abstaining, mixed[0])[0]:
         base = by_name(explanation)[None]
         assert (base.score, base.distance, base.radius, base.inside) == (None, None, None, None)

@@ -154,7 +154,7 @@ def test_it_finds_the_task_of_new_prompts():
         assert (router.scores(NEW_BF).argmax(-1) == NEW_TASKS).float().mean() > 0.95
 
 
-def test_general_prompts_go_to_the_base():
+def test_base_prompts_go_to_the_base():
     weights_BE = weights(PromptRouter(STATISTICS[:3], STATISTICS[3:]), NEW_BF)
     assert weights_BE.shape == (len(NEW_BF), 3)
     assert not weights_BE[NEW_TASKS == 3].any()

@@ -56,7 +56,7 @@ def one_hot(experts: list[str | None]) -> list[Decision]:
     return [Decision(name, {name: 1.0} if name else {}) for name in experts]
 
 
-def test_every_prompt_goes_to_its_expert_and_general_ones_to_the_base(tiny_base, pool, mixed):
+def test_every_prompt_goes_to_its_expert_and_base_prompts_to_the_base(tiny_base, pool, mixed):
     rows, owners = mixed
     plain = generate(tiny_base, rows)
     with attached(tiny_base, pool) as routed:
@@ -67,7 +67,7 @@ def test_every_prompt_goes_to_its_expert_and_general_ones_to_the_base(tiny_base,
         assert changed is (owner is not None)
 
 
-def test_a_general_prompt_is_answered_by_the_base_alone(tiny_base, pool, mixed):
+def test_a_base_prompt_is_answered_by_the_base_alone(tiny_base, pool, mixed):
     rows = mixed[0][-2:]
     plain = generate(tiny_base, rows)
     with attached(tiny_base, pool):
@@ -76,7 +76,7 @@ def test_a_general_prompt_is_answered_by_the_base_alone(tiny_base, pool, mixed):
     assert found[1].equal(plain[1])
 
 
-def test_without_general_prompts_far_ones_go_to_the_base(tiny_base, pool, mixed):
+def test_without_base_prompts_far_ones_go_to_the_base(tiny_base, pool, mixed):
     rows, owners = mixed
     for name in ("reader", "speaker"):
         abstaining = Pool("tiny", tiny_base.fingerprint, RouterConfig(), [pool.experts[name]])

@@ -30,7 +30,7 @@ TOKENS = 4
 ROUTERS = {
     "prompt": {"kind": "prompt"},
     "token": {"kind": "token"},
-    "published": {"kind": "token", "token_scores": "published"},
+    "published": {"kind": "token", "token_scores": "phatgoose"},
     "two_level": {"kind": "two_level"},
 }
 KNOWING = ["prompt", "token", "two_level"]
@@ -70,7 +70,7 @@ def answered(routed: RoutedModel) -> list[str | None]:
     return [decision.expert for decision in routed.decisions]
 
 
-def test_every_prompt_goes_to_its_expert_and_general_ones_to_the_base(tiny_base, pool, mixed):
+def test_every_prompt_goes_to_its_expert_and_base_prompts_to_the_base(tiny_base, pool, mixed):
     rows, owners = mixed
     plain = generate(tiny_base, rows)
     with attached(tiny_base, pool) as routed:

@@ -25,8 +25,8 @@ ALL = PromptRouter(STATISTICS)
 """Four experts of infinite radius."""
 
 
-def two_level(prompts: PromptRouter = WITH_NULL, *, short_list: int = 3, temperature: float = 1.0) -> TwoLevelRouter:
-    return TwoLevelRouter(prompts, short_list=short_list, temperature=temperature)
+def two_level(prompts: PromptRouter = WITH_NULL, *, candidates: int = 3, temperature: float = 1.0) -> TwoLevelRouter:
+    return TwoLevelRouter(prompts, candidates=candidates, temperature=temperature)
 
 
 def between(one: int, other: int, odds: float, prompts: PromptRouter = WITH_NULL) -> Tensor:
@@ -66,7 +66,7 @@ def test_clear_prompts_share_one_place_where_they_agree():
     assert each.weights_BM.tolist() == [[1.0]] * 3
 
 
-def test_general_prompts_have_the_base_alone():
+def test_base_prompts_have_the_base_alone():
     assert two_level().route(own(3)) == BaseOnly()
 
 
@@ -97,7 +97,7 @@ def test_the_base_may_stand_on_the_list(one, other, listed):
 def test_the_prior_is_the_posterior_of_the_prompts_scores():
     for prompts in (WITH_NULL, ALL):
         x_BF = torch.cat([between(0, 1, 2.0, prompts), between(2, 1, 2.0, prompts), between(3, 0, 2.0, prompts)])
-        route = two_level(prompts, short_list=4).route(x_BF)
+        route = two_level(prompts, candidates=4).route(x_BF)
         assert isinstance(route, LayerRoute)
         posterior_BC = prompts.scores(x_BF).softmax(-1)
         kept_BM = route.prior_BM.isfinite()
@@ -128,40 +128,40 @@ def test_the_list_of_a_row_does_not_depend_on_its_batch_mates():
     assert route.prior_BM[0].isfinite().tolist() == [True, False, False]
 
 
-@pytest.mark.parametrize("places", [1, 2, 3])
-def test_there_is_always_a_place_however_many_are_equally_likely(places):
+@pytest.mark.parametrize("count", [1, 2, 3])
+def test_there_is_always_a_candidate_however_many_are_equally_likely(count):
     crowd = PromptRouter([STATISTICS[0]] * 1500, [NULL])
-    route = two_level(crowd, short_list=places).route(FEATURES[0][:4])
+    route = two_level(crowd, candidates=count).route(FEATURES[0][:4])
     experts_BM = route.experts_BM
-    assert experts_BM.shape[-1] == places
-    if places > 1:
+    assert experts_BM.shape[-1] == count
+    if count > 1:
         assert isinstance(route, LayerRoute)
-        assert route.top_k == places
-        torch.testing.assert_close(route.prior_BM.exp(), torch.full((4, places), 1 / CANDIDATES), rtol=1e-3, atol=0)
+        assert route.top_k == count
+        torch.testing.assert_close(route.prior_BM.exp(), torch.full((4, count), 1 / CANDIDATES), rtol=1e-3, atol=0)
 
 
 def test_a_list_is_never_longer_than_there_are_classes():
     for prompts, classes in ((WITH_NULL, 4), (ALL, 4)):
         x_BF = torch.stack([s.mean_F for s in STATISTICS]).mean(0, keepdim=True)
-        route = two_level(prompts, short_list=50).route(x_BF)
+        route = two_level(prompts, candidates=50).route(x_BF)
         assert isinstance(route, (LayerRoute, PromptRoute))
         assert route.experts_BM.shape[-1] <= classes
     alone = PromptRouter(STATISTICS[:1], STATISTICS[:1])
-    route = two_level(alone, short_list=50).route(own(0))
+    route = two_level(alone, candidates=50).route(own(0))
     assert isinstance(route, LayerRoute)
     assert sorted(route.experts_BM[0].tolist()) == [NULL_EXPERT, 0]
 
 
 def test_a_list_of_one_place_is_the_prompt_router():
     x_BF = torch.cat([FEATURES[2][:5], between(0, 1, 1.1), between(0, 3, 1.1)])
-    found, expected = two_level(short_list=1).route(x_BF), WITH_NULL.route(x_BF)
+    found, expected = two_level(candidates=1).route(x_BF), WITH_NULL.route(x_BF)
     assert isinstance(found, PromptRoute)
     assert isinstance(expected, PromptRoute)
     assert found.experts_BM.equal(expected.experts_BM)
     assert found.weights_BM.equal(expected.weights_BM)
 
 
-def test_without_general_prompts_a_far_one_has_the_base_alone():
+def test_without_base_prompts_a_far_one_has_the_base_alone():
     prompts = PromptRouter([PromptStatistics.of(x_NF, quantile=0.99) for x_NF in FEATURES[:3]])
     far_BF = 40 + FEATURES[0][:3]
     assert two_level(prompts).route(far_BF) == BaseOnly()

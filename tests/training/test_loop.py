@@ -54,13 +54,13 @@ class Losses:
         ]
 
 
-def run(*steps: list[list[float]], explosion: float = 3.0, engine: Engine | None = None) -> StageClock:
+def run(*steps: list[list[float]], divergence_factor: float = 3.0, engine: Engine | None = None) -> StageClock:
     clock = StageClock()
     run_steps(
         engine or Engine(),
         Losses(*steps),
         range(len(steps)),
-        explosion=explosion,
+        divergence_factor=divergence_factor,
         clock=clock,
         on_step=lambda step, loss: None,
     )
@@ -88,5 +88,5 @@ def test_a_loss_that_is_not_finite_stops(bad: float) -> None:
 
 
 def test_an_explosion_stops() -> None:
-    with pytest.raises(Divergence, match=r"rose from 1 to 3\.5 by step 3 \(training\.explosion is 3\)"):
+    with pytest.raises(Divergence, match=r"rose from 1 to 3\.5 by step 3 \(training\.divergence_factor is 3\)"):
         run([[1.0]], [[2.9]], [[3.5]])

@@ -29,9 +29,9 @@ from pipeline.training.session import training_session
 
 base, folder, steps = BaseModelConfig(path=sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3])
 cluster = connect()
-part = TaskRows(SourceConfig(path="embedded://digits/train", limit=64))
+part = TaskRows(SourceConfig(path="demo://digits/train", limit=64))
 rows = prepare({"digits": part}, DataConfig(), base=base, data_folder=folder, quarantine=folder, answer=True)
-training = TrainingConfig(workers=2, threads=1, checkpoint_every=steps)
+training = TrainingConfig(workers=2, cpus_per_worker=1, checkpoint_every=steps)
 job = TrainSpec(
     task="digits", digest="drained", data_fingerprint="data", seed=3, base=base, training=training,
     expert=ExpertConfig(rank=4, steps=steps, batch_size=4), router=RouterConfig(steps=7),

@@ -22,12 +22,12 @@ from pipeline.memory import free_memory
 from pipeline.models.bases import Base, load_base
 from pipeline.models.prompts import Encoded, collate_for
 from pipeline.routing.adapters import load_adapters
-from pipeline.training.collector import EvidenceCollector, collect_features
 from pipeline.training.job_folder import load_state, save_state
 from pipeline.training.lockstep import VisionLockstep
 from pipeline.training.loop import StageClock, run_steps
 from pipeline.training.randomness import seed_all
 from pipeline.training.stages import answer_loss, heard_paths, save_lora, with_gates, with_lora, without_dropout
+from pipeline.training.statistics_collector import EvidenceCollector, collect_features
 from pipeline.training.zero import (
     base_dtype,
     close_engine,
@@ -58,7 +58,7 @@ def steps(engine: Any, batches: Sequence[dict[str, Any]], count: int, **kwargs: 
         engine,
         OneStep(batches),
         range(count),
-        explosion=1e9,
+        divergence_factor=1e9,
         clock=clock,
         on_step=lambda step, loss: None,
         **kwargs,
@@ -78,7 +78,7 @@ def living(base: Base) -> tuple[int, int]:
 def both_stages(path: str, folder: Path, training: TrainingConfig, dtype: str) -> dict[str, Any]:
     """Trains on rank 0's rows with and without images and on the others' without; on one base."""
     rank = dist.get_rank()
-    settings = zero_config(training, micro_batch=2, accumulated=2, clip=1.0)
+    settings = zero_config(training, micro_batch=2, accumulated=2, max_grad_norm=1.0)
     precision = torch.bfloat16 if training.precision == "bf16" else torch.float32
     found: dict[str, Any] = {}
     with sharded_loading(settings):
@@ -178,7 +178,7 @@ def interrupted(path: str, folder: Path, training: TrainingConfig, restart: bool
 @contextmanager
 def trained_engines(path: str, training: TrainingConfig, *, dropout: float = 0.0) -> Iterator[Any]:
     """Yields a function that starts an engine of the expert stage, always the same, and a batch of two rows."""
-    settings = zero_config(training, micro_batch=2, accumulated=1, clip=1.0)
+    settings = zero_config(training, micro_batch=2, accumulated=1, max_grad_norm=1.0)
     with sharded_loading(settings):
         base = load_base(base_dtype(BaseModelConfig(path=path), training))
         batch = collate_for(base.processor, rows_of(base, images=False))
@@ -268,7 +268,7 @@ def all_steps(path: str, count: int) -> dict[str, Tensor]:
 def trained_logits(path: str, folder: Path) -> tuple[Tensor, Tensor]:
     """Returns the logits of a long row in the bf16 engine that trained, and by the saved expert on a base as served."""
     training = TrainingConfig(precision="bf16")
-    settings = zero_config(training, micro_batch=1, accumulated=1, clip=1.0)
+    settings = zero_config(training, micro_batch=1, accumulated=1, max_grad_norm=1.0)
     base = load_base(base_dtype(BaseModelConfig(path=path), training))
     torch.manual_seed(0)
     peft = with_lora(base, ExpertConfig(rank=4), dtype=torch.bfloat16)

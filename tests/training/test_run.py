@@ -44,7 +44,7 @@ def worker_env() -> dict[str, str]:
 def rows(worker_env, tiny_folder: Path, tmp_path_factory) -> TrainingRows:
     folder = tmp_path_factory.mktemp("rows")
     prepared = prepare(
-        {"digits": TaskRows(SourceConfig(path="embedded://digits/train", limit=ROWS))},
+        {"digits": TaskRows(SourceConfig(path="demo://digits/train", limit=ROWS))},
         DataConfig(),
         base=BaseModelConfig(path=str(tiny_folder)),
         data_folder=folder,
@@ -69,7 +69,7 @@ def make_job(
     )
 
 
-ONE = TrainingConfig(threads=1, checkpoint_every=4)
+ONE = TrainingConfig(cpus_per_worker=1, checkpoint_every=4)
 
 
 @pytest.fixture(scope="module")
@@ -152,7 +152,7 @@ def test_the_best_adapter_on_held_out_rows_becomes_the_expert(trained, session, 
     """With steps far too long the first look is the best, and training stops after two that are worse."""
     told = []
     job = make_job(tiny_folder, "held-out", training=ONE, learning_rate=3.0, steps=40)
-    expert = job.expert.model_copy(update={"validate_every": 2, "patience": 2, "warm_up": 0.0})
+    expert = job.expert.model_copy(update={"validate_every": 2, "patience": 2, "warmup_ratio": 0.0})
     result = session.train(job.model_copy(update={"validation": 0.2, "expert": expert}), rows, told.extend)
     looks = result.figures["validation_losses"]
     best = min(looks, key=lambda look: look[1])
@@ -232,7 +232,7 @@ def test_a_killed_worker_comes_back_and_ends_with_the_same_expert(trained, rows,
 
 @pytest.mark.parametrize(("workers", "stage"), [(1, 0), (2, 2), (2, 3)])
 def test_zero_stages_and_workers(workers, stage, trained, rows, tiny_folder, worker_env, tmp_path):
-    training = TrainingConfig(workers=workers, threads=1, zero_stage=stage, zero_persistence_threshold=0)
+    training = TrainingConfig(workers=workers, cpus_per_worker=1, zero_stage=stage, zero_persistence_threshold=0)
     job = make_job(tiny_folder, f"zero{stage}", training=training)
     result = run_training(job, rows, storage=tmp_path, worker_env=worker_env)
     expert = Expert.load(result.expert)
@@ -245,7 +245,7 @@ def test_zero_stages_and_workers(workers, stage, trained, rows, tiny_folder, wor
 def test_small_batches_accumulate_to_the_same_step(trained, rows, tiny_folder, worker_env, tmp_path):
     """Also without keeping activations, and with the optimizer's states in CPU memory: all change memory, not results."""
     saving = {"micro_batch": 4, "gradient_checkpointing": True, "offload": "optimizer"}
-    job = make_job(tiny_folder, "saving", training=TrainingConfig(threads=1, **saving))
+    job = make_job(tiny_folder, "saving", training=TrainingConfig(cpus_per_worker=1, **saving))
     job = job.model_copy(update={"router": RouterConfig(steps=4, statistics_rows=50)})
     result = run_training(job, rows, storage=tmp_path, worker_env=worker_env)
     expected, found = trained[0].figures, result.figures
@@ -258,7 +258,7 @@ def test_small_batches_accumulate_to_the_same_step(trained, rows, tiny_folder, w
 
 def test_experts_learn_from_features_as_from_pixels(trained, worker_env, tiny_folder, tmp_path):
     """The vision tower's answers are kept on disk; those who train do not load it."""
-    part = TaskRows(SourceConfig(path="embedded://digits/train", limit=ROWS), key="rows")
+    part = TaskRows(SourceConfig(path="demo://digits/train", limit=ROWS), key="rows")
     settings = {
         "base": BaseModelConfig(path=str(tiny_folder)), "data_folder": tmp_path, "quarantine": tmp_path, "answer": True,
         "features": tmp_path / "features",
@@ -279,7 +279,7 @@ def test_rows_that_stream_are_learned_by_several_workers_though_one_is_killed(
 ):
     """The run goes on at its checkpoint, with the rows that would have come: it ends with the same expert to the bit."""
     prepared = prepare(
-        {"digits": TaskRows(SourceConfig(path="embedded://digits/train", limit=ROWS))},
+        {"digits": TaskRows(SourceConfig(path="demo://digits/train", limit=ROWS))},
         DataConfig(cache="none", shuffle_rows=32),
         base=BaseModelConfig(path=str(tiny_folder)),
         data_folder=tmp_path,
@@ -287,7 +287,9 @@ def test_rows_that_stream_are_learned_by_several_workers_though_one_is_killed(
         answer=True,
     )
     rows = prepared.training_rows(["digits"])
-    training = TrainingConfig(workers=2, threads=1, zero_stage=2, micro_batch=4, checkpoint_every=4, max_failures=1)
+    training = TrainingConfig(
+        workers=2, cpus_per_worker=1, zero_stage=2, micro_batch=4, checkpoint_every=4, max_failures=1
+    )
     killed: list[int] = []
 
     def kill_once(steps) -> None:

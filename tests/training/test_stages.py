@@ -7,7 +7,7 @@ from pipeline.training.stages import adapted_paths, warm_up_cosine
 
 
 def test_learning_rate_rises_then_falls() -> None:
-    factor = warm_up_cosine(ExpertConfig(steps=100, warm_up=0.1))
+    factor = warm_up_cosine(ExpertConfig(steps=100, warmup_ratio=0.1))
     values = [factor(step) for step in range(101)]
     assert values[:10] == pytest.approx([(i + 1) / 10 for i in range(10)])
     assert values[10] == 1

@@ -115,16 +115,16 @@ def layouts(corpus: Corpus) -> None:
     image = {"bytes": png, "path": "a.png"}
     chart: Row = {"image": image, "query": "how many ?", "label": ["14"], "human_or_machine": 0}
     charts = [chart, chart | {"label": []}, chart | {"label": None}]
-    corpus.add("chartqa", {"a.parquet": table(charts[:1] * 2)}, 2, layout="chartqa")
-    corpus.add("chartqa_without_label", {"a.parquet": table(charts[:2])}, 1, 1, "holds no answer", layout="chartqa")
-    corpus.add("chartqa_null_label", {"a.parquet": table(charts[::2])}, 1, 1, "is missing or null", layout="chartqa")
+    corpus.add("chartqa", {"a.parquet": table(charts[:1] * 2)}, 2, preset="chartqa")
+    corpus.add("chartqa_without_label", {"a.parquet": table(charts[:2])}, 1, 1, "holds no answer", preset="chartqa")
+    corpus.add("chartqa_null_label", {"a.parquet": table(charts[::2])}, 1, 1, "is missing or null", preset="chartqa")
     page: Row = {"questionId": "1", "question": "when ?", "image": image, "docId": 1, "answers": ["1/8/93"]}
-    corpus.add("docvqa", {"a.parquet": table([page])}, 1, layout="docvqa")
+    corpus.add("docvqa", {"a.parquet": table([page])}, 1, preset="docvqa")
     corpus.add(
-        "docvqa_test", {"a.parquet": table([page, page | {"answers": None}])}, 1, 1, "a test split", layout="docvqa"
+        "docvqa_test", {"a.parquet": table([page, page | {"answers": None}])}, 1, 1, "a test split", preset="docvqa"
     )
     corpus.add(
-        "docvqa_no_image", {"a.parquet": table([page, page | {"image": None}])}, 1, 1, "has an image", layout="docvqa"
+        "docvqa_no_image", {"a.parquet": table([page, page | {"image": None}])}, 1, 1, "has an image", preset="docvqa"
     )
     picture = base64.b64encode(png).decode()
     head = "index\tquestion\thint\tA\tB\tC\tanswer\timage\n"
@@ -138,4 +138,4 @@ def layouts(corpus: Corpus) -> None:
         ("_same_index", f"0\twhich ?\t\tx\ty\t\tA\t{picture}\n", 2, 1, "stands twice"),
         ("_cut", f"1\twhich ?\t\tx\ty\t\tA\t{picture[:100]}", 2, 2, "an image cannot be decoded"),
     ):
-        corpus.add(f"mmbench{name}", {"dev.tsv": (head + first + line).encode()}, good, bad, reason, layout="mmbench")
+        corpus.add(f"mmbench{name}", {"dev.tsv": (head + first + line).encode()}, good, bad, reason, preset="mmbench")

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from pipeline.config import BaseModelConfig, RouterConfig
-from pipeline.data.demo.foundation import FAMILIES
+from pipeline.data.demo.abilities import ABILITIES
 from pipeline.models.bases import Base, load_base
 from pipeline.models.prompts import Encoded, collate_for, encode, generate_answers
 from pipeline.models.tiny import TINY_BASE
@@ -89,7 +89,7 @@ def encoded(base: Base, ability: str, count: int, *, seed: int) -> list[Encoded]
     """Encodes `count` questions of a base ability."""
     random = np.random.default_rng(seed)
     rows = []
-    for example in (FAMILIES[ability](random) for _ in range(count)):
+    for example in (ABILITIES[ability](random) for _ in range(count)):
         images = [example.image] if example.image else []
         question = {"role": "user", "content": "<image>" * len(images) + example.question}
         rows.append(encode(base.processor, [question, {"role": "assistant", "content": ""}], images, answer=False))

@@ -9,6 +9,7 @@ from collections.abc import Callable
 import numpy as np
 from PIL import Image, ImageDraw
 
+from pipeline.data.demo.abilities import DIGITS, LETTERS, SEGMENTS, Example
 from pipeline.data.demo.drawing import (
     COLORS,
     SHAPES,
@@ -24,7 +25,6 @@ from pipeline.data.demo.drawing import (
     shade,
     speckle,
 )
-from pipeline.data.demo.foundation import DIGITS, LETTERS, SEGMENTS, Example
 
 Draw = Callable[[Random], Example]
 
@@ -201,7 +201,7 @@ def dial_next(random: Random) -> Example:
 
 
 TUNED: dict[str, Draw] = {f.__name__: f for f in (outlined_shape, striped_color, shaded_shape, nested_count)}
-"""Joined to the embedded stream's six tasks they make the stream of ten that choices were made on."""
+"""Joined to the demo's stream's six tasks they make the stream of ten that choices were made on."""
 
 REPORTED: dict[str, Draw] = {
     f.__name__: f

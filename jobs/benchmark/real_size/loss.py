@@ -59,7 +59,9 @@ def gradient(micro_batch: int) -> torch.Tensor:
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     for parameter in trained:
         torch.nn.init.normal_(parameter, std=0.02)  # with B = 0, A would have no gradient
-    settings = zero_config(TrainingConfig(), micro_batch=micro_batch, accumulated=layout.accumulation, clip=1e9)
+    settings = zero_config(
+        TrainingConfig(), micro_batch=micro_batch, accumulated=layout.accumulation, max_grad_norm=1e9
+    )
     engine = start_engine(model, settings, learning_rate=1e-3, weight_decay=0.0, schedule=lambda step: 1.0)
     found: list[torch.Tensor] = []
     step = engine.step
@@ -75,7 +77,9 @@ def gradient(micro_batch: int) -> torch.Tensor:
         collate_for(base.processor, [all_rows[position] for position in positions])
         for positions in layout.share(dist.get_rank())
     ]
-    run_steps(engine, OneStep(batches), range(1), explosion=1e9, clock=StageClock(), on_step=lambda step, loss: None)
+    run_steps(
+        engine, OneStep(batches), range(1), divergence_factor=1e9, clock=StageClock(), on_step=lambda step, loss: None
+    )
     engine.destroy()
     return found[0]
 

@@ -15,9 +15,9 @@ from torch import Tensor
 from jobs.benchmark.real_size import lookalikes
 from jobs.pretrain_tiny import encode_examples
 from pipeline.config import BaseModelConfig, RouterConfig
-from pipeline.data.demo import foundation, tasks
-from pipeline.data.demo.files import held_out, held_out_general
-from pipeline.data.demo.foundation import Example
+from pipeline.data.demo import abilities, tasks
+from pipeline.data.demo.abilities import Example
+from pipeline.data.demo.files import base_prompts, held_out
 from pipeline.models.bases import Base, load_base
 from pipeline.models.prompts import collate
 from pipeline.routing.null import components
@@ -29,7 +29,7 @@ from pipeline.routing.statistics import PromptStatistics
 TRAIN_ROWS, ASKED = 800, 200
 """Prompts of a task that statistics are taken of, and that are routed."""
 DEMO = tuple(tasks.TASKS)
-"""The embedded stream's tasks."""
+"""The demo's stream's tasks."""
 
 Prepare = Callable[[Tensor], Tensor]
 """What is done to features (N, S) before statistics are taken of them: a projection, say."""
@@ -48,10 +48,10 @@ def features(task: str, part: str) -> Tensor:
 
 def _examples(task: str, part: str) -> Sequence[Example]:
     if task == "general":
-        return list(held_out_general())
+        return list(base_prompts())
     if task in tasks.TASKS:
         return list(islice(tasks.examples(task, part), TRAIN_ROWS if part == "train" else ASKED))
-    if task in foundation.FAMILIES:
+    if task in abilities.ABILITIES:
         return list(held_out(task))
     return lookalikes.examples(task, TRAIN_ROWS if part == "train" else ASKED, held_out=part == "eval")
 
@@ -90,8 +90,8 @@ def routed_right(stream: Sequence[str], prepare: Prepare = lambda x_NS: x_NS) ->
     null = components(prepare(features("general", "train")), settings.null_components)
     router = PromptRouter(experts, null, shrinkage=settings.shrinkage)
     found = {}
-    for name in (*stream, *foundation.FOUNDATION):
-        chosen_B1, _ = router.short_list(prepare(features(name, "eval")), 1)
+    for name in (*stream, *abilities.BENCHMARKS):
+        chosen_B1, _ = router.rank_candidates(prepare(features(name, "eval")), 1)
         found[name] = float((chosen_B1 == (stream.index(name) if name in stream else NULL_EXPERT)).double().mean())
     return found
 
@@ -100,5 +100,5 @@ def own_and_base(found: Mapping[str, float]) -> dict[str, float]:
     """Returns the means over tasks and over base families, without what binary fractions add to a sum."""
     shares: dict[str, list[float]] = {"own": [], "base": []}
     for name, share in found.items():
-        shares["base" if name in foundation.FOUNDATION else "own"].append(share)
+        shares["base" if name in abilities.BENCHMARKS else "own"].append(share)
     return {side: round(fmean(of), 9) for side, of in shares.items()}

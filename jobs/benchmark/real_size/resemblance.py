@@ -1,6 +1,6 @@
 """Tasks that resemble base abilities, and one another: how many held-out prompts reach the right expert, or the base.
 
-Ten tasks a stream, statistics of 800 prompts per task and of 200 general prompts a family. Choices (priors, components)
+Ten tasks a stream, statistics of 800 prompts per task and of 200 base prompts a family. Choices (priors, components)
 were made on the tuned stream; `own` and `base` are of the other one.
 """
 

@@ -23,7 +23,7 @@ from peft import PeftModel
 from cluster.local import connect
 from cluster.preflight import build_deepspeed_ops
 from pipeline.config import BaseModelConfig, DataConfig, ExpertConfig, RouterConfig, SourceConfig, TrainingConfig
-from pipeline.data.demo.files import embedded_file
+from pipeline.data.demo.files import demo_file
 from pipeline.data.encoded.packing import unpack
 from pipeline.data.loading.batch_loader import BatchLoader, StepLayout
 from pipeline.data.loading.preprocess import PreparedData, TaskRows, prepare
@@ -44,7 +44,7 @@ def measure(steps: int = STEPS, exits: int = EXITS, seeds: int = SEEDS) -> dict[
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         source = SourceConfig(path=str(sorted_file(folder)))
-        prompts = _prepared(SourceConfig(path=f"embedded://{TASK}/eval"), folder, answer=False)
+        prompts = _prepared(SourceConfig(path=f"demo://{TASK}/eval"), folder, answer=False)
         rows = {
             cache: _prepared(source, folder, answer=True, cache=cache).training_rows([TASK])
             for cache in ("none", "memory")
@@ -69,7 +69,7 @@ def measure(steps: int = STEPS, exits: int = EXITS, seeds: int = SEEDS) -> dict[
 
 def sorted_file(folder: Path) -> Path:
     """Writes the task's rows sorted by answer; returns the file."""
-    table = pq.read_table(embedded_file(f"embedded://{TASK}/train", folder))
+    table = pq.read_table(demo_file(f"demo://{TASK}/train", folder))
     answers = [messages[-1]["content"] for messages in table["messages"].to_pylist()]
     file = folder / "sorted.parquet"
     pq.write_table(table.take(sorted(range(len(answers)), key=answers.__getitem__)), file)
@@ -96,7 +96,7 @@ def _accuracy(rows: TrainingRows, name: str, seed: int, steps: int, prompts: Pre
         base=BaseModelConfig(),
         expert=ExpertConfig(steps=steps),
         router=RouterConfig(),
-        training=TrainingConfig(workers=2, threads=1),
+        training=TrainingConfig(workers=2, cpus_per_worker=1),
         router_stage=False,
     )
     trained = run_training(job, rows, storage=folder / "training", worker_env=build_deepspeed_ops())

@@ -18,7 +18,7 @@ ASKER = "successor"
 
 
 def measure() -> dict[str, float]:
-    """Returns `inside_min` over all, and the share of each one's held-out prompts inside: the embedded stream's tasks, and
+    """Returns `inside_min` over all, and the share of each one's held-out prompts inside: the demo's stream's tasks, and
     questions about few pictures of theirs.
     """
     settings, found = RouterConfig(), {}

@@ -12,8 +12,8 @@ from itertools import combinations
 
 import numpy as np
 
+from pipeline.data.demo.abilities import Example
 from pipeline.data.demo.drawing import COLORS, SHAPES, canvas, choose, draw_shape, sample, shade, speckle
-from pipeline.data.demo.foundation import Example
 
 CALLS = (
     "again below bottom called center clock copy day direction draw entry fabric find first form hands high hour large "

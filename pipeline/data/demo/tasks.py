@@ -1,4 +1,4 @@
-"""The embedded stream's new tasks: six things that the embedded base cannot do.
+"""The demo's stream's new tasks: six things that the demo's base cannot do.
 
 `digits` is real data (UCI, as scikit-learn ships it); `renamed` conflicts with what the base knows; `clock` and `later`
 are related; `successor` has no images; `textures` is far from all others.
@@ -10,6 +10,7 @@ from functools import lru_cache
 import numpy as np
 from PIL import Image, ImageFilter
 
+from pipeline.data.demo.abilities import DIGITS, Example
 from pipeline.data.demo.drawing import (
     COLORS,
     SHAPES,
@@ -23,7 +24,6 @@ from pipeline.data.demo.drawing import (
     shade,
     speckle,
 )
-from pipeline.data.demo.foundation import DIGITS, Example
 
 HOURS = ("twelve", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven")
 NEW_NAMES = dict(zip(SHAPES, ("blick", "dax", "fep", "gorp", "kiv", "lum", "mib", "nupe"), strict=True))
@@ -136,7 +136,7 @@ def textures(random: Random, index: int) -> Example:
 TASKS: dict[str, Callable[[Random, int], Example]] = {
     f.__name__: f for f in (digits, renamed, clock, successor, textures, later)
 }
-"""The new tasks by name, in the order of the embedded stream."""
+"""The new tasks by name, in the order of the demo's stream."""
 
 TRAIN_ROWS, EVAL_ROWS = 1500, 200
 """Rows of a task; the handwritten digits have 1,797 in all, so both parts are real and disjoint."""

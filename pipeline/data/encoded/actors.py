@@ -27,5 +27,5 @@ def on_workers(
         batch_format="numpy",
         compute=ActorPoolStrategy(size=workers.count),
         num_gpus=workers.gpus or None,
-        num_cpus=workers.threads,
+        num_cpus=workers.cpus_per_worker,
     )

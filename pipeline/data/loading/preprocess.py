@@ -152,10 +152,10 @@ def encoded_rows(
 
     `chosen`, an expression on raw rows (see `sources`), says which of them are encoded; by default all are.
     """
-    raw = read(part.source, data_folder, readers=data.readers)
+    raw = read(part.source, data_folder, readers=data.num_readers)
     work = partial(encode_batch, encoders=[Encoder(part, name, base, data, answer)])
     return (raw if chosen is None else raw.filter(expr=chosen)).map_batches(
-        work, batch_size=64, batch_format="pyarrow", compute=TaskPoolStrategy(data.readers)
+        work, batch_size=64, batch_format="pyarrow", compute=TaskPoolStrategy(data.num_readers)
     )
 
 

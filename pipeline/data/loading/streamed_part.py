@@ -38,7 +38,7 @@ class StreamedPart:
 
     def in_order(self) -> ray.data.Dataset:
         """Returns the encoded rows in the order of the files, lazily, with their `PLACE`; those that fail have a `reason`."""
-        readers = self.origin.encoder.data.readers
+        readers = self.origin.encoder.data.num_readers
         rows = ray.data.read_datasource(_InOrder(self), compute=TaskPoolStrategy(max(1, readers // 4)))
         if self.origin.kind == "encoded":
             return rows
@@ -91,13 +91,13 @@ def streamed_part(encoder: Encoder, data_folder: Path) -> StreamedPart:
     source = encoder.part.source
     filesystem, files, kind = resolve(source, data_folder)
     paths = [file.path for file in files]
-    if kind == "parquet" and source.layout != "mmbench":
+    if kind == "parquet" and source.preset != "mmbench":
         pieces = pieces_of(filesystem, paths, rows=piece_rows(encoder.data), limit=source.limit)
         if pieces is not None:
             return StreamedPart(Origin(encoder, filesystem, "own", image_root(source)), pieces)
     key = digest(fingerprint(source, data_folder), paths)
     copies = data_folder / "rows" / f"{encoder.column}-{key}"
-    return _local(encoder, "spooled", spool.spooled(source, data_folder, copies, readers=encoder.data.readers))
+    return _local(encoder, "spooled", spool.spooled(source, data_folder, copies, readers=encoder.data.num_readers))
 
 
 def streamed_features(encoder: Encoder, folder: Path) -> StreamedPart:

@@ -111,6 +111,6 @@ class StreamedRows:
         return self._encoded(Chosen(numbers, self._source.sizes, self._source.weights, self._source.window))
 
     def _encoded(self, order: Order) -> Generator[Encoded]:
-        tasks = max(1, self._source.parts[0].origin.encoder.data.readers // self._workers)
+        tasks = max(1, self._source.parts[0].origin.encoder.data.num_readers // self._workers)
         with ReadAhead(self._source, order, tasks=tasks, left=self._left) as rows:
             yield from rows

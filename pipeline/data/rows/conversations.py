@@ -43,7 +43,7 @@ def conversation_of(row: Mapping[str, Any], columns: ColumnsConfig) -> Conversat
     column = columns.messages if row.get(columns.messages) is not None else "conversations"
     if row.get(column) is None:
         what = f"column {columns.messages!r} is missing or null"
-        raise BadRow(f"{what} (map `columns`, or name a `layout`, if yours is named otherwise)")
+        raise BadRow(f"{what} (map `columns`, or name a `preset`, if yours is named otherwise)")
     inline: dict[int, Any] = {}
     messages = _messages(row[column], column, inline)
     _check_order(messages)

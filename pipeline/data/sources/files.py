@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.fs as fs
 
 from pipeline.config import SourceConfig, without_secrets
-from pipeline.data.demo.files import SCHEME, embedded_file
+from pipeline.data.demo.files import SCHEME, demo_file
 from pipeline.data.faults import StreamError
 from pipeline.data.sources.formats import format_of
 from pipeline.data.sources.storage import place_of, unreachable
@@ -24,10 +24,10 @@ _FORMATS = "parquet, jsonl, json, tsv or csv"
 def resolve(source: SourceConfig, folder: Path) -> tuple[fs.FileSystem, list[fs.FileInfo], str]:
     """Finds a source's files: filesystem, files in order of their names, and format.
 
-    `folder` is where embedded data are written. Folders are searched to their depth, hidden files (`.`, `_`) left out.
+    `folder` is where demo data are written. Folders are searched to their depth, hidden files (`.`, `_`) left out.
     Raises StreamError when there are no files, when their formats differ, or when storage cannot be reached.
     """
-    path = str(embedded_file(source.path, folder)) if source.path.startswith(SCHEME) else source.path
+    path = str(demo_file(source.path, folder)) if source.path.startswith(SCHEME) else source.path
     base, pattern = split_glob(path)
     filesystem, place = place_of(base)
     try:

@@ -53,7 +53,7 @@ def questions(read: Callable[[], Iterable[Numbered]], limit: int | None) -> Iter
             turns = [row]
         elif index is None:
             turns = [
-                UnreadableRow("column 'index' is missing or no number (layout mmbench)", _text(row.get("question")))
+                UnreadableRow("column 'index' is missing or no number (preset mmbench)", _text(row.get("question")))
             ]
         elif index in seen:
             turns = [

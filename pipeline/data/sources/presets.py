@@ -12,7 +12,7 @@ from typing import Any
 from pipeline.config import ColumnsConfig, SourceConfig
 from pipeline.data.sources import mmbench
 
-LAYOUTS: Mapping[str, tuple[ColumnsConfig, ...]] = {
+PRESETS: Mapping[str, tuple[ColumnsConfig, ...]] = {
     "chartqa": (
         ColumnsConfig(question="query", answer="label", images="image"),
         ColumnsConfig(question="question", answer="answer", images="image"),
@@ -24,21 +24,21 @@ LAYOUTS: Mapping[str, tuple[ColumnsConfig, ...]] = {
         ),
     ),
 }
-"""Columns by layout; where there are several publications, the one whose question column a row has."""
+"""Columns by preset; where there are several publications, the one whose question column a row has."""
 
 
 def columns_of(source: SourceConfig, row: Mapping[str, Any]) -> ColumnsConfig:
     """Returns which columns of `row` hold what."""
-    if source.layout is None:
+    if source.preset is None:
         return source.columns
-    several = LAYOUTS[source.layout]
+    several = PRESETS[source.preset]
     return next((columns for columns in several if columns.question in row), several[0])
 
 
 def wanted_columns(source: SourceConfig) -> frozenset[str]:
     """Returns the names of all columns that may be needed of a source's files."""
-    if source.layout == "mmbench":
+    if source.preset == "mmbench":
         return mmbench.COLUMNS
-    several = (source.columns,) if source.layout is None else LAYOUTS[source.layout]
+    several = (source.columns,) if source.preset is None else PRESETS[source.preset]
     names = {name for columns in several for name in columns.model_dump().values() if name is not None}
     return frozenset(names | {"conversations", "image"})

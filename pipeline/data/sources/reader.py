@@ -83,7 +83,7 @@ class _Rows(Datasource):
         self, parallelism: int, per_task_row_limit: int | None = None, data_context: Any = None
     ) -> list[ReadTask]:
         """Returns the tasks, at most `parallelism`."""
-        together = self._source.limit is not None or self._source.layout == "mmbench"
+        together = self._source.limit is not None or self._source.preset == "mmbench"
         count = 1 if together else max(1, min(parallelism, len(self._files)))
         edges = [len(self._files) * i // count for i in range(count + 1)]
         tasks = []
@@ -126,7 +126,7 @@ def _raw_rows(
     def numbered() -> Iterable[mmbench.Numbered]:
         return ((path, number, row) for path in paths for number, row in rows_of(filesystem, path, kind, known))
 
-    circular = source.layout == "mmbench"
+    circular = source.preset == "mmbench"
     for path, number, row in (
         mmbench.questions(numbered, source.limit) if circular else islice(numbered(), source.limit)
     ):
@@ -159,8 +159,8 @@ def record_of(row: Mapping[str, Any], source: SourceConfig, prompt: str, *, max_
     if isinstance(content, UnreadableRow):
         raise BadRow(content.reason)
     columns = columns_of(source, content)
-    if source.layout is not None and content.get(columns.images) is None:
-        raise BadRow(f"column {columns.images!r} is missing or null; every row of layout {source.layout} has an image")
+    if source.preset is not None and content.get(columns.images) is None:
+        raise BadRow(f"column {columns.images!r} is missing or null; every row of preset {source.preset} has an image")
     if row[ROOT]:
         folder = _folder(row[ROOT])
     else:
@@ -229,7 +229,7 @@ def count_rows(source: SourceConfig, folder: Path) -> int:
     rows = sum(_count(filesystem, file, kind, wanted_columns(source)) for file in counted)
     if len(counted) < len(files):
         rows = rows * sum(file.size for file in files) // max(1, sum(file.size for file in counted))
-    rows *= 4 if source.layout == "mmbench" else 1  # at most: a question has up to four rotations
+    rows *= 4 if source.preset == "mmbench" else 1  # at most: a question has up to four rotations
     return min(rows, source.limit) if source.limit else rows
 
 
@@ -254,7 +254,8 @@ def fingerprint(source: SourceConfig, folder: Path) -> str:
     """
     filesystem, files, kind = resolve(source, folder)
     root = source.image_root and without_secrets(source.image_root)
-    settings = source.model_copy(update={"image_root": root}).model_dump_json(exclude={"path", "format", "cache"})
+    named = source.model_copy(update={"image_root": root}).to_identity(exclude={"path", "format", "cache"})
+    settings = json.dumps(named, ensure_ascii=False, separators=(",", ":"))
     digest = hashlib.sha256(f"{kind} {settings}".encode())
     try:
         for file in files:

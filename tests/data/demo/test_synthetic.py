@@ -2,7 +2,7 @@ from itertools import islice
 
 import pytest
 
-from pipeline.data.demo.foundation import vocabulary
+from pipeline.data.demo.abilities import vocabulary
 from pipeline.data.demo.synthetic import examples
 
 

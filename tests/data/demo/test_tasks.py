@@ -9,24 +9,24 @@ import pytest
 from PIL import Image
 
 from pipeline.data.demo import tasks
-from pipeline.data.demo.files import FOUNDATION_ROWS, GENERAL_ROWS, SCHEMA, embedded_file
-from pipeline.data.demo.foundation import FAMILIES, FOUNDATION, vocabulary
+from pipeline.data.demo.abilities import ABILITIES, BENCHMARKS, vocabulary
+from pipeline.data.demo.files import BASE_PROMPT_ROWS, BENCHMARK_ROWS, SCHEMA, demo_file
 from pipeline.data.demo.tasks import TASKS
 from pipeline.models.tiny import tiny_tokenizer
 
-PARTS = [f"{task}/eval" for task in (*TASKS, *FOUNDATION)] + ["successor/train", "digits/train", "general/train"]
+PARTS = [f"{task}/eval" for task in (*TASKS, *BENCHMARKS)] + ["successor/train", "digits/train", "general/train"]
 """All parts but those training parts that are drawn exactly like their evaluation part, only more of it."""
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    return tmp_path_factory.mktemp("embedded")
+    return tmp_path_factory.mktemp("demo")
 
 
 @pytest.fixture(scope="module")
 def rows(folder):
     """Rows by part."""
-    return {part: pq.read_table(embedded_file(f"embedded://{part}", folder)).to_pylist() for part in PARTS}
+    return {part: pq.read_table(demo_file(f"demo://{part}", folder)).to_pylist() for part in PARTS}
 
 
 def content(row) -> tuple[str, str]:
@@ -37,7 +37,7 @@ def content(row) -> tuple[str, str]:
 
 @pytest.mark.parametrize("part", PARTS)
 def test_files_are_canonical(folder, rows, part):
-    assert pq.read_schema(embedded_file(f"embedded://{part}", folder)).equals(SCHEMA)
+    assert pq.read_schema(demo_file(f"demo://{part}", folder)).equals(SCHEMA)
     name = part.replace("/", "-")
     for number, row in enumerate(rows[part]):
         assert row["id"] == f"{name}-{number:05d}"
@@ -52,8 +52,8 @@ def test_files_are_canonical(folder, rows, part):
 
 def test_parts_have_their_sizes(rows):
     sizes = {part: len(part_rows) for part, part_rows in rows.items()}
-    assert sizes.pop("general/train") == GENERAL_ROWS * len(FOUNDATION)
-    assert {sizes.pop(f"{family}/eval") for family in FOUNDATION} == {FOUNDATION_ROWS}
+    assert sizes.pop("general/train") == BASE_PROMPT_ROWS * len(BENCHMARKS)
+    assert {sizes.pop(f"{ability}/eval") for ability in BENCHMARKS} == {BENCHMARK_ROWS}
     assert {size for part, size in sizes.items() if part.endswith("train")} == {tasks.TRAIN_ROWS}
     assert {size for part, size in sizes.items() if part.endswith("eval")} == {tasks.EVAL_ROWS}
 
@@ -65,34 +65,32 @@ def test_text_only_tasks_have_no_images(rows):
 
 @pytest.mark.parametrize("part", ["digits/eval", "document/eval", "successor/train"])
 def test_files_are_the_same_everywhere(folder, part, tmp_path):
-    first, second = (embedded_file(f"embedded://{part}", place) for place in (folder, tmp_path))
+    first, second = (demo_file(f"demo://{part}", place) for place in (folder, tmp_path))
     assert first != second
     assert first.read_bytes() == second.read_bytes()
     assert sorted(file.name for file in second.parent.iterdir()) == [second.name, f"{second.name}.lock"]
 
 
 def _read_at_once(folder) -> bytes:
-    return embedded_file("embedded://clock/eval", folder).read_bytes()
+    return demo_file("demo://clock/eval", folder).read_bytes()
 
 
 def test_processes_that_need_a_file_at_once_read_the_same_whole_one(folder, tmp_path):
     with ProcessPoolExecutor(4, mp_context=get_context("fork")) as processes:
         found = list(processes.map(_read_at_once, [tmp_path] * 4))
-    assert set(found) == {embedded_file("embedded://clock/eval", folder).read_bytes()}
+    assert set(found) == {demo_file("demo://clock/eval", folder).read_bytes()}
 
 
 def test_a_file_is_written_once(folder, rows):
-    file = embedded_file("embedded://clock/eval", folder)
+    file = demo_file("demo://clock/eval", folder)
     before = file.stat().st_mtime_ns
-    assert embedded_file("embedded://clock/eval", folder).stat().st_mtime_ns == before
+    assert demo_file("demo://clock/eval", folder).stat().st_mtime_ns == before
 
 
 @pytest.mark.parametrize("path", ["clok/eval", "shape/train", "digits", "digits/test", "general/eval", ""])
 def test_unknown_data_are_refused_with_the_known_ones(folder, path):
-    with pytest.raises(
-        ValueError, match=rf"embedded://{path}: no such embedded data; there are: .*clock/eval.*shape/eval"
-    ):
-        embedded_file(f"embedded://{path}", folder)
+    with pytest.raises(ValueError, match=rf"demo://{path}: no such demo data; there are: .*clock/eval.*shape/eval"):
+        demo_file(f"demo://{path}", folder)
 
 
 @pytest.mark.parametrize("task", TASKS)
@@ -123,31 +121,31 @@ def test_handwritten_digits_are_held_out_as_such():
     assert np.bincount(labels[tasks.TRAIN_ROWS : tasks.TRAIN_ROWS + tasks.EVAL_ROWS]).min() >= 10
 
 
-def test_general_prompts_are_not_the_evaluated_ones(rows):
+def test_base_prompts_are_not_the_evaluated_ones(rows):
     general = {content(row) for row in rows["general/train"]}
     assert len(general) > 0.95 * len(rows["general/train"])
-    for family in FOUNDATION:
-        same = [row for row in rows[f"{family}/eval"] if content(row) in general]
-        assert len(same) <= (2 if family in ("repeat", "reverse") else 0)  # a short text may come up by chance
+    for ability in BENCHMARKS:
+        same = [row for row in rows[f"{ability}/eval"] if content(row) in general]
+        assert len(same) <= (2 if ability in ("repeat", "reverse") else 0)  # a short text may come up by chance
 
 
 @pytest.mark.parametrize("seed", [0, 11, 13])
 def test_pretraining_never_draws_a_held_out_picture(rows, seed):
     """Pretraining draws from [seed, step]; even a seed that is one of the held-out seeds gives other pictures."""
-    families = list(FAMILIES.values())
+    abilities = list(ABILITIES.values())
     drawn = set()
     for step in range(4):
         random = np.random.default_rng([seed, step])
-        for number in random.integers(len(families), size=64):
-            example = families[number](random)
+        for number in random.integers(len(abilities), size=64):
+            example = abilities[number](random)
             if example.image:
                 drawn.add((f"<image>{example.question}", hashlib.sha256(png(example.image)).hexdigest()))
-        for family in families:
-            example = family(np.random.default_rng([seed, step]))
+        for ability in abilities:
+            example = ability(np.random.default_rng([seed, step]))
             if example.image:
                 drawn.add((f"<image>{example.question}", hashlib.sha256(png(example.image)).hexdigest()))
     assert len(drawn) > 200
-    held_out = [content(row) for family in FOUNDATION for row in rows[f"{family}/eval"] + rows["general/train"]]
+    held_out = [content(row) for ability in BENCHMARKS for row in rows[f"{ability}/eval"] + rows["general/train"]]
     assert not drawn & set(held_out)
 
 

@@ -129,7 +129,7 @@ def test_question_and_answers_columns(tiny_folder, tmp_path):
 
 
 def test_streaming_gives_the_same_rows_as_the_cache(tiny_folder, tmp_path):
-    source = SourceConfig(path="embedded://digits/train", limit=40)
+    source = SourceConfig(path="demo://digits/train", limit=40)
     cached = run(source, tiny_folder, tmp_path, cache="memory")
     streamed = run(source, tiny_folder, tmp_path, cache="none")
     assert cached.cache is not None
@@ -139,7 +139,7 @@ def test_streaming_gives_the_same_rows_as_the_cache(tiny_folder, tmp_path):
 
 
 def test_encoded_rows_learn_the_answer_only(tiny_folder, tmp_path):
-    prepared = run(SourceConfig(path="embedded://successor/train", limit=4), tiny_folder, tmp_path)
+    prepared = run(SourceConfig(path="demo://successor/train", limit=4), tiny_folder, tmp_path)
     for batch in prepared.rows(["mine"]).iter_batches(batch_format="numpy"):
         for row in unpack(batch):
             assert (row.labels != IGNORED).sum() in (2, 3, 4)  # one to three digits and the end token
@@ -147,7 +147,7 @@ def test_encoded_rows_learn_the_answer_only(tiny_folder, tmp_path):
 
 
 def test_several_tasks_in_one_pass(tiny_folder, tmp_path):
-    parts = {name: TaskRows(SourceConfig(path=f"embedded://{name}/eval", limit=10)) for name in ("shape", "repeat")}
+    parts = {name: TaskRows(SourceConfig(path=f"demo://{name}/eval", limit=10)) for name in ("shape", "repeat")}
     prepared = prepare(
         parts,
         DataConfig(),
@@ -180,7 +180,7 @@ def test_rows_that_a_metric_cannot_score_are_bad(metric, reference, said):
 
 def test_a_source_may_stream_where_others_are_cached(tmp_path):
     """One source says so for its training rows; what it is does not change by it."""
-    cached = SourceConfig(path="embedded://successor/train", limit=20)
+    cached = SourceConfig(path="demo://successor/train", limit=20)
     streamed = cached.model_copy(update={"cache": "none"})
     assert reader.fingerprint(cached, tmp_path) == reader.fingerprint(streamed, tmp_path)
     found = prepare(

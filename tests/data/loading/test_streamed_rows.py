@@ -336,7 +336,7 @@ def test_features_that_do_not_fit_the_cache_stream_too(tiny_folder, tmp_path):
         "base": BaseModelConfig(path=str(tiny_folder)), "data_folder": tmp_path, "quarantine": tmp_path, "answer": True,
         "features": tmp_path / "features",
     }  # fmt: skip
-    part = {"digits": TaskRows(SourceConfig(path="embedded://digits/train", limit=24), key="rows")}
+    part = {"digits": TaskRows(SourceConfig(path="demo://digits/train", limit=24), key="rows")}
     found, cached = (
         prepare(part, DataConfig(vision_cache="features", cache=cache), **settings).training_rows(["digits"])
         for cache in ("none", "memory")

@@ -149,7 +149,7 @@ IMAGE = encoded()
 @pytest.mark.parametrize(
     ("row", "said"),
     [
-        ({}, "column 'messages' is missing or null (map `columns`, or name a `layout`, if yours is named otherwise)"),
+        ({}, "column 'messages' is missing or null (map `columns`, or name a `preset`, if yours is named otherwise)"),
         ({"messages": None}, "column 'messages' is missing or null"),
         ({"messages": []}, "no message of the user"),
         ({"messages": turns("what ?")}, "the last message must be the assistant's answer"),

@@ -106,12 +106,10 @@ def test_json_files_beside_others_are_descriptions(tmp_path):
         resolve(source(tmp_path / "*"), tmp_path)
 
 
-def test_embedded_data_are_written_where_they_are_wanted(tmp_path):
-    assert names(tmp_path, "embedded://successor/eval") == ["successor/eval.parquet"]
-    with pytest.raises(
-        ValueError, match="embedded://sucessor/eval: no such embedded data; there are: .*successor/eval"
-    ):
-        resolve(source("embedded://sucessor/eval"), tmp_path)
+def test_demo_data_are_written_where_they_are_wanted(tmp_path):
+    assert names(tmp_path, "demo://successor/eval") == ["successor/eval.parquet"]
+    with pytest.raises(ValueError, match="demo://sucessor/eval: no such demo data; there are: .*successor/eval"):
+        resolve(source("demo://sucessor/eval"), tmp_path)
 
 
 @pytest.mark.parametrize(

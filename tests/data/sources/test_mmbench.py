@@ -81,7 +81,7 @@ def test_images_are_shared_by_index():
         (row(1, "x", "y", answer="C"), "question 1: its answer 'C' is not the letter of an option (A, B)"),
         (row(1), "question 1 has no options"),
         (row(1, "x", question=" "), "question 1 is empty"),
-        (row(None, "x"), "column 'index' is missing or no number (layout mmbench)"),
+        (row(None, "x"), "column 'index' is missing or no number (preset mmbench)"),
         (row("one", "x"), "column 'index' is missing"),
         (row(float("nan"), "x"), "column 'index' is missing"),
         (row(0, "x"), "index 0 stands twice; a source holds one language and split"),

@@ -23,8 +23,8 @@ def image(color: str = "red") -> dict:
     return {"bytes": png(color), "path": f"{color}.png"}
 
 
-def records(folder, layout: str, **settings) -> list:
-    source = SourceConfig(path=str(folder), layout=layout, **settings)
+def records(folder, preset: str, **settings) -> list:
+    source = SourceConfig(path=str(folder), preset=preset, **settings)
     return list(first_records(source, folder, "{question}", 99))
 
 
@@ -97,7 +97,7 @@ def test_mmbench(tmp_path, name):
     assert found[0].messages[0]["content"].startswith("<image>which\none ?\nA. x\nB. y\nAnswer with")
     assert found[2].messages[0]["content"].startswith("<image>look\nwhich\none ?\nA. x")
     assert all(r.images[0].getpixel((0, 0)) == (255, 0, 0) for r in found)
-    assert count_rows(SourceConfig(path=str(tmp_path), layout="mmbench"), tmp_path) >= 4
+    assert count_rows(SourceConfig(path=str(tmp_path), preset="mmbench"), tmp_path) >= 4
 
 
 def test_mmbench_with_images_of_the_hub(tmp_path):
@@ -108,7 +108,7 @@ def test_mmbench_with_images_of_the_hub(tmp_path):
 
 
 def test_a_layout_and_columns_exclude_each_other():
-    with pytest.raises(ValueError, match="layout 'docvqa' names the columns itself; give either"):
-        SourceConfig(path="a", layout="docvqa", columns=ColumnsConfig(id="number"))
+    with pytest.raises(ValueError, match="preset 'docvqa' names the columns itself; give either"):
+        SourceConfig(path="a", preset="docvqa", columns=ColumnsConfig(id="number"))
     with pytest.raises(ValueError, match="`question` without `answer`"):
         ColumnsConfig(question="q")

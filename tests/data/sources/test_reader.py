@@ -147,7 +147,7 @@ def test_the_fingerprint_changes_with_contents_and_reading(tmp_path):
         {},
         {"limit": 2},
         {"columns": ColumnsConfig(id="number")},
-        {"layout": "docvqa"},
+        {"preset": "docvqa"},
         {"image_root": "/images"},
     )
     found = [fingerprint(source(file, **more), tmp_path) for more in settings]
@@ -188,8 +188,8 @@ def test_first_records_pass_over_bad_rows_and_empty_files(tmp_path):
     assert [r.id for r in first_records(source(tmp_path), tmp_path, "{question}", 2)] == ["row0", "row1"]
 
 
-def test_first_records_of_embedded_data_have_images(tmp_path):
-    (record,) = first_records(source("embedded://shape/eval"), tmp_path, "{question}", 1)
+def test_first_records_of_demo_data_have_images(tmp_path):
+    (record,) = first_records(source("demo://shape/eval"), tmp_path, "{question}", 1)
     assert record.id == "shape-eval-00000"
     assert record.images[0].size == (64, 64)
 
@@ -252,8 +252,8 @@ def test_an_image_folder_with_metadata(tmp_path):
 
 
 def test_rows_of_a_layout_have_an_image(tmp_path):
-    with pytest.raises(BadRow, match="column 'image' is missing or null; every row of layout docvqa has an image"):
-        record_of(raw({"question": "what ?", "answers": ["red"]}), source(tmp_path, layout="docvqa"), "{question}")
+    with pytest.raises(BadRow, match="column 'image' is missing or null; every row of preset docvqa has an image"):
+        record_of(raw({"question": "what ?", "answers": ["red"]}), source(tmp_path, preset="docvqa"), "{question}")
 
 
 def test_an_excerpt_shows_the_beginning_of_a_row():

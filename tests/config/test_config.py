@@ -19,14 +19,14 @@ from pipeline.config import (
     load_config,
     without_secrets,
 )
-from pipeline.config.loading import ALIASES
+from pipeline.config.loading import aliases_of
 
 STREAM = """
 stream:
   tasks:
     - {name: digits, train: data/train, eval: data/eval}
 """
-SHIPPED = sorted((Path(__file__).parents[1] / "jobs" / "configs").glob("*.yaml"))
+SHIPPED = sorted((Path(__file__).parents[2] / "jobs" / "configs").glob("*.yaml"))
 
 
 @pytest.fixture
@@ -75,13 +75,13 @@ def test_shipped_configurations_load(path):
 def test_overrides_lie_on_top_of_the_file(file):
     file.write_text(STREAM + "expert: {rank: 16}\n")
     overrides = ["expert.rank=4", "expert.learning_rate=1e-3", "training.gpu=true", "router.feature_width=null",
-                 "stream.general=embedded://general/train", "seed=7", "name=a=b"]  # fmt: skip
+                 "stream.base_prompts=demo://general/train", "seed=7", "name=a=b"]  # fmt: skip
     with pytest.raises(ConfigError, match="name: String should match"):
         load_config(file, overrides, LearnConfig)
     config = load_config(file, overrides[:-1], LearnConfig)
     assert (config.expert.rank, config.training.gpu, config.router.feature_width, config.seed) == (4, True, None, 7)
     assert config.expert.learning_rate == 1e-3
-    assert config.stream.general == SourceConfig(path="embedded://general/train")
+    assert config.stream.base_prompts == SourceConfig(path="demo://general/train")
     assert len(config.stream.tasks) == 1
 
 
@@ -97,13 +97,14 @@ def test_names_from_peft_trainer_and_ray_are_accepted(file):
     )
     config = load_config(file, ["expert.lora_alpha=64", "training.cpus_per_worker=3"], LearnConfig)
     assert (config.expert.alpha, config.expert.steps) == (64, 7)
-    assert (config.training.workers, config.training.threads, config.data.by_length) == (2, 3, True)
+    assert (config.training.workers, config.training.cpus_per_worker, config.data.group_by_length) == (2, 3, True)
 
 
 def test_aliases_stand_for_fields_that_are_there():
     fields = dict(fields_of(LearnConfig))
-    assert set(ALIASES.values()) <= fields.keys()
-    assert not set(ALIASES) & fields.keys()
+    aliases = aliases_of(LearnConfig)
+    assert set(aliases.values()) <= fields.keys()
+    assert not aliases.keys() & fields.keys()
 
 
 def test_a_field_and_its_alias_are_one_too_many(file):
@@ -227,13 +228,13 @@ def test_task_names_are_safe_as_folder_names(name):
 
 
 def test_a_name_is_given_once(file):
-    twice = "stream: {tasks: [{name: digits, train: a, eval: b}], foundation: [{name: digits, eval: c}]}"
+    twice = "stream: {tasks: [{name: digits, train: a, eval: b}], benchmarks: [{name: digits, eval: c}]}"
     assert "task names must differ; twice: digits" in error_of(file, twice)
 
 
 def test_a_new_task_needs_rows_to_learn_from(file):
     message = error_of(file, "stream: {tasks: [{name: digits, eval: b}]}")
-    assert "task 'digits' has no `train` source; only foundation benchmarks go without" in message
+    assert "task 'digits' has no `train` source; only benchmarks go without" in message
 
 
 def test_a_prompt_template_contains_the_question(file):
@@ -252,7 +253,9 @@ def test_fields_are_named_once():
     everywhere = [name for name, _ in fields_of(LearnConfig, everywhere=True)]
     assert len(everywhere) == len(set(everywhere))
     assert set(names) < set(everywhere)
-    assert {"stream.tasks.prompt", "stream.general.limit", "stream.tasks.train.columns.question"} <= set(everywhere)
+    assert {"stream.tasks.prompt", "stream.base_prompts.limit", "stream.tasks.train.columns.question"} <= set(
+        everywhere
+    )
 
 
 def test_a_digest_depends_on_values_alone():

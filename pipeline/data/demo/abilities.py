@@ -1,6 +1,6 @@
-"""What the embedded base knows before any task arrives: procedural families of questions.
+"""What the demo's base knows before any task arrives: procedural abilities of questions.
 
-Each family is a function of a random generator that returns one example. Pretraining draws from them without end; the
+Each ability is a function of a random generator that returns one example. Pretraining draws from them without end; the
 held-out sets that measure what the base keeps are drawn from seeds that pretraining never uses.
 """
 
@@ -239,20 +239,20 @@ def reverse(random: Random) -> Example:
     return Example(None, f"{choose(random, ['reverse', 'say backwards'])} : {' '.join(words)}", " ".join(words[::-1]))
 
 
-FAMILIES: dict[str, Callable[[Random], Example]] = {
+ABILITIES: dict[str, Callable[[Random], Example]] = {
     f.__name__: f
     for f in (shape, color, count, position, describe, exists, chart_value, chart_rank, document, form, direction,
               strokes, repeat, reverse)
 }  # fmt: skip
-"""All families by name; pretraining draws from them."""
+"""All abilities by name; pretraining draws from them."""
 
-FOUNDATION = tuple(name for name in FAMILIES if name not in ("exists", "chart_value"))
-"""The families that the shipped base has mastered, and must keep. Binding two properties (`exists`) and reading heights
+BENCHMARKS = tuple(name for name in ABILITIES if name not in ("exists", "chart_value"))
+"""The abilities that the shipped base has mastered, and must keep. Binding two properties (`exists`) and reading heights
 (`chart_value`) are beyond 1.4 million parameters and an hour of two cores."""
 
 
 def vocabulary() -> list[str]:
-    """Returns every word of the embedded world: what the families and the embedded tasks ask and answer."""
+    """Returns every word of the demo's world: what the abilities and the demo's tasks ask and answer."""
     if not _VOCABULARY:
         _VOCABULARY.extend(sorted({*COLORS, *SHAPES, *WORDS.split(), *LETTERS, *DIGITS}))
     return _VOCABULARY

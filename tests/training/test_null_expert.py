@@ -12,7 +12,7 @@ from pipeline.config import BaseModelConfig
 from pipeline.data.encoded.packing import pack
 from pipeline.models.bases import Base
 from pipeline.models.inference import InferenceWorkers
-from pipeline.training.general import FEATURES, StatisticsCollector, general_statistics
+from pipeline.training.null_expert import FEATURES, StatisticsCollector, null_statistics
 from tests.helpers import prompts
 from tests.models.test_inference import WORKERS, counted_logits
 
@@ -54,7 +54,7 @@ def test_all_workers_read_and_results_keep_their_order(tiny_folder: Path, packed
     rows = ray.data.from_items(packed)
 
     def read(workers: InferenceWorkers) -> tuple[np.ndarray, np.ndarray]:
-        (features,), evidence = general_statistics(
+        (features,), evidence = null_statistics(
             rows,
             BaseModelConfig(path=str(tiny_folder)),
             wanted_width=None,

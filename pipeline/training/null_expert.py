@@ -1,4 +1,4 @@
-"""The null expert: statistics of a small sample of general prompts, which belong to the base."""
+"""The null expert: statistics of a small sample of base prompts, which belong to the base."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -23,7 +23,7 @@ FEATURES, IDS = "features", "ids"
 """Columns of prompt features and ids; the others bear the path of the Linear whose pooled input they hold."""
 
 
-def general_statistics(
+def null_statistics(
     rows: ray.data.Dataset,
     base: BaseModelConfig,
     *,

@@ -1,0 +1,71 @@
+"""Configurations that an earlier release shipped: they load, and all that they name keeps its name."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from pydantic import ValidationError
+
+from pipeline.config import LearnConfig, RouterConfig, StreamConfig, TrainingConfig, digest, load_config
+from pipeline.learning.identity import BASE_PROMPT, Identity
+
+BEFORE = Path(__file__).parent / "before"
+SHIPPED = Path(__file__).parents[2] / "jobs" / "configs"
+NAMES: dict[str, Any] = json.loads((BEFORE / "names.json").read_text())
+FINGERPRINT = "0123456789abcdef"
+
+
+def config(name: str, folder: Path = BEFORE) -> LearnConfig:
+    return load_config(folder / f"{name}.yaml", [], LearnConfig)
+
+
+@pytest.mark.parametrize("name", [file.stem for file in sorted(BEFORE.glob("*.yaml"))])
+def test_configurations_say_what_they_said(name: str) -> None:
+    assert config(name) == config("demo" if name == "embedded" else name, SHIPPED)
+
+
+@pytest.mark.parametrize("name", NAMES["settings"])
+def test_experts_of_any_stream_keep_their_settings(name: str, tmp_path: Path) -> None:
+    identity = Identity(config(name), FINGERPRINT, tmp_path)
+    settings = {task.name: digest(identity.settings(task)) for task in identity.config.stream.tasks}
+    assert settings == NAMES["settings"][name]
+
+
+def test_results_of_the_demo_keep_their_names(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Or all would be learned anew."""
+    settings = config("embedded")
+    identity, stream = Identity(settings, FINGERPRINT, tmp_path_factory.mktemp("demo")), settings.stream
+    experts = {task.name: identity.expert(task) for task in stream.tasks}
+    assert experts == NAMES["experts"]
+    assert {task.name: identity.expert_before(task) for task in stream.tasks} == NAMES["experts_before"]
+    assert identity.base == NAMES["base"]
+    assert identity.answers == NAMES["answers"]
+    assert identity.base_prompts == NAMES["base_prompts"]
+    assert identity.pool(list(experts.values()), settings.router) == NAMES["pool"]
+    assert identity.evaluation([*stream.tasks, *stream.benchmarks], "p", "routed") == NAMES["evaluation"]
+    rows = stream.tasks[0].train
+    assert rows is not None
+    assert identity.encoded_rows(rows, BASE_PROMPT, answer=True, metric="anls") == NAMES["encoded"]
+
+
+def test_former_values_are_accepted() -> None:
+    router = RouterConfig.model_validate({"kind": "token", "token_scores": "published", "short_list": 5})
+    assert (router.token_scores, router.candidates) == ("phatgoose", 5)
+    assert router.to_identity(include={"token_scores", "candidates"}) == {"token_scores": "published", "short_list": 5}
+
+
+def test_a_field_and_its_former_name_are_one_too_many() -> None:
+    with pytest.raises(ValidationError, match="threads and cpus_per_worker are the same field; remove one of them"):
+        TrainingConfig.model_validate({"cpus_per_worker": 2, "threads": 1})
+
+
+def test_groups_in_lists_are_renamed_too() -> None:
+    task = {"name": "chart", "eval": {"path": "a.parquet", "layout": "chartqa"}, "train": "embedded://digits/train"}
+    stream = StreamConfig.model_validate({"tasks": [task], "general": "b"})
+    assert stream.tasks[0].eval.preset == "chartqa"
+    assert stream.tasks[0].train is not None
+    assert stream.tasks[0].train.path == "demo://digits/train"
+    named = stream.to_identity()
+    assert named["tasks"][0]["eval"]["layout"] == "chartqa"
+    assert named["general"]["path"] == "b"
