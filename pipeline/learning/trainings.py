@@ -111,8 +111,10 @@ def _trained(
     aside = rows.aside[task.name]
     trained = run.train(*run.job(task, wanted.digest))
     run.experts.put(Expert.load(trained.expert))
-    if trained.found:  # by workers of a driver that was killed before it heard of it
-        run.log(_curves(task.name, trained.figures))
+    run.log(
+        _curves(task.name, trained.figures)
+    )  # some steps may be of workers whose driver was killed before it heard of them
+    if trained.found:
         before = trained.figures["expert_seconds"] + trained.figures["router_seconds"]
     figures = trained.figures | {
         "seconds": before + monotonic() - started,

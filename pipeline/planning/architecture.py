@@ -7,6 +7,7 @@ and no weights are read or needed. Counts are those of the very modules that tra
 import json
 import re
 from collections.abc import Mapping
+from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -169,7 +170,8 @@ def architecture_of(config: Any, targets: str = "auto") -> Architecture:
     family = family_of(config)
     kind = AutoModelForCausalLM if family is TEXT else AutoModelForImageTextToText
     with torch.device("meta"):
-        model = kind.from_config(config, attn_implementation="eager")
+        # A copy: building a model writes its choices into the configuration, which may be that of a loaded one.
+        model = kind.from_config(deepcopy(config), attn_implementation="eager")
     parameters = dict.fromkeys(PARTS, 0)
     for name, parameter in model.named_parameters():  # tied weights come once
         parameters[_part(name, family)] += parameter.numel()

@@ -8,7 +8,7 @@ import pytest
 from transformers import LlavaConfig, Qwen2_5_VLConfig, Qwen3Config
 
 from pipeline.config import BaseModelConfig, ExpertConfig
-from pipeline.models.bases import load_base
+from pipeline.models.bases import Base, load_base
 from pipeline.models.checkpoints import BaseError
 from pipeline.planning.architecture import Architecture, architecture_of, base_configuration
 from pipeline.training.stages import adapted_paths, with_lora
@@ -20,6 +20,14 @@ PUBLISHED = Path(__file__).parents[1] / "models" / "configs"
 @pytest.fixture(scope="module")
 def tiny() -> Architecture:
     return architecture_of(base_configuration(BaseModelConfig()))
+
+
+def test_looking_changes_nothing(tiny_base: Base) -> None:
+    """The configuration may be that of a loaded model, whose attention would be another one from then on."""
+    text = tiny_base.model.config.get_text_config()
+    before = text._attn_implementation
+    architecture_of(tiny_base.model.config)
+    assert text._attn_implementation == before == "sdpa"
 
 
 def test_parts_are_those_of_the_loaded_model(tiny: Architecture) -> None:
