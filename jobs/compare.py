@@ -8,7 +8,7 @@ from jobs.results import print_next_steps, show_tasks
 from jobs.terminal import Terminal, methods_table
 from pipeline.learning.baselines import compare_methods
 from pipeline.learning.learn import learn_stream, publish
-from pipeline.learning.opening import open_run
+from pipeline.learning.opening import open_session
 from pipeline.learning.state import Stopwatch
 
 
@@ -18,16 +18,16 @@ def main(config: ConfigFile, overrides: Overrides = None, address: Address = Non
         settings = load(config, overrides)
         if address:
             job_command("jobs.compare", config, overrides, address)
-        with open_run(settings, job="compare", progress=Terminal()) as run:
-            learned = learn_stream(run)
-            watch = Stopwatch(run.folder / "state" / "clock-compare.json")
-            methods = compare_methods(run, learned)
+        with open_session(settings, job="compare", progress=Terminal()) as session:
+            learned = learn_stream(session)
+            watch = Stopwatch(session.folder / "state" / "clock-compare.json")
+            methods = compare_methods(session, learned)
             summary = learned.summary | {
                 "methods": methods,
                 "seconds_total": learned.summary["seconds_total"] + watch.stop(),
-                "peak_memory_bytes": run.memory.bytes,
+                "peak_memory_bytes": session.memory.bytes,
             }
-            run.log(
+            session.log(
                 [
                     (f"{m}/{k}", v[k], 0)
                     for m, v in methods.items()
@@ -35,10 +35,10 @@ def main(config: ConfigFile, overrides: Overrides = None, address: Address = Non
                     if v[k] is not None
                 ],
             )
-            report = publish(run, summary)
-            show_tasks(run, summary)
-            run.progress.show(methods_table(methods))
-            print_next_steps(run, report)
+            report = publish(session, summary)
+            show_tasks(session, summary)
+            session.progress.show(methods_table(methods))
+            print_next_steps(session, report)
 
 
 if __name__ == "__main__":

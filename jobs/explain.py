@@ -104,21 +104,21 @@ def show(terminal: Terminal, answer: str, explanation: Explanation) -> None:
     terminal.say(f"answer     {answer}")
     terminal.say(f"expert     {explanation.decision.expert or 'base'}")
     terminal.say(f"because    {explanation.reason}")
-    header = ["candidate", "posterior", "log-lik.", "distance", "radius", "within", "weight"]
+    header = ["candidate", "posterior", "log-lik.", "distance", "threshold", "within", "weight"]
     rows = [_row(candidate) for candidate in explanation.candidates]
     terminal.console.print(table("Candidate experts", header, rows))
     terminal.say(
         "posterior and log-likelihood (log-lik.): by the covariance that all experts share, best 0; distance: from the task by "
-        "its own covariance, against the radius that holds nearly all of its prompts; weight: share in the answer"
+        "its own covariance, against the threshold that nearly all of its prompts keep; weight: share in the answer"
     )
 
 
 def _row(candidate: Candidate) -> list[str]:
     within = {True: "yes", False: "no", None: "-"}[candidate.inside]
-    figures = [candidate.score, candidate.distance, candidate.radius]
-    score, distance, radius = ("-" if value is None else _figure(value) for value in figures)
+    figures = [candidate.score, candidate.distance, candidate.threshold]
+    score, distance, threshold = ("-" if value is None else _figure(value) for value in figures)
     name = candidate.name or "base"
-    return [name, f"{candidate.posterior:.1%}", score, distance, radius, within, f"{candidate.weight:.1%}"]
+    return [name, f"{candidate.posterior:.1%}", score, distance, threshold, within, f"{candidate.weight:.1%}"]
 
 
 def _figure(value: float) -> str:

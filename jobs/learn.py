@@ -9,7 +9,7 @@ from jobs.options import Address, ConfigFile, Overrides, job_command, load, user
 from jobs.results import print_next_steps, show_tasks
 from jobs.terminal import Terminal
 from pipeline.learning.learn import learn_stream, publish
-from pipeline.learning.opening import open_run
+from pipeline.learning.opening import open_session
 from pipeline.learning.session import StreamSession
 from pipeline.learning.state import read_json
 
@@ -20,16 +20,16 @@ def main(config: ConfigFile, overrides: Overrides = None, address: Address = Non
         settings = load(config, overrides)
         if address:
             job_command("jobs.learn", config, overrides, address)
-        with open_run(settings, job="learn", progress=Terminal()) as run:
-            result = learn_stream(run)
-            report = publish(run, _with_comparison(run, result.summary))
-            show_tasks(run, result.summary)
-            print_next_steps(run, report)
+        with open_session(settings, job="learn", progress=Terminal()) as session:
+            result = learn_stream(session)
+            report = publish(session, _with_comparison(session, result.summary))
+            show_tasks(session, result.summary)
+            print_next_steps(session, report)
 
 
-def _with_comparison(run: StreamSession, summary: dict[str, Any]) -> dict[str, Any]:
+def _with_comparison(session: StreamSession, summary: dict[str, Any]) -> dict[str, Any]:
     """Keeps the comparison that an earlier `compare` of the same pool has written into the summary."""
-    file = run.folder / "summary.json"
+    file = session.folder / "summary.json"
     if not file.exists():
         return summary
     before = read_json(file)

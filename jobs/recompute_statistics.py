@@ -20,7 +20,7 @@ from mlflow.entities.model_registry import ModelVersion
 from jobs.options import Address, ConfigFile, Overrides, job_command, load, user_errors
 from jobs.terminal import Terminal
 from pipeline.files import write_json
-from pipeline.learning.opening import open_run
+from pipeline.learning.opening import open_session
 from pipeline.learning.recognition import remember
 from pipeline.learning.renewals import Renewal, plan
 from pipeline.learning.session import StreamSession
@@ -50,111 +50,113 @@ SkipMissing = Annotated[
 ]
 
 
-def recompute(run: StreamSession, old: TrainedPool, *, skip_missing: bool = False) -> ModelVersion:
+def recompute(session: StreamSession, old: TrainedPool, *, skip_missing: bool = False) -> ModelVersion:
     """Makes and registers the new pool of an old one; returns its version.
 
     First what is missing is told, then statistics are taken, expert by expert; only when all are there, anything is registered.
     """
     began = monotonic()
-    renewals = plan(run, old, skip_missing=skip_missing)
+    renewals = plan(session, old, skip_missing=skip_missing)
     experts, read = {}, 0
     for number, renewal in enumerate(renewals):
-        run.progress.say(f"expert {number + 1}/{len(renewals)}: {renewal.task.name}", "bold")
-        experts[renewal.task.name], prompts = _expert(run, old, renewal)
+        session.progress.say(f"expert {number + 1}/{len(renewals)}: {renewal.task.name}", "bold")
+        experts[renewal.task.name], prompts = _expert(session, old, renewal)
         read += prompts
-    pool = Pool(run.config.base.label, run.fingerprint, run.config.router, **run.null_expert())
+    pool = Pool(session.config.base.label, session.fingerprint, session.config.router, **session.null_expert())
     if old.null and not pool.null:
-        run.progress.say(
+        session.progress.say(
             "  the old pool had a null expert; without stream.base_prompts the new one abstains by distance"
         )
     pools = []
     for expert in experts.values():
         pool = pool.add(expert)
         pools.append(pool)
-    key = run.pool_key(pool)
-    new, before = run.folder / "recomputed" / f"pool-{key}", find_pool(pool.base_label, key)
-    version = run.patience(
-        partial(_register, run, pools, experts, new), "registering experts and pool", kept="nothing is computed again"
+    key = session.pool_key(pool)
+    new, before = session.folder / "recomputed" / f"pool-{key}", find_pool(pool.base_label, key)
+    version = session.patience(
+        partial(_register, session, pools, experts, new),
+        "registering experts and pool",
+        kept="nothing is computed again",
     )
     said = "there already, its aliases are where they were" if before else f"now {CHAMPION}; the old versions stay"
-    run.progress.say(
+    session.progress.say(
         f"\n{len(experts)} of {len(old.experts)} experts, {read} prompts read in {monotonic() - began:.0f} s: version "
         f"{version.version} of {version.name} ({said}), in {new}"
     )
     return version
 
 
-def _expert(run: StreamSession, old: TrainedPool, renewal: Renewal) -> tuple[StoredExpert, int]:
+def _expert(session: StreamSession, old: TrainedPool, renewal: Renewal) -> tuple[StoredExpert, int]:
     """Returns an expert with its new statistics, in the run's store, and how many prompts were read for them now."""
     task = renewal.task
     if renewal.identity is None:
-        run.progress.say("  has these statistics already")
+        session.progress.say("  has these statistics already")
         found = old.folder_of(task.name)
-        return _stored(run, run.experts.take(ExpertReference.of(found), found)), 0
-    wanted = run.reference(task.name, renewal.digest)
+        return _stored(session, session.experts.take(ExpertReference.of(found), found)), 0
+    wanted = session.reference(task.name, renewal.digest)
     if renewal.changes:
-        run.progress.say(f"  trained otherwise than the configuration says, and kept: {'; '.join(renewal.changes)}")
-    if run.has_expert(wanted):
-        run.progress.say("  recomputed before")
-        return _stored(run, run.experts.ensure(wanted)), 0
+        session.progress.say(f"  trained otherwise than the configuration says, and kept: {'; '.join(renewal.changes)}")
+    if session.has_expert(wanted):
+        session.progress.say("  recomputed before")
+        return _stored(session, session.experts.ensure(wanted)), 0
     began, trained = monotonic(), old.expert(task.name)
-    with run.progress.working(f"reading {task.name}"):
-        rows = run.training_rows(task)
-    run.tell_set_aside(rows, task.name, "train")
-    with run.progress.working("taking statistics of its prompts"):
+    with session.progress.working(f"reading {task.name}"):
+        rows = session.training_rows(task)
+    session.tell_set_aside(rows, task.name, "train")
+    with session.progress.working("taking statistics of its prompts"):
         expert = recomputed(
             trained,
             rows.training_rows([task.name]),
-            run.config.base,
-            run.config.router,
+            session.config.base,
+            session.config.router,
             identity=renewal.identity,
-            seed=run.config.seed,
-            targets=run.config.expert.target_modules,
-            workers=run.capacity.inference,
-            vision=run.vision,
+            seed=session.config.seed,
+            targets=session.config.expert.target_modules,
+            workers=session.capacity.inference,
+            vision=session.vision,
         )
     aside = rows.aside[task.name]
     counts = {"rows": rows.counts[task.name], "quarantined": aside.rows, "lost_files": aside.files}
-    _keep_figures(run, trained, renewal.digest, counts)
-    folder = run.experts.put(expert)
-    run.release(task)
-    run.progress.say(f"  {expert.statistics.count} prompts in {monotonic() - began:.0f} s")
-    return _stored(run, folder), expert.statistics.count
+    _keep_figures(session, trained, renewal.digest, counts)
+    folder = session.experts.put(expert)
+    session.release(task)
+    session.progress.say(f"  {expert.statistics.count} prompts in {monotonic() - began:.0f} s")
+    return _stored(session, folder), expert.statistics.count
 
 
-def _stored(run: StreamSession, folder: Path) -> StoredExpert:
-    return StoredExpert(ExpertReference.of(folder), run.experts)
+def _stored(session: StreamSession, folder: Path) -> StoredExpert:
+    return StoredExpert(ExpertReference.of(folder), session.experts)
 
 
-def _keep_figures(run: StreamSession, trained: TrainedExpert, key: str, counts: Mapping[str, int]) -> None:
+def _keep_figures(session: StreamSession, trained: TrainedExpert, key: str, counts: Mapping[str, int]) -> None:
     """Writes what `learn` needs to take the expert for learned: the figures of its training, or what its card has of them."""
     card = trained.card
-    before, now = (run.folder / "state" / f"task-{name}.json" for name in (card.config_digest, key))
+    before, now = (session.folder / "state" / f"task-{name}.json" for name in (card.config_digest, key))
     if before.exists():
         shutil.copyfile(before, now)
         return
     figures = {**figures_on_card(card), **counts}
-    write_json(now, task_figures(run, card.task, figures))
+    write_json(now, task_figures(session, card.task, figures))
 
 
 def _register(
-    run: StreamSession, pools: Sequence[Pool], experts: Mapping[str, StoredExpert], new: Path
+    session: StreamSession, pools: Sequence[Pool], experts: Mapping[str, StoredExpert], new: Path
 ) -> ModelVersion:
     """Registers all experts, then the pools of the first of them, of the first two, ..., as learning does.
 
     So `learn` finds each of them, and leaves `champion` at the last, which is written to `new`; returns its version.
     """
-    label = run.config.base.label
-    versions = {name: register_expert(label, run.experts.ensure(e.reference)) for name, e in experts.items()}
+    label = session.config.base.label
+    versions = {name: register_expert(label, session.experts.ensure(e.reference)) for name, e in experts.items()}
     for pool in pools:
-        remember(run, pool.experts[pool.names[-1]].card)
+        remember(session, pool.experts[pool.names[-1]].card)
         known = {name: versions[name] for name in pool.names}
         version = register_pool(
             pool,
-            run.config.base,
-            digest=run.pool_key(pool),
+            session.config.base,
+            digest=session.pool_key(pool),
             experts=known,
-            expert_memory=run.config.evaluation.expert_memory,
+            expert_memory=session.config.evaluation.expert_memory,
         )
     pools[-1].save(new)
     return version
@@ -181,23 +183,25 @@ def main(
             options = [*(["--pool", pool] if pool else []), *(["--skip-missing"] if skip_missing else [])]
             job_command("jobs.recompute_statistics", config, overrides, address, *options)
         with (
-            open_run(settings, job="recompute-statistics", progress=Terminal(), trains=False) as run,
-            tempfile.TemporaryDirectory(dir=run.folder, prefix="pool-") as scratch,
+            open_session(settings, job="recompute-statistics", progress=Terminal(), trains=False) as session,
+            tempfile.TemporaryDirectory(dir=session.folder, prefix="pool-") as scratch,
         ):
-            recompute(run, _meant(run, pool, Path(scratch)), skip_missing=skip_missing)
+            recompute(session, _meant(session, pool, Path(scratch)), skip_missing=skip_missing)
 
 
-def _meant(run: StreamSession, pool: str | None, scratch: Path) -> TrainedPool:
+def _meant(session: StreamSession, pool: str | None, scratch: Path) -> TrainedPool:
     """Returns the pool that is meant, copied to `scratch` if it comes from the registry."""
-    own = run.folder / "pool"
+    own = session.folder / "pool"
     if pool is None and not (own / CARD).is_file():
-        pool = f"{MODELS}{pool_name(run.config.base.label)}@{CHAMPION}"
+        pool = f"{MODELS}{pool_name(session.config.base.label)}@{CHAMPION}"
     if pool is None or not pool.startswith(MODELS):
         folder = own if pool is None else Path(pool).expanduser().resolve()
-        run.progress.say(f"pool {folder}")
-        return TrainedPool.load(folder, run.experts if pool is None else None)
-    run.progress.say(f"pool {pool}")
-    return TrainedPool.load(run.patience(partial(download_pool, pool, scratch), f"fetching {pool}"), run.experts)
+        session.progress.say(f"pool {folder}")
+        return TrainedPool.load(folder, session.experts if pool is None else None)
+    session.progress.say(f"pool {pool}")
+    return TrainedPool.load(
+        session.patience(partial(download_pool, pool, scratch), f"fetching {pool}"), session.experts
+    )
 
 
 if __name__ == "__main__":

@@ -21,9 +21,9 @@ from jobs.options import Address, ConfigFile, Overrides, job_command, load, user
 from jobs.terminal import Terminal, table
 from pipeline.config import ConfigError, digest
 from pipeline.files import write_json
-from pipeline.learning.opening import open_run
+from pipeline.learning.opening import open_session
 from pipeline.learning.session import StreamSession
-from pipeline.learning.summary import run_provenance
+from pipeline.learning.summary import session_provenance
 from pipeline.provenance import now
 from pipeline.registry.tracking import active_run, log_batch
 from pipeline.routing.pool import Pool, PoolError
@@ -59,53 +59,53 @@ def main(
         if address:
             more = ["--ranks", ranks, "--temperatures", temperatures, *(["--task", task] if task else [])]
             job_command("jobs.sweep", config, overrides, address, *more)
-        with open_run(settings, job=f"sweep {digest(space, task)}", progress=Terminal()) as run:
-            _sweep(run, space, task or names[-1])
+        with open_session(settings, job=f"sweep {digest(space, task)}", progress=Terminal()) as session:
+            _sweep(session, space, task or names[-1])
 
 
-def _sweep(run: StreamSession, space: SweepSpace, name: str) -> None:
-    started, begun, config = now(), monotonic(), run.config
+def _sweep(session: StreamSession, space: SweepSpace, name: str) -> None:
+    started, begun, config = now(), monotonic(), session.config
     tasks = {task.name: task for task in config.stream.tasks}
     task = tasks[name]
-    pool_folder = run.folder / "pool" if (run.folder / "pool" / "pool.json").exists() else None
+    pool_folder = session.folder / "pool" if (session.folder / "pool" / "pool.json").exists() else None
     others = []
     if pool_folder:
-        pool = Pool.load(pool_folder, run.experts)
-        if pool.base_fingerprint != run.fingerprint:
+        pool = Pool.load(pool_folder, session.experts)
+        if pool.base_fingerprint != session.fingerprint:
             raise PoolError(
                 f"{pool_folder}: made for base {pool.base_label!r} with fingerprint {pool.base_fingerprint}, base.path has "
-                f"{run.fingerprint}; learn the stream again, or choose another `name`"
+                f"{session.fingerprint}; learn the stream again, or choose another `name`"
             )
         others = [n for n in pool.names if n != name and n in tasks]
     if not others:
-        run.progress.say(
+        session.progress.say(
             "no learned pool with other tasks: the expert stands alone, and temperature has nothing to weigh; "
             "run `pointsman learn` first to sweep inside its pool"
         )
-    job, rows = run.job(task, f"sweep-{run.identity.expert(task)}")
+    spec, rows = session.spec(task, f"sweep-{session.identity.expert(task)}")
     asked = [name, *others]
-    prompts = run.read_prompts(asked).rows(asked)  # now: what is missing is told before anything is trained
+    prompts = session.read_prompts(asked).rows(asked)  # now: what is missing is told before anything is trained
     evaluation = config.evaluation.to_identity(exclude={"expert_memory"})
-    learned = job.to_identity(exclude={"training"})
-    folder = run.folder / "sweeps" / f"{name}-{digest(space, learned, evaluation)}"
+    learned = spec.to_identity(exclude={"training"})
+    folder = session.folder / "sweeps" / f"{name}-{digest(space, learned, evaluation)}"
     trials = len(space.ranks) * len(space.temperatures)
-    worker_env = run.worker_env
-    with run.progress.working(f"sweeping {name}: {len(space.ranks)} trainings, {trials} evaluations"):
+    worker_env = session.worker_env
+    with session.progress.working(f"sweeping {name}: {len(space.ranks)} trainings, {trials} evaluations"):
         result = sweep(
             space,
             config,
-            job,
+            spec,
             rows,
             prompts=prompts,
             tasks=tasks,
             pool=pool_folder,
             folder=folder,
-            answers=run.evaluator.store.folder,
-            pool_key=run.identity.pool,
+            answers=session.evaluator.store.folder,
+            pool_key=session.identity.pool,
             worker_env=worker_env,
-            say=run.progress.say,
+            say=session.progress.say,
         )
-    summary = run_provenance(run, started) | {
+    summary = session_provenance(session, started) | {
         "task": name,
         "seconds_total": monotonic() - begun,
         "training_seconds": {str(rank): t["seconds"] for rank, t in result.trainings.items()},
@@ -113,8 +113,8 @@ def _sweep(run: StreamSession, space: SweepSpace, name: str) -> None:
     }
     write_json(folder / "summary.json", summary)
     kept = f"the sweep's figures are in {folder}; nothing will be trained again"
-    run.patience(partial(_log, result, name, folder / "summary.json"), "logging the sweep", kept=kept)
-    _show(run, result, summary, folder)
+    session.patience(partial(_log, result, name, folder / "summary.json"), "logging the sweep", kept=kept)
+    _show(session, result, summary, folder)
 
 
 def _log(result: SweepResult, task: str, summary: Path) -> None:
@@ -138,16 +138,16 @@ def _log(result: SweepResult, task: str, summary: Path) -> None:
             log_batch(nested.info.run_id, points)
 
 
-def _show(run: StreamSession, result: SweepResult, summary: dict[str, object], folder: Path) -> None:
+def _show(session: StreamSession, result: SweepResult, summary: dict[str, object], folder: Path) -> None:
     rows = [
         [str(t.rank), f"{t.temperature:g}", f"{t.accuracy:.3f}", f"{t.others:.3f}", f"{t.seconds:.1f}"]
         for t in result.trials
     ]
     header = ["rank", "temperature", f"{summary['task']}", "other tasks", "seconds"]
-    run.progress.show(table("Sweep", header, rows))
+    session.progress.show(table("Sweep", header, rows))
     trainings = ", ".join(f"rank {rank} {t['seconds']:.0f} s" for rank, t in result.trainings.items())
-    run.progress.say(f"trainings: {trainings}; in all {summary['seconds_total']:.0f} s")
-    run.progress.say(f"summary    {folder / 'summary.json'}")
+    session.progress.say(f"trainings: {trainings}; in all {summary['seconds_total']:.0f} s")
+    session.progress.say(f"summary    {folder / 'summary.json'}")
 
 
 if __name__ == "__main__":

@@ -37,7 +37,7 @@ def atomic_folder(target: Path) -> Iterator[Path]:
     A process that is killed leaves the old folder or the new one, at every moment (see `current_folder`). One process at a
     time may write a folder; locks are the caller's affair.
     """
-    staging = target.with_name(target.name + ".draft")
+    staging = target.with_name(target.name + ".staging")
     shutil.rmtree(staging, ignore_errors=True)  # of a process that was killed
     staging.mkdir(parents=True)
     try:

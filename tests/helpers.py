@@ -80,12 +80,12 @@ def assert_same(found: tuple[Tensor, Tensor], expected: tuple[Tensor, Tensor]) -
 @torch.inference_mode()
 def features_of(base: Base, rows: Sequence[Encoded], side: str = "left", prompt_mask: Tensor | None = None) -> Tensor:
     """Returns the prompt features (B, 3 D) as a listener gets them."""
-    heard: list[Tensor] = []
-    reader = PromptFeatureHook(base.model, lambda features, tokens: heard.append(features))
+    observed: list[Tensor] = []
+    reader = PromptFeatureHook(base.model, lambda features, tokens: observed.append(features))
     reader.prompt_mask = prompt_mask
     base.model(**batch_of(base, rows, side))
     reader.remove()
-    (features_BS,) = heard
+    (features_BS,) = observed
     return features_BS
 
 
@@ -143,12 +143,12 @@ def language_linears(base: Base) -> list[str]:
 @torch.inference_mode()
 def samples_of(base: Base, rows: Sequence[Encoded], side: str = "left") -> dict[str, Tensor]:
     """Returns what an LayerInputHook takes down of these prompts at all Linears of the language model (B, F)."""
-    evidence = LayerInputHook(base.model, language_linears(base))
-    reader = PromptFeatureHook(base.model, lambda features, tokens: setattr(evidence, "tokens_BT", tokens))
+    layer_inputs = LayerInputHook(base.model, language_linears(base))
+    reader = PromptFeatureHook(base.model, lambda features, tokens: setattr(layer_inputs, "tokens_BT", tokens))
     base.model(**batch_of(base, rows, side), use_cache=False)
     reader.remove()
-    evidence.remove()
-    return {path: torch.cat(samples) for path, samples in evidence.samples.items()}
+    layer_inputs.remove()
+    return {path: torch.cat(samples) for path, samples in layer_inputs.samples.items()}
 
 
 def claimed_pool(base: Base, count: int = 24) -> Pool:
@@ -165,12 +165,12 @@ def claimed_pool(base: Base, count: int = 24) -> Pool:
         expert = make_expert(base, name, rank=2 + seed, seed=seed, targets=targets, features=features, quantile=0.99)
         alone = Pool("tiny", base.fingerprint, RouterConfig(), [expert])
         with attached(base, alone) as routed, routed.forced(name):
-            evidence = {path: PromptStatistics.of(samples) for path, samples in samples_of(base, rows).items()}
-        experts.append(dataclasses.replace(expert, evidence=evidence))
+            layer_statistics = {path: PromptStatistics.of(samples) for path, samples in samples_of(base, rows).items()}
+        experts.append(dataclasses.replace(expert, layer_statistics=layer_statistics))
     rows = prompts(base.processor, GENERAL, count)
     null = components(features_of(base, rows), 2)
-    null_evidence = {path: PromptStatistics.of(samples) for path, samples in samples_of(base, rows).items()}
-    return Pool("tiny", base.fingerprint, RouterConfig(), experts, null, null_evidence)
+    null_layer_statistics = {path: PromptStatistics.of(samples) for path, samples in samples_of(base, rows).items()}
+    return Pool("tiny", base.fingerprint, RouterConfig(), experts, null, null_layer_statistics)
 
 
 def claimed_prompts(base: Base, count: int = 2, *, seed: int = 1) -> tuple[list[Encoded], list[str | None]]:

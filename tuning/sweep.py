@@ -46,7 +46,7 @@ class SweepResult:
 def sweep(
     space: SweepSpace,
     config: LearnConfig,
-    job: TrainSpec,
+    spec: TrainSpec,
     rows: TrainingRows,
     *,
     prompts: ray.data.Dataset,
@@ -60,17 +60,17 @@ def sweep(
 ) -> SweepResult:
     """Sweeps rank and temperature for one task's expert inside `pool` (None: a pool of its own).
 
-    `job` is the task's training job; `prompts` the encoded evaluation prompts of the swept task and the pool's others;
+    `spec` is the task's training; `prompts` the encoded evaluation prompts of the swept task and the pool's others;
     `answers` the folder of the store of answers, in which `pool_key` names pools by their experts' digests and their router.
     `say` is told of every trial that is done. Raises TrainingError with the trial's error if a trial fails.
     """
-    at_once, threads = _together(job, len(space.ranks))
-    job = job.model_copy(update={"training": job.training.model_copy(update={"cpus_per_worker": threads})})
-    workers = InferenceWorkers.of(job.training, config.evaluation)
+    at_once, threads = _together(spec, len(space.ranks))
+    spec = spec.model_copy(update={"training": spec.training.model_copy(update={"cpus_per_worker": threads})})
+    workers = InferenceWorkers.of(spec.training, config.evaluation)
     trained = _run(
         tune.with_parameters(
             TrainRank,
-            job=job.model_dump(),
+            spec=spec.model_dump(),
             rows=rows,
             storage=str(folder / "training"),
             env=worker_env,
@@ -100,7 +100,7 @@ def sweep(
             "rank": tune.grid_search(list(space.ranks)),
             "temperature": tune.grid_search(list(space.temperatures)),
         },
-        at_once=max(1, at_once * job.training.workers // workers.gpus) if workers.gpus else at_once,
+        at_once=max(1, at_once * spec.training.workers // workers.gpus) if workers.gpus else at_once,
         holding=TOKEN | ({"gpu": workers.gpus} if workers.gpus else {}),
         folder=folder / "tune",
         name="temperatures",
@@ -169,14 +169,14 @@ class _Progress(Callback):
         self._say(f"  {point}: {', '.join(figures)} ({found['seconds']:.0f} s)")
 
 
-def _together(job: TrainSpec, ranks: int) -> tuple[int, int]:
+def _together(spec: TrainSpec, ranks: int) -> tuple[int, int]:
     """Returns how many trainings the cluster holds together, and the threads of each of their workers.
 
     By its GPUs, or else its real cores: logical CPUs would let trainings on a laptop crowd each other out. Two trainings of
     one thread each on two cores are done long before one after the other with two threads, which wait for each other.
     """
-    workers, threads = job.training.workers, job.training.cpus_per_worker
-    if job.training.gpu:
+    workers, threads = spec.training.workers, spec.training.cpus_per_worker
+    if spec.training.gpu:
         return max(1, int(ray.cluster_resources().get("GPU", 0)) // workers), threads
     if len(ray.nodes()) > 1:
         return max(1, len(ray.nodes()) // workers), threads

@@ -38,11 +38,11 @@ class TrainRank(tune.Trainable):
     """
 
     def setup(
-        self, config: dict[str, Any], *, job: dict[str, Any], rows: TrainingRows, storage: str, env: dict[str, str]
+        self, config: dict[str, Any], *, spec: dict[str, Any], rows: TrainingRows, storage: str, env: dict[str, str]
     ) -> None:
         """Takes what all ranks have in common; called once a process."""
-        self._job, self._rows = TrainSpec.model_validate(job), rows
-        self._session = Session(self._job.training, storage=Path(storage), worker_env=env)
+        self._spec, self._rows = TrainSpec.model_validate(spec), rows
+        self._session = Session(self._spec.training, storage=Path(storage), worker_env=env)
 
     def reset_config(self, new_config: dict[str, Any]) -> bool:
         """Agrees to the next trial."""
@@ -52,10 +52,10 @@ class TrainRank(tune.Trainable):
         """Returns `expert`, a folder, `seconds`, `expert_loss` and `losses`."""
         started, rank = time.monotonic(), self.config["rank"]
         changes = {
-            "expert": self._job.expert.model_copy(update={"rank": rank, "alpha": None}),
-            "digest": f"{self._job.digest}-rank{rank}",
+            "expert": self._spec.expert.model_copy(update={"rank": rank, "alpha": None}),
+            "digest": f"{self._spec.digest}-rank{rank}",
         }
-        trained = self._session.train(self._job.model_copy(update=changes), self._rows)
+        trained = self._session.train(self._spec.model_copy(update=changes), self._rows)
         figures = trained.figures
         spent = figures["expert_seconds"] + figures["router_seconds"] if trained.found else time.monotonic() - started
         return {

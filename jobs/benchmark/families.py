@@ -32,7 +32,7 @@ from pipeline.data.demo import synthetic
 from pipeline.data.sources.reader import first_records
 from pipeline.files import write_json
 from pipeline.learning.learn import LearnResult, learn_stream
-from pipeline.learning.opening import open_run
+from pipeline.learning.opening import open_session
 from pipeline.learning.session import StreamSession
 from pipeline.models.bases import load_base
 from pipeline.provenance import now, provenance
@@ -150,10 +150,10 @@ def _words(output: Path) -> dict[str, Any]:
 
 def _proof(settings: LearnConfig) -> tuple[Pool, dict[str, Any]]:
     """Learns a stream, reloads its pool in another process; returns the pool and what was found."""
-    with open_run(settings, job="benchmark families", progress=Terminal()) as run:
-        learned = learn_stream(run)
-        with run.progress.working("the same prompts, here and from the registry in another process"):
-            same = _reloaded(run, learned)
+    with open_session(settings, job="benchmark families", progress=Terminal()) as session:
+        learned = learn_stream(session)
+        with session.progress.working("the same prompts, here and from the registry in another process"):
+            same = _reloaded(session, learned)
     return learned.pool, {
         "experts": learned.pool.names,
         "learning_seconds": learned.summary["seconds_total"],
@@ -162,16 +162,16 @@ def _proof(settings: LearnConfig) -> tuple[Pool, dict[str, Any]]:
     }
 
 
-def _reloaded(run: StreamSession, learned: LearnResult) -> dict[str, Any]:
+def _reloaded(session: StreamSession, learned: LearnResult) -> dict[str, Any]:
     """Compares what this process and another one, which has the pool from the registry, answer."""
-    rows, folder = _prompts(run), run.folder / "reloaded"
-    base = load_base(run.config.base)
+    rows, folder = _prompts(session), session.folder / "reloaded"
+    base = load_base(session.config.base)
     routed = RoutedModel(base.model, learned.pool)
     here, chosen = routed_logits(routed, base.processor, rows)
     with routed.forced(None):
         bare, _ = routed_logits(routed, base.processor, rows)
     write_json(folder / "prompts.json", rows)
-    model = f"models:/{pool_name(run.config.base.label)}@{CHAMPION}"
+    model = f"models:/{pool_name(session.config.base.label)}@{CHAMPION}"
     started = monotonic()
     command = [sys.executable, "-m", "jobs.benchmark.reload_pool", mlflow.get_tracking_uri(), model]
     subprocess.run([*command, str(folder / "prompts.json"), str(folder)], check=True)
@@ -196,11 +196,11 @@ def _largest(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> float:
     return max((one[key] - other[key]).abs().max().item() for key in one)
 
 
-def _prompts(run: StreamSession) -> list[dict[str, str | None]]:
+def _prompts(session: StreamSession) -> list[dict[str, str | None]]:
     """Returns the first prompts of every task and family, as rows for a pool's `predict`."""
     rows: list[dict[str, str | None]] = []
-    for task in run.columns.values():
-        for record in first_records(task.eval, run.data_folder, task.prompt, PROMPTS):
+    for task in session.columns.values():
+        for record in first_records(task.eval, session.data_folder, task.prompt, PROMPTS):
             image = None
             if record.images:
                 stream = io.BytesIO()

@@ -32,7 +32,7 @@ from pipeline.data.encoded.packing import unpack
 from pipeline.data.loading.preprocess import PreparedData
 from pipeline.evaluation.predictor import Predictor
 from pipeline.files import write_json
-from pipeline.learning.opening import open_run
+from pipeline.learning.opening import open_session
 from pipeline.learning.session import StreamSession
 from pipeline.models.prompts import IGNORED, Encoded, generate_answers
 from pipeline.models.tiny import build_tiny, tiny_processor
@@ -114,8 +114,8 @@ def gpu(
             "device": torch.cuda.get_device_name() if device == "cuda" else "cpu",
             "size": size,
         }
-        with open_run(config, job="benchmark gpu", progress=Terminal()) as run:
-            summary |= measure(run, device)
+        with open_session(config, job="benchmark gpu", progress=Terminal()) as session:
+            summary |= measure(session, device)
     write_json(output / "summary.json", summary)
     (output / "report.md").write_text(page(summary))
     rows = moment_rows(summary)
@@ -185,33 +185,33 @@ def configuration(base: Path, *, size: Size, device: Device, steps: int, output:
     )
 
 
-def measure(run: StreamSession, device: Device) -> dict[str, Any]:
+def measure(session: StreamSession, device: Device) -> dict[str, Any]:
     """Runs the job moment by moment; returns the summary's figures."""
-    task, meter = run.config.stream.tasks[0], Meter(_taken(device), every=0.1 if device == "cuda" else 0.5)
+    task, meter = session.config.stream.tasks[0], Meter(_taken(device), every=0.1 if device == "cuda" else 0.5)
     with meter.during("image features"):
-        prompts = run.read_prompts([TASK])
-        _ = run.base_prompts
-        rows = run.training_rows(task)
+        prompts = session.read_prompts([TASK])
+        _ = session.base_prompts
+        rows = session.training_rows(task)
     with meter.during("base prompts"):
-        null = run.null_expert()
+        null = session.null_expert()
     with meter.during(TRAINING):
         # A name of its own: a finished run of the same name would only be read again.
-        trained = run.train(*run.job(task, f"gpu-{now():%Y%m%d%H%M%S}"))
-        run.end_sessions()  # its base is not part of the moments after it
+        trained = session.train(*session.spec(task, f"gpu-{now():%Y%m%d%H%M%S}"))
+        session.end_sessions()  # its base is not part of the moments after it
     expert = Expert.load(trained.expert)
-    pool = Pool(run.config.base.label, run.fingerprint, run.config.router, **null).add(expert)
-    folder = pool.save(run.folder / "pool")
+    pool = Pool(session.config.base.label, session.fingerprint, session.config.router, **null).add(expert)
+    folder = pool.save(session.folder / "pool")
     with meter.during("evaluation"):
-        run.evaluate([task.name], pool, f"gpu-{now():%Y%m%d%H%M%S}", folder=folder)
+        session.evaluate([task.name], pool, f"gpu-{now():%Y%m%d%H%M%S}", folder=folder)
     packed = list(rows.rows([task.name]).iter_batches(batch_size=None, batch_format="numpy"))
     lengths = [(len(row.input_ids), int((row.labels != IGNORED).sum())) for batch in packed for row in unpack(batch)]
     step = median(trained.figures["expert_step_seconds"][WARM_UP:] or trained.figures["expert_step_seconds"])
     return {
-        "moments": _against_plan(run, meter, lengths),
+        "moments": _against_plan(session, meter, lengths),
         "row_tokens": fmean(tokens for tokens, _ in lengths),
         "step_seconds": step,
-        "tokens_per_second": run.config.expert.batch_size * fmean(tokens for tokens, _ in lengths) / step,
-        **_answering(run, prompts, pool, trained.expert),
+        "tokens_per_second": session.config.expert.batch_size * fmean(tokens for tokens, _ in lengths) / step,
+        **_answering(session, prompts, pool, trained.expert),
     }
 
 
@@ -223,11 +223,11 @@ def _taken(device: Device) -> Callable[[], int]:
     return on_gpu if device == "cuda" else memory_bytes
 
 
-def _against_plan(run: StreamSession, meter: Meter, lengths: list[tuple[int, int]]) -> dict[str, dict[str, float]]:
+def _against_plan(session: StreamSession, meter: Meter, lengths: list[tuple[int, int]]) -> dict[str, dict[str, float]]:
     """Returns measured and planned bytes by moment; the plan's longest row is the job's."""
     longest, answer = (max(values) for values in zip(*lengths, strict=True))
-    data = run.config.data.model_copy(update={"max_tokens": longest})
-    config = run.config.model_copy(update={"data": data})
+    data = session.config.data.model_copy(update={"max_tokens": longest})
+    config = session.config.model_copy(update={"data": data})
     assumptions = Assumptions(tiles=TILES + 1, text_tokens=longest, answer_tokens=answer, longest_answer=answer)
     architecture = architecture_of(base_configuration(config.base))
     planned: dict[str, int] = {}
@@ -245,15 +245,15 @@ def _against_plan(run: StreamSession, meter: Meter, lengths: list[tuple[int, int
     }
 
 
-def _answering(run: StreamSession, prompts: PreparedData, pool: Pool, expert: Path) -> dict[str, float]:
+def _answering(session: StreamSession, prompts: PreparedData, pool: Pool, expert: Path) -> dict[str, float]:
     """Returns seconds of answering the task's prompts with the pool and with its one LoRA in PEFT, and their ratio."""
-    config, workers = run.config, run.capacity.inference
+    config, workers = session.config, session.capacity.inference
     tokens = config.evaluation.max_new_tokens
     batches = [
         unpack(batch)
         for batch in prompts.rows([TASK]).iter_batches(batch_size=workers.batch_size, batch_format="numpy")
     ]
-    predictor = Predictor(config.base, workers, vision=run.vision)
+    predictor = Predictor(config.base, workers, vision=session.vision)
     predictor.attach(pool)
     routed = _seconds(lambda rows: predictor.by_router(rows, tokens), batches)
     predictor.attach(None)

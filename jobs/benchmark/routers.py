@@ -26,9 +26,9 @@ from pipeline.data.demo import synthetic
 from pipeline.files import write_json
 from pipeline.learning.baselines import ROUTERS
 from pipeline.learning.learn import LearnResult, learn_stream
-from pipeline.learning.opening import open_run
+from pipeline.learning.opening import open_session
 from pipeline.learning.session import StreamSession
-from pipeline.learning.summary import run_provenance
+from pipeline.learning.summary import session_provenance
 from pipeline.models.bases import Base, load_base
 from pipeline.models.prompts import Encoded, collate, generate_answers
 from pipeline.provenance import now
@@ -36,9 +36,9 @@ from pipeline.routing import Expert, ExpertCard, Pool, PromptStatistics, RoutedM
 from pipeline.routing.adapters import load_adapters
 from pipeline.routing.features import feature_width
 from pipeline.training.stages import with_lora
-from pipeline.training.statistics_collector import EvidenceCollector, collect_features
+from pipeline.training.statistics_collector import LayerInputCollector, collect_features
 
-ABSTAINING = ("prompt", "two_level")
+WITHOUT_NULL = ("prompt", "two_level")
 """Routers that are also measured without base prompts."""
 STEPS, RATE, TRAIN_ROWS, PROMPTS = 120, 4e-3, 600, 50
 """Of a synthetic expert: optimizer steps, learning rate, rows to learn from, prompts it is measured on."""
@@ -50,36 +50,36 @@ def routers(config: ConfigFile, overrides: Overrides = None, many: Many = 50) ->
     """Routing accuracy: on the learned stream, without base prompts, and among many synthetic experts."""
     with user_errors():
         settings = load(config, overrides)
-        with open_run(settings, job="benchmark routers", progress=Terminal()) as run:
+        with open_session(settings, job="benchmark routers", progress=Terminal()) as session:
             started = now()
-            summary = run_provenance(run, started) | _on_the_stream(run, learn_stream(run))
-            file = run.folder.parent / "benchmark-routers" / "summary.json"
+            summary = session_provenance(session, started) | _on_the_stream(session, learn_stream(session))
+            file = session.folder.parent / "benchmark-routers" / "summary.json"
             write_json(file, summary)
-            _show_stream(run, summary)
+            _show_stream(session, summary)
             if many:
-                run.progress.say(f"learning {many} synthetic tasks")
-                empty = Pool(settings.base.label, run.fingerprint, settings.router, **run.null_expert())
-                summary["many"] = among_many(load_base(settings.base), empty, settings, many, say=run.progress.say)
+                session.progress.say(f"learning {many} synthetic tasks")
+                empty = Pool(settings.base.label, session.fingerprint, settings.router, **session.null_expert())
+                summary["many"] = among_many(load_base(settings.base), empty, settings, many, say=session.progress.say)
                 write_json(file, summary)
-                _show_many(run, summary["many"])
-            run.progress.say(f"summary    {file}")
+                _show_many(session, summary["many"])
+            session.progress.say(f"summary    {file}")
 
 
-def _on_the_stream(run: StreamSession, learned: LearnResult) -> dict[str, Any]:
+def _on_the_stream(session: StreamSession, learned: LearnResult) -> dict[str, Any]:
     """Evaluates every router on the stream's tasks and benchmarks."""
-    columns, tasks = list(run.columns), [task.name for task in run.config.stream.tasks]
-    benchmarks = [task.name for task in run.config.stream.benchmarks]
+    columns, tasks = list(session.columns), [task.name for task in session.config.stream.tasks]
+    benchmarks = [task.name for task in session.config.stream.benchmarks]
 
     def measured(pool: Pool | None, name: str, mode: Any = "routed") -> dict[str, Any]:
-        run.progress.say(f"  {name}")
-        folder = pool.save(run.folder / "routers" / name) if pool else None
+        session.progress.say(f"  {name}")
+        folder = pool.save(session.folder / "routers" / name) if pool else None
         if pool is None:
             key = "base"
         elif mode == "told":
             key = digest(learned.pool_digest)
         else:  # as `compare` names them, so that nothing is answered twice
-            key = run.pool_key(pool) if pool.null else digest(run.pool_key(pool), "no null expert")
-        result = run.evaluate(columns, pool, key, mode, folder=folder)
+            key = session.pool_key(pool) if pool.null else digest(session.pool_key(pool), "no null expert")
+        result = session.evaluate(columns, pool, key, mode, folder=folder)
         accuracy = result.accuracies()
         return {
             "new": fmean(accuracy[name] for name in tasks),
@@ -91,7 +91,7 @@ def _on_the_stream(run: StreamSession, learned: LearnResult) -> dict[str, Any]:
     pool = learned.pool
     found = {name: measured(pool.routed_by(**settings), name) for name, settings in ROUTERS.items()}
     bare = Pool(pool.base_label, pool.base_fingerprint, pool.router, pool.experts.values())
-    for name in ABSTAINING:
+    for name in WITHOUT_NULL:
         found[f"{name}_abstaining"] = measured(bare.routed_by(**ROUTERS[name]), f"{name}_abstaining")
     return {
         "base": measured(None, "base"),
@@ -100,7 +100,7 @@ def _on_the_stream(run: StreamSession, learned: LearnResult) -> dict[str, Any]:
     }
 
 
-def _show_stream(run: StreamSession, summary: Mapping[str, Any]) -> None:
+def _show_stream(session: StreamSession, summary: Mapping[str, Any]) -> None:
     told, base = summary["specialist"], summary["base"]
     rows = [["base", f"{base['new']:.3f}", _text(base["base_abilities"]), "", "", ""]]
     rows.append(["specialist, told", f"{told['new']:.3f}", _text(told["base_abilities"]), "1.000", "", ""])
@@ -118,7 +118,7 @@ def _show_stream(run: StreamSession, summary: Mapping[str, Any]) -> None:
             ]
         )
     header = ["router", "new tasks", "base abilities", "/ specialist", "/ base", "routing"]
-    run.progress.show(table("Routers on the stream", header, rows))
+    session.progress.show(table("Routers on the stream", header, rows))
 
 
 def _text(value: float | None) -> str:
@@ -139,7 +139,9 @@ def among_many(
         if (number + 1) % 10 == 0:
             left = (monotonic() - started) / (number + 1) * (many - number - 1)
             say(f"  {number + 1} of {many} synthetic tasks learned, {left:.0f} s left")
-    pool = Pool(empty.base_label, empty.base_fingerprint, empty.router, experts, empty.null, empty.null_evidence)
+    pool = Pool(
+        empty.base_label, empty.base_fingerprint, empty.router, experts, empty.null, empty.null_layer_statistics
+    )
     asked = {name: list(synthetic.examples(i, PROMPTS, held_out=True)) for i, name in enumerate(pool.names)}
     encoded = {name: encode_examples(base.processor, rows, answer=False) for name, rows in asked.items()}
     answers = {name: [row.answer for row in rows] for name, rows in asked.items()}
@@ -166,12 +168,12 @@ def among_many(
     return found
 
 
-def _show_many(run: StreamSession, found: Mapping[str, Any]) -> None:
+def _show_many(session: StreamSession, found: Mapping[str, Any]) -> None:
     rows = [["specialist, told", f"{found['specialist']:.3f}", "", ""]]
     for name, r in found["routers"].items():
         rows.append([name, f"{r['new']:.3f}", f"{r['routing_accuracy']:.3f}", f"{r['largest_loss']:.3f}"])
     header = ["router", "new tasks", "routing", "largest loss of a task"]
-    run.progress.show(table(f"Routers among {found['experts']} synthetic experts", header, rows))
+    session.progress.show(table(f"Routers among {found['experts']} synthetic experts", header, rows))
 
 
 def _accuracy(base: Base, rows: Sequence[Encoded], answers: Sequence[str]) -> float:
@@ -194,7 +196,7 @@ def _synthetic_expert(base: Base, config: LearnConfig, number: int) -> Expert:
         adapter_config, adapters = load_adapters(folder)
     width = feature_width(base.width, config.router.feature_width)
     parts = [rows[start : start + 100] for start in range(0, len(rows), 100)]
-    collector = EvidenceCollector(base.model, list(adapters))
+    collector = LayerInputCollector(base.model, list(adapters))
     with torch.inference_mode():
         for part in parts:
             batch = collate(part, pad_token_id=pad)
@@ -205,7 +207,7 @@ def _synthetic_expert(base: Base, config: LearnConfig, number: int) -> Expert:
     features, ids = collect_features(base.model, base, parts, width=width, device="cpu")
     router = config.router
     statistics = PromptStatistics.of(features, ids, quantile=router.quantile, shrinkage=router.shrinkage)
-    evidence = {path: PromptStatistics.of(sample) for path, sample in samples.items()}
+    layer_statistics = {path: PromptStatistics.of(sample) for path, sample in samples.items()}
     card = ExpertCard(
         name=name,
         task=name,
@@ -217,4 +219,4 @@ def _synthetic_expert(base: Base, config: LearnConfig, number: int) -> Expert:
         config_digest=digest(settings, name),
         samples=STEPS * settings.batch_size,
     )
-    return Expert(card, adapter_config, adapters, {}, statistics, evidence)
+    return Expert(card, adapter_config, adapters, {}, statistics, layer_statistics)

@@ -2,10 +2,10 @@
 
 python -m jobs.benchmark routing --quick
 
-- Time: each engine takes turns with one LoRA in PEFT; a ratio is between the medians of the same rounds.
+- Time: each method takes turns with one LoRA in PEFT; a ratio is between the medians of the same rounds.
 - Memory: the largest number of bytes at once beyond those before the pass, in a pass apart from the timed ones.
-- One engine stands in memory at a time. What would not fit, or take too long, is recorded with the reason.
-- The summary is written after every engine: an interrupted run leaves what it measured.
+- One method stands in memory at a time. What would not fit, or take too long, is recorded with the reason.
+- The summary is written after every method: an interrupted run leaves what it measured.
 """
 
 import weakref
@@ -26,7 +26,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from jobs.benchmark.engines import ENGINES, MODELS, PROMPT, RANK, Engine, Routed, Setup, Step, build, linear_widths
+from jobs.benchmark.methods import METHODS, MODELS, PROMPT, RANK, Method, Routed, Step, Workload, build, linear_widths
 from jobs.options import user_errors
 from jobs.terminal import Terminal, table
 from pipeline.config import ConfigError
@@ -45,7 +45,7 @@ PHASES = {PROMPT: f"prefill of {PROMPT} tokens", 1: f"decoding one token after {
 
 Result = dict[str, Any]
 Cell = tuple[str, int, str]
-"""A size, a number of experts, an engine."""
+"""A size, a number of experts, a method."""
 
 
 def routing(
@@ -57,7 +57,7 @@ def routing(
         ),
     ] = None,
     experts: Annotated[str | None, typer.Option(help="Numbers of experts.", show_default=EXPERTS)] = None,
-    engines: Annotated[str, typer.Option(help="What to measure.")] = ",".join(ENGINES),
+    methods: Annotated[str, typer.Option(help="What to measure.")] = ",".join(METHODS),
     quick: Annotated[
         bool, typer.Option("--quick", help=f"Only --sizes {QUICK_SIZES} --experts {QUICK_EXPERTS}, half a minute.")
     ] = False,
@@ -95,13 +95,13 @@ def routing(
             if size not in MODELS:
                 linear_widths(size)
         numbers = _numbers(experts or (QUICK_EXPERTS if quick else EXPERTS))
-        wanted = _names(engines)
-        for engine in wanted:
-            _known("--engines", engine, ENGINES)
+        wanted = _names(methods)
+        for method in wanted:
+            _known("--methods", method, METHODS)
         _known("--dtype", dtype, DTYPES)
         cells = cells_of(chosen, numbers, wanted)
         if not cells:
-            raise ConfigError(f"--engines {engines}: runs on whole models only; add --sizes {', '.join(MODELS)}")
+            raise ConfigError(f"--methods {methods}: runs on whole models only; add --sizes {', '.join(MODELS)}")
     torch.set_num_threads(threads)
     summary: dict[str, Any] = {
         **provenance("benchmark routing", now(), seed=seed, packages=PACKAGES),
@@ -143,13 +143,13 @@ def _known(option: str, name: str, known: Mapping[str, object]) -> None:
         raise ConfigError(f"{option}: no {name!r}; known: {', '.join(known)}")
 
 
-def cells_of(sizes: Sequence[str], experts: Sequence[int], engines: Sequence[str]) -> list[Cell]:
+def cells_of(sizes: Sequence[str], experts: Sequence[int], methods: Sequence[str]) -> list[Cell]:
     """Returns what to measure: `single` once a size, X-LoRA on models only."""
     cells: list[Cell] = []
     for size in sizes:
-        if "single" in engines:
+        if "single" in methods:
             cells.append((size, 1, "single"))
-        fit = [name for name in engines if name != "single" and (size in MODELS or name != "xlora")]
+        fit = [name for name in methods if name != "single" and (size in MODELS or name != "xlora")]
         cells += [(size, number, name) for number in experts for name in fit]
     return cells
 
@@ -159,44 +159,44 @@ class Measuring:
 
     def __init__(self, dtype: torch.dtype, seed: int, *, seconds: float, memory_gb: float) -> None:
         self.dtype, self.seed, self.seconds, self.memory_gb = dtype, seed, seconds, memory_gb
-        self._setup: Setup | None = None
+        self._workload: Workload | None = None
         self._seen: dict[tuple[str, str, int], list[tuple[int, float]]] = defaultdict(list)
-        """By size, engine and tokens: numbers of experts and median seconds so far."""
+        """By size, method and tokens: numbers of experts and median seconds so far."""
 
     @torch.inference_mode()
     def cell(self, size: str, experts: int, name: str) -> list[Result]:
         """Returns the results of prefill and of decoding."""
-        if self._setup is None or self._setup.name != size:
-            self._setup = Setup(size, dtype=self.dtype, seed=self.seed)
-            self._floor = build("single", self._setup, 1)
-        setup = self._setup
-        reasons = {tokens: self._too_much(setup, experts, name, tokens) for tokens in PHASES}
-        if setup.is_model and reasons[PROMPT]:  # decoding comes after a prefill
+        if self._workload is None or self._workload.name != size:
+            self._workload = Workload(size, dtype=self.dtype, seed=self.seed)
+            self._floor = build("single", self._workload, 1)
+        workload = self._workload
+        reasons = {tokens: self._too_much(workload, experts, name, tokens) for tokens in PHASES}
+        if workload.is_model and reasons[PROMPT]:  # decoding comes after a prefill
             reasons[1] = reasons[1] or reasons[PROMPT]
-        engine = None if all(reasons.values()) else build(name, setup, experts)
+        method = None if all(reasons.values()) else build(name, workload, experts)
         decision = {}
-        if isinstance(engine, Routed) and setup.is_model:
-            (times,) = taking_turns([Step(engine.begin, lambda: None)], self.seconds)
+        if isinstance(method, Routed) and workload.is_model:
+            (times,) = interleave([Step(method.decide, lambda: None)], self.seconds)
             decision = {"decision_seconds": median(times)}
         results = []
         for tokens, reason in reasons.items():
-            result: Result = {"engine": name, "size": size, "experts": experts, "tokens": tokens}
-            result |= {"width_in": setup.width_in, "width_out": setup.width_out, "rank": RANK}
-            if engine is None or reason is not None:
+            result: Result = {"method": name, "size": size, "experts": experts, "tokens": tokens}
+            result |= {"width_in": workload.width_in, "width_out": workload.width_out, "rank": RANK}
+            if method is None or reason is not None:
                 result |= {"seconds_median": None, "ratio_to_single": None, "extra_bytes": None, "skipped": reason}
             else:
-                result |= self._measured(engine, tokens) | decision
+                result |= self._measured(method, tokens) | decision
                 self._seen[size, name, tokens].append((experts, result["seconds_median"]))
             results.append(result)
         return results
 
-    def _measured(self, engine: Engine, tokens: int) -> Result:
-        ours, floor = engine.step(tokens), self._floor.step(tokens)
+    def _measured(self, method: Method, tokens: int) -> Result:
+        ours, floor = method.step(tokens), self._floor.step(tokens)
         extra_bytes = peak_bytes(ours.run)
         ours.reset()
         floor.run()
         floor.reset()
-        times, floor_times = taking_turns([ours, floor], self.seconds)
+        times, floor_times = interleave([ours, floor], self.seconds)
         result: Result = {
             "seconds_median": median(times),
             "single_seconds_median": median(floor_times),
@@ -204,19 +204,19 @@ class Measuring:
             "extra_bytes": extra_bytes,
             "rounds": len(times),
         }
-        if tokens == 1 and engine.setup.is_model and not engine.caches:
+        if tokens == 1 and method.workload.is_model and not method.caches:
             result["note"] = f"no KV cache: reads all {PROMPT + 1} tokens"
         return result
 
-    def _too_much(self, setup: Setup, experts: int, name: str, tokens: int) -> str | None:
+    def _too_much(self, workload: Workload, experts: int, name: str, tokens: int) -> str | None:
         """Returns why a measurement must be skipped: for memory as computed, for time as it grew so far."""
-        resident, more = (size / 1e9 for size in setup.need(name, experts, tokens))
+        resident, more = (size / 1e9 for size in workload.memory_bytes(name, experts, tokens))
         if resident + more > self.memory_gb:
             return (
                 f"needs about {resident + more:.2g} GB (weights {resident:.2g}, during the pass {more:.2g}), "
                 f"more than --memory-gb {self.memory_gb:g}"
             )
-        match self._seen[setup.name, name, tokens][-2:]:
+        match self._seen[workload.name, name, tokens][-2:]:
             case [(fewer, before), (number, seconds)]:
                 expected = seconds + max(0.0, seconds - before) / (number - fewer) * (experts - number)
                 if expected > 2 * self.seconds:
@@ -227,7 +227,7 @@ class Measuring:
         return None
 
 
-def taking_turns(steps: Sequence[Step], seconds: float) -> list[list[float]]:
+def interleave(steps: Sequence[Step], seconds: float) -> list[list[float]]:
     """Returns each step's times in the same rounds: `ROUNDS` of them, more where they are short, fewer after `seconds`."""
     times: list[list[float]] = [[] for _ in steps]
     turns = list(zip(steps, times, strict=True))
@@ -279,7 +279,7 @@ def peak_bytes(run: Callable[[], object]) -> int:
     """Returns the largest number of bytes of tensors at once, beyond those before, while `run` runs.
 
     Counts storages from the operator that makes them until they are freed. Scratch memory inside one operator is not
-    seen; on the CPU the engines here have none to speak of: PyTorch's profiler counts the same.
+    seen; on the CPU the methods here have none to speak of: PyTorch's profiler counts the same.
     """
     with Allocations() as allocations:
         run()
@@ -293,9 +293,9 @@ def _shown(cells: Sequence[Cell], terminal: Terminal) -> Iterator[Cell]:
     with Progress(*columns, console=terminal.console, transient=True, disable=plain) as progress:
         bar = progress.add_task("", total=len(cells))
         for cell in cells:
-            size, experts, engine = cell
+            size, experts, method = cell
             now_at = f"{size}, {experts} experts"
-            progress.update(bar, description=f"{now_at}: {engine}")
+            progress.update(bar, description=f"{now_at}: {method}")
             if plain and now_at != last:
                 terminal.say(f"  {now_at} ...")
             last = now_at
@@ -304,37 +304,37 @@ def _shown(cells: Sequence[Cell], terminal: Terminal) -> Iterator[Cell]:
 
 
 def _show(terminal: Terminal, results: Sequence[Result], size: str, tokens: int) -> None:
-    """Prints the ratios of one size: engines by experts, and why any are missing."""
+    """Prints the ratios of one size: methods by experts, and why any are missing."""
     here = [r for r in results if r["size"] == size and r["tokens"] == tokens]
     floors = [r["single_seconds_median"] for r in here if r["seconds_median"] is not None]
     floor = f" ({1e3 * median(floors):.3g} ms)" if floors else ""
-    routed = [r for r in here if r["engine"] != "single"]
-    ratios = {(r["engine"], r["experts"]): r["ratio_to_single"] for r in routed}
+    routed = [r for r in here if r["method"] != "single"]
+    ratios = {(r["method"], r["experts"]): r["ratio_to_single"] for r in routed}
     numbers = sorted({number for _, number in ratios})
     rows = []
-    for engine in dict.fromkeys(engine for engine, _ in ratios):
-        values = [ratios[engine, number] for number in numbers]
-        rows.append([engine, *("-" if value is None else f"{value:.2f}" for value in values)])
+    for method in dict.fromkeys(method for method, _ in ratios):
+        values = [ratios[method, number] for number in numbers]
+        rows.append([method, *("-" if value is None else f"{value:.2f}" for value in values)])
     terminal.say(f"{size}, {PHASES[tokens]}: time by number of experts, one LoRA = 1{floor}", "bold")
     if rows:
-        terminal.console.print(table("", ["engine", *map(str, numbers)], rows))
+        terminal.console.print(table("", ["method", *map(str, numbers)], rows))
     for r in here:
         if "skipped" in r:
-            terminal.say(f"  {r['engine']}, {r['experts']} experts: {r['skipped']}")
+            terminal.say(f"  {r['method']}, {r['experts']} experts: {r['skipped']}")
 
 
 def ratios_over_experts(results: Sequence[Result], size: str) -> Figure:
     """Draws the ratios of a model over the number of experts: a panel for prefill, one for decoding."""
     figure = Figure(figsize=(12, 4.6), layout="constrained")
     panels = figure.subplots(1, len(PHASES), sharey=True)
-    names = [name for name in ENGINES if name != "single"]
+    names = [name for name in METHODS if name != "single"]
     numbers = sorted({r["experts"] for r in results if r["size"] == size})
     for axes, (tokens, phase) in zip(panels, PHASES.items(), strict=True):
         for name, colour in zip(names, CYCLE, strict=False):
             points = [
                 (r["experts"], r["ratio_to_single"])
                 for r in results
-                if (r["size"], r["tokens"], r["engine"]) == (size, tokens, name) and r["ratio_to_single"] is not None
+                if (r["size"], r["tokens"], r["method"]) == (size, tokens, name) and r["ratio_to_single"] is not None
             ]
             if points:
                 style = "o-" if name in OURS else "s--"

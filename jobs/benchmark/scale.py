@@ -20,7 +20,7 @@ from jobs.results import print_next_steps
 from jobs.terminal import Terminal, table
 from pipeline.config import ConfigError, LearnConfig
 from pipeline.learning.learn import learn_stream, publish
-from pipeline.learning.opening import open_run
+from pipeline.learning.opening import open_session
 from pipeline.learning.session import StreamSession
 from pipeline.registry.pools import pool_name
 from pipeline.registry.versions import logged_model
@@ -42,20 +42,20 @@ def scale(
     with user_errors():
         if tasks < FEWEST:
             raise ConfigError(f"--tasks {tasks}: at least {FEWEST}, so that the last ten are not the first twenty")
-        with open_run(_settings(tasks, steps, output), job="benchmark scale", progress=Terminal()) as run:
-            learned = learn_stream(run)
-            found = measure(run, learned.summary)
-            report = publish(run, learned.summary | {"scale": found})
-            _show(run, found)
-            print_next_steps(run, report)
+        with open_session(_settings(tasks, steps, output), job="benchmark scale", progress=Terminal()) as session:
+            learned = learn_stream(session)
+            found = measure(session, learned.summary)
+            report = publish(session, learned.summary | {"scale": found})
+            _show(session, found)
+            print_next_steps(session, report)
 
 
-def measure(run: StreamSession, summary: Mapping[str, Any]) -> dict[str, Any]:
+def measure(session: StreamSession, summary: Mapping[str, Any]) -> dict[str, Any]:
     """Returns the summary's part `scale`: medians of early and last tasks, and their ratios."""
     figures = list(summary["tasks"].values())
     seconds = _pair([task["turn_seconds"] for task in figures])
     memory = _pair([float(task["memory_bytes"]) for task in figures])
-    size = _pair(version_bytes(run))
+    size = _pair(version_bytes(session))
     answers = summary["answers"]
     return {
         "tasks": len(figures),
@@ -75,10 +75,10 @@ def _pair(values: Sequence[float]) -> dict[str, float]:
     return {"early": median(values[EARLY]), "last": median(values[LAST])}
 
 
-def version_bytes(run: StreamSession) -> list[float]:
+def version_bytes(session: StreamSession) -> list[float]:
     """Returns the bytes of every version of the run's pools in the registry, in their order; artifacts lie in local files."""
     client, sizes = MlflowClient(), {}
-    for version in client.search_model_versions(f"name = '{pool_name(run.config.base.label)}'"):
+    for version in client.search_model_versions(f"name = '{pool_name(session.config.base.label)}'"):
         folder = Path(urlparse(client.get_logged_model(logged_model(version)).artifact_location).path)
         sizes[int(version.version)] = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
     return [float(sizes[number]) for number in sorted(sizes)]
@@ -105,11 +105,11 @@ def _settings(tasks: int, steps: int, output: Path) -> LearnConfig:
     })  # fmt: skip
 
 
-def _show(run: StreamSession, found: Mapping[str, Any]) -> None:
+def _show(session: StreamSession, found: Mapping[str, Any]) -> None:
     rows = [
         [key, f"{found[key]:.3f}", f"<= {most:g}", "yes" if found[key] <= most else "NO"]
         for key, most in TARGETS.items()
     ]
-    run.progress.show(table(f"{found['tasks']} tasks", ["figure", "measured", "target", "reached"], rows))
+    session.progress.show(table(f"{found['tasks']} tasks", ["figure", "measured", "target", "reached"], rows))
     early, last = (f"{found['seconds'][when]:.1f}" for when in ("early", "last"))
-    run.progress.say(f"a task takes {early} s at first, {last} s at the end")
+    session.progress.say(f"a task takes {early} s at first, {last} s at the end")

@@ -27,7 +27,7 @@ from jobs.terminal import Terminal, table
 from pipeline.config import digest
 from pipeline.data.sources.reader import first_records
 from pipeline.learning.learn import LearnResult, learn_stream, publish
-from pipeline.learning.opening import open_run
+from pipeline.learning.opening import open_session
 from pipeline.learning.session import StreamSession
 from pipeline.learning.state import Stopwatch
 from pipeline.models.bases import load_base
@@ -61,15 +61,15 @@ def text(
         library = next(task.train for task in settings.stream.tasks if task.name == LIBRARY)
         assert library is not None, "a task has rows to learn from"
         write_library(Path(library.path).parent)
-        with open_run(settings, job="benchmark text", progress=Terminal()) as run:
-            learned = learn_stream(run)
-            watch = Stopwatch(run.folder / "state" / "clock-text.json")
-            found = measure(run, learned, sequential=sequential)
+        with open_session(settings, job="benchmark text", progress=Terminal()) as session:
+            learned = learn_stream(session)
+            watch = Stopwatch(session.folder / "state" / "clock-text.json")
+            found = measure(session, learned, sequential=sequential)
             seconds = learned.summary["seconds_total"] + watch.lap()
-            report = publish(run, learned.summary | found | {"seconds_total": seconds})
-            show_tasks(run, learned.summary)
-            _show(run, found)
-            print_next_steps(run, report)
+            report = publish(session, learned.summary | found | {"seconds_total": seconds})
+            show_tasks(session, learned.summary)
+            _show(session, found)
+            print_next_steps(session, report)
 
 
 def packaged_base() -> str | None:
@@ -79,20 +79,20 @@ def packaged_base() -> str | None:
     return next((str(file) for folder in folders for file in sorted(Path(folder).glob("*.gguf"))), None)
 
 
-def measure(run: StreamSession, learned: LearnResult, *, sequential: bool) -> dict[str, Any]:
+def measure(session: StreamSession, learned: LearnResult, *, sequential: bool) -> dict[str, Any]:
     """Returns the summary's parts `general_text` (perplexities, shares answered by the base) and `sequential`."""
     pool, tasks = learned.pool, learned.pool.names
-    tuned = _sequential(run, learned) if sequential else None
-    torch.set_num_threads(run.config.training.cpus_per_worker)
-    base = load_base(run.config.base)
+    tuned = _sequential(session, learned) if sequential else None
+    torch.set_num_threads(session.config.training.cpus_per_worker)
+    base = load_base(session.config.base)
     rows = {
         task.name: [
             encode(base.processor, record.messages, record.images)
             for record in first_records(
-                task.eval, run.data_folder, task.prompt, run.config.evaluation.limit or QUESTIONS
+                task.eval, session.data_folder, task.prompt, session.config.evaluation.limit or QUESTIONS
             )
         ]
-        for task in run.config.stream.benchmarks
+        for task in session.config.stream.benchmarks
     }
     routed = RoutedModel(base.model, pool)
     found: dict[str, dict[str, float]] = {}
@@ -104,7 +104,7 @@ def measure(run: StreamSession, learned: LearnResult, *, sequential: bool) -> di
         found[name] = {column: value for column, (value, _) in read.items()}
         to_base[name] = {column: share for column, (_, share) in read.items()}
         figures = "  ".join(f"{column} {value:.3f}" for column, value in found[name].items())
-        run.progress.say(f"  perplexity, {name}: {figures}   ({monotonic() - started:.0f} s)")
+        session.progress.say(f"  perplexity, {name}: {figures}   ({monotonic() - started:.0f} s)")
 
     with routed.forced(None):
         note("base")
@@ -124,7 +124,7 @@ def measure(run: StreamSession, learned: LearnResult, *, sequential: bool) -> di
         "perplexity": found,
         "to_base": to_base,
     }
-    return {"general_text": general} | ({} if tuned is None else {"sequential": _evaluated(run, pool, tuned)})
+    return {"general_text": general} | ({} if tuned is None else {"sequential": _evaluated(session, pool, tuned)})
 
 
 def _first(pool: Pool, count: int) -> Pool:
@@ -165,29 +165,29 @@ def perplexity(routed: RoutedModel, rows: Sequence[Encoded]) -> tuple[float, flo
     return math.exp(loss / tokens), left / len(rows)
 
 
-def _sequential(run: StreamSession, learned: LearnResult) -> Expert:
+def _sequential(session: StreamSession, learned: LearnResult) -> Expert:
     """Fine-tunes the first task's LoRA on the tasks after it; returns the last expert with that LoRA instead of its own."""
-    first, *others = run.config.stream.tasks
+    first, *others = session.config.stream.tasks
     key = learned.pool.experts[first.name].card.config_digest
-    adapter = run.experts.ensure(run.reference(first.name, key))
+    adapter = session.experts.ensure(session.reference(first.name, key))
     for task in others:
-        run.progress.say(f"sequential fine-tuning: {task.name} after {first.name}", "bold")
-        key = digest("sequential", key, run.identity.expert(task))
-        job = run.job(task, key, task=f"sequential_{task.name}", start=str(adapter), router_stage=False)
-        adapter = run.train(*job).adapter
-        run.release(task)
+        session.progress.say(f"sequential fine-tuning: {task.name} after {first.name}", "bold")
+        key = digest("sequential", key, session.identity.expert(task))
+        spec = session.spec(task, key, task=f"sequential_{task.name}", start=str(adapter), router_stage=False)
+        adapter = session.train(*spec).adapter
+        session.release(task)
     last = learned.pool.experts[learned.pool.names[-1]]
     card = last.card.model_copy(update={"config_digest": key})
     return replace(last, card=card, adapters=load_adapters(adapter)[1])
 
 
-def _evaluated(run: StreamSession, pool: Pool, tuned: Expert) -> dict[str, float]:
+def _evaluated(session: StreamSession, pool: Pool, tuned: Expert) -> dict[str, float]:
     """Returns the accuracies of a LoRA that answers everything."""
     alone = _alone(pool, tuned)
-    return run.evaluate(list(run.columns), alone, tuned.card.config_digest, mode="only").accuracies()
+    return session.evaluate(list(session.columns), alone, tuned.card.config_digest, mode="only").accuracies()
 
 
-def _show(run: StreamSession, found: Mapping[str, Any]) -> None:
+def _show(session: StreamSession, found: Mapping[str, Any]) -> None:
     general = found["general_text"]
     columns = list(general["prompts"])
     rows = [
@@ -195,7 +195,7 @@ def _show(run: StreamSession, found: Mapping[str, Any]) -> None:
         for name, values in general["perplexity"].items()
     ]
     header = ["who answers", *columns, *(f"{c} to base" for c in columns)]
-    run.progress.show(table("Perplexity of general text, and how much of it the base answers", header, rows))
+    session.progress.show(table("Perplexity of general text, and how much of it the base answers", header, rows))
     if "sequential" in found:
         values = "  ".join(f"{name} {value:.3f}" for name, value in found["sequential"].items())
-        run.progress.say(f"accuracy of sequential fine-tuning at the end: {values}")
+        session.progress.say(f"accuracy of sequential fine-tuning at the end: {values}")

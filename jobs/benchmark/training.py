@@ -13,9 +13,9 @@ from jobs.terminal import Terminal, table
 from pipeline.config import ConfigError, LearnConfig
 from pipeline.data.encoded.packing import unpack
 from pipeline.files import write_json
-from pipeline.learning.opening import open_run
+from pipeline.learning.opening import open_session
 from pipeline.learning.session import StreamSession
-from pipeline.learning.summary import run_provenance
+from pipeline.learning.summary import session_provenance
 from pipeline.models.bases import load_base
 from pipeline.provenance import now
 from pipeline.training.stages import with_lora
@@ -33,20 +33,20 @@ def training(config: ConfigFile, overrides: Overrides = None, rounds: Rounds = 3
     """
     with user_errors():
         settings = load(config, overrides)
-        with open_run(settings, job="benchmark training", progress=Terminal()) as run:
-            _training(run, rounds)
+        with open_session(settings, job="benchmark training", progress=Terminal()) as session:
+            _training(session, rounds)
 
 
-def _training(run: StreamSession, rounds: int) -> None:
+def _training(session: StreamSession, rounds: int) -> None:
     started = now()
-    steps = run.config.expert.steps
+    steps = session.config.expert.steps
     if steps <= WARM_UP:
         raise ConfigError(f"expert.steps={steps}: the first {WARM_UP} steps are start-up and do not count; take more")
-    task = run.config.stream.tasks[0]
-    rows = run.training_rows(task)
-    cached = StreamSession(_with_features(run.config), run.cluster, run.progress, run.memory)
-    cached.run_id = run.run_id
-    with run.progress.working("computing image features"):
+    task = session.config.stream.tasks[0]
+    rows = session.training_rows(task)
+    cached = StreamSession(_with_features(session.config), session.cluster, session.progress, session.memory)
+    cached.mlflow_run_id = session.mlflow_run_id
+    with session.progress.working("computing image features"):
         began = perf_counter()
         cached.training_rows(task)
         feature_seconds = perf_counter() - began
@@ -55,20 +55,20 @@ def _training(run: StreamSession, rounds: int) -> None:
     features: list[float] = []
     waits: list[float] = []
     for number in range(rounds):
-        run.progress.say(f"round {number + 1}/{rounds}")
-        with run.progress.working("plain PyTorch + PEFT loop"):
-            plain.append(fmean(_plain_loop(run)[WARM_UP:]))
-        for which, seconds in ((run, ours), (cached, features)):
+        session.progress.say(f"round {number + 1}/{rounds}")
+        with session.progress.working("plain PyTorch + PEFT loop"):
+            plain.append(fmean(_plain_loop(session)[WARM_UP:]))
+        for which, seconds in ((session, ours), (cached, features)):
             # A digest of its own: a finished run of the same name would only be read again.
-            job = which.job(task, f"benchmark-{time_ns()}", task=f"benchmark_{task.name}", router_stage=False)
-            figures = which.train(*job).figures
+            spec = which.spec(task, f"benchmark-{time_ns()}", task=f"benchmark_{task.name}", router_stage=False)
+            figures = which.train(*spec).figures
             which.end_sessions()  # the plain loop is to have the machine alone
             seconds.append(fmean(figures["expert_step_seconds"][WARM_UP:]))
-            if which is run:
+            if which is session:
                 waits.append(figures["expert_wait_seconds"] / figures["expert_seconds"])
-    summary = run_provenance(run, started) | {
+    summary = session_provenance(session, started) | {
         "steps": steps,
-        "batch_size": run.config.expert.batch_size,
+        "batch_size": session.config.expert.batch_size,
         "rows": rows.counts[task.name],
         "warm_up_steps": WARM_UP,
         "plain_step_seconds": plain,
@@ -79,13 +79,13 @@ def _training(run: StreamSession, rounds: int) -> None:
         "features_speed_up": median(ours) / median(features),
         "features_seconds": feature_seconds,
     }
-    file = run.folder / "benchmark-training.json"
+    file = session.folder / "benchmark-training.json"
     write_json(file, summary)
     header = ["expert stage", "ms a step (median)", "throughput", "waiting for data"]
     body = [
         ["plain PyTorch + PEFT", f"{1e3 * median(plain):.1f}", "1.00", "-"],
         [
-            f"Ray + DeepSpeed ZeRO-{run.config.training.zero_stage}",
+            f"Ray + DeepSpeed ZeRO-{session.config.training.zero_stage}",
             f"{1e3 * median(ours):.1f}",
             f"{summary['throughput_ratio']:.2f}",
             f"{median(waits):.1%}",
@@ -97,8 +97,8 @@ def _training(run: StreamSession, rounds: int) -> None:
             "-",
         ],
     ]
-    run.progress.show(table(f"{steps} steps of {run.config.expert.batch_size} rows", header, body))
-    run.progress.say(f"summary    {file}")
+    session.progress.show(table(f"{steps} steps of {session.config.expert.batch_size} rows", header, body))
+    session.progress.say(f"summary    {file}")
 
 
 def _with_features(config: LearnConfig) -> LearnConfig:
@@ -106,16 +106,16 @@ def _with_features(config: LearnConfig) -> LearnConfig:
     return config.model_copy(update={"data": data_})
 
 
-def _plain_loop(run: StreamSession) -> list[float]:
+def _plain_loop(session: StreamSession) -> list[float]:
     """Returns the seconds of each of the expert stage's steps in a plain loop, in this process, all rows in memory."""
-    config = run.config
+    config = session.config
     torch.manual_seed(config.seed)
     torch.set_num_threads(config.training.cpus_per_worker)
     base = load_base(config.base)
     task = config.stream.tasks[0]
     rows = [
         row
-        for batch in run.training_rows(task).rows([task.name]).iter_batches(batch_format="numpy")
+        for batch in session.training_rows(task).rows([task.name]).iter_batches(batch_format="numpy")
         for row in unpack(batch)
     ]
     batches = shuffled_batches(rows, config.expert.batch_size, pad_token_id=base.processor.tokenizer.pad_token_id)

@@ -61,7 +61,7 @@ def format_candidates(candidates: Sequence[Candidate]) -> str:
     parts = []
     for candidate in candidates[:SHOWN]:
         part = f"{candidate.name or BASE} {candidate.posterior:.1%}"
-        if candidate.distance is not None and candidate.radius is not None:
-            part += f" (distance {min(candidate.distance, 999):.2f}, radius {candidate.radius:.2f})"
+        if candidate.distance is not None and candidate.threshold is not None:
+            part += f" (distance {min(candidate.distance, 999):.2f}, threshold {candidate.threshold:.2f})"
         parts.append(part)
     return ", ".join(parts)

@@ -37,36 +37,38 @@ ROUTERS: dict[str, dict[str, str]] = {
 """Router settings by the name that results bear."""
 
 
-def compare_methods(run: StreamSession, learned: LearnResult) -> dict[str, Any]:
+def compare_methods(session: StreamSession, learned: LearnResult) -> dict[str, Any]:
     """Trains and evaluates the other methods; returns the summary's `methods`."""
     tasks = learned.summary["tasks"]
     samples = sum(t["samples"] for t in tasks.values())
     expert_seconds = sum(t["expert_seconds"] for t in tasks.values())
     all_seconds = expert_seconds + sum(t["router_seconds"] for t in tasks.values())
-    columns = list(run.columns)
+    columns = list(session.columns)
 
     def routed(name: str) -> Evaluation:
         pool = learned.pool.routed_by(**ROUTERS[name])
-        folder = pool.save(run.folder / "methods" / f"pool-{name}")
-        return run.evaluate(columns, pool, run.pool_key(pool), folder=folder, who=name)
+        folder = pool.save(session.folder / "methods" / f"pool-{name}")
+        return session.evaluate(columns, pool, session.pool_key(pool), folder=folder, who=name)
 
-    told = run.evaluate(columns, learned.pool, digest(learned.pool_digest), mode="told", who="specialist")
+    told = session.evaluate(columns, learned.pool, digest(learned.pool_digest), mode="told", who="specialist")
     sequential, multitask = _both(
-        partial(_sequential, run), partial(_multitask, run), at_once=run.capacity.trainings > 1
+        partial(_sequential, session), partial(_multitask, session), at_once=session.capacity.trainings > 1
     )
     return {
-        "base": _method(run, run.evaluate(columns, None, "base", who="the base"), 0, 0.0),
-        "specialist": _method(run, told, samples, expert_seconds),
-        "sequential": _method(run, _only(run, "sequential", sequential), sequential.samples, sequential.seconds),
-        "multitask": _method(run, _only(run, "multitask", multitask), multitask.samples, multitask.seconds),
-        **{name: _method(run, routed(name), samples, all_seconds) for name in ROUTERS},
+        "base": _method(session, session.evaluate(columns, None, "base", who="the base"), 0, 0.0),
+        "specialist": _method(session, told, samples, expert_seconds),
+        "sequential": _method(
+            session, _only(session, "sequential", sequential), sequential.samples, sequential.seconds
+        ),
+        "multitask": _method(session, _only(session, "multitask", multitask), multitask.samples, multitask.seconds),
+        **{name: _method(session, routed(name), samples, all_seconds) for name in ROUTERS},
     }
 
 
-def _method(run: StreamSession, evaluation: Evaluation, samples: int, seconds: float) -> dict[str, Any]:
+def _method(session: StreamSession, evaluation: Evaluation, samples: int, seconds: float) -> dict[str, Any]:
     accuracies = evaluation.accuracies()
-    new = [accuracies[task.name] for task in run.config.stream.tasks]
-    old = [accuracies[task.name] for task in run.config.stream.benchmarks]
+    new = [accuracies[task.name] for task in session.config.stream.tasks]
+    old = [accuracies[task.name] for task in session.config.stream.benchmarks]
     return {
         "new": sum(new) / len(new),
         "base_abilities": sum(old) / len(old) if old else None,
@@ -96,51 +98,56 @@ def _both(one: Callable[[], _Adapter], other: Callable[[], _Adapter], *, at_once
     return one(), beside.result()
 
 
-def _sequential(run: StreamSession) -> _Adapter:
+def _sequential(session: StreamSession) -> _Adapter:
     """One LoRA goes from task to task."""
     adapter, key, samples, seconds = None, "sequential", 0, 0.0
-    for number, task in enumerate(run.config.stream.tasks):
-        run.progress.say(f"sequential fine-tuning {number + 1}/{len(run.config.stream.tasks)}: {task.name}", "bold")
-        key = digest(key, run.identity.expert(task))
+    for number, task in enumerate(session.config.stream.tasks):
+        session.progress.say(
+            f"sequential fine-tuning {number + 1}/{len(session.config.stream.tasks)}: {task.name}", "bold"
+        )
+        key = digest(key, session.identity.expert(task))
         changes = {"task": f"sequential_{task.name}", "router_stage": False, "validation": 0.0}
-        trained = run.train(*run.job(task, key, start=str(adapter) if adapter else None, **changes))
+        trained = session.train(*session.spec(task, key, start=str(adapter) if adapter else None, **changes))
         adapter = trained.adapter
-        run.release(task)
+        session.release(task)
         samples += trained.figures["samples"]
         seconds += trained.figures["expert_seconds"]
     assert adapter is not None, "a stream has tasks"
     return _Adapter(adapter, key, samples, seconds)
 
 
-def _multitask(run: StreamSession) -> _Adapter:
+def _multitask(session: StreamSession) -> _Adapter:
     """One LoRA sees all tasks' rows, in as many steps as all experts together."""
-    tasks = run.config.stream.tasks
-    run.progress.say(f"multi-task training on all {len(tasks)} tasks", "bold")
-    key = digest("multitask", [run.identity.expert(task) for task in tasks])
-    expert = run.config.expert.model_copy(update={"steps": run.config.expert.steps * len(tasks)})
+    tasks = session.config.stream.tasks
+    session.progress.say(f"multi-task training on all {len(tasks)} tasks", "bold")
+    key = digest("multitask", [session.identity.expert(task) for task in tasks])
+    expert = session.config.expert.model_copy(update={"steps": session.config.expert.steps * len(tasks)})
     changes = {"task": "multitask", "data_fingerprint": key, "expert": expert, "router_stage": False, "validation": 0.0}
-    with run.progress.working(f"reading {len(tasks)} tasks"):
-        rows = run.all_training_rows()
-    trained = run.train(run.job_alone(tasks[0], key, **changes), rows)
+    with session.progress.working(f"reading {len(tasks)} tasks"):
+        rows = session.all_training_rows()
+    trained = session.train(session.spec_alone(tasks[0], key, **changes), rows)
     return _Adapter(trained.adapter, key, trained.figures["samples"], trained.figures["expert_seconds"])
 
 
-def _only(run: StreamSession, name: str, trained: _Adapter) -> Evaluation:
+def _only(session: StreamSession, name: str, trained: _Adapter) -> Evaluation:
     """Evaluates a single adapter that answers everything."""
     config, adapters = load_adapters(trained.folder)
     card = ExpertCard(
         name=name,
         task=name,
-        base_fingerprint=run.fingerprint,
-        rank=run.config.expert.rank,
-        alpha=run.config.expert.lora_alpha,
-        seed=run.config.seed,
+        base_fingerprint=session.fingerprint,
+        rank=session.config.expert.rank,
+        alpha=session.config.expert.lora_alpha,
+        seed=session.config.seed,
         data_fingerprint=trained.key,
         config_digest=trained.key,
         samples=trained.samples,
     )
     nothing = PromptStatistics.of(torch.zeros(1, 1))  # nobody routes to it
     pool = Pool(
-        run.config.base.label, run.fingerprint, run.config.router, [Expert(card, config, adapters, {}, nothing)]
+        session.config.base.label,
+        session.fingerprint,
+        session.config.router,
+        [Expert(card, config, adapters, {}, nothing)],
     )
-    return run.evaluate(list(run.columns), pool, trained.key, mode="only", who=name)
+    return session.evaluate(list(session.columns), pool, trained.key, mode="only", who=name)

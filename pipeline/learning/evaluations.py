@@ -14,16 +14,19 @@ from pipeline.routing.pool import Pool
 class PoolEvaluations:
     """Evaluates pools of growing size into a matrix, at most one of them while the next task is learned."""
 
-    def __init__(self, run: StreamSession, matrix: AccuracyMatrix) -> None:
-        self._run, self._matrix = run, matrix
-        self._families = [task.name for task in run.config.stream.benchmarks]
+    def __init__(self, session: StreamSession, matrix: AccuracyMatrix) -> None:
+        self._session, self._matrix = session, matrix
+        self._families = [task.name for task in session.config.stream.benchmarks]
         self._waiting: tuple[list[str], Future[Evaluation]] | None = None
         self._last: Evaluation | None = None
 
     def begin(self, pool: Pool, key: str, folder: Path) -> None:
         """Evaluates a pool on its tasks and on the base abilities, now or in the background; first ends the one before."""
         self.end()
-        self._waiting = pool.names, self._run.evaluate_soon([*pool.names, *self._families], pool, key, folder=folder)
+        self._waiting = (
+            pool.names,
+            self._session.evaluate_soon([*pool.names, *self._families], pool, key, folder=folder),
+        )
         if self._waiting[1].done():
             self.end()
 
@@ -38,7 +41,7 @@ class PoolEvaluations:
     def _note(self, names: Sequence[str], evaluation: Evaluation) -> None:
         accuracies = evaluation.accuracies()
         self._matrix.record(names[-1], accuracies)
-        self._run.log([(f"accuracy/{column}", value, len(names)) for column, value in accuracies.items()])
+        self._session.log([(f"accuracy/{column}", value, len(names)) for column, value in accuracies.items()])
         new, old = ([accuracies[name] for name in of] for of in (names, self._families))
         abilities = f", base abilities {fmean(old):.3f}" if old else ""
-        self._run.progress.say(f"  with {names[-1]}: tasks so far {fmean(new):.3f}{abilities}")
+        self._session.progress.say(f"  with {names[-1]}: tasks so far {fmean(new):.3f}{abilities}")

@@ -24,7 +24,7 @@ from pipeline.learning.evaluations import PoolEvaluations
 from pipeline.learning.recognition import remember
 from pipeline.learning.session import StreamSession
 from pipeline.learning.state import Stopwatch, read_json
-from pipeline.learning.summary import answers, learned, run_provenance
+from pipeline.learning.summary import answers, learned, session_provenance
 from pipeline.learning.trainings import TrainedExpert, Trainings, with_figures
 from pipeline.memory import trim_memory
 from pipeline.provenance import now
@@ -46,20 +46,20 @@ class LearnResult:
     summary: dict[str, Any]
 
 
-def learn_stream(run: StreamSession) -> LearnResult:
+def learn_stream(session: StreamSession) -> LearnResult:
     """Learns all tasks of the run's stream; what is finished already is found and skipped."""
-    config, started = run.config, now()
-    watch = Stopwatch(run.folder / "state" / "clock.json")
+    config, started = session.config, now()
+    watch = Stopwatch(session.folder / "state" / "clock.json")
     names = [task.name for task in config.stream.tasks]
     families = [task.name for task in config.stream.benchmarks]
     matrix = AccuracyMatrix(names, families)
-    pool = Pool(config.base.label, run.fingerprint, config.router, **run.null_expert())
-    pool_folder, figures, versions = run.folder / "pool", {}, {}
-    last = run.evaluate([*names, *families], None, "base", who="the base")
+    pool = Pool(config.base.label, session.fingerprint, config.router, **session.null_expert())
+    pool_folder, figures, versions = session.folder / "pool", {}, {}
+    last = session.evaluate([*names, *families], None, "base", who="the base")
     matrix.record("base", last.accuracies())
-    evaluations, trainings = PoolEvaluations(run, matrix), Trainings(run)
+    evaluations, trainings = PoolEvaluations(session, matrix), Trainings(session)
     for number, task in enumerate(config.stream.tasks):
-        run.progress.say(f"task {number + 1}/{len(names)}: {task.name}", "bold")
+        session.progress.say(f"task {number + 1}/{len(names)}: {task.name}", "bold")
         began = monotonic()
         try:
             trained = trainings.expert(task)
@@ -67,12 +67,12 @@ def learn_stream(run: StreamSession) -> LearnResult:
             evaluations.end()  # of the pool before, which is whole
             raise
         ended = monotonic()
-        found = _registered(run, task, trained)
+        found = _registered(session, task, trained)
         versions[task.name], figures[task.name] = found.version, found.figures
         pool = pool.add(found.expert)
         pool.save(pool_folder)
-        pool_key = run.pool_key(pool)
-        version = run.patience(
+        pool_key = session.pool_key(pool)
+        version = session.patience(
             partial(
                 register_pool,
                 pool,
@@ -82,14 +82,14 @@ def learn_stream(run: StreamSession) -> LearnResult:
                 expert_memory=config.evaluation.expert_memory,
             ),
             "registering the pool",
-            kept=f"pool and experts are safe in {run.folder}; nothing will be trained again",
+            kept=f"pool and experts are safe in {session.folder}; nothing will be trained again",
         )
         if not trained.before:
             beyond = figures[task.name]["seconds"] - figures[task.name]["step_seconds"]
             overhead = {"overhead_seconds": beyond + monotonic() - ended}
             figures[task.name] = with_figures(trained.file, figures[task.name], overhead)
         seconds = figures[task.name]["seconds"]
-        run.progress.say(f"  pool version {version.version}   ({seconds:.0f} s to learn)")
+        session.progress.say(f"  pool version {version.version}   ({seconds:.0f} s to learn)")
         if config.is_evaluated(number + 1):
             evaluations.begin(pool, pool_key, pool_folder)
         if not trained.before:
@@ -98,13 +98,13 @@ def learn_stream(run: StreamSession) -> LearnResult:
             figures[task.name] = with_figures(trained.file, figures[task.name], turn)
         watch.lap()
     if evaluations.end() is not None:  # with samples now
-        last = run.evaluate([*names, *families], pool, pool_key, folder=pool_folder, quietly=True)
+        last = session.evaluate([*names, *families], pool, pool_key, folder=pool_folder, quietly=True)
     summary = {
-        **run_provenance(run, started),
+        **session_provenance(session, started),
         "seconds_total": watch.stop(),
-        "peak_memory_bytes": run.memory.bytes,
-        **learned(run, matrix, last, figures),
-        "answers": answers(last, names, run.generated.count),
+        "peak_memory_bytes": session.memory.bytes,
+        **learned(session, matrix, last, figures),
+        "answers": answers(last, names, session.generated.count),
     }
     return LearnResult(pool, pool_folder, pool_key, summary)
 
@@ -117,34 +117,34 @@ class _Registered(NamedTuple):
     figures: dict[str, Any]
 
 
-def _registered(run: StreamSession, task: TaskConfig, trained: TrainedExpert) -> _Registered:
+def _registered(session: StreamSession, task: TaskConfig, trained: TrainedExpert) -> _Registered:
     """Registers a task's expert, if it is not yet."""
-    figures, folder = read_json(trained.file), run.experts.ensure(trained.reference)
-    version = run.patience(
-        lambda: _register(run, task, trained.reference, folder, figures),
+    figures, folder = read_json(trained.file), session.experts.ensure(trained.reference)
+    version = session.patience(
+        lambda: _register(session, task, trained.reference, folder, figures),
         f"registering expert {task.name}",
         kept=f"the trained expert is safe in {folder}; it will not be trained again",
     )
     if trained.before:
-        run.progress.say(f"  learned before, version {version.version} of {version.name}")
+        session.progress.say(f"  learned before, version {version.version} of {version.name}")
     where = {"model": version.name, "version": int(version.version)}
-    expert = StoredExpert(ExpertReference.of(folder).model_copy(update=where), run.experts)
-    remember(run, expert.expert.card)
+    expert = StoredExpert(ExpertReference.of(folder).model_copy(update=where), session.experts)
+    remember(session, expert.expert.card)
     return _Registered(expert, version, figures)
 
 
 def _register(
-    run: StreamSession, task: TaskConfig, expert: ExpertReference, folder: Path, figures: Mapping[str, Any]
+    session: StreamSession, task: TaskConfig, expert: ExpertReference, folder: Path, figures: Mapping[str, Any]
 ) -> ModelVersion:
     """Returns the version of a trained expert, made now if there is none."""
-    label = run.config.base.label
+    label = session.config.base.label
     assert expert.digest is not None
     if (version := find_expert(label, expert.digest)) is not None:
         return version
     if "rows" in figures:  # which earlier releases did not write down
         assert task.train is not None
         fingerprint = Expert.load(folder).card.data_fingerprint
-        log_dataset(run.run_id, task.name, task.train.path, fingerprint, samples=figures["rows"])
+        log_dataset(session.mlflow_run_id, task.name, task.train.path, fingerprint, samples=figures["rows"])
     return register_expert(label, folder)
 
 
@@ -154,11 +154,13 @@ def _upload(folder: Path, report: Path) -> None:
     mlflow.log_artifacts(str(folder / "pictures"), "report/pictures")
 
 
-def publish(run: StreamSession, summary: dict[str, Any]) -> Path:
+def publish(session: StreamSession, summary: dict[str, Any]) -> Path:
     """Writes summary and report into the run's folder and as artifacts of the MLflow run; returns the report."""
-    write_json(run.folder / "summary.json", summary)
-    report = write_report(summary, run.folder)
-    run.patience(partial(_upload, run.folder, report), "uploading summary and report", kept=f"both are in {run.folder}")
+    write_json(session.folder / "summary.json", summary)
+    report = write_report(summary, session.folder)
+    session.patience(
+        partial(_upload, session.folder, report), "uploading summary and report", kept=f"both are in {session.folder}"
+    )
     figures = {key: value for key, value in summary["continual"].items() if value is not None}
-    run.log([(f"continual/{key}", value, 0) for key, value in figures.items()])
+    session.log([(f"continual/{key}", value, 0) for key, value in figures.items()])
     return report

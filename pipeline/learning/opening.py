@@ -38,7 +38,7 @@ def alone_in(folder: Path) -> Iterator[None]:
 
 
 @contextmanager
-def open_run(
+def open_session(
     config: LearnConfig, *, job: str, trains: bool = True, progress: Progress | None = None
 ) -> Iterator[StreamSession]:
     """Joins or starts Ray, checks that the cluster suffices, opens MLflow; yields the run.
@@ -62,39 +62,39 @@ def open_run(
                 build_op(extensions_folder())
         with progress.working("starting Ray"):
             cluster = connect()
-        run = StreamSession(config, cluster, progress, memory)
+        session = StreamSession(config, cluster, progress, memory)
         # When MLflow and the user know that it has ended: where Ray was stopped too, closing waits for it for a minute.
-        afterwards.push(lambda kind, *error: run.close(at_once=kind is not None))
-        run.capacity.check(trains=trains)
+        afterwards.push(lambda kind, *error: session.close(at_once=kind is not None))
+        session.capacity.check(trains=trains)
         if trains:
             afterwards.callback(torch.set_num_threads, torch.get_num_threads())
-            torch.set_num_threads(run.capacity.driver_threads)
+            torch.set_num_threads(session.capacity.driver_threads)
         with progress.working("opening MLflow"):
-            experiment = run.patience(
+            experiment = session.patience(
                 lambda: open_tracking(config.tracking_uri, config.registry.experiment, on_wait=progress.say),
                 "opening MLflow",
             )
         with tracked_run(
             experiment,
             f"{config.name} {job}",
-            _name_of(run, job),
+            _name_of(session, job),
         ) as run_id:
-            run.run_id = run_id
+            session.mlflow_run_id = run_id
             log_config(run_id, config)
-            run.metrics.go_on(run_id)
-            run.metrics.write()  # of an earlier run, if the registry was away then
+            session.metrics.go_on(run_id)
+            session.metrics.write()  # of an earlier run, if the registry was away then
             try:
-                yield run
+                yield session
             finally:
-                if not run.metrics.write():
-                    progress.say(f"  {run.metrics.waiting} points of metrics wait for the next run of this command")
+                if not session.metrics.write():
+                    progress.say(f"  {session.metrics.waiting} points of metrics wait for the next run of this command")
 
 
-def _name_of(run: StreamSession, job: str) -> str:
+def _name_of(session: StreamSession, job: str) -> str:
     """The MLflow run is named by what is learned, not by how it is computed or where it is written down."""
-    settings = run.config.to_identity(exclude={"registry", "training"})
+    settings = session.config.to_identity(exclude={"registry", "training"})
     del settings["evaluation"]["expert_memory"]
-    return digest(settings, run.fingerprint, job)
+    return digest(settings, session.fingerprint, job)
 
 
 @contextmanager

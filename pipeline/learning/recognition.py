@@ -27,20 +27,20 @@ class ChangedError(UserError):
     """A task that was learned from other data or with other settings, where `stream.on_change` is `fail`."""
 
 
-def expert_wanted(run: StreamSession, task: TaskConfig) -> str:
+def expert_wanted(session: StreamSession, task: TaskConfig) -> str:
     """Returns the name of the expert that a task is to have; what is unusual about it is said.
 
     Raises ChangedError as `stream.on_change` wants it, StreamError where the task's data are not to be had and no expert was
     learned from them.
     """
-    known = _known(run, task)
+    known = _known(session, task)
     try:
-        key = run.identity.expert(task)
+        key = session.identity.expert(task)
     except StreamError as error:
-        return _without_data(run, task, known, error)
-    if known is None or known["config_digest"] in {key, run.identity.expert_before(task)}:
+        return _without_data(session, task, known, error)
+    if known is None or known["config_digest"] in {key, session.identity.expert_before(task)}:
         return str(known["config_digest"]) if known else key
-    before, now, policy = known.get("identity", {}), run.identity.parts(task), run.config.stream.on_change
+    before, now, policy = known.get("identity", {}), session.identity.parts(task), session.config.stream.on_change
     changes = differences(before, now)
     alike = bool(before) and all(before.get(name) == value or is_of_statistics(name) for name, value in now.items())
     what = f"task {task.name!r} was learned otherwise: {'; '.join(changes)}"
@@ -50,18 +50,18 @@ def expert_wanted(run: StreamSession, task: TaskConfig) -> str:
             "stream.on_change=keep leaves its expert as it is"
         )
     if policy == "keep":
-        run.progress.say(f"  {what}; its expert is kept (stream.on_change: keep)")
+        session.progress.say(f"  {what}; its expert is kept (stream.on_change: keep)")
         return str(known["config_digest"])
-    run.progress.say(
+    session.progress.say(
         f"  {what}; it is trained again (stream.on_change: retrain), the expert before stays in the registry"
         + ("; only statistics depend on that: `pointsman recompute-statistics` takes them without training" * alike)
     )
     return key
 
 
-def remember(run: StreamSession, card: ExpertCard) -> None:
+def remember(session: StreamSession, card: ExpertCard) -> None:
     """Writes down the expert that a task has now."""
-    file = _file(run.folder, card.task)
+    file = _file(session.folder, card.task)
     kept = {"config_digest": card.config_digest, "identity": card.identity}
     if not file.exists() or read_json(file) != kept:
         write_json(file, kept)
@@ -86,26 +86,26 @@ def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     return found
 
 
-def _without_data(run: StreamSession, task: TaskConfig, known: dict[str, Any] | None, error: StreamError) -> str:
+def _without_data(session: StreamSession, task: TaskConfig, known: dict[str, Any] | None, error: StreamError) -> str:
     """Returns the name of the expert that was learned from data that are gone, or raises the error of reading them."""
     if known is None:
         raise error
-    now, before = run.identity.settings(task), dict(known.get("identity", {}))
+    now, before = session.identity.settings(task), dict(known.get("identity", {}))
     before.pop(DATA, None)
-    if before and (changes := differences(before, now)) and run.config.stream.on_change != "keep":
+    if before and (changes := differences(before, now)) and session.config.stream.on_change != "keep":
         raise StreamError(
             f"{error}; its expert was learned with other settings ({'; '.join(changes)}), so that the data are needed again: "
             "bring them back, undo the change, or set stream.on_change=keep"
         ) from None
-    run.progress.say(
+    session.progress.say(
         f"  {task.name}: its training data are not to be had ({error}); the expert that was learned from them stands"
     )
     return str(known["config_digest"])
 
 
-def _known(run: StreamSession, task: TaskConfig) -> dict[str, Any] | None:
+def _known(session: StreamSession, task: TaskConfig) -> dict[str, Any] | None:
     # Earlier releases kept no note of it, but the expert's own card.
-    files = _file(run.folder, task.name), run.folder / EXPERTS / task.name / CARD
+    files = _file(session.folder, task.name), session.folder / EXPERTS / task.name / CARD
     return next((read_json(file) for file in files if file.exists()), None)
 
 

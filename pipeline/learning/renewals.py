@@ -41,50 +41,50 @@ class Renewal:
         return digest(self.identity)
 
 
-def plan(run: StreamSession, old: TrainedPool, *, skip_missing: bool) -> list[Renewal]:
+def plan(session: StreamSession, old: TrainedPool, *, skip_missing: bool) -> list[Renewal]:
     """Returns what becomes of each expert of a pool; raises MissingError that lists all rows that are not there."""
-    if old.base_fingerprint != run.fingerprint:
+    if old.base_fingerprint != session.fingerprint:
         raise PoolError(
             f"{old.folder}: made for base {old.base_label!r} with fingerprint {old.base_fingerprint}, base.path has "
-            f"{run.fingerprint}; name the pool's own base"
+            f"{session.fingerprint}; name the pool's own base"
         )
     if not old.experts:
         raise PoolError(f"{old.folder}: the pool holds no expert, so there are no statistics to recompute")
-    tasks = {task.name: task for task in run.config.stream.tasks}
+    tasks = {task.name: task for task in session.config.stream.tasks}
     found, missing = [], {}
     for name in old.experts:
         if name not in tasks:
             missing[name] = "no task of that name in stream.tasks"
             continue
         try:
-            found.append(_renewal(run, tasks[name], old))
+            found.append(_renewal(session, tasks[name], old))
         except StreamError as error:
             missing[name] = str(error)
-    gone = _base_prompts_gone(run)
+    gone = _base_prompts_gone(session)
     if gone or (missing and not skip_missing) or not found:
         raise MissingError(_told(old, missing, gone))
     for name, reason in missing.items():
-        run.progress.say(f"  left out: {name}: {reason}")
+        session.progress.say(f"  left out: {name}: {reason}")
     if later := [name for name in tasks if name not in old.experts]:
-        run.progress.say(f"  not in the pool, so for `pointsman learn`: {', '.join(later)}")
+        session.progress.say(f"  not in the pool, so for `pointsman learn`: {', '.join(later)}")
     return found
 
 
-def _renewal(run: StreamSession, task: TaskConfig, old: TrainedPool) -> Renewal:
+def _renewal(session: StreamSession, task: TaskConfig, old: TrainedPool) -> Renewal:
     """Returns what becomes of a task's expert; raises StreamError where the rows that it takes are gone."""
-    trained, names = old.expert(task.name), run.identity
+    trained, names = old.expert(task.name), session.identity
     card, now = trained.card, names.settings(task)
     if card.identity:
         kept = card.identity | {name: value for name, value in now.items() if is_of_statistics(name)}
         if trained.up_to_date and digest(kept) == card.config_digest:
             return Renewal(task)
-        _check_rows(run, task)
+        _check_rows(session, task)
         parts = names.parts(task)
         changes = differences(*({n: v for n, v in p.items() if not is_of_statistics(n)} for p in (kept, parts)))
         if kept.get(DATA) != parts[DATA]:
             kept |= {f"{DATA} of statistics": parts[DATA]}
         return Renewal(task, kept, tuple(changes))
-    _check_rows(run, task)
+    _check_rows(session, task)
     if trained.up_to_date and card.config_digest == names.expert_before(task):
         return Renewal(task)
     changes = recorded_differences(names, task, trained, old.router)
@@ -117,17 +117,17 @@ def recorded_differences(
     return found
 
 
-def _check_rows(run: StreamSession, task: TaskConfig) -> None:
+def _check_rows(session: StreamSession, task: TaskConfig) -> None:
     """Raises StreamError where a task's files are gone, or no image of its first rows is there."""
     assert task.train is not None, "checked where configurations are read"
-    if next(first_records(task.train, run.data_folder, task.prompt, LOOKED_AT), None) is None:
+    if next(first_records(task.train, session.data_folder, task.prompt, LOOKED_AT), None) is None:
         raise StreamError(f"{task.train.path}: none of its first rows can be used (are their images there?)")
 
 
-def _base_prompts_gone(run: StreamSession) -> str | None:
+def _base_prompts_gone(session: StreamSession) -> str | None:
     """Returns why the base prompts cannot be read, or None."""
     try:
-        _ = run.identity.base_prompts
+        _ = session.identity.base_prompts
     except StreamError as error:
         return str(error)
     return None

@@ -43,12 +43,12 @@ from pipeline.routing.features import feature_width
 from pipeline.routing.null import read_null, write_null
 from pipeline.routing.pool import EXPERTS, Pool
 from pipeline.routing.store import ExpertReference, ExpertStore
-from pipeline.training.job_folder import JobFolder
 from pipeline.training.null_expert import null_statistics
 from pipeline.training.session import TrainResult
 from pipeline.training.sessions import Sessions
 from pipeline.training.spec import TrainSpec
 from pipeline.training.telemetry import Step
+from pipeline.training.training_folder import TrainingFolder
 
 BASE_PROMPTS = "base_prompts"
 """Name of the base prompts among the prompts; tasks may not bear it."""
@@ -67,7 +67,7 @@ class StreamSession:
         self.data_folder = Path(config.output).resolve() / "data" / "demo"
         self.identity = Identity(config, self.fingerprint, self.data_folder)
         self.columns: dict[str, TaskConfig] = {t.name: t for t in (*config.stream.tasks, *config.stream.benchmarks)}
-        self.run_id = ""
+        self.mlflow_run_id = ""
         self.patience = Patience(config.registry.patience, progress.say)
         self.metrics = MetricSpool(self.folder / "state" / "metrics.jsonl", progress.say)
         self._training: dict[str, Future[PreparedData]] = {}
@@ -78,7 +78,7 @@ class StreamSession:
 
     def log(self, points: Iterable[tuple[str, float, int]]) -> None:
         """Logs (metric, value, step) points; where the registry is away they wait in the run's folder."""
-        self.metrics.log(self.run_id, points)
+        self.metrics.log(self.mlflow_run_id, points)
 
     # Data
 
@@ -187,7 +187,7 @@ class StreamSession:
         if not file.exists():
             prompts = self.base_prompts.rows([BASE_PROMPTS])
             with self.progress.working("reading the base prompts"):
-                null, evidence = null_statistics(
+                null, layer_statistics = null_statistics(
                     prompts,
                     self.config.base,
                     wanted_width=self.config.router.feature_width,
@@ -197,10 +197,10 @@ class StreamSession:
                     vision=self.vision,
                 )
             with atomic_file(file) as staging:
-                write_null(staging, null, evidence)
+                write_null(staging, null, layer_statistics)
         with stored_file(file, REMADE):
-            null, evidence = read_null(file)
-            return {"null": null, "null_evidence": evidence}
+            null, layer_statistics = read_null(file)
+            return {"null": null, "null_evidence": layer_statistics}
 
     # Experts
 
@@ -233,25 +233,25 @@ class StreamSession:
 
     def has_trained(self, reference: ExpertReference) -> bool:
         """Whether this run has trained an expert to its end, though it may not have come to note its figures."""
-        return self._job_folder(reference.name, reference.digest).figures() is not None
+        return self._training_folder(reference.name, reference.digest).figures() is not None
 
     def seconds_before(self, reference: ExpertReference) -> float:
         """Returns what training an expert had taken by its last checkpoint, where this run was stopped in the middle of it."""
-        folder = self._job_folder(reference.name, reference.digest)
+        folder = self._training_folder(reference.name, reference.digest)
         return float(folder.progress().get("seconds", 0.0)) if folder.last() else 0.0
 
-    def _job_folder(self, task: str, digest_: str | None) -> JobFolder:
-        return JobFolder(self.folder / "training" / f"{task}-{digest_}")
+    def _training_folder(self, task: str, digest_: str | None) -> TrainingFolder:
+        return TrainingFolder(self.folder / "training" / f"{task}-{digest_}")
 
     # Training
 
-    def job(self, task: TaskConfig, digest_: str, /, **changes: Any) -> tuple[TrainSpec, TrainingRows]:
+    def spec(self, task: TaskConfig, digest_: str, /, **changes: Any) -> tuple[TrainSpec, TrainingRows]:
         """Returns the training job of a task and its rows; `changes` to the job make it another method's."""
-        return self.job_alone(task, digest_, **changes), self.training_rows(task).training_rows([task.name])
+        return self.spec_alone(task, digest_, **changes), self.training_rows(task).training_rows([task.name])
 
-    def job_alone(self, task: TaskConfig, digest_: str, /, **changes: Any) -> TrainSpec:
+    def spec_alone(self, task: TaskConfig, digest_: str, /, **changes: Any) -> TrainSpec:
         """Returns the training job of a task, without its rows."""
-        job = TrainSpec(
+        spec = TrainSpec(
             task=task.name,
             digest=digest_,
             identity=self.identity.parts(task),
@@ -265,7 +265,7 @@ class StreamSession:
             group_by_length=self.config.data.group_by_length,
             validation=task.validation,
         )
-        return job.model_copy(update=changes)
+        return spec.model_copy(update=changes)
 
     @cached_property
     def worker_env(self) -> dict[str, str]:
@@ -277,10 +277,10 @@ class StreamSession:
         with self.progress.working(PREPARING):
             return build_deepspeed_ops()
 
-    def train(self, job: TrainSpec, rows: TrainingRows) -> TrainResult:
+    def train(self, spec: TrainSpec, rows: TrainingRows) -> TrainResult:
         """Trains, or goes on with a run of the same name; progress is shown, loss curves in MLflow meanwhile."""
         worker_env = self.worker_env
-        with self.progress.training(job.task) as bar:
+        with self.progress.training(spec.task) as bar:
 
             def on_steps(steps: list[Step]) -> None:
                 bar.update(steps)
@@ -290,13 +290,13 @@ class StreamSession:
                 self._predictors.close()
             with self._lock:
                 if self.closed:
-                    raise RuntimeError(f"{job.task}: the run has ended")
+                    raise RuntimeError(f"{spec.task}: the run has ended")
                 if self._sessions is None:
                     storage = self.folder / "training"
                     count = self.capacity.trainings
-                    self._sessions = Sessions(count, job.training, storage=storage, worker_env=worker_env)
+                    self._sessions = Sessions(count, spec.training, storage=storage, worker_env=worker_env)
                 sessions = self._sessions
-            return sessions.train(job, rows, on_steps)
+            return sessions.train(spec, rows, on_steps)
 
     def end_sessions(self, *, at_once: bool = False) -> None:
         """Ends whoever trains, in the middle of it if `at_once`; the next training starts new workers."""

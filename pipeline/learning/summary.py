@@ -17,13 +17,13 @@ SAMPLES = 2
 """Sample prompts of each column in the report."""
 
 
-def run_provenance(run: StreamSession, started: datetime) -> dict[str, Any]:
+def session_provenance(session: StreamSession, started: datetime) -> dict[str, Any]:
     """Returns the provenance of a run's summary, its base included."""
-    made = provenance(run.config.name, started, seed=run.config.seed)
-    return made | {"base": {"label": run.config.base.label, "fingerprint": run.fingerprint}}
+    made = provenance(session.config.name, started, seed=session.config.seed)
+    return made | {"base": {"label": session.config.base.label, "fingerprint": session.fingerprint}}
 
 
-def task_figures(run: StreamSession, task: str, figures: Mapping[str, Any]) -> dict[str, Any]:
+def task_figures(session: StreamSession, task: str, figures: Mapping[str, Any]) -> dict[str, Any]:
     """Returns a task's part of the summary."""
     return {
         "seconds": figures["seconds"],
@@ -63,9 +63,11 @@ def wait_share(tasks: Mapping[str, Mapping[str, Any]]) -> float:
     return sum(t["wait_seconds"] for t in tasks.values()) / steps if steps else 0.0
 
 
-def learned(run: StreamSession, matrix: AccuracyMatrix, last: Evaluation, tasks: Mapping[str, Any]) -> dict[str, Any]:
+def learned(
+    session: StreamSession, matrix: AccuracyMatrix, last: Evaluation, tasks: Mapping[str, Any]
+) -> dict[str, Any]:
     """Returns the parts of the summary that describe what was learned."""
-    names, columns = list(tasks), list(run.columns)
+    names, columns = list(tasks), list(session.columns)
     experts = [*names, BASE]
     routing = {"experts": experts, "columns": columns, "shares": last.shares(experts, columns)}
     return {
@@ -74,7 +76,7 @@ def learned(run: StreamSession, matrix: AccuracyMatrix, last: Evaluation, tasks:
         "accuracy_matrix": matrix.to_json(),
         "continual": continual_metrics(matrix) | {"routing_accuracy": last.routing_accuracy(names)},
         "routing": routing,
-        "samples": samples(run, last),
+        "samples": samples(session, last),
     }
 
 
@@ -88,12 +90,12 @@ def answers(last: Evaluation, tasks: Sequence[str], generated: int) -> dict[str,
     return {"generated": generated, "prompts": sum(prompts.values()), "single_pass": single}
 
 
-def samples(run: StreamSession, evaluation: Evaluation) -> list[dict[str, Any]]:
+def samples(session: StreamSession, evaluation: Evaluation) -> list[dict[str, Any]]:
     """Returns the first prompts of every column with image, answer and chosen expert."""
     answered = {(p.column, p.id): p for p in evaluation.samples}
     shown = []
-    for name, task in run.columns.items():
-        for record in first_records(task.eval, run.data_folder, task.prompt, SAMPLES):
+    for name, task in session.columns.items():
+        for record in first_records(task.eval, session.data_folder, task.prompt, SAMPLES):
             prediction = answered.get((name, record.id))
             if prediction is None:
                 continue

@@ -37,8 +37,8 @@ class Trainings:
     Where there is room they go on while the experts before them are registered and evaluated; after an error none begins.
     """
 
-    def __init__(self, run: StreamSession) -> None:
-        self._run, self._tasks = run, list(run.config.stream.tasks)
+    def __init__(self, session: StreamSession) -> None:
+        self._session, self._tasks = session, list(session.config.stream.tasks)
         self._begun: dict[str, Future[TrainedExpert]] = {}
         self._next = self._running = self._asked = 0
         self._failed, self._lock = False, threading.RLock()
@@ -46,18 +46,18 @@ class Trainings:
     def expert(self, task: TaskConfig) -> TrainedExpert:
         """Returns a task's expert; waits for its training, and raises what went wrong in it."""
         with self._lock:
-            self._asked = self._tasks.index(task) + self._run.capacity.trainings
+            self._asked = self._tasks.index(task) + self._session.capacity.trainings
             self._begin()
         return self._begun.pop(task.name).result()
 
     def _begin(self) -> None:
         """Begins as many trainings as there is room for, with those next in order."""
-        at_once = self._run.capacity.trainings
-        end = len(self._tasks) if self._run.capacity.ahead else min(self._asked, len(self._tasks))
+        at_once = self._session.capacity.trainings
+        end = len(self._tasks) if self._session.capacity.ahead else min(self._asked, len(self._tasks))
         while self._next < end and self._running < at_once and not self._failed:
             task, self._next, self._running = self._tasks[self._next], self._next + 1, self._running + 1
             following = next(iter(self._tasks[self._next + at_once - 1 :]), None)
-            found = partial(_found_or_trained, self._run, task, following)
+            found = partial(_found_or_trained, self._session, task, following)
             self._begun[task.name] = begin(found, name=f"training {task.name}")
             self._begun[task.name].add_done_callback(partial(self._ended, task.name))
 
@@ -66,32 +66,32 @@ class Trainings:
             self._running -= 1
             if (error := done.exception()) is not None:
                 self._failed = True
-                if name in self._begun and not self._run.closed:  # others come first
+                if name in self._begun and not self._session.closed:  # others come first
                     said = str(error).splitlines()[0] if str(error) else type(error).__name__
-                    self._run.progress.say(f"  {name} has failed, which ends the run when its turn comes: {said}")
+                    self._session.progress.say(f"  {name} has failed, which ends the run when its turn comes: {said}")
             self._begin()
 
 
-def _found_or_trained(run: StreamSession, task: TaskConfig, following: TaskConfig | None) -> TrainedExpert:
+def _found_or_trained(session: StreamSession, task: TaskConfig, following: TaskConfig | None) -> TrainedExpert:
     """Returns a task's expert, which this run, or another one, has trained, or which is trained now.
 
     While it trains the rows of the `following` task are read, which its workers will train next, if it is to be trained too.
     """
     started = monotonic()
-    wanted = run.reference(task.name, expert_wanted(run, task))
-    file = run.folder / "state" / f"task-{wanted.digest}.json"
-    if (file.exists() or not run.has_trained(wanted)) and run.has_expert(wanted):
+    wanted = session.reference(task.name, expert_wanted(session, task))
+    file = session.folder / "state" / f"task-{wanted.digest}.json"
+    if (file.exists() or not session.has_trained(wanted)) and session.has_expert(wanted):
         if not file.exists():
-            run.progress.say(f"  {task.name}: another run has learned it; its expert is taken from there")
-            card = run.experts.load(wanted).card
-            write_json(file, task_figures(run, task.name, figures_on_card(card)))
-        run.release(task)  # rows that were read ahead for nothing
+            session.progress.say(f"  {task.name}: another run has learned it; its expert is taken from there")
+            card = session.experts.load(wanted).card
+            write_json(file, task_figures(session, task.name, figures_on_card(card)))
+        session.release(task)  # rows that were read ahead for nothing
         return TrainedExpert(wanted, file, before=True)
-    return _trained(run, task, wanted, file, following, started)
+    return _trained(session, task, wanted, file, following, started)
 
 
 def _trained(
-    run: StreamSession,
+    session: StreamSession,
     task: TaskConfig,
     wanted: ExpertReference,
     file: Path,
@@ -100,18 +100,18 @@ def _trained(
 ) -> TrainedExpert:
     """Trains a task's expert into the store, then writes its figures to `file`: then it is learned, registered or not."""
     assert wanted.digest is not None
-    before = run.seconds_before(wanted)
+    before = session.seconds_before(wanted)
     if before:
-        run.progress.say(f"  {task.name}: goes on at its last checkpoint")
-    with run.progress.working(f"reading {task.name}"):
-        rows = run.training_rows(task)
-    if following is not None and _to_be_trained(run, following):
-        run.read_ahead(following)
-    run.tell_set_aside(rows, task.name, "train")
+        session.progress.say(f"  {task.name}: goes on at its last checkpoint")
+    with session.progress.working(f"reading {task.name}"):
+        rows = session.training_rows(task)
+    if following is not None and _to_be_trained(session, following):
+        session.read_ahead(following)
+    session.tell_set_aside(rows, task.name, "train")
     aside = rows.aside[task.name]
-    trained = run.train(*run.job(task, wanted.digest))
-    run.experts.put(Expert.load(trained.expert))
-    run.log(
+    trained = session.train(*session.spec(task, wanted.digest))
+    session.experts.put(Expert.load(trained.expert))
+    session.log(
         _curves(task.name, trained.figures)
     )  # some steps may be of workers whose driver was killed before it heard of them
     if trained.found:
@@ -122,8 +122,8 @@ def _trained(
         "quarantined": aside.rows,
         "lost_files": aside.files,
     }
-    write_json(file, task_figures(run, task.name, figures))
-    run.release(task)
+    write_json(file, task_figures(session, task.name, figures))
+    session.release(task)
     return TrainedExpert(wanted, file, before=False)
 
 
@@ -147,9 +147,9 @@ def with_figures(file: Path, figures: dict[str, Any], more: dict[str, Any]) -> d
     return figures | more
 
 
-def _to_be_trained(run: StreamSession, task: TaskConfig) -> bool:
+def _to_be_trained(session: StreamSession, task: TaskConfig) -> bool:
     """Whether a task that comes later is not learned yet, as far as one can tell without a word."""
     try:
-        return not (run.folder / "state" / f"task-{run.identity.expert(task)}.json").exists()
+        return not (session.folder / "state" / f"task-{session.identity.expert(task)}.json").exists()
     except StreamError:  # said when its turn comes
         return False

@@ -131,9 +131,9 @@ def _version(info: Mapping[str, Any]) -> str | None:
 
 
 def _write_record(record: Path, known: Mapping[str, list[object]], unfinished: Path) -> None:
-    draft = unfinished / record.name
-    draft.write_text(json.dumps(known))
-    draft.rename(record)
+    staging = unfinished / record.name
+    staging.write_text(json.dumps(known))
+    staging.rename(record)
 
 
 def _unpacked(file: Path) -> Path:

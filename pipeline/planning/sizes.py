@@ -54,12 +54,12 @@ def sizes(
     parameters = architecture.adapter_parameters(rank)
     decoder = architecture.decoder
     features = feature_width(decoder.width, wanted_width)
-    heard = 4 * decoder.layers * _moments(min(WIDTH, decoder.width))
+    observed = 4 * decoder.layers * _moments(min(WIDTH, decoder.width))
     return Sizes(
         adapter=adapter_bytes * parameters,
         vectors=FLOAT * architecture.vector_parameters,
-        statistics=_moments(features) + heard,
-        null=null_components * _moments(features) + heard,
+        statistics=_moments(features) + observed,
+        null=null_components * _moments(features) + observed,
         checkpoint=3 * FLOAT * parameters,
         row_features=tiles * architecture.tile_tokens * decoder.width * feature_bytes,
     )

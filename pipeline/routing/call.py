@@ -34,7 +34,7 @@ def router_of(pool: Pool) -> Router:
     if settings.kind == "token":
         return TokenRouter(
             len(pool.experts),
-            null=bool(pool.null_evidence),
+            null=bool(pool.null_layer_statistics),
             phatgoose=settings.token_scores == "phatgoose",
             top_k=settings.top_k,
             temperature=settings.temperature,

@@ -96,7 +96,7 @@ class Expert:
     """Routing vector (D,) by module path."""
     statistics: PromptStatistics
     """Statistics of the task's prompts."""
-    evidence: Mapping[str, PromptStatistics] = field(default_factory=dict)
+    layer_statistics: Mapping[str, PromptStatistics] = field(default_factory=dict)
     """Statistics of the prompts as the language model's Linears see them, by module path."""
 
     def save(self, folder: str | Path) -> Path:
@@ -106,7 +106,7 @@ class Expert:
             weights[adapter_key(path, "A")] = adapter.a_RD.contiguous()
             weights[adapter_key(path, "B")] = adapter.b_OR.contiguous()
         router = {f"vector.{path}": vector.contiguous() for path, vector in self.vectors.items()}
-        router |= statistics_tensors(self.statistics) | evidence_tensors(self.evidence)
+        router |= statistics_tensors(self.statistics) | layer_tensors(self.layer_statistics)
         with atomic_folder(Path(folder)) as staging:
             write_tensors(staging / ADAPTER_WEIGHTS, weights, metadata={"format": "pt"})
             (staging / ADAPTER_CONFIG).write_text(json.dumps(self.adapter_config, indent=2, sort_keys=True) + "\n")
@@ -142,7 +142,7 @@ class Expert:
             adapters,
             Deferred(partial(vectors_in, router)),
             statistics,
-            Deferred(partial(_evidence, router)),
+            Deferred(partial(_layer_statistics, router)),
         )
 
     def check_trained(self) -> None:
@@ -192,9 +192,9 @@ def vectors_in(router: Path) -> dict[str, Tensor]:
         return {key.removeprefix("vector."): vector for key, vector in read_some(router, "vector.").items()}
 
 
-def _evidence(router: Path) -> dict[str, PromptStatistics]:
+def _layer_statistics(router: Path) -> dict[str, PromptStatistics]:
     with stored_file(router, REMEDY, ExpertError):
-        return evidence_of(read_some(router, "evidence."))
+        return layer_statistics_of(read_some(router, "evidence."))
 
 
 def check_file(folder: Path, name: str) -> None:
@@ -248,14 +248,17 @@ def is_newer(found: Any, version: int) -> bool:
 
 
 def statistics_tensors(statistics: PromptStatistics, name: str = "statistics") -> dict[str, Tensor]:
-    """Returns statistics as named tensors for a safetensors file: half the scatter (it is symmetric), in float32."""
+    """Returns statistics as named tensors for a safetensors file: half the scatter (it is symmetric), in float32.
+
+    In files the threshold is called `radius`, and the statistics of Linears `evidence`, as earlier releases wrote them.
+    """
     row, column = torch.triu_indices(statistics.width, statistics.width)
     return {
         f"{name}.count": torch.tensor([statistics.count]),
         f"{name}.pictures": torch.tensor([statistics.independent]),
         f"{name}.mean": statistics.mean_F.contiguous(),
         f"{name}.scatter": statistics.scatter_FF[row, column].float(),
-        f"{name}.radius": torch.tensor([statistics.radius], dtype=torch.float64),
+        f"{name}.radius": torch.tensor([statistics.threshold], dtype=torch.float64),
     }
 
 
@@ -265,21 +268,21 @@ def statistics_of(tensors: Mapping[str, Tensor], name: str = "statistics") -> Pr
     scatter_FF = torch.zeros(len(mean_F), len(mean_F), dtype=torch.float64)
     row, column = torch.triu_indices(*scatter_FF.shape)
     scatter_FF[row, column] = scatter_FF[column, row] = tensors[f"{name}.scatter"].double()
-    count, radius = int(tensors[f"{name}.count"]), float(tensors[f"{name}.radius"])
+    count, threshold = int(tensors[f"{name}.count"]), float(tensors[f"{name}.radius"])
     pictures = int(tensors.get(f"{name}.pictures", count))  # earlier releases did not count them
-    return PromptStatistics(count, mean_F, scatter_FF, radius, pictures)
+    return PromptStatistics(count, mean_F, scatter_FF, threshold, pictures)
 
 
-def evidence_tensors(evidence: Mapping[str, PromptStatistics]) -> dict[str, Tensor]:
+def layer_tensors(layer_statistics: Mapping[str, PromptStatistics]) -> dict[str, Tensor]:
     """Returns the statistics of all Linears as named tensors."""
     return {
         key: value
-        for path, own in evidence.items()
+        for path, own in layer_statistics.items()
         for key, value in statistics_tensors(own, f"evidence.{path}").items()
     }
 
 
-def evidence_of(tensors: Mapping[str, Tensor]) -> dict[str, PromptStatistics]:
-    """Reads what `evidence_tensors` wrote."""
+def layer_statistics_of(tensors: Mapping[str, Tensor]) -> dict[str, PromptStatistics]:
+    """Reads what `layer_tensors` wrote."""
     names = [key.removesuffix(".mean") for key in tensors if key.startswith("evidence.") and key.endswith(".mean")]
     return {name.removeprefix("evidence."): statistics_of(tensors, name) for name in sorted(names)}

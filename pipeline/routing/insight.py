@@ -29,15 +29,15 @@ class Candidate:
     """Log-likelihood, relative to the best class's 0; None for the base without a null expert."""
     distance: float | None
     """Own squared distance of the prompt from this task, per feature (about 1 for its own prompts)."""
-    radius: float | None
+    threshold: float | None
     """Distance up to which a prompt counts as this task's, where no null expert stands for the rest."""
     weight: float
     """Share in the answer, over all Linears and prompt tokens."""
 
     @property
     def inside(self) -> bool | None:
-        """Whether the prompt lies within the task's radius."""
-        return None if self.distance is None or self.radius is None else self.distance <= self.radius
+        """Whether the prompt lies within the task's threshold."""
+        return None if self.distance is None or self.threshold is None else self.distance <= self.threshold
 
 
 @dataclass(frozen=True)
@@ -63,8 +63,8 @@ class Explanation:
         if best.name is None and best.score is None:
             near = min((c for c in others if c.inside is False), key=_excess)
             return (
-                f"the base: outside the radius of every likely task; nearest is {near.name} "
-                f"({near.distance:.2f} > {near.radius:.2f})"
+                f"the base: beyond the threshold of every likely task; nearest is {near.name} "
+                f"({near.distance:.2f} > {near.threshold:.2f})"
             )
         if not others:
             return f"{who}: nobody else is there"
@@ -75,7 +75,7 @@ class Explanation:
 
 def _excess(candidate: Candidate) -> float:
     assert candidate.distance is not None
-    return candidate.distance / max(candidate.radius or 0.0, 1e-9)
+    return candidate.distance / max(candidate.threshold or 0.0, 1e-9)
 
 
 @torch.inference_mode()
@@ -126,7 +126,7 @@ def rank_candidates(
                 posterior=posteriors[row].get(e, 0.0),
                 score=score[e],
                 distance=distances[row, e],
-                radius=prompts.experts[e].radius,
+                threshold=prompts.experts[e].threshold,
                 weight=own.get(names[e], 0.0),
             )
             for e in best

@@ -1,6 +1,6 @@
-"""Evidence: what the inputs of the language model's Linears say about whose prompt it is.
+"""Layer classifiers: how likely a prompt is under each expert, by the inputs of the language model's Linears.
 
-The published token router compares each token with each expert's trained vector. Measured on the demo's stream, that
+PHATGOOSE's token router compares each token with each expert's trained vector. Measured on the demo's stream, that
 loses a third of what the experts know. What makes it strong: vectors solved from statistics, with the null
 expert as a class; scores pooled over the prompt; layers that agree. At each distinct input of adapted Linears (query, key
 and value share one, so do gate and up) the mean over the prompt's tokens, projected to `WIDTH`, is a sample of a Gaussian
@@ -10,28 +10,7 @@ classifier as in `gaussian`, and log-likelihoods add up through the depth:
     L_lc = L_(l-1)c + <h_l, u_lc> + b_lc          u, b from the experts' summed statistics
     w_le = softmax over the list of ( L_le / temperature + log prior_e )
 
-What was tried, on a pool of the demo's stream's six experts, 80 prompts of each task and 40 of each base ability (told
-which task: 0.858 and 0.921; `pointsman benchmark routers` measures the first form and the one in bold anew):
-
-| scores | new tasks | base abilities |
-|---|---|---|
-| published: trained vectors, every token, k = 2 | 0.585 | 0.683 |
-| the same, a null expert with score 0 | 0.585 | 0.683 |
-| the same, temperature 0.2 | 0.535 | 0.629 |
-| trained vectors, scores pooled over the prompt | 0.565 | 0.796 |
-| solved vectors (whitened), every token | 0.521 | 0.823 |
-| the same, summed over the prefix of each token | 0.440 | 0.921 |
-| solved vectors on pooled inputs, diagonal covariance | 0.840 | 0.702 |
-| the same, layers agree | 0.850 | 0.712 |
-| solved vectors on pooled inputs, full covariance | 0.858 | 0.921 |
-| the same, inputs projected to 64 | 0.858 | 0.875 |
-| the same, 32, layers agree | 0.858 | 0.873 |
-| the same, 64, layers agree, a shared input counted for each Linear | 0.858 | 0.919 |
-| the same, statistics taken with gates at 0.6 | 0.858 | 0.915 |
-| **64, layers agree, each input counted once** | **0.858** | **0.906** |
-
-Why summing over each token's own prefix fails: tokens before the question are answered by whoever the picture speaks for,
-and what they left in the cache misleads the rest. Shapes: B rows, T tokens, D input width, C classes, E experts.
+`README.md` beside this file has what else was tried. Shapes: B rows, T tokens, D input width, C classes, E experts.
 """
 
 from collections.abc import Mapping, Sequence
@@ -97,14 +76,14 @@ def layer_classifiers(
         taken_down[name] = source
     found: dict[str, LayerClassifier] = {}
     last: str | None = None
-    heard: set[str] = set()
+    observed: set[str] = set()
     for path in paths:
         source = taken_down[path]
         own = {i: s[source] for i, s in enumerate([*experts, null]) if source in s}
-        if len(own) < 2 or source in heard:
+        if len(own) < 2 or source in observed:
             found[path] = LayerClassifier(last)
             continue
-        heard.add(source)
+        observed.add(source)
         weight_CF, bias_C = solve(list(own.values()), shrinkage=shrinkage)
         matrix_DF = projection(widths[path], weight_CF.shape[-1])
         vector_CD = weight_CF.float() if matrix_DF is None else weight_CF.float() @ matrix_DF.T
@@ -113,7 +92,7 @@ def layer_classifiers(
     return found
 
 
-def add_evidence(
+def add_log_likelihood(
     classifier: LayerClassifier, before_BX: Tensor | None, x_BTD: Tensor, tokens_BT: Tensor, classes: int
 ) -> Tensor:
     """Returns the evidence for all `classes` after this Linear's input (B, X).

@@ -52,7 +52,7 @@ def memory_for(
     `modules` are the names of all of the model's modules, in order. Where the Linears choose from all experts (router kind
     `token`), all of them are in memory, whatever the limit.
     """
-    experts, heard = list(pool.experts.values()), _hearings(pool, linears, modules)
+    experts, observed = list(pool.experts.values()), _hearings(pool, linears, modules)
     sizes = _Sizes.of(experts, linears)
     places = len(experts) if limit is None else limit // max(1, sizes.bytes)
     if places < len(experts) and pool.router.kind == "token":
@@ -64,12 +64,12 @@ def memory_for(
         )
         places = len(experts)
     if places >= len(experts):
-        return AllExperts(linears, {path: _stacked(path, linears[path], experts, heard) for path in linears})
+        return AllExperts(linears, {path: _stacked(path, linears[path], experts, observed) for path in linears})
     if places == 0:
         _logger.warning(
             "evaluation.expert_memory is %d bytes, less than one expert takes (%d); one is kept", limit, sizes.bytes
         )
-    return PagedExperts(experts, linears, heard, sizes, max(1, places))
+    return PagedExperts(experts, linears, observed, sizes, max(1, places))
 
 
 class AllExperts:
@@ -94,13 +94,13 @@ class PagedExperts:
         self,
         experts: Sequence[Expert],
         linears: Mapping[str, nn.Linear],
-        heard: Mapping[str, LayerClassifier],
+        observed: Mapping[str, LayerClassifier],
         sizes: "_Sizes",
         places: int,
     ) -> None:
         self._experts, self._linears, self._sizes, self._count = list(experts), dict(linears), sizes, places
         with torch.inference_mode(False):  # what is written to later must not be of a mode that forbids it
-            self.whole = PoolExperts({path: self._room(path, heard.get(path)) for path in linears})
+            self.whole = PoolExperts({path: self._room(path, observed.get(path)) for path in linears})
         self._places: dict[int, int] = {}
         """Place of each expert that has one, the one that was used last at the end."""
         self._free = list(range(places))
@@ -235,9 +235,9 @@ def _slots(path: str, experts: Sequence[tuple[int, Expert]]) -> list[Slot]:
 
 
 def _stacked(
-    path: str, linear: nn.Linear, experts: Sequence[Expert], heard: Mapping[str, LayerClassifier]
+    path: str, linear: nn.Linear, experts: Sequence[Expert], observed: Mapping[str, LayerClassifier]
 ) -> LinearExperts:
-    return LinearExperts.stacked(linear, _slots(path, list(enumerate(experts))), len(experts), heard.get(path))
+    return LinearExperts.stacked(linear, _slots(path, list(enumerate(experts))), len(experts), observed.get(path))
 
 
 def _hearings(pool: Pool, linears: Mapping[str, nn.Linear], modules: Sequence[str]) -> dict[str, LayerClassifier]:
@@ -247,8 +247,8 @@ def _hearings(pool: Pool, linears: Mapping[str, nn.Linear], modules: Sequence[st
         return {}
     return layer_classifiers(
         list(linears),
-        [expert.evidence for expert in pool.experts.values()],
-        pool.null_evidence,
+        [expert.layer_statistics for expert in pool.experts.values()],
+        pool.null_layer_statistics,
         {path: linear.in_features for path, linear in linears.items()},
         order=modules,
         shrinkage=settings.shrinkage,

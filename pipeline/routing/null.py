@@ -14,8 +14,8 @@ from torch import Tensor
 from pipeline.routing.expert import (
     VERSIONS,
     check_versions,
-    evidence_of,
-    evidence_tensors,
+    layer_statistics_of,
+    layer_tensors,
     read_tensors,
     statistics_of,
     statistics_tensors,
@@ -58,22 +58,24 @@ def components(features_NF: Tensor, count: int, ids_N2: Tensor | None = None) ->
     )
 
 
-def write_null(file: Path, null: Sequence[PromptStatistics], evidence: Mapping[str, PromptStatistics]) -> None:
+def write_null(file: Path, null: Sequence[PromptStatistics], layer_statistics: Mapping[str, PromptStatistics]) -> None:
     """Writes the components and what the Linears see of base prompts as a safetensors file."""
     metadata = {name: str(version) for name, version in VERSIONS.items()}
-    write_tensors(file, _null_tensors(null, evidence), metadata=metadata)
+    write_tensors(file, _null_tensors(null, layer_statistics), metadata=metadata)
 
 
-def null_digest(null: Sequence[PromptStatistics], evidence: Mapping[str, PromptStatistics]) -> str:
+def null_digest(null: Sequence[PromptStatistics], layer_statistics: Mapping[str, PromptStatistics]) -> str:
     """Returns a digest of what `write_null` writes, 64 hex digits (of its tensors: the order of a file's metadata varies)."""
     digest = hashlib.sha256()
-    for name, tensor in sorted(_null_tensors(null, evidence).items()):
+    for name, tensor in sorted(_null_tensors(null, layer_statistics).items()):
         digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode() + tensor.numpy().tobytes())
     return digest.hexdigest()
 
 
-def _null_tensors(null: Sequence[PromptStatistics], evidence: Mapping[str, PromptStatistics]) -> dict[str, Tensor]:
-    tensors = evidence_tensors(evidence)
+def _null_tensors(
+    null: Sequence[PromptStatistics], layer_statistics: Mapping[str, PromptStatistics]
+) -> dict[str, Tensor]:
+    tensors = layer_tensors(layer_statistics)
     for number, component in enumerate(null):
         tensors |= statistics_tensors(component, f"null.{number}")
     return tensors
@@ -84,4 +86,4 @@ def read_null(file: Path) -> tuple[tuple[PromptStatistics, ...], dict[str, Promp
     tensors, metadata = read_tensors(file)
     check_versions(file, metadata)
     count = sum(key.startswith("null.") and key.endswith(".mean") for key in tensors)
-    return tuple(statistics_of(tensors, f"null.{number}") for number in range(count)), evidence_of(tensors)
+    return tuple(statistics_of(tensors, f"null.{number}") for number in range(count)), layer_statistics_of(tensors)

@@ -112,14 +112,14 @@ class Pool:
         router: RouterConfig,
         experts: Iterable[Expert | StoredExpert] = (),
         null: Sequence[PromptStatistics] = (),
-        null_evidence: Mapping[str, PromptStatistics] | None = None,
+        null_layer_statistics: Mapping[str, PromptStatistics] | None = None,
     ) -> None:
         self.base_label = base_label
         self.base_fingerprint = base_fingerprint
         self.router = router
         self.null = tuple(null)
         """Components of the base prompts; none where there is no base prompts."""
-        self.null_evidence = dict(null_evidence or {})
+        self.null_layer_statistics = dict(null_layer_statistics or {})
         self._width: int | None = None
         self.experts = Experts({})
         for expert in experts:
@@ -181,7 +181,7 @@ class Pool:
 
     @cached_property
     def _null_digest(self) -> str | None:
-        return null_digest(self.null, self.null_evidence) if self.null else None
+        return null_digest(self.null, self.null_layer_statistics) if self.null else None
 
     def _with(self, entries: Mapping[str, Expert | StoredExpert]) -> "Pool":
         pool = copy(self)
@@ -253,7 +253,7 @@ class Pool:
     def _describe(self, folder: Path, references: Sequence[ExpertReference], store: str | None = None) -> None:
         """Writes all of a pool's files but its experts."""
         if self.null:
-            write_null(folder / NULL, self.null, self.null_evidence)
+            write_null(folder / NULL, self.null, self.null_layer_statistics)
         (folder / CARD).write_text(self._card(references, store).model_dump_json(indent=2) + "\n")
 
     @classmethod
@@ -266,19 +266,19 @@ class Pool:
         folder = current_folder(Path(folder))
         card = PoolCard.read(folder)
         null: tuple[PromptStatistics, ...] = ()
-        evidence: dict[str, PromptStatistics] = {}
+        layer_statistics: dict[str, PromptStatistics] = {}
         if card.null:
             if not (folder / NULL).is_file():
                 raise PoolError(f"{folder}: {NULL} is missing, which {CARD} says is there; copy the whole folder")
             with stored_file(folder / NULL, REMEDY, PoolError):
-                null, evidence = read_null(folder / NULL)
-                if card.null_digest not in (None, null_digest(null, evidence)):
+                null, layer_statistics = read_null(folder / NULL)
+                if card.null_digest not in (None, null_digest(null, layer_statistics)):
                     raise ValueError(f"it does not hold what {CARD} describes")
         if store is None:
             there = (folder / card.store).resolve() if card.store is not None else None
             store = ExpertStore(there if there is not None and there.is_dir() else cache_folder())
         own = OwnExperts(folder / EXPERTS)
-        pool = cls(card.base_label, card.base_fingerprint, card.router, (), null, evidence)._with({
+        pool = cls(card.base_label, card.base_fingerprint, card.router, (), null, layer_statistics)._with({
             reference.name: StoredExpert(reference, own if _held(reference, own) else store)
             for reference in card.experts
         })  # fmt: skip

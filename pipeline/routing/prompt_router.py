@@ -81,7 +81,7 @@ class PromptRouter:
         for expert in nearest_BK.unique().tolist():
             rows = (nearest_BK == expert).any(-1).nonzero().squeeze(-1)
             statistics = self.experts[expert]
-            inside = statistics.distance(features_BF[rows], shrinkage=self.shrinkage) <= statistics.radius
+            inside = statistics.distance(features_BF[rows], shrinkage=self.shrinkage) <= statistics.threshold
             allowed_BE[rows[inside], expert] = scores_BC[rows[inside], expert]
         base_B1 = torch.where(allowed_BE.isinf().all(-1, keepdim=True), 0.0, -torch.inf).to(scores_BC)
         return torch.cat([allowed_BE, base_B1], dim=-1)

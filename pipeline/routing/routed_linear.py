@@ -26,7 +26,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pipeline.routing.layer_classifiers import LayerClassifier, add_evidence
+from pipeline.routing.layer_classifiers import LayerClassifier, add_log_likelihood
 from pipeline.routing.routes import MIN_WEIGHT, LayerRoute, PromptRoute, RoutingState, TokenRoute, to_pool_weights
 from pipeline.routing.token_router import keep_largest, normalise_vector, token_scores
 
@@ -199,7 +199,7 @@ class RoutedLinear(nn.Module):
     def _listed(
         self, x_BTD: Tensor, y_BTO: Tensor, experts: LinearExperts, rows_BS: Tensor, weights_BS: Tensor
     ) -> Tensor:
-        """Adds the listed experts; their rows are gathered, so that every prompt pays for its own list only."""
+        """Adds the chosen experts; their rows are gathered, so that every prompt pays for its own experts only."""
         if len(rows_BS) == 1:
             (rows_S,) = rows_BS
             h_NS = (x_BTD.flatten(0, 1) @ experts.down_SD[rows_S].T) * weights_BS
@@ -224,16 +224,18 @@ class RoutedLinear(nn.Module):
     def _weigh(
         self, x_BTD: Tensor, classifier: LayerClassifier, state: RoutingState, route: LayerRoute
     ) -> tuple[Tensor, Tensor]:
-        """Weighs the listed experts by the evidence of the prompt: experts and weights (B, M)."""
+        """Weights the candidates by the log-likelihood of the prompt: experts and weights (B, M)."""
         assert state.tokens_BT is not None
         device = x_BTD.device
-        before_BX = None if classifier.follows is None else state.evidence[classifier.follows].to(device)
+        before_BX = None if classifier.follows is None else state.log_likelihoods[classifier.follows].to(device)
         # Set, not added up: gradient checkpointing runs a forward pass twice.
-        evidence_BX = add_evidence(classifier, before_BX, x_BTD, state.on(device, state.tokens_BT), state.pool_size + 1)
-        state.evidence[self.path] = evidence_BX
+        log_likelihood_BX = add_log_likelihood(
+            classifier, before_BX, x_BTD, state.on(device, state.tokens_BT), state.pool_size + 1
+        )
+        state.log_likelihoods[self.path] = log_likelihood_BX
         experts_BM = state.on(device, route.experts_BM).expand(len(x_BTD), -1)
-        listed_BM = evidence_BX.gather(-1, experts_BM % (state.pool_size + 1))
-        best_BM, place_BM = (listed_BM / route.temperature + state.on(device, route.prior_BM)).topk(
+        chosen_BM = log_likelihood_BX.gather(-1, experts_BM % (state.pool_size + 1))
+        best_BM, place_BM = (chosen_BM / route.temperature + state.on(device, route.prior_BM)).topk(
             min(route.top_k, experts_BM.shape[-1]), dim=-1
         )
         experts_BM, weights_BM = experts_BM.gather(-1, place_BM), best_BM.softmax(-1)

@@ -84,7 +84,7 @@ class RoutingState:
     """Mask of the prompt's real tokens."""
     decoding: bool = False
     """Whether the prompt has been read, so that every choice is made."""
-    evidence: dict[str, Tensor] = field(default_factory=dict, repr=False)
+    log_likelihoods: dict[str, Tensor] = field(default_factory=dict, repr=False)
     """By Linear that hears the prompt: log-likelihood of every class so far (B, E + 1), the null expert last."""
     cached_choice: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict, repr=False)
     """By Linear: rows of its stacked A matrices that take part, and their weights (B, S); chosen at prefill."""
@@ -107,7 +107,7 @@ class RoutingState:
         """Ends the prompt: choices are cached from here on, and no Linear observes any more."""
         if not self.decoding:
             self.decoding = True
-            self.evidence.clear()
+            self.log_likelihoods.clear()
 
     @property
     def weights_BE(self) -> Tensor | None:

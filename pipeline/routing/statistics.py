@@ -33,7 +33,7 @@ class PromptStatistics:
     """Mean of the features (F,)."""
     scatter_FF: Tensor
     """Sum of outer products of the centred features (F, F)."""
-    radius: float = float("inf")
+    threshold: float = float("inf")
     """Squared own distance that only a small share of the task's own prompts exceeds; infinite without calibration."""
     pictures: int | None = None
     """Number of distinct pictures among the prompts (a prompt without one counts as its own); None: as many as prompts."""
@@ -47,10 +47,10 @@ class PromptStatistics:
         quantile: float | None = None,
         shrinkage: float = 0.05,
     ) -> "PromptStatistics":
-        """Summarises features (N, F); with `quantile`, also calibrates the radius.
+        """Summarises features (N, F); with `quantile`, also calibrates the threshold.
 
         `ids_N2` (N, 2), int64, say which prompts have the same picture, and which are the same (`prompts.ids`); without
-        them all differ. The radius is measured crosswise, each fold of the pictures against the mean and covariance of all
+        them all differ. The threshold is measured crosswise, each fold of the pictures against the mean and covariance of all
         others: distances of the very prompts that made a covariance are too small, and so are those of other questions
         about the same picture. The same prompt several times counts once.
         """
@@ -64,7 +64,7 @@ class PromptStatistics:
             return whole
         if len(features_NF) < FEWEST:
             raise ValueError(
-                f"{len(features_NF)} prompts are too few to calibrate a radius; at least {FEWEST} are needed"
+                f"{len(features_NF)} prompts are too few to calibrate a threshold; at least {FEWEST} are needed"
             )
         # Questions about two or three pictures tell nothing of others: then prompts must do.
         group_N, groups = (picture_N, pictures) if pictures >= FEWEST else (prompt_N, prompts)
@@ -79,7 +79,7 @@ class PromptStatistics:
         return cls(whole.count, mean_F, whole.scatter_FF, _bound(distance_P, groups, quantile), pictures)
 
     def __add__(self, other: "PromptStatistics") -> "PromptStatistics":
-        """Statistics of both sets of prompts together (without a radius: that belongs to one task)."""
+        """Statistics of both sets of prompts together (without a threshold: that belongs to one task)."""
         count = self.count + other.count
         apart_F = other.mean_F - self.mean_F
         between_FF = torch.outer(apart_F, apart_F) * (self.count * other.count / count)

@@ -79,12 +79,16 @@ class TrainedExpert:
         return self.card.model_dump(include=set(VERSIONS)) == VERSIONS
 
     def described(
-        self, statistics: PromptStatistics, evidence: Mapping[str, PromptStatistics], *, identity: Mapping[str, Any]
+        self,
+        statistics: PromptStatistics,
+        layer_statistics: Mapping[str, PromptStatistics],
+        *,
+        identity: Mapping[str, Any],
     ) -> Expert:
         """Returns the expert with these statistics, of this code's versions; `identity` is what it depends on, by name."""
         named = {"identity": dict(identity), "config_digest": digest(dict(identity))}
         card = self.card.model_copy(update=named | VERSIONS)
-        return Expert(card, self.adapter_config, self.adapters, self.vectors, statistics, evidence)
+        return Expert(card, self.adapter_config, self.adapters, self.vectors, statistics, layer_statistics)
 
 
 class _Contents(Config):

@@ -17,7 +17,7 @@ from pipeline.routing.layer_classifiers import LayerInputHook
 from pipeline.routing.null import components
 from pipeline.routing.routed_model import PromptFeatureHook
 from pipeline.routing.statistics import PromptStatistics
-from pipeline.training.stages import heard_paths
+from pipeline.training.stages import observed_paths
 
 FEATURES, IDS = "features", "ids"
 """Columns of prompt features and ids; the others bear the path of the Linear whose pooled input they hold."""
@@ -63,11 +63,11 @@ class StatisticsCollector(FrozenBase):
         super().__init__(base, workers, vision=vision)
         self.width = feature_width(self.base.width, wanted_width)
         self.features: torch.Tensor | None = None
-        self.evidence = LayerInputHook(self.base.model, heard_paths(self.base, targets))
-        PromptFeatureHook(self.base.model, self._listen)
+        self.layer_inputs = LayerInputHook(self.base.model, observed_paths(self.base, targets))
+        PromptFeatureHook(self.base.model, self._on_features)
 
-    def _listen(self, features: torch.Tensor | None, tokens: torch.Tensor | None) -> None:
-        self.features, self.evidence.tokens_BT = features, tokens
+    def _on_features(self, features: torch.Tensor | None, tokens: torch.Tensor | None) -> None:
+        self.features, self.layer_inputs.tokens_BT = features, tokens
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, np.ndarray]:
         """Returns `features` (B, F), `ids` (B, 2), and by path the pooled input of every Linear that hears anew (B, 64)."""
@@ -81,9 +81,10 @@ class StatisticsCollector(FrozenBase):
             assert self.features is not None
             features_BF = project(self.features, self.width).cpu()
             parts.append(
-                {FEATURES: features_BF, IDS: ids(rows)} | {p: torch.cat(s) for p, s in self.evidence.samples.items()}
+                {FEATURES: features_BF, IDS: ids(rows)}
+                | {p: torch.cat(s) for p, s in self.layer_inputs.samples.items()}
             )
-            self.evidence.samples.clear()
+            self.layer_inputs.samples.clear()
             order += members
         back = torch.tensor(order).argsort()
         return {key: torch.cat([part[key] for part in parts])[back].numpy() for key in parts[0]}

@@ -71,8 +71,8 @@ def recomputed(
     samples = _joined([share for share in shares if share])
     features, ids = samples.pop(FEATURES), samples.pop(IDS)
     statistics = PromptStatistics.of(features, ids, quantile=router.quantile, shrinkage=router.shrinkage)
-    evidence = {path: PromptStatistics.of(samples_NF) for path, samples_NF in samples.items()}
-    return expert.described(statistics, evidence, identity=identity)
+    layer_statistics = {path: PromptStatistics.of(samples_NF) for path, samples_NF in samples.items()}
+    return expert.described(statistics, layer_statistics, identity=identity)
 
 
 def _joined(parts: list[dict[str, np.ndarray]]) -> dict[str, Tensor]:

@@ -1,7 +1,7 @@
 """A training session: Ray Train's workers, which live through a stream of tasks, as the driver sees them.
 
 Starting workers, importing, loading and sharding the base are paid once; each task then costs its own steps. Workers that
-die are started again and go on at the job's last checkpoint.
+die are started again and go on at the training's last checkpoint.
 """
 
 import os
@@ -23,10 +23,10 @@ from pipeline.config import TrainingConfig
 from pipeline.data.loading.training_rows import TrainingRows, held_out
 from pipeline.errors import UserError
 from pipeline.training.failures import Failures
-from pipeline.training.job_folder import ADAPTER, EXPERT, JobFolder
-from pipeline.training.job_queue import JobQueue
 from pipeline.training.spec import TrainSpec
 from pipeline.training.telemetry import Step, listening
+from pipeline.training.training_folder import ADAPTER, EXPERT, TrainingFolder
+from pipeline.training.training_queue import TrainingQueue
 from pipeline.training.worker import FOUND, train
 
 FEWEST_ROWS = 4
@@ -44,7 +44,7 @@ class TrainingError(UserError):
 
 @dataclass(frozen=True)
 class TrainResult:
-    """What a job left behind."""
+    """What a training left behind."""
 
     folder: Path
     """Folder of what came out."""
@@ -65,7 +65,7 @@ class TrainResult:
 
 
 class Session:
-    """Trains job after job on the same workers, which start with the first one."""
+    """Trains training after training on the same workers, which start with the first one."""
 
     def __init__(self, training: TrainingConfig, *, storage: Path, worker_env: dict[str, str] | None = None) -> None:
         self.training, self._storage, self._env = training, storage, worker_env or {}
@@ -74,23 +74,23 @@ class Session:
         self._error = ""
         """Why the workers' run has ended; as text, since the error's traceback would keep Ray Train's controller alive."""
 
-    def train(self, job: TrainSpec, rows: TrainingRows, on_steps: OnSteps = lambda steps: None) -> TrainResult:
-        """Trains `job` on encoded rows; a job of the same task and digest goes on where it stopped, or is found finished.
+    def train(self, spec: TrainSpec, rows: TrainingRows, on_steps: OnSteps = lambda steps: None) -> TrainResult:
+        """Trains `spec` on encoded rows; a training of the same task and digest goes on where it stopped, or is found finished.
 
         Raises TrainingError when the loss diverges, the expert learned nothing, or workers keep dying.
         """
-        if job.training != self.training:
-            raise ValueError("a session's workers are those of its first job: open another one for other workers")
-        folder = JobFolder(self._storage / f"{job.task}-{job.digest}")
+        if spec.training != self.training:
+            raise ValueError("a session's workers are those of its first training: open another one for other workers")
+        folder = TrainingFolder(self._storage / f"{spec.task}-{spec.digest}")
         if (figures := folder.figures()) is not None:
             return TrainResult(folder.finished, figures, found=True)
-        _check(job, rows)
-        with _as_training_error(job.task):
-            number = self._put(job, rows)
+        _check(spec, rows)
+        with _as_training_error(spec.task):
+            number = self._put(spec, rows)
             with listening(on_steps, self._queue):
                 figures = self._outcome(number)
         if "failure" in figures:
-            raise TrainingError(f"task {job.task!r}: {figures['failure']}")
+            raise TrainingError(f"task {spec.task!r}: {figures['failure']}")
         found = figures.pop(FOUND, False)
         return TrainResult(folder.finished, figures, found=found)
 
@@ -105,22 +105,22 @@ class Session:
         self._thread.join(PATIENCE)
         self._queue = self._thread = None
 
-    def _put(self, job: TrainSpec, rows: TrainingRows) -> int:
-        """Hands a job to the workers; to new ones where there are none, or they failed too often at the job before."""
+    def _put(self, spec: TrainSpec, rows: TrainingRows) -> int:
+        """Hands a training to the workers; to new ones where there are none, or where they failed too often before."""
         number, boxed = None, [ray.put(rows)]
         if self._thread is not None and self._thread.is_alive():
-            number = ray.get(self._queue.put.remote(job.model_dump(), boxed))
+            number = ray.get(self._queue.put.remote(spec.model_dump(), boxed))
         if number is None:
             self.close()
             self._start()
-            number = ray.get(self._queue.put.remote(job.model_dump(), boxed))
+            number = ray.get(self._queue.put.remote(spec.model_dump(), boxed))
         return number
 
     def _start(self) -> None:
         self._error = ""
         # Beside the driver, as Ray Train's controller: what does not outlive the driver need not outlive a node either.
         node = {"ray.io/node-id": ray.get_runtime_context().get_node_id()}
-        self._queue = ray.remote(num_cpus=0, label_selector=node)(JobQueue).remote(self.training.max_failures)
+        self._queue = ray.remote(num_cpus=0, label_selector=node)(TrainingQueue).remote(self.training.max_failures)
         self._thread = threading.Thread(target=self._run, args=(self._queue,), name="training session", daemon=True)
         self._thread.start()
 
@@ -134,7 +134,7 @@ class Session:
             run_config=RunConfig(
                 name=name,
                 storage_path=str(self._storage),
-                # Without end: failures are counted by job, and the queue says when there were too many.
+                # Without end: failures are counted by training, and the queue says when there were too many.
                 failure_config=FailureConfig(max_failures=-1),
                 callbacks=[Failures(queue)],
                 worker_runtime_env={"env_vars": thread_variables(training) | self._env},
@@ -142,14 +142,14 @@ class Session:
         )
         try:
             trainer.fit()
-        except Exception as error:  # noqa: BLE001 - told to whoever waits for a job
+        except Exception as error:  # noqa: BLE001 - told to whoever waits for a training
             self._error = str(error) or type(error).__name__
         finally:
             shutil.rmtree(self._storage / name, ignore_errors=True)  # what Ray Train notes of a run
 
     def _outcome(self, number: int) -> dict[str, Any]:
-        """Waits for a job's end."""
-        assert self._thread is not None, "started before the job was put"
+        """Waits for a training's end."""
+        assert self._thread is not None, "started before the training was put"
         outcome = self._queue.outcome.remote(number)
         while True:
             ended = not self._thread.is_alive()
@@ -174,27 +174,27 @@ def training_session(
 
 
 def run_training(
-    job: TrainSpec,
+    spec: TrainSpec,
     rows: TrainingRows,
     *,
     storage: Path,
     on_steps: OnSteps = lambda steps: None,
     worker_env: dict[str, str] | None = None,
 ) -> TrainResult:
-    """Trains one job in a session of its own."""
-    with training_session(job.training, storage=storage, worker_env=worker_env) as session:
-        return session.train(job, rows, on_steps)
+    """Trains one training in a session of its own."""
+    with training_session(spec.training, storage=storage, worker_env=worker_env) as session:
+        return session.train(spec, rows, on_steps)
 
 
-def _check(job: TrainSpec, rows: TrainingRows) -> None:
-    held, workers = held_out(rows.count, job.validation) if job.validation else 0, job.training.workers
+def _check(spec: TrainSpec, rows: TrainingRows) -> None:
+    held, workers = held_out(rows.count, spec.validation) if spec.validation else 0, spec.training.workers
     learned = rows.count - held
     which = f"{rows.count} rows" + (f", {held} of them held out," if held else "")
     if learned < workers or 0 < held < workers:
-        raise TrainingError(f"task {job.task!r}: {which} cannot be split among {workers} workers")
-    if job.router_stage and learned < FEWEST_ROWS:
+        raise TrainingError(f"task {spec.task!r}: {which} cannot be split among {workers} workers")
+    if spec.router_stage and learned < FEWEST_ROWS:
         raise TrainingError(
-            f"task {job.task!r}: {which} are too few for its statistics; at least {FEWEST_ROWS} are needed: bring more rows"
+            f"task {spec.task!r}: {which} are too few for its statistics; at least {FEWEST_ROWS} are needed: bring more rows"
             + (", or lower the task's `validation`" if held else "")
         )
 

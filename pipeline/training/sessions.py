@@ -1,4 +1,4 @@
-"""Training sessions side by side: each trains one job at a time, and its workers live on for the next."""
+"""Training sessions side by side: each trains one training at a time, and its workers live on for the next."""
 
 import queue
 from concurrent.futures import ThreadPoolExecutor
@@ -21,11 +21,11 @@ class Sessions:
         for session in self._all:
             self._free.put(session)
 
-    def train(self, job: TrainSpec, rows: TrainingRows, on_steps: OnSteps = lambda steps: None) -> TrainResult:
-        """Trains a job in the first session that is free, as `Session.train` does."""
+    def train(self, spec: TrainSpec, rows: TrainingRows, on_steps: OnSteps = lambda steps: None) -> TrainResult:
+        """Trains a training in the first session that is free, as `Session.train` does."""
         session = self._free.get()
         try:
-            return session.train(job, rows, on_steps)
+            return session.train(spec, rows, on_steps)
         finally:
             self._free.put(session)
 

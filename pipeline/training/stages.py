@@ -144,7 +144,7 @@ def adapted_paths(base: Base, pattern: str) -> list[str]:
     return paths
 
 
-def heard_paths(base: Base, pattern: str) -> list[str]:
+def observed_paths(base: Base, pattern: str) -> list[str]:
     """Returns the Linears whose inputs are evidence: all of the language model, and those that `pattern` adapts.
 
     Not only the adapted ones: experts that adapt different Linears are compared at all of them.

@@ -68,7 +68,7 @@ def _without_layers(base: Base) -> Iterator[None]:
         language.layers = layers
 
 
-class EvidenceCollector:
+class LayerInputCollector:
     """Collects the pooled inputs of the Linears at `paths` from training rows."""
 
     def __init__(self, model: nn.Module, paths: Sequence[str]) -> None:

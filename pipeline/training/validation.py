@@ -50,7 +50,7 @@ class Look:
 
 
 class BestAdapter:
-    """The best adapter of a job so far, in a folder `best-<step>` of the job's; a run that goes on finds it there."""
+    """The best adapter of a training so far, in a folder `best-<step>` of the training's; a run that goes on finds it there."""
 
     def __init__(self, folder: Path, *, write: bool) -> None:
         self._folder, self._write = folder, write

@@ -1,4 +1,4 @@
-"""What every rank of a training session does: job after job on one base, an expert stage and a router stage each."""
+"""What every rank of a training session does: training after training on one base, an expert stage and a router stage each."""
 
 import shutil
 import time
@@ -23,7 +23,6 @@ from pipeline.routing.adapters import ExpertError, load_adapters
 from pipeline.routing.expert import Expert, ExpertCard
 from pipeline.routing.features import feature_width
 from pipeline.routing.statistics import PromptStatistics
-from pipeline.training.job_folder import ADAPTER, EXPERT, STATE, JobFolder, load_state, save_state
 from pipeline.training.lockstep import VisionLockstep
 from pipeline.training.loop import Divergence, StageClock, run_steps
 from pipeline.training.notice import Notice
@@ -32,7 +31,7 @@ from pipeline.training.spec import TrainSpec
 from pipeline.training.stages import (
     adapted_paths,
     checkpoint_activations,
-    heard_paths,
+    observed_paths,
     save_lora,
     warm_up_cosine,
     with_gates,
@@ -41,7 +40,8 @@ from pipeline.training.stages import (
     without_gates,
     without_lora,
 )
-from pipeline.training.statistics_collector import EvidenceCollector, collect_features
+from pipeline.training.statistics_collector import LayerInputCollector, collect_features
+from pipeline.training.training_folder import ADAPTER, EXPERT, STATE, TrainingFolder, load_state, save_state
 from pipeline.training.validation import BestAdapter, Look, held_out_loss
 from pipeline.training.zero import (
     base_dtype,
@@ -65,16 +65,16 @@ HOW = {
 """Settings of the machine that an expert's card keeps."""
 
 FOUND = "found"
-"""Key in a job's outcome: it was finished before anybody asked for it, and its steps are told by nobody."""
+"""Key in a training's outcome: it was finished before anybody asked for it, and its steps are told by nobody."""
 
 TELL_EVERY = 0.8
 """Seconds between messages to the driver."""
 
 
 def train(settings: dict[str, Any]) -> None:
-    """Works on the session's jobs until there are no more; Ray Train runs this on every rank.
+    """Works on the session's trainings until there are no more; Ray Train runs this on every rank.
 
-    `settings`: the `queue` and the folder `storage`. A job's outcome is rank 0's figures (losses, seconds and data wait of
+    `settings`: the `queue` and the folder `storage`. A training's outcome is rank 0's figures (losses, seconds and data wait of
     both stages), or `failure` with the reason where a retry would fail again (divergence, nothing learned, a damaged file):
     all ranks see those alike. What one rank alone meets must be raised: the others would wait for it.
     """
@@ -84,12 +84,12 @@ def train(settings: dict[str, Any]) -> None:
     number = _agreed(ray.get(queue.first.remote()) if rank == 0 else None)
     try:
         while (taken := ray.get(queue.take.remote(number))) is not None:
-            job = TrainSpec.model_validate(taken[0])
-            folder = storage / f"{job.task}-{job.digest}"
+            spec = TrainSpec.model_validate(taken[0])
+            folder = storage / f"{spec.task}-{spec.digest}"
             # Workers may have died after the last step, before they told of it; those of a driver that was killed go on for
             # a moment.
-            found = _agreed(JobFolder(folder).figures() if rank == 0 else None)
-            figures = _work(job, ray.get(taken[1][0]), queue, folder, base) if found is None else found | {FOUND: True}
+            found = _agreed(TrainingFolder(folder).figures() if rank == 0 else None)
+            figures = _work(spec, ray.get(taken[1][0]), queue, folder, base) if found is None else found | {FOUND: True}
             taken = None  # the rows
             free_memory()
             if rank == 0:
@@ -99,11 +99,11 @@ def train(settings: dict[str, Any]) -> None:
         base.drop()
 
 
-def _work(job: TrainSpec, rows: TrainingRows, queue: Any, folder: Path, base: "HeldBase") -> dict[str, Any]:
-    """Does one job; returns its outcome."""
+def _work(spec: TrainSpec, rows: TrainingRows, queue: Any, folder: Path, base: "HeldBase") -> dict[str, Any]:
+    """Does one training; returns its outcome."""
     worker = None
     try:
-        worker = Worker(job, rows, queue, folder, base)
+        worker = Worker(spec, rows, queue, folder, base)
         return worker.run()
     except (Divergence, ExpertError, StoredFileError) as error:
         base.drop()  # adapters and engine are still on it
@@ -122,21 +122,21 @@ def _agreed(value: Any) -> Any:
 
 
 class HeldBase:
-    """The base of the last job, kept for as long as the next one wants the same."""
+    """The base of the last training, kept for as long as the next one wants the same."""
 
     def __init__(self) -> None:
         self._key: Any = None
         self._base: Base | None = None
         self._open = ExitStack()
 
-    def get(self, job: TrainSpec, settings: dict[str, Any]) -> Base:
-        """Returns the base that a job trains on, bare as it was loaded."""
-        key = (job.base, job.vision, job.training)
+    def get(self, spec: TrainSpec, settings: dict[str, Any]) -> Base:
+        """Returns the base that a training trains on, bare as it was loaded."""
+        key = (spec.base, spec.vision, spec.training)
         if self._base is None or key != self._key:
             self.drop()
             self._open.enter_context(sharded_loading(settings))
-            self._base = load_base(base_dtype(job.base, job.training), vision=job.vision)
-            if job.training.zero_stage == 3 and dist.get_world_size() > 1:
+            self._base = load_base(base_dtype(spec.base, spec.training), vision=spec.vision)
+            if spec.training.zero_stage == 3 and dist.get_world_size() > 1:
                 VisionLockstep(self._base, ray.train.torch.get_device())
             self._key = key
         return self._base
@@ -151,55 +151,55 @@ class HeldBase:
 class Worker:
     """One rank."""
 
-    def __init__(self, job: TrainSpec, rows: TrainingRows, queue: Any, folder: Path, base: HeldBase) -> None:
+    def __init__(self, spec: TrainSpec, rows: TrainingRows, queue: Any, folder: Path, base: HeldBase) -> None:
         context = ray.train.get_context()
-        self.job, self.queue, self.base = job, queue, base
+        self.spec, self.queue, self.base = spec, queue, base
         self.rows = rows
         self.held_out: TrainingRows | None = None
-        if job.validation:
-            self.rows, self.held_out = rows.split(job.validation, job.seed)
+        if spec.validation:
+            self.rows, self.held_out = rows.split(spec.validation, spec.seed)
         self.rank, self.world = context.get_world_rank(), context.get_world_size()
-        self.folder, self.best = JobFolder(folder, self.rank), BestAdapter(folder, write=self.rank == 0)
-        share = -(-job.expert.batch_size // self.world)
-        micro_batch = min(job.training.micro_batch or share, share)
-        self.layout = StepLayout(job.expert.batch_size, self.world, micro_batch)
-        self.dtype = torch.bfloat16 if job.training.precision == "bf16" else torch.float32
-        torch.set_num_threads(job.training.cpus_per_worker)
+        self.folder, self.best = TrainingFolder(folder, self.rank), BestAdapter(folder, write=self.rank == 0)
+        share = -(-spec.expert.batch_size // self.world)
+        micro_batch = min(spec.training.micro_batch or share, share)
+        self.layout = StepLayout(spec.expert.batch_size, self.world, micro_batch)
+        self.dtype = torch.bfloat16 if spec.training.precision == "bf16" else torch.float32
+        torch.set_num_threads(spec.training.cpus_per_worker)
         self._untold: list[tuple[str, str, int, int, float]] = []
         self._told, self._began, self._before = 0.0, time.monotonic(), 0.0
-        self.figures: dict[str, Any] = {"samples": job.expert.steps * job.expert.batch_size}
+        self.figures: dict[str, Any] = {"samples": spec.expert.steps * spec.expert.batch_size}
 
     def run(self) -> dict[str, Any]:
         """Runs what the last checkpoint leaves to do, both stages on one base: the LoRA is taken off, gates come on."""
-        job, checkpoint = self.job, self.folder.last()
+        spec, checkpoint = self.spec, self.folder.last()
         progress: dict[str, Any] = {"stage": "expert", "step": 0, "figures": {}}
         if checkpoint is not None:
             progress = self.folder.progress()
             self._before = progress.get("seconds", 0.0)
         self.figures |= progress["figures"]
         settings = self._zero_config()
-        base = self.base.get(job, settings)
-        adapted_paths(base, job.expert.target_modules)
+        base = self.base.get(spec, settings)
+        adapted_paths(base, spec.expert.target_modules)
         if progress["stage"] == "expert":
             adapter = self._expert_stage(base, settings, checkpoint, progress)
             free_memory()
         else:
             assert checkpoint is not None
             adapter = checkpoint / ADAPTER
-        if job.router_stage:
+        if spec.router_stage:
             self._router_stage(base, settings, adapter)
         elif self.rank == 0:
-            self.folder.finish(self.figures, lambda draft: shutil.copytree(adapter, draft / ADAPTER))
+            self.folder.finish(self.figures, lambda checkpoint_dir: shutil.copytree(adapter, checkpoint_dir / ADAPTER))
         return self.figures
 
     def _expert_stage(
         self, base: Base, settings: dict[str, Any], folder: Path | None, progress: dict[str, Any]
     ) -> Path:
         """Trains the LoRA, and takes it off the base; returns the folder of the finished adapter."""
-        job, config = self.job, self.job.expert
-        seed_all(job.seed)  # the same for all ranks: weights
-        peft: Any = with_lora(base, config, start=Path(job.start) if job.start else None, dtype=self.dtype)
-        if job.training.gradient_checkpointing:
+        spec, config = self.spec, self.spec.expert
+        seed_all(spec.seed)  # the same for all ranks: weights
+        peft: Any = with_lora(base, config, start=Path(spec.start) if spec.start else None, dtype=self.dtype)
+        if spec.training.gradient_checkpointing:
             checkpoint_activations(base)
         engine = start_engine(
             peft,
@@ -208,7 +208,7 @@ class Worker:
             weight_decay=config.weight_decay,
             schedule=warm_up_cosine(config),
         )
-        seed_all(job.seed, 1, self.rank)  # each rank's own: dropout
+        seed_all(spec.seed, 1, self.rank)  # each rank's own: dropout
         begin, clock = 0, StageClock()
         if folder is not None and (folder / STATE).exists():  # not in those of earlier releases
             load_state(engine, folder, progress["step"], ranks=progress["world"])
@@ -221,7 +221,7 @@ class Worker:
         def on_step(step: int, loss: float) -> bool:
             self._step_done("expert", step, config.steps, loss)
             enough = self._validate(engine, base, peft, step)
-            if step % job.training.checkpoint_every == 0 and step < config.steps and not enough:
+            if step % spec.training.checkpoint_every == 0 and step < config.steps and not enough:
                 keep(step)
             return enough
 
@@ -230,17 +230,17 @@ class Worker:
                 keep(step)
 
         def keep(step: int) -> None:
-            draft = self._checkpoint({"stage": "expert", "step": step, "clock": vars(clock)})
-            save_state(engine, draft)
-            self.folder.commit(draft)
+            checkpoint_dir = self._checkpoint({"stage": "expert", "step": step, "clock": vars(clock)})
+            save_state(engine, checkpoint_dir)
+            self.folder.commit(checkpoint_dir)
 
         steps = range(begin, config.steps)
-        with self._loader(base, steps, job.seed) as loader:
+        with self._loader(base, steps, spec.seed) as loader:
             run_steps(
                 engine,
                 loader,
                 steps,
-                divergence_factor=job.training.divergence_factor,
+                divergence_factor=spec.training.divergence_factor,
                 clock=clock,
                 on_step=on_step,
                 wanted=notice.due,
@@ -248,23 +248,23 @@ class Worker:
             )
         self._note("expert", clock)
         self.figures["samples"] = len(clock.losses) * config.batch_size
-        draft = self._checkpoint({"stage": "router", "step": 0})
+        checkpoint_dir = self._checkpoint({"stage": "router", "step": 0})
         if self.best.look is None:
-            save_lora(peft, draft / ADAPTER, write=self.rank == 0)
+            save_lora(peft, checkpoint_dir / ADAPTER, write=self.rank == 0)
         elif self.rank == 0:
-            self.best.copy(draft / ADAPTER)
+            self.best.copy(checkpoint_dir / ADAPTER)
         close_engine(engine)
         without_lora(base, peft)
-        adapter = self.folder.commit(draft) / ADAPTER
+        adapter = self.folder.commit(checkpoint_dir) / ADAPTER
         if not any(bool(a.b_OR.any()) for a in load_adapters(adapter)[1].values()):
             raise ExpertError(
-                f"task {job.task!r}: every LoRA B is zero after training; check expert.learning_rate and steps"
+                f"task {spec.task!r}: every LoRA B is zero after training; check expert.learning_rate and steps"
             )
         return adapter
 
     def _validate(self, engine: Any, base: Base, peft: Any, step: int) -> bool:
         """Looks at the held-out rows, if it is time to, and keeps an adapter that is better; returns whether to stop."""
-        config, rows = self.job.expert, self.held_out
+        config, rows = self.spec.expert, self.held_out
         if rows is None or (step % config.validate_every and step < config.steps):
             return False
         batches = distinct_batches(
@@ -279,34 +279,34 @@ class Worker:
 
     def _router_stage(self, base: Base, settings: dict[str, Any], adapter: Path) -> None:
         """Trains the routing vectors, takes the prompt statistics and writes the finished expert."""
-        job, config = self.job, self.job.router
+        spec, config = self.spec, self.spec.router
         started = time.monotonic()
-        heard = heard_paths(base, job.expert.target_modules)
+        observed = observed_paths(base, spec.expert.target_modules)
         adapter_config, adapters = load_adapters(adapter)  # now: rank 0 removes the checkpoint when it is done
         gates = with_gates(base.model, adapters, dtype=self.dtype)
         engine = start_engine(
             base.model, settings, learning_rate=config.learning_rate, weight_decay=0.0, schedule=lambda step: 1.0
         )
-        if job.training.gradient_checkpointing:
+        if spec.training.gradient_checkpointing:
             checkpoint_activations(base)
         without_dropout(engine)  # nothing but the gates moves
-        seed_all(job.seed, 2, self.rank)
+        seed_all(spec.seed, 2, self.rank)
         features, ids = self._features(engine, base)
-        evidence = EvidenceCollector(base.model, heard)
+        layer_inputs = LayerInputCollector(base.model, observed)
         clock = StageClock()
         steps = range(config.steps)
-        with self._loader(base, steps, job.seed + 1) as loader:
+        with self._loader(base, steps, spec.seed + 1) as loader:
             run_steps(
                 engine,
                 loader,
                 steps,
-                divergence_factor=job.training.divergence_factor,
+                divergence_factor=spec.training.divergence_factor,
                 clock=clock,
                 on_step=lambda step, loss: self._step_done("router", step, config.steps, loss),
-                before=lambda i, batch: evidence.expect(batch, loader.new_rows(config.statistics_rows)[i]),
+                before=lambda i, batch: layer_inputs.expect(batch, loader.new_rows(config.statistics_rows)[i]),
             )
         statistics = PromptStatistics.of(features, ids, quantile=config.quantile, shrinkage=config.shrinkage)
-        samples = {path: PromptStatistics.of(sample) for path, sample in evidence.collect().items()}
+        samples = {path: PromptStatistics.of(sample) for path, sample in layer_inputs.collect().items()}
         with gathered([gate.vector for gate in gates.values()]):
             vectors = {path: gate.vector.detach().float().cpu().clone() for path, gate in gates.items()}
         close_engine(engine)
@@ -314,45 +314,45 @@ class Worker:
         clock.seconds = time.monotonic() - started
         self._note("router", clock)
         card = ExpertCard(
-            name=job.task,
-            task=job.task,
+            name=spec.task,
+            task=spec.task,
             base_fingerprint=base.fingerprint,
-            rank=job.expert.rank,
-            alpha=job.expert.lora_alpha,
-            seed=job.seed,
-            data_fingerprint=job.data_fingerprint,
-            config_digest=job.digest,
-            identity=job.identity,
-            trained_with=job.training.model_dump(include=HOW),
+            rank=spec.expert.rank,
+            alpha=spec.expert.lora_alpha,
+            seed=spec.seed,
+            data_fingerprint=spec.data_fingerprint,
+            config_digest=spec.digest,
+            identity=spec.identity,
+            trained_with=spec.training.model_dump(include=HOW),
             samples=self.figures["samples"],
             metrics={key: value for key, value in self.figures.items() if isinstance(value, float)},
         )
         expert = Expert(card, adapter_config, adapters, vectors, statistics, samples)
         expert.check_trained()
         if self.rank == 0:
-            self.folder.finish(self.figures, lambda draft: expert.save(draft / EXPERT))
+            self.folder.finish(self.figures, lambda checkpoint_dir: expert.save(checkpoint_dir / EXPERT))
 
     def _features(self, engine: Any, base: Base) -> tuple[torch.Tensor, torch.Tensor]:
         """Returns features (N, F) and ids (N, 2) of distinct prompts of all ranks."""
-        config = self.job.router
+        config = self.spec.router
         batches = distinct_batches(
             self.rows,
             count=max(config.statistics_rows, self.world),
             micro_batch=self.layout.micro_batch,
             rank=self.rank,
             workers=self.world,
-            seed=self.job.seed,
+            seed=self.spec.seed,
         )
         width = feature_width(base.width, config.feature_width)
         return collect_features(engine, base, batches, width=width, device=engine.device)
 
     def _zero_config(self) -> dict[str, Any]:
-        job = self.job
+        spec = self.spec
         return zero_config(
-            job.training,
+            spec.training,
             micro_batch=self.layout.micro_batch,
             accumulated=self.layout.accumulation,
-            max_grad_norm=job.expert.max_grad_norm,
+            max_grad_norm=spec.expert.max_grad_norm,
         )
 
     def _loader(self, base: Base, steps: range, seed: int) -> BatchLoader:
@@ -363,7 +363,7 @@ class Worker:
             steps=steps,
             seed=seed,
             collate=partial(collate_for, base.processor),
-            group_by_length=self.job.group_by_length,
+            group_by_length=self.spec.group_by_length,
         )
 
     def _note(self, stage: str, clock: StageClock) -> None:
@@ -380,16 +380,16 @@ class Worker:
         """Tells the driver of a step, several at a time: a remote call costs about a millisecond of the step's time."""
         if self.rank != 0:
             return
-        self._untold.append((self.job.task, stage, step, steps, loss))
+        self._untold.append((self.spec.task, stage, step, steps, loss))
         if step == steps or time.monotonic() - self._told >= TELL_EVERY:
             self.tell()
 
     def _tell_again(self, losses: Sequence[float]) -> None:
         """Tells of the steps before the checkpoint: the driver may have been killed before it had logged them."""
         for step, loss in enumerate(losses, 1):
-            self._step_done("expert", step, self.job.expert.steps, loss)
+            self._step_done("expert", step, self.spec.expert.steps, loss)
         for step, loss in self.figures.get("validation_losses", []):
-            self._step_done("validation", step, self.job.expert.steps, loss)
+            self._step_done("validation", step, self.spec.expert.steps, loss)
 
     def tell(self) -> None:
         """Tells the driver of the steps that it does not know yet."""
@@ -398,6 +398,8 @@ class Worker:
             self._untold, self._told = [], time.monotonic()
 
     def _checkpoint(self, progress: dict[str, Any]) -> Path:
-        """Starts a checkpoint that says where this job stands."""
+        """Starts a checkpoint that says where this training stands."""
         seconds = self._before + time.monotonic() - self._began
-        return self.folder.draft({"world": self.world, "seconds": seconds, "figures": self.figures, **progress})
+        return self.folder.checkpoint_dir(
+            {"world": self.world, "seconds": seconds, "figures": self.figures, **progress}
+        )

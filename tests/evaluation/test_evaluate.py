@@ -53,7 +53,7 @@ def pool(known_pool: Pool) -> Pool:
 
 
 def with_experts(pool: Pool, experts: Sequence, **router: object) -> Pool:
-    bare = Pool(pool.base_label, pool.base_fingerprint, pool.router, experts, pool.null, pool.null_evidence)
+    bare = Pool(pool.base_label, pool.base_fingerprint, pool.router, experts, pool.null, pool.null_layer_statistics)
     return bare.routed_by(**router)
 
 

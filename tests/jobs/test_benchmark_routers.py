@@ -22,7 +22,7 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> LearnConfig:
 
 def test_many_experts_are_told_apart_and_the_base_stays_as_it_is(tiny_base, known_pool, quick):
     before = checksum(tiny_base.model)
-    empty = Pool("tiny", tiny_base.fingerprint, quick.router, [], known_pool.null, known_pool.null_evidence)
+    empty = Pool("tiny", tiny_base.fingerprint, quick.router, [], known_pool.null, known_pool.null_layer_statistics)
     found = among_many(tiny_base, empty, quick, 6)
     assert found["experts"] == 6
     assert found["routers"].keys() == {"token", "prompt", "two_level"}

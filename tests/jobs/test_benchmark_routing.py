@@ -1,4 +1,4 @@
-"""The routing benchmark at tiny widths: every engine computes what it should, and every cell lands in the summary."""
+"""The routing benchmark at tiny widths: every method computes what it should, and every cell lands in the summary."""
 
 import json
 from collections.abc import Iterator
@@ -11,9 +11,9 @@ from peft import ArrowConfig, create_arrow_model
 from typer.testing import CliRunner
 
 from jobs.benchmark.app import app
-from jobs.benchmark.engines import ENGINES, PLACES, PROMPT, RANK, TOP_K, Engine, Routed, Setup, build
-from jobs.benchmark.engines import _lora_layers as lora_layers
-from jobs.benchmark.engines import _with_adapters as with_adapters
+from jobs.benchmark.methods import METHODS, PLACES, PROMPT, RANK, TOP_K, Method, Routed, Workload, build
+from jobs.benchmark.methods import _lora_layers as lora_layers
+from jobs.benchmark.methods import _with_adapters as with_adapters
 from jobs.benchmark.routing import Measuring, peak_bytes
 from pipeline.routing.routes import LayerRoute
 
@@ -30,9 +30,9 @@ def _one_thread() -> Iterator[None]:
 
 
 @pytest.fixture(scope="module", params=["tiny", LINEAR])
-def setup(request: pytest.FixtureRequest) -> Setup:
+def workload(request: pytest.FixtureRequest) -> Workload:
     with torch.inference_mode():
-        return Setup(request.param, dtype=torch.float32, seed=0)
+        return Workload(request.param, dtype=torch.float32, seed=0)
 
 
 def routing(output: Path, *options: str) -> Any:
@@ -45,19 +45,19 @@ def results(output: Path) -> list[dict[str, Any]]:
 
 
 @torch.inference_mode()
-def outputs(engine: Engine, tokens: int) -> Any:
-    step = engine.step(tokens)
+def outputs(method: Method, tokens: int) -> Any:
+    step = method.step(tokens)
     first = step.run()
     step.reset()
     torch.testing.assert_close(step.run(), first, rtol=0, atol=0)  # a pass leaves no traces
     return first
 
 
-def test_every_engine_lands_in_the_summary(tmp_path: Path) -> None:
+def test_every_method_lands_in_the_summary(tmp_path: Path) -> None:
     outcome = routing(tmp_path, "--sizes", f"tiny,{LINEAR}", "--experts", "1,3")
     assert outcome.exit_code == 0, outcome.output
-    cells = {(r["size"], r["engine"], r["experts"], r["tokens"]): r for r in results(tmp_path)}
-    several = [name for name in ENGINES if name != "single"]
+    cells = {(r["size"], r["method"], r["experts"], r["tokens"]): r for r in results(tmp_path)}
+    several = [name for name in METHODS if name != "single"]
     assert cells.keys() == {
         (size, name, experts, tokens)
         for size in ("tiny", LINEAR)
@@ -80,17 +80,17 @@ def test_every_engine_lands_in_the_summary(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["token_phatgoose", "prompt", "arrow", "mixed"])
-def test_one_expert_answers_as_peft_with_one_lora(setup: Setup, name: str) -> None:
+def test_one_expert_answers_as_peft_with_one_lora(workload: Workload, name: str) -> None:
     with torch.inference_mode():
-        one, engine = build("single", setup, 1), build(name, setup, 1)
+        one, method = build("single", workload, 1), build(name, workload, 1)
     for tokens in (PROMPT, 1):
-        torch.testing.assert_close(outputs(engine, tokens), outputs(one, tokens), rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(outputs(method, tokens), outputs(one, tokens), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("experts", [1, 2, 3, 20])
-def test_two_level_mixes_and_prompt_chooses_the_first(setup: Setup, experts: int) -> None:
+def test_two_level_mixes_and_prompt_chooses_the_first(workload: Workload, experts: int) -> None:
     with torch.inference_mode():
-        mixing, choosing, one = (build(name, setup, experts) for name in ("two_level", "prompt", "single"))
+        mixing, choosing, one = (build(name, workload, experts) for name in ("two_level", "prompt", "single"))
     outputs(mixing, PROMPT)
     assert isinstance(mixing, Routed)
     assert isinstance(mixing.state.route, LayerRoute)
@@ -98,31 +98,31 @@ def test_two_level_mixes_and_prompt_chooses_the_first(setup: Setup, experts: int
     torch.testing.assert_close(outputs(choosing, 1), outputs(one, 1), rtol=1e-5, atol=1e-5)
 
 
-def test_grown_adapters_answer_as_loaded_ones(setup: Setup, tmp_path: Path) -> None:
+def test_grown_adapters_answer_as_loaded_ones(workload: Workload, tmp_path: Path) -> None:
     names = ["first", "second", "third"]
     with torch.inference_mode():
-        with_adapters(setup, names).save_pretrained(str(tmp_path))
-        settings = ArrowConfig(top_k=TOP_K, rng_seed=setup.seed)
-        loaded = create_arrow_model(setup.copy(), [str(tmp_path / name) for name in names], settings)
-        grown = build("arrow", setup, len(names))
+        with_adapters(workload, names).save_pretrained(str(tmp_path))
+        settings = ArrowConfig(top_k=TOP_K, rng_seed=workload.seed)
+        loaded = create_arrow_model(workload.copy(), [str(tmp_path / name) for name in names], settings)
+        grown = build("arrow", workload, len(names))
     for tokens in (PROMPT, 1):
-        torch.testing.assert_close(outputs(grown, tokens), outputs(Engine(setup, loaded), tokens))
+        torch.testing.assert_close(outputs(grown, tokens), outputs(Method(workload, loaded), tokens))
 
 
 def test_xlora_weighs_all_experts_and_one_as_peft_with_one_lora() -> None:
     with torch.inference_mode():
-        setup = Setup("tiny", dtype=torch.float32, seed=0)
-        one, alone, engine = build("single", setup, 1), build("xlora", setup, 1), build("xlora", setup, 3)
+        workload = Workload("tiny", dtype=torch.float32, seed=0)
+        one, alone, method = build("single", workload, 1), build("xlora", workload, 1), build("xlora", workload, 3)
     for tokens in (PROMPT, 1):
         torch.testing.assert_close(outputs(alone, tokens), outputs(one, tokens), rtol=1e-5, atol=1e-5)
-    outputs(engine, 1)
-    scalings = engine.module.base_model.internal_xlora_scalings
-    assert scalings.shape == (1, PROMPT + 1, len(setup.linears), 3)
-    assert all(layer.active_adapters == ["0", "1", "2"] for layer, _ in lora_layers(engine.module, setup))
+    outputs(method, 1)
+    scalings = method.module.base_model.internal_xlora_scalings
+    assert scalings.shape == (1, PROMPT + 1, len(workload.linears), 3)
+    assert all(layer.active_adapters == ["0", "1", "2"] for layer, _ in lora_layers(method.module, workload))
 
 
 def test_what_does_not_fit_is_skipped_with_the_figure(tmp_path: Path) -> None:
-    outcome = routing(tmp_path, "--sizes", LINEAR, "--experts", "1000", "--engines", "arrow", "--memory-gb", "0.1")
+    outcome = routing(tmp_path, "--sizes", LINEAR, "--experts", "1000", "--methods", "arrow", "--memory-gb", "0.1")
     assert outcome.exit_code == 0, outcome.output
     prefill, decoding = results(tmp_path)
     assert prefill["seconds_median"] is None
@@ -148,16 +148,16 @@ def test_an_interrupted_run_leaves_what_it_measured(tmp_path: Path, monkeypatch:
         return measure(self, size, experts, name)
 
     monkeypatch.setattr(Measuring, "cell", interrupted)
-    assert routing(tmp_path, "--sizes", LINEAR, "--experts", "2", "--engines", "mixed,token").exit_code != 0
-    assert [r["engine"] for r in results(tmp_path)] == ["mixed", "mixed"]
+    assert routing(tmp_path, "--sizes", LINEAR, "--experts", "2", "--methods", "mixed,token").exit_code != 0
+    assert [r["method"] for r in results(tmp_path)] == ["mixed", "mixed"]
 
 
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        (("--engines", "single,foo"), ("'foo'", "two_level")),
+        (("--methods", "single,foo"), ("'foo'", "two_level")),
         (("--sizes", "huge"), ("'huge'", "internvl2_2b")),
-        (("--sizes", LINEAR, "--engines", "xlora"), ("xlora", "tiny")),
+        (("--sizes", LINEAR, "--methods", "xlora"), ("xlora", "tiny")),
         (("--experts", "0"), ("numbers from 1",)),
         (("--dtype", "int8"), ("'int8'", "bfloat16")),
     ],

@@ -22,7 +22,7 @@ from pipeline.data.loading.batch_loader import distinct_batches
 from pipeline.data.loading.training_rows import CachedRows, TrainingRows
 from pipeline.errors import UserError
 from pipeline.learning import learn, trainings
-from pipeline.learning.opening import open_run
+from pipeline.learning.opening import open_session
 from pipeline.learning.session import StreamSession
 from pipeline.models.bases import Base, load_base
 from pipeline.models.prompts import Encoded, collate_for, without_answer
@@ -32,8 +32,8 @@ from pipeline.routing.features import FEATURE_RULE
 from pipeline.routing.null import components
 from pipeline.routing.store import cache_folder
 from pipeline.routing.trained import TrainedExpert
-from pipeline.training.stages import heard_paths, with_gates, without_gates
-from pipeline.training.statistics_collector import EvidenceCollector, collect_features
+from pipeline.training.stages import observed_paths, with_gates, without_gates
+from pipeline.training.statistics_collector import LayerInputCollector, collect_features
 from tests.helpers import attached, batch_of, make_expert
 from tests.jobs.test_learn import stream
 
@@ -53,29 +53,29 @@ class Aged:
     """Some of each task."""
 
 
-def training_rows(run: StreamSession) -> dict[str, TrainingRows]:
-    return {t.name: run.training_rows(t).training_rows([t.name]) for t in run.config.stream.tasks}
+def training_rows(session: StreamSession) -> dict[str, TrainingRows]:
+    return {t.name: session.training_rows(t).training_rows([t.name]) for t in session.config.stream.tasks}
 
 
 def as_training_records(base: Base, expert: Expert, rows: TrainingRows, router: RouterConfig) -> Expert:
     """Returns the expert with statistics of these rows, by the means of a training worker."""
     read = list(distinct_batches(rows, count=router.statistics_rows, micro_batch=16, rank=0, workers=1, seed=0))
     features, ids = collect_features(base.model, base, read, width=router.feature_width or 3 * base.width, device="cpu")
-    heard = heard_paths(base, "auto")
+    observed = observed_paths(base, "auto")
     gates = with_gates(base.model, expert.adapters)
     for path, gate in gates.items():
         gate.vector.data.copy_(expert.vectors[path])
-    evidence = EvidenceCollector(base.model, heard)
+    layer_inputs = LayerInputCollector(base.model, observed)
     for part in read:
         assert part is not None
         batch = collate_for(base.processor, part)
-        evidence.expect(batch, len(batch["labels"]))
+        layer_inputs.expect(batch, len(batch["labels"]))
         with torch.no_grad():
             base.model(**{name: value for name, value in batch.items() if name != "labels"}, use_cache=False)
     without_gates(base.model, gates)
     statistics = PromptStatistics.of(features, ids, quantile=router.quantile, shrinkage=router.shrinkage)
-    samples = {path: PromptStatistics.of(sample) for path, sample in evidence.collect().items()}
-    return dataclasses.replace(expert, statistics=statistics, evidence=samples)
+    samples = {path: PromptStatistics.of(sample) for path, sample in layer_inputs.collect().items()}
+    return dataclasses.replace(expert, statistics=statistics, layer_statistics=samples)
 
 
 @pytest.fixture(scope="module")
@@ -85,16 +85,16 @@ def aged(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Aged:
     settings = load_config(config, [], LearnConfig)
     base = load_base(BaseModelConfig(path=str(tiny_folder)))
     experts, prompts = [], {}
-    with open_run(settings, job="test", trains=False) as run:
-        for seed, (name, rows) in enumerate(training_rows(run).items()):
+    with open_session(settings, job="test", trains=False) as session:
+        for seed, (name, rows) in enumerate(training_rows(session).items()):
             assert rows.count == ROWS[name]
-            task = run.config.stream.tasks[seed]
+            task = session.config.stream.tasks[seed]
             expert = make_expert(base, name, rank=4, seed=seed)
             card = expert.card.model_copy(
                 update={
                     "seed": 0,
-                    "data_fingerprint": run.identity.training_rows(task),
-                    "identity": run.identity.parts(task) | {"feature_rule": FEATURE_RULE - 1} if seed else {},
+                    "data_fingerprint": session.identity.training_rows(task),
+                    "identity": session.identity.parts(task) | {"feature_rule": FEATURE_RULE - 1} if seed else {},
                     "config_digest": f"old-{name}",
                     "samples": 12 * 16,
                 }
@@ -115,7 +115,7 @@ def age(folder: Path) -> None:
     for name in ("digits", "echo"):
         expert = Expert.load(folder / "experts" / name)
         narrow = PromptStatistics.of(torch.randn(8, 48))
-        dataclasses.replace(expert, statistics=narrow, evidence={}).save(folder / "experts" / name)
+        dataclasses.replace(expert, statistics=narrow, layer_statistics={}).save(folder / "experts" / name)
         change(folder / "experts" / name / "expert.json", feature_rule=FEATURE_RULE - 1)
     router = json.loads((folder / "pool.json").read_text())["router"] | {"a_setting_of_old": 1}
     change(folder / "pool.json", format_version=2, feature_rule=FEATURE_RULE - 1, router=router, experts=[*ROWS])
@@ -173,10 +173,10 @@ def test_statistics_are_those_of_a_pool_that_is_learned_afresh(aged: Aged, renew
         afresh = aged.learned.experts[name]
         assert expert.statistics.count == ROWS[name]
         assert_same(expert.statistics, afresh.statistics)
-        assert expert.statistics.radius == pytest.approx(afresh.statistics.radius, rel=1e-4)
-        assert expert.evidence.keys() == afresh.evidence.keys() != set()
-        for path, evidence in expert.evidence.items():
-            assert_same(evidence, afresh.evidence[path], atol=1e-4)
+        assert expert.statistics.threshold == pytest.approx(afresh.statistics.threshold, rel=1e-4)
+        assert expert.layer_statistics.keys() == afresh.layer_statistics.keys() != set()
+        for path, layer_statistics in expert.layer_statistics.items():
+            assert_same(layer_statistics, afresh.layer_statistics[path], atol=1e-4)
         for path, adapter in expert.adapters.items():
             assert adapter.b_OR.equal(afresh.adapters[path].b_OR)
             assert expert.vectors[path].equal(afresh.vectors[path])
@@ -213,12 +213,12 @@ def test_learning_goes_on_from_the_recomputed_experts(
 ) -> None:
     monkeypatch.setattr(trainings, "_trained", lambda *arguments: pytest.fail("trained again"))
     settings = load_config(aged.config, ["stream.on_change=fail"], LearnConfig)
-    with open_run(settings, job="test", trains=False) as run:
-        begun = trainings.Trainings(run)
+    with open_session(settings, job="test", trains=False) as session:
+        begun = trainings.Trainings(session)
         for number, task in enumerate(settings.stream.tasks, start=1):
             trained = begun.expert(task)
             assert trained.before
-            found = learn._registered(run, task, trained)
+            found = learn._registered(session, task, trained)
             assert_same(found.expert.expert.statistics, renewed[0].experts[task.name].statistics)
             assert int(found.version.version) == number
             assert found.figures["samples"] == 12 * 16
@@ -252,17 +252,17 @@ def test_damaged_experts_come_from_the_registry_or_are_not_there(aged: Aged, ren
         for path, a in registered.adapters.items()
     }
     mine = dataclasses.replace(registered, card=card, adapters=adapters)
-    with open_run(load_config(aged.config, [], LearnConfig), job="test", trains=False) as run:
-        run.experts.put(mine)
+    with open_session(load_config(aged.config, [], LearnConfig), job="test", trains=False) as session:
+        session.experts.put(mine)
         for expert, found in ((registered, True), (mine, False)):
-            reference = run.reference("digits", expert.card.config_digest)
-            weights = run.experts.folder_of(reference) / "adapter_model.safetensors"
+            reference = session.reference("digits", expert.card.config_digest)
+            weights = session.experts.folder_of(reference) / "adapter_model.safetensors"
             whole = weights.read_bytes()
             weights.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
-            assert run.has_expert(reference) == found
-            run.experts.put(expert)
+            assert session.has_expert(reference) == found
+            session.experts.put(expert)
             assert weights.read_bytes() == whole
-            assert run.has_expert(reference)
+            assert session.has_expert(reference)
 
 
 def test_other_settings_of_the_router_make_a_second_version(
@@ -370,7 +370,7 @@ def test_wrong_pools_are_messages(aged: Aged, tmp_path: Path, tiny_base: Base) -
         "models:/untrained.pool": "is no address of a pool; write it like models:/tiny.pool/3",
         "models:/untrained.pool/77": "no '77' in 'untrained.pool'; there are versions",
     }
-    with open_run(load_config(aged.config, [], LearnConfig), job="test", trains=False) as run:
+    with open_session(load_config(aged.config, [], LearnConfig), job="test", trains=False) as session:
         for pool, words in wrong.items():
             with pytest.raises(UserError, match=re.escape(words)):
-                recompute(run, _meant(run, pool, tmp_path))
+                recompute(session, _meant(session, pool, tmp_path))

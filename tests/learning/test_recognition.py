@@ -35,12 +35,12 @@ def opened(config: Path, *overrides: str) -> StreamSession:
     return StreamSession(settings, HERE, Terminal(), PeakMemory())
 
 
-def wanted(run: StreamSession) -> str:
-    return expert_wanted(run, run.config.stream.tasks[0])
+def wanted(session: StreamSession) -> str:
+    return expert_wanted(session, session.config.stream.tasks[0])
 
 
-def card(run: StreamSession, digest: str, *, identity: bool = True) -> ExpertCard:
-    (task,) = run.config.stream.tasks
+def card(session: StreamSession, digest: str, *, identity: bool = True) -> ExpertCard:
+    (task,) = session.config.stream.tasks
     return ExpertCard(
         name="hum",
         task="hum",
@@ -50,7 +50,7 @@ def card(run: StreamSession, digest: str, *, identity: bool = True) -> ExpertCar
         seed=0,
         data_fingerprint="d",
         config_digest=digest,
-        identity=run.identity.parts(task) if identity else {},
+        identity=session.identity.parts(task) if identity else {},
         samples=1,
     )
 
@@ -58,9 +58,9 @@ def card(run: StreamSession, digest: str, *, identity: bool = True) -> ExpertCar
 @pytest.fixture
 def learned(config: Path) -> str:
     """The name of the expert that has been learned."""
-    run = opened(config)
-    key = wanted(run)
-    remember(run, card(run, key))
+    session = opened(config)
+    key = wanted(session)
+    remember(session, card(session, key))
     return key
 
 
@@ -122,12 +122,12 @@ def test_data_that_never_were_there_are_an_error(config: Path) -> None:
 
 
 def test_experts_of_earlier_releases_are_recognised(config: Path, capsys) -> None:
-    run = opened(config)
-    before = run.identity.expert_before(run.config.stream.tasks[0])
-    folder = run.folder / "experts" / "hum"
+    session = opened(config)
+    before = session.identity.expert_before(session.config.stream.tasks[0])
+    folder = session.folder / "experts" / "hum"
     folder.mkdir(parents=True)
-    (folder / "expert.json").write_text(card(run, before, identity=False).model_dump_json(exclude={"identity"}))
-    assert wanted(run) == before
+    (folder / "expert.json").write_text(card(session, before, identity=False).model_dump_json(exclude={"identity"}))
+    assert wanted(session) == before
     assert not capsys.readouterr().out
     assert wanted(opened(config, "expert.rank=4")) != before
     assert "since an earlier release wrote it" in " ".join(capsys.readouterr().out.split())

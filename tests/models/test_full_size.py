@@ -130,7 +130,7 @@ def test_an_experts_lora(size):
 
 def statistics_bytes(width: int) -> int:
     """Bytes of the statistics of prompts with `width` features: half the scatter in float32; the mean, count, pictures and
-    radius in eight bytes each."""
+    threshold in eight bytes each."""
     return 4 * width * (width + 1) // 2 + 8 * width + 8 + 8 + 8
 
 
@@ -151,14 +151,14 @@ def test_an_expert_and_a_pool_of_a_hundred(models, size):
     features = statistics_bytes(feature_width(width, None))
     assert features == statistics_bytes(512) == 4 * 512 * 513 // 2 + 8 * 512 + 24 == 529_432
     # Evidence: 64 features at the four distinct inputs of a layer (q k v, o, gate up, down).
-    evidence = 4 * layers * statistics_bytes(WIDTH)
-    assert evidence == 4 * layers * (4 * 64 * 65 // 2 + 8 * 64 + 24) == {"2b": 850_176, "8b": 1_133_568}[size]
+    per_expert = 4 * layers * statistics_bytes(WIDTH)
+    assert per_expert == 4 * layers * (4 * 64 * 65 // 2 + 8 * 64 + 24) == {"2b": 850_176, "8b": 1_133_568}[size]
     # LoRA in bfloat16.
     lora = 2 * RANK * sum(linear.in_features + linear.out_features for linear in linears.values())
     assert lora == {"2b": 34_603_008, "8b": 83_886_080}[size]
-    expert = lora + vectors + features + evidence
+    expert = lora + vectors + features + per_expert
     assert expert == {"2b": 37_948_696, "8b": 90_529_816}[size]
-    assert (features + evidence) / lora < {"2b": 0.04, "8b": 0.02}[size]
+    assert (features + per_expert) / lora < {"2b": 0.04, "8b": 0.02}[size]
     # A hundred experts: 3.8 and 9.1 GB on disk, 0.86 and 0.56 of the base they share in bfloat16.
     base = 2 * count(models[size])
     assert 100 * expert / base == pytest.approx({"2b": 0.860, "8b": 0.561}[size], abs=1e-3)

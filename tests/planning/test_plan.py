@@ -205,7 +205,10 @@ def test_a_cpu_has_no_hours_and_no_allowance(bases: dict[str, Architecture]) -> 
 def test_sizes_are_those_on_disk(tiny_base: Any, known_pool: Pool, tmp_path: Path) -> None:
     config = load_config(CONFIGS / "demo.yaml", ["expert.rank=4", "router.feature_width=null"], LearnConfig)
     plan = make_plan(config, architecture_of(tiny_base.model.config))
-    expert = replace(make_expert(tiny_base, "mine", rank=4), evidence=next(iter(known_pool.experts.values())).evidence)
+    expert = replace(
+        make_expert(tiny_base, "mine", rank=4),
+        layer_statistics=next(iter(known_pool.experts.values())).layer_statistics,
+    )
     folder = expert.save(tmp_path / "mine")
     found = sum(file.stat().st_size for file in folder.iterdir())
     assert plan.sizes.expert == pytest.approx(found, rel=0.1)

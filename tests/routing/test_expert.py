@@ -8,7 +8,7 @@ from safetensors.torch import load_file, save_file
 from pipeline.routing import Expert, ExpertError, PromptStatistics
 from pipeline.routing.adapters import ADAPTER_CONFIG, ADAPTER_WEIGHTS, Adapter, load_adapters
 from pipeline.routing.contents import CONTENTS
-from pipeline.routing.expert import CARD, ROUTER_WEIGHTS, OutdatedError, evidence_tensors, statistics_tensors
+from pipeline.routing.expert import CARD, ROUTER_WEIGHTS, OutdatedError, layer_tensors, statistics_tensors
 from pipeline.routing.features import feature_width
 from pipeline.routing.layer_classifiers import WIDTH
 from tests.helpers import make_expert
@@ -51,16 +51,16 @@ def test_a_folder_gives_back_what_was_saved(expert, folder):
         assert loaded.adapters[path].scaling == adapter.scaling == 2.0
         assert loaded.vectors[path].equal(expert.vectors[path])
     assert loaded.statistics.count == 16
-    assert loaded.statistics.radius == expert.statistics.radius < float("inf")
+    assert loaded.statistics.threshold == expert.statistics.threshold < float("inf")
     assert loaded.statistics.mean_F.equal(expert.statistics.mean_F)
     torch.testing.assert_close(
         loaded.statistics.scatter_FF, expert.statistics.scatter_FF, rtol=1e-6, atol=0
     )  # kept in float32
 
 
-def test_an_uncalibrated_radius_stays_infinite(tiny_base, tmp_path):
+def test_an_uncalibrated_threshold_stays_infinite(tiny_base, tmp_path):
     loaded = Expert.load(make_expert(tiny_base, "clock").save(tmp_path / "clock"))
-    assert loaded.statistics.radius == float("inf")
+    assert loaded.statistics.threshold == float("inf")
 
 
 def test_saving_replaces_the_folder_entirely(tiny_base, folder):
@@ -143,9 +143,11 @@ def test_statistics_weigh_little_beside_a_lora_of_internvl2_2b():
     linears = [(width, width), (width, keys), (width, keys), (width, width), *[(width, inner)] * 2, (inner, width)]
     lora = 2 * layers * rank * sum(d + o for d, o in linears)
     prompt = PromptStatistics.of(torch.randn(4, feature_width(width, None)))
-    heard = PromptStatistics.of(torch.randn(4, WIDTH))  # at the inputs of query, output, gate and down
-    evidence = {f"layers.{layer}.{name}": heard for layer in range(layers) for name in ("q", "o", "gate", "down")}
-    tensors = statistics_tensors(prompt) | evidence_tensors(evidence)
+    observed = PromptStatistics.of(torch.randn(4, WIDTH))  # at the inputs of query, output, gate and down
+    layer_statistics = {
+        f"layers.{layer}.{name}": observed for layer in range(layers) for name in ("q", "o", "gate", "down")
+    }
+    tensors = statistics_tensors(prompt) | layer_tensors(layer_statistics)
     assert sum(tensor.nbytes for tensor in tensors.values()) <= 0.05 * lora
 
 

@@ -116,15 +116,15 @@ def mixed(tiny_base):
 
 
 def test_a_listener_gets_the_features_of_the_language_models_input(tiny_base, mixed):
-    model, heard = tiny_base.model, []
+    model, observed = tiny_base.model, []
     hook = model.model.language_model.register_forward_pre_hook(
-        lambda module, args, kwargs: heard.append(kwargs["inputs_embeds"]), with_kwargs=True
+        lambda module, args, kwargs: observed.append(kwargs["inputs_embeds"]), with_kwargs=True
     )
     found = features_of(tiny_base, mixed)
     hook.remove()
     ids, real = (batch_of(tiny_base, mixed)[key] for key in ("input_ids", "attention_mask"))
     image = ids == tiny_base.processor.image_token_id
-    torch.testing.assert_close(found, prompt_features(heard[0], image, real.bool() & ~image))
+    torch.testing.assert_close(found, prompt_features(observed[0], image, real.bool() & ~image))
     assert image.sum(-1).tolist() == [16, 16, 0, 0]
 
 

@@ -30,12 +30,13 @@ def test_it_holds_what_it_held(pool: Pool) -> None:
     assert pool.names == ["names", "letters"]
     assert (pool.router.token_scores, pool.router.candidates, pool.router.feature_width) == ("phatgoose", 2, 24)
     assert (
-        null_digest(pool.null, pool.null_evidence) == "e26c56b20240af09dd57bee1dcf872be670457e41cf1bb498d7ca97a0f8d2469"
+        null_digest(pool.null, pool.null_layer_statistics)
+        == "e26c56b20240af09dd57bee1dcf872be670457e41cf1bb498d7ca97a0f8d2469"
     )
     statistics = [expert.statistics for expert in pool.experts.values()]
-    assert [s.radius for s in statistics] == pytest.approx([55.80400903965291, 103.70226215745095])
+    assert [s.threshold for s in statistics] == pytest.approx([55.80400903965291, 103.70226215745095])
     assert [float(s.mean_F.sum()) for s in statistics] == pytest.approx([-4.018950319848955, -4.145288342299561])
-    layers = [expert.evidence[PATH] for expert in pool.experts.values()]
+    layers = [expert.layer_statistics[PATH] for expert in pool.experts.values()]
     assert [float(s.mean_F.sum()) for s in layers] == pytest.approx([-2.751995705999434, -1.516868458944373])
 
 

@@ -25,7 +25,7 @@ def mixed(tiny_base):
 
 
 @pytest.fixture(scope="module")
-def abstaining(known_pool) -> Pool:
+def without_null(known_pool) -> Pool:
     """The pool without base prompts."""
     return Pool("tiny", known_pool.base_fingerprint, RouterConfig(), known_pool.experts.values())
 
@@ -64,8 +64,8 @@ def test_every_row_has_its_explanation(tiny_base, known_pool, mixed, settings):
 
 
 @pytest.mark.parametrize("general", [True, False])
-def test_candidates_stand_in_the_order_of_their_posterior(tiny_base, known_pool, abstaining, mixed, general):
-    for explanation in explained(tiny_base, known_pool if general else abstaining, mixed[0])[0]:
+def test_candidates_stand_in_the_order_of_their_posterior(tiny_base, known_pool, without_null, mixed, general):
+    for explanation in explained(tiny_base, known_pool if general else without_null, mixed[0])[0]:
         posteriors = [candidate.posterior for candidate in explanation.candidates]
         assert posteriors == sorted(posteriors, reverse=True)
         assert sum(posteriors) == pytest.approx(1, abs=1e-6)
@@ -80,24 +80,24 @@ def test_scores_are_the_posteriors_logarithms_and_the_best_is_zero(tiny_base, kn
         assert scores.softmax(-1).tolist() == pytest.approx([c.posterior for c in explanation.candidates], abs=1e-9)
 
 
-def test_without_base_prompts_the_base_has_no_score(tiny_base, abstaining, mixed):
-    for explanation in explained(tiny_base, abstaining, mixed[0])[0]:
+def test_without_base_prompts_the_base_has_no_score(tiny_base, without_null, mixed):
+    for explanation in explained(tiny_base, without_null, mixed[0])[0]:
         base = by_name(explanation)[None]
-        assert (base.score, base.distance, base.radius, base.inside) == (None, None, None, None)
+        assert (base.score, base.distance, base.threshold, base.inside) == (None, None, None, None)
         assert base.posterior == float(explanation.decision.expert is None)
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
-def test_distance_and_radius_are_the_statistics_own(tiny_base, abstaining, mixed, side):
+def test_distance_and_threshold_are_the_statistics_own(tiny_base, without_null, mixed, side):
     features_BF = features_of(tiny_base, mixed[0])
-    for row, explanation in enumerate(explained(tiny_base, abstaining, mixed[0], side)[0]):
+    for row, explanation in enumerate(explained(tiny_base, without_null, mixed[0], side)[0]):
         for name, candidate in by_name(explanation).items():
             if name is not None:
-                statistics = abstaining.experts[name].statistics
-                distance = float(statistics.distance(features_BF[row][None], shrinkage=abstaining.router.shrinkage))
+                statistics = without_null.experts[name].statistics
+                distance = float(statistics.distance(features_BF[row][None], shrinkage=without_null.router.shrinkage))
                 assert candidate.distance == pytest.approx(distance, rel=1e-3)
-                assert candidate.radius == statistics.radius
-                assert candidate.inside == (distance <= statistics.radius)
+                assert candidate.threshold == statistics.threshold
+                assert candidate.inside == (distance <= statistics.threshold)
                 assert not candidate.posterior or candidate.inside
 
 
@@ -165,19 +165,19 @@ def test_the_reason_names_the_expert_and_the_next(tiny_base, known_pool, mixed):
         )
 
 
-def test_the_reason_to_abstain_is_the_nearest_task_with_its_distance(tiny_base, abstaining, mixed):
+def test_the_reason_to_abstain_is_the_nearest_task_with_its_distance(tiny_base, without_null, mixed):
     rows, owners = mixed
-    *_, explanation = explained(tiny_base, abstaining, rows)[0]
+    *_, explanation = explained(tiny_base, without_null, rows)[0]
     assert owners[-1] is None
     assert explanation.decision.expert is None
-    near = min(explanation.candidates[1:], key=lambda c: c.distance / c.radius)
-    assert near.distance > near.radius
+    near = min(explanation.candidates[1:], key=lambda c: c.distance / c.threshold)
+    assert near.distance > near.threshold
     assert explanation.reason.startswith("the base: outside ")
-    assert explanation.reason.endswith(f"nearest is {near.name} ({near.distance:.2f} > {near.radius:.2f})")
+    assert explanation.reason.endswith(f"nearest is {near.name} ({near.distance:.2f} > {near.threshold:.2f})")
 
 
 def test_a_task_that_was_not_asked_is_no_reason_to_abstain(tiny_base):
-    """Only the likeliest tasks are asked for their radius; another one's may well hold the prompt."""
+    """Only the likeliest tasks are asked for their threshold; another one's may well hold the prompt."""
     likely = features_of(tiny_base, prompts(tiny_base.processor, "repeat", 16))
     one_linear = r"model\.language_model\.layers\.0\.mlp\.down_proj"
     experts = [
@@ -185,7 +185,7 @@ def test_a_task_that_was_not_asked_is_no_reason_to_abstain(tiny_base):
         for i in range(CANDIDATES)
     ]
     experts = [
-        dataclasses.replace(expert, statistics=dataclasses.replace(expert.statistics, radius=0.01))
+        dataclasses.replace(expert, statistics=dataclasses.replace(expert.statistics, threshold=0.01))
         for expert in experts
     ]
     unlikely = features_of(tiny_base, prompts(tiny_base.processor, "shape", 16))
@@ -193,7 +193,7 @@ def test_a_task_that_was_not_asked_is_no_reason_to_abstain(tiny_base):
     pool = Pool("tiny", tiny_base.fingerprint, RouterConfig(), experts)
     (explanation,) = explained(tiny_base, pool, prompts(tiny_base.processor, "repeat", 1, seed=4))[0]
     assert explanation.decision.expert is None
-    assert by_name(explanation)["unlikely"].radius == math.inf
+    assert by_name(explanation)["unlikely"].threshold == math.inf
     assert "nearest is likely" in explanation.reason
 
 

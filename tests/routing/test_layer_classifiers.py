@@ -14,7 +14,7 @@ from pipeline.routing.layer_classifiers import (
     WIDTH,
     LayerClassifier,
     LayerInputHook,
-    add_evidence,
+    add_log_likelihood,
     layer_classifiers,
     pooled,
 )
@@ -61,9 +61,9 @@ def hear(experts=KNOWN, null=NULL, shrinkage: float = 0.05) -> dict[str, LayerCl
     return layer_classifiers(list(WIDTHS), experts, null, WIDTHS, order=list(WIDTHS), shrinkage=shrinkage)
 
 
-def heard(classifier: LayerClassifier, x_BD: Tensor, classes: int = CLASSES) -> Tensor:
+def observed(classifier: LayerClassifier, x_BD: Tensor, classes: int = CLASSES) -> Tensor:
     """Returns a Linear's own contribution for inputs that are the same at every token (B, X)."""
-    return add_evidence(classifier, None, x_BD.unsqueeze(1).expand(-1, T, -1), torch.ones(len(x_BD), T), classes)
+    return add_log_likelihood(classifier, None, x_BD.unsqueeze(1).expand(-1, T, -1), torch.ones(len(x_BD), T), classes)
 
 
 def centred(scores_BC: Tensor) -> Tensor:
@@ -101,7 +101,7 @@ def test_a_linear_hears_what_the_closed_form_says_of_its_projected_input(path, s
     expected_BC = project(x_BD, min(WIDTHS[path], WIDTH)).double() @ weight_CF.T + bias_C
     assert classifier.classes_C.tolist() == [0, 1, 2, EXPERTS]
     assert classifier.vector_CD.shape == (CLASSES, WIDTHS[path])
-    torch.testing.assert_close(heard(classifier, x_BD), centred(expected_BC), rtol=1e-4, atol=1e-3)
+    torch.testing.assert_close(observed(classifier, x_BD), centred(expected_BC), rtol=1e-4, atol=1e-3)
 
 
 def test_linears_that_share_an_input_add_nothing_and_follow_the_one_that_heard_it():
@@ -111,13 +111,16 @@ def test_linears_that_share_an_input_add_nothing_and_follow_the_one_that_heard_i
     for path in ("key", "up"):
         assert found[path].classes_C is found[path].vector_CD is found[path].bias_C is None
         before_BX = torch.randn(B, CLASSES)
-        assert add_evidence(found[path], before_BX, torch.randn(B, T, NARROW), torch.ones(B, T), CLASSES) is before_BX
+        assert (
+            add_log_likelihood(found[path], before_BX, torch.randn(B, T, NARROW), torch.ones(B, T), CLASSES)
+            is before_BX
+        )
 
 
 def test_nothing_is_heard_where_fewer_than_two_are_known():
     for experts, null in (([{}, {}, {}], {}), ([{}, {}, {}], NULL), ([KNOWN[0], {}, {}], {})):
         assert all(classifier == LayerClassifier(None) for classifier in hear(experts, null).values())
-    assert not heard(LayerClassifier(None), torch.randn(B, NARROW)).any()
+    assert not observed(LayerClassifier(None), torch.randn(B, NARROW)).any()
 
 
 def test_an_expert_without_statistics_is_neither_spoken_for_nor_against():
@@ -125,11 +128,11 @@ def test_an_expert_without_statistics_is_neither_spoken_for_nor_against():
     others = hear([KNOWN[0], KNOWN[2]])
     for path in ("gate", "down"):
         x_BD = torch.randn(B, WIDTHS[path])
-        own_BX = heard(found[path], x_BD)
+        own_BX = observed(found[path], x_BD)
         assert not own_BX[:, 1].any()
         torch.testing.assert_close(own_BX.sum(-1), torch.zeros(B), rtol=0, atol=1e-3)
-        torch.testing.assert_close(own_BX[:, [0, 2, 3]], heard(others[path], x_BD, 3), rtol=1e-5, atol=1e-4)
-    assert heard(found["query"], torch.randn(B, NARROW))[:, 1].all()
+        torch.testing.assert_close(own_BX[:, [0, 2, 3]], observed(others[path], x_BD, 3), rtol=1e-5, atol=1e-4)
+    assert observed(found["query"], torch.randn(B, NARROW))[:, 1].all()
 
 
 @pytest.mark.parametrize("order", [(2, 1, 0), (1, 2, 0)])
@@ -137,17 +140,19 @@ def test_the_order_of_experts_does_not_matter(order):
     first, other = hear(), hear([KNOWN[i] for i in order])
     for path in ("query", "gate", "down"):
         x_BD = samples(0, path, B)
-        expected_BX = heard(first[path], x_BD)[:, [*order, EXPERTS]]
-        torch.testing.assert_close(heard(other[path], x_BD), expected_BX, rtol=1e-4, atol=1e-3)
+        expected_BX = observed(first[path], x_BD)[:, [*order, EXPERTS]]
+        torch.testing.assert_close(observed(other[path], x_BD), expected_BX, rtol=1e-4, atol=1e-3)
 
 
 def test_an_expert_that_was_removed_was_never_there(tiny_base):
     experts = [make_expert(tiny_base, name) for name in "abc"]
     for expert, known in zip(experts, KNOWN, strict=True):
-        expert.evidence.update(known)
+        expert.layer_statistics.update(known)
     never = Pool("tiny", tiny_base.fingerprint, RouterConfig(), [experts[0], experts[2]], (), NULL)
     removed = Pool("tiny", tiny_base.fingerprint, RouterConfig(), experts, (), NULL).remove("b")
-    found, expected = (hear([e.evidence for e in p.experts.values()], p.null_evidence) for p in (removed, never))
+    found, expected = (
+        hear([e.layer_statistics for e in p.experts.values()], p.null_layer_statistics) for p in (removed, never)
+    )
     for path in ("query", "gate", "down"):
         assert found[path].classes_C.equal(expected[path].classes_C)
         assert found[path].vector_CD.equal(expected[path].vector_CD)
@@ -159,10 +164,10 @@ def test_evidence_adds_up(tiny_base):
     kept_BX, x_BTD = before_BX.clone(), torch.randn(B, T, NARROW, generator=random(5))
     tokens_BT = torch.ones(B, T)
     tokens_BT[0, 2:] = 0
-    own_BX = add_evidence(classifier, None, x_BTD, tokens_BT, CLASSES)
-    torch.testing.assert_close(add_evidence(classifier, before_BX, x_BTD, tokens_BT, CLASSES), before_BX + own_BX)
+    own_BX = add_log_likelihood(classifier, None, x_BTD, tokens_BT, CLASSES)
+    torch.testing.assert_close(add_log_likelihood(classifier, before_BX, x_BTD, tokens_BT, CLASSES), before_BX + own_BX)
     assert before_BX.equal(kept_BX)
-    assert add_evidence(classifier, None, x_BTD.bfloat16(), tokens_BT, CLASSES).dtype == torch.float32
+    assert add_log_likelihood(classifier, None, x_BTD.bfloat16(), tokens_BT, CLASSES).dtype == torch.float32
 
 
 def test_a_hearing_moves_as_a_whole():
@@ -216,16 +221,16 @@ def test_neither_padding_nor_batch_mates_change_a_sample(tiny_base, mixed, side)
 def test_a_reader_takes_down_prompts_not_answers(tiny_base):
     """One sample a row, however many tokens are generated; nothing before it knows the prompt's tokens or once removed."""
     rows = prompts(tiny_base.processor, "repeat", 3)
-    evidence = LayerInputHook(tiny_base.model, language_linears(tiny_base))
+    layer_inputs = LayerInputHook(tiny_base.model, language_linears(tiny_base))
     generate(tiny_base, rows, tokens=1)
-    assert not evidence.samples
-    reader = PromptFeatureHook(tiny_base.model, lambda features, tokens: setattr(evidence, "tokens_BT", tokens))
+    assert not layer_inputs.samples
+    reader = PromptFeatureHook(tiny_base.model, lambda features, tokens: setattr(layer_inputs, "tokens_BT", tokens))
     generate(tiny_base, rows, tokens=4)
-    assert [sample.shape for taken in evidence.samples.values() for sample in taken] == 16 * [(3, WIDTH)]
-    evidence.remove()
+    assert [sample.shape for taken in layer_inputs.samples.values() for sample in taken] == 16 * [(3, WIDTH)]
+    layer_inputs.remove()
     generate(tiny_base, rows, tokens=4)
     reader.remove()
-    assert {len(taken) for taken in evidence.samples.values()} == {1}
+    assert {len(taken) for taken in layer_inputs.samples.values()} == {1}
 
 
 def test_a_linear_hears_the_input_it_shares_with_one_that_is_not_routed():
@@ -245,10 +250,10 @@ def test_tokens_find_their_expert_by_inputs_that_are_shared(tiny_base, known_poo
         expert = make_expert(tiny_base, name, rank=2, seed=seed, targets=targets)
         faint = {path: dataclasses.replace(adapter, scaling=1e-3) for path, adapter in expert.adapters.items()}
         seen = samples_of(tiny_base, prompts(tiny_base.processor, family, 48))
-        evidence = {path: PromptStatistics.of(sample) for path, sample in seen.items()}
-        experts.append(dataclasses.replace(expert, adapters=faint, evidence=evidence))
+        layer_statistics = {path: PromptStatistics.of(sample) for path, sample in seen.items()}
+        experts.append(dataclasses.replace(expert, adapters=faint, layer_statistics=layer_statistics))
     router = RouterConfig(kind="token")
-    pool = Pool("tiny", tiny_base.fingerprint, router, experts, known_pool.null, known_pool.null_evidence)
+    pool = Pool("tiny", tiny_base.fingerprint, router, experts, known_pool.null, known_pool.null_layer_statistics)
     rows, owners = claimed_prompts(tiny_base, 3)
     with attached(tiny_base, pool) as routed:
         generate(tiny_base, rows, tokens=1)

@@ -49,10 +49,10 @@ def test_there_are_no_more_components_than_distinct_prompts():
 
 
 def test_a_file_gives_back_what_was_written(tmp_path):
-    null, (heard,) = components(groups(-9, 9), 2), components(groups(4), 1)
-    write_null(tmp_path / "null.safetensors", null, {"layer.q": heard})
-    found, evidence = read_null(tmp_path / "null.safetensors")
-    for one, other in zip([*found, evidence["layer.q"]], [*null, heard], strict=True):
+    null, (observed,) = components(groups(-9, 9), 2), components(groups(4), 1)
+    write_null(tmp_path / "null.safetensors", null, {"layer.q": observed})
+    found, layer_statistics = read_null(tmp_path / "null.safetensors")
+    for one, other in zip([*found, layer_statistics["layer.q"]], [*null, observed], strict=True):
         assert (one.count, one.independent) == (other.count, other.independent)
         assert one.mean_F.equal(other.mean_F)
         torch.testing.assert_close(one.scatter_FF, other.scatter_FF, rtol=1e-6, atol=0)

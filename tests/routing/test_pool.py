@@ -34,7 +34,7 @@ def read(folder) -> Pool:
     pool = Pool.load(folder)
     for expert in pool.experts.values():
         assert [*expert.adapters.values(), *expert.vectors.values()]
-        dict(expert.evidence)
+        dict(expert.layer_statistics)
     return pool
 
 

@@ -167,17 +167,17 @@ def test_a_choice_is_one_expert_entirely():
     assert (weights_BE.sum(-1) <= 1).all()
 
 
-def test_without_a_null_expert_it_abstains_beyond_every_radius():
+def test_without_a_null_expert_it_abstains_beyond_every_threshold():
     router = PromptRouter(STATISTICS[:3])
     far_BF = NEW_BF + 40
-    assert all((s.distance(far_BF) > s.radius).all() for s in STATISTICS[:3])
+    assert all((s.distance(far_BF) > s.threshold).all() for s in STATISTICS[:3])
     assert not weights(router, far_BF).any()
     assert (weights(router, NEW_BF[NEW_TASKS == 0])[:, 0] == 1).float().mean() > 0.8
 
 
-def test_an_expert_whose_radius_excludes_the_prompt_cannot_be_chosen():
-    closed = dataclasses.replace(STATISTICS[0], radius=0.0)
-    open_ = dataclasses.replace(STATISTICS[1], radius=float("inf"))
+def test_an_expert_whose_threshold_excludes_the_prompt_cannot_be_chosen():
+    closed = dataclasses.replace(STATISTICS[0], threshold=0.0)
+    open_ = dataclasses.replace(STATISTICS[1], threshold=float("inf"))
     weights_BE = weights(PromptRouter([closed, open_]), NEW_BF)
     assert weights_BE[:, 1].all()
     assert not weights_BE[:, 0].any()
@@ -188,9 +188,9 @@ def test_without_experts_the_base_answers():
         assert weights(PromptRouter([], null), NEW_BF).shape == (len(NEW_BF), 0)
 
 
-def test_one_expert_takes_what_lies_within_its_radius():
+def test_one_expert_takes_what_lies_within_its_threshold():
     weights_BE = weights(PromptRouter(STATISTICS[:1]), NEW_BF)
-    inside_B = STATISTICS[0].distance(NEW_BF) <= STATISTICS[0].radius
+    inside_B = STATISTICS[0].distance(NEW_BF) <= STATISTICS[0].threshold
     assert weights_BE[:, 0].bool().equal(inside_B)
     assert 0 < inside_B.sum() < len(NEW_BF)
 

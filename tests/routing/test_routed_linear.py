@@ -121,7 +121,7 @@ CLASSIFIER = LayerClassifier(
 """Experts 0 and 1 and the null expert have statistics here, 2 and 3 have none."""
 
 
-def heard(x_TD: torch.Tensor) -> torch.Tensor:
+def observed(x_TD: torch.Tensor) -> torch.Tensor:
     """Log-likelihoods of the pool's experts and of the null expert for a prompt (E + 1,), 0 where nothing is known."""
     own_C = CLASSIFIER.vector_CD @ x_TD.mean(0) + CLASSIFIER.bias_C
     return torch.zeros(POOL + 1).index_copy(0, CLASSIFIER.classes_C, own_C - own_C.mean())
@@ -135,7 +135,7 @@ def test_a_list_is_weighed_by_evidence_and_prior(linear, x_BTD, rows, temperatur
 
     def weight(b, t):
         row = min(b, rows - 1)
-        return (heard(x_BTD[b])[list_BM[row]] / temperature + prior_BM[row]).softmax(0)
+        return (observed(x_BTD[b])[list_BM[row]] / temperature + prior_BM[row]).softmax(0)
 
     module = routed(linear, slots, LayerRoute(list_BM, prior_BM, 3, temperature), CLASSIFIER)
     found = module(x_BTD)
@@ -151,7 +151,7 @@ def test_only_the_likeliest_of_a_list_have_a_weight(linear, x_BTD):
     route = LayerRoute(everybody, torch.zeros(1, 5), 1)
     module = routed(linear, make_slots(), route, CLASSIFIER)
     module(x_BTD)
-    best = [int(heard(x_TD).argmax()) for x_TD in x_BTD]
+    best = [int(observed(x_TD).argmax()) for x_TD in x_BTD]
     expected = torch.zeros(B, POOL + 1)
     expected[range(B), best] = 1
     assert state_of(module).weights_BE.equal(expected[:, :POOL])
@@ -162,8 +162,8 @@ def test_evidence_counts_the_prompts_real_tokens_only(linear, x_BTD):
     tokens_BT[1, :3] = 0
     module = routed(linear, make_slots(), LayerRoute(LIST_BM, torch.zeros(B, 3)), CLASSIFIER, tokens_BT)
     module(x_BTD)
-    found_BX = state_of(module).evidence["path"]
-    expected_BX = torch.stack([heard(x_BTD[0]), heard(x_BTD[1, 3:]), heard(x_BTD[2])])
+    found_BX = state_of(module).log_likelihoods["path"]
+    expected_BX = torch.stack([observed(x_BTD[0]), observed(x_BTD[1, 3:]), observed(x_BTD[2])])
     torch.testing.assert_close(found_BX, expected_BX, rtol=1e-5, atol=1e-5)
 
 
@@ -178,9 +178,9 @@ def test_evidence_adds_up_through_the_depth(linear, x_BTD):
     for module, x in zip(modules, (x_BTD, x_BTD, 2 * x_BTD), strict=True):
         module(x)
         module(x)  # as when a checkpointed layer runs again
-    assert state.evidence["b"].equal(state.evidence["a"])
-    expected_BX = torch.stack([heard(x_TD) + heard(2 * x_TD) for x_TD in x_BTD])
-    torch.testing.assert_close(state.evidence["c"], expected_BX, rtol=1e-5, atol=1e-4)
+    assert state.log_likelihoods["b"].equal(state.log_likelihoods["a"])
+    expected_BX = torch.stack([observed(x_TD) + observed(2 * x_TD) for x_TD in x_BTD])
+    torch.testing.assert_close(state.log_likelihoods["c"], expected_BX, rtol=1e-5, atol=1e-4)
 
 
 @pytest.mark.parametrize("temperature", [0.3, 1.0])

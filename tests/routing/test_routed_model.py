@@ -37,7 +37,7 @@ KINDS = ["prompt", "token", "two_level"]
 @pytest.fixture(scope="module")
 def pool(known_pool) -> Pool:
     """Three experts of different ranks, of whom only prompts are known: no Linear hears anything."""
-    experts = [dataclasses.replace(expert, evidence={}) for expert in known_pool.experts.values()]
+    experts = [dataclasses.replace(expert, layer_statistics={}) for expert in known_pool.experts.values()]
     return Pool(known_pool.base_label, known_pool.base_fingerprint, known_pool.router, experts, known_pool.null)
 
 
@@ -79,8 +79,8 @@ def test_a_base_prompt_is_answered_by_the_base_alone(tiny_base, pool, mixed):
 def test_without_base_prompts_far_ones_go_to_the_base(tiny_base, pool, mixed):
     rows, owners = mixed
     for name in ("reader", "speaker"):
-        abstaining = Pool("tiny", tiny_base.fingerprint, RouterConfig(), [pool.experts[name]])
-        with attached(tiny_base, abstaining) as routed:
+        without_null = Pool("tiny", tiny_base.fingerprint, RouterConfig(), [pool.experts[name]])
+        with attached(tiny_base, without_null) as routed:
             generate(tiny_base, [rows[0], rows[2], rows[3]], tokens=1)
             assert routed.decisions == one_hot([owners[i] if owners[i] == name else None for i in (0, 2, 3)])
 

@@ -55,7 +55,7 @@ def blurred(pool: Pool, *names: str | None) -> Pool:
     ]
     null = (shared,) if None in names else pool.null
     router = RouterConfig(kind="two_level")
-    return Pool(pool.base_label, pool.base_fingerprint, router, experts, null, pool.null_evidence)
+    return Pool(pool.base_label, pool.base_fingerprint, router, experts, null, pool.null_layer_statistics)
 
 
 @pytest.fixture(params=["token", "two_level", "two_level, blurred"])
@@ -109,7 +109,7 @@ def test_where_the_prompt_is_clear_both_levels_are_the_prompt_router(tiny_base, 
     with attached(tiny_base, known_pool.routed_by(kind="two_level")) as routed:
         found = generate(tiny_base, mixed[0])
         assert isinstance(routed.last.state.route, PromptRoute)
-        assert not routed.last.state.evidence
+        assert not routed.last.state.log_likelihoods
     assert found[1].equal(expected[1])
 
 
@@ -149,7 +149,12 @@ def test_every_linear_keeps_to_what_it_chose_at_prefill(tiny_base, pool, mixed):
 def test_the_order_of_arrival_does_not_matter(tiny_base, known_pool, mixed, kind):
     pool = blurred(known_pool, "reader", "speaker", None).routed_by(kind=kind)
     backwards = Pool(
-        "tiny", tiny_base.fingerprint, pool.router, reversed(list(pool.experts.values())), pool.null, pool.null_evidence
+        "tiny",
+        tiny_base.fingerprint,
+        pool.router,
+        reversed(list(pool.experts.values())),
+        pool.null,
+        pool.null_layer_statistics,
     )
     with attached(tiny_base, pool):
         expected = generate(tiny_base, mixed[0])

@@ -19,7 +19,7 @@ def test_they_are_count_mean_and_scatter():
     assert found.mean_F.dtype == found.scatter_FF.dtype == torch.float64
     torch.testing.assert_close(found.mean_F, x_NF.double().mean(0))
     torch.testing.assert_close(found.scatter_FF / found.count, torch.cov(x_NF.double().T, correction=0))
-    assert found.radius == float("inf")
+    assert found.threshold == float("inf")
 
 
 def test_they_add_up_in_any_order():
@@ -53,34 +53,34 @@ def test_the_shrunk_factor_squares_to_the_mixture():
     assert factor_FF.triu(1).abs().max() == 0
 
 
-def test_the_radius_holds_for_new_prompts_of_the_same_task():
+def test_the_threshold_holds_for_new_prompts_of_the_same_task():
     x_NF = features(0, 1200)
     found = PromptStatistics.of(x_NF[:600], quantile=0.9)
-    inside = (found.distance(x_NF[600:]) <= found.radius).float().mean()
+    inside = (found.distance(x_NF[600:]) <= found.threshold).float().mean()
     assert 0.84 < inside < 0.96
-    assert (found.distance(x_NF[600:] + 50) > found.radius).all()
+    assert (found.distance(x_NF[600:] + 50) > found.threshold).all()
 
 
-def test_a_larger_quantile_is_a_larger_radius():
-    radii = [PromptStatistics.of(features(0), quantile=q).radius for q in (0.6, 0.9, 0.99)]
-    assert radii == sorted(radii)
-    assert radii[0] < radii[-1]
+def test_a_larger_quantile_is_a_larger_threshold():
+    thresholds = [PromptStatistics.of(features(0), quantile=q).threshold for q in (0.6, 0.9, 0.99)]
+    assert thresholds == sorted(thresholds)
+    assert thresholds[0] < thresholds[-1]
 
 
-def test_a_radius_needs_four_prompts():
-    with pytest.raises(ValueError, match="3 prompts are too few to calibrate a radius; at least 4 are needed"):
+def test_a_threshold_needs_four_prompts():
+    with pytest.raises(ValueError, match="3 prompts are too few to calibrate a threshold; at least 4 are needed"):
         PromptStatistics.of(features(0, 3), quantile=0.9)
-    assert PromptStatistics.of(features(0, 4), quantile=0.9).radius > 0
+    assert PromptStatistics.of(features(0, 4), quantile=0.9).threshold > 0
 
 
 def test_features_that_never_vary_keep_others_away():
     x_NF = features(0, 200)
     x_NF[:, :4] = 0  # the image part of a text-only task
     found = PromptStatistics.of(x_NF, quantile=0.99)
-    assert (found.distance(x_NF) <= found.radius).float().mean() > 0.97
+    assert (found.distance(x_NF) <= found.threshold).float().mean() > 0.97
     y_NF = x_NF.clone()
     y_NF[:, :4] = 1
-    assert (found.distance(y_NF) > found.radius).all()
+    assert (found.distance(y_NF) > found.threshold).all()
 
 
 @pytest.mark.parametrize("size", [0.0, 0.1, 30.0, 1000.0])
@@ -88,11 +88,11 @@ def test_prompts_that_are_all_the_same_have_distances(size):
     x_NF = (size * features(0, 1)).expand(64, F)
     found = PromptStatistics.of(x_NF, quantile=0.99)
     assert found.distance(x_NF).isfinite().all()
-    assert (found.distance(x_NF + 1 + size) > found.radius).all()
+    assert (found.distance(x_NF + 1 + size) > found.threshold).all()
 
 
 @pytest.mark.parametrize("count", [100, 200])
-def test_the_radius_of_few_prompts_read_many_times_holds_for_new_ones(count):
+def test_the_threshold_of_few_prompts_read_many_times_holds_for_new_ones(count):
     """Each pass rounds in its own way; the width is above the number of prompts, as in real tasks."""
     wide = 160
     for seed in range(4):
@@ -103,12 +103,12 @@ def test_the_radius_of_few_prompts_read_many_times_holds_for_new_ones(count):
         seen_NF = seen_NF * (1 + 1e-7 * torch.randn(seen_NF.shape, generator=random))
         found = PromptStatistics.of(seen_NF, same(torch.arange(count).repeat(16)), quantile=0.99)
         assert (found.count, found.independent) == (16 * count, count)
-        assert (found.distance(x_NF[count:]) <= found.radius).float().mean() > 0.97
-        assert (found.distance(x_NF[count:] + 30) > found.radius).all()
+        assert (found.distance(x_NF[count:]) <= found.threshold).float().mean() > 0.97
+        assert (found.distance(x_NF[count:] + 30) > found.threshold).all()
 
 
 @pytest.mark.parametrize("pictures", [20, 80])
-def test_the_radius_of_several_questions_about_each_picture_holds_for_new_pictures(pictures):
+def test_the_threshold_of_several_questions_about_each_picture_holds_for_new_pictures(pictures):
     random = torch.Generator().manual_seed(pictures)
     picture_PF = torch.randn(pictures + 500, 120, generator=random)
     question_QF = torch.randn(400 + 500, 40, generator=random)
@@ -118,20 +118,20 @@ def test_the_radius_of_several_questions_about_each_picture_holds_for_new_pictur
     ids_N2 = torch.stack([picture_N, 1000 + torch.arange(len(picture_N))], 1)
     found = PromptStatistics.of(seen_NF, ids_N2, quantile=0.99)
     assert (found.count, found.independent) == (5 * pictures, pictures)
-    assert (found.distance(new_NF) <= found.radius).float().mean() > 0.97
-    assert (found.distance(new_NF + 30) > found.radius).all()
+    assert (found.distance(new_NF) <= found.threshold).float().mean() > 0.97
+    assert (found.distance(new_NF + 30) > found.threshold).all()
     careless = PromptStatistics.of(seen_NF, quantile=0.99)
-    assert (careless.distance(new_NF) <= careless.radius).float().mean() < 0.5
+    assert (careless.distance(new_NF) <= careless.threshold).float().mean() < 0.5
     back = torch.randperm(len(seen_NF), generator=random)
     again = PromptStatistics.of(seen_NF[back], ids_N2[back], quantile=0.99)
-    assert again.radius == pytest.approx(found.radius)
+    assert again.threshold == pytest.approx(found.threshold)
 
 
 def same(prompt_N):
     return torch.stack([prompt_N, prompt_N], 1)
 
 
-def test_the_radius_of_many_prompts_is_their_quantile():
+def test_the_threshold_of_many_prompts_is_their_quantile():
     x_NF = features(0, 6000)
     found = PromptStatistics.of(x_NF[:4000], quantile=0.99)
-    assert 0.985 < (found.distance(x_NF[4000:]) <= found.radius).float().mean() < 0.996
+    assert 0.985 < (found.distance(x_NF[4000:]) <= found.threshold).float().mean() < 0.996

@@ -62,7 +62,7 @@ def damage(file: Path) -> None:
 
 def read(expert: Expert) -> Expert:
     """Reads all parts of an expert."""
-    assert [*expert.adapters.values(), *expert.vectors.values(), *expert.evidence.values()]
+    assert [*expert.adapters.values(), *expert.vectors.values(), *expert.layer_statistics.values()]
     return expert
 
 

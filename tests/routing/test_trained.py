@@ -58,7 +58,7 @@ def test_a_pool_of_the_first_version_gives_its_experts_up(pool: Pool, folder: Pa
     named = {"identity": {"task": "clock"}, "config_digest": digest({"task": "clock"})}
     assert loaded.card == pool.experts["clock"].card.model_copy(update=named)
     assert loaded.statistics.width == 32
-    assert loaded.evidence.keys() == {"a"}
+    assert loaded.layer_statistics.keys() == {"a"}
     for path, adapter in pool.experts["clock"].adapters.items():
         assert loaded.adapters[path].b_OR.equal(adapter.b_OR)
         assert loaded.vectors[path].equal(pool.experts["clock"].vectors[path])

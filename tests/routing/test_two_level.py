@@ -22,7 +22,7 @@ STATISTICS = [PromptStatistics.of(x_NF) for x_NF in FEATURES]
 NULL = STATISTICS[3]
 WITH_NULL = PromptRouter(STATISTICS[:3], [NULL])
 ALL = PromptRouter(STATISTICS)
-"""Four experts of infinite radius."""
+"""Four experts of infinite threshold."""
 
 
 def two_level(prompts: PromptRouter = WITH_NULL, *, candidates: int = 3, temperature: float = 1.0) -> TwoLevelRouter:

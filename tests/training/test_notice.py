@@ -24,7 +24,7 @@ from cluster.preflight import build_deepspeed_ops
 from pipeline.config import BaseModelConfig, DataConfig, ExpertConfig, RouterConfig, SourceConfig, TrainingConfig
 from pipeline.data.loading.preprocess import TaskRows, prepare
 from pipeline.training.spec import TrainSpec
-from pipeline.training.job_folder import PROGRESS
+from pipeline.training.training_folder import PROGRESS
 from pipeline.training.session import training_session
 
 base, folder, steps = BaseModelConfig(path=sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3])

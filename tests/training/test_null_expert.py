@@ -54,7 +54,7 @@ def test_all_workers_read_and_results_keep_their_order(tiny_folder: Path, packed
     rows = ray.data.from_items(packed)
 
     def read(workers: InferenceWorkers) -> tuple[np.ndarray, np.ndarray]:
-        (features,), evidence = null_statistics(
+        (features,), layer_statistics = null_statistics(
             rows,
             BaseModelConfig(path=str(tiny_folder)),
             wanted_width=None,
@@ -62,7 +62,7 @@ def test_all_workers_read_and_results_keep_their_order(tiny_folder: Path, packed
             targets="auto",
             workers=workers,
         )
-        return features.mean_F.numpy(), next(iter(evidence.values())).mean_F.numpy()
+        return features.mean_F.numpy(), next(iter(layer_statistics.values())).mean_F.numpy()
 
     one, two = read(WORKERS), read(replace(WORKERS, count=2, batch_size=4))
     for expected, found in zip(one, two, strict=True):

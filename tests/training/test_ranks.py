@@ -22,12 +22,12 @@ from pipeline.memory import free_memory
 from pipeline.models.bases import Base, load_base
 from pipeline.models.prompts import Encoded, collate_for
 from pipeline.routing.adapters import load_adapters
-from pipeline.training.job_folder import load_state, save_state
 from pipeline.training.lockstep import VisionLockstep
 from pipeline.training.loop import StageClock, run_steps
 from pipeline.training.randomness import seed_all
-from pipeline.training.stages import answer_loss, heard_paths, save_lora, with_gates, with_lora, without_dropout
-from pipeline.training.statistics_collector import EvidenceCollector, collect_features
+from pipeline.training.stages import answer_loss, observed_paths, save_lora, with_gates, with_lora, without_dropout
+from pipeline.training.statistics_collector import LayerInputCollector, collect_features
+from pipeline.training.training_folder import load_state, save_state
 from pipeline.training.zero import (
     base_dtype,
     close_engine,
@@ -105,15 +105,15 @@ def both_stages(path: str, folder: Path, training: TrainingConfig, dtype: str) -
         dist.barrier()
         found["freed"] = optimizer() is None
         found["living"] = living(base)
-        heard = heard_paths(base, "auto")
+        observed = observed_paths(base, "auto")
         gates = with_gates(base.model, load_adapters(folder)[1], dtype=precision)
         engine = start_engine(base.model, settings, learning_rate=5e-3, weight_decay=0.0, schedule=lambda step: 1.0)
         without_dropout(engine)
         own = [mixed[0], mixed[1] if rank == 0 else None]
         found["features"], found["ids"] = collect_features(engine, base, own, width=3 * base.width, device="cpu")
-        evidence = EvidenceCollector(base.model, heard)
-        found["router"] = steps(engine, batches, 3, before=lambda i, batch: evidence.expect(batch, 2))
-        found["samples"] = {len(samples) for samples in evidence.collect().values()}
+        layer_inputs = LayerInputCollector(base.model, observed)
+        found["router"] = steps(engine, batches, 3, before=lambda i, batch: layer_inputs.expect(batch, 2))
+        found["samples"] = {len(samples) for samples in layer_inputs.collect().values()}
         found["whole"] = sum(parameter.numel() > 0 for parameter in base.model.parameters())
         with gathered([gate.vector for gate in gates.values()]):
             found["moved"] = all(bool(gate.vector.any()) for gate in gates.values())

@@ -23,10 +23,10 @@ from pipeline.models.bases import load_base
 from pipeline.models.prompts import collate_for
 from pipeline.routing.expert import Expert
 from pipeline.training import session as sessions
-from pipeline.training.job_folder import JobFolder
 from pipeline.training.session import TrainingError, run_training, training_session
 from pipeline.training.spec import TrainSpec
 from pipeline.training.stages import answer_loss
+from pipeline.training.training_folder import TrainingFolder
 
 pytestmark = pytest.mark.ray
 
@@ -54,7 +54,7 @@ def rows(worker_env, tiny_folder: Path, tmp_path_factory) -> TrainingRows:
     return prepared.training_rows(["digits"])
 
 
-def make_job(
+def make_spec(
     tiny_folder: Path, digest: str, *, training: TrainingConfig, learning_rate: float = 5e-3, steps: int = 12
 ) -> TrainSpec:
     return TrainSpec(
@@ -99,7 +99,7 @@ def session(worker_env, tmp_path_factory):
 @pytest.fixture(scope="module")
 def trained(session, rows, tiny_folder):
     seen = []
-    result = session.train(make_job(tiny_folder, "one", training=ONE), rows, seen.extend)
+    result = session.train(make_spec(tiny_folder, "one", training=ONE), rows, seen.extend)
     return result, seen
 
 
@@ -110,7 +110,7 @@ def test_a_run_leaves_a_complete_expert(trained, tiny_folder):
     assert [step.step for step in seen if step.stage == "expert"] == list(range(1, 13))
     assert result.figures["expert_losses"][-1] < result.figures["expert_losses"][0]
     assert expert.statistics.count == ROWS, "every prompt once"
-    assert {statistics.count for statistics in expert.evidence.values()} == {ROWS}, "here too"
+    assert {statistics.count for statistics in expert.layer_statistics.values()} == {ROWS}, "here too"
     assert all(vector.any() for vector in expert.vectors.values()), "every gate has moved"
     assert set(expert.vectors) == set(expert.adapters)
     assert not any("vision_tower" in path for path in expert.adapters)
@@ -123,15 +123,15 @@ def test_the_next_job_finds_the_workers_warm_and_the_base_as_it_was(trained, ses
     """A failed job between them, and one without router stage, leave nothing behind either."""
     storage = trained[0].folder.parents[1]
     told = []
-    again = session.train(make_job(tiny_folder, "again", training=ONE), rows, told.extend)
+    again = session.train(make_spec(tiny_folder, "again", training=ONE), rows, told.extend)
     assert_same_expert(Expert.load(again.expert), Expert.load(trained[0].expert))
     assert [step.step for step in told if step.stage == "expert"] == list(range(1, 13)), "no step of the job before"
     assert (storage / "loads").read_text() == "a base\n", "one base for both stages of both jobs"
-    alone = make_job(tiny_folder, "alone", training=ONE, steps=2).model_copy(update={"router_stage": False})
+    alone = make_spec(tiny_folder, "alone", training=ONE, steps=2).model_copy(update={"router_stage": False})
     assert load_file(session.train(alone, rows).adapter / "adapter_model.safetensors")
     with pytest.raises(TrainingError, match="the loss is nan at step .*lower the learning rate"):
-        session.train(make_job(tiny_folder, "wild", training=ONE, learning_rate=1e30), rows)
-    third = session.train(make_job(tiny_folder, "third", training=ONE), rows)
+        session.train(make_spec(tiny_folder, "wild", training=ONE, learning_rate=1e30), rows)
+    third = session.train(make_spec(tiny_folder, "third", training=ONE), rows)
     assert_same_expert(Expert.load(third.expert), Expert.load(trained[0].expert))
 
 
@@ -139,9 +139,9 @@ def test_workers_do_not_train_what_is_finished_and_was_not_told(trained, session
     """Those that came before them may have died between the last step and telling of it."""
     before, _ = trained
     written = (before.expert / "expert.json").stat().st_mtime_ns
-    monkeypatch.setattr(JobFolder, "figures", lambda self: None)  # in the driver alone
+    monkeypatch.setattr(TrainingFolder, "figures", lambda self: None)  # in the driver alone
     seen = []
-    again = session.train(make_job(tiny_folder, "one", training=ONE), rows, seen.extend)
+    again = session.train(make_spec(tiny_folder, "one", training=ONE), rows, seen.extend)
     assert again.figures == before.figures
     assert (before.found, again.found) == (False, True)
     assert seen == []
@@ -151,9 +151,9 @@ def test_workers_do_not_train_what_is_finished_and_was_not_told(trained, session
 def test_the_best_adapter_on_held_out_rows_becomes_the_expert(trained, session, rows, tiny_folder):
     """With steps far too long the first look is the best, and training stops after two that are worse."""
     told = []
-    job = make_job(tiny_folder, "held-out", training=ONE, learning_rate=3.0, steps=40)
-    expert = job.expert.model_copy(update={"validate_every": 2, "patience": 2, "warmup_ratio": 0.0})
-    result = session.train(job.model_copy(update={"validation": 0.2, "expert": expert}), rows, told.extend)
+    spec = make_spec(tiny_folder, "held-out", training=ONE, learning_rate=3.0, steps=40)
+    expert = spec.expert.model_copy(update={"validate_every": 2, "patience": 2, "warmup_ratio": 0.0})
+    result = session.train(spec.model_copy(update={"validation": 0.2, "expert": expert}), rows, told.extend)
     looks = result.figures["validation_losses"]
     best = min(looks, key=lambda look: look[1])
     stopped = len(result.figures["expert_losses"])
@@ -163,7 +163,7 @@ def test_the_best_adapter_on_held_out_rows_becomes_the_expert(trained, session, 
     found = Expert.load(result.expert)
     assert found.statistics.count == ROWS - 20, "of the rows that were learned"
     base = load_base(BaseModelConfig(path=str(tiny_folder)))
-    learned, held = rows.split(0.2, job.seed)
+    learned, held = rows.split(0.2, spec.seed)
     peft = PeftModel.from_pretrained(base.model, result.expert)
     with torch.no_grad():
         batch = collate_for(base.processor, list(CachedRows(held)))
@@ -175,15 +175,15 @@ def test_the_best_adapter_on_held_out_rows_becomes_the_expert(trained, session, 
 def test_a_finished_job_is_found_again(trained, rows, tiny_folder, worker_env):
     result, _ = trained
     storage = result.folder.parents[1]
-    again = run_training(make_job(tiny_folder, "one", training=ONE), rows, storage=storage, worker_env=worker_env)
+    again = run_training(make_spec(tiny_folder, "one", training=ONE), rows, storage=storage, worker_env=worker_env)
     assert again.figures["expert_losses"] == result.figures["expert_losses"]
     assert_same_expert(Expert.load(again.expert), Expert.load(result.expert))
 
 
 def test_a_closed_session_leaves_no_process_and_no_handler_of_signals(rows, tiny_folder, worker_env, tmp_path):
     before = {actor.actor_id for actor in _alive()}
-    job = make_job(tiny_folder, "short", training=ONE, steps=2)
-    run_training(job, rows, storage=tmp_path, worker_env=worker_env)
+    spec = make_spec(tiny_folder, "short", training=ONE, steps=2)
+    run_training(spec, rows, storage=tmp_path, worker_env=worker_env)
     deadline = time.monotonic() + 10  # the cluster notes an actor's end a moment later
     while left := [actor.class_name for actor in _alive() if actor.actor_id not in before]:
         assert time.monotonic() < deadline, left
@@ -192,10 +192,10 @@ def test_a_closed_session_leaves_no_process_and_no_handler_of_signals(rows, tiny
 
 
 def test_a_job_that_is_interrupted_stops_its_workers(rows, tiny_folder, worker_env, tmp_path):
-    job, before = make_job(tiny_folder, "long", training=ONE, steps=100_000), set(threading.enumerate())
+    spec, before = make_spec(tiny_folder, "long", training=ONE, steps=100_000), set(threading.enumerate())
     with training_session(ONE, storage=tmp_path, worker_env=worker_env) as session:
         with pytest.raises(KeyboardInterrupt):
-            session.train(job, rows, lambda steps: signal.raise_signal(signal.SIGINT))
+            session.train(spec, rows, lambda steps: signal.raise_signal(signal.SIGINT))
         session.close(at_once=True)
         assert not [t for t in set(threading.enumerate()) - before if t.name == "training session"]
 
@@ -222,8 +222,8 @@ def test_a_killed_worker_comes_back_and_ends_with_the_same_expert(trained, rows,
             kept.extend((file, file.stat().st_size) for file in (tmp_path / "digits-killed").rglob("*.*"))
             kill(killed)
 
-    job = make_job(tiny_folder, "killed", training=ONE.model_copy(update={"max_failures": 1}))
-    result = run_training(job, rows, storage=tmp_path, on_steps=kill_once, worker_env=worker_env)
+    spec = make_spec(tiny_folder, "killed", training=ONE.model_copy(update={"max_failures": 1}))
+    result = run_training(spec, rows, storage=tmp_path, on_steps=kill_once, worker_env=worker_env)
     assert killed
     base_bytes = sum(f.stat().st_size for f in tiny_folder.glob("*.safetensors"))
     assert 0 < sum(size for _, size in kept) < base_bytes, "checkpoints hold adapters only"
@@ -233,8 +233,8 @@ def test_a_killed_worker_comes_back_and_ends_with_the_same_expert(trained, rows,
 @pytest.mark.parametrize(("workers", "stage"), [(1, 0), (2, 2), (2, 3)])
 def test_zero_stages_and_workers(workers, stage, trained, rows, tiny_folder, worker_env, tmp_path):
     training = TrainingConfig(workers=workers, cpus_per_worker=1, zero_stage=stage, zero_persistence_threshold=0)
-    job = make_job(tiny_folder, f"zero{stage}", training=training)
-    result = run_training(job, rows, storage=tmp_path, worker_env=worker_env)
+    spec = make_spec(tiny_folder, f"zero{stage}", training=training)
+    result = run_training(spec, rows, storage=tmp_path, worker_env=worker_env)
     expert = Expert.load(result.expert)
     expert.check_trained()
     assert expert.statistics.count == ROWS, "every prompt once"
@@ -245,15 +245,15 @@ def test_zero_stages_and_workers(workers, stage, trained, rows, tiny_folder, wor
 def test_small_batches_accumulate_to_the_same_step(trained, rows, tiny_folder, worker_env, tmp_path):
     """Also without keeping activations, and with the optimizer's states in CPU memory: all change memory, not results."""
     saving = {"micro_batch": 4, "gradient_checkpointing": True, "offload": "optimizer"}
-    job = make_job(tiny_folder, "saving", training=TrainingConfig(cpus_per_worker=1, **saving))
-    job = job.model_copy(update={"router": RouterConfig(steps=4, statistics_rows=50)})
-    result = run_training(job, rows, storage=tmp_path, worker_env=worker_env)
+    spec = make_spec(tiny_folder, "saving", training=TrainingConfig(cpus_per_worker=1, **saving))
+    spec = spec.model_copy(update={"router": RouterConfig(steps=4, statistics_rows=50)})
+    result = run_training(spec, rows, storage=tmp_path, worker_env=worker_env)
     expected, found = trained[0].figures, result.figures
     assert found["samples"] == expected["samples"] == 12 * 16
     assert len(found["expert_losses"]) == 12
     assert found["expert_losses"] == pytest.approx(expected["expert_losses"], rel=0.05)
     expert = Expert.load(result.expert)
-    assert {statistics.count for statistics in [expert.statistics, *expert.evidence.values()]} == {50}
+    assert {statistics.count for statistics in [expert.statistics, *expert.layer_statistics.values()]} == {50}
 
 
 def test_experts_learn_from_features_as_from_pixels(trained, worker_env, tiny_folder, tmp_path):
@@ -265,8 +265,8 @@ def test_experts_learn_from_features_as_from_pixels(trained, worker_env, tiny_fo
     }  # fmt: skip
     prepared = prepare({"digits": part}, DataConfig(vision_cache="features"), **settings)
     written = [file.stat().st_mtime_ns for file in (tmp_path / "features" / "digits-rows").glob("*.parquet")]
-    job = make_job(tiny_folder, "features", training=ONE).model_copy(update={"vision": False})
-    result = run_training(job, prepared.training_rows(["digits"]), storage=tmp_path, worker_env=worker_env)
+    spec = make_spec(tiny_folder, "features", training=ONE).model_copy(update={"vision": False})
+    result = run_training(spec, prepared.training_rows(["digits"]), storage=tmp_path, worker_env=worker_env)
     assert result.figures["expert_losses"] == pytest.approx(trained[0].figures["expert_losses"], rel=1e-3)
     again = prepare({"digits": part}, DataConfig(vision_cache="features"), **settings)
     assert again.counts == prepared.counts == {"digits": ROWS}
@@ -297,12 +297,12 @@ def test_rows_that_stream_are_learned_by_several_workers_though_one_is_killed(
             kill(killed)
 
     whole = run_training(
-        make_job(tiny_folder, "streamed", training=training), rows, storage=tmp_path, worker_env=worker_env
+        make_spec(tiny_folder, "streamed", training=training), rows, storage=tmp_path, worker_env=worker_env
     )
     assert whole.figures["samples"] == 12 * 16
     assert whole.figures["expert_losses"][-1] == pytest.approx(trained[0].figures["expert_losses"][-1], abs=0.5)
-    job = make_job(tiny_folder, "streamed-killed", training=training)
-    result = run_training(job, rows, storage=tmp_path, on_steps=kill_once, worker_env=worker_env)
+    spec = make_spec(tiny_folder, "streamed-killed", training=training)
+    result = run_training(spec, rows, storage=tmp_path, on_steps=kill_once, worker_env=worker_env)
     assert killed
     assert_same_expert(Expert.load(result.expert), Expert.load(whole.expert))
 
@@ -320,18 +320,18 @@ def test_workers_that_keep_dying_end_the_job_and_nothing_else(
                     process.kill()
 
     training = ONE.model_copy(update={"max_failures": 0})
-    job = make_job(tiny_folder, "mortal", training=training, steps=60)
+    spec = make_spec(tiny_folder, "mortal", training=training, steps=60)
     with training_session(training, storage=tmp_path, worker_env=worker_env | {"POINTSMAN_TEST": "mortal"}) as opened:
         with pytest.raises(TrainingError, match="task 'digits': training failed: .*died"):
-            opened.train(job, rows, kill_each_time)
-        short = make_job(tiny_folder, "short", training=training, steps=2)
+            opened.train(spec, rows, kill_each_time)
+        short = make_spec(tiny_folder, "short", training=training, steps=2)
         assert opened.train(short, rows).expert.is_dir(), "other workers take their place"
 
 
 def test_an_expert_that_learned_nothing_is_refused(rows, tiny_folder, worker_env, tmp_path):
-    job = make_job(tiny_folder, "idle", training=ONE, learning_rate=1e-60, steps=2)
+    spec = make_spec(tiny_folder, "idle", training=ONE, learning_rate=1e-60, steps=2)
     with pytest.raises(TrainingError, match="every LoRA B is zero"):
-        run_training(job, rows, storage=tmp_path, worker_env=worker_env)
+        run_training(spec, rows, storage=tmp_path, worker_env=worker_env)
 
 
 def assert_same_expert(one: Expert, other: Expert) -> None:

@@ -104,14 +104,16 @@ def claimed_pool(base: Base) -> Pool:
         rows = encoded(base, ability, KNOWN, seed=number)
         routed = RoutedModel(base.model, Pool(base.label, base.fingerprint, RouterConfig(), [expert]))
         with routed.forced(name):  # evidence is read with the expert in place
-            features_NF, samples = heard(base, list(expert.adapters), rows)
+            features_NF, samples = observed(base, list(expert.adapters), rows)
         routed.detach()
-        evidence = {path: PromptStatistics.of(inputs) for path, inputs in samples.items()}
-        experts.append(dataclasses.replace(expert, statistics=PromptStatistics.of(features_NF), evidence=evidence))
-    features_NF, samples = heard(base, list(experts[0].adapters), encoded(base, GENERAL, KNOWN, seed=len(CLAIMED)))
-    null_evidence = {path: PromptStatistics.of(inputs) for path, inputs in samples.items()}
+        layer_statistics = {path: PromptStatistics.of(inputs) for path, inputs in samples.items()}
+        experts.append(
+            dataclasses.replace(expert, statistics=PromptStatistics.of(features_NF), layer_statistics=layer_statistics)
+        )
+    features_NF, samples = observed(base, list(experts[0].adapters), encoded(base, GENERAL, KNOWN, seed=len(CLAIMED)))
+    null_layer_statistics = {path: PromptStatistics.of(inputs) for path, inputs in samples.items()}
     null = [PromptStatistics.of(features_NF)]
-    return Pool(base.label, base.fingerprint, RouterConfig(), experts, null, null_evidence)
+    return Pool(base.label, base.fingerprint, RouterConfig(), experts, null, null_layer_statistics)
 
 
 def random_expert(base: Base, name: str, seed: int) -> Expert:
@@ -131,19 +133,19 @@ def random_expert(base: Base, name: str, seed: int) -> Expert:
 
 
 @torch.inference_mode()
-def heard(base: Base, paths: list[str], rows: list[Encoded]) -> tuple[Tensor, dict[str, Tensor]]:
+def observed(base: Base, paths: list[str], rows: list[Encoded]) -> tuple[Tensor, dict[str, Tensor]]:
     """Returns the features of prompts (N, F), and the inputs of the Linears at `paths` pooled over each (N, 64)."""
     features: list[Tensor] = []
-    evidence = LayerInputHook(base.model, paths)
+    layer_inputs = LayerInputHook(base.model, paths)
 
     def listen(features_BF: Tensor, tokens_BT: Tensor) -> None:
         features.append(features_BF)
-        evidence.tokens_BT = tokens_BT
+        layer_inputs.tokens_BT = tokens_BT
 
     reader = PromptFeatureHook(base.model, listen)
     batch = collate_for(base.processor, rows, "left")
     del batch["labels"]
     base.model(**batch, use_cache=False)
     reader.remove()
-    evidence.remove()
-    return torch.cat(features), {path: torch.cat(samples) for path, samples in evidence.samples.items()}
+    layer_inputs.remove()
+    return torch.cat(features), {path: torch.cat(samples) for path, samples in layer_inputs.samples.items()}

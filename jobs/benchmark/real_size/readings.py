@@ -56,28 +56,28 @@ def _examples(task: str, part: str) -> Sequence[Example]:
     return lookalikes.examples(task, TRAIN_ROWS if part == "train" else ASKED, held_out=part == "eval")
 
 
-class _Heard(Exception):
+class _Observed(Exception):
     """Ends a forward pass before the language model runs."""
 
 
 @torch.inference_mode()
 def read(examples: Sequence[Example]) -> Tensor:
     """Returns the features (N, S) of prompts; of the base, only vision tower, projector and embeddings run."""
-    base, heard = _base(), []
+    base, observed = _base(), []
 
     def listen(features_BS: Tensor, tokens_BT: Tensor) -> None:
-        heard.append(features_BS)
-        raise _Heard
+        observed.append(features_BS)
+        raise _Observed
 
     reader = PromptFeatureHook(base.model, listen)
     rows = encode_examples(base.processor, list(examples), answer=False)
     for start in range(0, len(rows), 100):
         batch = collate(rows[start : start + 100], pad_token_id=base.processor.tokenizer.pad_token_id, side="left")
         del batch["labels"]
-        with suppress(_Heard):
+        with suppress(_Observed):
             base.model(**batch, use_cache=False)
     reader.remove()
-    return torch.cat(heard)
+    return torch.cat(observed)
 
 
 def routed_right(stream: Sequence[str], prepare: Prepare = lambda x_NS: x_NS) -> Mapping[str, float]:

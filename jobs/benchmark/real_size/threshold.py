@@ -52,4 +52,4 @@ def _about(pictures_NS: Tensor, questions_NS: Tensor) -> Tensor:
 def _inside(seen_NS: Tensor, picture_N: Tensor, prompt_N: Tensor, asked_NS: Tensor, settings: RouterConfig) -> float:
     ids_N2 = torch.stack([picture_N, prompt_N], dim=1)
     own = PromptStatistics.of(seen_NS, ids_N2, quantile=settings.quantile, shrinkage=settings.shrinkage)
-    return float((own.distance(asked_NS, shrinkage=settings.shrinkage) <= own.radius).double().mean())
+    return float((own.distance(asked_NS, shrinkage=settings.shrinkage) <= own.threshold).double().mean())

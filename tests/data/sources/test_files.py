@@ -154,8 +154,8 @@ def test_keys_in_uris_are_not_told():
         ("learn a.yaml registry.uri=http://u:secret@h name=x", "learn a.yaml registry.uri=http://h name=x"),
         ("url: /rows?AWSAccessKeyId=secret&sig=secret (no)", "url: /rows?AWSAccessKeyId=***&sig=*** (no)"),
         (
-            "evaluation.max_new_tokens=12 router.token_scores=evidence",
-            "evaluation.max_new_tokens=12 router.token_scores=evidence",
+            "evaluation.max_new_tokens=12 router.token_scores=gaussian",
+            "evaluation.max_new_tokens=12 router.token_scores=gaussian",
         ),
     ],
 )

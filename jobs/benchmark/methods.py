@@ -68,8 +68,8 @@ def linear_widths(name: str) -> tuple[int, int]:
     return int(match[1]), int(match[2])
 
 
-class Setup:
-    """A size to measure at: its frozen base, its inputs, and the LoRA weights that all engines share."""
+class Workload:
+    """A size to measure at: its frozen base, its inputs, and the LoRA weights that all methods share."""
 
     def __init__(self, name: str, *, dtype: torch.dtype, seed: int) -> None:
         self.name, self.seed = name, seed
@@ -114,19 +114,19 @@ class Setup:
         features_BS = prompt_features(self.prompt_BTD, self.image_BT, self.text_BT)
         return project(features_BS, feature_width(self.width_in, None))
 
-    def need(self, engine: str, experts: int, tokens: int) -> tuple[float, float]:
-        """Returns about how many bytes an engine's weights take, and what comes on top while it is built or runs."""
+    def memory_bytes(self, method: str, experts: int, tokens: int) -> tuple[float, float]:
+        """Returns about how many bytes a method's weights take, and what comes on top while it is built or runs."""
         shapes = [(linear.in_features, linear.out_features) for linear in self.linears.values()]
         size = self.prompt_BTD.element_size()
         widest = max(d + o for d, o in shapes)
         longest = max(o for _, o in shapes)
         weights = size * experts * RANK * sum(d + o for d, o in shapes)
         temporary = size * (tokens * 3 * (widest + longest) + experts * RANK * widest)
-        if engine == "arrow":  # z, y before and after scaling
+        if method == "arrow":  # z, y before and after scaling
             temporary += size * tokens * experts * (RANK + 2 * longest)
-        if engine == "xlora":  # dummy and real scalings
+        if method == "xlora":  # dummy and real scalings
             temporary += 2 * size * (PROMPT + 1) * len(shapes) * experts
-        if engine == "token_phatgoose":
+        if method == "token_phatgoose":
             temporary += 4 * tokens * experts * (4 + RANK if experts <= 16 else 4)
         return weights + sum(p.nbytes for p in self.base.parameters()), temporary
 
@@ -150,54 +150,54 @@ class Step(NamedTuple):
     reset: Callable[[], object]
 
 
-class Engine:
+class Method:
     """One way to have several experts, ready to run; `more` goes with every call."""
 
     caches = True
     """Whether it can decode with a KV cache."""
 
-    def __init__(self, setup: Setup, module: nn.Module, **more: Any) -> None:
-        self.setup, self.module, self.more = setup, module.eval(), more
+    def __init__(self, workload: Workload, module: nn.Module, **more: Any) -> None:
+        self.workload, self.module, self.more = workload, module.eval(), more
 
-    def begin(self) -> None:
+    def decide(self) -> None:
         """Does what comes before a prompt is read."""
 
-    def hold(self) -> None:
+    def start_decoding(self) -> None:
         """Turns from reading the prompt to decoding."""
 
-    def forget(self) -> None:
+    def reset(self) -> None:
         """Forgets what a single Linear chose when it read the prompt."""
 
     def step(self, tokens: int) -> Step:
         """Returns the step of prefill (all tokens of the prompt) or of decoding (one)."""
-        setup, decoding = self.setup, tokens == 1
-        if not setup.is_model:
-            self.begin()
+        workload, decoding = self.workload, tokens == 1
+        if not workload.is_model:
+            self.decide()
             if decoding:
-                self.module(setup.prompt_BTD, **self.more)
-                self.hold()
-            x_BTD = setup.next_BTD if decoding else setup.prompt_BTD
-            return Step(lambda: self.module(x_BTD, **self.more), (lambda: None) if decoding else self.forget)
+                self.module(workload.prompt_BTD, **self.more)
+                self.start_decoding()
+            x_BTD = workload.next_BTD if decoding else workload.prompt_BTD
+            return Step(lambda: self.module(x_BTD, **self.more), (lambda: None) if decoding else self.reset)
         if not self.caches:
-            seen_BTD = torch.cat([setup.prompt_BTD, setup.next_BTD], dim=1) if decoding else setup.prompt_BTD
+            seen_BTD = torch.cat([workload.prompt_BTD, workload.next_BTD], dim=1) if decoding else workload.prompt_BTD
             return Step(lambda: self._read(seen_BTD, None), lambda: None)
         if not decoding:
             return Step(lambda: self._prefill(DynamicCache()), lambda: None)
         cache = DynamicCache()
         self._prefill(cache)
-        self.hold()
+        self.start_decoding()
         prompt = [(layer.keys, layer.values) for layer in cache.layers]
 
-        def forget() -> None:
+        def reset() -> None:
             for layer, (keys, values) in zip(cache.layers, prompt, strict=True):
                 layer.keys, layer.values = keys, values
 
-        return Step(lambda: self._read(setup.next_BTD, cache), forget)
+        return Step(lambda: self._read(workload.next_BTD, cache), reset)
 
     def _prefill(self, cache: Any) -> Tensor:
         """Decides, and reads the prompt."""
-        self.begin()
-        return self._read(self.setup.prompt_BTD, cache)
+        self.decide()
+        return self._read(self.workload.prompt_BTD, cache)
 
     def _read(self, x_BTD: Tensor, cache: Any) -> Tensor:
         """Returns the logits of the last token (1, 1, 32)."""
@@ -205,15 +205,15 @@ class Engine:
         return self.module(inputs_embeds=x_BTD, logits_to_keep=1, **use, **self.more).logits
 
 
-class Routed(Engine):
+class Routed(Method):
     """The base with this project's routed Linears."""
 
-    def __init__(self, setup: Setup, experts: int, router: Router) -> None:
-        module, self.current, by_path = setup.copy(), Current([]), {}
+    def __init__(self, workload: Workload, experts: int, router: Router) -> None:
+        module, self.current, by_path = workload.copy(), Current([]), {}
         last = None
-        for path, linear in setup.linears.items():
+        for path, linear in workload.linears.items():
             vectors_ED = torch.randn(experts, linear.in_features)
-            slots = [Slot(e, *setup.weights(path, e), ALPHA / RANK, vectors_ED[e]) for e in range(experts)]
+            slots = [Slot(e, *workload.weights(path, e), ALPHA / RANK, vectors_ED[e]) for e in range(experts)]
             classifier = LayerClassifier(last)
             if not path.endswith(SHARING):
                 # So little evidence that all on the list keep a weight: the dearest case.
@@ -222,7 +222,7 @@ class Routed(Engine):
                 last = path
             by_path[path] = LinearExperts.stacked(linear, slots, experts, classifier)
             module.set_submodule(path, RoutedLinear(linear, self.current, path))
-        super().__init__(setup, module)
+        super().__init__(workload, module)
         self.experts, self.number, self.router = PoolExperts(by_path), experts, router
 
     @property
@@ -231,46 +231,46 @@ class Routed(Engine):
         assert self.current.running is not None
         return self.current.running.state
 
-    def begin(self) -> None:
+    def decide(self) -> None:
         """Decides as a routed base does: takes the features down, routes, notes which tokens are real."""
-        route = self.router.route(self.setup.features())
-        state = RoutingState(self.number, route, self.setup.image_BT | self.setup.text_BT)
+        route = self.router.route(self.workload.features())
+        state = RoutingState(self.number, route, self.workload.image_BT | self.workload.text_BT)
         self.current.running = Running(state, self.experts, self.current)
 
-    def hold(self) -> None:
+    def start_decoding(self) -> None:
         """Keeps the decision."""
         self.state.decode()
 
-    def forget(self) -> None:
+    def reset(self) -> None:
         """Lets the Linear weigh the experts anew."""
         self.state.cached_choice.clear()
 
 
-class Uncached(Engine):
+class Uncached(Method):
     """A model that reads everything anew for every token."""
 
     caches = False
 
 
-def single(setup: Setup, experts: int = 1) -> Engine:
+def single(workload: Workload, experts: int = 1) -> Method:
     """One LoRA in PEFT, whatever the number of experts."""
-    return Engine(setup, _with_adapters(setup, ["default"]))
+    return Method(workload, _with_adapters(workload, ["default"]))
 
 
-def mixed(setup: Setup, experts: int) -> Engine:
+def mixed(workload: Workload, experts: int) -> Method:
     """PEFT's mixed batches: the user says which row goes to which adapter."""
     names = [f"expert_{e}" for e in range(experts)]
-    return Engine(setup, _with_adapters(setup, names), adapter_names=names[:1])
+    return Method(workload, _with_adapters(workload, names), adapter_names=names[:1])
 
 
-def arrow(setup: Setup, experts: int) -> Engine:
+def arrow(workload: Workload, experts: int) -> Method:
     """PEFT's Arrow: the tokens choose by the adapters' singular vectors."""
     with tempfile.TemporaryDirectory() as folder:
-        _with_adapters(setup, ["default"]).save_pretrained(folder)
-        settings = ArrowConfig(top_k=min(TOP_K, experts), rng_seed=setup.seed)
-        model = create_arrow_model(setup.copy(), [folder], settings, autocast_adapter_dtype=False)
-    for layer, path in _lora_layers(model, setup):
-        _grow(layer, setup, path, [f"task_{e}" for e in range(experts)])
+        _with_adapters(workload, ["default"]).save_pretrained(folder)
+        settings = ArrowConfig(top_k=min(TOP_K, experts), rng_seed=workload.seed)
+        model = create_arrow_model(workload.copy(), [folder], settings, autocast_adapter_dtype=False)
+    for layer, path in _lora_layers(model, workload):
+        _grow(layer, workload, path, [f"task_{e}" for e in range(experts)])
         chooser = layer.lora_arrow["arrow_router"]
         chooser.on_adapter_change(layer.lora_A, layer.lora_B)
         # Singular vectors repeat as the weights do: those of the first are all that must be computed.
@@ -279,38 +279,38 @@ def arrow(setup: Setup, experts: int) -> Engine:
         chooser.build_prototypes(layer.lora_A, layer.lora_B)
         chooser.task_adapter_names = names
         chooser.prototypes = chooser.prototypes[torch.arange(experts) % VARIETY]
-    return Engine(setup, model)
+    return Method(workload, model)
 
 
-def xlora(setup: Setup, experts: int) -> Engine:
+def xlora(workload: Workload, experts: int) -> Method:
     """PEFT's X-LoRA: a first pass for a classifier of hidden states, a second with all experts, weighted by it."""
     names = [str(e) for e in range(experts)]  # what X-LoRA calls them, whatever the configuration says
     with tempfile.TemporaryDirectory() as folder:
-        _with_adapters(setup, ["default"]).save_pretrained(folder)
-        settings = XLoraConfig(hidden_size=setup.width_in, adapters={names[0]: folder})
-        model = get_peft_model(setup.copy(), settings, autocast_adapter_dtype=False)
-    layers = _lora_layers(model, setup)
+        _with_adapters(workload, ["default"]).save_pretrained(folder)
+        settings = XLoraConfig(hidden_size=workload.width_in, adapters={names[0]: folder})
+        model = get_peft_model(workload.copy(), settings, autocast_adapter_dtype=False)
+    layers = _lora_layers(model, workload)
     for layer, path in layers:
-        _grow(layer, setup, path, names)
+        _grow(layer, workload, path, names)
         layer.set_adapter(names)
     old = model.base_model.internal_xlora_classifier
-    classifier = XLoraClassifier(setup.base, old.config, experts, len(layers), torch.device("cpu"))
+    classifier = XLoraClassifier(workload.base, old.config, experts, len(layers), torch.device("cpu"))
     model.base_model.internal_xlora_classifier = classifier
-    return Uncached(setup, model)
+    return Uncached(workload, model)
 
 
-def routed(kind: str, setup: Setup, experts: int) -> Engine:
+def routed(kind: str, workload: Workload, experts: int) -> Method:
     """One of this project's routers."""
     if kind.startswith("token"):
         phatgoose = kind == "token_phatgoose"
         return Routed(
-            setup, experts, TokenRouter(experts, null=True, phatgoose=phatgoose, top_k=TOP_K, temperature=1.0)
+            workload, experts, TokenRouter(experts, null=True, phatgoose=phatgoose, top_k=TOP_K, temperature=1.0)
         )
-    features_BF = setup.features()
+    features_BF = workload.features()
     prompts = prompt_router(tuple(features_BF[0].tolist()), experts)
     if kind == "prompt":
-        return Routed(setup, experts, prompts)
-    return Routed(setup, experts, TwoLevelRouter(prompts, candidates=PLACES, temperature=1.0))
+        return Routed(workload, experts, prompts)
+    return Routed(workload, experts, TwoLevelRouter(prompts, candidates=PLACES, temperature=1.0))
 
 
 @lru_cache(maxsize=2)
@@ -332,24 +332,24 @@ def prompt_router(features_F: tuple[float, ...], experts: int) -> PromptRouter:
     return PromptRouter(classes[:-1], classes[-1:])
 
 
-def _with_adapters(setup: Setup, names: Sequence[str]) -> Any:
+def _with_adapters(workload: Workload, names: Sequence[str]) -> Any:
     """Returns the base with these adapters in PEFT."""
-    targets = sorted({path.rpartition(".")[-1] for path in setup.linears})
+    targets = sorted({path.rpartition(".")[-1] for path in workload.linears})
     settings = LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules=targets)
-    model = get_peft_model(setup.copy(), settings, adapter_name=names[0], autocast_adapter_dtype=False)
-    for layer, path in _lora_layers(model, setup):
-        _grow(layer, setup, path, names)
+    model = get_peft_model(workload.copy(), settings, adapter_name=names[0], autocast_adapter_dtype=False)
+    for layer, path in _lora_layers(model, workload):
+        _grow(layer, workload, path, names)
     model.peft_config.update(dict.fromkeys(names, model.peft_config[names[0]]))
     return model
 
 
-def _lora_layers(model: nn.Module, setup: Setup) -> list[tuple[Any, str]]:
+def _lora_layers(model: nn.Module, workload: Workload) -> list[tuple[Any, str]]:
     """Returns PEFT's LoRA layers with the paths of their Linears in the base."""
     layers = [(name, layer) for name, layer in model.named_modules() if isinstance(layer, LoraLayer)]
-    return [(layer, next(path for path in setup.linears if name.endswith(path))) for name, layer in layers]
+    return [(layer, next(path for path in workload.linears if name.endswith(path))) for name, layer in layers]
 
 
-def _grow(layer: Any, setup: Setup, path: str, names: Sequence[str]) -> None:
+def _grow(layer: Any, workload: Workload, path: str, names: Sequence[str]) -> None:
     """Gives a LoRA layer these adapters, each with weights of its own and the settings of its first.
 
     This is what a `load_adapter` each would leave behind; their time is quadratic in their number, minutes at 1000.
@@ -360,12 +360,12 @@ def _grow(layer: Any, setup: Setup, path: str, names: Sequence[str]) -> None:
         for setting in settings:
             setting[name] = setting[first]
         layer.lora_dropout[name] = nn.Identity()
-        for part, weight in zip((layer.lora_A, layer.lora_B), setup.weights(path, e), strict=True):
+        for part, weight in zip((layer.lora_A, layer.lora_B), workload.weights(path, e), strict=True):
             part[name] = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
             part[name].weight = nn.Parameter(weight.clone(), requires_grad=False)
 
 
-ENGINES: dict[str, Callable[[Setup, int], Engine]] = {
+METHODS: dict[str, Callable[[Workload, int], Method]] = {
     "single": single,
     "arrow": arrow,
     "xlora": xlora,
@@ -377,9 +377,9 @@ ENGINES: dict[str, Callable[[Setup, int], Engine]] = {
 }
 
 
-def build(name: str, setup: Setup, experts: int) -> Engine:
-    """Builds an engine, the same one for the same seed."""
-    torch.manual_seed(setup.seed)
+def build(name: str, workload: Workload, experts: int) -> Method:
+    """Builds a method, the same one for the same seed."""
+    torch.manual_seed(workload.seed)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # between PEFT and transformers
-        return ENGINES[name](setup, experts)
+        return METHODS[name](workload, experts)

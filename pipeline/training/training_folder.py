@@ -1,4 +1,4 @@
-"""What a job keeps on disk: its last checkpoint while it trains, then what came out. Made by all ranks, whole or not at all.
+"""What a training keeps on disk: its last checkpoint, then what came out. Made by all ranks, whole or not at all.
 
     <task>-<digest>/
       checkpoint/     progress.json, state.safetensors, random-<rank>.safetensors; or adapter/ once it is trained
@@ -6,7 +6,7 @@
       finished/       figures.json, expert/ or adapter/
 
 The folder lies in the run's storage, which all nodes see. Ray Train's own checkpoints belong to a run of it; a session is
-one such run for many jobs, and each job must find its own again, whatever was trained in between.
+one such run for many trainings, and each training must find its own again, whatever was trained in between.
 """
 
 import json
@@ -55,17 +55,19 @@ def load_state(engine: Any, folder: Path, step: int, *, ranks: int) -> None:
             load_random_state(own)
 
 
-class JobFolder:
-    """A job's folder as one rank sees it; all ranks call `draft` and `commit` equally often."""
+class TrainingFolder:
+    """A training's folder as one rank sees it; all ranks call `checkpoint_dir` and `commit` equally often."""
 
     def __init__(self, folder: Path, rank: int = 0) -> None:
         self._folder, self._rank = folder, rank
-        self._checkpoint, self._before, self._draft = (folder / name for name in ("checkpoint", "before", "draft"))
+        self._checkpoint, self._before, self._checkpoint_dir = (
+            folder / name for name in ("checkpoint", "before", "draft")
+        )
         self.finished = folder / "finished"
-        """What came out; there once the job is done."""
+        """What came out; there once the training is done."""
 
     def figures(self) -> dict[str, Any] | None:
-        """Returns the figures of a job that is done, None of one that is not."""
+        """Returns the figures of a training that is done, None of one that is not."""
         file = self.finished / FIGURES
         if not file.exists():
             return None
@@ -84,35 +86,35 @@ class JobFolder:
         with stored_file(checkpoint / PROGRESS, begun_anew(checkpoint)):
             return json.loads((checkpoint / PROGRESS).read_text())
 
-    def draft(self, progress: dict[str, Any]) -> Path:
+    def checkpoint_dir(self, progress: dict[str, Any]) -> Path:
         """Starts a checkpoint; returns the folder that every rank writes its part into."""
         if self._rank == 0:
-            shutil.rmtree(self._draft, ignore_errors=True)
-            self._draft.mkdir(parents=True)
-            (self._draft / PROGRESS).write_text(json.dumps(progress))
+            shutil.rmtree(self._checkpoint_dir, ignore_errors=True)
+            self._checkpoint_dir.mkdir(parents=True)
+            (self._checkpoint_dir / PROGRESS).write_text(json.dumps(progress))
         _meet()
-        return self._draft
+        return self._checkpoint_dir
 
-    def commit(self, draft: Path) -> Path:
-        """Makes a draft the last checkpoint once every rank has written its part; returns its folder."""
+    def commit(self, checkpoint_dir: Path) -> Path:
+        """Makes what was written the last checkpoint once every rank has written its part; returns its folder."""
         _meet()
         if self._rank == 0:
             shutil.rmtree(self._before, ignore_errors=True)
             if self._checkpoint.exists():
                 self._checkpoint.rename(self._before)
-            draft.rename(self._checkpoint)
+            checkpoint_dir.rename(self._checkpoint)
             shutil.rmtree(self._before, ignore_errors=True)
         _meet()
         return self._checkpoint
 
     def finish(self, figures: dict[str, Any], write: Callable[[Path], object]) -> None:
-        """Has `write` put what came out into a folder, and ends the job; for one rank."""
-        shutil.rmtree(self._draft, ignore_errors=True)
-        self._draft.mkdir(parents=True)
-        write(self._draft)
-        (self._draft / FIGURES).write_text(json.dumps(figures))
+        """Has `write` put what came out into a folder, and ends the training; for one rank."""
+        shutil.rmtree(self._checkpoint_dir, ignore_errors=True)
+        self._checkpoint_dir.mkdir(parents=True)
+        write(self._checkpoint_dir)
+        (self._checkpoint_dir / FIGURES).write_text(json.dumps(figures))
         shutil.rmtree(self.finished, ignore_errors=True)
-        self._draft.rename(self.finished)
+        self._checkpoint_dir.rename(self.finished)
         for folder in (self._checkpoint, *self._folder.glob(f"{KEPT}*")):
             shutil.rmtree(folder, ignore_errors=True)
 
