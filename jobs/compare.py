@@ -3,6 +3,10 @@
 python -m jobs.compare jobs/configs/demo.yaml
 """
 
+from typing import Annotated
+
+import typer
+
 from jobs.options import Address, ConfigFile, Overrides, job_command, load, user_errors
 from jobs.results import print_next_steps, show_tasks
 from jobs.terminal import Terminal, methods_table
@@ -12,16 +16,23 @@ from pipeline.learning.opening import open_session
 from pipeline.learning.state import Stopwatch
 
 
-def main(config: ConfigFile, overrides: Overrides = None, address: Address = None) -> None:
+def main(
+    config: ConfigFile,
+    overrides: Overrides = None,
+    seeds: Annotated[
+        int, typer.Option(help="Seeds of sequential and multi-task fine-tuning: mean and spread are given.", min=1)
+    ] = 1,
+    address: Address = None,
+) -> None:
     """Compare the learned pool with base, specialists, sequential and multi-task fine-tuning (learns first if need be)."""
     with user_errors():
         settings = load(config, overrides)
         if address:
-            job_command("jobs.compare", config, overrides, address)
+            job_command("jobs.compare", config, overrides, address, "--seeds", str(seeds))
         with open_session(settings, job="compare", progress=Terminal()) as session:
             learned = learn_stream(session)
             watch = Stopwatch(session.folder / "state" / "clock-compare.json")
-            methods = compare_methods(session, learned)
+            methods = compare_methods(session, learned, seeds=seeds)
             summary = learned.summary | {
                 "methods": methods,
                 "seconds_total": learned.summary["seconds_total"] + watch.stop(),
@@ -42,6 +53,4 @@ def main(config: ConfigFile, overrides: Overrides = None, address: Address = Non
 
 
 if __name__ == "__main__":
-    import typer
-
     typer.run(main)

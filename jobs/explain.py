@@ -115,8 +115,8 @@ def show(terminal: Terminal, answer: str, explanation: Explanation) -> None:
 
 def _row(candidate: Candidate) -> list[str]:
     within = {True: "yes", False: "no", None: "-"}[candidate.inside]
-    figures = [candidate.score, candidate.distance, candidate.threshold]
-    score, distance, threshold = ("-" if value is None else _figure(value) for value in figures)
+    values = [candidate.score, candidate.distance, candidate.threshold]
+    score, distance, threshold = ("-" if value is None else _figure(value) for value in values)
     name = candidate.name or "base"
     return [name, f"{candidate.posterior:.1%}", score, distance, threshold, within, f"{candidate.weight:.1%}"]
 

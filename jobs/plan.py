@@ -81,15 +81,15 @@ def main(
             link=link,
         )
         changes = advice(plan)
-        figures = summary(plan, gpu_name(settings, gpu), changes)
-        figures = {
+        values = summary(plan, gpu_name(settings, gpu), changes)
+        values = {
             **provenance(settings.name, started, seed=settings.seed),
-            **figures,
+            **values,
         }
         file = (output or Path("runs") / settings.name) / "plan.json"
-        write_json(file, figures)
+        write_json(file, values)
     if as_json:
-        typer.echo(json.dumps(figures, indent=1))
+        typer.echo(json.dumps(values, indent=1))
         return
     terminal = Terminal()
     show(terminal, plan, gpu_name(settings, gpu), changes)

@@ -24,7 +24,7 @@ from pipeline.learning.opening import open_session
 from pipeline.learning.recognition import remember
 from pipeline.learning.renewals import Renewal, plan
 from pipeline.learning.session import StreamSession
-from pipeline.learning.summary import figures_on_card, task_figures
+from pipeline.learning.summary import metrics_on_card, task_metrics
 from pipeline.registry.experts import register_expert
 from pipeline.registry.pools import CHAMPION, download_pool, find_pool, pool_name, register_pool
 from pipeline.registry.versions import MODELS
@@ -117,7 +117,7 @@ def _expert(session: StreamSession, old: TrainedPool, renewal: Renewal) -> tuple
         )
     aside = rows.aside[task.name]
     counts = {"rows": rows.counts[task.name], "quarantined": aside.rows, "lost_files": aside.files}
-    _keep_figures(session, trained, renewal.digest, counts)
+    _keep_metrics(session, trained, renewal.digest, counts)
     folder = session.experts.put(expert)
     session.release(task)
     session.progress.say(f"  {expert.statistics.count} prompts in {monotonic() - began:.0f} s")
@@ -128,15 +128,15 @@ def _stored(session: StreamSession, folder: Path) -> StoredExpert:
     return StoredExpert(ExpertReference.of(folder), session.experts)
 
 
-def _keep_figures(session: StreamSession, trained: TrainedExpert, key: str, counts: Mapping[str, int]) -> None:
-    """Writes what `learn` needs to take the expert for learned: the figures of its training, or what its card has of them."""
+def _keep_metrics(session: StreamSession, trained: TrainedExpert, key: str, counts: Mapping[str, int]) -> None:
+    """Writes what `learn` needs to take the expert for learned: the metrics of its training, or what its card has of them."""
     card = trained.card
     before, now = (session.folder / "state" / f"task-{name}.json" for name in (card.config_digest, key))
     if before.exists():
         shutil.copyfile(before, now)
         return
-    figures = {**figures_on_card(card), **counts}
-    write_json(now, task_figures(session, card.task, figures))
+    metrics = {**metrics_on_card(card), **counts}
+    write_json(now, task_metrics(session, card.task, metrics))
 
 
 def _register(

@@ -14,11 +14,11 @@ def show_tasks(session: StreamSession, summary: dict[str, Any]) -> None:
     values = summary["accuracy_matrix"]["values"]
     columns = summary["accuracy_matrix"]["columns"]
     rows = []
-    for name, figures in summary["tasks"].items():
+    for name, metrics in summary["tasks"].items():
         i = columns.index(name)
         own = values[1 + list(summary["tasks"]).index(name)][i]
         accuracies = ("-" if value is None else f"{value:.3f}" for value in (values[0][i], own, values[-1][i]))
-        rows.append([name, *accuracies, f"{figures['seconds']:.0f}"])
+        rows.append([name, *accuracies, f"{metrics['seconds']:.0f}"])
     session.progress.show(table("Tasks", ["task", "base", "when learned", "at the end", "seconds"], rows))
     c = summary["continual"]
     parts = [f"{key.replace('_', ' ')} {value:.3f}" for key, value in c.items() if value is not None]

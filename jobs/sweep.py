@@ -112,7 +112,7 @@ def _sweep(session: StreamSession, space: SweepSpace, name: str) -> None:
         "trials": [vars(trial) for trial in result.trials],
     }
     write_json(folder / "summary.json", summary)
-    kept = f"the sweep's figures are in {folder}; nothing will be trained again"
+    kept = f"the sweep's metrics are in {folder}; nothing will be trained again"
     session.patience(partial(_log, result, name, folder / "summary.json"), "logging the sweep", kept=kept)
     _show(session, result, summary, folder)
 

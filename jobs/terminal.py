@@ -3,6 +3,7 @@
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 from rich.console import Console
 from rich.progress import (
@@ -152,15 +153,18 @@ def table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> T
     return drawn
 
 
-def methods_table(methods: Mapping[str, Mapping[str, object]]) -> Table:
+def methods_table(methods: Mapping[str, Mapping[str, Any]]) -> Table:
     """Returns the comparison of methods."""
     rows = [
-        [name, _fraction(m["new"]), _fraction(m["base_abilities"]), f"{m['samples']:,}", f"{m['seconds']:.0f}"]
+        [name, _accuracy(m, "new"), _accuracy(m, "base_abilities"), f"{m['samples']:,}", f"{m['seconds']:.0f}"]
         for name, m in methods.items()
     ]
     return table("Methods", ["method", "new tasks", "base abilities", "training samples", "training seconds"], rows)
 
 
-def _fraction(value: object) -> str:
-    """Returns an accuracy, or a dash where there was nothing to measure it on."""
-    return "-" if value is None else f"{value:.3f}"
+def _accuracy(method: Mapping[str, Any], key: str) -> str:
+    """Returns an accuracy, with its spread over several seeds; a dash where there was nothing to measure it on."""
+    if method[key] is None:
+        return "-"
+    spread = method.get("spread", {}).get(key)
+    return f"{method[key]:.3f}" if spread is None else f"{method[key]:.3f} ± {spread:.3f}"

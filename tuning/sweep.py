@@ -165,8 +165,8 @@ class _Progress(Callback):
         """Called by Tune."""
         point = ", ".join(f"{name} {value:g}" for name, value in trial.config.items())
         found = trial.last_result
-        figures = [f"{name} {found[name]:.3f}" for name in ("expert_loss", "accuracy", "others") if name in found]
-        self._say(f"  {point}: {', '.join(figures)} ({found['seconds']:.0f} s)")
+        metrics = [f"{name} {found[name]:.3f}" for name in ("expert_loss", "accuracy", "others") if name in found]
+        self._say(f"  {point}: {', '.join(metrics)} ({found['seconds']:.0f} s)")
 
 
 def _together(spec: TrainSpec, ranks: int) -> tuple[int, int]:

@@ -56,13 +56,17 @@ class TrainRank(tune.Trainable):
             "digest": f"{self._spec.digest}-rank{rank}",
         }
         trained = self._session.train(self._spec.model_copy(update=changes), self._rows)
-        figures = trained.figures
-        spent = figures["expert_seconds"] + figures["router_seconds"] if trained.found else time.monotonic() - started
+        metrics = trained.metrics
+        spent = (
+            metrics["expert_seconds"] + metrics["router_seconds"]
+            if trained.already_finished
+            else time.monotonic() - started
+        )
         return {
             "expert": str(trained.expert),
             "seconds": spent,
-            "expert_loss": figures["expert_loss"],
-            "losses": figures["expert_losses"],
+            "expert_loss": metrics["expert_loss"],
+            "losses": metrics["expert_losses"],
             "done": True,
         }
 

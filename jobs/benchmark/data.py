@@ -69,7 +69,7 @@ def data(
 
 def _measure(rows: int, rounds: int, gigabytes: float, tiles: int, output: Path) -> None:
     started, terminal = now(), Terminal()
-    figures: dict[str, Any] = {}
+    metrics: dict[str, Any] = {}
     with terminal.working("starting Ray"):
         connect()
     # On disk, not on /tmp, which may be memory.
@@ -80,23 +80,23 @@ def _measure(rows: int, rounds: int, gigabytes: float, tiles: int, output: Path)
         with terminal.working("writing a corpus of photographs"):
             write_corpus(folder / "speed", rows=rows, size=(1200, 900), quality=85)
         ours, theirs = _speed(terminal, folder, base, rows, rounds)
-        figures["data"] = {
+        metrics["data"] = {
             "rows": rows,
             "rows_per_second": rows / median(ours),
             "datasets_map_rows_per_second": rows / median(theirs),
             "ratio_to_datasets_map": median(theirs) / median(ours),
         }
         if gigabytes:
-            figures["data"] |= _memory(terminal, folder, base, gigabytes)
-        figures["malformed"] = _malformed(terminal, folder, base)
+            metrics["data"] |= _memory(terminal, folder, base, gigabytes)
+        metrics["malformed"] = _malformed(terminal, folder, base)
     with terminal.working("comparing planned with measured memory"):
-        figures["plan"] = {"max_relative_error": max(c.error for c in measure() if c.part == PEAK)}
+        metrics["plan"] = {"max_relative_error": max(c.error for c in measure() if c.part == PEAK)}
     summary = {
         **provenance("benchmark-data", started, packages=(*PACKAGES, "datasets")),
         "tiles": tiles,
     }
-    write_json(output / "summary.json", summary | figures)
-    _show(terminal, figures)
+    write_json(output / "summary.json", summary | metrics)
+    _show(terminal, metrics)
     terminal.say(f"summary    {output / 'summary.json'}")
 
 
@@ -288,20 +288,20 @@ def _outcome(case: Case, found: PreparedData, file: Path) -> str:
     return case.expected
 
 
-def _show(terminal: Terminal, figures: dict[str, Any]) -> None:
-    data_ = figures["data"]
+def _show(terminal: Terminal, metrics: dict[str, Any]) -> None:
+    data_ = metrics["data"]
     body = [
         ["Ray Data, as in training", f"{data_['rows_per_second']:.1f}", f"{data_['ratio_to_datasets_map']:.2f}"],
         ["datasets.map", f"{data_['datasets_map_rows_per_second']:.1f}", "1.00"],
     ]
     terminal.console.print(table("Reading and preprocessing", ["path", "rows per second", "ratio"], body))
-    malformed = figures["malformed"]
+    malformed = metrics["malformed"]
     terminal.say(
         f"malformed  {malformed['cases']} cases: {malformed['handled']} handled, {malformed['quarantined']} set aside, "
         f"{malformed['lost']} told as lost files, {malformed['crashed']} crashed"
         + "".join(f"; {name}: {what}" for name, what in malformed["not_as_expected"].items())
     )
-    terminal.say(f"plan       at most {figures['plan']['max_relative_error']:.1%} from measured memory")
+    terminal.say(f"plan       at most {metrics['plan']['max_relative_error']:.1%} from measured memory")
     if "peak_growth_bytes" in data_:
         terminal.say(
             f"memory     {data_['peak_growth_bytes'] / 1e9:.2f} GB above the start over {data_['corpus_bytes'] / 1e9:.2f} GB "

@@ -186,7 +186,7 @@ def configuration(base: Path, *, size: Size, device: Device, steps: int, output:
 
 
 def measure(session: StreamSession, device: Device) -> dict[str, Any]:
-    """Runs the job moment by moment; returns the summary's figures."""
+    """Runs the job moment by moment; returns the summary's metrics."""
     task, meter = session.config.stream.tasks[0], Meter(_taken(device), every=0.1 if device == "cuda" else 0.5)
     with meter.during("image features"):
         prompts = session.read_prompts([TASK])
@@ -205,7 +205,7 @@ def measure(session: StreamSession, device: Device) -> dict[str, Any]:
         session.evaluate([task.name], pool, f"gpu-{now():%Y%m%d%H%M%S}", folder=folder)
     packed = list(rows.rows([task.name]).iter_batches(batch_size=None, batch_format="numpy"))
     lengths = [(len(row.input_ids), int((row.labels != IGNORED).sum())) for batch in packed for row in unpack(batch)]
-    step = median(trained.figures["expert_step_seconds"][WARM_UP:] or trained.figures["expert_step_seconds"])
+    step = median(trained.metrics["expert_step_seconds"][WARM_UP:] or trained.metrics["expert_step_seconds"])
     return {
         "moments": _against_plan(session, meter, lengths),
         "row_tokens": fmean(tokens for tokens, _ in lengths),

@@ -52,15 +52,15 @@ def scale(
 
 def measure(session: StreamSession, summary: Mapping[str, Any]) -> dict[str, Any]:
     """Returns the summary's part `scale`: medians of early and last tasks, and their ratios."""
-    figures = list(summary["tasks"].values())
-    seconds = _pair([task["turn_seconds"] for task in figures])
-    memory = _pair([float(task["memory_bytes"]) for task in figures])
+    metrics = list(summary["tasks"].values())
+    seconds = _pair([task["turn_seconds"] for task in metrics])
+    memory = _pair([float(task["memory_bytes"]) for task in metrics])
     size = _pair(version_bytes(session))
     answers = summary["answers"]
     return {
-        "tasks": len(figures),
+        "tasks": len(metrics),
         "seconds": seconds,
-        "overhead_seconds": _pair([task["overhead_seconds"] for task in figures]),
+        "overhead_seconds": _pair([task["overhead_seconds"] for task in metrics]),
         "pool_version_bytes": size,
         "memory_bytes": memory,
         "ratio_last_to_early": seconds["last"] / seconds["early"],

@@ -103,8 +103,8 @@ def measure(session: StreamSession, learned: LearnResult, *, sequential: bool) -
         read = {column: perplexity(routed, kept) for column, kept in rows.items()}
         found[name] = {column: value for column, (value, _) in read.items()}
         to_base[name] = {column: share for column, (_, share) in read.items()}
-        figures = "  ".join(f"{column} {value:.3f}" for column, value in found[name].items())
-        session.progress.say(f"  perplexity, {name}: {figures}   ({monotonic() - started:.0f} s)")
+        metrics = "  ".join(f"{column} {value:.3f}" for column, value in found[name].items())
+        session.progress.say(f"  perplexity, {name}: {metrics}   ({monotonic() - started:.0f} s)")
 
     with routed.forced(None):
         note("base")

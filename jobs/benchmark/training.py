@@ -61,11 +61,11 @@ def _training(session: StreamSession, rounds: int) -> None:
         for which, seconds in ((session, ours), (cached, features)):
             # A digest of its own: a finished run of the same name would only be read again.
             spec = which.spec(task, f"benchmark-{time_ns()}", task=f"benchmark_{task.name}", router_stage=False)
-            figures = which.train(*spec).figures
+            metrics = which.train(*spec).metrics
             which.end_sessions()  # the plain loop is to have the machine alone
-            seconds.append(fmean(figures["expert_step_seconds"][WARM_UP:]))
+            seconds.append(fmean(metrics["expert_step_seconds"][WARM_UP:]))
             if which is session:
-                waits.append(figures["expert_wait_seconds"] / figures["expert_seconds"])
+                waits.append(metrics["expert_wait_seconds"] / metrics["expert_seconds"])
     summary = session_provenance(session, started) | {
         "steps": steps,
         "batch_size": session.config.expert.batch_size,

@@ -5,15 +5,19 @@ specialist       each task's expert, told which task a prompt belongs to (the up
 sequential       one LoRA, fine-tuned on task after task
 multitask        one LoRA, trained on all tasks' data at once
 token_phatgoose  the pool, routed token by token (the paper's router)
-token            the pool, every Linear for itself, by evidence
+token            the pool, every Linear for itself, by log-likelihood
 prompt           the pool, one closed-form decision per prompt
-two_level        the pool, a short list by prompt, weighed by Linear
+two_level        the pool, candidates per prompt, weights per Linear
+
+Fine-tuning without a pool is chaotic: another seed, or another machine, forgets other things. `sequential` and `multitask` are
+therefore given as mean and standard deviation over several seeds, where several are asked for.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from statistics import fmean, stdev
 from typing import Any
 
 import torch
@@ -37,8 +41,11 @@ ROUTERS: dict[str, dict[str, str]] = {
 """Router settings by the name that results bear."""
 
 
-def compare_methods(session: StreamSession, learned: LearnResult) -> dict[str, Any]:
-    """Trains and evaluates the other methods; returns the summary's `methods`."""
+def compare_methods(session: StreamSession, learned: LearnResult, *, seeds: int = 1) -> dict[str, Any]:
+    """Trains and evaluates the other methods; returns the summary's `methods`.
+
+    `sequential` and `multitask` are trained with so many `seeds`, from the configuration's on.
+    """
     tasks = learned.summary["tasks"]
     samples = sum(t["samples"] for t in tasks.values())
     expert_seconds = sum(t["expert_seconds"] for t in tasks.values())
@@ -51,16 +58,20 @@ def compare_methods(session: StreamSession, learned: LearnResult) -> dict[str, A
         return session.evaluate(columns, pool, session.pool_key(pool), folder=folder, who=name)
 
     told = session.evaluate(columns, learned.pool, digest(learned.pool_digest), mode="told", who="specialist")
-    sequential, multitask = _both(
-        partial(_sequential, session), partial(_multitask, session), at_once=session.capacity.trainings > 1
-    )
+    fine_tuned: dict[str, list[dict[str, Any]]] = {"sequential": [], "multitask": []}
+    for seed in range(session.config.seed, session.config.seed + seeds):
+        both = _both(
+            partial(_sequential, session, seed),
+            partial(_multitask, session, seed),
+            at_once=session.capacity.trainings > 1,
+        )
+        for (name, results), adapter in zip(fine_tuned.items(), both, strict=True):
+            evaluation = _only(session, _of_seed(session, name, seed), adapter)
+            results.append(_method(session, evaluation, adapter.samples, adapter.seconds))
     return {
         "base": _method(session, session.evaluate(columns, None, "base", who="the base"), 0, 0.0),
         "specialist": _method(session, told, samples, expert_seconds),
-        "sequential": _method(
-            session, _only(session, "sequential", sequential), sequential.samples, sequential.seconds
-        ),
-        "multitask": _method(session, _only(session, "multitask", multitask), multitask.samples, multitask.seconds),
+        **{name: over_seeds(results, session.config.seed) for name, results in fine_tuned.items()},
         **{name: _method(session, routed(name), samples, all_seconds) for name in ROUTERS},
     }
 
@@ -77,6 +88,34 @@ def _method(session: StreamSession, evaluation: Evaluation, samples: int, second
         "columns": accuracies,
         "columns_by_row": evaluation.row_accuracies(),
     }
+
+
+def over_seeds(results: Sequence[dict[str, Any]], first: int) -> dict[str, Any]:
+    """Returns the mean of one method's results with several seeds, from `first` on.
+
+    `spread` holds the sample standard deviations and `by_seed` the single accuracies; of one seed there is neither. Samples
+    and seconds are those of one seed, too.
+    """
+    if len(results) == 1:
+        return results[0]
+    keys = [key for key in ("new", "base_abilities") if results[0][key] is not None]
+    mean = {
+        table: {name: fmean(result[table][name] for result in results) for name in results[0][table]}
+        for table in ("columns", "columns_by_row")
+    }
+    return {
+        **{key: fmean(result[key] for result in results) for key in ("seconds", *keys)},
+        "samples": results[0]["samples"],
+        **{key: None for key in ("new", "base_abilities") if key not in keys},
+        **mean,
+        "spread": {key: stdev(result[key] for result in results) for key in keys},
+        "by_seed": {str(seed): {key: result[key] for key in keys} for seed, result in enumerate(results, first)},
+    }
+
+
+def _of_seed(session: StreamSession, name: str, seed: int) -> str:
+    """The configuration's seed is not said: names of its results are as they were before there were others."""
+    return name if seed == session.config.seed else f"{name}_seed{seed}"
 
 
 @dataclass(frozen=True)
@@ -98,35 +137,46 @@ def _both(one: Callable[[], _Adapter], other: Callable[[], _Adapter], *, at_once
     return one(), beside.result()
 
 
-def _sequential(session: StreamSession) -> _Adapter:
+def _with_seed(session: StreamSession, what: str, seed: int) -> str:
+    return what if seed == session.config.seed else f"{what}, seed {seed}"
+
+
+def _sequential(session: StreamSession, seed: int) -> _Adapter:
     """One LoRA goes from task to task."""
-    adapter, key, samples, seconds = None, "sequential", 0, 0.0
+    name = _of_seed(session, "sequential", seed)
+    adapter, key, samples, seconds = None, name, 0, 0.0
     for number, task in enumerate(session.config.stream.tasks):
-        session.progress.say(
-            f"sequential fine-tuning {number + 1}/{len(session.config.stream.tasks)}: {task.name}", "bold"
-        )
+        what = _with_seed(session, "sequential fine-tuning", seed)
+        session.progress.say(f"{what} {number + 1}/{len(session.config.stream.tasks)}: {task.name}", "bold")
         key = digest(key, session.identity.expert(task))
-        changes = {"task": f"sequential_{task.name}", "router_stage": False, "validation": 0.0}
+        changes = {"task": f"{name}_{task.name}", "seed": seed, "router_stage": False, "validation": 0.0}
         trained = session.train(*session.spec(task, key, start=str(adapter) if adapter else None, **changes))
         adapter = trained.adapter
         session.release(task)
-        samples += trained.figures["samples"]
-        seconds += trained.figures["expert_seconds"]
+        samples += trained.metrics["samples"]
+        seconds += trained.metrics["expert_seconds"]
     assert adapter is not None, "a stream has tasks"
     return _Adapter(adapter, key, samples, seconds)
 
 
-def _multitask(session: StreamSession) -> _Adapter:
+def _multitask(session: StreamSession, seed: int) -> _Adapter:
     """One LoRA sees all tasks' rows, in as many steps as all experts together."""
-    tasks = session.config.stream.tasks
-    session.progress.say(f"multi-task training on all {len(tasks)} tasks", "bold")
-    key = digest("multitask", [session.identity.expert(task) for task in tasks])
+    tasks, name = session.config.stream.tasks, _of_seed(session, "multitask", seed)
+    session.progress.say(f"{_with_seed(session, 'multi-task training', seed)} on all {len(tasks)} tasks", "bold")
+    key = digest(name, [session.identity.expert(task) for task in tasks])
     expert = session.config.expert.model_copy(update={"steps": session.config.expert.steps * len(tasks)})
-    changes = {"task": "multitask", "data_fingerprint": key, "expert": expert, "router_stage": False, "validation": 0.0}
+    changes = {
+        "task": name,
+        "seed": seed,
+        "data_fingerprint": key,
+        "expert": expert,
+        "router_stage": False,
+        "validation": 0.0,
+    }
     with session.progress.working(f"reading {len(tasks)} tasks"):
         rows = session.all_training_rows()
     trained = session.train(session.spec_alone(tasks[0], key, **changes), rows)
-    return _Adapter(trained.adapter, key, trained.figures["samples"], trained.figures["expert_seconds"])
+    return _Adapter(trained.adapter, key, trained.metrics["samples"], trained.metrics["expert_seconds"])
 
 
 def _only(session: StreamSession, name: str, trained: _Adapter) -> Evaluation:

@@ -25,7 +25,7 @@ from pipeline.learning.recognition import remember
 from pipeline.learning.session import StreamSession
 from pipeline.learning.state import Stopwatch, read_json
 from pipeline.learning.summary import answers, learned, session_provenance
-from pipeline.learning.trainings import TrainedExpert, Trainings, with_figures
+from pipeline.learning.trainings import TrainedExpert, Trainings, with_metrics
 from pipeline.memory import trim_memory
 from pipeline.provenance import now
 from pipeline.registry.experts import find_expert, register_expert
@@ -54,7 +54,7 @@ def learn_stream(session: StreamSession) -> LearnResult:
     families = [task.name for task in config.stream.benchmarks]
     matrix = AccuracyMatrix(names, families)
     pool = Pool(config.base.label, session.fingerprint, config.router, **session.null_expert())
-    pool_folder, figures, versions = session.folder / "pool", {}, {}
+    pool_folder, metrics, versions = session.folder / "pool", {}, {}
     last = session.evaluate([*names, *families], None, "base", who="the base")
     matrix.record("base", last.accuracies())
     evaluations, trainings = PoolEvaluations(session, matrix), Trainings(session)
@@ -68,7 +68,7 @@ def learn_stream(session: StreamSession) -> LearnResult:
             raise
         ended = monotonic()
         found = _registered(session, task, trained)
-        versions[task.name], figures[task.name] = found.version, found.figures
+        versions[task.name], metrics[task.name] = found.version, found.metrics
         pool = pool.add(found.expert)
         pool.save(pool_folder)
         pool_key = session.pool_key(pool)
@@ -85,17 +85,17 @@ def learn_stream(session: StreamSession) -> LearnResult:
             kept=f"pool and experts are safe in {session.folder}; nothing will be trained again",
         )
         if not trained.before:
-            beyond = figures[task.name]["seconds"] - figures[task.name]["step_seconds"]
+            beyond = metrics[task.name]["seconds"] - metrics[task.name]["step_seconds"]
             overhead = {"overhead_seconds": beyond + monotonic() - ended}
-            figures[task.name] = with_figures(trained.file, figures[task.name], overhead)
-        seconds = figures[task.name]["seconds"]
+            metrics[task.name] = with_metrics(trained.file, metrics[task.name], overhead)
+        seconds = metrics[task.name]["seconds"]
         session.progress.say(f"  pool version {version.version}   ({seconds:.0f} s to learn)")
         if config.is_evaluated(number + 1):
             evaluations.begin(pool, pool_key, pool_folder)
         if not trained.before:
             trim_memory()
             turn = {"turn_seconds": monotonic() - began, "memory_bytes": memory_bytes()}
-            figures[task.name] = with_figures(trained.file, figures[task.name], turn)
+            metrics[task.name] = with_metrics(trained.file, metrics[task.name], turn)
         watch.lap()
     if evaluations.end() is not None:  # with samples now
         last = session.evaluate([*names, *families], pool, pool_key, folder=pool_folder, quietly=True)
@@ -103,7 +103,7 @@ def learn_stream(session: StreamSession) -> LearnResult:
         **session_provenance(session, started),
         "seconds_total": watch.stop(),
         "peak_memory_bytes": session.memory.bytes,
-        **learned(session, matrix, last, figures),
+        **learned(session, matrix, last, metrics),
         "answers": answers(last, names, session.generated.count),
     }
     return LearnResult(pool, pool_folder, pool_key, summary)
@@ -114,14 +114,14 @@ class _Registered(NamedTuple):
 
     expert: StoredExpert
     version: ModelVersion
-    figures: dict[str, Any]
+    metrics: dict[str, Any]
 
 
 def _registered(session: StreamSession, task: TaskConfig, trained: TrainedExpert) -> _Registered:
     """Registers a task's expert, if it is not yet."""
-    figures, folder = read_json(trained.file), session.experts.ensure(trained.reference)
+    metrics, folder = read_json(trained.file), session.experts.ensure(trained.reference)
     version = session.patience(
-        lambda: _register(session, task, trained.reference, folder, figures),
+        lambda: _register(session, task, trained.reference, folder, metrics),
         f"registering expert {task.name}",
         kept=f"the trained expert is safe in {folder}; it will not be trained again",
     )
@@ -130,21 +130,21 @@ def _registered(session: StreamSession, task: TaskConfig, trained: TrainedExpert
     where = {"model": version.name, "version": int(version.version)}
     expert = StoredExpert(ExpertReference.of(folder).model_copy(update=where), session.experts)
     remember(session, expert.expert.card)
-    return _Registered(expert, version, figures)
+    return _Registered(expert, version, metrics)
 
 
 def _register(
-    session: StreamSession, task: TaskConfig, expert: ExpertReference, folder: Path, figures: Mapping[str, Any]
+    session: StreamSession, task: TaskConfig, expert: ExpertReference, folder: Path, metrics: Mapping[str, Any]
 ) -> ModelVersion:
     """Returns the version of a trained expert, made now if there is none."""
     label = session.config.base.label
     assert expert.digest is not None
     if (version := find_expert(label, expert.digest)) is not None:
         return version
-    if "rows" in figures:  # which earlier releases did not write down
+    if "rows" in metrics:  # which earlier releases did not write down
         assert task.train is not None
         fingerprint = Expert.load(folder).card.data_fingerprint
-        log_dataset(session.mlflow_run_id, task.name, task.train.path, fingerprint, samples=figures["rows"])
+        log_dataset(session.mlflow_run_id, task.name, task.train.path, fingerprint, samples=metrics["rows"])
     return register_expert(label, folder)
 
 
@@ -161,6 +161,6 @@ def publish(session: StreamSession, summary: dict[str, Any]) -> Path:
     session.patience(
         partial(_upload, session.folder, report), "uploading summary and report", kept=f"both are in {session.folder}"
     )
-    figures = {key: value for key, value in summary["continual"].items() if value is not None}
-    session.log([(f"continual/{key}", value, 0) for key, value in figures.items()])
+    metrics = {key: value for key, value in summary["continual"].items() if value is not None}
+    session.log([(f"continual/{key}", value, 0) for key, value in metrics.items()])
     return report

@@ -232,8 +232,8 @@ class StreamSession:
         return True
 
     def has_trained(self, reference: ExpertReference) -> bool:
-        """Whether this run has trained an expert to its end, though it may not have come to note its figures."""
-        return self._training_folder(reference.name, reference.digest).figures() is not None
+        """Whether this run has trained an expert to its end, though it may not have come to note its metrics."""
+        return self._training_folder(reference.name, reference.digest).metrics() is not None
 
     def seconds_before(self, reference: ExpertReference) -> float:
         """Returns what training an expert had taken by its last checkpoint, where this run was stopped in the middle of it."""

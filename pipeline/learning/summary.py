@@ -23,32 +23,32 @@ def session_provenance(session: StreamSession, started: datetime) -> dict[str, A
     return made | {"base": {"label": session.config.base.label, "fingerprint": session.fingerprint}}
 
 
-def task_figures(session: StreamSession, task: str, figures: Mapping[str, Any]) -> dict[str, Any]:
+def task_metrics(session: StreamSession, task: str, metrics: Mapping[str, Any]) -> dict[str, Any]:
     """Returns a task's part of the summary."""
     return {
-        "seconds": figures["seconds"],
-        "expert_seconds": figures["expert_seconds"],
-        "router_seconds": figures["router_seconds"],
-        "step_seconds": sum(figures["expert_step_seconds"]) + sum(figures["router_step_seconds"]),
-        "wait_seconds": figures["expert_wait_seconds"] + figures["router_wait_seconds"],
-        "rows": int(figures["rows"]),
-        "samples": int(figures["samples"]),
-        "quarantined": int(figures["quarantined"]),
-        "lost_files": int(figures["lost_files"]),
-        "expert_loss": _curve(figures["expert_losses"]),
-        "router_loss": _curve(figures["router_losses"]),
-        **({"validation_loss": figures["validation_losses"]} if "validation_losses" in figures else {}),
+        "seconds": metrics["seconds"],
+        "expert_seconds": metrics["expert_seconds"],
+        "router_seconds": metrics["router_seconds"],
+        "step_seconds": sum(metrics["expert_step_seconds"]) + sum(metrics["router_step_seconds"]),
+        "wait_seconds": metrics["expert_wait_seconds"] + metrics["router_wait_seconds"],
+        "rows": int(metrics["rows"]),
+        "samples": int(metrics["samples"]),
+        "quarantined": int(metrics["quarantined"]),
+        "lost_files": int(metrics["lost_files"]),
+        "expert_loss": _curve(metrics["expert_losses"]),
+        "router_loss": _curve(metrics["router_losses"]),
+        **({"validation_loss": metrics["validation_losses"]} if "validation_losses" in metrics else {}),
     }
 
 
-def figures_on_card(card: ExpertCard) -> dict[str, Any]:
-    """Returns what an expert's card has of the figures of its training; curves and row counts are not on it."""
+def metrics_on_card(card: ExpertCard) -> dict[str, Any]:
+    """Returns what an expert's card has of the metrics of its training; curves and row counts are not on it."""
     unknown: dict[str, Any] = {"seconds": 0.0, "wait_seconds": 0.0, "losses": [], "step_seconds": []}
-    figures = {
+    metrics = {
         f"{stage}_{what}": none for stage in ("expert", "router") for what, none in unknown.items()
     } | card.metrics
-    seconds = figures["expert_seconds"] + figures["router_seconds"]
-    return figures | {"seconds": seconds, "samples": card.samples, "rows": 0, "quarantined": 0, "lost_files": 0}
+    seconds = metrics["expert_seconds"] + metrics["router_seconds"]
+    return metrics | {"seconds": seconds, "samples": card.samples, "rows": 0, "quarantined": 0, "lost_files": 0}
 
 
 def _curve(losses: Sequence[float], points: int = 100) -> list[list[float]]:

@@ -15,7 +15,7 @@ from pipeline.files import write_json
 from pipeline.learning.background import begin
 from pipeline.learning.recognition import expert_wanted
 from pipeline.learning.session import StreamSession
-from pipeline.learning.summary import figures_on_card, task_figures
+from pipeline.learning.summary import metrics_on_card, task_metrics
 from pipeline.routing.expert import Expert
 from pipeline.routing.store import ExpertReference
 
@@ -26,7 +26,7 @@ class TrainedExpert:
 
     reference: ExpertReference
     file: Path
-    """Where its figures are."""
+    """Where its metrics are."""
     before: bool
     """Whether it was there already."""
 
@@ -84,7 +84,7 @@ def _found_or_trained(session: StreamSession, task: TaskConfig, following: TaskC
         if not file.exists():
             session.progress.say(f"  {task.name}: another run has learned it; its expert is taken from there")
             card = session.experts.load(wanted).card
-            write_json(file, task_figures(session, task.name, figures_on_card(card)))
+            write_json(file, task_metrics(session, task.name, metrics_on_card(card)))
         session.release(task)  # rows that were read ahead for nothing
         return TrainedExpert(wanted, file, before=True)
     return _trained(session, task, wanted, file, following, started)
@@ -98,7 +98,7 @@ def _trained(
     following: TaskConfig | None,
     started: float,
 ) -> TrainedExpert:
-    """Trains a task's expert into the store, then writes its figures to `file`: then it is learned, registered or not."""
+    """Trains a task's expert into the store, then writes its metrics to `file`: then it is learned, registered or not."""
     assert wanted.digest is not None
     before = session.seconds_before(wanted)
     if before:
@@ -112,39 +112,39 @@ def _trained(
     trained = session.train(*session.spec(task, wanted.digest))
     session.experts.put(Expert.load(trained.expert))
     session.log(
-        _curves(task.name, trained.figures)
+        _curves(task.name, trained.metrics)
     )  # some steps may be of workers whose driver was killed before it heard of them
-    if trained.found:
-        before = trained.figures["expert_seconds"] + trained.figures["router_seconds"]
-    figures = trained.figures | {
+    if trained.already_finished:
+        before = trained.metrics["expert_seconds"] + trained.metrics["router_seconds"]
+    metrics = trained.metrics | {
         "seconds": before + monotonic() - started,
         "rows": rows.counts[task.name],
         "quarantined": aside.rows,
         "lost_files": aside.files,
     }
-    write_json(file, task_figures(session, task.name, figures))
+    write_json(file, task_metrics(session, task.name, metrics))
     session.release(task)
     return TrainedExpert(wanted, file, before=False)
 
 
-def _curves(task: str, figures: Mapping[str, Any]) -> list[tuple[str, float, int]]:
+def _curves(task: str, metrics: Mapping[str, Any]) -> list[tuple[str, float, int]]:
     """Returns the points (metric, value, step) of a training's losses."""
     points = [
         (f"{task}/{stage}_loss", loss, step)
         for stage in ("expert", "router")
-        for step, loss in enumerate(figures[f"{stage}_losses"], 1)
+        for step, loss in enumerate(metrics[f"{stage}_losses"], 1)
     ]
-    return points + [(f"{task}/validation_loss", loss, step) for step, loss in figures.get("validation_losses", [])]
+    return points + [(f"{task}/validation_loss", loss, step) for step, loss in metrics.get("validation_losses", [])]
 
 
-def with_figures(file: Path, figures: dict[str, Any], more: dict[str, Any]) -> dict[str, Any]:
-    """Adds to a task's figures what is known late.
+def with_metrics(file: Path, metrics: dict[str, Any], more: dict[str, Any]) -> dict[str, Any]:
+    """Adds to a task's metrics what is known late.
 
     `overhead_seconds`, beyond its optimizer steps from its first row to its pool's registration, but for the wait for its
     turn; `turn_seconds` until the next task's turn; `memory_bytes` of all processes here, then.
     """
-    write_json(file, figures | more)
-    return figures | more
+    write_json(file, metrics | more)
+    return metrics | more
 
 
 def _to_be_trained(session: StreamSession, task: TaskConfig) -> bool:

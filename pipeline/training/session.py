@@ -27,7 +27,7 @@ from pipeline.training.spec import TrainSpec
 from pipeline.training.telemetry import Step, listening
 from pipeline.training.training_folder import ADAPTER, EXPERT, TrainingFolder
 from pipeline.training.training_queue import TrainingQueue
-from pipeline.training.worker import FOUND, train
+from pipeline.training.worker import ALREADY_FINISHED, train
 
 FEWEST_ROWS = 4
 """Rows from which the spread of a task's prompts can be told."""
@@ -48,9 +48,9 @@ class TrainResult:
 
     folder: Path
     """Folder of what came out."""
-    figures: dict[str, Any]
+    metrics: dict[str, Any]
     """Losses by step, seconds and data wait of both stages, samples."""
-    found: bool = False
+    already_finished: bool = False
     """Whether it was finished already: then nobody was told of its steps."""
 
     @property
@@ -82,17 +82,17 @@ class Session:
         if spec.training != self.training:
             raise ValueError("a session's workers are those of its first training: open another one for other workers")
         folder = TrainingFolder(self._storage / f"{spec.task}-{spec.digest}")
-        if (figures := folder.figures()) is not None:
-            return TrainResult(folder.finished, figures, found=True)
+        if (metrics := folder.metrics()) is not None:
+            return TrainResult(folder.finished, metrics, already_finished=True)
         _check(spec, rows)
         with _as_training_error(spec.task):
             number = self._put(spec, rows)
             with listening(on_steps, self._queue):
-                figures = self._outcome(number)
-        if "failure" in figures:
-            raise TrainingError(f"task {spec.task!r}: {figures['failure']}")
-        found = figures.pop(FOUND, False)
-        return TrainResult(folder.finished, figures, found=found)
+                metrics = self._outcome(number)
+        if "failure" in metrics:
+            raise TrainingError(f"task {spec.task!r}: {metrics['failure']}")
+        already_finished = metrics.pop(ALREADY_FINISHED, False)
+        return TrainResult(folder.finished, metrics, already_finished=already_finished)
 
     def close(self, *, at_once: bool = False) -> None:
         """Sends the workers home; those that train only with `at_once`: their last checkpoint stays."""

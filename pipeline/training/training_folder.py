@@ -26,7 +26,7 @@ from pipeline.training.validation import KEPT
 PROGRESS, ADAPTER, STATE, EXPERT = "progress.json", "adapter", "state.safetensors", "expert"
 """What a checkpoint holds: where it stands; the adapter once it is trained, until then its weights and optimizer, whole.
 What is finished: the expert, or the adapter where there was no router stage."""
-FIGURES = "figures.json"
+METRICS = "figures.json"
 
 
 def begun_anew(folder: Path) -> str:
@@ -66,9 +66,9 @@ class TrainingFolder:
         self.finished = folder / "finished"
         """What came out; there once the training is done."""
 
-    def figures(self) -> dict[str, Any] | None:
-        """Returns the figures of a training that is done, None of one that is not."""
-        file = self.finished / FIGURES
+    def metrics(self) -> dict[str, Any] | None:
+        """Returns the metrics of a training that is done, None of one that is not."""
+        file = self.finished / METRICS
         if not file.exists():
             return None
         with stored_file(file, begun_anew(self.finished)):
@@ -107,12 +107,12 @@ class TrainingFolder:
         _meet()
         return self._checkpoint
 
-    def finish(self, figures: dict[str, Any], write: Callable[[Path], object]) -> None:
+    def finish(self, metrics: dict[str, Any], write: Callable[[Path], object]) -> None:
         """Has `write` put what came out into a folder, and ends the training; for one rank."""
         shutil.rmtree(self._checkpoint_dir, ignore_errors=True)
         self._checkpoint_dir.mkdir(parents=True)
         write(self._checkpoint_dir)
-        (self._checkpoint_dir / FIGURES).write_text(json.dumps(figures))
+        (self._checkpoint_dir / METRICS).write_text(json.dumps(metrics))
         shutil.rmtree(self.finished, ignore_errors=True)
         self._checkpoint_dir.rename(self.finished)
         for folder in (self._checkpoint, *self._folder.glob(f"{KEPT}*")):

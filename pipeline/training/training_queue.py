@@ -37,7 +37,7 @@ class TrainingQueue(Telemetry):
         return len(self._specs) - 1
 
     async def outcome(self, number: int) -> dict[str, Any]:
-        """Waits for a training's end; returns its figures, or `failure` with the reason."""
+        """Waits for a training's end; returns its metrics, or `failure` with the reason."""
         async with self._changed:
             await self._changed.wait_for(lambda: number in self._outcomes)
         return self._outcomes[number]
@@ -67,9 +67,9 @@ class TrainingQueue(Telemetry):
             await self._changed.wait_for(lambda: self._closed or number < len(self._specs))
         return None if self._closed else self._specs[number]
 
-    async def finish(self, number: int, figures: dict[str, Any]) -> None:
+    async def finish(self, number: int, metrics: dict[str, Any]) -> None:
         """Ends a training."""
-        self._outcomes[number], self._specs[number] = figures, None
+        self._outcomes[number], self._specs[number] = metrics, None
         self._failures = 0
         await self._tell()
 

@@ -15,7 +15,7 @@ from pipeline.models.prompts import Encoded, collate_for, to_device
 from pipeline.training.loop import answer_tokens, over_ranks
 from pipeline.training.stages import answer_loss
 
-FIGURES, KEPT = "validation.json", "best-"
+METRICS, KEPT = "validation.json", "best-"
 """What is written last into the folder of a kept adapter, and how the names of these folders begin."""
 
 
@@ -67,7 +67,7 @@ class BestAdapter:
             folder.mkdir(parents=True)
         save(folder)
         if self._write:
-            (folder / FIGURES).write_text(json.dumps(vars(look)))
+            (folder / METRICS).write_text(json.dumps(vars(look)))
             for other in self._folder.glob(f"{KEPT}*"):
                 if other != folder:
                     shutil.rmtree(other)
@@ -75,13 +75,13 @@ class BestAdapter:
     def copy(self, target: Path) -> None:
         """Copies the best adapter to a new folder."""
         assert self.look is not None, "callers have asked"
-        shutil.copytree(self._place(self.look.step), target, ignore=shutil.ignore_patterns(FIGURES))
+        shutil.copytree(self._place(self.look.step), target, ignore=shutil.ignore_patterns(METRICS))
 
     def _place(self, step: int) -> Path:
         return self._folder / f"{KEPT}{step}"
 
     def _kept(self) -> Iterator[tuple[Look, Path]]:
-        for file in self._folder.glob(f"{KEPT}*/{FIGURES}"):
+        for file in self._folder.glob(f"{KEPT}*/{METRICS}"):
             with stored_file(file, f"remove the folder {file.parent}"):
                 look = Look(**json.loads(file.read_text()))
             yield look, file.parent

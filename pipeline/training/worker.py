@@ -64,7 +64,7 @@ HOW = {
 }
 """Settings of the machine that an expert's card keeps."""
 
-FOUND = "found"
+ALREADY_FINISHED = "found"
 """Key in a training's outcome: it was finished before anybody asked for it, and its steps are told by nobody."""
 
 TELL_EVERY = 0.8
@@ -74,7 +74,7 @@ TELL_EVERY = 0.8
 def train(settings: dict[str, Any]) -> None:
     """Works on the session's trainings until there are no more; Ray Train runs this on every rank.
 
-    `settings`: the `queue` and the folder `storage`. A training's outcome is rank 0's figures (losses, seconds and data wait of
+    `settings`: the `queue` and the folder `storage`. A training's outcome is rank 0's metrics (losses, seconds and data wait of
     both stages), or `failure` with the reason where a retry would fail again (divergence, nothing learned, a damaged file):
     all ranks see those alike. What one rank alone meets must be raised: the others would wait for it.
     """
@@ -88,12 +88,16 @@ def train(settings: dict[str, Any]) -> None:
             folder = storage / f"{spec.task}-{spec.digest}"
             # Workers may have died after the last step, before they told of it; those of a driver that was killed go on for
             # a moment.
-            found = _agreed(TrainingFolder(folder).figures() if rank == 0 else None)
-            figures = _work(spec, ray.get(taken[1][0]), queue, folder, base) if found is None else found | {FOUND: True}
+            found = _agreed(TrainingFolder(folder).metrics() if rank == 0 else None)
+            metrics = (
+                _work(spec, ray.get(taken[1][0]), queue, folder, base)
+                if found is None
+                else found | {ALREADY_FINISHED: True}
+            )
             taken = None  # the rows
             free_memory()
             if rank == 0:
-                ray.get(queue.finish.remote(number, figures))
+                ray.get(queue.finish.remote(number, metrics))
             number += 1
     finally:
         base.drop()
@@ -167,7 +171,7 @@ class Worker:
         torch.set_num_threads(spec.training.cpus_per_worker)
         self._untold: list[tuple[str, str, int, int, float]] = []
         self._told, self._began, self._before = 0.0, time.monotonic(), 0.0
-        self.figures: dict[str, Any] = {"samples": spec.expert.steps * spec.expert.batch_size}
+        self.metrics: dict[str, Any] = {"samples": spec.expert.steps * spec.expert.batch_size}
 
     def run(self) -> dict[str, Any]:
         """Runs what the last checkpoint leaves to do, both stages on one base: the LoRA is taken off, gates come on."""
@@ -176,7 +180,7 @@ class Worker:
         if checkpoint is not None:
             progress = self.folder.progress()
             self._before = progress.get("seconds", 0.0)
-        self.figures |= progress["figures"]
+        self.metrics |= progress["figures"]
         settings = self._zero_config()
         base = self.base.get(spec, settings)
         adapted_paths(base, spec.expert.target_modules)
@@ -189,8 +193,8 @@ class Worker:
         if spec.router_stage:
             self._router_stage(base, settings, adapter)
         elif self.rank == 0:
-            self.folder.finish(self.figures, lambda checkpoint_dir: shutil.copytree(adapter, checkpoint_dir / ADAPTER))
-        return self.figures
+            self.folder.finish(self.metrics, lambda checkpoint_dir: shutil.copytree(adapter, checkpoint_dir / ADAPTER))
+        return self.metrics
 
     def _expert_stage(
         self, base: Base, settings: dict[str, Any], folder: Path | None, progress: dict[str, Any]
@@ -247,7 +251,7 @@ class Worker:
                 meet=meet,
             )
         self._note("expert", clock)
-        self.figures["samples"] = len(clock.losses) * config.batch_size
+        self.metrics["samples"] = len(clock.losses) * config.batch_size
         checkpoint_dir = self._checkpoint({"stage": "router", "step": 0})
         if self.best.look is None:
             save_lora(peft, checkpoint_dir / ADAPTER, write=self.rank == 0)
@@ -272,7 +276,7 @@ class Worker:
         )
         look = Look(step, held_out_loss(engine, base, batches))
         self.best.offer(look, lambda folder: save_lora(peft, folder, write=self.rank == 0))
-        self.figures.setdefault("validation_losses", []).append([step, look.loss])
+        self.metrics.setdefault("validation_losses", []).append([step, look.loss])
         self._step_done("validation", step, config.steps, look.loss)
         assert self.best.look is not None, "offered one"
         return config.patience is not None and step - self.best.look.step >= config.patience * config.validate_every
@@ -324,13 +328,13 @@ class Worker:
             config_digest=spec.digest,
             identity=spec.identity,
             trained_with=spec.training.model_dump(include=HOW),
-            samples=self.figures["samples"],
-            metrics={key: value for key, value in self.figures.items() if isinstance(value, float)},
+            samples=self.metrics["samples"],
+            metrics={key: value for key, value in self.metrics.items() if isinstance(value, float)},
         )
         expert = Expert(card, adapter_config, adapters, vectors, statistics, samples)
         expert.check_trained()
         if self.rank == 0:
-            self.folder.finish(self.figures, lambda checkpoint_dir: expert.save(checkpoint_dir / EXPERT))
+            self.folder.finish(self.metrics, lambda checkpoint_dir: expert.save(checkpoint_dir / EXPERT))
 
     def _features(self, engine: Any, base: Base) -> tuple[torch.Tensor, torch.Tensor]:
         """Returns features (N, F) and ids (N, 2) of distinct prompts of all ranks."""
@@ -368,7 +372,7 @@ class Worker:
 
     def _note(self, stage: str, clock: StageClock) -> None:
         last = clock.losses[-20:]
-        self.figures |= {
+        self.metrics |= {
             f"{stage}_seconds": clock.seconds,
             f"{stage}_wait_seconds": clock.wait_seconds,
             f"{stage}_loss": sum(last) / len(last),
@@ -388,7 +392,7 @@ class Worker:
         """Tells of the steps before the checkpoint: the driver may have been killed before it had logged them."""
         for step, loss in enumerate(losses, 1):
             self._step_done("expert", step, self.spec.expert.steps, loss)
-        for step, loss in self.figures.get("validation_losses", []):
+        for step, loss in self.metrics.get("validation_losses", []):
             self._step_done("validation", step, self.spec.expert.steps, loss)
 
     def tell(self) -> None:
@@ -401,5 +405,5 @@ class Worker:
         """Starts a checkpoint that says where this training stands."""
         seconds = self._before + time.monotonic() - self._began
         return self.folder.checkpoint_dir(
-            {"world": self.world, "seconds": seconds, "figures": self.figures, **progress}
+            {"world": self.world, "seconds": seconds, "figures": self.metrics, **progress}
         )

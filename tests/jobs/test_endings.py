@@ -98,10 +98,10 @@ def test_an_own_mistake_keeps_its_traceback() -> None:
 
 
 def test_methods_without_benchmarks_have_a_dash() -> None:
-    figures = {"new": 0.5, "base_abilities": None, "samples": 3, "seconds": 1.0}
+    metrics = {"new": 0.5, "base_abilities": None, "samples": 3, "seconds": 1.0}
     terminal = Terminal()
     with terminal.console.capture() as shown:
-        terminal.console.print(methods_table({"base": figures}))
+        terminal.console.print(methods_table({"base": metrics}))
     assert " - " in shown.get()
 
 

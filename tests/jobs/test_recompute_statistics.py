@@ -221,9 +221,9 @@ def test_learning_goes_on_from_the_recomputed_experts(
             found = learn._registered(session, task, trained)
             assert_same(found.expert.expert.statistics, renewed[0].experts[task.name].statistics)
             assert int(found.version.version) == number
-            assert found.figures["samples"] == 12 * 16
-            assert found.figures["rows"] == ROWS[task.name]
-            assert found.figures["quarantined"] == (task.name == "echo")
+            assert found.metrics["samples"] == 12 * 16
+            assert found.metrics["rows"] == ROWS[task.name]
+            assert found.metrics["quarantined"] == (task.name == "echo")
 
 
 def test_a_registered_pool_explains_itself(

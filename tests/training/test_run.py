@@ -108,7 +108,7 @@ def test_a_run_leaves_a_complete_expert(trained, tiny_folder):
     expert = Expert.load(result.expert)
     assert {step.stage for step in seen} == {"expert", "router"}
     assert [step.step for step in seen if step.stage == "expert"] == list(range(1, 13))
-    assert result.figures["expert_losses"][-1] < result.figures["expert_losses"][0]
+    assert result.metrics["expert_losses"][-1] < result.metrics["expert_losses"][0]
     assert expert.statistics.count == ROWS, "every prompt once"
     assert {statistics.count for statistics in expert.layer_statistics.values()} == {ROWS}, "here too"
     assert all(vector.any() for vector in expert.vectors.values()), "every gate has moved"
@@ -142,8 +142,8 @@ def test_workers_do_not_train_what_is_finished_and_was_not_told(trained, session
     monkeypatch.setattr(TrainingFolder, "figures", lambda self: None)  # in the driver alone
     seen = []
     again = session.train(make_spec(tiny_folder, "one", training=ONE), rows, seen.extend)
-    assert again.figures == before.figures
-    assert (before.found, again.found) == (False, True)
+    assert again.metrics == before.metrics
+    assert (before.already_finished, again.already_finished) == (False, True)
     assert seen == []
     assert (again.expert / "expert.json").stat().st_mtime_ns == written
 
@@ -154,11 +154,11 @@ def test_the_best_adapter_on_held_out_rows_becomes_the_expert(trained, session, 
     spec = make_spec(tiny_folder, "held-out", training=ONE, learning_rate=3.0, steps=40)
     expert = spec.expert.model_copy(update={"validate_every": 2, "patience": 2, "warmup_ratio": 0.0})
     result = session.train(spec.model_copy(update={"validation": 0.2, "expert": expert}), rows, told.extend)
-    looks = result.figures["validation_losses"]
+    looks = result.metrics["validation_losses"]
     best = min(looks, key=lambda look: look[1])
-    stopped = len(result.figures["expert_losses"])
+    stopped = len(result.metrics["expert_losses"])
     assert stopped == best[0] + 4 < 40
-    assert result.figures["samples"] == stopped * 16
+    assert result.metrics["samples"] == stopped * 16
     assert [step.step for step in told if step.stage == "validation"] == [step for step, _ in looks]
     found = Expert.load(result.expert)
     assert found.statistics.count == ROWS - 20, "of the rows that were learned"
@@ -176,7 +176,7 @@ def test_a_finished_job_is_found_again(trained, rows, tiny_folder, worker_env):
     result, _ = trained
     storage = result.folder.parents[1]
     again = run_training(make_spec(tiny_folder, "one", training=ONE), rows, storage=storage, worker_env=worker_env)
-    assert again.figures["expert_losses"] == result.figures["expert_losses"]
+    assert again.metrics["expert_losses"] == result.metrics["expert_losses"]
     assert_same_expert(Expert.load(again.expert), Expert.load(result.expert))
 
 
@@ -238,7 +238,7 @@ def test_zero_stages_and_workers(workers, stage, trained, rows, tiny_folder, wor
     expert = Expert.load(result.expert)
     expert.check_trained()
     assert expert.statistics.count == ROWS, "every prompt once"
-    assert result.figures["expert_losses"][-1] == pytest.approx(trained[0].figures["expert_losses"][-1], abs=0.5)
+    assert result.metrics["expert_losses"][-1] == pytest.approx(trained[0].metrics["expert_losses"][-1], abs=0.5)
     assert all(a.a_RD.shape[0] == 4 for a in expert.adapters.values()), "no empty shards of ZeRO-3"
 
 
@@ -248,7 +248,7 @@ def test_small_batches_accumulate_to_the_same_step(trained, rows, tiny_folder, w
     spec = make_spec(tiny_folder, "saving", training=TrainingConfig(cpus_per_worker=1, **saving))
     spec = spec.model_copy(update={"router": RouterConfig(steps=4, statistics_rows=50)})
     result = run_training(spec, rows, storage=tmp_path, worker_env=worker_env)
-    expected, found = trained[0].figures, result.figures
+    expected, found = trained[0].metrics, result.metrics
     assert found["samples"] == expected["samples"] == 12 * 16
     assert len(found["expert_losses"]) == 12
     assert found["expert_losses"] == pytest.approx(expected["expert_losses"], rel=0.05)
@@ -267,7 +267,7 @@ def test_experts_learn_from_features_as_from_pixels(trained, worker_env, tiny_fo
     written = [file.stat().st_mtime_ns for file in (tmp_path / "features" / "digits-rows").glob("*.parquet")]
     spec = make_spec(tiny_folder, "features", training=ONE).model_copy(update={"vision": False})
     result = run_training(spec, prepared.training_rows(["digits"]), storage=tmp_path, worker_env=worker_env)
-    assert result.figures["expert_losses"] == pytest.approx(trained[0].figures["expert_losses"], rel=1e-3)
+    assert result.metrics["expert_losses"] == pytest.approx(trained[0].metrics["expert_losses"], rel=1e-3)
     again = prepare({"digits": part}, DataConfig(vision_cache="features"), **settings)
     assert again.counts == prepared.counts == {"digits": ROWS}
     files = (tmp_path / "features" / "digits-rows").glob("*.parquet")
@@ -299,8 +299,8 @@ def test_rows_that_stream_are_learned_by_several_workers_though_one_is_killed(
     whole = run_training(
         make_spec(tiny_folder, "streamed", training=training), rows, storage=tmp_path, worker_env=worker_env
     )
-    assert whole.figures["samples"] == 12 * 16
-    assert whole.figures["expert_losses"][-1] == pytest.approx(trained[0].figures["expert_losses"][-1], abs=0.5)
+    assert whole.metrics["samples"] == 12 * 16
+    assert whole.metrics["expert_losses"][-1] == pytest.approx(trained[0].metrics["expert_losses"][-1], abs=0.5)
     spec = make_spec(tiny_folder, "streamed-killed", training=training)
     result = run_training(spec, rows, storage=tmp_path, on_steps=kill_once, worker_env=worker_env)
     assert killed

@@ -14,7 +14,7 @@ def folder(tmp_path: Path) -> TrainingFolder:
 
 def test_a_checkpoint_appears_whole(folder: TrainingFolder) -> None:
     assert folder.last() is None
-    assert folder.figures() is None
+    assert folder.metrics() is None
     checkpoint_dir = folder.checkpoint_dir({"step": 4})
     assert folder.last() is None, "not before every rank has written its part"
     folder.commit(checkpoint_dir)
@@ -47,6 +47,6 @@ def test_between_two_checkpoints_the_one_before_counts(folder: TrainingFolder, m
 def test_what_is_finished_needs_no_checkpoint(folder: TrainingFolder) -> None:
     folder.commit(folder.checkpoint_dir({"step": 4}))
     folder.finish({"samples": 9}, lambda checkpoint_dir: (checkpoint_dir / "expert").mkdir())
-    assert folder.figures() == {"samples": 9}
+    assert folder.metrics() == {"samples": 9}
     assert (folder.finished / "expert").is_dir()
     assert folder.last() is None
