@@ -21,7 +21,7 @@ from pipeline.routing import Expert, ExpertCard, Pool, PromptStatistics, RoutedM
 from pipeline.routing.adapters import Adapter
 from pipeline.routing.layer_classifiers import LayerInputHook
 from pipeline.routing.null import components
-from pipeline.routing.routed_model import PromptFeatureHook
+from pipeline.routing.prompt_hooks import PromptFeatureHook
 
 CLAIMS = {"reader": "document", "speaker": "repeat", "painter": "describe"}
 """Which base ability each expert of `claimed_pool` claims."""

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from pipeline.config import ExpertConfig
 from pipeline.models.prompts import Encoded, collate
-from pipeline.training.stages import warm_up_cosine
+from pipeline.training.expert_stage import warm_up_cosine
 
 
 def shuffled_batches(rows: Sequence[Encoded], size: int, *, pad_token_id: int) -> Iterator[dict[str, Tensor]]:

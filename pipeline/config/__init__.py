@@ -4,7 +4,7 @@ Every field says what it is, its unit and why its default is what it is; the sam
 messages show.
 """
 
-from pipeline.config.group import Config, ConfigError, digest, holds_secrets, without_secrets
+from pipeline.config.core import Config, ConfigError, digest, holds_secrets, without_secrets
 from pipeline.config.learning import (
     BaseModelConfig,
     EvaluationConfig,
@@ -15,7 +15,7 @@ from pipeline.config.learning import (
     TrainingConfig,
 )
 from pipeline.config.loading import fields_of, load_config
-from pipeline.config.stream import ColumnsConfig, DataConfig, Source, SourceConfig, StreamConfig, TaskConfig
+from pipeline.config.tasks import ColumnsConfig, DataConfig, Source, SourceConfig, StreamConfig, TaskConfig
 
 __all__ = [
     "BaseModelConfig",

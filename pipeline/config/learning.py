@@ -6,8 +6,8 @@ from typing import Annotated, Literal
 
 from pydantic import AfterValidator, ByteSize, Field, model_validator
 
-from pipeline.config.group import Config, without_secrets
-from pipeline.config.stream import DataConfig, StreamConfig
+from pipeline.config.core import Config, without_secrets
+from pipeline.config.tasks import DataConfig, StreamConfig
 
 
 def _here(path: str) -> str:

@@ -8,7 +8,7 @@ from typing import Any, TypeVar, get_args
 import yaml
 from pydantic import ValidationError
 
-from pipeline.config.group import Config, ConfigError
+from pipeline.config.core import Config, ConfigError
 
 C = TypeVar("C", bound=Config)
 

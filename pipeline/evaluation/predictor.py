@@ -20,7 +20,8 @@ from pipeline.models.prompts import Encoded
 from pipeline.routing.expert import Expert
 from pipeline.routing.features import project
 from pipeline.routing.pool import Pool
-from pipeline.routing.routed_model import PromptFeatureHook, RoutedModel
+from pipeline.routing.prompt_hooks import PromptFeatureHook
+from pipeline.routing.routed_model import RoutedModel
 
 
 class Predictor(FrozenBase):

@@ -13,7 +13,7 @@ from typing import Any
 from pipeline.config import LearnConfig, RouterConfig, SourceConfig, TaskConfig, digest
 from pipeline.data.encoded.encoding import PROMPT_COLUMNS
 from pipeline.data.sources import reader
-from pipeline.routing.expert import VERSIONS
+from pipeline.routing.serialization import VERSIONS
 
 BASE_PROMPT = "{question}"
 """Template around the questions of the base prompts."""

@@ -7,15 +7,13 @@ when it is looked up. Shapes: R rank, D input width, O output width, F prompt fe
 """
 
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from functools import cached_property, partial
+from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import save
 from torch import Tensor
 
 from pipeline.config import Config
@@ -33,21 +31,21 @@ from pipeline.routing.adapters import (
 )
 from pipeline.routing.contents import Contents
 from pipeline.routing.features import FEATURE_RULE
+from pipeline.routing.serialization import (
+    FORMAT_VERSION,
+    Deferred,
+    check_versions,
+    layer_statistics_of,
+    layer_tensors,
+    read_some,
+    statistics_of,
+    statistics_tensors,
+    write_tensors,
+)
 from pipeline.routing.statistics import PromptStatistics
 
 ROUTER_WEIGHTS, CARD = "router.safetensors", "expert.json"
 FILES = (ADAPTER_CONFIG, ADAPTER_WEIGHTS, ROUTER_WEIGHTS, CARD)
-FORMAT_VERSION = 2
-"""Version of what the files of experts and pools hold."""
-VERSIONS = {"format_version": FORMAT_VERSION, "feature_rule": FEATURE_RULE}
-"""What a file must say of itself to be read."""
-POOL_CARD = "pool.json"
-"""The card of a pool, above the experts that it holds."""
-T = TypeVar("T")
-
-
-class OutdatedError(ExpertError):
-    """Statistics that an older release took in another way; the message names the command that takes them anew."""
 
 
 class ExpertCard(Config):
@@ -157,26 +155,6 @@ class Expert:
             )
 
 
-class Deferred(Mapping[str, T]):
-    """A mapping that is read when it is first looked into."""
-
-    def __init__(self, read: Callable[[], Mapping[str, T]]) -> None:
-        self._read = read
-
-    @cached_property
-    def _values(self) -> Mapping[str, T]:
-        return self._read()
-
-    def __getitem__(self, key: str) -> T:
-        return self._values[key]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._values)
-
-    def __len__(self) -> int:
-        return len(self._values)
-
-
 def complete_folder(folder: Path) -> Path:
     """Returns where an expert's folder is now; raises ExpertError where one of its files is missing."""
     folder = current_folder(folder)
@@ -203,86 +181,3 @@ def check_file(folder: Path, name: str) -> None:
         contents = Contents.read(folder)
         if contents is not None:
             contents.check(folder, name)
-
-
-def write_tensors(file: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str] | None = None) -> None:
-    """Writes a safetensors file that has the usual rights; `save_file` makes one that only its owner can read."""
-    file.write_bytes(save(dict(tensors), metadata=metadata))
-
-
-def read_tensors(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Reads a safetensors file and its metadata."""
-    with safe_open(file, framework="pt") as opened:
-        return {key: opened.get_tensor(key) for key in opened.keys()}, opened.metadata() or {}  # noqa: SIM118
-
-
-def read_some(file: Path, prefix: str) -> dict[str, Tensor]:
-    """Reads the tensors of a safetensors file whose names begin with `prefix`."""
-    with safe_open(file, framework="pt") as opened:
-        return {key: opened.get_tensor(key) for key in opened.keys() if key.startswith(prefix)}  # noqa: SIM118
-
-
-def check_versions(file: Path, said: Mapping[str, Any]) -> None:
-    """Raises ExpertError where a file says that its format or feature rule is another one than this code's.
-
-    It is an OutdatedError, whose message names the pool that the file lies in, if the file is older.
-    """
-    for name, version in VERSIONS.items():
-        found = said.get(name, 1)
-        if str(found) == str(version):
-            continue
-        told = f"{file}: {name} is {found}, this code reads {version}"
-        if is_newer(found, version):
-            raise ExpertError(f"{told}: a newer release wrote it; install that one")
-        pool = next((folder for folder in file.parents[:3] if (folder / POOL_CARD).is_file()), None)
-        raise OutdatedError(
-            f"{told}: statistics of prompts were taken in another way and cannot be compared; `pointsman "
-            f"recompute-statistics CONFIG --pool {pool or 'POOL'}` takes them anew from each task's rows, without training "
-            f"(CONFIG: the stream's YAML file{'' if pool else '; POOL: the pool that holds the expert'})"
-        )
-
-
-def is_newer(found: Any, version: int) -> bool:
-    """Returns whether a version that a file gives, as a number or as text, is beyond `version`."""
-    return str(found).isdigit() and int(found) > version
-
-
-def statistics_tensors(statistics: PromptStatistics, name: str = "statistics") -> dict[str, Tensor]:
-    """Returns statistics as named tensors for a safetensors file: half the scatter (it is symmetric), in float32.
-
-    In files the threshold is called `radius`, and the statistics of Linears `evidence`, as earlier releases wrote them.
-    """
-    row, column = torch.triu_indices(statistics.width, statistics.width)
-    return {
-        f"{name}.count": torch.tensor([statistics.count]),
-        f"{name}.pictures": torch.tensor([statistics.independent]),
-        f"{name}.mean": statistics.mean_F.contiguous(),
-        f"{name}.scatter": statistics.scatter_FF[row, column].float(),
-        f"{name}.radius": torch.tensor([statistics.threshold], dtype=torch.float64),
-    }
-
-
-def statistics_of(tensors: Mapping[str, Tensor], name: str = "statistics") -> PromptStatistics:
-    """Reads what `statistics_tensors` wrote; raises KeyError where it is not there."""
-    mean_F = tensors[f"{name}.mean"]
-    scatter_FF = torch.zeros(len(mean_F), len(mean_F), dtype=torch.float64)
-    row, column = torch.triu_indices(*scatter_FF.shape)
-    scatter_FF[row, column] = scatter_FF[column, row] = tensors[f"{name}.scatter"].double()
-    count, threshold = int(tensors[f"{name}.count"]), float(tensors[f"{name}.radius"])
-    pictures = int(tensors.get(f"{name}.pictures", count))  # earlier releases did not count them
-    return PromptStatistics(count, mean_F, scatter_FF, threshold, pictures)
-
-
-def layer_tensors(layer_statistics: Mapping[str, PromptStatistics]) -> dict[str, Tensor]:
-    """Returns the statistics of all Linears as named tensors."""
-    return {
-        key: value
-        for path, own in layer_statistics.items()
-        for key, value in statistics_tensors(own, f"evidence.{path}").items()
-    }
-
-
-def layer_statistics_of(tensors: Mapping[str, Tensor]) -> dict[str, PromptStatistics]:
-    """Reads what `layer_tensors` wrote."""
-    names = [key.removesuffix(".mean") for key in tensors if key.startswith("evidence.") and key.endswith(".mean")]
-    return {name.removeprefix("evidence."): statistics_of(tensors, name) for name in sorted(names)}

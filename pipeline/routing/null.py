@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from pipeline.routing.expert import (
+from pipeline.routing.serialization import (
     VERSIONS,
     check_versions,
     layer_statistics_of,

@@ -17,9 +17,10 @@ from pydantic import BeforeValidator
 from pipeline.config import Config, RouterConfig
 from pipeline.errors import UserError, stored_file
 from pipeline.files import atomic_folder, current_folder
-from pipeline.routing.expert import POOL_CARD, VERSIONS, Expert, check_versions
+from pipeline.routing.expert import Expert
 from pipeline.routing.features import FEATURE_RULE
 from pipeline.routing.null import null_digest, read_null, write_null
+from pipeline.routing.serialization import POOL_CARD, VERSIONS, check_versions
 from pipeline.routing.statistics import PromptStatistics
 from pipeline.routing.store import ExpertReference, ExpertStore, OwnExperts, StoredExpert, cache_folder
 

@@ -27,20 +27,11 @@ from pipeline.routing.adapters import (
     read_adapter_config,
 )
 from pipeline.routing.expert import CARD as EXPERT_CARD
-from pipeline.routing.expert import (
-    FORMAT_VERSION,
-    ROUTER_WEIGHTS,
-    VERSIONS,
-    Expert,
-    ExpertCard,
-    check_file,
-    complete_folder,
-    is_newer,
-    vectors_in,
-)
+from pipeline.routing.expert import ROUTER_WEIGHTS, Expert, ExpertCard, check_file, complete_folder, vectors_in
 from pipeline.routing.pool import CARD as POOL_CARD
 from pipeline.routing.pool import EXPERTS, POOL_FORMAT, PoolError, References
 from pipeline.routing.pool import REMEDY as POOL_REMEDY
+from pipeline.routing.serialization import FORMAT_VERSION, VERSIONS, is_newer
 from pipeline.routing.statistics import PromptStatistics
 from pipeline.routing.store import ExpertReference, ExpertStore, OwnExperts, cache_folder
 

@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 
 from pipeline.models.prompts import IGNORED, to_device
-from pipeline.training.stages import answer_loss
+from pipeline.training.loss import answer_loss
 
 
 class Divergence(ValueError):

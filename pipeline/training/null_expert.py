@@ -15,9 +15,9 @@ from pipeline.models.prompts import Encoded, ids
 from pipeline.routing.features import feature_width, project
 from pipeline.routing.layer_classifiers import LayerInputHook
 from pipeline.routing.null import components
-from pipeline.routing.routed_model import PromptFeatureHook
+from pipeline.routing.prompt_hooks import PromptFeatureHook
 from pipeline.routing.statistics import PromptStatistics
-from pipeline.training.stages import observed_paths
+from pipeline.training.target_modules import observed_paths
 
 FEATURES, IDS = "features", "ids"
 """Columns of prompt features and ids; the others bear the path of the Linear whose pooled input they hold."""

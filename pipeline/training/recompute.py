@@ -24,8 +24,8 @@ from pipeline.routing.expert import Expert
 from pipeline.routing.statistics import PromptStatistics
 from pipeline.routing.trained import TrainedExpert
 from pipeline.training.null_expert import FEATURES, IDS, StatisticsCollector
+from pipeline.training.router_stage import with_gates, without_gates
 from pipeline.training.session import FEWEST_ROWS
-from pipeline.training.stages import with_gates, without_gates
 
 ROWS_AT_ONCE = 16
 """Rows that a worker holds at a time, their images decoded."""

@@ -16,7 +16,7 @@ from pipeline.models.bases import Base
 from pipeline.models.prompts import IGNORED, Encoded, collate_for, ids, to_device
 from pipeline.routing.features import project
 from pipeline.routing.layer_classifiers import LayerInputHook
-from pipeline.routing.routed_model import PromptFeatureHook
+from pipeline.routing.prompt_hooks import PromptFeatureHook
 
 
 def prompt_mask(batch: dict[str, Any]) -> Tensor:

@@ -13,7 +13,7 @@ from pipeline.errors import stored_file
 from pipeline.models.bases import Base
 from pipeline.models.prompts import Encoded, collate_for, to_device
 from pipeline.training.loop import answer_tokens, over_ranks
-from pipeline.training.stages import answer_loss
+from pipeline.training.loss import answer_loss
 
 METRICS, KEPT = "validation.json", "best-"
 """What is written last into the folder of a kept adapter, and how the names of these folders begin."""

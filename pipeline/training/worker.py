@@ -23,24 +23,16 @@ from pipeline.routing.adapters import ExpertError, load_adapters
 from pipeline.routing.expert import Expert, ExpertCard
 from pipeline.routing.features import feature_width
 from pipeline.routing.statistics import PromptStatistics
+from pipeline.training.expert_stage import save_lora, warm_up_cosine, with_lora, without_lora
 from pipeline.training.lockstep import VisionLockstep
 from pipeline.training.loop import Divergence, StageClock, run_steps
+from pipeline.training.loss import checkpoint_activations, without_dropout
 from pipeline.training.notice import Notice
 from pipeline.training.randomness import seed_all
+from pipeline.training.router_stage import with_gates, without_gates
 from pipeline.training.spec import TrainSpec
-from pipeline.training.stages import (
-    adapted_paths,
-    checkpoint_activations,
-    observed_paths,
-    save_lora,
-    warm_up_cosine,
-    with_gates,
-    with_lora,
-    without_dropout,
-    without_gates,
-    without_lora,
-)
 from pipeline.training.statistics_collector import LayerInputCollector, collect_features
+from pipeline.training.target_modules import adapted_paths, observed_paths
 from pipeline.training.training_folder import ADAPTER, EXPERT, STATE, TrainingFolder, load_state, save_state
 from pipeline.training.validation import BestAdapter, Look, held_out_loss
 from pipeline.training.zero import (

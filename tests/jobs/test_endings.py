@@ -80,7 +80,7 @@ def test_errors_from_outside_are_one_message_with_a_log(tmp_path: Path, error: E
 
 
 def test_a_mistake_that_another_process_met_is_told_as_such(tmp_path: Path) -> None:
-    text = "UDF failed\n  File x\npipeline.config.group.ConfigError: base.path: no such base\n\nThe above exception"
+    text = "UDF failed\n  File x\npipeline.config.core.ConfigError: base.path: no such base\n\nThe above exception"
     with pytest.raises(OutsideError, match=r"^base\.path: no such base\n    details"), outside_errors(tmp_path):
         raise RayError(text)
 

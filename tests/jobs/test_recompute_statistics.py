@@ -27,13 +27,14 @@ from pipeline.learning.session import StreamSession
 from pipeline.models.bases import Base, load_base
 from pipeline.models.prompts import Encoded, collate_for, without_answer
 from pipeline.routing import Expert, Pool, PromptStatistics
-from pipeline.routing.expert import OutdatedError
 from pipeline.routing.features import FEATURE_RULE
 from pipeline.routing.null import components
+from pipeline.routing.serialization import OutdatedError
 from pipeline.routing.store import cache_folder
 from pipeline.routing.trained import TrainedExpert
-from pipeline.training.stages import observed_paths, with_gates, without_gates
+from pipeline.training.router_stage import with_gates, without_gates
 from pipeline.training.statistics_collector import LayerInputCollector, collect_features
+from pipeline.training.target_modules import observed_paths
 from tests.helpers import attached, batch_of, make_expert
 from tests.jobs.test_learn import stream
 

@@ -18,7 +18,7 @@ from pipeline.models.checkpoints import BaseError
 from pipeline.models.families import FAMILIES
 from pipeline.models.inference import InferenceWorkers
 from pipeline.models.prompts import FEATURES, IGNORED, PromptError, collate_for, generate_answers
-from pipeline.training.stages import answer_loss, checkpoint_activations, without_dropout
+from pipeline.training.loss import answer_loss, checkpoint_activations, without_dropout
 from tests.helpers import ask
 
 PICTURES = [

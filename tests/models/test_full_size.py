@@ -16,9 +16,9 @@ from transformers import InternVLForConditionalGeneration
 from pipeline.models.families import family_of
 from pipeline.models.internvl2.config import architecture, convert_config, read_config, tokens_per_tile
 from pipeline.models.internvl2.names import plan
-from pipeline.routing.expert import statistics_tensors
 from pipeline.routing.features import feature_width
 from pipeline.routing.layer_classifiers import WIDTH
+from pipeline.routing.serialization import statistics_tensors
 from pipeline.routing.statistics import PromptStatistics
 from tests.models import published
 

@@ -11,7 +11,8 @@ from pipeline.config import BaseModelConfig, ExpertConfig
 from pipeline.models.bases import Base, load_base
 from pipeline.models.checkpoints import BaseError
 from pipeline.planning.architecture import Architecture, architecture_of, base_configuration
-from pipeline.training.stages import adapted_paths, with_lora
+from pipeline.training.expert_stage import with_lora
+from pipeline.training.target_modules import adapted_paths
 
 BASES = Path(__file__).parents[2] / "jobs" / "configs" / "bases"
 PUBLISHED = Path(__file__).parents[1] / "models" / "configs"

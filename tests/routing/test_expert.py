@@ -8,9 +8,10 @@ from safetensors.torch import load_file, save_file
 from pipeline.routing import Expert, ExpertError, PromptStatistics
 from pipeline.routing.adapters import ADAPTER_CONFIG, ADAPTER_WEIGHTS, Adapter, load_adapters
 from pipeline.routing.contents import CONTENTS
-from pipeline.routing.expert import CARD, ROUTER_WEIGHTS, OutdatedError, layer_tensors, statistics_tensors
+from pipeline.routing.expert import CARD, ROUTER_WEIGHTS
 from pipeline.routing.features import feature_width
 from pipeline.routing.layer_classifiers import WIDTH
+from pipeline.routing.serialization import OutdatedError, layer_tensors, statistics_tensors
 from tests.helpers import make_expert
 
 FILES = [ADAPTER_CONFIG, ADAPTER_WEIGHTS, ROUTER_WEIGHTS, CARD]

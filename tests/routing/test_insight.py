@@ -172,7 +172,7 @@ def test_the_reason_to_abstain_is_the_nearest_task_with_its_distance(tiny_base, 
     assert explanation.decision.expert is None
     near = min(explanation.candidates[1:], key=lambda c: c.distance / c.threshold)
     assert near.distance > near.threshold
-    assert explanation.reason.startswith("the base: outside ")
+    assert explanation.reason.startswith("the base: beyond the threshold ")
     assert explanation.reason.endswith(f"nearest is {near.name} ({near.distance:.2f} > {near.threshold:.2f})")
 
 

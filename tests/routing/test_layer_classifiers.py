@@ -18,7 +18,7 @@ from pipeline.routing.layer_classifiers import (
     layer_classifiers,
     pooled,
 )
-from pipeline.routing.routed_model import PromptFeatureHook
+from pipeline.routing.prompt_hooks import PromptFeatureHook
 from tests.helpers import (
     CLAIMS,
     attached,

@@ -9,9 +9,9 @@ from pipeline.config import RouterConfig
 from pipeline.errors import UserError
 from pipeline.routing import ExpertError, Pool, PoolError
 from pipeline.routing.adapters import Adapter
-from pipeline.routing.expert import VERSIONS, OutdatedError
 from pipeline.routing.null import components
 from pipeline.routing.prompt_router import PromptRouter
+from pipeline.routing.serialization import VERSIONS, OutdatedError
 from tests.helpers import make_expert
 
 

@@ -10,8 +10,9 @@ from torch.nn.functional import layer_norm
 from torch.utils.checkpoint import checkpoint
 
 from pipeline.routing import routed_linear as layer
+from pipeline.routing.gated_linear import GatedLinear
 from pipeline.routing.layer_classifiers import LayerClassifier
-from pipeline.routing.routed_linear import Current, GatedLinear, LinearExperts, PoolExperts, RoutedLinear, Running, Slot
+from pipeline.routing.routed_linear import Current, LinearExperts, PoolExperts, RoutedLinear, Running, Slot
 from pipeline.routing.routes import NULL_EXPERT, BaseOnly, LayerRoute, PromptRoute, Route, RoutingState, TokenRoute
 
 B, T, D, O, POOL = 3, 5, 24, 16, 4  # noqa: E741 - shape letters

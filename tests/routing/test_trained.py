@@ -12,8 +12,8 @@ import torch
 from pipeline.config import RouterConfig, digest
 from pipeline.models.bases import Base
 from pipeline.routing import Expert, ExpertError, Pool, PoolError, PromptStatistics
-from pipeline.routing.expert import FORMAT_VERSION, VERSIONS, OutdatedError
 from pipeline.routing.pool import POOL_FORMAT
+from pipeline.routing.serialization import FORMAT_VERSION, VERSIONS, OutdatedError
 from pipeline.routing.store import ExpertReference, ExpertStore, StoredExpert
 from pipeline.routing.trained import TrainedPool
 from tests.helpers import make_expert

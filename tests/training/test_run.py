@@ -23,9 +23,9 @@ from pipeline.models.bases import load_base
 from pipeline.models.prompts import collate_for
 from pipeline.routing.expert import Expert
 from pipeline.training import session as sessions
+from pipeline.training.loss import answer_loss
 from pipeline.training.session import TrainingError, run_training, training_session
 from pipeline.training.spec import TrainSpec
-from pipeline.training.stages import answer_loss
 from pipeline.training.training_folder import TrainingFolder
 
 pytestmark = pytest.mark.ray

@@ -26,7 +26,7 @@ from pipeline.models.tiny import TINY_BASE
 from pipeline.routing import Expert, ExpertCard, Pool, PromptStatistics, RoutedModel
 from pipeline.routing.adapters import Adapter
 from pipeline.routing.layer_classifiers import LayerInputHook
-from pipeline.routing.routed_model import PromptFeatureHook
+from pipeline.routing.prompt_hooks import PromptFeatureHook
 
 PROMPTS, THREADS = 400, 8
 ROUTERS = ("prompt", "two_level", "token")

@@ -21,8 +21,8 @@ from pipeline.data.demo.files import base_prompts, held_out
 from pipeline.models.bases import Base, load_base
 from pipeline.models.prompts import collate
 from pipeline.routing.null import components
+from pipeline.routing.prompt_hooks import PromptFeatureHook
 from pipeline.routing.prompt_router import PromptRouter
-from pipeline.routing.routed_model import PromptFeatureHook
 from pipeline.routing.routes import NULL_EXPERT
 from pipeline.routing.statistics import PromptStatistics
 

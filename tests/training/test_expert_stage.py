@@ -3,7 +3,8 @@
 import pytest
 
 from pipeline.config import ExpertConfig
-from pipeline.training.stages import adapted_paths, warm_up_cosine
+from pipeline.training.expert_stage import warm_up_cosine
+from pipeline.training.target_modules import adapted_paths
 
 
 def test_learning_rate_rises_then_falls() -> None:

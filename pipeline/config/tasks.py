@@ -4,7 +4,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
-from pipeline.config.group import Config
+from pipeline.config.core import Config
 
 
 class ColumnsConfig(Config):
