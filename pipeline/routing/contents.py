@@ -50,12 +50,12 @@ class Contents(Config):
 
     def fault(self, folder: Path) -> str | None:
         """Returns what is wrong with a folder, as far as the sizes of its files tell."""
-        for name, said in self.files.items():
+        for name, content in self.files.items():
             file = folder / name
             if not file.is_file():
                 return f"{name} is missing"
-            if (size := file.stat().st_size) != said.bytes:
-                return f"{name} is damaged: {size} bytes instead of {said.bytes}"
+            if (size := file.stat().st_size) != content.bytes:
+                return f"{name} is damaged: {size} bytes instead of {content.bytes}"
         return None
 
     def check(self, folder: Path, name: str) -> None:

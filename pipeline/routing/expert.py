@@ -124,9 +124,9 @@ class Expert:
         check = check or partial(check_file, folder)
         check(CARD)
         with stored_file(folder / CARD, REMEDY, ExpertError):
-            said = json.loads((folder / CARD).read_text())
-            check_versions(folder / CARD, said)
-            card = ExpertCard.model_validate(said)
+            fields = json.loads((folder / CARD).read_text())
+            check_versions(folder / CARD, fields)
+            card = ExpertCard.model_validate(fields)
         check(ADAPTER_CONFIG)
         config, scaling = read_adapter_config(folder)
         adapters = StoredAdapters(folder / ADAPTER_WEIGHTS, scaling, partial(check, ADAPTER_WEIGHTS))

@@ -23,10 +23,10 @@ class GatedLinear(nn.Module):
     ) -> None:
         super().__init__()
         self.base = base
-        kind: Any = {"dtype": base.weight.dtype, "device": base.weight.device}
-        self.register_buffer("a_RD", a_RD.to(**kind), persistent=False)
-        self.register_buffer("b_OR", (scaling * b_OR.float()).to(**kind), persistent=False)
-        self.vector = nn.Parameter(torch.zeros(a_RD.shape[1], **(kind if dtype is None else kind | {"dtype": dtype})))
+        like: Any = {"dtype": base.weight.dtype, "device": base.weight.device}
+        self.register_buffer("a_RD", a_RD.to(**like), persistent=False)
+        self.register_buffer("b_OR", (scaling * b_OR.float()).to(**like), persistent=False)
+        self.vector = nn.Parameter(torch.zeros(a_RD.shape[1], **(like if dtype is None else like | {"dtype": dtype})))
 
     def forward(self, x_BTD: Tensor) -> Tensor:
         """Returns y (B, T, O)."""

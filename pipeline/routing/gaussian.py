@@ -20,7 +20,7 @@ A class of few prompts beside one of many that resembles it (`Gaussians.beside`)
 prompts are spread like those of the class that it resembles, not like those of all; the latter then wins by its smaller
 determinant alone. Beside class t its prior is Sigma_t, worth 2 F prompts, in the same formulas.
 
-Of several questions about one picture, n_c counts the pictures, and scatter_c is that share of the prompts' scatter.
+Of several questions about one image, n_c counts the images, and scatter_c is that share of the prompts' scatter.
 
 Only sums enter: the order of the classes does not matter, the result equals that of all samples together, and a class is
 forgotten exactly by leaving its term out. Shapes: B prompts, F features, C classes.
@@ -60,14 +60,16 @@ class _Covariances:
 
     def factorise(self, number: int, beside: int | None) -> tuple[Tensor, float, float]:
         """Returns a class's Cholesky factor (F, F), its nu, and what its score has beside the distance."""
-        own, width = self.classes[number], len(self.scale_F)
+        statistics, width = self.classes[number], len(self.scale_F)
         if beside is None:
             prior, blended_FF = PRIOR * width, self.blended(number)
         else:
             prior = LIKENESS * width
-            blended_FF = blended(own, self.blended(beside), prior)
-        factor_FF = shrunk_cholesky(blended_FF, self.scale_F, self.shrinkage) * math.sqrt(1 + 1 / own.independent)
-        nu = own.independent + prior
+            blended_FF = blended(statistics, self.blended(beside), prior)
+        factor_FF = shrunk_cholesky(blended_FF, self.scale_F, self.shrinkage) * math.sqrt(
+            1 + 1 / statistics.independent
+        )
+        nu = statistics.independent + prior
         constant = math.lgamma((nu + width) / 2) - math.lgamma(nu / 2) - width / 2 * math.log(nu)
         return factor_FF, nu, constant - float(factor_FF.diagonal().log().sum())
 
@@ -110,10 +112,10 @@ class Gaussians:
         return scores_BC
 
 
-def blended(own: PromptStatistics, prior_FF: Tensor, weight: float) -> Tensor:
+def blended(statistics: PromptStatistics, prior_FF: Tensor, weight: float) -> Tensor:
     """Returns a class's covariance (F, F) with a prior worth `weight` prompts."""
-    scatter_FF = own.scatter_FF * (own.independent / own.count)
-    return (scatter_FF + weight * prior_FF) / (own.independent + weight)
+    scatter_FF = statistics.scatter_FF * (statistics.independent / statistics.count)
+    return (scatter_FF + weight * prior_FF) / (statistics.independent + weight)
 
 
 def solve(classes: Sequence[PromptStatistics], *, shrinkage: float) -> tuple[Tensor, Tensor]:
@@ -123,7 +125,11 @@ def solve(classes: Sequence[PromptStatistics], *, shrinkage: float) -> tuple[Ten
 
 
 def _shared(classes: Sequence[PromptStatistics], shrinkage: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Returns weights, biases, the shared covariance (F, F), and the standard deviations of all together (F,)."""
+    """Returns weights, biases, the shared covariance (F, F), and the standard deviations of all together (F,).
+
+    With one covariance for all classes, the quadratic term of the Gaussians is the same for all, so scores are linear: <x, w> + b.
+    The means are centred and scaled first: raw features are far from zero, and their products would lose digits.
+    """
     total = sum(classes[1:], start=classes[0])
     within_FF = torch.zeros_like(total.scatter_FF)
     for c in classes:

@@ -79,7 +79,7 @@ def _excess(candidate: Candidate) -> float:
 
 
 @torch.inference_mode()
-def weighed(call: Call, *, limit: int = 10) -> list[tuple[Candidate, ...]]:
+def candidates_of_call(call: Call, *, limit: int = 10) -> list[tuple[Candidate, ...]]:
     """Returns whom the routers weighed for each prompt of a call, likeliest first.
 
     The `limit` likeliest experts, and always the base. Empty where no prompt was read, where the pool has no expert, and
@@ -117,9 +117,9 @@ def rank_candidates(
         for p, s in zip(posteriors, scores_BC.tolist(), strict=True)
     ]
     distances = _distances(prompts, features_BF, ranked)
-    found = []
+    candidates_by_prompt = []
     for row, best in enumerate(ranked):
-        score, own = scores_BC[row].tolist(), weights[row]
+        score, weight = scores_BC[row].tolist(), weights[row]
         listed = [
             Candidate(
                 name=names[e],
@@ -127,14 +127,14 @@ def rank_candidates(
                 score=score[e],
                 distance=distances[row, e],
                 threshold=prompts.experts[e].threshold,
-                weight=own.get(names[e], 0.0),
+                weight=weight.get(names[e], 0.0),
             )
             for e in best
         ]
-        rest, base = max(0.0, 1 - sum(own.values())), posteriors[row].get(NULL_EXPERT, 0.0)
+        rest, base = max(0.0, 1 - sum(weight.values())), posteriors[row].get(NULL_EXPERT, 0.0)
         listed.append(Candidate(None, base, score[-1] if prompts.null else None, None, None, rest))
-        found.append(tuple(sorted(listed, key=lambda c: -c.posterior)))
-    return found
+        candidates_by_prompt.append(tuple(sorted(listed, key=lambda c: -c.posterior)))
+    return candidates_by_prompt
 
 
 def _distances(
@@ -147,9 +147,11 @@ def _distances(
             rows.setdefault(expert, []).append(row)
     return {
         (row, expert): distance
-        for expert, own in rows.items()
+        for expert, of_expert in rows.items()
         for row, distance in zip(
-            own, prompts.experts[expert].distance(features_BF[own], shrinkage=prompts.shrinkage).tolist(), strict=True
+            of_expert,
+            prompts.experts[expert].distance(features_BF[of_expert], shrinkage=prompts.shrinkage).tolist(),
+            strict=True,
         )
     }
 
@@ -164,20 +166,20 @@ def explain(routed: RoutedModel, inputs: Mapping[str, Any], *, limit: int = 10) 
         raise PoolError("the pool is empty: the base answers everything; `pointsman learn` adds experts")
     with routed.call(traced=True) as call:
         routed.model(**inputs, use_cache=False)
-        candidates_B = weighed(call, limit=limit)
+        candidates_B = candidates_of_call(call, limit=limit)
     assert call.state.tokens_BT is not None
     names = call.names
     layer_weights, traces, tokens_BT = call.state.layer_weights, call.state.traces or {}, call.state.tokens_BT
     explanations = []
     for row, (decision, candidates) in enumerate(zip(call.decisions, candidates_B, strict=True)):
         kept_T = tokens_BT[row].bool().cpu()
-        whole_E = torch.tensor([decision.weights.get(name, 0.0) for name in names])
+        answer_E = torch.tensor([decision.weights.get(name, 0.0) for name in names])
         weights = {}
         for path in call.paths:
             if path in traces:
                 weights[path] = traces[path][row].cpu()[kept_T]
             else:
-                own_E = layer_weights[path][row].cpu() if path in layer_weights else whole_E
-                weights[path] = own_E.expand(int(kept_T.sum()), -1)
+                layer_E = layer_weights[path][row].cpu() if path in layer_weights else answer_E
+                weights[path] = layer_E.expand(int(kept_T.sum()), -1)
         explanations.append(Explanation(decision, candidates, weights, tuple(names)))
     return explanations

@@ -68,28 +68,28 @@ def layer_classifiers(
     of all its modules. An input that several Linears share was taken down under the first of them (`LayerInputHook`): the
     first routed one among them hears it, whether or not that first one is routed itself.
     """
-    known = {path for statistics in [*experts, null] for path in statistics}
+    observed_modules = {path for statistics in [*experts, null] for path in statistics}
     taken_down: dict[str, str] = {}
     source = ""
     for name in order:
-        source = name if name in known else source
+        source = name if name in observed_modules else source
         taken_down[name] = source
-    found: dict[str, LayerClassifier] = {}
+    classifiers: dict[str, LayerClassifier] = {}
     last: str | None = None
     observed: set[str] = set()
     for path in paths:
         source = taken_down[path]
-        own = {i: s[source] for i, s in enumerate([*experts, null]) if source in s}
-        if len(own) < 2 or source in observed:
-            found[path] = LayerClassifier(last)
+        statistics_by_class = {i: s[source] for i, s in enumerate([*experts, null]) if source in s}
+        if len(statistics_by_class) < 2 or source in observed:
+            classifiers[path] = LayerClassifier(last)
             continue
         observed.add(source)
-        weight_CF, bias_C = solve(list(own.values()), shrinkage=shrinkage)
+        weight_CF, bias_C = solve(list(statistics_by_class.values()), shrinkage=shrinkage)
         matrix_DF = projection(widths[path], weight_CF.shape[-1])
         vector_CD = weight_CF.float() if matrix_DF is None else weight_CF.float() @ matrix_DF.T
-        found[path] = LayerClassifier(last, torch.tensor(list(own)), vector_CD, bias_C.float())
+        classifiers[path] = LayerClassifier(last, torch.tensor(list(statistics_by_class)), vector_CD, bias_C.float())
         last = path
-    return found
+    return classifiers
 
 
 def add_log_likelihood(
@@ -122,11 +122,11 @@ class LayerInputHook:
         self.tokens_BT: Tensor | None = None
         self.samples: dict[str, list[Tensor]] = {}
         self._last: Any = None
-        known = dict(model.named_modules())
-        self._hooks = [known[path].register_forward_pre_hook(self._hear(path)) for path in paths]
+        observed_modules = dict(model.named_modules())
+        self._hooks = [observed_modules[path].register_forward_pre_hook(self._observe(path)) for path in paths]
         self._hooks.append(model.get_decoder().register_forward_hook(self._end))
 
-    def _hear(self, path: str) -> Any:
+    def _observe(self, path: str) -> Any:
         def hook(module: nn.Module, args: tuple[Tensor, ...]) -> None:
             (x_BTD,) = args
             if x_BTD is self._last or self.tokens_BT is None:

@@ -1,14 +1,14 @@
 """Which experts' weights lie on the model's devices: those that calls use, and of all others those that were used last.
 
 Routers know every expert of a pool by its statistics. What a batch needs beside them are the adapters of those that it is
-routed to: they are read, memory-mapped, into places beside the Linears that hold as many experts as a limit in bytes allows,
+routed to: they are read, memory-mapped, into pages beside the Linears that hold as many experts as a limit in bytes allows,
 instead of those that nobody has used for longest.
 
-    place     0            1            2
+    page      0            1            2
     Linear    clock A, B   digits A, B  echo A, B       rows 0..R, R..2R, 2R..3R of one tensor; a row of zeros at the end
 
-A call holds its experts' places until it is gone (its KV cache holds it), so that no other thread's batch takes them away.
-Where the running calls need more experts than there are places, a call gets weights of its own for as long as it lasts: memory
+A call holds its experts' pages until it is gone (its KV cache holds it), so that no other thread's batch takes them away.
+Where the running calls need more experts than there are pages, a call gets weights of its own for as long as it lasts: memory
 then goes beyond the limit, results are never wrong. Shapes: E experts of the pool, R rank, D and O widths of a Linear.
 """
 
@@ -36,7 +36,7 @@ _logger = logging.getLogger(__name__)
 class ExpertMemory(Protocol):
     """The experts of a pool beside the Linears of a model."""
 
-    whole: PoolExperts
+    loaded: PoolExperts
     """What is in memory for all calls."""
 
     def of(self, route: Route) -> PoolExperts:
@@ -52,39 +52,39 @@ def memory_for(
     `modules` are the names of all of the model's modules, in order. Where the Linears choose from all experts (router kind
     `token`), all of them are in memory, whatever the limit.
     """
-    experts, observed = list(pool.experts.values()), _hearings(pool, linears, modules)
+    experts, observed = list(pool.experts.values()), _classifiers(pool, linears, modules)
     sizes = _Sizes.of(experts, linears)
-    places = len(experts) if limit is None else limit // max(1, sizes.bytes)
-    if places < len(experts) and pool.router.kind == "token":
+    pages = len(experts) if limit is None else limit // max(1, sizes.bytes)
+    if pages < len(experts) and pool.router.kind == "token":
         _logger.warning(
             "evaluation.expert_memory is not kept: with router.kind `token` every Linear chooses from all %d experts, which "
             "take %d bytes; router.kind `prompt` or `two_level` reads those that a batch is routed to",
             len(experts),
             sizes.bytes * len(experts),
         )
-        places = len(experts)
-    if places >= len(experts):
+        pages = len(experts)
+    if pages >= len(experts):
         return AllExperts(linears, {path: _stacked(path, linears[path], experts, observed) for path in linears})
-    if places == 0:
+    if pages == 0:
         _logger.warning(
             "evaluation.expert_memory is %d bytes, less than one expert takes (%d); one is kept", limit, sizes.bytes
         )
-    return PagedExperts(experts, linears, observed, sizes, max(1, places))
+    return PagedExperts(experts, linears, observed, sizes, max(1, pages))
 
 
 class AllExperts:
     """All experts of a pool."""
 
     def __init__(self, linears: Mapping[str, nn.Linear], by_path: dict[str, LinearExperts]) -> None:
-        self.whole = PoolExperts(by_path)
+        self.loaded = PoolExperts(by_path)
         self._linears = dict(linears)
         self._lock = threading.Lock()
 
     def of(self, route: Route) -> PoolExperts:
         """Returns all of them."""
         with self._lock:
-            _follow(self.whole, self._linears)
-        return self.whole
+            _follow(self.loaded, self._linears)
+        return self.loaded
 
 
 class PagedExperts:
@@ -96,14 +96,14 @@ class PagedExperts:
         linears: Mapping[str, nn.Linear],
         observed: Mapping[str, LayerClassifier],
         sizes: "_Sizes",
-        places: int,
+        pages: int,
     ) -> None:
-        self._experts, self._linears, self._sizes, self._count = list(experts), dict(linears), sizes, places
+        self._experts, self._linears, self._sizes, self._count = list(experts), dict(linears), sizes, pages
         with torch.inference_mode(False):  # what is written to later must not be of a mode that forbids it
-            self.whole = PoolExperts({path: self._room(path, observed.get(path)) for path in linears})
-        self._places: dict[int, int] = {}
+            self.loaded = PoolExperts({path: self._room(path, observed.get(path)) for path in linears})
+        self._pages: dict[int, int] = {}
         """Place of each expert that has one, the one that was used last at the end."""
-        self._free = list(range(places))
+        self._free_pages = list(range(pages))
         self._held: Counter[int] = Counter()
         """How many calls hold each place."""
         self._released: deque[Sequence[int]] = deque()
@@ -113,18 +113,18 @@ class PagedExperts:
 
     def of(self, route: Route) -> PoolExperts:
         """Returns the experts that a route lists, read into memory where they are not there."""
-        needed = _listed(route)
+        needed = _routed_experts(route)
         with self._lock, torch.inference_mode(False), torch.no_grad():
-            _follow(self.whole, self._linears)
+            _follow(self.loaded, self._linears)
             while self._released:
                 self._held.subtract(self._released.popleft())
-            places = self._take(needed)
-            if places is None:
+            pages = self._take(needed)
+            if pages is None:
                 return self._apart(needed)
-            found = PoolExperts(self._at(dict(zip(needed, places, strict=True))), self.whole)
-            weakref.finalize(found, self._released.append, places).atexit = False
-            self._held.update(places)
-            return found
+            routed_experts = PoolExperts(self._at(dict(zip(needed, pages, strict=True))), self.loaded)
+            weakref.finalize(routed_experts, self._released.append, pages).atexit = False
+            self._held.update(pages)
+            return routed_experts
 
     def _room(self, path: str, classifier: LayerClassifier | None) -> LinearExperts:
         rank = self._sizes.ranks[path]
@@ -132,41 +132,41 @@ class PagedExperts:
 
     def _take(self, needed: Sequence[int]) -> list[int] | None:
         """Returns the place of each expert, read into one if need be; None where too few places are to be had."""
-        missing = [expert for expert in needed if expert not in self._places]
-        idle = deque(e for e, place in self._places.items() if not self._held[place] and e not in needed)
-        if len(missing) > len(self._free) + len(idle):
+        missing = [expert for expert in needed if expert not in self._pages]
+        idle = deque(e for e, page in self._pages.items() if not self._held[page] and e not in needed)
+        if len(missing) > len(self._free_pages) + len(idle):
             return None
         for expert in missing:
-            place = self._free.pop() if self._free else self._places.pop(idle.popleft())
-            self._free.append(place)  # should reading fail
-            self._read(expert, place)
-            self._places[expert] = self._free.pop()
+            page = self._free_pages.pop() if self._free_pages else self._pages.pop(idle.popleft())
+            self._free_pages.append(page)  # should reading fail
+            self._read(expert, page)
+            self._pages[expert] = self._free_pages.pop()
         for expert in needed:
-            self._places[expert] = self._places.pop(expert)
-        return [self._places[expert] for expert in needed]
+            self._pages[expert] = self._pages.pop(expert)
+        return [self._pages[expert] for expert in needed]
 
-    def _read(self, expert: int, place: int) -> None:
+    def _read(self, expert: int, page: int) -> None:
         """Reads an expert's weights into a place."""
         for path, adapter in self._experts[expert].adapters.items():
-            here, first = self.whole.by_path[path], place * self._sizes.ranks[path]
+            here, first = self.loaded.by_path[path], page * self._sizes.ranks[path]
             rows = slice(first, first + len(adapter.a_RD))
             here.down_SD[rows].copy_(adapter.a_RD.float())
             here.up_SO[rows].copy_(adapter.scaling * adapter.b_OR.float().T)
 
-    def _at(self, places: Mapping[int, int]) -> dict[str, LinearExperts]:
+    def _at(self, pages: Mapping[int, int]) -> dict[str, LinearExperts]:
         """Returns the experts at these places; Linears in which they have the same ranks share what says where."""
-        known: dict[tuple[int, tuple[int, ...], torch.device], Tensor] = {}
-        found = {}
-        for path, here in self.whole.by_path.items():
-            rank, ranks = self._sizes.ranks[path], tuple(self._sizes.of_expert(expert, path) for expert in places)
+        rows_by_layout: dict[tuple[int, tuple[int, ...], torch.device], Tensor] = {}
+        routed_experts = {}
+        for path, here in self.loaded.by_path.items():
+            rank, ranks = self._sizes.ranks[path], tuple(self._sizes.of_expert(expert, path) for expert in pages)
             layout = rank, ranks, here.rows_ER.device
-            if layout not in known:
+            if layout not in rows_by_layout:
                 rows_ER = torch.full(here.rows_ER.shape, self._count * rank)
-                for (expert, place), own in zip(places.items(), ranks, strict=True):
-                    rows_ER[expert, :own] = torch.arange(own) + place * rank
-                known[layout] = rows_ER.to(here.rows_ER.device)
-            found[path] = replace(here, rows_ER=known[layout])
-        return found
+                for (expert, page), ranks_of_expert in zip(pages.items(), ranks, strict=True):
+                    rows_ER[expert, :ranks_of_expert] = torch.arange(ranks_of_expert) + page * rank
+                rows_by_layout[layout] = rows_ER.to(here.rows_ER.device)
+            routed_experts[path] = replace(here, rows_ER=rows_by_layout[layout])
+        return routed_experts
 
     def _apart(self, needed: Sequence[int]) -> PoolExperts:
         """Returns weights of a call's own."""
@@ -180,12 +180,12 @@ class PagedExperts:
             )
         by_path = {}
         for path, linear in self._linears.items():
-            experts, classifier = [(i, self._experts[i]) for i in needed], self.whole.by_path[path].classifier
+            experts, classifier = [(i, self._experts[i]) for i in needed], self.loaded.by_path[path].classifier
             slots = _slots(path, experts)
             by_path[path] = LinearExperts.stacked(
                 linear, slots, len(self._experts), classifier, height=self._sizes.ranks[path]
             )
-        return PoolExperts(by_path, self.whole)
+        return PoolExperts(by_path, self.loaded)
 
 
 @dataclass(frozen=True)
@@ -201,16 +201,16 @@ class _Sizes:
 
     @classmethod
     def of(cls, experts: Sequence[Expert], linears: Mapping[str, nn.Linear]) -> "_Sizes":
-        own = [ranks_of(expert.adapters) for expert in experts]
-        ranks = {path: max((ranks.get(path, 0) for ranks in own), default=0) for path in linears}
+        ranks_of_expert = [ranks_of(expert.adapters) for expert in experts]
+        ranks = {path: max((ranks.get(path, 0) for ranks in ranks_of_expert), default=0) for path in linears}
         widths = {path: (n.in_features + n.out_features) * n.weight.element_size() for path, n in linears.items()}
-        return cls(own, ranks, sum(ranks[path] * width for path, width in widths.items()))
+        return cls(ranks_of_expert, ranks, sum(ranks[path] * width for path, width in widths.items()))
 
     def of_expert(self, expert: int, path: str) -> int:
         return self.experts[expert].get(path, 0)
 
 
-def _listed(route: Route) -> list[int]:
+def _routed_experts(route: Route) -> list[int]:
     """Returns the experts that a route lists; none where the base answers."""
     match route:
         case PromptRoute(experts_BM=listed) | LayerRoute(experts_BM=listed):
@@ -240,7 +240,7 @@ def _stacked(
     return LinearExperts.stacked(linear, _slots(path, list(enumerate(experts))), len(experts), observed.get(path))
 
 
-def _hearings(pool: Pool, linears: Mapping[str, nn.Linear], modules: Sequence[str]) -> dict[str, LayerClassifier]:
+def _classifiers(pool: Pool, linears: Mapping[str, nn.Linear], modules: Sequence[str]) -> dict[str, LayerClassifier]:
     """Solves what Linears hear, where the pool's router asks for evidence."""
     settings = pool.router
     if settings.kind == "prompt" or (settings.kind == "token" and settings.token_scores == "phatgoose"):

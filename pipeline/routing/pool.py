@@ -75,10 +75,10 @@ class PoolCard(Config):
                 f"{folder}: no {CARD}, so not a pool folder; `pointsman learn` writes one to runs/<name>/pool"
             )
         with stored_file(folder / CARD, REMEDY, PoolError):
-            said = json.loads((folder / CARD).read_text())
-            same = {"format_version": VERSIONS["format_version"]} if said.get("format_version") == POOL_FORMAT else {}
-            check_versions(folder / CARD, said | same)
-            return cls.model_validate(said)
+            fields = json.loads((folder / CARD).read_text())
+            same = {"format_version": VERSIONS["format_version"]} if fields.get("format_version") == POOL_FORMAT else {}
+            check_versions(folder / CARD, fields | same)
+            return cls.model_validate(fields)
 
     def continues(self, other: "PoolCard") -> bool:
         """Whether this pool is the `other`, or that and experts that came after."""
@@ -197,12 +197,12 @@ class Pool:
         """
         if isinstance(expert, Expert):
             expert.check_trained()
-            whole = expert
+            expert_read = expert
         else:
-            whole = expert.read()
-        self._check(whole)
-        pool = self._with(self.experts.entries | {whole.card.name: expert})
-        pool._width = whole.statistics.width
+            expert_read = expert.read()
+        self._check(expert_read)
+        pool = self._with(self.experts.entries | {expert_read.card.name: expert})
+        pool._width = expert_read.statistics.width
         return pool
 
     def remove(self, name: str) -> "Pool":
@@ -236,16 +236,16 @@ class Pool:
         with atomic_folder(folder) as staging:
             references = []
             for name, entry in self.experts.entries.items():
-                own = staging / EXPERTS / name
+                own_folder = staging / EXPERTS / name
                 if isinstance(entry, Expert):
-                    references.append(ExpertReference.of(entry.save(own)))
+                    references.append(ExpertReference.of(entry.save(own_folder)))
                 elif store is not None and _store_of(entry) is store:
                     references.append(entry.reference)
                 else:
-                    own.parent.mkdir(exist_ok=True)
-                    entry.store.copy(entry.reference, own)
-                    said = entry.reference.model_dump(exclude_none=True)
-                    references.append(ExpertReference.of(own).model_copy(update=said))
+                    own_folder.parent.mkdir(exist_ok=True)
+                    entry.store.copy(entry.reference, own_folder)
+                    fields = entry.reference.model_dump(exclude_none=True)
+                    references.append(ExpertReference.of(own_folder).model_copy(update=fields))
             self._describe(
                 staging, references, None if store is None else os.path.relpath(store.folder, folder.resolve())
             )
@@ -278,17 +278,17 @@ class Pool:
         if store is None:
             there = (folder / card.store).resolve() if card.store is not None else None
             store = ExpertStore(there if there is not None and there.is_dir() else cache_folder())
-        own = OwnExperts(folder / EXPERTS)
+        contained = OwnExperts(folder / EXPERTS)
         pool = cls(card.base_label, card.base_fingerprint, card.router, (), null, layer_statistics)._with({
-            reference.name: StoredExpert(reference, own if _held(reference, own) else store)
+            reference.name: StoredExpert(reference, contained if _held(reference, contained) else store)
             for reference in card.experts
         })  # fmt: skip
         pool._width = card.width
         return pool
 
 
-def _held(reference: ExpertReference, own: OwnExperts) -> bool:
-    return reference.digest is None or own.folder_of(reference).is_dir()
+def _held(reference: ExpertReference, contained: OwnExperts) -> bool:
+    return reference.digest is None or contained.folder_of(reference).is_dir()
 
 
 def _store_of(entry: Expert | StoredExpert) -> ExpertStore | None:

@@ -101,11 +101,11 @@ class LinearExperts:
         cls, linear: nn.Linear, rows: int, height: int, pool_size: int, classifier: LayerClassifier | None = None
     ) -> "LinearExperts":
         """Returns `rows` empty rows for experts of ranks up to `height` in `linear`, of a pool of `pool_size`."""
-        kind: Any = {"dtype": linear.weight.dtype, "device": linear.weight.device}
+        like: Any = {"dtype": linear.weight.dtype, "device": linear.weight.device}
         device = linear.weight.device
         return cls(
-            down_SD=torch.zeros(rows + 1, linear.in_features, **kind),
-            up_SO=torch.zeros(rows + 1, linear.out_features, **kind),
+            down_SD=torch.zeros(rows + 1, linear.in_features, **like),
+            up_SO=torch.zeros(rows + 1, linear.out_features, **like),
             rows_ER=torch.full((pool_size + 1, height), rows, device=device),
             pool_E=torch.zeros(0, dtype=torch.long, device=device),
             owner_S=torch.zeros(0, dtype=torch.long, device=device),
@@ -115,14 +115,14 @@ class LinearExperts:
 
     def beside(self, linear: nn.Linear) -> "LinearExperts":
         """Returns the same in the type and on the device of this Linear's weight."""
-        kind: Any = {"dtype": linear.weight.dtype, "device": linear.weight.device}
-        if (self.down_SD.dtype, self.down_SD.device) == (kind["dtype"], kind["device"]):
+        like: Any = {"dtype": linear.weight.dtype, "device": linear.weight.device}
+        if (self.down_SD.dtype, self.down_SD.device) == (like["dtype"], like["device"]):
             return self
-        device = kind["device"]
+        device = like["device"]
         return replace(
             self,
-            down_SD=self.down_SD.to(**kind),
-            up_SO=self.up_SO.to(**kind),
+            down_SD=self.down_SD.to(**like),
+            up_SO=self.up_SO.to(**like),
             rows_ER=self.rows_ER.to(device),
             pool_E=self.pool_E.to(device),
             owner_S=self.owner_S.to(device),
@@ -191,15 +191,18 @@ class RoutedLinear(nn.Module):
         match state.route:
             case PromptRoute() | LayerRoute():
                 held = state.cached_choice.get(self.path)
-                return self._listed(x_BTD, y_BTO, experts, *(held or self._choose(x_BTD, experts, state)))
+                return self._gathered(x_BTD, y_BTO, experts, *(held or self._choose(x_BTD, experts, state)))
             case TokenRoute() as route if len(experts.pool_E):
-                return self._free(x_BTD, y_BTO, experts, state, route)
+                return self._by_token(x_BTD, y_BTO, experts, state, route)
         return y_BTO
 
-    def _listed(
+    def _gathered(
         self, x_BTD: Tensor, y_BTO: Tensor, experts: LinearExperts, rows_BS: Tensor, weights_BS: Tensor
     ) -> Tensor:
-        """Adds the chosen experts; their rows are gathered, so that every prompt pays for its own experts only."""
+        """Adds the chosen experts; their rows are gathered, so that every prompt pays for its own experts only.
+
+        Where all prompts agree, one list stands for the batch, and its matrices are shared instead of copied per prompt.
+        """
         if len(rows_BS) == 1:
             (rows_S,) = rows_BS
             h_NS = (x_BTD.flatten(0, 1) @ experts.down_SD[rows_S].T) * weights_BS
@@ -211,7 +214,7 @@ class RoutedLinear(nn.Module):
     def _choose(self, x_BTD: Tensor, experts: LinearExperts, state: RoutingState) -> tuple[Tensor, Tensor]:
         """Chooses the rows that take part and their weights (B, S), which the call holds from then on."""
         if isinstance(state.route, LayerRoute):
-            experts_BM, weights_BM = self._weigh(x_BTD, experts.classifier, state, state.route)
+            experts_BM, weights_BM = self._layer_weights(x_BTD, experts.classifier, state, state.route)
         else:
             assert isinstance(state.route, PromptRoute)
             experts_BM = state.on(x_BTD.device, state.route.experts_BM)
@@ -221,10 +224,14 @@ class RoutedLinear(nn.Module):
         state.cached_choice[self.path] = rows_BS, weights_BS
         return rows_BS, weights_BS
 
-    def _weigh(
+    def _layer_weights(
         self, x_BTD: Tensor, classifier: LayerClassifier, state: RoutingState, route: LayerRoute
     ) -> tuple[Tensor, Tensor]:
-        """Weights the candidates by the log-likelihood of the prompt: experts and weights (B, M)."""
+        """Weights the candidates by the log-likelihood of the prompt: experts and weights (B, M).
+
+        The log-likelihood is the sum over all layers up to this one, so later layers are surer than earlier ones. The prior is
+        the prompt router's posterior. Weights below MIN_WEIGHT are cut off: a clear prompt then costs one expert, not M.
+        """
         assert state.tokens_BT is not None
         device = x_BTD.device
         before_BX = None if classifier.follows is None else state.log_likelihoods[classifier.follows].to(device)
@@ -243,13 +250,13 @@ class RoutedLinear(nn.Module):
         weights_BM = weights_BM / weights_BM.sum(-1, keepdim=True)
         if not torch.compiler.is_compiling():
             state.layer_weights[self.path] = to_pool_weights(weights_BM, experts_BM, state.pool_size)
-            places = int((weights_BM > 0).sum(-1).max())  # in falling order: who has no weight is cut off
-            experts_BM, weights_BM = experts_BM[:, :places], weights_BM[:, :places]
-            if places == 1 and len(experts_BM) > 1 and (experts_BM == experts_BM[0]).all():
+            count = int((weights_BM > 0).sum(-1).max())  # in falling order: who has no weight is cut off
+            experts_BM, weights_BM = experts_BM[:, :count], weights_BM[:, :count]
+            if count == 1 and len(experts_BM) > 1 and (experts_BM == experts_BM[0]).all():
                 experts_BM, weights_BM = experts_BM[:1], weights_BM[:1]
         return experts_BM, weights_BM
 
-    def _free(
+    def _by_token(
         self, x_BTD: Tensor, y_BTO: Tensor, experts: LinearExperts, state: RoutingState, route: TokenRoute
     ) -> Tensor:
         """Adds the experts that the tokens choose from all."""
@@ -270,7 +277,11 @@ class RoutedLinear(nn.Module):
     def _scatter(
         self, x_BTD: Tensor, y_BTO: Tensor, experts: LinearExperts, weights_BTK: Tensor, chosen_BTK: Tensor
     ) -> Tensor:
-        """Adds each chosen expert once, on the tokens that chose it: views of the weights, no copies."""
+        """Adds each chosen expert once, on the tokens that chose it: views of the weights, no copies.
+
+        Choices are sorted by expert, so that the tokens of one expert lie side by side and one product serves them all. Its
+        cost grows with tokens x top_k, not with the size of the pool.
+        """
         x_ND, y_NO = x_BTD.flatten(0, 1), y_BTO.flatten(0, 1)
         flat_C, weights_C = chosen_BTK.flatten(), weights_BTK.flatten().to(x_BTD.dtype)
         order_C = flat_C.argsort()

@@ -79,7 +79,7 @@ class RoutedModel:
                     self._replaced[path] = linear
                     self.model.set_submodule(path, RoutedLinear(linear, self.current, path))
             self._loaded = Routers(pool), memory
-            self._versions.add(memory.whole)
+            self._versions.add(memory.loaded)
             self._note(last=Call())
             self.current.recorded.clear()  # a backward pass that is due no more would keep the pool before
             self.current.running = None
@@ -159,7 +159,7 @@ class RoutedModel:
     @property
     def paths(self) -> list[str]:
         """Paths of the Linears that the pool adapts, in the model's order."""
-        return list(self._loaded[1].whole.by_path)
+        return list(self._loaded[1].loaded.by_path)
 
     @property
     def last(self) -> Call:
@@ -203,8 +203,8 @@ class RoutedModel:
         return _HERE.get({}).get(self._key) or Here()
 
     def _note(self, **changes: Any) -> None:
-        known = {key: here for key, here in _HERE.get({}).items() if key() is not None}
-        _HERE.set(known | {self._key: replace(self._here, **changes)})
+        by_model = {key: here for key, here in _HERE.get({}).items() if key() is not None}
+        _HERE.set(by_model | {self._key: replace(self._here, **changes)})
 
     def detach(self) -> None:
         """Gives the base back exactly as it was; no call may be on its way."""

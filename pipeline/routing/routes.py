@@ -123,6 +123,6 @@ class RoutingState:
 def to_pool_weights(weights_BxM: Tensor, experts_BM: Tensor, pool_size: int) -> Tensor:
     """Turns weights of short lists (B, .., M) into weights of the whole pool (B, .., E)."""
     index_BxM = experts_BM.view(len(experts_BM), *[1] * (weights_BxM.dim() - 2), -1).expand_as(weights_BxM)
-    whole = weights_BxM.new_zeros(*weights_BxM.shape[:-1], pool_size + 1)
+    weights_BxC = weights_BxM.new_zeros(*weights_BxM.shape[:-1], pool_size + 1)
     # NULL_EXPERT counts from the end: it lands in the extra column, which is cut off.
-    return whole.scatter_add(-1, index_BxM % (pool_size + 1), weights_BxM)[..., :-1]
+    return weights_BxC.scatter_add(-1, index_BxM % (pool_size + 1), weights_BxM)[..., :-1]

@@ -69,29 +69,29 @@ def read_some(file: Path, prefix: str) -> dict[str, Tensor]:
         return {key: opened.get_tensor(key) for key in opened.keys() if key.startswith(prefix)}  # noqa: SIM118
 
 
-def check_versions(file: Path, said: Mapping[str, Any]) -> None:
+def check_versions(file: Path, fields: Mapping[str, Any]) -> None:
     """Raises ExpertError where a file says that its format or feature rule is another one than this code's.
 
     It is an OutdatedError, whose message names the pool that the file lies in, if the file is older.
     """
     for name, version in VERSIONS.items():
-        found = said.get(name, 1)
-        if str(found) == str(version):
+        version_there = fields.get(name, 1)
+        if str(version_there) == str(version):
             continue
-        told = f"{file}: {name} is {found}, this code reads {version}"
-        if is_newer(found, version):
-            raise ExpertError(f"{told}: a newer release wrote it; install that one")
+        problem = f"{file}: {name} is {version_there}, this code reads {version}"
+        if is_newer(version_there, version):
+            raise ExpertError(f"{problem}: a newer release wrote it; install that one")
         pool = next((folder for folder in file.parents[:3] if (folder / POOL_CARD).is_file()), None)
         raise OutdatedError(
-            f"{told}: statistics of prompts were taken in another way and cannot be compared; `pointsman "
+            f"{problem}: statistics of prompts were taken in another way and cannot be compared; `pointsman "
             f"recompute-statistics CONFIG --pool {pool or 'POOL'}` takes them anew from each task's rows, without training "
             f"(CONFIG: the stream's YAML file{'' if pool else '; POOL: the pool that holds the expert'})"
         )
 
 
-def is_newer(found: Any, version: int) -> bool:
+def is_newer(version_there: Any, version: int) -> bool:
     """Returns whether a version that a file gives, as a number or as text, is beyond `version`."""
-    return str(found).isdigit() and int(found) > version
+    return str(version_there).isdigit() and int(version_there) > version
 
 
 def statistics_tensors(statistics: PromptStatistics, name: str = "statistics") -> dict[str, Tensor]:
@@ -116,16 +116,16 @@ def statistics_of(tensors: Mapping[str, Tensor], name: str = "statistics") -> Pr
     row, column = torch.triu_indices(*scatter_FF.shape)
     scatter_FF[row, column] = scatter_FF[column, row] = tensors[f"{name}.scatter"].double()
     count, threshold = int(tensors[f"{name}.count"]), float(tensors[f"{name}.radius"])
-    pictures = int(tensors.get(f"{name}.pictures", count))  # earlier releases did not count them
-    return PromptStatistics(count, mean_F, scatter_FF, threshold, pictures)
+    images = int(tensors.get(f"{name}.pictures", count))  # earlier releases did not count them
+    return PromptStatistics(count, mean_F, scatter_FF, threshold, images)
 
 
 def layer_tensors(layer_statistics: Mapping[str, PromptStatistics]) -> dict[str, Tensor]:
     """Returns the statistics of all Linears as named tensors."""
     return {
         key: value
-        for path, own in layer_statistics.items()
-        for key, value in statistics_tensors(own, f"evidence.{path}").items()
+        for path, statistics in layer_statistics.items()
+        for key, value in statistics_tensors(statistics, f"evidence.{path}").items()
     }
 
 

@@ -16,7 +16,7 @@ from torch import Tensor
 FOLDS = 10
 """Parts of a task's prompts that are measured against all others: what is measured has nearly all of the prompts."""
 FEWEST = 4
-"""Prompts, or pictures, from which on folds are made of them."""
+"""Prompts, or images, from which on folds are made of them."""
 ENOUGH = 10
 """Distances beyond a quantile from which on it is read off them alone."""
 CONFIDENCE = 1.645
@@ -35,8 +35,8 @@ class PromptStatistics:
     """Sum of outer products of the centred features (F, F)."""
     threshold: float = float("inf")
     """Squared own distance that only a small share of the task's own prompts exceeds; infinite without calibration."""
-    pictures: int | None = None
-    """Number of distinct pictures among the prompts (a prompt without one counts as its own); None: as many as prompts."""
+    images: int | None = None
+    """Number of distinct images among the prompts (a prompt without one counts as its own); None: as many as prompts."""
 
     @classmethod
     def of(
@@ -49,26 +49,26 @@ class PromptStatistics:
     ) -> "PromptStatistics":
         """Summarises features (N, F); with `quantile`, also calibrates the threshold.
 
-        `ids_N2` (N, 2), int64, say which prompts have the same picture, and which are the same (`prompts.ids`); without
-        them all differ. The threshold is measured crosswise, each fold of the pictures against the mean and covariance of all
+        `ids_N2` (N, 2), int64, say which prompts have the same image, and which are the same (`prompts.ids`); without
+        them all differ. The threshold is measured crosswise, each fold of the images against the mean and covariance of all
         others: distances of the very prompts that made a covariance are too small, and so are those of other questions
-        about the same picture. The same prompt several times counts once.
+        about the same image. The same prompt several times counts once.
         """
         features_NF = features_NF.double()
         mean_F = features_NF.mean(0)
         centred_NF = features_NF - mean_F
-        picture_N, prompt_N = _numbers(features_NF, ids_N2)
-        pictures, prompts = int(picture_N.max()) + 1, int(prompt_N.max()) + 1
-        whole = cls(len(features_NF), mean_F, centred_NF.T @ centred_NF, pictures=pictures)
+        image_N, prompt_N = _numbers(features_NF, ids_N2)
+        images, prompts = int(image_N.max()) + 1, int(prompt_N.max()) + 1
+        statistics = cls(len(features_NF), mean_F, centred_NF.T @ centred_NF, images=images)
         if quantile is None:
-            return whole
+            return statistics
         if len(features_NF) < FEWEST:
             raise ValueError(
                 f"{len(features_NF)} prompts are too few to calibrate a threshold; at least {FEWEST} are needed"
             )
-        # Questions about two or three pictures tell nothing of others: then prompts must do.
-        group_N, groups = (picture_N, pictures) if pictures >= FEWEST else (prompt_N, prompts)
-        distance_N = whole.distance(features_NF, shrinkage=shrinkage)
+        # Questions about two or three images tell nothing of others: then prompts must do.
+        group_N, groups = (image_N, images) if images >= FEWEST else (prompt_N, prompts)
+        distance_N = statistics.distance(features_NF, shrinkage=shrinkage)
         if groups >= FEWEST:
             fold_N = group_N % min(FOLDS, groups)
             for fold in range(min(FOLDS, groups)):
@@ -76,7 +76,7 @@ class PromptStatistics:
                 others = cls.of(features_NF[~held_N])
                 distance_N[held_N] = others.distance(features_NF[held_N], shrinkage=shrinkage)
         distance_P = torch.zeros(prompts, dtype=torch.float64).scatter_reduce(0, prompt_N, distance_N, "amax")
-        return cls(whole.count, mean_F, whole.scatter_FF, _bound(distance_P, groups, quantile), pictures)
+        return cls(statistics.count, mean_F, statistics.scatter_FF, _bound(distance_P, groups, quantile), images)
 
     def __add__(self, other: "PromptStatistics") -> "PromptStatistics":
         """Statistics of both sets of prompts together (without a threshold: that belongs to one task)."""
@@ -85,12 +85,12 @@ class PromptStatistics:
         between_FF = torch.outer(apart_F, apart_F) * (self.count * other.count / count)
         mean_F = (self.count * self.mean_F + other.count * other.mean_F) / count
         scatter_FF = self.scatter_FF + other.scatter_FF + between_FF
-        return PromptStatistics(count, mean_F, scatter_FF, pictures=self.independent + other.independent)
+        return PromptStatistics(count, mean_F, scatter_FF, images=self.independent + other.independent)
 
     @property
     def independent(self) -> int:
-        """How many prompts of pictures of their own tell as much as these: as many as there are pictures."""
-        return self.count if self.pictures is None else self.pictures
+        """How many prompts of images of their own tell as much as these: as many as there are images."""
+        return self.count if self.images is None else self.images
 
     @property
     def width(self) -> int:
@@ -118,12 +118,12 @@ class PromptStatistics:
 
 
 def _numbers(features_NF: Tensor, ids_N2: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Returns the number of each prompt's picture and of the prompt itself (N,), from 0: the same in any order of prompts."""
+    """Returns the number of each prompt's image and of the prompt itself (N,), from 0: the same in any order of prompts."""
     if ids_N2 is None:
         every_N = torch.arange(len(features_NF))
         return every_N, every_N
-    picture_N, prompt_N = (ids_N2[:, i].unique(return_inverse=True)[1] for i in (0, 1))
-    return picture_N, prompt_N
+    image_N, prompt_N = (ids_N2[:, i].unique(return_inverse=True)[1] for i in (0, 1))
+    return image_N, prompt_N
 
 
 def _bound(distance_P: Tensor, groups: int, quantile: float) -> float:
@@ -135,16 +135,16 @@ def _bound(distance_P: Tensor, groups: int, quantile: float) -> float:
     G are the `groups` of prompts that are independent of each other.
     """
     rank = math.ceil((len(distance_P) + 1) * quantile)
-    own = float(distance_P.sort().values[min(rank, len(distance_P)) - 1])
+    bound = float(distance_P.sort().values[min(rank, len(distance_P)) - 1])
     z = NormalDist().inv_cdf(quantile)
     exceeding = (1 - quantile) * groups  # what the estimate rests on
     if groups < FEWEST:
-        return max(own, 1.0)  # of the very prompts that made the covariance, 1 on average
+        return max(bound, 1.0)  # of the very prompts that made the covariance, 1 on average
     if exceeding >= ENOUGH:
-        return own
+        return bound
     logarithms_P = distance_P.clamp(min=1e-12).log()
     factor = z + CONFIDENCE * math.sqrt(1 / groups + z * z / (2 * groups))
-    return max(own, math.exp(float(logarithms_P.mean() + factor * logarithms_P.std())))
+    return max(bound, math.exp(float(logarithms_P.mean() + factor * logarithms_P.std())))
 
 
 @lru_cache(maxsize=128)

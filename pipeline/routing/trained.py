@@ -55,9 +55,11 @@ class TrainedExpert:
         folder = complete_folder(folder)
         check_file(folder, EXPERT_CARD)
         with stored_file(folder / EXPERT_CARD, REMEDY, ExpertError):
-            said = json.loads((folder / EXPERT_CARD).read_text())
-            _check_format(folder / EXPERT_CARD, said, FORMAT_VERSION)
-            card = ExpertCard.model_validate(dict.fromkeys(VERSIONS, 1) | said)  # the first version had no such fields
+            fields = json.loads((folder / EXPERT_CARD).read_text())
+            _check_format(folder / EXPERT_CARD, fields, FORMAT_VERSION)
+            card = ExpertCard.model_validate(
+                dict.fromkeys(VERSIONS, 1) | fields
+            )  # the first version had no such fields
         check_file(folder, ADAPTER_CONFIG)
         config, scaling = read_adapter_config(folder)
         adapters = StoredAdapters(folder / ADAPTER_WEIGHTS, scaling, partial(check_file, folder, ADAPTER_WEIGHTS))
@@ -124,9 +126,9 @@ class TrainedPool:
         if not file.is_file():
             raise PoolError(f"{folder}: no {POOL_CARD}, so not a pool folder")
         with stored_file(file, POOL_REMEDY, PoolError):
-            said = json.loads(file.read_text())
-            _check_format(file, said, POOL_FORMAT)
-            card = _Contents.model_validate(said)
+            fields = json.loads(file.read_text())
+            _check_format(file, fields, POOL_FORMAT)
+            card = _Contents.model_validate(fields)
         there = folder / card.store if card.store is not None else None
         store = store or ExpertStore(there if there is not None and there.is_dir() else cache_folder())
         experts = {reference.name: reference for reference in card.experts}
@@ -138,14 +140,14 @@ class TrainedPool:
 
     def folder_of(self, name: str) -> Path:
         """Returns the folder of an expert, fetched if need be; raises ExpertError where it is not to be had."""
-        reference, own = self.experts[name], OwnExperts(self.folder / EXPERTS)
-        held = reference.digest is None or own.folder_of(reference).is_dir()
-        return own.folder_of(reference) if held else self.store.ensure(reference)
+        reference, contained = self.experts[name], OwnExperts(self.folder / EXPERTS)
+        held = reference.digest is None or contained.folder_of(reference).is_dir()
+        return contained.folder_of(reference) if held else self.store.ensure(reference)
 
 
-def _check_format(file: Path, said: Mapping[str, Any], newest: int) -> None:
-    found = said.get("format_version", 1)
-    if is_newer(found, newest):
+def _check_format(file: Path, fields: Mapping[str, Any], newest: int) -> None:
+    version = fields.get("format_version", 1)
+    if is_newer(version, newest):
         raise ExpertError(
-            f"{file}: format_version is {found}, this code reads up to {newest}: a newer release wrote it; install that one"
+            f"{file}: format_version is {version}, this code reads up to {newest}: a newer release wrote it; install that one"
         )

@@ -18,8 +18,8 @@ def adapted_paths(base: Base, pattern: str) -> list[str]:
     if not paths:
         example = next(iter(adapted_paths(base, "auto")))
         raise ConfigError(
-            f"expert.target_modules: {pattern!r} matches the full path of no Linear of the base; paths are such as {example}, so "
-            f"that r'.*\.{example.rpartition('.')[2]}' matches, and `auto` is every Linear in the language model's layers"
+            f"expert.target_modules: {pattern!r} matches the full path of no Linear of the base; paths are such as {example}, "
+            rf"so that r'.*\.{example.rpartition('.')[2]}' matches, and `auto` is every Linear in the language model's layers"
         )
     return paths
 

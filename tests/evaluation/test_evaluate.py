@@ -28,7 +28,7 @@ from pipeline.evaluation.results import Evaluation
 from pipeline.models.inference import InferenceWorkers
 from pipeline.models.prompts import Encoded
 from pipeline.routing import Pool
-from pipeline.routing.insight import weighed
+from pipeline.routing.insight import candidates_of_call
 from tests.helpers import CLAIMS
 
 pytestmark = pytest.mark.ray
@@ -155,7 +155,7 @@ def test_it_finds_what_a_routed_base_answers(grown, pool: Pool, columns: list[Co
     assert [(s.prediction, s.expert) for s in found[-1].samples] == [(a.text, a.expert) for a in answers]
     with predictor.routed.call() as call:
         predictor.read(rows)
-    why = [format_candidates(candidates) for candidates in weighed(call, limit=SHOWN)]
+    why = [format_candidates(candidates) for candidates in candidates_of_call(call, limit=SHOWN)]
     assert [s.why for s in found[-1].samples] == why
     assert {s.expert for s in found[-1].samples} == {*CLAIMS, "base"}
 

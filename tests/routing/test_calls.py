@@ -19,7 +19,7 @@ from pipeline.config import BaseModelConfig
 from pipeline.models.bases import load_base
 from pipeline.models.prompts import generate_answers
 from pipeline.routing import Decision, Pool, PoolError, RoutedModel
-from pipeline.routing.insight import explain, weighed
+from pipeline.routing.insight import explain, candidates_of_call
 from pipeline.routing.routed_linear import RoutedLinear
 from tests.helpers import (
     CLAIMS,
@@ -73,7 +73,7 @@ def test_threads_get_the_answers_of_one_by_one(tiny_base, known_pool, mixed, set
                 text = answer(tiny_base, rows[number % len(rows)])
             assert call.decisions == routed.decisions
             (decision,) = call.decisions
-            return text, decision.expert, decision.weights, [candidate.name for candidate in weighed(call)[0]]
+            return text, decision.expert, decision.weights, [candidate.name for candidate in candidates_of_call(call)[0]]
 
         expected = [
             (text, expert, pytest.approx(weights, abs=1e-5), names)
@@ -375,7 +375,7 @@ def test_experts_follow_a_base_that_is_moved(tiny_folder, known_pool, mixed):
         base.model.to(torch.float64)
         generate(base, rows, tokens=1)
         assert [decision.expert for decision in routed.decisions] == owners
-        assert {e.down_SD.dtype for e in routed._loaded[1].whole.by_path.values()} == {torch.float64}
+        assert {e.down_SD.dtype for e in routed._loaded[1].loaded.by_path.values()} == {torch.float64}
 
 
 def test_layers_of_a_base_on_several_devices(tiny_folder, tiny_base, known_pool, mixed):

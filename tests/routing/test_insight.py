@@ -9,7 +9,7 @@ from torch import Tensor
 
 from pipeline.config import RouterConfig
 from pipeline.routing import Pool, PoolError, RoutedModel
-from pipeline.routing.insight import Candidate, Explanation, explain, weighed
+from pipeline.routing.insight import Candidate, Explanation, explain, candidates_of_call
 from pipeline.routing.prompt_router import CANDIDATES
 from tests.helpers import CLAIMS, attached, batch_of, claimed_prompts, features_of, generate, make_expert, prompts
 
@@ -220,18 +220,18 @@ def test_whom_the_routers_weighed_is_known_after_any_prompt(tiny_base, known_poo
     """Without a second run: the same candidates as those of the explanation."""
     rows, _ = mixed
     with attached(tiny_base, known_pool.routed_by(**settings)) as routed:
-        assert weighed(routed.last) == []
+        assert candidates_of_call(routed.last) == []
         expected = [explanation.candidates for explanation in explain(routed, batch_of(tiny_base, rows))]
         generate(tiny_base, rows[:1])
-        assert len(weighed(routed.last)) == 1
+        assert len(candidates_of_call(routed.last)) == 1
         generate(tiny_base, rows)
-        for found, candidates in zip(weighed(routed.last), expected, strict=True):
+        for found, candidates in zip(candidates_of_call(routed.last), expected, strict=True):
             assert [c.name for c in found] == [c.name for c in candidates]
             assert [c.weight for c in found] == pytest.approx([c.weight for c in candidates], abs=1e-6)
         routed.load(known_pool.remove("reader"))
-        assert weighed(routed.last) == []
+        assert candidates_of_call(routed.last) == []
         generate(tiny_base, rows)
-        assert all(len(found) == len(CLAIMS) for found in weighed(routed.last))
+        assert all(len(found) == len(CLAIMS) for found in candidates_of_call(routed.last))
 
 
 def test_an_empty_pool_has_nothing_to_explain(tiny_base, known_pool, mixed):
@@ -240,7 +240,7 @@ def test_an_empty_pool_has_nothing_to_explain(tiny_base, known_pool, mixed):
         with pytest.raises(PoolError, match="the pool is empty: the base answers everything"):
             explain(routed, batch_of(tiny_base, mixed[0]))
         generate(tiny_base, mixed[0], tokens=1)
-        assert weighed(routed.last) == []
+        assert candidates_of_call(routed.last) == []
 
 
 @pytest.mark.parametrize("settings", EVERY_ROUTER)

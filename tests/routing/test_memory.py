@@ -51,12 +51,12 @@ def paged(base: Base, pool: Pool, experts: int, *, like: Pool | None = None) -> 
 
 
 def bytes_of_one(routed: RoutedModel) -> int:
-    by_path = routed._loaded[1].whole.by_path.values()
+    by_path = routed._loaded[1].loaded.by_path.values()
     return sum(RANK * 4 * (here.down_SD.shape[1] + here.up_SO.shape[1]) for here in by_path)
 
 
 def resident(routed: RoutedModel) -> int:
-    return sum(here.down_SD.nbytes + here.up_SO.nbytes for here in routed._loaded[1].whole.by_path.values())
+    return sum(here.down_SD.nbytes + here.up_SO.nbytes for here in routed._loaded[1].loaded.by_path.values())
 
 
 def asked(base: Base, routed: RoutedModel, rows, name: str | None, *, forced: bool):
@@ -189,7 +189,7 @@ def test_a_base_that_is_moved_takes_them_along(tiny_folder, pool, mixed):
         asked(base, routed, mixed[:1], "more1", forced=True)
         base.model.to(torch.float64)
         found = [asked(base, routed, mixed[:1], name, forced=True) for name in ("more1", "more2")]
-        assert {here.down_SD.dtype for here in routed._loaded[1].whole.by_path.values()} == {torch.float64}
+        assert {here.down_SD.dtype for here in routed._loaded[1].loaded.by_path.values()} == {torch.float64}
     with attached(base, pool) as routed:
         for name, (_, logits) in zip(("more1", "more2"), found, strict=True):
             assert logits.equal(asked(base, routed, mixed[:1], name, forced=True)[1])

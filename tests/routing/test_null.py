@@ -34,8 +34,8 @@ def test_the_same_prompts_make_the_same_components():
 
 
 def test_components_count_their_pictures():
-    picture_N = torch.arange(20).repeat_interleave(5)
-    ids_N2 = torch.stack([picture_N, 100 + torch.arange(100)], 1)
+    image_N = torch.arange(20).repeat_interleave(5)
+    ids_N2 = torch.stack([image_N, 100 + torch.arange(100)], 1)
     found = components(groups(-9, 9), 2, ids_N2)
     assert [(component.count, component.independent) for component in found] == [(50, 10), (50, 10)]
     assert sum(found[1:], start=found[0]).independent == 20

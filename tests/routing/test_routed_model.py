@@ -211,7 +211,7 @@ def test_a_gate_half_open_everywhere_is_half_of_both_worlds(tiny_base, pool):
     with attached(tiny_base, one) as routed:
         module = tiny_base.model.get_submodule(path)
         state = RoutingState(1, PromptRoute(torch.tensor([[0]]), torch.tensor([[0.5]])))
-        routed.current.running = Running(state, routed._loaded[1].whole, routed.current)
+        routed.current.running = Running(state, routed._loaded[1].loaded, routed.current)
         half = module(x_BTD)
     expected = linear(x_BTD) + 0.5 * adapter.scaling * x_BTD @ adapter.a_RD.T @ adapter.b_OR.T
     torch.testing.assert_close(half, expected, rtol=1e-5, atol=1e-5)

@@ -310,7 +310,7 @@ def test_a_base_in_half_precision(tiny_base, half_base, known_pool, mixed, route
         assert half.dtype == torch.bfloat16
         assert answered(routed) == owners or router not in KNOWING
         generate(half_base, rows, tokens=2)
-        for experts in routed._loaded[1].whole.by_path.values():
+        for experts in routed._loaded[1].loaded.by_path.values():
             assert {experts.down_SD.dtype, experts.up_SO.dtype} == {torch.bfloat16}
     alike_B = torch.cosine_similarity(half.float(), exact, dim=-1)
     assert (alike_B > 0.98).all()

@@ -107,17 +107,17 @@ def test_the_threshold_of_few_prompts_read_many_times_holds_for_new_ones(count):
         assert (found.distance(x_NF[count:] + 30) > found.threshold).all()
 
 
-@pytest.mark.parametrize("pictures", [20, 80])
-def test_the_threshold_of_several_questions_about_each_picture_holds_for_new_pictures(pictures):
-    random = torch.Generator().manual_seed(pictures)
-    picture_PF = torch.randn(pictures + 500, 120, generator=random)
+@pytest.mark.parametrize("images", [20, 80])
+def test_the_threshold_of_several_questions_about_each_picture_holds_for_new_pictures(images):
+    random = torch.Generator().manual_seed(images)
+    image_PF = torch.randn(images + 500, 120, generator=random)
     question_QF = torch.randn(400 + 500, 40, generator=random)
-    picture_N = torch.arange(pictures).repeat_interleave(5)
-    seen_NF = torch.cat([picture_PF[picture_N], question_QF[: len(picture_N)]], 1)
-    new_NF = torch.cat([picture_PF[pictures:], question_QF[400:]], 1)
-    ids_N2 = torch.stack([picture_N, 1000 + torch.arange(len(picture_N))], 1)
+    image_N = torch.arange(images).repeat_interleave(5)
+    seen_NF = torch.cat([image_PF[image_N], question_QF[: len(image_N)]], 1)
+    new_NF = torch.cat([image_PF[images:], question_QF[400:]], 1)
+    ids_N2 = torch.stack([image_N, 1000 + torch.arange(len(image_N))], 1)
     found = PromptStatistics.of(seen_NF, ids_N2, quantile=0.99)
-    assert (found.count, found.independent) == (5 * pictures, pictures)
+    assert (found.count, found.independent) == (5 * images, images)
     assert (found.distance(new_NF) <= found.threshold).float().mean() > 0.97
     assert (found.distance(new_NF + 30) > found.threshold).all()
     careless = PromptStatistics.of(seen_NF, quantile=0.99)

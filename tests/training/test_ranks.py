@@ -51,8 +51,8 @@ def test_micro_batches_and_workers_do_not_change_the_gradient() -> None:
 
 
 def rows_of(base: Base, *, images: bool) -> list[Encoded]:
-    pictures = [PICTURE] if images else []
-    return [ask(base.processor, f"repeat : {word}", *pictures, answer=word) for word in ("red", "blue")]
+    images = [PICTURE] if images else []
+    return [ask(base.processor, f"repeat : {word}", *images, answer=word) for word in ("red", "blue")]
 
 
 def steps(engine: Any, batches: Sequence[dict[str, Any]], count: int, **kwargs: Any) -> list[float]:

@@ -36,20 +36,20 @@ def measure() -> dict[str, float]:
 
 def _asked_often(task: str, settings: RouterConfig) -> float:
     """Returns the same where 20 questions each are asked about 20 of a task's pictures: those of `ASKER`."""
-    picture_N = torch.arange(PICTURES).repeat_interleave(QUESTIONS)
+    image_N = torch.arange(PICTURES).repeat_interleave(QUESTIONS)
     prompt_N = torch.arange(PICTURES * QUESTIONS)
-    seen_NS = _about(features(task, "train")[picture_N], features(ASKER, "train")[prompt_N])
+    seen_NS = _about(features(task, "train")[image_N], features(ASKER, "train")[prompt_N])
     asked_NS = _about(features(task, "eval"), features(ASKER, "eval"))
-    return _inside(seen_NS, picture_N, PICTURES + prompt_N, asked_NS, settings)
+    return _inside(seen_NS, image_N, PICTURES + prompt_N, asked_NS, settings)
 
 
-def _about(pictures_NS: Tensor, questions_NS: Tensor) -> Tensor:
+def _about(images_NS: Tensor, questions_NS: Tensor) -> Tensor:
     """Returns features with the image part (mean and deviation) of the one and the text part of the other."""
-    image = 2 * pictures_NS.shape[1] // 3
-    return torch.cat([pictures_NS[:, :image], questions_NS[:, image:]], dim=1)
+    image = 2 * images_NS.shape[1] // 3
+    return torch.cat([images_NS[:, :image], questions_NS[:, image:]], dim=1)
 
 
-def _inside(seen_NS: Tensor, picture_N: Tensor, prompt_N: Tensor, asked_NS: Tensor, settings: RouterConfig) -> float:
-    ids_N2 = torch.stack([picture_N, prompt_N], dim=1)
+def _inside(seen_NS: Tensor, image_N: Tensor, prompt_N: Tensor, asked_NS: Tensor, settings: RouterConfig) -> float:
+    ids_N2 = torch.stack([image_N, prompt_N], dim=1)
     own = PromptStatistics.of(seen_NS, ids_N2, quantile=settings.quantile, shrinkage=settings.shrinkage)
     return float((own.distance(asked_NS, shrinkage=settings.shrinkage) <= own.threshold).double().mean())
