@@ -175,8 +175,8 @@ def _join(address: str) -> None:
     use_token()
     # A key that the job already has must not be given again: Ray calls even equal values a conflict.
     job = json.loads(os.environ.get(JOB_CONFIG, "{}")).get("runtime_env") or {}
-    taken = job.get("env_vars", {})
-    settings = {name: os.environ[name] for name in QUIET if name not in taken}
+    job_variables = job.get("env_vars", {})
+    settings = {name: os.environ[name] for name in QUIET if name not in job_variables}
     try:
         if address != "auto":
             host, _, port = address.rpartition(":")

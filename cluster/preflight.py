@@ -47,30 +47,30 @@ def check_resources(
     nodes = _nodes()
     cpus = sum(node.get("CPU", 0.0) for node in nodes)
     gpus = sum(node.get("GPU", 0.0) for node in nodes)
-    asked = f"{workers} worker(s) with {cpus_per_worker:g} CPU(s) and {gpus_per_worker:g} GPU(s) each"
+    demand = f"{workers} worker(s) with {cpus_per_worker:g} CPU(s) and {gpus_per_worker:g} GPU(s) each"
     if trainings > 1:
-        asked = f"training.parallel_tasks={trainings} of {asked}"
+        demand = f"training.parallel_tasks={trainings} of {demand}"
     if extra_cpus:
-        asked += f", and {extra_cpus:g} more CPU(s) for data and evaluation"
-    found = f"the cluster has {cpus:g} CPU(s) and {gpus:g} GPU(s) on {len(nodes)} node(s)"
+        demand += f", and {extra_cpus:g} more CPU(s) for data and evaluation"
+    supply = f"the cluster has {cpus:g} CPU(s) and {gpus:g} GPU(s) on {len(nodes)} node(s)"
     if gpus_per_worker and not gpus:
         raise PreflightError(
-            f"{asked}: there is no GPU; {found}\n"
+            f"{demand}: there is no GPU; {supply}\n"
             f"    set training.gpu=false, or submit to a cluster with GPUs (--address)"
         )
-    places = sum(_places(node, cpus_per_worker, gpus_per_worker) for node in nodes)
-    if places < workers * trainings:
-        fewer = f"training.parallel_tasks to {max(places // workers, 1)}, " if trainings > 1 else ""
+    worker_slots = sum(_worker_slots(node, cpus_per_worker, gpus_per_worker) for node in nodes)
+    if worker_slots < workers * trainings:
+        fewer = f"training.parallel_tasks to {max(worker_slots // workers, 1)}, " if trainings > 1 else ""
         raise PreflightError(
-            f"{asked}: only {places} worker(s) fit; {found}\n"
-            f"    lower {fewer}training.workers to {max(places // trainings, 1)} or training.cpus_per_worker, or take a larger "
-            "cluster (--address)"
+            f"{demand}: only {worker_slots} worker(s) fit; {supply}\n"
+            f"    lower {fewer}training.workers to {max(worker_slots // trainings, 1)} or training.cpus_per_worker, or take "
+            "a larger cluster (--address)"
         )
     needed = workers * trainings * cpus_per_worker + extra_cpus
     if needed > cpus:
         fewer = "training.parallel_tasks, " if trainings > 1 else ""
         raise PreflightError(
-            f"{asked}: {needed:g} CPUs in all; {found}\n"
+            f"{demand}: {needed:g} CPUs in all; {supply}\n"
             f"    lower {fewer}training.workers, training.cpus_per_worker or evaluation.workers; a local Ray takes more "
             f"logical CPUs than the machine has (connect(cpus={needed:g}))"
         )
@@ -92,15 +92,15 @@ def trainings_that_fit(
     """
     nodes = [dict(node) for node in _nodes()]
     for _ in range(evaluators):
-        free = [node for node in nodes if _places(node, cpus_per_evaluator, gpus_per_evaluator)]
+        free = [node for node in nodes if _worker_slots(node, cpus_per_evaluator, gpus_per_evaluator)]
         if not free:
             return 0
         fullest = max(free, key=lambda node: (node.get("GPU", 0.0), node["CPU"]))
         fullest["CPU"] -= cpus_per_evaluator
         fullest["GPU"] = fullest.get("GPU", 0.0) - gpus_per_evaluator
     cpus = sum(node.get("CPU", 0.0) for node in nodes) - spare_cpus
-    places = sum(_places(node, cpus_per_worker, gpus_per_worker) for node in nodes)
-    return max(0, min(places // workers, int(cpus // (workers * cpus_per_worker))))
+    worker_slots = sum(_worker_slots(node, cpus_per_worker, gpus_per_worker) for node in nodes)
+    return max(0, min(worker_slots // workers, int(cpus // (workers * cpus_per_worker))))
 
 
 READER_CPUS = 1
@@ -115,14 +115,14 @@ def check_inference(*, workers: int, cpus_per_worker: float, gpus_per_worker: fl
     nodes = _nodes()
     cpus = sum(node.get("CPU", 0.0) for node in nodes)
     gpus = sum(node.get("GPU", 0.0) for node in nodes)
-    asked = f"evaluation.workers={workers} with {cpus_per_worker:g} CPU(s) and {gpus_per_worker:g} GPU(s) each"
-    found = f"the cluster has {cpus:g} CPU(s) and {gpus:g} GPU(s) on {len(nodes)} node(s)"
-    places = sum(_places(node, cpus_per_worker, gpus_per_worker) for node in nodes)
-    fitting = min(places, int((cpus - READER_CPUS) // cpus_per_worker))
+    demand = f"evaluation.workers={workers} with {cpus_per_worker:g} CPU(s) and {gpus_per_worker:g} GPU(s) each"
+    supply = f"the cluster has {cpus:g} CPU(s) and {gpus:g} GPU(s) on {len(nodes)} node(s)"
+    worker_slots = sum(_worker_slots(node, cpus_per_worker, gpus_per_worker) for node in nodes)
+    fitting = min(worker_slots, int((cpus - READER_CPUS) // cpus_per_worker))
     if fitting < workers:
         fewer = "or evaluation.gpus_per_worker, " if gpus_per_worker > 1 else ""
         raise PreflightError(
-            f"{asked}, and {READER_CPUS} CPU for reading rows: only {max(fitting, 0)} of them fit; {found}\n"
+            f"{demand}, and {READER_CPUS} CPU for reading rows: only {max(fitting, 0)} of them fit; {supply}\n"
             f"    lower evaluation.workers to {max(fitting, 1)}, {fewer}or training.cpus_per_worker, or take a larger cluster "
             "(--address)"
         )
@@ -137,18 +137,18 @@ def _nodes() -> list[dict[str, float]]:
     cluster = yaml.safe_load(plan.read_text())
     heads = [node for node in alive if "node:__internal_head__" in node]
     to_come = [
-        kind["resources"]
-        for name, kind in cluster["available_node_types"].items()
+        node_type["resources"]
+        for name, node_type in cluster["available_node_types"].items()
         if name != cluster["head_node_type"]
-        for _ in range(kind.get("max_workers", cluster["max_workers"]))
+        for _ in range(node_type.get("max_workers", cluster["max_workers"]))
     ]
     return heads + to_come[: cluster["max_workers"]]
 
 
-def _places(node: dict[str, float], cpus: float, gpus: float) -> int:
+def _worker_slots(node: dict[str, float], cpus: float, gpus: float) -> int:
     """Returns how many workers of this size one node holds."""
-    places = int(node.get("CPU", 0.0) // cpus)
-    return min(places, int(node.get("GPU", 0.0) // gpus)) if gpus else places
+    worker_slots = int(node.get("CPU", 0.0) // cpus)
+    return min(worker_slots, int(node.get("GPU", 0.0) // gpus)) if gpus else worker_slots
 
 
 def build_deepspeed_ops() -> dict[str, str]:

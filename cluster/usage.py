@@ -59,12 +59,12 @@ def memory_bytes() -> int:
 def _quick_bytes() -> int:
     """Returns about the same, from counters: what processes have to themselves, and the most that one of them shares."""
 
-    def own_and_shared(process: Path) -> tuple[int, int]:
+    def private_and_shared(process: Path) -> tuple[int, int]:
         _, resident, shared, *_ = map(int, (process / "statm").read_text().split())
         return resident - shared, shared
 
-    own, shared = zip(*_of_processes(own_and_shared), strict=True)
-    return (sum(own) + max(shared)) * os.sysconf("SC_PAGE_SIZE")
+    private, shared = zip(*_of_processes(private_and_shared), strict=True)
+    return (sum(private) + max(shared)) * os.sysconf("SC_PAGE_SIZE")
 
 
 def _of_processes(measure: Callable[[Path], T]) -> Iterator[T]:

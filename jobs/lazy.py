@@ -24,19 +24,19 @@ class Lazy:
     def load(self) -> Any:
         """Imports it; returns the command."""
         module, _, name = self.target.partition(":")
-        found = getattr(import_module(module), name)
-        if not isinstance(found, typer.Typer):
-            found, function = typer.Typer(**STYLE), found
-            found.command(cls=self.look)(function)
-        return typer.main.get_command(found)
+        app = getattr(import_module(module), name)
+        if not isinstance(app, typer.Typer):
+            app, function = typer.Typer(**STYLE), app
+            app.command(cls=self.look)(function)
+        return typer.main.get_command(app)
 
 
 STYLE: Any = {"add_completion": False, "rich_markup_mode": None, "pretty_exceptions_enable": False}
 """Plain help, plain tracebacks."""
 
 
-def _show_version(asked: bool) -> None:
-    if asked:
+def _show_version(wanted: bool) -> None:
+    if wanted:
         typer.echo(f"pointsman {version('pointsman')}")
         raise typer.Exit
 

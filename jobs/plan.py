@@ -223,11 +223,11 @@ def _disk(plan: Plan) -> Any:
 
 def _notes(plan: Plan) -> list[str]:
     """What the plan takes for granted."""
-    own, notes = plan.assumptions, []
+    assumed, notes = plan.assumptions, []
     if plan.architecture.tower:
         notes.append(
-            f"A typical row, which time is planned for, has {own.tiles} tiles of {plan.architecture.tile_tokens} tokens and "
-            f"{own.text_tokens} of text (--tiles, --text-tokens); the longest is what data.max_tokens lets in."
+            f"A typical row, which time is planned for, has {assumed.tiles} tiles of {plan.architecture.tile_tokens} tokens "
+            f"and {assumed.text_tokens} of text (--tiles, --text-tokens); the longest is what data.max_tokens lets in."
         )
     notes.append(
         f"Logits are computed at answers only: {plan.typical.answer_tokens} tokens of a typical row, "
@@ -244,7 +244,7 @@ def _notes(plan: Plan) -> list[str]:
             "measures it on yours."
         )
         notes.append(
-            f"Training reaches {own.utilisation:.0%} of {plan.gpu.operations / 1e12:g} dense bf16 TFLOP/s (--utilisation); "
+            f"Training reaches {assumed.utilisation:.0%} of {plan.gpu.operations / 1e12:g} dense bf16 TFLOP/s (--utilisation); "
             f"allowance for CUDA {_gb(CONTEXT)} GB and {FRAGMENTATION:.0%} of all tensors."
         )
     notes.append("Formulas and sources: --explain. How well memory is predicted: pointsman benchmark plan.")
@@ -280,9 +280,9 @@ def _mb(value: float) -> str:
 
 def _together(plan: Plan) -> str:
     """Returns how many tasks are trained at a time, and on how many GPUs."""
-    asked, tasks, workers = plan.config.training.parallel_tasks, plan.parallel_tasks, plan.config.training.workers
-    said = "one task at a time (auto: as many as there are GPUs for)" if asked == "auto" else f"{tasks} at a time"
-    return f"{said} on {tasks * workers} GPU{'s' * (tasks * workers > 1)}"
+    wanted, tasks, workers = plan.config.training.parallel_tasks, plan.parallel_tasks, plan.config.training.workers
+    how_many = "one task at a time (auto: as many as there are GPUs for)" if wanted == "auto" else f"{tasks} at a time"
+    return f"{how_many} on {tasks * workers} GPU{'s' * (tasks * workers > 1)}"
 
 
 def _dealt(plan: Plan) -> str:

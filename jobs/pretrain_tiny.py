@@ -203,8 +203,8 @@ def main(
             if done % 100 == 0:
                 pace = (time.monotonic() - started) / done
                 left = pace * (steps - done) / 60
-                said = f"step {done}/{steps}  loss {np.mean(losses[-100:]):.3f}  {pace * 1e3:.0f} ms a step"
-                print(f"{said}  {left:.0f} min left", flush=True)
+                line = f"step {done}/{steps}  loss {np.mean(losses[-100:]):.3f}  {pace * 1e3:.0f} ms a step"
+                print(f"{line}  {left:.0f} min left", flush=True)
             if done % 1500 == 0 or done in (steps, stop):
                 write(done)
 

@@ -78,10 +78,10 @@ def recompute(session: StreamSession, old: TrainedPool, *, skip_missing: bool = 
         "registering experts and pool",
         kept="nothing is computed again",
     )
-    said = "there already, its aliases are where they were" if before else f"now {CHAMPION}; the old versions stay"
+    outcome = "there already, its aliases are where they were" if before else f"now {CHAMPION}; the old versions stay"
     session.progress.say(
         f"\n{len(experts)} of {len(old.experts)} experts, {read} prompts read in {monotonic() - began:.0f} s: version "
-        f"{version.version} of {version.name} ({said}), in {new}"
+        f"{version.version} of {version.name} ({outcome}), in {new}"
     )
     return version
 
@@ -91,8 +91,8 @@ def _expert(session: StreamSession, old: TrainedPool, renewal: Renewal) -> tuple
     task = renewal.task
     if renewal.identity is None:
         session.progress.say("  has these statistics already")
-        found = old.folder_of(task.name)
-        return _stored(session, session.experts.take(ExpertReference.of(found), found)), 0
+        folder = old.folder_of(task.name)
+        return _stored(session, session.experts.take(ExpertReference.of(folder), folder)), 0
     wanted = session.reference(task.name, renewal.digest)
     if renewal.changes:
         session.progress.say(f"  trained otherwise than the configuration says, and kept: {'; '.join(renewal.changes)}")
@@ -150,12 +150,12 @@ def _register(
     versions = {name: register_expert(label, session.experts.ensure(e.reference)) for name, e in experts.items()}
     for pool in pools:
         remember(session, pool.experts[pool.names[-1]].card)
-        known = {name: versions[name] for name in pool.names}
+        versions_of_pool = {name: versions[name] for name in pool.names}
         version = register_pool(
             pool,
             session.config.base,
             digest=session.pool_key(pool),
-            experts=known,
+            experts=versions_of_pool,
             expert_memory=session.config.evaluation.expert_memory,
         )
     pools[-1].save(new)
@@ -191,11 +191,11 @@ def main(
 
 def _meant(session: StreamSession, pool: str | None, scratch: Path) -> TrainedPool:
     """Returns the pool that is meant, copied to `scratch` if it comes from the registry."""
-    own = session.folder / "pool"
-    if pool is None and not (own / CARD).is_file():
+    own_pool = session.folder / "pool"
+    if pool is None and not (own_pool / CARD).is_file():
         pool = f"{MODELS}{pool_name(session.config.base.label)}@{CHAMPION}"
     if pool is None or not pool.startswith(MODELS):
-        folder = own if pool is None else Path(pool).expanduser().resolve()
+        folder = own_pool if pool is None else Path(pool).expanduser().resolve()
         session.progress.say(f"pool {folder}")
         return TrainedPool.load(folder, session.experts if pool is None else None)
     session.progress.say(f"pool {pool}")

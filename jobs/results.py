@@ -16,8 +16,8 @@ def show_tasks(session: StreamSession, summary: dict[str, Any]) -> None:
     rows = []
     for name, metrics in summary["tasks"].items():
         i = columns.index(name)
-        own = values[1 + list(summary["tasks"]).index(name)][i]
-        accuracies = ("-" if value is None else f"{value:.3f}" for value in (values[0][i], own, values[-1][i]))
+        when_learned = values[1 + list(summary["tasks"]).index(name)][i]
+        accuracies = ("-" if value is None else f"{value:.3f}" for value in (values[0][i], when_learned, values[-1][i]))
         rows.append([name, *accuracies, f"{metrics['seconds']:.0f}"])
     session.progress.show(table("Tasks", ["task", "base", "when learned", "at the end", "seconds"], rows))
     c = summary["continual"]

@@ -83,8 +83,8 @@ def _sweep(session: StreamSession, space: SweepSpace, name: str) -> None:
             "run `pointsman learn` first to sweep inside its pool"
         )
     spec, rows = session.spec(task, f"sweep-{session.identity.expert(task)}")
-    asked = [name, *others]
-    prompts = session.read_prompts(asked).rows(asked)  # now: what is missing is told before anything is trained
+    evaluated = [name, *others]
+    prompts = session.read_prompts(evaluated).rows(evaluated)  # now: what is missing is told before anything is trained
     evaluation = config.evaluation.to_identity(exclude={"expert_memory"})
     learned = spec.to_identity(exclude={"training"})
     folder = session.folder / "sweeps" / f"{name}-{digest(space, learned, evaluation)}"
@@ -123,7 +123,7 @@ def _log(result: SweepResult, task: str, summary: Path) -> None:
     mlflow.log_artifact(str(summary))
     nested_in = f"tags.`mlflow.parentRunId` = '{parent.run_id}' and attributes.status = 'FINISHED'"
     there = MlflowClient().search_runs([parent.experiment_id], nested_in)
-    logged = {found.info.run_name for found in there}
+    logged = {trial.info.run_name for trial in there}
     for trial in result.trials:
         training = result.trainings[trial.rank]
         name = f"{task} r{trial.rank} t{trial.temperature:g}"

@@ -71,10 +71,10 @@ def generate(base: Base, rows: Sequence[Encoded], *, tokens: int = 4, use_cache:
     return output.sequences[:, -tokens:], torch.stack(output.logits, dim=1)
 
 
-def assert_same(found: tuple[Tensor, Tensor], expected: tuple[Tensor, Tensor]) -> None:
+def assert_same(actual: tuple[Tensor, Tensor], expected: tuple[Tensor, Tensor]) -> None:
     """Compares what `generate` returns: tokens exactly, logits up to rounding."""
-    torch.testing.assert_close(found[1], expected[1], rtol=1e-4, atol=2e-4)
-    assert found[0].equal(expected[0])
+    torch.testing.assert_close(actual[1], expected[1], rtol=1e-4, atol=2e-4)
+    assert actual[0].equal(expected[0])
 
 
 @torch.inference_mode()

@@ -55,7 +55,7 @@ def _killed(folder: Path, moment: int) -> None:
 
 
 def test_a_kill_at_any_moment_leaves_a_whole_folder(tmp_path: Path) -> None:
-    found = []
+    actual = []
     for moment in range(1, 100):
         folder = tmp_path / str(moment) / "made"
         write(folder, "old")
@@ -63,12 +63,12 @@ def test_a_kill_at_any_moment_leaves_a_whole_folder(tmp_path: Path) -> None:
         process.start()
         process.join()
         (text,) = set(read(folder))
-        found.append(text)
+        actual.append(text)
         write(folder, "newer")
         assert read(folder) == ["newer"] * 3
         assert [file.name for file in folder.parent.iterdir()] == ["made"]
         if process.exitcode != 9:
             break
-    assert len(found) > 8, "there are that many moments"
-    assert found == sorted(found, reverse=True), "old first, then new"
-    assert {"old", "new"} == set(found)
+    assert len(actual) > 8, "there are that many moments"
+    assert actual == sorted(actual, reverse=True), "old first, then new"
+    assert {"old", "new"} == set(actual)

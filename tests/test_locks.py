@@ -58,13 +58,13 @@ def test_the_kernel_releases_it_when_its_holder_is_killed(tmp_path: Path) -> Non
 
 def test_whoever_waits_long_says_so_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(locks, "PATIENT_SECONDS", 0.0)
-    told: list[str] = []
+    messages: list[str] = []
     with (
         holding(tmp_path / "lock", seconds=0.5) as process,
-        file_lock(tmp_path / "lock", on_wait=told.append, why="which makes it"),
+        file_lock(tmp_path / "lock", on_wait=messages.append, why="which makes it"),
     ):
         pass
-    (sentence,) = told
+    (sentence,) = messages
     assert sentence.startswith(f"waiting for process {process.pid} on ")
     assert ", which makes it" in sentence
 

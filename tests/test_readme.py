@@ -22,7 +22,7 @@ BLOCK = re.compile(r"^```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
 
 def blocks(page: Path, kind: str) -> list[str]:
-    return [text for found, text in BLOCK.findall(page.read_text()) if found == kind]
+    return [text for actual, text in BLOCK.findall(page.read_text()) if actual == kind]
 
 
 def test_the_snippet_runs_as_it_stands(

@@ -164,9 +164,9 @@ class _Progress(Callback):
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         """Called by Tune."""
         point = ", ".join(f"{name} {value:g}" for name, value in trial.config.items())
-        found = trial.last_result
-        metrics = [f"{name} {found[name]:.3f}" for name in ("expert_loss", "accuracy", "others") if name in found]
-        self._say(f"  {point}: {', '.join(metrics)} ({found['seconds']:.0f} s)")
+        result = trial.last_result
+        metrics = [f"{name} {result[name]:.3f}" for name in ("expert_loss", "accuracy", "others") if name in result]
+        self._say(f"  {point}: {', '.join(metrics)} ({result['seconds']:.0f} s)")
 
 
 def _together(spec: TrainSpec, ranks: int) -> tuple[int, int]:

@@ -123,17 +123,17 @@ class EvaluateTemperature(tune.Trainable):
         pool = (self._pool or Pool(base.label, base.fingerprint, RouterConfig())).add(trained)
         pool = pool.routed_by(kind="token", token_scores="phatgoose", temperature=self.config["temperature"])
         means = Evaluation.of(self._predictions(pool)).accuracies()
-        own = means.pop(trained.card.task)
+        accuracy = means.pop(trained.card.task)
         others = fmean(means.values()) if means else float("nan")
-        return {"accuracy": own, "others": others, "seconds": time.monotonic() - started, "done": True}
+        return {"accuracy": accuracy, "others": others, "seconds": time.monotonic() - started, "done": True}
 
     def _predictions(self, pool: Pool) -> Iterator[Prediction]:
         """Yields the predictions of a pool whose Linears choose; what it has not answered before is generated."""
         author = pool_author(self._pool_key(pool.digests, pool.router))
         attached = False
         for page in self._pages:
-            known = self._store.of(author, page["prompt"])
-            missing = [i for i, prompt in enumerate(page["prompt"]) if prompt not in known]
+            known_answers = self._store.of(author, page["prompt"])
+            missing = [i for i, prompt in enumerate(page["prompt"]) if prompt not in known_answers]
             if missing and not attached:
                 self._predictor.attach(pool)
                 attached = True

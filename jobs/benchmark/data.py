@@ -188,9 +188,11 @@ def _datasets_map(corpus: Path, base: BaseModelConfig, cache: Path) -> int:
     disable_progress_bars()
     disable_caching()
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    found = load_dataset("parquet", data_files=str(corpus / "*.parquet"), split="train", cache_dir=str(cache))
+    prepared = load_dataset("parquet", data_files=str(corpus / "*.parquet"), split="train", cache_dir=str(cache))
     work = MapEncoder(base, _part(corpus))
-    done = found.map(work, batched=True, batch_size=16, num_proc=available_cpus(), remove_columns=found.column_names)
+    done = prepared.map(
+        work, batched=True, batch_size=16, num_proc=available_cpus(), remove_columns=prepared.column_names
+    )
     count = len(done)
     shutil.rmtree(cache)
     return count
@@ -271,16 +273,16 @@ def _outcomes(group: Sequence[Case], settings: DataConfig, base: BaseModelConfig
     parts = {case.name: TaskRows(case.source) for case in group}
     quarantine = folder / "quarantine"
     try:
-        found = prepare(parts, settings, base=base, data_folder=folder, quarantine=quarantine, answer=True)
+        prepared = prepare(parts, settings, base=base, data_folder=folder, quarantine=quarantine, answer=True)
     except (StreamError, ray.exceptions.RayError) as error:
         if len(group) == 1:
             return [f"crashed: {error}"[:200]]
         return [outcome for case in group for outcome in _outcomes([case], settings, base, folder)]
-    return [_outcome(case, found, quarantine / f"{case.name}.jsonl") for case in group]
+    return [_outcome(case, prepared, quarantine / f"{case.name}.jsonl") for case in group]
 
 
-def _outcome(case: Case, found: PreparedData, file: Path) -> str:
-    good, bad, lost = found.counts[case.name], found.aside[case.name].rows, found.aside[case.name].files
+def _outcome(case: Case, prepared: PreparedData, file: Path) -> str:
+    good, bad, lost = prepared.counts[case.name], prepared.aside[case.name].rows, prepared.aside[case.name].files
     if (good, bad, lost) != (case.good, case.bad, case.lost):
         return f"{good} good and {bad} bad rows, {lost} lost files, not {case.good}, {case.bad} and {case.lost}"
     if (bad or lost) and not all(case.reason in json.loads(line)["reason"] for line in file.read_text().splitlines()):

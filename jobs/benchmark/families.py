@@ -67,8 +67,8 @@ def families(
         twice = cached if cached is not None else [name for name in CACHED if name in names]
         if unknown := {*names, *twice} - SMALL.keys():
             raise ConfigError(f"no such family: {', '.join(sorted(unknown))}; there are: {', '.join(SMALL)}")
-        found = prove(names, twice, output.resolve(), tasks=tasks, steps=steps)
-    if not all(proof["proven"] for proof in found.values()):
+        proofs = prove(names, twice, output.resolve(), tasks=tasks, steps=steps)
+    if not all(proof["proven"] for proof in proofs.values()):
         raise typer.Exit(1)
 
 
@@ -77,29 +77,29 @@ def prove(names: Sequence[str], cached: Sequence[str], output: Path, *, tasks: i
 
     `cached` learn from kept image features; where they are among `names` as well, their experts are compared.
     """
-    started, terminal, found = now(), Terminal(), dict[str, Any]()
+    started, terminal, proofs = now(), Terminal(), dict[str, Any]()
     summary = {
         **provenance(output.name, started),
         "tasks": tasks,
         "steps": steps,
         "tolerance": TOLERANCE,
-        "families": found,
+        "families": proofs,
     }
     for name in dict.fromkeys((*names, *cached)):
         terminal.say(f"family {name}", "bold")
         plain = None
         if name in names:
-            plain, found[name] = _proof(stream(name, output, tasks=tasks, steps=steps))
+            plain, proofs[name] = _proof(stream(name, output, tasks=tasks, steps=steps))
         if name in cached:
             pool, proof = _proof(stream(name, output, tasks=tasks, steps=steps, cached=True))
             if plain is not None:
                 proof |= difference(plain, pool)
                 proof["proven"] &= proof["weight_difference"] <= TOLERANCE
-            found[f"{name} (kept)"] = proof
+            proofs[f"{name} (kept)"] = proof
         write_json(output / "summary.json", summary)
-    _show(terminal, found)
+    _show(terminal, proofs)
     terminal.say(f"summary    {output / 'summary.json'}")
-    return found
+    return proofs
 
 
 def stream(name: str, output: Path, *, tasks: int, steps: int, cached: bool = False) -> LearnConfig:
@@ -111,7 +111,7 @@ def stream(name: str, output: Path, *, tasks: int, steps: int, cached: bool = Fa
         parts = {"train": ROWS, "eval": QUESTIONS}
         return {"name": of} | {part: {"path": f"demo://{of}/{part}", "limit": n} for part, n in parts.items()}
 
-    found = [task("successor"), _words(output)] if name == "text" else [task("digits"), task("textures")]
+    learned = [task("successor"), _words(output)] if name == "text" else [task("digits"), task("textures")]
     base_prompts = {"path": f"demo://{'reverse/eval' if name == 'text' else 'general/train'}", "limit": ROWS}
     ability = "repeat" if name == "text" else "shape"
     return LearnConfig.model_validate({
@@ -119,7 +119,7 @@ def stream(name: str, output: Path, *, tasks: int, steps: int, cached: bool = Fa
         "output": str(output),
         "base": {"path": str(base), "name": label},
         "stream": {
-            "tasks": found[:tasks],
+            "tasks": learned[:tasks],
             "benchmarks": [
                 {"name": ability, "eval": {"path": f"demo://{ability}/eval", "limit": QUESTIONS}}
             ],
@@ -221,9 +221,9 @@ def difference(one: Pool, other: Pool) -> dict[str, float]:
     return {"weight_difference": apart, "largest_weight": size}
 
 
-def _show(terminal: Terminal, found: Mapping[str, Mapping[str, Any]]) -> None:
+def _show(terminal: Terminal, proofs: Mapping[str, Mapping[str, Any]]) -> None:
     rows = []
-    for name, proof in found.items():
+    for name, proof in proofs.items():
         weights = f"{proof['weight_difference']:.1e}" if "weight_difference" in proof else ""
         equal = "equal" if proof["decisions_equal"] else "DIFFER"
         apart, effect = f"{proof['logit_difference']:.1e}", f"{proof['effect_of_experts']:.1e}"

@@ -60,14 +60,14 @@ Device = Literal["cuda", "cpu"]
 class Meter:
     """Peak memory and seconds by moment."""
 
-    taken: Callable[[], int]
+    bytes_in_use: Callable[[], int]
     """Returns the bytes that are taken now."""
     every: float = 0.1
     peaks: dict[str, int] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self._before = self.taken()
+        self._before = self.bytes_in_use()
 
     @contextmanager
     def during(self, moment: str) -> Iterator[None]:
@@ -77,7 +77,7 @@ class Meter:
 
         def watch() -> None:
             while not stop.wait(self.every):
-                self.peaks[moment] = max(self.peaks[moment], self.taken() - self._before)
+                self.peaks[moment] = max(self.peaks[moment], self.bytes_in_use() - self._before)
 
         thread = threading.Thread(target=watch, daemon=True)
         thread.start()
@@ -187,7 +187,7 @@ def configuration(base: Path, *, size: Size, device: Device, steps: int, output:
 
 def measure(session: StreamSession, device: Device) -> dict[str, Any]:
     """Runs the job moment by moment; returns the summary's metrics."""
-    task, meter = session.config.stream.tasks[0], Meter(_taken(device), every=0.1 if device == "cuda" else 0.5)
+    task, meter = session.config.stream.tasks[0], Meter(_bytes_in_use(device), every=0.1 if device == "cuda" else 0.5)
     with meter.during("image features"):
         prompts = session.read_prompts([TASK])
         _ = session.base_prompts
@@ -215,7 +215,7 @@ def measure(session: StreamSession, device: Device) -> dict[str, Any]:
     }
 
 
-def _taken(device: Device) -> Callable[[], int]:
+def _bytes_in_use(device: Device) -> Callable[[], int]:
     def on_gpu() -> int:
         free, total = torch.cuda.mem_get_info()
         return total - free
@@ -279,9 +279,9 @@ def _seconds(answer: Callable[[list[Encoded]], object], batches: list[list[Encod
 def moment_rows(summary: dict[str, Any]) -> list[list[str]]:
     """Returns the table of moments."""
     return [
-        [name, *(f"{found[key] / 1e9:.2f}" for key in ("measured_bytes", "planned_bytes")), f"{found['ratio']:.2f}",
-         f"{found['seconds']:.0f}"]
-        for name, found in summary["moments"].items()
+        [name, *(f"{values[key] / 1e9:.2f}" for key in ("measured_bytes", "planned_bytes")), f"{values['ratio']:.2f}",
+         f"{values['seconds']:.0f}"]
+        for name, values in summary["moments"].items()
     ]  # fmt: skip
 
 

@@ -75,7 +75,7 @@ class Description:
 
 def descriptions(library: Path) -> Iterator[Description]:
     """Yields the descriptions in the sources below `library`, each text once."""
-    known = set()
+    seen = set()
     for file in sorted(library.rglob("*.py")):
         parts = file.relative_to(library).parts
         module = parts[0].removesuffix(".py")
@@ -86,8 +86,8 @@ def descriptions(library: Path) -> Iterator[Description]:
             if not isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
                 continue
             text = " ".join((ast.get_docstring(node) or "").partition("\n\n")[0].split())
-            if SHORTEST <= len(text) <= LONGEST and text not in known:
-                known.add(text)
+            if SHORTEST <= len(text) <= LONGEST and text not in seen:
+                seen.add(text)
                 yield Description(module, node.name, text)
 
 
@@ -101,9 +101,9 @@ def paragraphs() -> Iterator[tuple[str, str]]:
                 yield f"{first}.", rest
 
 
-def requests(found: Iterable[Description]) -> Iterator[Row]:
+def requests(described: Iterable[Description]) -> Iterator[Row]:
     """Turns descriptions into ordinary requests, three kinds in turn; two of them quote the description."""
-    for number, (name, text) in enumerate((d.name, d.text) for d in found):
+    for number, (name, text) in enumerate((d.name, d.text) for d in described):
         words = text.split()
         half = len(words) // 2
         kinds = (
@@ -122,16 +122,16 @@ def row(identity: str, question: str, answer: str) -> Row:
 
 def write_library(folder: Path) -> dict[str, int]:
     """Writes all rows as jsonl files into `folder`; returns their number by file."""
-    found = list(descriptions(Path(sysconfig.get_paths()["stdlib"])))
-    task = [d for d in found if d.module in MODULES]
-    others = [d for d in found if d.module not in MODULES]
+    described = list(descriptions(Path(sysconfig.get_paths()["stdlib"])))
+    task = [d for d in described if d.module in MODULES]
+    others = [d for d in described if d.module not in MODULES]
     sample, kept = ([d for d in others if d.held_out == held_out] for held_out in (False, True))
     random.Random(0).shuffle(task)  # the first rows, which is what a limit takes, are of all modules
-    asked = [row(f"{i}-{d.name}", d.text, MODULES[d.module]) for i, d in enumerate(task)]
+    rows = [row(f"{i}-{d.name}", d.text, MODULES[d.module]) for i, d in enumerate(task)]
     prose = list(paragraphs())
     files: dict[str, list[Row]] = {
-        "modules-train": [r for r, d in zip(asked, task, strict=True) if not d.held_out],
-        "modules-eval": [r for r, d in zip(asked, task, strict=True) if d.held_out],
+        "modules-train": [r for r, d in zip(rows, task, strict=True) if not d.held_out],
+        "modules-eval": [r for r, d in zip(rows, task, strict=True) if d.held_out],
         "general": list(requests(_spread(sample, GENERAL))),
         "documentation": list(requests(_spread(kept, QUESTIONS))),
         "reference": [

@@ -299,16 +299,16 @@ def xlora(workload: Workload, experts: int) -> Method:
     return Uncached(workload, model)
 
 
-def routed(kind: str, workload: Workload, experts: int) -> Method:
+def routed(router_name: str, workload: Workload, experts: int) -> Method:
     """One of this project's routers."""
-    if kind.startswith("token"):
-        phatgoose = kind == "token_phatgoose"
+    if router_name.startswith("token"):
+        phatgoose = router_name == "token_phatgoose"
         return Routed(
             workload, experts, TokenRouter(experts, null=True, phatgoose=phatgoose, top_k=TOP_K, temperature=1.0)
         )
     features_BF = workload.features()
     prompts = prompt_router(tuple(features_BF[0].tolist()), experts)
-    if kind == "prompt":
+    if router_name == "prompt":
         return Routed(workload, experts, prompts)
     return Routed(workload, experts, TwoLevelRouter(prompts, candidates=PLACES, temperature=1.0))
 

@@ -206,9 +206,9 @@ def measure(cases: Sequence[Case] = CASES) -> list[Comparison]:
 
 def compare(case: Case) -> list[Comparison]:
     """Returns one case's parts."""
-    found = measured(case) | {ANSWERS: measured_answers(case)}
+    values = measured(case) | {ANSWERS: measured_answers(case)}
     expected = predicted(case) | {ANSWERS: predicted_answers(case)}
-    return [Comparison(case.name, part, expected[part], found[part]) for part in found]
+    return [Comparison(case.name, part, expected[part], values[part]) for part in values]
 
 
 def predicted(case: Case) -> dict[str, int]:
@@ -227,14 +227,14 @@ def predicted(case: Case) -> dict[str, int]:
         adapter_bytes=4 if case.dtype == "float32" else 2,
         gpu=False,
     )
-    found = activations(architecture, step)
-    own = _plain_states(architecture, case.rank, step.bytes)
-    moments = moments_of(found, own, layers=case.layers, accumulating=False)
-    peak = own.adapter + own.optimizer + max(sum(parts.values()) for parts in moments.values())
-    kept = found.kept + 4 * step.learned * case.vocabulary  # between the passes the log-softmax is there, too
-    parts = {"frozen weights": own.weights, "optimizer states": own.optimizer, "kept for backward": kept}
+    usage = activations(architecture, step)
+    states = _plain_states(architecture, case.rank, step.bytes)
+    moments = moments_of(usage, states, layers=case.layers, accumulating=False)
+    peak = states.adapter + states.optimizer + max(sum(parts.values()) for parts in moments.values())
+    kept = usage.kept + 4 * step.learned * case.vocabulary  # between the passes the log-softmax is there, too
+    parts = {"frozen weights": states.weights, "optimizer states": states.optimizer, "kept for backward": kept}
     if case.tiles:
-        parts["vision tower"] = found.vision
+        parts["vision tower"] = usage.vision
     return parts | {PEAK: peak}
 
 
@@ -301,7 +301,7 @@ def build(case: Case) -> tuple[Any, dict[str, Tensor]]:
 def measured(case: Case) -> dict[str, int]:
     """Trains two steps and returns what the second one took, by part."""
     model, batch = build(case)
-    parts = taken(model, batch)
+    parts = measured_parts(model, batch)
     if case.tiles:
         with Allocations() as seen:
             inner = model.get_base_model().model
@@ -310,7 +310,7 @@ def measured(case: Case) -> dict[str, int]:
     return parts
 
 
-def taken(model: Any, batch: dict[str, Tensor]) -> dict[str, int]:
+def measured_parts(model: Any, batch: dict[str, Tensor]) -> dict[str, int]:
     """Trains a model two steps and returns what the second one took, by part."""
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     weights, adapter = (sum(p.nbytes for p in model.parameters() if p.requires_grad is on) for on in (False, True))
@@ -386,11 +386,11 @@ def plan(
     file = output / "summary.json"
     write_json(file, summary)
     cases = dict.fromkeys(c.case for c in comparisons)
-    found = {(c.case, c.part): c for c in comparisons}
+    values = {(c.case, c.part): c for c in comparisons}
     rows = []
     for case in cases:
-        peak = found[case, PEAK]
-        errors = [f"{found[case, part].error:.1%}" if (case, part) in found else "-" for part in parts]
+        peak = values[case, PEAK]
+        errors = [f"{values[case, part].error:.1%}" if (case, part) in values else "-" for part in parts]
         rows.append([case, f"{peak.measured / 1e6:.1f}", f"{peak.predicted / 1e6:.1f}", *errors])
     rows.append(["worst", "", "", *(f"{worst[part]:.1%}" for part in parts)])
     header = ["case", "MB measured", "planned", *parts]

@@ -89,24 +89,24 @@ def _on_the_stream(session: StreamSession, learned: LearnResult) -> dict[str, An
         }
 
     pool = learned.pool
-    found = {name: measured(pool.routed_by(**settings), name) for name, settings in ROUTERS.items()}
+    results = {name: measured(pool.routed_by(**settings), name) for name, settings in ROUTERS.items()}
     bare = Pool(pool.base_label, pool.base_fingerprint, pool.router, pool.experts.values())
     for name in WITHOUT_NULL:
-        found[f"{name}_abstaining"] = measured(bare.routed_by(**ROUTERS[name]), f"{name}_abstaining")
+        results[f"{name}_abstaining"] = measured(bare.routed_by(**ROUTERS[name]), f"{name}_abstaining")
     return {
         "base": measured(None, "base"),
         "specialist": measured(pool, "specialist", "told"),
-        "routers": found,
+        "routers": results,
     }
 
 
 def _show_stream(session: StreamSession, summary: Mapping[str, Any]) -> None:
-    told, base = summary["specialist"], summary["base"]
+    oracle, base = summary["specialist"], summary["base"]
     rows = [["base", f"{base['new']:.3f}", _text(base["base_abilities"]), "", "", ""]]
-    rows.append(["specialist, told", f"{told['new']:.3f}", _text(told["base_abilities"]), "1.000", "", ""])
+    rows.append(["specialist, told", f"{oracle['new']:.3f}", _text(oracle["base_abilities"]), "1.000", "", ""])
     for name, r in summary["routers"].items():
         kept = r["base_abilities"] / base["base_abilities"] if base["base_abilities"] else None
-        ratio = r["new"] / told["new"] if told["new"] else None
+        ratio = r["new"] / oracle["new"] if oracle["new"] else None
         rows.append(
             [
                 name,
@@ -142,38 +142,38 @@ def among_many(
     pool = Pool(
         empty.base_label, empty.base_fingerprint, empty.router, experts, empty.null, empty.null_layer_statistics
     )
-    asked = {name: list(synthetic.examples(i, PROMPTS, held_out=True)) for i, name in enumerate(pool.names)}
-    encoded = {name: encode_examples(base.processor, rows, answer=False) for name, rows in asked.items()}
-    answers = {name: [row.answer for row in rows] for name, rows in asked.items()}
+    examples = {name: list(synthetic.examples(i, PROMPTS, held_out=True)) for i, name in enumerate(pool.names)}
+    encoded = {name: encode_examples(base.processor, rows, answer=False) for name, rows in examples.items()}
+    answers = {name: [row.answer for row in rows] for name, rows in examples.items()}
     routed = RoutedModel(base.model, pool)
-    told = {}
+    oracle = {}
     for name, rows in encoded.items():
         with routed.forced(name):
-            told[name] = _accuracy(base, rows, answers[name])
-    found: dict[str, Any] = {"experts": many, "specialist": fmean(told.values()), "routers": {}}
-    for kind, settings in ROUTERS.items():
-        if kind == "token_phatgoose":
+            oracle[name] = _accuracy(base, rows, answers[name])
+    results: dict[str, Any] = {"experts": many, "specialist": fmean(oracle.values()), "routers": {}}
+    for router, settings in ROUTERS.items():
+        if router == "token_phatgoose":
             continue  # it needs routing vectors, which these experts do without
         routed.load(pool.routed_by(**settings))
         quality, right = {}, []
         for name, rows in encoded.items():
             quality[name] = _accuracy(base, rows, answers[name])
             right.append(fmean(decision.expert == name for decision in routed.decisions))
-        found["routers"][kind] = {
+        results["routers"][router] = {
             "new": fmean(quality.values()),
             "routing_accuracy": fmean(right),
-            "largest_loss": max(told[name] - quality[name] for name in told),
+            "largest_loss": max(oracle[name] - quality[name] for name in oracle),
         }
     routed.detach()
-    return found
+    return results
 
 
-def _show_many(session: StreamSession, found: Mapping[str, Any]) -> None:
-    rows = [["specialist, told", f"{found['specialist']:.3f}", "", ""]]
-    for name, r in found["routers"].items():
+def _show_many(session: StreamSession, results: Mapping[str, Any]) -> None:
+    rows = [["specialist, told", f"{results['specialist']:.3f}", "", ""]]
+    for name, r in results["routers"].items():
         rows.append([name, f"{r['new']:.3f}", f"{r['routing_accuracy']:.3f}", f"{r['largest_loss']:.3f}"])
     header = ["router", "new tasks", "routing", "largest loss of a task"]
-    session.progress.show(table(f"Routers among {found['experts']} synthetic experts", header, rows))
+    session.progress.show(table(f"Routers among {results['experts']} synthetic experts", header, rows))
 
 
 def _accuracy(base: Base, rows: Sequence[Encoded], answers: Sequence[str]) -> float:

@@ -97,8 +97,8 @@ def routing(
         numbers = _numbers(experts or (QUICK_EXPERTS if quick else EXPERTS))
         wanted = _names(methods)
         for method in wanted:
-            _known("--methods", method, METHODS)
-        _known("--dtype", dtype, DTYPES)
+            _check_name("--methods", method, METHODS)
+        _check_name("--dtype", dtype, DTYPES)
         cells = cells_of(chosen, numbers, wanted)
         if not cells:
             raise ConfigError(f"--methods {methods}: runs on whole models only; add --sizes {', '.join(MODELS)}")
@@ -138,9 +138,9 @@ def _numbers(text: str) -> list[int]:
     return sorted({int(name) for name in names})
 
 
-def _known(option: str, name: str, known: Mapping[str, object]) -> None:
-    if name not in known:
-        raise ConfigError(f"{option}: no {name!r}; known: {', '.join(known)}")
+def _check_name(option: str, name: str, names: Mapping[str, object]) -> None:
+    if name not in names:
+        raise ConfigError(f"{option}: no {name!r}; known: {', '.join(names)}")
 
 
 def cells_of(sizes: Sequence[str], experts: Sequence[int], methods: Sequence[str]) -> list[Cell]:
@@ -235,10 +235,10 @@ def interleave(steps: Sequence[Step], seconds: float) -> list[list[float]]:
     spent = 0.0
     while not times[0] or (spent < seconds and (len(times[0]) < ROUNDS or spent < SHORTEST)):
         turns.reverse()  # nobody always comes second
-        for step, taken in turns:
+        for step, seconds_of_step in turns:
             begun = perf_counter()
             step.run()
-            taken.append(perf_counter() - begun)
+            seconds_of_step.append(perf_counter() - begun)
             step.reset()
         spent = perf_counter() - started
     return times

@@ -44,9 +44,9 @@ def scale(
             raise ConfigError(f"--tasks {tasks}: at least {FEWEST}, so that the last ten are not the first twenty")
         with open_session(_settings(tasks, steps, output), job="benchmark scale", progress=Terminal()) as session:
             learned = learn_stream(session)
-            found = measure(session, learned.summary)
-            report = publish(session, learned.summary | {"scale": found})
-            _show(session, found)
+            results = measure(session, learned.summary)
+            report = publish(session, learned.summary | {"scale": results})
+            _show(session, results)
             print_next_steps(session, report)
 
 
@@ -105,11 +105,11 @@ def _settings(tasks: int, steps: int, output: Path) -> LearnConfig:
     })  # fmt: skip
 
 
-def _show(session: StreamSession, found: Mapping[str, Any]) -> None:
+def _show(session: StreamSession, results: Mapping[str, Any]) -> None:
     rows = [
-        [key, f"{found[key]:.3f}", f"<= {most:g}", "yes" if found[key] <= most else "NO"]
+        [key, f"{results[key]:.3f}", f"<= {most:g}", "yes" if results[key] <= most else "NO"]
         for key, most in TARGETS.items()
     ]
-    session.progress.show(table(f"{found['tasks']} tasks", ["figure", "measured", "target", "reached"], rows))
-    early, last = (f"{found['seconds'][when]:.1f}" for when in ("early", "last"))
+    session.progress.show(table(f"{results['tasks']} tasks", ["figure", "measured", "target", "reached"], rows))
+    early, last = (f"{results['seconds'][when]:.1f}" for when in ("early", "last"))
     session.progress.say(f"a task takes {early} s at first, {last} s at the end")

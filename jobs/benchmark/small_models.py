@@ -66,10 +66,10 @@ def _template(image: str) -> str:
 
 def _tokenizer(chat_template: str, *special: str) -> PreTrainedTokenizerFast:
     """Returns the demo's base's tokenizer with further special tokens and another chat template."""
-    found = tiny_tokenizer(vocabulary())
-    found.add_special_tokens({"extra_special_tokens": list(special)})
-    found.chat_template = chat_template
-    return found
+    tokenizer = tiny_tokenizer(vocabulary())
+    tokenizer.add_special_tokens({"extra_special_tokens": list(special)})
+    tokenizer.chat_template = chat_template
+    return tokenizer
 
 
 def _text(tokenizer: PreTrainedTokenizerFast, **more: Any) -> dict[str, Any]:
@@ -152,8 +152,8 @@ def qwen3_vl() -> Built:
 
 
 def _idefics(model: Any, config: Any, images: Any, processor: Any) -> Built:
-    places = [f"<row_{i + 1}_col_{j + 1}>" for i in range(6) for j in range(6)]
-    tokenizer = _tokenizer(_template("<image>"), *IDEFICS, *places)
+    tile_tokens = [f"<row_{i + 1}_col_{j + 1}>" for i in range(6) for j in range(6)]
+    tokenizer = _tokenizer(_template("<image>"), *IDEFICS, *tile_tokens)
     vision = {
         "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 32,
         "patch_size": 8, "initializer_range": 0.2,

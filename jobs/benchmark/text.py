@@ -64,11 +64,11 @@ def text(
         with open_session(settings, job="benchmark text", progress=Terminal()) as session:
             learned = learn_stream(session)
             watch = Stopwatch(session.folder / "state" / "clock-text.json")
-            found = measure(session, learned, sequential=sequential)
+            results = measure(session, learned, sequential=sequential)
             seconds = learned.summary["seconds_total"] + watch.lap()
-            report = publish(session, learned.summary | found | {"seconds_total": seconds})
+            report = publish(session, learned.summary | results | {"seconds_total": seconds})
             show_tasks(session, learned.summary)
-            _show(session, found)
+            _show(session, results)
             print_next_steps(session, report)
 
 
@@ -95,15 +95,15 @@ def measure(session: StreamSession, learned: LearnResult, *, sequential: bool) -
         for task in session.config.stream.benchmarks
     }
     routed = RoutedModel(base.model, pool)
-    found: dict[str, dict[str, float]] = {}
+    results: dict[str, dict[str, float]] = {}
     to_base: dict[str, dict[str, float]] = {}
 
     def note(name: str) -> None:
         started = monotonic()
         read = {column: perplexity(routed, kept) for column, kept in rows.items()}
-        found[name] = {column: value for column, (value, _) in read.items()}
+        results[name] = {column: value for column, (value, _) in read.items()}
         to_base[name] = {column: share for column, (_, share) in read.items()}
-        metrics = "  ".join(f"{column} {value:.3f}" for column, value in found[name].items())
+        metrics = "  ".join(f"{column} {value:.3f}" for column, value in results[name].items())
         session.progress.say(f"  perplexity, {name}: {metrics}   ({monotonic() - started:.0f} s)")
 
     with routed.forced(None):
@@ -121,7 +121,7 @@ def measure(session: StreamSession, learned: LearnResult, *, sequential: bool) -
     routed.detach()
     general = {
         "prompts": {column: len(kept) for column, kept in rows.items()},
-        "perplexity": found,
+        "perplexity": results,
         "to_base": to_base,
     }
     return {"general_text": general} | ({} if tuned is None else {"sequential": _evaluated(session, pool, tuned)})
@@ -187,8 +187,8 @@ def _evaluated(session: StreamSession, pool: Pool, tuned: Expert) -> dict[str, f
     return session.evaluate(list(session.columns), alone, tuned.card.config_digest, mode="only").accuracies()
 
 
-def _show(session: StreamSession, found: Mapping[str, Any]) -> None:
-    general = found["general_text"]
+def _show(session: StreamSession, results: Mapping[str, Any]) -> None:
+    general = results["general_text"]
     columns = list(general["prompts"])
     rows = [
         [name, *(f"{values[c]:.3f}" for c in columns), *(f"{general['to_base'][name][c]:.1%}" for c in columns)]
@@ -196,6 +196,6 @@ def _show(session: StreamSession, found: Mapping[str, Any]) -> None:
     ]
     header = ["who answers", *columns, *(f"{c} to base" for c in columns)]
     session.progress.show(table("Perplexity of general text, and how much of it the base answers", header, rows))
-    if "sequential" in found:
-        values = "  ".join(f"{name} {value:.3f}" for name, value in found["sequential"].items())
+    if "sequential" in results:
+        values = "  ".join(f"{name} {value:.3f}" for name, value in results["sequential"].items())
         session.progress.say(f"accuracy of sequential fine-tuning at the end: {values}")

@@ -31,13 +31,13 @@ class Capacity:
         Ray started here has more CPUs in its books than the machine has: then the real ones count, and evaluation is given
         what is left of them.
         """
-        training, asked = self.config.training, self.config.training.parallel_tasks
-        if isinstance(asked, str):
+        training, wanted = self.config.training, self.config.training.parallel_tasks
+        if isinstance(wanted, str):
             fit = self._room
             if self.cluster.started and not training.gpu:
                 fit = min(fit, available_cpus() // (training.workers * training.cpus_per_worker))
-            asked = max(1, fit)
-        return min(asked, len(self.config.stream.tasks))
+            wanted = max(1, fit)
+        return min(wanted, len(self.config.stream.tasks))
 
     @property
     def side_by_side(self) -> bool:
@@ -64,12 +64,12 @@ class Capacity:
         More would not be faster: threads that wait for each other then hold up the steps.
         """
         training = self.config.training
-        taken = (
+        busy_cpus = (
             self.trainings * training.workers * training.cpus_per_worker
             if self.cluster.started and not training.gpu
             else 0
         )
-        return max(1, available_cpus() - taken)
+        return max(1, available_cpus() - busy_cpus)
 
     def check(self, *, trains: bool) -> None:
         """Raises PreflightError where the cluster cannot hold what is asked for.

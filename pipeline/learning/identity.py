@@ -127,6 +127,6 @@ class Identity:
 
     def evaluation(self, tasks: Sequence[TaskConfig], pool: str, mode: str) -> str:
         """The answers of a pool to the prompts of these tasks, and their scores."""
-        asked = [(task.name, self.rows(task.eval, task.prompt), task.metric) for task in tasks]
+        prompts_and_metrics = [(task.name, self.rows(task.eval, task.prompt), task.metric) for task in tasks]
         settings = self.config.evaluation.to_identity(include={"limit", "max_new_tokens"})
-        return digest(asked, self.base, pool, mode, settings)
+        return digest(prompts_and_metrics, self.base, pool, mode, settings)

@@ -67,9 +67,9 @@ def learn_stream(session: StreamSession) -> LearnResult:
             evaluations.end()  # of the pool before, which is whole
             raise
         ended = monotonic()
-        found = _registered(session, task, trained)
-        versions[task.name], metrics[task.name] = found.version, found.metrics
-        pool = pool.add(found.expert)
+        registered = _registered(session, task, trained)
+        versions[task.name], metrics[task.name] = registered.version, registered.metrics
+        pool = pool.add(registered.expert)
         pool.save(pool_folder)
         pool_key = session.pool_key(pool)
         version = session.patience(

@@ -78,9 +78,9 @@ def _told(error: BaseException) -> str:
     if isinstance(error, MlflowException):
         return f"MLflow: {_first(error.message)}; is registry.uri right, and does the server run? {AGAIN.capitalize()}"
     if isinstance(error, OSError):
-        place = f"{error.filename}: " if error.filename is not None else ""
+        path = f"{error.filename}: " if error.filename is not None else ""
         remedy = _REMEDIES.get(error.errno or 0, f"see to it, {AGAIN}")
-        return f"{place}{error.strerror or _first(str(error))}; {remedy}"
+        return f"{path}{error.strerror or _first(str(error))}; {remedy}"
     return f"{type(error).__name__}: {_first(str(error))}; see to it, {AGAIN}"
 
 
@@ -91,10 +91,10 @@ def _first(text: str) -> str:
 def _log(error: BaseException, folder: Path | None) -> Path:
     """Writes the traceback; returns the file."""
     entry = f"{datetime.now(UTC).isoformat(timespec='seconds')}\n{''.join(traceback.format_exception(error))}\n"
-    for place in (folder, Path(tempfile.gettempdir())):
-        if place is None or not place.is_dir():
+    for path in (folder, Path(tempfile.gettempdir())):
+        if path is None or not path.is_dir():
             continue
-        file = place / (LOG if place == folder else f"pointsman-{os.getuid()}-{LOG}")
+        file = path / (LOG if path == folder else f"pointsman-{os.getuid()}-{LOG}")
         try:
             with file.open("a", encoding="utf-8") as log:
                 log.write(without_secrets(entry))

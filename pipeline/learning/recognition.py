@@ -33,14 +33,14 @@ def expert_wanted(session: StreamSession, task: TaskConfig) -> str:
     Raises ChangedError as `stream.on_change` wants it, StreamError where the task's data are not to be had and no expert was
     learned from them.
     """
-    known = _known(session, task)
+    remembered = _remembered(session, task)
     try:
         key = session.identity.expert(task)
     except StreamError as error:
-        return _without_data(session, task, known, error)
-    if known is None or known["config_digest"] in {key, session.identity.expert_before(task)}:
-        return str(known["config_digest"]) if known else key
-    before, now, policy = known.get("identity", {}), session.identity.parts(task), session.config.stream.on_change
+        return _without_data(session, task, remembered, error)
+    if remembered is None or remembered["config_digest"] in {key, session.identity.expert_before(task)}:
+        return str(remembered["config_digest"]) if remembered else key
+    before, now, policy = remembered.get("identity", {}), session.identity.parts(task), session.config.stream.on_change
     changes = differences(before, now)
     alike = bool(before) and all(before.get(name) == value or is_of_statistics(name) for name, value in now.items())
     what = f"task {task.name!r} was learned otherwise: {'; '.join(changes)}"
@@ -51,7 +51,7 @@ def expert_wanted(session: StreamSession, task: TaskConfig) -> str:
         )
     if policy == "keep":
         session.progress.say(f"  {what}; its expert is kept (stream.on_change: keep)")
-        return str(known["config_digest"])
+        return str(remembered["config_digest"])
     session.progress.say(
         f"  {what}; it is trained again (stream.on_change: retrain), the expert before stays in the registry"
         + ("; only statistics depend on that: `pointsman recompute-statistics` takes them without training" * alike)
@@ -71,26 +71,28 @@ def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     """Returns what differs between an expert's parts and what they are now, one text each."""
     if not before:
         return ["its data or settings have changed since an earlier release wrote it"]
-    found = []
+    changes = []
     for name in dict.fromkeys((*before, *now)):
         if before.get(name) == now.get(name):
             continue
         if name == DATA:
-            found.append("its data have changed")
+            changes.append("its data have changed")
         elif name == "base":
-            found.append("the base or how it is loaded has changed (base.path, dtype, attention)")
+            changes.append("the base or how it is loaded has changed (base.path, dtype, attention)")
         else:
-            found.append(
+            changes.append(
                 f"{own_path(name, LearnConfig)} {str(before.get(name))[:SHOWN]} -> {str(now.get(name))[:SHOWN]}"
             )
-    return found
+    return changes
 
 
-def _without_data(session: StreamSession, task: TaskConfig, known: dict[str, Any] | None, error: StreamError) -> str:
+def _without_data(
+    session: StreamSession, task: TaskConfig, remembered: dict[str, Any] | None, error: StreamError
+) -> str:
     """Returns the name of the expert that was learned from data that are gone, or raises the error of reading them."""
-    if known is None:
+    if remembered is None:
         raise error
-    now, before = session.identity.settings(task), dict(known.get("identity", {}))
+    now, before = session.identity.settings(task), dict(remembered.get("identity", {}))
     before.pop(DATA, None)
     if before and (changes := differences(before, now)) and session.config.stream.on_change != "keep":
         raise StreamError(
@@ -100,10 +102,10 @@ def _without_data(session: StreamSession, task: TaskConfig, known: dict[str, Any
     session.progress.say(
         f"  {task.name}: its training data are not to be had ({error}); the expert that was learned from them stands"
     )
-    return str(known["config_digest"])
+    return str(remembered["config_digest"])
 
 
-def _known(session: StreamSession, task: TaskConfig) -> dict[str, Any] | None:
+def _remembered(session: StreamSession, task: TaskConfig) -> dict[str, Any] | None:
     # Earlier releases kept no note of it, but the expert's own card.
     files = _file(session.folder, task.name), session.folder / EXPERTS / task.name / CARD
     return next((read_json(file) for file in files if file.exists()), None)

@@ -51,23 +51,23 @@ def plan(session: StreamSession, old: TrainedPool, *, skip_missing: bool) -> lis
     if not old.experts:
         raise PoolError(f"{old.folder}: the pool holds no expert, so there are no statistics to recompute")
     tasks = {task.name: task for task in session.config.stream.tasks}
-    found, missing = [], {}
+    renewals, missing = [], {}
     for name in old.experts:
         if name not in tasks:
             missing[name] = "no task of that name in stream.tasks"
             continue
         try:
-            found.append(_renewal(session, tasks[name], old))
+            renewals.append(_renewal(session, tasks[name], old))
         except StreamError as error:
             missing[name] = str(error)
     gone = _base_prompts_gone(session)
-    if gone or (missing and not skip_missing) or not found:
+    if gone or (missing and not skip_missing) or not renewals:
         raise MissingError(_told(old, missing, gone))
     for name, reason in missing.items():
         session.progress.say(f"  left out: {name}: {reason}")
     if later := [name for name in tasks if name not in old.experts]:
         session.progress.say(f"  not in the pool, so for `pointsman learn`: {', '.join(later)}")
-    return found
+    return renewals
 
 
 def _renewal(session: StreamSession, task: TaskConfig, old: TrainedPool) -> Renewal:
@@ -99,7 +99,7 @@ def recorded_differences(
     `router` are its pool's settings. Not written down were the learning rate, its schedule, clipping and precision.
     """
     card, expert, now = trained.card, names.config.expert, names.parts(task)
-    said = {
+    trained_with = {
         DATA: card.data_fingerprint,
         "seed": card.seed,
         "expert.rank": card.rank,
@@ -108,13 +108,13 @@ def recorded_differences(
         "router.learning_rate": router.get("learning_rate"),
     }
     if expert.target_modules != "auto":
-        said["expert.target_modules"] = trained.adapter_config.get("target_modules")
-    found = differences(said, {name: now[name] for name in said})
+        trained_with["expert.target_modules"] = trained.adapter_config.get("target_modules")
+    changes = differences(trained_with, {name: now[name] for name in trained_with})
     if card.alpha != expert.lora_alpha:
-        found.append(f"expert.alpha {card.alpha:g} -> {expert.lora_alpha:g}")
+        changes.append(f"expert.alpha {card.alpha:g} -> {expert.lora_alpha:g}")
     if card.samples != (samples := expert.steps * expert.batch_size):
-        found.append(f"expert.steps x expert.batch_size {card.samples} -> {samples}")
-    return found
+        changes.append(f"expert.steps x expert.batch_size {card.samples} -> {samples}")
+    return changes
 
 
 def _check_rows(session: StreamSession, task: TaskConfig) -> None:

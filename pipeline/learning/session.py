@@ -137,17 +137,17 @@ class StreamSession:
                 parts[name] = self._limited(task.eval), task.prompt
             elif self.config.stream.base_prompts is not None:
                 parts[name] = self.config.stream.base_prompts, BASE_PROMPT
-        whose = f"{len(parts)} tasks and families" if len(parts) > 1 else " ".join(parts)
+        whose = f"{len(parts)} tasks and benchmarks" if len(parts) > 1 else " ".join(parts)
         with self.progress.working(f"reading the prompts of {whose}"):
-            found = self._prepare(parts, "eval", answer=False)
+            prepared = self._prepare(parts, "eval", answer=False)
         for name in parts:
-            self.tell_set_aside(found, name, "eval")
-        return found
+            self.tell_set_aside(prepared, name, "eval")
+        return prepared
 
-    def tell_set_aside(self, found: PreparedData, name: str, kind: str) -> None:
-        """Says what of a task's rows (`kind` train or eval) could not be used, if anything, and where it is written down."""
-        if aside := found.aside[name]:
-            self.progress.say(f"  {name}: {aside}: {self.folder}/quarantine/{kind}/{name}.jsonl")
+    def tell_set_aside(self, prepared: PreparedData, name: str, split: str) -> None:
+        """Says what of a task's rows (`split` train or eval) could not be used, if anything, and where it is written down."""
+        if aside := prepared.aside[name]:
+            self.progress.say(f"  {name}: {aside}: {self.folder}/quarantine/{split}/{name}.jsonl")
 
     def _limited(self, source: SourceConfig) -> SourceConfig:
         limit = self.config.evaluation.limit
@@ -158,7 +158,7 @@ class StreamSession:
         """Whether those who train and answer need the vision tower: not where its features are kept."""
         return self.config.data.vision_cache == "off"
 
-    def _prepare(self, sources_: Mapping[str, tuple[SourceConfig, str]], kind: str, *, answer: bool) -> PreparedData:
+    def _prepare(self, sources_: Mapping[str, tuple[SourceConfig, str]], split: str, *, answer: bool) -> PreparedData:
         config = self.config
         parts = {}
         for name, (source, prompt) in sources_.items():
@@ -172,7 +172,7 @@ class StreamSession:
                 config.data,
                 base=self.config.base,
                 data_folder=self.data_folder,
-                quarantine=self.folder / "quarantine" / kind,
+                quarantine=self.folder / "quarantine" / split,
                 answer=answer,
                 features=Path(self.config.output).resolve() / "data" / "features",
                 workers=self.capacity.inference,
@@ -380,23 +380,25 @@ class StreamSession:
         quietly: bool = False,
         who: str = "",
     ) -> Evaluation:
-        """Evaluates a pool on columns (tasks and families), or finds the result of having done so.
+        """Evaluates a pool on columns (tasks and benchmarks), or finds the result of having done so.
 
         `folder` is where the pool lies, for routers whose Linears choose; `who` is what progress calls it. Of each column
         `samples` predictions are kept, with the reasons of the router, which cost as much as its choices: accuracies alone
         need none.
         """
         key = self.identity.evaluation([self.columns[column] for column in columns], pool_digest, mode)
-        whole, brief = (self._state(f"evaluation-{key}{end}.json") for end in ("", "-brief"))
-        file = whole if samples or whole.exists() else brief
+        full, brief = (self._state(f"evaluation-{key}{end}.json") for end in ("", "-brief"))
+        file = full if samples or full.exists() else brief
         if not file.exists():
-            asked = [self._column(self.columns[column]) for column in columns]
-            shown = self.progress.working(f"evaluating {who + ' on ' if who else ''}{len(columns)} tasks and families")
+            tasks = [self._column(self.columns[column]) for column in columns]
+            shown = self.progress.working(
+                f"evaluating {who + ' on ' if who else ''}{len(columns)} tasks and benchmarks"
+            )
             before = self.evaluator.generated
             with nullcontext() if quietly else shown:
                 try:
                     result = self.evaluator.evaluate(
-                        asked,
+                        tasks,
                         pool,
                         key=pool_digest,
                         folder=folder,

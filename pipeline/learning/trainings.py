@@ -57,8 +57,8 @@ class Trainings:
         while self._next < end and self._running < at_once and not self._failed:
             task, self._next, self._running = self._tasks[self._next], self._next + 1, self._running + 1
             following = next(iter(self._tasks[self._next + at_once - 1 :]), None)
-            found = partial(_found_or_trained, self._session, task, following)
-            self._begun[task.name] = begin(found, name=f"training {task.name}")
+            training = partial(_found_or_trained, self._session, task, following)
+            self._begun[task.name] = begin(training, name=f"training {task.name}")
             self._begun[task.name].add_done_callback(partial(self._ended, task.name))
 
     def _ended(self, name: str, done: Future[TrainedExpert]) -> None:
@@ -67,8 +67,8 @@ class Trainings:
             if (error := done.exception()) is not None:
                 self._failed = True
                 if name in self._begun and not self._session.closed:  # others come first
-                    said = str(error).splitlines()[0] if str(error) else type(error).__name__
-                    self._session.progress.say(f"  {name} has failed, which ends the run when its turn comes: {said}")
+                    reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+                    self._session.progress.say(f"  {name} has failed, which ends the run when its turn comes: {reason}")
             self._begin()
 
 

@@ -127,7 +127,7 @@ def solve(classes: Sequence[PromptStatistics], *, shrinkage: float) -> tuple[Ten
 def _shared(classes: Sequence[PromptStatistics], shrinkage: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Returns weights, biases, the shared covariance (F, F), and the standard deviations of all together (F,).
 
-    With one covariance for all classes, the quadratic term of the Gaussians is the same for all, so scores are linear: <x, w> + b.
+    With one covariance for all classes, the quadratic term of the Gaussians is the same for all: scores are linear, <x, w> + b.
     The means are centred and scaled first: raw features are far from zero, and their products would lose digits.
     """
     total = sum(classes[1:], start=classes[0])

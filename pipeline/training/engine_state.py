@@ -42,14 +42,14 @@ def whole_state(engine: Any) -> dict[str, Tensor]:
     for name, parameter, fragment in _fragments(engine):
         shape = getattr(parameter, "ds_shape", parameter.shape)
         for key in (WEIGHT, *MOMENTS):
-            whole = torch.zeros(shape, dtype=torch.float32, device=engine.device)
+            tensor = torch.zeros(shape, dtype=torch.float32, device=engine.device)
             if fragment is not None:
-                own = fragment.master if key == WEIGHT else moments[fragment.master][key]
-                whole.view(-1).narrow(0, fragment.start, fragment.length).copy_(fragment.of(own.detach()))
+                part = fragment.master if key == WEIGHT else moments[fragment.master][key]
+                tensor.view(-1).narrow(0, fragment.start, fragment.length).copy_(fragment.of(part.detach()))
             if shared:  # the others' fragments; each value is held by one rank, so that nothing is rounded
-                dist.all_reduce(whole)
+                dist.all_reduce(tensor)
             if dist.get_rank() == 0:
-                state[f"{name}.{key}"] = whole.cpu()
+                state[f"{name}.{key}"] = tensor.cpu()
     return state
 
 
@@ -65,9 +65,9 @@ def put_state(engine: Any, state: Mapping[str, Tensor], step: int) -> None:
             if fragment is None:
                 continue
             for key in (WEIGHT, *MOMENTS):
-                own = fragment.master if key == WEIGHT else optimizer.state[fragment.master][key]
-                whole = state[f"{name}.{key}"].view(-1)
-                fragment.of(own.detach()).copy_(whole.narrow(0, fragment.start, fragment.length))
+                part = fragment.master if key == WEIGHT else optimizer.state[fragment.master][key]
+                tensor = state[f"{name}.{key}"].view(-1)
+                fragment.of(part.detach()).copy_(tensor.narrow(0, fragment.start, fragment.length))
         with gathered([parameter for _, parameter, _ in fragments], changed=True):
             for name, parameter, _ in fragments:
                 parameter.copy_(state[f"{name}.{WEIGHT}"])
@@ -92,8 +92,8 @@ def _fragments(engine: Any) -> Iterator[tuple[str, nn.Parameter, _Fragment | Non
                 fragment = _Fragment(start, length, masters[group], offset)
         elif engine.zero_optimization_stage() > 0:
             if mapping is not None:
-                held, place = mapping.lp_fragment_address, mapping.get_hp_fragment_address()
-                fragment = _Fragment(held.start, held.numel, masters[mapping.param_group_index], place.start)
+                low, address = mapping.lp_fragment_address, mapping.get_hp_fragment_address()
+                fragment = _Fragment(low.start, low.numel, masters[mapping.param_group_index], address.start)
         else:
             fragment = _Fragment(0, parameter.numel(), masters[number], 0)
         yield name, parameter, fragment

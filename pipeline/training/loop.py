@@ -72,8 +72,8 @@ def run_steps(
         started = time.monotonic()
         waited = loader.wait_seconds
         batches = next(loader)
-        own = [float(sum(answer_tokens(batch) for batch in batches)), float(wanted())]
-        tokens, meeting = over_ranks(torch.tensor(own, dtype=torch.float64, device=device)).tolist()
+        counts = [float(sum(answer_tokens(batch) for batch in batches)), float(wanted())]
+        tokens, meeting = over_ranks(torch.tensor(counts, dtype=torch.float64, device=device)).tolist()
         # DeepSpeed takes the mean over ranks of what we want the sum of.
         share = dist.get_world_size() / max(tokens, 1.0)
         total = torch.zeros((), device=device)

@@ -49,9 +49,9 @@ def null_statistics(
         rows_at_once=workers.batch_size,
     )
     batches = list(read.iter_batches(batch_size=None, batch_format="numpy"))
-    whole = {key: torch.from_numpy(np.concatenate([batch[key] for batch in batches])) for key in batches[0]}
-    null = components(whole.pop(FEATURES), null_components, whole.pop(IDS))
-    return null, {key: PromptStatistics.of(samples) for key, samples in whole.items()}
+    samples_by_name = {key: torch.from_numpy(np.concatenate([batch[key] for batch in batches])) for key in batches[0]}
+    null = components(samples_by_name.pop(FEATURES), null_components, samples_by_name.pop(IDS))
+    return null, {key: PromptStatistics.of(samples) for key, samples in samples_by_name.items()}
 
 
 class StatisticsCollector(FrozenBase):

@@ -22,12 +22,12 @@ def seed_all(*parts: int) -> None:
 def save_random_state(file: Path) -> None:
     """Writes the state of all generators."""
     _, words, gauss = random.getstate()
-    _, keys, place, has_gauss, cached = np.random.get_state()
+    _, keys, position, has_gauss, cached = np.random.get_state()
     state = {
         "python": np.array(words, dtype=np.uint32),
         "python_gauss": np.array([] if gauss is None else [gauss], dtype=np.float64),
         "numpy": np.asarray(keys, dtype=np.uint32),
-        "numpy_gauss": np.array([place, has_gauss, cached], dtype=np.float64),
+        "numpy_gauss": np.array([position, has_gauss, cached], dtype=np.float64),
         "torch": torch.get_rng_state().numpy(),
     }
     if torch.cuda.is_available():
@@ -40,8 +40,8 @@ def load_random_state(file: Path) -> None:
     state = load_file(file)
     gauss = state["python_gauss"].tolist()
     random.setstate((3, tuple(state["python"].tolist()), gauss[0] if gauss else None))
-    place, has_gauss, cached = state["numpy_gauss"].tolist()
-    np.random.set_state(("MT19937", state["numpy"], int(place), int(has_gauss), cached))
+    position, has_gauss, cached = state["numpy_gauss"].tolist()
+    np.random.set_state(("MT19937", state["numpy"], int(position), int(has_gauss), cached))
     torch.set_rng_state(torch.from_numpy(state["torch"]))
     if "cuda" in state and torch.cuda.is_available():
         torch.cuda.set_rng_state(torch.from_numpy(state["cuda"]))

@@ -33,7 +33,7 @@ def collect_features(
     `run` is the base or the engine around it. Every rank gives equally many batches, None where it has no more rows: it
     then runs its last ones again and leaves them out, since ZeRO-3 wants all ranks to run.
     """
-    found: list[tuple[Tensor, Tensor]] = []
+    features_and_ids: list[tuple[Tensor, Tensor]] = []
     seen: list[Tensor] = []
     reader = PromptFeatureHook(base.model, lambda features, tokens: seen.append(features))
     last: Sequence[Encoded] | None = None
@@ -49,10 +49,10 @@ def collect_features(
                 (features_BS,) = seen
                 seen.clear()
                 if given is not None:
-                    found.append((project(features_BS, width).cpu(), ids(given)))
+                    features_and_ids.append((project(features_BS, width).cpu(), ids(given)))
     finally:
         reader.remove()
-    features, given_ids = zip(*(part for parts in over_ranks(found) for part in parts), strict=True)
+    features, given_ids = zip(*(part for parts in over_ranks(features_and_ids) for part in parts), strict=True)
     return torch.cat(features), torch.cat(given_ids)
 
 
@@ -82,16 +82,16 @@ class LayerInputCollector:
     def collect(self) -> dict[str, Tensor]:
         """Takes the hooks off; returns the samples (N, F) of every distinct input of all ranks' rows, alike on every rank."""
         self._reader.remove()
-        own = {path: torch.cat(samples) for path, samples in self._reader.samples.items()}
-        parts = over_ranks(own)
+        value = {path: torch.cat(samples) for path, samples in self._reader.samples.items()}
+        parts = over_ranks(value)
         paths = dict.fromkeys(path for part in parts for path in part)
         return {path: torch.cat([part[path] for part in parts if path in part]) for path in paths}
 
 
-def over_ranks(own: Any) -> list[Any]:
+def over_ranks(value: Any) -> list[Any]:
     """Returns what every rank has, in the order of ranks."""
     if not dist.is_initialized() or dist.get_world_size() == 1:
-        return [own]
+        return [value]
     parts: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(parts, own)
+    dist.all_gather_object(parts, value)
     return parts

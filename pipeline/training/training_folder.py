@@ -50,9 +50,9 @@ def load_state(engine: Any, folder: Path, step: int, *, ranks: int) -> None:
     with stored_file(folder / STATE, begun_anew(folder)):
         put_state(engine, load_file(folder / STATE), step)
     if ranks == dist.get_world_size():
-        own = folder / f"random-{dist.get_rank()}.safetensors"
-        with stored_file(own, begun_anew(folder)):
-            load_random_state(own)
+        file = folder / f"random-{dist.get_rank()}.safetensors"
+        with stored_file(file, begun_anew(folder)):
+            load_random_state(file)
 
 
 class TrainingFolder:

@@ -75,18 +75,18 @@ def train(settings: dict[str, Any]) -> None:
     queue.enter.remote(rank, ray.get_runtime_context().current_actor)
     number = _agreed(ray.get(queue.first.remote()) if rank == 0 else None)
     try:
-        while (taken := ray.get(queue.take.remote(number))) is not None:
-            spec = TrainSpec.model_validate(taken[0])
+        while (entry := ray.get(queue.take.remote(number))) is not None:
+            spec = TrainSpec.model_validate(entry[0])
             folder = storage / f"{spec.task}-{spec.digest}"
             # Workers may have died after the last step, before they told of it; those of a driver that was killed go on for
             # a moment.
-            found = _agreed(TrainingFolder(folder).metrics() if rank == 0 else None)
+            finished = _agreed(TrainingFolder(folder).metrics() if rank == 0 else None)
             metrics = (
-                _work(spec, ray.get(taken[1][0]), queue, folder, base)
-                if found is None
-                else found | {ALREADY_FINISHED: True}
+                _work(spec, ray.get(entry[1][0]), queue, folder, base)
+                if finished is None
+                else finished | {ALREADY_FINISHED: True}
             )
-            taken = None  # the rows
+            entry = None  # the rows
             free_memory()
             if rank == 0:
                 ray.get(queue.finish.remote(number, metrics))

@@ -278,9 +278,9 @@ def test_a_stream_needs_a_task(file):
 
 @pytest.mark.parametrize("output", ["s3://bucket/runs", "gs://bucket/runs", "file://elsewhere/runs"])
 def test_results_need_a_file_system(file, output):
-    said = error_of(file, STREAM, f"output={output}")
-    assert "output: " in said
-    assert "mount the storage and name the mounted folder" in said
+    output = error_of(file, STREAM, f"output={output}")
+    assert "output: " in output
+    assert "mount the storage and name the mounted folder" in output
 
 
 def test_a_file_uri_is_its_path(file):
@@ -317,11 +317,11 @@ def test_keys_are_cut_out_of_any_text(text):
 def test_pools_whose_linears_choose_are_evaluated_now_and_then() -> None:
     tasks = [{"name": f"t{n}", "train": "a.jsonl", "eval": "b.jsonl"} for n in range(5)]
     settings = {"stream": {"tasks": tasks}, "evaluation": {"every": 2}}
-    found = {}
+    actual = {}
     for kind in ("prompt", "two_level", "token"):
         config = LearnConfig.model_validate(settings | {"router": {"kind": kind}})
-        found[kind] = [learned for learned in range(1, 6) if config.is_evaluated(learned)]
-    assert found == {"prompt": [1, 2, 3, 4, 5], "two_level": [2, 4, 5], "token": [2, 4, 5]}
+        actual[kind] = [learned for learned in range(1, 6) if config.is_evaluated(learned)]
+    assert actual == {"prompt": [1, 2, 3, 4, 5], "two_level": [2, 4, 5], "token": [2, 4, 5]}
 
 
 def test_memory_for_experts_is_a_size() -> None:
@@ -350,7 +350,7 @@ def test_only_what_is_sharded_is_offloaded(stage, offload, remedy) -> None:
 
 
 def test_what_is_wrong_between_fields_is_said_without_all_that_is_right(file) -> None:
-    said = error_of(file, STREAM, "expert.batch_size=2", "training.workers=4")
-    assert said.startswith(f"{file}: expert.batch_size is 2 and training.workers 4: ")
-    assert "given" not in said
-    assert "digits" not in said
+    output = error_of(file, STREAM, "expert.batch_size=2", "training.workers=4")
+    assert output.startswith(f"{file}: expert.batch_size is 2 and training.workers 4: ")
+    assert "given" not in output
+    assert "digits" not in output

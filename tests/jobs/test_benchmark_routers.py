@@ -23,12 +23,12 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> LearnConfig:
 def test_many_experts_are_told_apart_and_the_base_stays_as_it_is(tiny_base, known_pool, quick):
     before = checksum(tiny_base.model)
     empty = Pool("tiny", tiny_base.fingerprint, quick.router, [], known_pool.null, known_pool.null_layer_statistics)
-    found = among_many(tiny_base, empty, quick, 6)
-    assert found["experts"] == 6
-    assert found["routers"].keys() == {"token", "prompt", "two_level"}
+    actual = among_many(tiny_base, empty, quick, 6)
+    assert actual["experts"] == 6
+    assert actual["routers"].keys() == {"token", "prompt", "two_level"}
     for kind in ("prompt", "two_level"):
-        assert found["routers"][kind]["routing_accuracy"] >= 0.9
-        assert found["routers"][kind]["new"] == pytest.approx(found["specialist"], abs=0.15)
+        assert actual["routers"][kind]["routing_accuracy"] >= 0.9
+        assert actual["routers"][kind]["new"] == pytest.approx(actual["specialist"], abs=0.15)
     assert checksum(tiny_base.model) == before
     assert not any(
         isinstance(module, torch.nn.Linear) and "lora" in name for name, module in tiny_base.model.named_modules()

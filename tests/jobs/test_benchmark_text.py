@@ -40,9 +40,9 @@ def test_nothing_is_both_learned_and_asked(library):
     names = {part: {row["id"].partition("-")[2] for row in rows(texts[part])} for part in texts}
     assert not names["modules-train"] & names["modules-eval"]
     assert not names["general"] & names["documentation"]
-    said = {part: {row["messages"][0]["content"] for row in rows(texts[part])} for part in texts}
-    parts = list(said)
-    assert not any(said[a] & said[b] for i, a in enumerate(parts) for b in parts[i + 1 :])
+    output = {part: {row["messages"][0]["content"] for row in rows(texts[part])} for part in texts}
+    parts = list(output)
+    assert not any(output[a] & output[b] for i, a in enumerate(parts) for b in parts[i + 1 :])
 
 
 def test_the_same_rows_every_time(library, tmp_path):
@@ -58,8 +58,8 @@ def test_descriptions_are_first_paragraphs_and_come_once(tmp_path):
     )
     (tmp_path / "test").mkdir()
     (tmp_path / "test" / "third.py").write_text(f'def f():\n    """{TEXT}!"""\n')
-    found = [(d.module, d.name, d.text) for d in descriptions(tmp_path)]
-    assert found == [("first", "f", f"{TEXT}."), ("second", "h", f"{TEXT}, too.")]
+    actual = [(d.module, d.name, d.text) for d in descriptions(tmp_path)]
+    assert actual == [("first", "f", f"{TEXT}."), ("second", "h", f"{TEXT}, too.")]
 
 
 def test_prose_is_not_a_description():

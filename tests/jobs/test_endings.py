@@ -64,7 +64,7 @@ def test_handlers_are_as_before() -> None:
 
 
 @pytest.mark.parametrize(
-    ("error", "said"),
+    ("error", "output"),
     [
         (OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "/runs/x"), "/runs/x: No space left .*make room or choose"),
         (PermissionError(errno.EACCES, "Permission denied", "/runs/x"), "/runs/x: Permission denied; .*permissions"),
@@ -72,8 +72,8 @@ def test_handlers_are_as_before() -> None:
         (MlflowException("API request failed\nwith a stack"), r"MLflow: API request failed; is registry\.uri right"),
     ],
 )
-def test_errors_from_outside_are_one_message_with_a_log(tmp_path: Path, error: Exception, said: str) -> None:
-    with pytest.raises(OutsideError, match=said) as raised, outside_errors(tmp_path):
+def test_errors_from_outside_are_one_message_with_a_log(tmp_path: Path, error: Exception, output: str) -> None:
+    with pytest.raises(OutsideError, match=output) as raised, outside_errors(tmp_path):
         raise error
     assert str(tmp_path / "error.log") in str(raised.value)
     assert "Traceback" in (tmp_path / "error.log").read_text()
@@ -118,7 +118,7 @@ DEMO = "jobs/configs/demo.yaml"
 
 
 @pytest.mark.parametrize(
-    ("words", "said"),
+    ("words", "output"),
     [
         (["ui", "--output", "{folder}"], "mlflow.db is no SQLite database"),
         (["pretrain-tiny", "--sampling", "some"], "--sampling some: choose even or loss"),
@@ -130,9 +130,9 @@ DEMO = "jobs/configs/demo.yaml"
         (["learn", DEMO, "output=/proc/nothing"], "/proc/nothing"),
     ],
 )
-def test_a_wrong_input_is_a_message(tmp_path: Path, words: list[str], said: str) -> None:
+def test_a_wrong_input_is_a_message(tmp_path: Path, words: list[str], output: str) -> None:
     (tmp_path / "mlflow.db").write_bytes(b"\x89PNG")
     filled = [word.format(folder=tmp_path, file=tmp_path / "mlflow.db") for word in words]
     outcome = CliRunner().invoke(app, filled)
     assert outcome.exit_code == 2, outcome.output
-    assert said in outcome.output
+    assert output in outcome.output

@@ -55,14 +55,14 @@ def lines(outcome: Any) -> dict[str, str]:
 def test_it_says_who_answered_what_and_why(run: Any, image: Path, tmp_path: Path, router: tuple[str, ...]) -> None:
     outcome = run("--image", str(image), *router)
     assert outcome.exit_code == 0, outcome.output
-    said = lines(outcome)
-    assert said["expert"] == "painter"
-    assert len(said["answer"].split()) <= 3
-    assert said["because"].startswith("painter: ")
+    output = lines(outcome)
+    assert output["expert"] == "painter"
+    assert len(output["answer"].split()) <= 3
+    assert output["because"].startswith("painter: ")
     assert "Candidate experts" in outcome.output
     for name in (*CLAIMS, "base"):
         assert any(name in line and "%" in line and "│" in line for line in outcome.output.splitlines())
-    assert said["picture"] == str(tmp_path / "new" / "why.png")
+    assert output["picture"] == str(tmp_path / "new" / "why.png")
     assert Image.open(tmp_path / "new" / "why.png").format == "PNG"
 
 
@@ -74,10 +74,10 @@ def test_the_answer_is_the_models(run: Any, tiny_base: Base, known_pool: Pool) -
         tokens, _ = generate(tiny_base, [row], tokens=3)
     outcome = run(prompt=question)
     assert outcome.exit_code == 0, outcome.output
-    said = lines(outcome)
-    assert said["expert"] == "speaker"
+    output = lines(outcome)
+    assert output["expert"] == "speaker"
     expected = tiny_base.processor.tokenizer.decode(tokens[0], skip_special_tokens=True).strip()
-    assert expected.startswith(said["answer"])
+    assert expected.startswith(output["answer"])
 
 
 def test_several_images_may_stand_within_the_prompt(run: Any, image: Path) -> None:

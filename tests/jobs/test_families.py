@@ -17,14 +17,14 @@ def output(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def found(output):
+def actual(output):
     """A family with marks, grids and a list of features, of which the tower is not even loaded."""
     return prove([], ["qwen2_5_vl"], output, tasks=1, steps=3)
 
 
-def test_another_process_finds_the_same(found):
-    assert found.keys() == {"qwen2_5_vl (kept)"}
-    for proof in found.values():
+def test_another_process_finds_the_same(actual):
+    assert actual.keys() == {"qwen2_5_vl (kept)"}
+    for proof in actual.values():
         assert proof["logit_difference"] <= 1e-5 < proof["effect_of_experts"]
         assert proof["decisions_equal"]
         assert proof["code_from_registry"]
@@ -32,11 +32,11 @@ def test_another_process_finds_the_same(found):
         assert len(proof["decisions"]) == proof["prompts"] == 6
 
 
-def test_image_features_were_kept(found, output):
+def test_image_features_were_kept(actual, output):
     assert any((output / "data" / "features").glob("digits-*/_SUCCESS"))
 
 
-def test_pools_are_told_apart(found, output):
+def test_pools_are_told_apart(actual, output):
     pool = Pool.load(output / "qwen2_5_vl-kept" / "pool")
     assert difference(pool, pool)["weight_difference"] == 0
     other = Pool.load(output / "qwen2_5_vl-kept" / "pool")

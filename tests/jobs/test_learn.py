@@ -170,9 +170,9 @@ def test_what_another_run_has_registered_is_not_learned_again(undisturbed, tmp_p
     assert answer.returncode == 0, answer.stderr[-3000:]
     assert "digits: another run has learned it" in answer.stdout
     assert not (tmp_path / "colleague" / "training").exists()
-    found = json.loads((tmp_path / "colleague" / "summary.json").read_text())
-    assert found["accuracy_matrix"] == summary["accuracy_matrix"]
-    assert found["tasks"]["echo"]["samples"] == summary["tasks"]["echo"]["samples"]
+    actual = json.loads((tmp_path / "colleague" / "summary.json").read_text())
+    assert actual["accuracy_matrix"] == summary["accuracy_matrix"]
+    assert actual["tasks"]["echo"]["samples"] == summary["tasks"]["echo"]["samples"]
     assert versions(config, "untrained.experts") == ["1", "2"]
 
 

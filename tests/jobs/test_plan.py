@@ -49,8 +49,10 @@ def test_json_is_the_file(run: Any, tmp_path: Path) -> None:
 def test_it_says_what_to_change(run: Any) -> None:
     outcome = run(STREAM, *BASE, "data.vision_cache=off", "training.micro_batch=4", "data.max_tokens=8192")
     assert outcome.exit_code == 0, outcome.output
-    said = [line.split("   ")[0] for line in outcome.output.splitlines() if "does not fit" in line or "  then" in line]
-    assert said == [
+    output = [
+        line.split("   ")[0] for line in outcome.output.splitlines() if "does not fit" in line or "  then" in line
+    ]
+    assert output == [
         "does not fit  144.38 of 24.00 GB on a10g (logits and loss)",
         "  then still not: data.vision_cache=features",
         "  then still not: training.micro_batch=1",

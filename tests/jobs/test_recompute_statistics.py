@@ -185,10 +185,10 @@ def test_statistics_are_those_of_a_pool_that_is_learned_afresh(aged: Aged, renew
     assert {component.width for component in pool.null} == {384}
 
 
-def assert_same(found: PromptStatistics, expected: PromptStatistics, *, atol: float = 1e-6) -> None:
-    assert found.count == expected.count
-    torch.testing.assert_close(found.mean_F, expected.mean_F, rtol=1e-6, atol=atol)
-    covariances = found.scatter_FF / found.count, expected.scatter_FF / expected.count
+def assert_same(actual: PromptStatistics, expected: PromptStatistics, *, atol: float = 1e-6) -> None:
+    assert actual.count == expected.count
+    torch.testing.assert_close(actual.mean_F, expected.mean_F, rtol=1e-6, atol=atol)
+    covariances = actual.scatter_FF / actual.count, expected.scatter_FF / expected.count
     torch.testing.assert_close(*covariances, rtol=1e-5, atol=atol)
 
 
@@ -219,12 +219,12 @@ def test_learning_goes_on_from_the_recomputed_experts(
         for number, task in enumerate(settings.stream.tasks, start=1):
             trained = begun.expert(task)
             assert trained.before
-            found = learn._registered(session, task, trained)
-            assert_same(found.expert.expert.statistics, renewed[0].experts[task.name].statistics)
-            assert int(found.version.version) == number
-            assert found.metrics["samples"] == 12 * 16
-            assert found.metrics["rows"] == ROWS[task.name]
-            assert found.metrics["quarantined"] == (task.name == "echo")
+            actual = learn._registered(session, task, trained)
+            assert_same(actual.expert.expert.statistics, renewed[0].experts[task.name].statistics)
+            assert int(actual.version.version) == number
+            assert actual.metrics["samples"] == 12 * 16
+            assert actual.metrics["rows"] == ROWS[task.name]
+            assert actual.metrics["quarantined"] == (task.name == "echo")
 
 
 def test_a_registered_pool_explains_itself(
@@ -255,12 +255,12 @@ def test_damaged_experts_come_from_the_registry_or_are_not_there(aged: Aged, ren
     mine = dataclasses.replace(registered, card=card, adapters=adapters)
     with open_session(load_config(aged.config, [], LearnConfig), job="test", trains=False) as session:
         session.experts.put(mine)
-        for expert, found in ((registered, True), (mine, False)):
+        for expert, actual in ((registered, True), (mine, False)):
             reference = session.reference("digits", expert.card.config_digest)
             weights = session.experts.folder_of(reference) / "adapter_model.safetensors"
             whole = weights.read_bytes()
             weights.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
-            assert session.has_expert(reference) == found
+            assert session.has_expert(reference) == actual
             session.experts.put(expert)
             assert weights.read_bytes() == whole
             assert session.has_expert(reference)

@@ -20,15 +20,15 @@ def test_one_seed_is_what_it_is() -> None:
 
 def test_several_seeds_are_mean_and_spread() -> None:
     new, abilities = (0.2, 0.5, 0.9), (0.1, 0.1, 0.4)
-    found = over_seeds([result(*pair) for pair in zip(new, abilities, strict=True)], 7)
-    assert found["new"] == pytest.approx(fmean(new))
-    assert found["columns"] == found["columns_by_row"] == {"digits": pytest.approx(fmean(new))}
-    assert found["spread"] == {"new": pytest.approx(stdev(new)), "base_abilities": pytest.approx(stdev(abilities))}
-    assert found["by_seed"]["9"] == {"new": 0.9, "base_abilities": 0.4}
-    assert (found["samples"], found["seconds"]) == (64, pytest.approx(10 * fmean(new)))
+    actual = over_seeds([result(*pair) for pair in zip(new, abilities, strict=True)], 7)
+    assert actual["new"] == pytest.approx(fmean(new))
+    assert actual["columns"] == actual["columns_by_row"] == {"digits": pytest.approx(fmean(new))}
+    assert actual["spread"] == {"new": pytest.approx(stdev(new)), "base_abilities": pytest.approx(stdev(abilities))}
+    assert actual["by_seed"]["9"] == {"new": 0.9, "base_abilities": 0.4}
+    assert (actual["samples"], actual["seconds"]) == (64, pytest.approx(10 * fmean(new)))
 
 
 def test_a_stream_without_benchmarks_has_no_base_abilities() -> None:
-    found = over_seeds([result(0.2, None), result(0.4, None)], 0)
-    assert found["base_abilities"] is None
-    assert found["spread"].keys() == found["by_seed"]["1"].keys() == {"new"}
+    actual = over_seeds([result(0.2, None), result(0.4, None)], 0)
+    assert actual["base_abilities"] is None
+    assert actual["spread"].keys() == actual["by_seed"]["1"].keys() == {"new"}

@@ -72,15 +72,15 @@ def test_how_it_is_computed_changes_nothing(config: Path, learned: str, capsys) 
 
 def test_other_settings_train_again_and_say_which(config: Path, learned: str, capsys) -> None:
     assert wanted(opened(config, "expert.rank=4", "seed=7")) != learned
-    said = " ".join(capsys.readouterr().out.split())
-    assert "task 'hum' was learned otherwise: seed 0 -> 7; expert.rank 8 -> 4; it is trained again" in said
-    assert "the expert before stays in the registry" in said
+    output = " ".join(capsys.readouterr().out.split())
+    assert "task 'hum' was learned otherwise: seed 0 -> 7; expert.rank 8 -> 4; it is trained again" in output
+    assert "the expert before stays in the registry" in output
 
 
 def test_other_statistics_need_no_training(config: Path, learned: str, capsys) -> None:
-    for overrides, told in ((["router.feature_width=64"], True), (["router.feature_width=64", "seed=7"], False)):
+    for overrides, messages in ((["router.feature_width=64"], True), (["router.feature_width=64", "seed=7"], False)):
         assert wanted(opened(config, *overrides)) != learned
-        assert ("`pointsman recompute-statistics` takes them" in " ".join(capsys.readouterr().out.split())) is told
+        assert ("`pointsman recompute-statistics` takes them" in " ".join(capsys.readouterr().out.split())) is messages
 
 
 def test_other_data_are_told(config: Path, learned: str, capsys) -> None:
@@ -103,9 +103,9 @@ def test_a_change_may_be_an_error(config: Path, learned: str) -> None:
 def test_data_that_are_gone_are_not_needed(config: Path, learned: str, capsys) -> None:
     (config.parent / "train.jsonl").unlink()
     assert wanted(opened(config)) == learned
-    said = " ".join(capsys.readouterr().out.split())
-    assert "hum: its training data are not to be had" in said
-    assert "train.jsonl" in said
+    output = " ".join(capsys.readouterr().out.split())
+    assert "hum: its training data are not to be had" in output
+    assert "train.jsonl" in output
 
 
 def test_data_that_are_gone_are_needed_for_other_settings(config: Path, learned: str) -> None:

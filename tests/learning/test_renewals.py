@@ -46,7 +46,7 @@ def test_how_statistics_are_taken_is_no_difference(config: Path, override: str) 
 
 
 @pytest.mark.parametrize(
-    ("override", "said"),
+    ("override", "output"),
     [
         ("expert.rank=4", ["expert.rank 8 -> 4", "expert.alpha 16 -> 8"]),
         ("expert.steps=9", ["expert.steps x expert.batch_size 8000 -> 288"]),
@@ -57,5 +57,5 @@ def test_how_statistics_are_taken_is_no_difference(config: Path, override: str) 
         ("data.max_tokens=64", ["its data have changed"]),
     ],
 )
-def test_another_training_is_told(config: Path, override: str, said: list[str]) -> None:
-    assert differences(config, override) == said
+def test_another_training_is_told(config: Path, override: str, output: list[str]) -> None:
+    assert differences(config, override) == output

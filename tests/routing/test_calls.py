@@ -19,7 +19,7 @@ from pipeline.config import BaseModelConfig
 from pipeline.models.bases import load_base
 from pipeline.models.prompts import generate_answers
 from pipeline.routing import Decision, Pool, PoolError, RoutedModel
-from pipeline.routing.insight import explain, candidates_of_call
+from pipeline.routing.insight import candidates_of_call, explain
 from pipeline.routing.routed_linear import RoutedLinear
 from tests.helpers import (
     CLAIMS,
@@ -73,7 +73,12 @@ def test_threads_get_the_answers_of_one_by_one(tiny_base, known_pool, mixed, set
                 text = answer(tiny_base, rows[number % len(rows)])
             assert call.decisions == routed.decisions
             (decision,) = call.decisions
-            return text, decision.expert, decision.weights, [candidate.name for candidate in candidates_of_call(call)[0]]
+            return (
+                text,
+                decision.expert,
+                decision.weights,
+                [candidate.name for candidate in candidates_of_call(call)[0]],
+            )
 
         expected = [
             (text, expert, pytest.approx(weights, abs=1e-5), names)
@@ -97,8 +102,8 @@ def test_what_one_thread_forces_another_does_not_see(tiny_base, known_pool, mixe
                 answer(tiny_base, rows[row])
             return routed.decisions[0].expert == forced
 
-        found = at_once(ask_one, 4 * len(rows))
-    assert found == [owners[n % len(rows)] if n % 3 == 2 else True for n in range(len(found))]
+        actual = at_once(ask_one, 4 * len(rows))
+    assert actual == [owners[n % len(rows)] if n % 3 == 2 else True for n in range(len(actual))]
 
 
 def test_traces_and_prompt_masks_are_the_threads_own(tiny_base, known_pool, mixed):
@@ -114,9 +119,11 @@ def test_traces_and_prompt_masks_are_the_threads_own(tiny_base, known_pool, mixe
                     tiny_base.model(**batch_of(tiny_base, [trained]))
                     routed._reader.prompt_mask = None
                     return routed.last.state.traces is None and not routed.last.state.tokens_BT.all()
-                (found,) = explain(routed, batch_of(tiny_base, [rows[number % len(rows)]]))
+                (actual,) = explain(routed, batch_of(tiny_base, [rows[number % len(rows)]]))
             (own,) = expected[number % len(rows)]
-            return all(torch.allclose(weights, own.weights[path], atol=1e-5) for path, weights in found.weights.items())
+            return all(
+                torch.allclose(weights, own.weights[path], atol=1e-5) for path, weights in actual.weights.items()
+            )
 
         assert all(at_once(run, 4 * len(rows)))
 
@@ -135,20 +142,20 @@ def test_two_answers_in_turns_in_one_thread(tiny_base, known_pool, mixed, settin
             with routed.call() as call:
                 outputs.append(tiny_base.model(**batch, past_key_values=make(tiny_base), use_cache=True))
             calls.append(call)
-        found = [[output.logits[:, -1]] for output in outputs]
+        actual = [[output.logits[:, -1]] for output in outputs]
         masks = [batch["attention_mask"] for batch in batches]
         for _ in range(TOKENS - 1):
             for i, output in enumerate(outputs):
                 masks[i] = torch.cat([masks[i], masks[i].new_ones(1, 1)], dim=-1)
                 outputs[i] = tiny_base.model(
-                    input_ids=found[i][-1].argmax(-1, keepdim=True),
+                    input_ids=actual[i][-1].argmax(-1, keepdim=True),
                     attention_mask=masks[i],
                     past_key_values=output.past_key_values,
                     use_cache=True,
                 )
-                found[i].append(outputs[i].logits[:, -1])
+                actual[i].append(outputs[i].logits[:, -1])
         assert [call.decisions for call in calls] == wanted
-    for logits, own in zip(found, expected, strict=True):
+    for logits, own in zip(actual, expected, strict=True):
         torch.testing.assert_close(torch.stack(logits, dim=1), own, rtol=1e-4, atol=2e-4)
 
 
@@ -324,7 +331,7 @@ def test_nothing_of_a_call_outlives_its_cache(tiny_base, known_pool, mixed):
 def test_an_idle_thread_does_not_keep_the_pool_of_its_last_call(tiny_base, known_pool, mixed):
     with attached(tiny_base, known_pool.remove("reader")) as routed:
         before = weakref.ref(routed._loaded[0])
-        asked, done, found = threading.Barrier(3), threading.Event(), []
+        asked, done, actual = threading.Barrier(3), threading.Event(), []
 
         def ask_and_wait(*, inside: bool) -> None:
             if inside:
@@ -335,7 +342,7 @@ def test_an_idle_thread_does_not_keep_the_pool_of_its_last_call(tiny_base, known
                 tiny_base.model(**batch_of(tiny_base, mixed[0][:1]), use_cache=False)  # as in training, with gradients
             asked.wait()
             done.wait()
-            found.append([decision.expert for decision in routed.decisions])
+            actual.append([decision.expert for decision in routed.decisions])
 
         threads = [threading.Thread(target=ask_and_wait, kwargs={"inside": inside}) for inside in (True, False)]
         for thread in threads:
@@ -350,8 +357,8 @@ def test_an_idle_thread_does_not_keep_the_pool_of_its_last_call(tiny_base, known
             done.set()
             for thread in threads:
                 thread.join()
-        assert found[0] == found[1]
-        assert len(found[0]) == 1
+        assert actual[0] == actual[1]
+        assert len(actual[0]) == 1
 
 
 def test_an_offloaded_linear_is_refused_by_name(tiny_base, known_pool):

@@ -80,7 +80,7 @@ def test_an_incomplete_folder_names_the_missing_file(folder, name):
 
 
 @pytest.mark.parametrize(
-    ("values", "said"),
+    ("values", "output"),
     [
         ({"use_dora": True}, "use_dora"),
         ({"modules_to_save": ["lm_head"]}, "modules_to_save"),
@@ -90,9 +90,9 @@ def test_an_incomplete_folder_names_the_missing_file(folder, name):
         ({"peft_type": "IA3"}, "peft_type 'IA3'"),
     ],
 )
-def test_other_than_plain_lora_is_refused(folder, values, said):
+def test_other_than_plain_lora_is_refused(folder, values, output):
     change_config(folder, **values)
-    with pytest.raises(ExpertError, match=rf"{ADAPTER_CONFIG}: only plain LoRA can be routed; .*{said}"):
+    with pytest.raises(ExpertError, match=rf"{ADAPTER_CONFIG}: only plain LoRA can be routed; .*{output}"):
         Expert.load(folder)
 
 

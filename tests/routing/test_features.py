@@ -29,13 +29,13 @@ def text_BT(image_BT):
 
 
 def test_they_are_mean_and_deviation_of_image_and_mean_of_text(embeds_BTD, image_BT, text_BT):
-    found = prompt_features(embeds_BTD, image_BT, text_BT)
-    assert found.shape == (B, 3 * D)
+    actual = prompt_features(embeds_BTD, image_BT, text_BT)
+    assert actual.shape == (B, 3 * D)
     for b in range(2):
         image_ND, text_ND = embeds_BTD[b, image_BT[b]], embeds_BTD[b, text_BT[b]]
         for i, part_D in enumerate((image_ND.mean(0), image_ND.std(0, correction=0), text_ND.mean(0))):
             expected_D = part_D / part_D.norm() if part_D.any() else part_D  # one image token does not deviate
-            torch.testing.assert_close(found[b, i * D : (i + 1) * D], expected_D)
+            torch.testing.assert_close(actual[b, i * D : (i + 1) * D], expected_D)
 
 
 def test_a_text_only_prompt_has_zeros_for_its_image(embeds_BTD, image_BT, text_BT):
@@ -46,10 +46,10 @@ def test_a_text_only_prompt_has_zeros_for_its_image(embeds_BTD, image_BT, text_B
 
 
 def test_parts_count_the_same_whatever_their_size_in_a_base(embeds_BTD, image_BT, text_BT):
-    found = prompt_features(embeds_BTD, image_BT, text_BT)
+    actual = prompt_features(embeds_BTD, image_BT, text_BT)
     loud_BTD = torch.where(image_BT.unsqueeze(-1), 100 * embeds_BTD, embeds_BTD)
-    torch.testing.assert_close(prompt_features(loud_BTD, image_BT, text_BT), found)
-    torch.testing.assert_close(found[0].view(3, D).norm(dim=-1), torch.ones(3))
+    torch.testing.assert_close(prompt_features(loud_BTD, image_BT, text_BT), actual)
+    torch.testing.assert_close(actual[0].view(3, D).norm(dim=-1), torch.ones(3))
 
 
 def test_image_tokens_that_are_the_same_do_not_deviate():
@@ -120,11 +120,11 @@ def test_a_listener_gets_the_features_of_the_language_models_input(tiny_base, mi
     hook = model.model.language_model.register_forward_pre_hook(
         lambda module, args, kwargs: observed.append(kwargs["inputs_embeds"]), with_kwargs=True
     )
-    found = features_of(tiny_base, mixed)
+    actual = features_of(tiny_base, mixed)
     hook.remove()
     ids, real = (batch_of(tiny_base, mixed)[key] for key in ("input_ids", "attention_mask"))
     image = ids == tiny_base.processor.image_token_id
-    torch.testing.assert_close(found, prompt_features(observed[0], image, real.bool() & ~image))
+    torch.testing.assert_close(actual, prompt_features(observed[0], image, real.bool() & ~image))
     assert image.sum(-1).tolist() == [16, 16, 0, 0]
 
 

@@ -48,8 +48,8 @@ def test_without_shrinkage_it_is_linear_discriminant_analysis():
     stock = LinearDiscriminantAnalysis(solver="lsqr", priors=[0.25] * 4)
     stock.fit(torch.cat(samples).double().numpy(), torch.arange(4).repeat_interleave(50).numpy())
     expected = relative(torch.from_numpy(stock.decision_function(NEW_BF.double().numpy())))
-    found = scores([PromptStatistics.of(x_NF) for x_NF in samples], shrinkage=1e-12)
-    torch.testing.assert_close(found, expected, **EXACT)
+    actual = scores([PromptStatistics.of(x_NF) for x_NF in samples], shrinkage=1e-12)
+    torch.testing.assert_close(actual, expected, **EXACT)
 
 
 @pytest.mark.parametrize("order", list(permutations(range(4)))[5::6])
@@ -90,8 +90,8 @@ def test_one_class_alone_has_nobody_to_differ_from():
 def test_features_that_never_vary_say_nothing():
     fixed = [torch.cat([x_NF, torch.full((len(x_NF), 2), 7.0)], dim=-1) for x_NF in FEATURES]
     seen = torch.cat([NEW_BF, torch.full((len(NEW_BF), 2), 7.0)], dim=-1)
-    found = scores([PromptStatistics.of(x_NF) for x_NF in fixed], seen)
-    torch.testing.assert_close(found, scores(STATISTICS), rtol=1e-4, atol=1e-3)
+    actual = scores([PromptStatistics.of(x_NF) for x_NF in fixed], seen)
+    torch.testing.assert_close(actual, scores(STATISTICS), rtol=1e-4, atol=1e-3)
 
 
 def test_what_was_computed_is_freed_with_the_last_reference() -> None:

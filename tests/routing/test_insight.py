@@ -9,7 +9,7 @@ from torch import Tensor
 
 from pipeline.config import RouterConfig
 from pipeline.routing import Pool, PoolError, RoutedModel
-from pipeline.routing.insight import Candidate, Explanation, explain, candidates_of_call
+from pipeline.routing.insight import Candidate, Explanation, candidates_of_call, explain
 from pipeline.routing.prompt_router import CANDIDATES
 from tests.helpers import CLAIMS, attached, batch_of, claimed_prompts, features_of, generate, make_expert, prompts
 
@@ -46,10 +46,10 @@ def lengths(rows) -> list[int]:
 @pytest.mark.parametrize("settings", EVERY_ROUTER)
 def test_every_row_has_its_explanation(tiny_base, known_pool, mixed, settings):
     rows, owners = mixed
-    found, routed = explained(tiny_base, known_pool.routed_by(**settings), rows)
-    assert [e.decision for e in found] == routed.decisions
-    assert settings == PUBLISHED or [e.decision.expert for e in found] == owners
-    for explanation in found:
+    actual, routed = explained(tiny_base, known_pool.routed_by(**settings), rows)
+    assert [e.decision for e in actual] == routed.decisions
+    assert settings == PUBLISHED or [e.decision.expert for e in actual] == owners
+    for explanation in actual:
         assert explanation.experts == tuple(CLAIMS)
         assert set(by_name(explanation)) == {*CLAIMS, None}
         assert len(explanation.candidates) == len(CLAIMS) + 1
@@ -114,13 +114,13 @@ def test_few_candidates_are_the_likeliest_and_the_base(tiny_base, known_pool, mi
 def test_published_weights_are_those_that_were_traced(tiny_base, known_pool, mixed, side):
     rows, _ = mixed
     pool = known_pool.routed_by(**PUBLISHED)
-    found, _ = explained(tiny_base, pool, rows, side)
+    actual, _ = explained(tiny_base, pool, rows, side)
     with attached(tiny_base, pool) as routed, torch.inference_mode():
         batch = batch_of(tiny_base, rows, side)
         with routed.call(traced=True) as call:
             tiny_base.model(**batch, use_cache=False)
         traces = call.state.traces
-    for row, (explanation, length) in enumerate(zip(found, lengths(rows), strict=True)):
+    for row, (explanation, length) in enumerate(zip(actual, lengths(rows), strict=True)):
         assert len(explanation.weights) == LINEARS
         real_T = batch["attention_mask"][row].bool()
         for path, weights_TE in explanation.weights.items():
@@ -143,8 +143,8 @@ def same_at_every_token(weights_TE: Tensor) -> bool:
 @pytest.mark.parametrize("kind", ["prompt", "token", "two_level"])
 def test_where_whole_prompts_decide_every_token_has_the_same_weights(tiny_base, known_pool, mixed, kind):
     rows, owners = mixed
-    found, routed = explained(tiny_base, known_pool.routed_by(kind=kind), rows)
-    for row, (explanation, owner) in enumerate(zip(found, owners, strict=True)):
+    actual, routed = explained(tiny_base, known_pool.routed_by(kind=kind), rows)
+    for row, (explanation, owner) in enumerate(zip(actual, owners, strict=True)):
         assert len(explanation.weights) == LINEARS
         for path, weights_TE in explanation.weights.items():
             assert weights_TE.shape == (lengths(rows)[row], len(CLAIMS))
@@ -198,13 +198,13 @@ def test_a_task_that_was_not_asked_is_no_reason_to_abstain(tiny_base):
 
 
 def test_the_reason_says_when_tokens_chose_otherwise(tiny_base, known_pool, mixed):
-    found, _ = explained(tiny_base, known_pool.routed_by(**PUBLISHED), mixed[0])
-    for explanation, owner in zip(found, mixed[1], strict=True):
+    actual, _ = explained(tiny_base, known_pool.routed_by(**PUBLISHED), mixed[0])
+    for explanation, owner in zip(actual, mixed[1], strict=True):
         who = explanation.decision.expert or "the base"
         assert explanation.reason.startswith(who)
         otherwise = f"by the Linears' own choice: the prompt alone speaks for {owner or 'the base'}"
         assert (otherwise in explanation.reason) is (explanation.decision.expert != owner)
-    assert any(explanation.decision.expert != owner for explanation, owner in zip(found, mixed[1], strict=True))
+    assert any(explanation.decision.expert != owner for explanation, owner in zip(actual, mixed[1], strict=True))
 
 
 def test_one_expert_alone(tiny_base, known_pool, mixed):
@@ -225,13 +225,13 @@ def test_whom_the_routers_weighed_is_known_after_any_prompt(tiny_base, known_poo
         generate(tiny_base, rows[:1])
         assert len(candidates_of_call(routed.last)) == 1
         generate(tiny_base, rows)
-        for found, candidates in zip(candidates_of_call(routed.last), expected, strict=True):
-            assert [c.name for c in found] == [c.name for c in candidates]
-            assert [c.weight for c in found] == pytest.approx([c.weight for c in candidates], abs=1e-6)
+        for actual, candidates in zip(candidates_of_call(routed.last), expected, strict=True):
+            assert [c.name for c in actual] == [c.name for c in candidates]
+            assert [c.weight for c in actual] == pytest.approx([c.weight for c in candidates], abs=1e-6)
         routed.load(known_pool.remove("reader"))
         assert candidates_of_call(routed.last) == []
         generate(tiny_base, rows)
-        assert all(len(found) == len(CLAIMS) for found in candidates_of_call(routed.last))
+        assert all(len(actual) == len(CLAIMS) for actual in candidates_of_call(routed.last))
 
 
 def test_an_empty_pool_has_nothing_to_explain(tiny_base, known_pool, mixed):

@@ -105,14 +105,14 @@ def test_a_linear_hears_what_the_closed_form_says_of_its_projected_input(path, s
 
 
 def test_linears_that_share_an_input_add_nothing_and_follow_the_one_that_heard_it():
-    found = hear()
-    assert list(found) == list(WIDTHS)
-    assert [found[path].follows for path in WIDTHS] == [None, "query", "query", "gate", "gate"]
+    actual = hear()
+    assert list(actual) == list(WIDTHS)
+    assert [actual[path].follows for path in WIDTHS] == [None, "query", "query", "gate", "gate"]
     for path in ("key", "up"):
-        assert found[path].classes_C is found[path].vector_CD is found[path].bias_C is None
+        assert actual[path].classes_C is actual[path].vector_CD is actual[path].bias_C is None
         before_BX = torch.randn(B, CLASSES)
         assert (
-            add_log_likelihood(found[path], before_BX, torch.randn(B, T, NARROW), torch.ones(B, T), CLASSES)
+            add_log_likelihood(actual[path], before_BX, torch.randn(B, T, NARROW), torch.ones(B, T), CLASSES)
             is before_BX
         )
 
@@ -124,15 +124,15 @@ def test_nothing_is_heard_where_fewer_than_two_are_known():
 
 
 def test_an_expert_without_statistics_is_neither_spoken_for_nor_against():
-    found = hear([KNOWN[0], statistics(1, ("query",)), KNOWN[2]])
+    actual = hear([KNOWN[0], statistics(1, ("query",)), KNOWN[2]])
     others = hear([KNOWN[0], KNOWN[2]])
     for path in ("gate", "down"):
         x_BD = torch.randn(B, WIDTHS[path])
-        own_BX = observed(found[path], x_BD)
+        own_BX = observed(actual[path], x_BD)
         assert not own_BX[:, 1].any()
         torch.testing.assert_close(own_BX.sum(-1), torch.zeros(B), rtol=0, atol=1e-3)
         torch.testing.assert_close(own_BX[:, [0, 2, 3]], observed(others[path], x_BD, 3), rtol=1e-5, atol=1e-4)
-    assert observed(found["query"], torch.randn(B, NARROW))[:, 1].all()
+    assert observed(actual["query"], torch.randn(B, NARROW))[:, 1].all()
 
 
 @pytest.mark.parametrize("order", [(2, 1, 0), (1, 2, 0)])
@@ -150,13 +150,13 @@ def test_an_expert_that_was_removed_was_never_there(tiny_base):
         expert.layer_statistics.update(known)
     never = Pool("tiny", tiny_base.fingerprint, RouterConfig(), [experts[0], experts[2]], (), NULL)
     removed = Pool("tiny", tiny_base.fingerprint, RouterConfig(), experts, (), NULL).remove("b")
-    found, expected = (
+    actual, expected = (
         hear([e.layer_statistics for e in p.experts.values()], p.null_layer_statistics) for p in (removed, never)
     )
     for path in ("query", "gate", "down"):
-        assert found[path].classes_C.equal(expected[path].classes_C)
-        assert found[path].vector_CD.equal(expected[path].vector_CD)
-        assert found[path].bias_C.equal(expected[path].bias_C)
+        assert actual[path].classes_C.equal(expected[path].classes_C)
+        assert actual[path].vector_CD.equal(expected[path].vector_CD)
+        assert actual[path].bias_C.equal(expected[path].bias_C)
 
 
 def test_evidence_adds_up(tiny_base):
@@ -192,22 +192,22 @@ def test_a_reader_finds_the_distinct_inputs(tiny_base, known_pool, mixed):
     assert len(expected) == 4 * len(DISTINCT)
     assert list(samples_of(tiny_base, mixed)) == expected
     with attached(tiny_base, known_pool):
-        found = samples_of(tiny_base, mixed)
-    assert list(found) == expected
-    assert all(sample.shape == (len(mixed), WIDTH) for sample in found.values())
+        actual = samples_of(tiny_base, mixed)
+    assert list(actual) == expected
+    assert all(sample.shape == (len(mixed), WIDTH) for sample in actual.values())
 
 
 def test_a_sample_is_the_projected_mean_of_a_linears_input(tiny_base, mixed):
     path = language_linears(tiny_base)[-1]
     inputs = []
     hook = tiny_base.model.get_submodule(path).register_forward_hook(lambda module, args, output: inputs.append(*args))
-    found = samples_of(tiny_base, mixed)[path]
+    actual = samples_of(tiny_base, mixed)[path]
     hook.remove()
     (x_BTD,) = inputs
     real_BT = batch_of(tiny_base, mixed)["attention_mask"].bool()
     means_BD = torch.stack([x_TD[real_T].mean(0) for x_TD, real_T in zip(x_BTD, real_BT, strict=True)])
     assert means_BD.shape[-1] > WIDTH
-    torch.testing.assert_close(found, project(means_BD, WIDTH), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(actual, project(means_BD, WIDTH), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
@@ -234,12 +234,12 @@ def test_a_reader_takes_down_prompts_not_answers(tiny_base):
 
 
 def test_a_linear_hears_the_input_it_shares_with_one_that_is_not_routed():
-    found = layer_classifiers(["key", "up"], KNOWN, NULL, WIDTHS, order=list(WIDTHS), shrinkage=0.05)
+    actual = layer_classifiers(["key", "up"], KNOWN, NULL, WIDTHS, order=list(WIDTHS), shrinkage=0.05)
     whole = hear()
     for path, first in (("key", "query"), ("up", "gate")):
-        assert found[path].vector_CD.equal(whole[first].vector_CD)
-        assert found[path].bias_C.equal(whole[first].bias_C)
-    assert (found["key"].follows, found["up"].follows) == (None, "key")
+        assert actual[path].vector_CD.equal(whole[first].vector_CD)
+        assert actual[path].bias_C.equal(whole[first].bias_C)
+    assert (actual["key"].follows, actual["up"].follows) == (None, "key")
 
 
 @pytest.mark.parametrize("adapted", ["k_proj|v_proj", "up_proj"])

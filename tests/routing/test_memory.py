@@ -81,8 +81,8 @@ def test_results_are_those_of_all_in_memory(tiny_base, pool, mixed, settings, ca
         decisions = routed.decisions
     with paged(tiny_base, routed_pool, 2) as routed:
         for _ in range(2):
-            found = [asked(tiny_base, routed, rows, n, forced=f) for rows, n, f in questions(pool, mixed)]
-            for (tokens, logits), (tokens_, logits_) in zip(found, expected, strict=True):
+            actual = [asked(tiny_base, routed, rows, n, forced=f) for rows, n, f in questions(pool, mixed)]
+            for (tokens, logits), (tokens_, logits_) in zip(actual, expected, strict=True):
                 assert tokens.equal(tokens_)
                 assert logits.equal(logits_)
         assert routed.decisions == decisions
@@ -146,7 +146,7 @@ def test_places_are_for_those_used_last(tiny_base, pool, mixed):
             ("more2", {"reader", "more2"}),
         ):
             asked(tiny_base, routed, mixed[:1], name, forced=True)
-            assert {pool.names[expert] for expert in memory._places} == there
+            assert {pool.names[expert] for expert in memory._pages} == there
 
 
 def test_an_expert_that_cannot_be_read_harms_no_other(tiny_base, pool, mixed, tmp_path):
@@ -188,8 +188,8 @@ def test_a_base_that_is_moved_takes_them_along(tiny_folder, pool, mixed):
     with paged(base, pool, 2) as routed:
         asked(base, routed, mixed[:1], "more1", forced=True)
         base.model.to(torch.float64)
-        found = [asked(base, routed, mixed[:1], name, forced=True) for name in ("more1", "more2")]
+        actual = [asked(base, routed, mixed[:1], name, forced=True) for name in ("more1", "more2")]
         assert {here.down_SD.dtype for here in routed._loaded[1].loaded.by_path.values()} == {torch.float64}
     with attached(base, pool) as routed:
-        for name, (_, logits) in zip(("more1", "more2"), found, strict=True):
+        for name, (_, logits) in zip(("more1", "more2"), actual, strict=True):
             assert logits.equal(asked(base, routed, mixed[:1], name, forced=True)[1])

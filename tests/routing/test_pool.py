@@ -92,9 +92,9 @@ def test_an_expert_of_another_base_is_refused(experts):
 
 
 def test_an_untrained_or_broken_expert_is_refused(experts):
-    for factor, said in ((0.0, "never trained"), (float("nan"), "not finite")):
+    for factor, output in ((0.0, "never trained"), (float("nan"), "not finite")):
         adapters = {p: Adapter(a.a_RD, a.b_OR * factor, a.scaling) for p, a in experts[0].adapters.items()}
-        with pytest.raises(ExpertError, match=said):
+        with pytest.raises(ExpertError, match=output):
             make_pool(experts[1:]).add(dataclasses.replace(experts[0], adapters=adapters))
 
 
@@ -121,10 +121,10 @@ def test_a_folder_gives_back_what_was_saved(experts, null, general, tmp_path):
             loaded.experts[name].statistics.scatter_FF, expert.statistics.scatter_FF, rtol=1e-6, atol=0
         )  # kept in float32
     if general:
-        for found, saved in zip(loaded.null, null, strict=True):
-            assert found.count == saved.count
-            assert found.mean_F.equal(saved.mean_F)
-            torch.testing.assert_close(found.scatter_FF, saved.scatter_FF, rtol=1e-6, atol=0)  # kept in float32
+        for actual, saved in zip(loaded.null, null, strict=True):
+            assert actual.count == saved.count
+            assert actual.mean_F.equal(saved.mean_F)
+            torch.testing.assert_close(actual.scatter_FF, saved.scatter_FF, rtol=1e-6, atol=0)  # kept in float32
     else:
         assert loaded.null == ()
 
@@ -145,7 +145,7 @@ def test_saving_again_leaves_nothing_of_the_old_pool(experts, null, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("lost", "said"),
+    ("lost", "output"),
     [
         ("pool.json", r"pool: no pool\.json, so not a pool folder"),
         ("null.safetensors", r"null\.safetensors is missing"),
@@ -153,10 +153,10 @@ def test_saving_again_leaves_nothing_of_the_old_pool(experts, null, tmp_path):
         ("experts/clock/expert.json", r"experts/clock: expert\.json is missing"),
     ],
 )
-def test_an_incomplete_folder_names_what_is_missing(experts, null, tmp_path, lost, said):
+def test_an_incomplete_folder_names_what_is_missing(experts, null, tmp_path, lost, output):
     folder = make_pool(experts, null).save(tmp_path / "pool")
     (folder / lost).unlink()
-    with pytest.raises((PoolError, ExpertError), match=said):
+    with pytest.raises((PoolError, ExpertError), match=output):
         read(folder)
 
 
@@ -201,8 +201,8 @@ def test_what_another_version_wrote_is_refused(experts, null, tmp_path, file, fi
         (folder / file).write_bytes(save(load_file(folder / file), metadata=metadata))
     older = rf"`pointsman recompute-statistics CONFIG --pool {folder}` takes them anew from each task's rows, without"
     remedy = older if version == 1 else "a newer release wrote it; install that one"
-    told = rf"{file}: {field} is {version}, this code reads {VERSIONS[field]}: .*{remedy}"
-    with pytest.raises(OutdatedError if version == 1 else ExpertError, match=told):
+    messages = rf"{file}: {field} is {version}, this code reads {VERSIONS[field]}: .*{remedy}"
+    with pytest.raises(OutdatedError if version == 1 else ExpertError, match=messages):
         read(folder)
 
 

@@ -88,14 +88,14 @@ def weights(router: PromptRouter, x_BF: torch.Tensor) -> torch.Tensor:
 
 @pytest.mark.parametrize("shrinkage", [0.05, 0.5])
 def test_summed_statistics_give_the_router_of_all_features_together(shrinkage):
-    found = PromptRouter(STATISTICS, shrinkage=shrinkage).scores(NEW_BF)
-    torch.testing.assert_close(relative(found), relative(joint_scores(FEATURES, NEW_BF, shrinkage)), rtol=0, atol=1e-8)
+    actual = PromptRouter(STATISTICS, shrinkage=shrinkage).scores(NEW_BF)
+    torch.testing.assert_close(relative(actual), relative(joint_scores(FEATURES, NEW_BF, shrinkage)), rtol=0, atol=1e-8)
 
 
 @pytest.mark.parametrize("experts", [3, 2])
 def test_the_null_expert_is_scored_beside_the_likeliest_expert_and_its_components_add_up(experts):
-    found = PromptRouter(STATISTICS[:experts], STATISTICS[experts:]).scores(NEW_BF)
-    torch.testing.assert_close(relative(found), relative(joint_null(experts)), rtol=0, atol=1e-8)
+    actual = PromptRouter(STATISTICS[:experts], STATISTICS[experts:]).scores(NEW_BF)
+    torch.testing.assert_close(relative(actual), relative(joint_null(experts)), rtol=0, atol=1e-8)
 
 
 @pytest.mark.parametrize("order", [(1, 2, 0), (2, 0, 1)])
@@ -106,10 +106,10 @@ def test_beside_a_null_expert_the_order_of_tasks_does_not_matter_either(order):
 
 def test_only_the_likeliest_by_the_linear_score_are_scored_in_full():
     router = PromptRouter(STATISTICS[:3], STATISTICS[3:])
-    found, whole = router.scores(NEW_BF, candidates=2), router.scores(NEW_BF)
-    assert found.isinf().sum(-1).eq(1).all()
-    torch.testing.assert_close(found[found.isfinite()], whole[found.isfinite()])
-    assert found.argmax(-1).equal(whole.argmax(-1))
+    actual, whole = router.scores(NEW_BF, candidates=2), router.scores(NEW_BF)
+    assert actual.isinf().sum(-1).eq(1).all()
+    torch.testing.assert_close(actual[actual.isfinite()], whole[actual.isfinite()])
+    assert actual.argmax(-1).equal(whole.argmax(-1))
 
 
 def test_a_class_of_few_prompts_keeps_what_a_class_of_many_resembles():
@@ -138,8 +138,8 @@ def test_a_task_that_resembles_an_ability_leaves_it_to_the_base_beside_very_diff
 
 def test_statistics_collected_in_parts_give_the_same_router():
     parts = [PromptStatistics.of(x[:11]) + PromptStatistics.of(x[11:]) for x in FEATURES]
-    found, whole = (PromptRouter(s).scores(NEW_BF) for s in (parts, STATISTICS))
-    torch.testing.assert_close(found, whole, rtol=0, atol=1e-8)
+    actual, whole = (PromptRouter(s).scores(NEW_BF) for s in (parts, STATISTICS))
+    torch.testing.assert_close(actual, whole, rtol=0, atol=1e-8)
 
 
 @pytest.mark.parametrize("order", [(3, 2, 1, 0), (1, 3, 0, 2)])

@@ -108,9 +108,9 @@ def listed_weight(slots, list_BM, weight):
 def test_fixed_weights_are_the_weighted_sum(linear, x_BTD, rows):
     slots, list_BM = make_slots(), LIST_BM[:rows]
     weights_BM = torch.rand(rows, 3, generator=random(2))
-    found = routed(linear, slots, PromptRoute(list_BM, weights_BM))(x_BTD)
+    actual = routed(linear, slots, PromptRoute(list_BM, weights_BM))(x_BTD)
     expected = naive(linear, slots, x_BTD, listed_weight(slots, list_BM, lambda b, t: weights_BM[min(b, rows - 1)]))
-    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
 
 
 CLASSIFIER = LayerClassifier(
@@ -139,11 +139,11 @@ def test_a_list_is_weighed_by_evidence_and_prior(linear, x_BTD, rows, temperatur
         return (observed(x_BTD[b])[list_BM[row]] / temperature + prior_BM[row]).softmax(0)
 
     module = routed(linear, slots, LayerRoute(list_BM, prior_BM, 3, temperature), CLASSIFIER)
-    found = module(x_BTD)
+    actual = module(x_BTD)
     expected = naive(linear, slots, x_BTD, listed_weight(slots, list_BM, weight))
-    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
     state_of(module).decode()  # the choice holds, whatever comes
-    held = linear(x_BTD[:, :1]) + found[:, :1] - linear(x_BTD[:, :1])
+    held = linear(x_BTD[:, :1]) + actual[:, :1] - linear(x_BTD[:, :1])
     torch.testing.assert_close(module(x_BTD[:, :1]), held, rtol=1e-4, atol=1e-4)
 
 
@@ -188,9 +188,9 @@ def test_evidence_adds_up_through_the_depth(linear, x_BTD):
 @pytest.mark.parametrize("top_k", [1, 2, 3, 9])
 def test_choosing_from_the_whole_pool_is_the_weighted_sum(linear, x_BTD, top_k, temperature, form):
     slots = make_slots()
-    found = routed(linear, slots, TokenRoute(top_k, temperature))(x_BTD)
+    actual = routed(linear, slots, TokenRoute(top_k, temperature))(x_BTD)
     expected = naive(linear, slots, x_BTD, token_weight(slots, x_BTD, top_k, temperature))
-    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
 
 
 def test_rows_may_go_to_different_experts_or_to_none(linear, x_BTD):

@@ -60,10 +60,10 @@ def test_every_prompt_goes_to_its_expert_and_base_prompts_to_the_base(tiny_base,
     rows, owners = mixed
     plain = generate(tiny_base, rows)
     with attached(tiny_base, pool) as routed:
-        found = generate(tiny_base, rows)
+        actual = generate(tiny_base, rows)
         assert routed.decisions == one_hot(owners)
     for i, owner in enumerate(owners):
-        changed = not torch.allclose(found[1][i], plain[1][i], atol=1e-2)
+        changed = not torch.allclose(actual[1][i], plain[1][i], atol=1e-2)
         assert changed is (owner is not None)
 
 
@@ -71,9 +71,9 @@ def test_a_base_prompt_is_answered_by_the_base_alone(tiny_base, pool, mixed):
     rows = mixed[0][-2:]
     plain = generate(tiny_base, rows)
     with attached(tiny_base, pool):
-        found = generate(tiny_base, rows)
-    assert found[0].equal(plain[0])
-    assert found[1].equal(plain[1])
+        actual = generate(tiny_base, rows)
+    assert actual[0].equal(plain[0])
+    assert actual[1].equal(plain[1])
 
 
 def test_without_base_prompts_far_ones_go_to_the_base(tiny_base, pool, mixed):
@@ -147,9 +147,9 @@ def test_forced_prompts_go_to_one_expert_or_to_the_base(tiny_base, pool, mixed, 
             speaker = generate(tiny_base, rows)
             assert routed.decisions == one_hot(["speaker"] * len(rows))
         with routed.forced(None):
-            found = generate(tiny_base, rows)
+            actual = generate(tiny_base, rows)
             assert routed.decisions == one_hot([None] * len(rows))
-        assert_same(found, plain)
+        assert_same(actual, plain)
         assert_same(generate(tiny_base, rows), free)
     with attached(tiny_base, pool.remove("reader").remove("painter").routed_by(kind="token")):
         assert_same(generate(tiny_base, rows), speaker)
@@ -224,9 +224,9 @@ def test_an_empty_pool_is_the_base(tiny_base, pool, mixed, kind):
     for null in ((), pool.null):
         empty = Pool("tiny", tiny_base.fingerprint, RouterConfig(kind=kind), [], null)
         with attached(tiny_base, empty) as routed:
-            found = generate(tiny_base, rows)
-            assert found[0].equal(plain[0])
-            assert found[1].equal(plain[1])
+            actual = generate(tiny_base, rows)
+            assert actual[0].equal(plain[0])
+            assert actual[1].equal(plain[1])
             assert routed.decisions == one_hot([None] * len(rows))
             with routed.forced(None):
                 assert generate(tiny_base, rows)[1].equal(plain[1])
@@ -254,8 +254,8 @@ def test_after_detaching_the_base_answers_as_before(tiny_base, pool, mixed):
     for _ in range(2):
         with attached(tiny_base, pool):
             generate(tiny_base, mixed[0])
-    found = generate(tiny_base, mixed[0])
-    assert found[1].equal(plain[1])
+    actual = generate(tiny_base, mixed[0])
+    assert actual[1].equal(plain[1])
 
 
 def test_a_second_pool_is_refused_and_leaves_the_first_in_place(tiny_base, pool, mixed):
@@ -279,9 +279,9 @@ def test_removing_an_expert_routes_as_if_it_had_never_been_there(tiny_base, pool
     with attached(tiny_base, never) as routed:
         expected, decisions = generate(tiny_base, rows), routed.decisions
     with attached(tiny_base, pool.remove("speaker")) as routed:
-        found = generate(tiny_base, rows)
+        actual = generate(tiny_base, rows)
         assert routed.decisions == decisions
-    assert found[1].equal(expected[1])
+    assert actual[1].equal(expected[1])
 
 
 def test_the_order_of_arrival_does_not_matter(tiny_base, pool, mixed):

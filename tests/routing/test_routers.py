@@ -74,13 +74,13 @@ def test_every_prompt_goes_to_its_expert_and_base_prompts_to_the_base(tiny_base,
     rows, owners = mixed
     plain = generate(tiny_base, rows)
     with attached(tiny_base, pool) as routed:
-        found = generate(tiny_base, rows)
+        actual = generate(tiny_base, rows)
         assert answered(routed) == owners
         for decision, owner in zip(routed.decisions, owners, strict=True):
             assert sum(decision.weights.values()) <= 1 + 1e-5
             assert 1 - sum(decision.weights.values()) > 0.8 if owner is None else decision.weights[owner] > 0.8
     for i, owner in enumerate(owners):
-        changed = not torch.allclose(found[1][i], plain[1][i], atol=1e-2)
+        changed = not torch.allclose(actual[1][i], plain[1][i], atol=1e-2)
         assert changed or owner is None
 
 
@@ -107,10 +107,10 @@ def test_where_the_prompt_is_clear_both_levels_are_the_prompt_router(tiny_base, 
     with attached(tiny_base, known_pool):
         expected = generate(tiny_base, mixed[0])
     with attached(tiny_base, known_pool.routed_by(kind="two_level")) as routed:
-        found = generate(tiny_base, mixed[0])
+        actual = generate(tiny_base, mixed[0])
         assert isinstance(routed.last.state.route, PromptRoute)
         assert not routed.last.state.log_likelihoods
-    assert found[1].equal(expected[1])
+    assert actual[1].equal(expected[1])
 
 
 def test_a_row_is_answered_the_same_in_a_batch_and_alone(tiny_base, pool, mixed):
@@ -209,8 +209,8 @@ def test_another_pool_at_run_time_is_as_if_it_had_been_the_first(tiny_base, know
             assert logits.equal(expected[name][1])
             assert routed.decisions == expected[name][2]
             assert checksum(model) == before
-            found = [path for path, module in model.named_modules() if isinstance(module, RoutedLinear)]
-            assert set(found) == {path for expert in stage.experts.values() for path in expert.adapters}
+            actual = [path for path, module in model.named_modules() if isinstance(module, RoutedLinear)]
+            assert set(actual) == {path for expert in stage.experts.values() for path in expert.adapters}
     assert expected["all"][1].equal(expected["all again"][1])
     assert not expected["one less"][1].equal(expected["all"][1])
     assert checksum(model) == before
@@ -236,9 +236,9 @@ def test_compiled_code_computes_the_same(tiny_base, known_pool, mixed):
     with attached(tiny_base, known_pool.routed_by(kind="token")), torch.no_grad():
         expected = tiny_base.model(**batch).logits
         torch.compiler.reset()
-        found = torch.compile(tiny_base.model, backend="eager")(**batch).logits
+        actual = torch.compile(tiny_base.model, backend="eager")(**batch).logits
         torch.compiler.reset()
-    torch.testing.assert_close(found, expected, rtol=1e-4, atol=2e-4)
+    torch.testing.assert_close(actual, expected, rtol=1e-4, atol=2e-4)
 
 
 @contextmanager

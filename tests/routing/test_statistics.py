@@ -14,12 +14,12 @@ def features(seed: int, count: int = 60, centre: float = 0.0) -> torch.Tensor:
 
 def test_they_are_count_mean_and_scatter():
     x_NF = features(0, centre=3.0)
-    found = PromptStatistics.of(x_NF)
-    assert found.count == 60
-    assert found.mean_F.dtype == found.scatter_FF.dtype == torch.float64
-    torch.testing.assert_close(found.mean_F, x_NF.double().mean(0))
-    torch.testing.assert_close(found.scatter_FF / found.count, torch.cov(x_NF.double().T, correction=0))
-    assert found.threshold == float("inf")
+    actual = PromptStatistics.of(x_NF)
+    assert actual.count == 60
+    assert actual.mean_F.dtype == actual.scatter_FF.dtype == torch.float64
+    torch.testing.assert_close(actual.mean_F, x_NF.double().mean(0))
+    torch.testing.assert_close(actual.scatter_FF / actual.count, torch.cov(x_NF.double().T, correction=0))
+    assert actual.threshold == float("inf")
 
 
 def test_they_add_up_in_any_order():
@@ -55,10 +55,10 @@ def test_the_shrunk_factor_squares_to_the_mixture():
 
 def test_the_threshold_holds_for_new_prompts_of_the_same_task():
     x_NF = features(0, 1200)
-    found = PromptStatistics.of(x_NF[:600], quantile=0.9)
-    inside = (found.distance(x_NF[600:]) <= found.threshold).float().mean()
+    actual = PromptStatistics.of(x_NF[:600], quantile=0.9)
+    inside = (actual.distance(x_NF[600:]) <= actual.threshold).float().mean()
     assert 0.84 < inside < 0.96
-    assert (found.distance(x_NF[600:] + 50) > found.threshold).all()
+    assert (actual.distance(x_NF[600:] + 50) > actual.threshold).all()
 
 
 def test_a_larger_quantile_is_a_larger_threshold():
@@ -76,19 +76,19 @@ def test_a_threshold_needs_four_prompts():
 def test_features_that_never_vary_keep_others_away():
     x_NF = features(0, 200)
     x_NF[:, :4] = 0  # the image part of a text-only task
-    found = PromptStatistics.of(x_NF, quantile=0.99)
-    assert (found.distance(x_NF) <= found.threshold).float().mean() > 0.97
+    actual = PromptStatistics.of(x_NF, quantile=0.99)
+    assert (actual.distance(x_NF) <= actual.threshold).float().mean() > 0.97
     y_NF = x_NF.clone()
     y_NF[:, :4] = 1
-    assert (found.distance(y_NF) > found.threshold).all()
+    assert (actual.distance(y_NF) > actual.threshold).all()
 
 
 @pytest.mark.parametrize("size", [0.0, 0.1, 30.0, 1000.0])
 def test_prompts_that_are_all_the_same_have_distances(size):
     x_NF = (size * features(0, 1)).expand(64, F)
-    found = PromptStatistics.of(x_NF, quantile=0.99)
-    assert found.distance(x_NF).isfinite().all()
-    assert (found.distance(x_NF + 1 + size) > found.threshold).all()
+    actual = PromptStatistics.of(x_NF, quantile=0.99)
+    assert actual.distance(x_NF).isfinite().all()
+    assert (actual.distance(x_NF + 1 + size) > actual.threshold).all()
 
 
 @pytest.mark.parametrize("count", [100, 200])
@@ -101,10 +101,10 @@ def test_the_threshold_of_few_prompts_read_many_times_holds_for_new_ones(count):
         x_NF = 3 + torch.randn(count + 2000, wide, generator=random) @ mixing_FF
         seen_NF = x_NF[:count].repeat(16, 1)
         seen_NF = seen_NF * (1 + 1e-7 * torch.randn(seen_NF.shape, generator=random))
-        found = PromptStatistics.of(seen_NF, same(torch.arange(count).repeat(16)), quantile=0.99)
-        assert (found.count, found.independent) == (16 * count, count)
-        assert (found.distance(x_NF[count:]) <= found.threshold).float().mean() > 0.97
-        assert (found.distance(x_NF[count:] + 30) > found.threshold).all()
+        actual = PromptStatistics.of(seen_NF, same(torch.arange(count).repeat(16)), quantile=0.99)
+        assert (actual.count, actual.independent) == (16 * count, count)
+        assert (actual.distance(x_NF[count:]) <= actual.threshold).float().mean() > 0.97
+        assert (actual.distance(x_NF[count:] + 30) > actual.threshold).all()
 
 
 @pytest.mark.parametrize("images", [20, 80])
@@ -116,15 +116,15 @@ def test_the_threshold_of_several_questions_about_each_picture_holds_for_new_pic
     seen_NF = torch.cat([image_PF[image_N], question_QF[: len(image_N)]], 1)
     new_NF = torch.cat([image_PF[images:], question_QF[400:]], 1)
     ids_N2 = torch.stack([image_N, 1000 + torch.arange(len(image_N))], 1)
-    found = PromptStatistics.of(seen_NF, ids_N2, quantile=0.99)
-    assert (found.count, found.independent) == (5 * images, images)
-    assert (found.distance(new_NF) <= found.threshold).float().mean() > 0.97
-    assert (found.distance(new_NF + 30) > found.threshold).all()
+    actual = PromptStatistics.of(seen_NF, ids_N2, quantile=0.99)
+    assert (actual.count, actual.independent) == (5 * images, images)
+    assert (actual.distance(new_NF) <= actual.threshold).float().mean() > 0.97
+    assert (actual.distance(new_NF + 30) > actual.threshold).all()
     careless = PromptStatistics.of(seen_NF, quantile=0.99)
     assert (careless.distance(new_NF) <= careless.threshold).float().mean() < 0.5
     back = torch.randperm(len(seen_NF), generator=random)
     again = PromptStatistics.of(seen_NF[back], ids_N2[back], quantile=0.99)
-    assert again.threshold == pytest.approx(found.threshold)
+    assert again.threshold == pytest.approx(actual.threshold)
 
 
 def same(prompt_N):
@@ -133,5 +133,5 @@ def same(prompt_N):
 
 def test_the_threshold_of_many_prompts_is_their_quantile():
     x_NF = features(0, 6000)
-    found = PromptStatistics.of(x_NF[:4000], quantile=0.99)
-    assert 0.985 < (found.distance(x_NF[4000:]) <= found.threshold).float().mean() < 0.996
+    actual = PromptStatistics.of(x_NF[:4000], quantile=0.99)
+    assert 0.985 < (actual.distance(x_NF[4000:]) <= actual.threshold).float().mean() < 0.996

@@ -25,9 +25,9 @@ EACH_FILE = pytest.mark.parametrize("name", [*FILES, CONTENTS])
 
 @pytest.fixture(scope="module")
 def experts(tiny_base) -> list[Expert]:
-    found = [make_expert(tiny_base, name, rank=2, seed=i) for i, name in enumerate(("digits", "clock", "later"))]
+    actual = [make_expert(tiny_base, name, rank=2, seed=i) for i, name in enumerate(("digits", "clock", "later"))]
     return [
-        dataclasses.replace(e, card=e.card.model_copy(update={"config_digest": f"d{i}"})) for i, e in enumerate(found)
+        dataclasses.replace(e, card=e.card.model_copy(update={"config_digest": f"d{i}"})) for i, e in enumerate(actual)
     ]
 
 
@@ -70,10 +70,10 @@ def test_what_is_missing_is_fetched_once(registry, experts, tmp_path):
     store = ExpertStore(tmp_path / "cache", registry.fetch)
     for _ in range(2):
         for reference, expert in zip(registry.references, experts, strict=True):
-            found = read(store.load(reference))
-            assert found.card == expert.card
+            actual = read(store.load(reference))
+            assert actual.card == expert.card
             path = next(iter(expert.adapters))
-            assert found.adapters[path].b_OR.equal(expert.adapters[path].b_OR)
+            assert actual.adapters[path].b_OR.equal(expert.adapters[path].b_OR)
     assert registry.fetched == ["digits", "clock", "later"]
     assert sorted(p.name for p in store.folder.iterdir() if p.is_dir()) == ["d0", "d1", "d2"]
 
@@ -121,12 +121,12 @@ def test_another_expert_is_refused_by_name(registry, experts, tmp_path):
     cache, reference = tmp_path / "cache", registry.references[0]
     adapters = {path: dataclasses.replace(a, b_OR=a.b_OR + 1) for path, a in experts[0].adapters.items()}
     twin = dataclasses.replace(experts[0], adapters=adapters)
-    for other, said in ((twin, "its files are not those that were registered"), (experts[1], "it is expert 'clock'")):
+    for other, output in ((twin, "its files are not those that were registered"), (experts[1], "it is expert 'clock'")):
         other.save(cache / "d0")
-        with pytest.raises(ExpertError, match=rf"expert 'digits' \(digest d0, .*{said}"):
+        with pytest.raises(ExpertError, match=rf"expert 'digits' \(digest d0, .*{output}"):
             ExpertStore(cache).load(reference)
         other.save(registry.folder / "d0")
-        with pytest.raises(ExpertError, match=rf"expert 'digits' .*: what was fetched is not that: {said}"):
+        with pytest.raises(ExpertError, match=rf"expert 'digits' .*: what was fetched is not that: {output}"):
             ExpertStore(cache, registry.fetch).load(reference)
         assert Expert.load(cache / "d0").card == other.card, "nothing was replaced"
 
@@ -177,10 +177,10 @@ def test_several_processes_fetch_once(registry, experts, tmp_path):
     for process in processes:
         process.join(60)
         assert process.exitcode == 0
-    found = [results.get() for _ in range(5)]
-    assert found.count("fetched") == 1
+    actual = [results.get() for _ in range(5)]
+    assert actual.count("fetched") == 1
     expected = float(sum(a.b_OR.sum() for a in experts[0].adapters.values()))
-    assert [value for value in found if value != "fetched"] == pytest.approx([expected] * 4)
+    assert [value for value in actual if value != "fetched"] == pytest.approx([expected] * 4)
 
 
 def _killed(folder: Path, registry: Path, reference: ExpertReference) -> None:
@@ -271,9 +271,9 @@ def test_an_exported_pool_needs_nothing_else(registry, experts, tiny_base, tmp_p
     assert loaded.card == pool.card
     assert loaded.export(tmp_path / "again") == tmp_path / "again"
     shutil.rmtree(folder)
-    for found, expert in zip(Pool.load(tmp_path / "again").experts.values(), experts, strict=True):
+    for actual, expert in zip(Pool.load(tmp_path / "again").experts.values(), experts, strict=True):
         path = next(iter(expert.adapters))
-        assert read(found).adapters[path].a_RD.equal(expert.adapters[path].a_RD)
+        assert read(actual).adapters[path].a_RD.equal(expert.adapters[path].a_RD)
 
 
 def test_an_export_checks_every_file(registry, tiny_base, tmp_path):

@@ -30,8 +30,8 @@ def scores(x_TD, v_ED, temperature):
 
 @pytest.mark.parametrize("temperature", [0.2, 1.0, 3.0])
 def test_all_experts_get_the_softmax_of_the_published_score(x_TD, v_ED, temperature):
-    found = weights(x_TD, v_ED, top_k=E, temperature=temperature)
-    torch.testing.assert_close(found, scores(x_TD, v_ED, temperature).softmax(-1), rtol=0, atol=1e-6)
+    actual = weights(x_TD, v_ED, top_k=E, temperature=temperature)
+    torch.testing.assert_close(actual, scores(x_TD, v_ED, temperature).softmax(-1), rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize("top_k", [1, 2, 4])
@@ -47,8 +47,8 @@ def test_the_softmax_runs_over_the_k_largest(x_TD, v_ED, top_k):
 
 
 def test_more_than_all_is_all(x_TD, v_ED):
-    found = weights(x_TD, v_ED, top_k=E + 3, temperature=1.0)
-    assert found.equal(weights(x_TD, v_ED, top_k=E, temperature=1.0))
+    actual = weights(x_TD, v_ED, top_k=E + 3, temperature=1.0)
+    assert actual.equal(weights(x_TD, v_ED, top_k=E, temperature=1.0))
 
 
 def test_leading_dimensions_do_not_matter(x_TD, v_ED):

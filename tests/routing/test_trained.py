@@ -45,11 +45,11 @@ def test_a_pool_of_the_first_version_gives_its_experts_up(pool: Pool, folder: Pa
         change(folder / "experts" / name / "expert.json", drop=tuple(VERSIONS))
     with pytest.raises(OutdatedError):
         Pool.load(folder)
-    found = TrainedPool.load(folder)
-    assert (found.base_label, found.base_fingerprint, found.null) == ("tiny", pool.base_fingerprint, False)
-    assert list(found.experts) == ["digits", "clock"]
-    assert found.router == settings
-    trained = found.expert("clock")
+    actual = TrainedPool.load(folder)
+    assert (actual.base_label, actual.base_fingerprint, actual.null) == ("tiny", pool.base_fingerprint, False)
+    assert list(actual.experts) == ["digits", "clock"]
+    assert actual.router == settings
+    trained = actual.expert("clock")
     assert not trained.up_to_date
     assert trained.card.name == "clock"
     statistics = PromptStatistics.of(torch.randn(8, 32))
@@ -73,12 +73,12 @@ def test_experts_may_lie_in_a_store(pool: Pool, tmp_path: Path) -> None:
     references = [ExpertReference.of(store.put(expert)) for expert in pool.experts.values()]
     stored = Pool(pool.base_label, pool.base_fingerprint, pool.router, [StoredExpert(r, store) for r in references])
     folder = stored.save(tmp_path / "pool")
-    found = TrainedPool.load(folder)
-    assert found.folder_of("clock").is_relative_to(tmp_path / "store")
-    assert found.expert("clock").card == pool.experts["clock"].card
-    shutil.rmtree(found.folder_of("clock"))
+    actual = TrainedPool.load(folder)
+    assert actual.folder_of("clock").is_relative_to(tmp_path / "store")
+    assert actual.expert("clock").card == pool.experts["clock"].card
+    shutil.rmtree(actual.folder_of("clock"))
     with pytest.raises(ExpertError, match=r"expert 'clock' .*: not to be had from"):
-        found.expert("clock")
+        actual.expert("clock")
 
 
 def test_another_rule_is_no_obstacle_and_a_newer_format_is(folder: Path) -> None:

@@ -154,11 +154,11 @@ def test_a_list_is_never_longer_than_there_are_classes():
 
 def test_a_list_of_one_place_is_the_prompt_router():
     x_BF = torch.cat([FEATURES[2][:5], between(0, 1, 1.1), between(0, 3, 1.1)])
-    found, expected = two_level(candidates=1).route(x_BF), WITH_NULL.route(x_BF)
-    assert isinstance(found, PromptRoute)
+    actual, expected = two_level(candidates=1).route(x_BF), WITH_NULL.route(x_BF)
+    assert isinstance(actual, PromptRoute)
     assert isinstance(expected, PromptRoute)
-    assert found.experts_BM.equal(expected.experts_BM)
-    assert found.weights_BM.equal(expected.weights_BM)
+    assert actual.experts_BM.equal(expected.experts_BM)
+    assert actual.weights_BM.equal(expected.weights_BM)
 
 
 def test_without_base_prompts_a_far_one_has_the_base_alone():

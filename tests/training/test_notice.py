@@ -65,6 +65,6 @@ def test_a_checkpoint_is_written_when_a_node_will_be_taken_away(tiny_folder: Pat
     command = [sys.executable, "-c", DRIVER, str(tiny_folder), str(tmp_path), str(STEPS)]
     done = subprocess.run(command, env=clean, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
-    (found,) = json.loads(done.stdout.splitlines()[-1])
-    assert 5 <= found["step"] < STEPS, "in the middle of the task, and not because it was time for one"
-    assert found["seconds"] < 60, "it does not wait for the task's end"
+    (actual,) = json.loads(done.stdout.splitlines()[-1])
+    assert 5 <= actual["step"] < STEPS, "in the middle of the task, and not because it was time for one"
+    assert actual["seconds"] < 60, "it does not wait for the task's end"

@@ -65,5 +65,5 @@ def test_all_workers_read_and_results_keep_their_order(tiny_folder: Path, packed
         return features.mean_F.numpy(), next(iter(layer_statistics.values())).mean_F.numpy()
 
     one, two = read(WORKERS), read(replace(WORKERS, count=2, batch_size=4))
-    for expected, found in zip(one, two, strict=True):
-        np.testing.assert_allclose(found, expected, rtol=1e-3, atol=1e-5)
+    for expected, actual in zip(one, two, strict=True):
+        np.testing.assert_allclose(actual, expected, rtol=1e-3, atol=1e-5)

@@ -83,7 +83,7 @@ def both_stages(path: str, folder: Path, training: TrainingConfig, dtype: str) -
     rank = dist.get_rank()
     settings = zero_config(training, micro_batch=2, accumulated=2, max_grad_norm=1.0)
     precision = torch.bfloat16 if training.precision == "bf16" else torch.float32
-    found: dict[str, Any] = {}
+    actual: dict[str, Any] = {}
     with sharded_loading(settings):
         base = load_base(base_dtype(BaseModelConfig(path=path, dtype=dtype), training))
         if training.zero_stage == 3:
@@ -96,8 +96,8 @@ def both_stages(path: str, folder: Path, training: TrainingConfig, dtype: str) -
             peft: Any = with_lora(base, ExpertConfig(rank=4), dtype=precision)
             engine = start_engine(peft, settings, learning_rate=5e-3, weight_decay=0.0, schedule=lambda step: 1.0)
             engine.train()
-            found["expert"] = steps(engine, batches, 4)
-            found["buffers"] = {buffer.dtype for _, buffer in base.model.named_buffers()}
+            actual["expert"] = steps(engine, batches, 4)
+            actual["buffers"] = {buffer.dtype for _, buffer in base.model.named_buffers()}
             save_lora(peft, folder, write=rank == 0)
             close_engine(engine)
             peft.unload()
@@ -106,21 +106,21 @@ def both_stages(path: str, folder: Path, training: TrainingConfig, dtype: str) -
         optimizer = expert_stage()
         free_memory()
         dist.barrier()
-        found["freed"] = optimizer() is None
-        found["living"] = living(base)
+        actual["freed"] = optimizer() is None
+        actual["living"] = living(base)
         observed = observed_paths(base, "auto")
         gates = with_gates(base.model, load_adapters(folder)[1], dtype=precision)
         engine = start_engine(base.model, settings, learning_rate=5e-3, weight_decay=0.0, schedule=lambda step: 1.0)
         without_dropout(engine)
         own = [mixed[0], mixed[1] if rank == 0 else None]
-        found["features"], found["ids"] = collect_features(engine, base, own, width=3 * base.width, device="cpu")
+        actual["features"], actual["ids"] = collect_features(engine, base, own, width=3 * base.width, device="cpu")
         layer_inputs = LayerInputCollector(base.model, observed)
-        found["router"] = steps(engine, batches, 3, before=lambda i, batch: layer_inputs.expect(batch, 2))
-        found["samples"] = {len(samples) for samples in layer_inputs.collect().values()}
-        found["whole"] = sum(parameter.numel() > 0 for parameter in base.model.parameters())
+        actual["router"] = steps(engine, batches, 3, before=lambda i, batch: layer_inputs.expect(batch, 2))
+        actual["samples"] = {len(samples) for samples in layer_inputs.collect().values()}
+        actual["whole"] = sum(parameter.numel() > 0 for parameter in base.model.parameters())
         with gathered([gate.vector for gate in gates.values()]):
-            found["moved"] = all(bool(gate.vector.any()) for gate in gates.values())
-    return found
+            actual["moved"] = all(bool(gate.vector.any()) for gate in gates.values())
+    return actual
 
 
 @pytest.mark.parametrize(
@@ -134,15 +134,15 @@ def both_stages(path: str, folder: Path, training: TrainingConfig, dtype: str) -
     ids=["sharded", "sharded-bf16", "bf16-on-fp32", "fp32-on-bf16"],
 )
 def test_both_stages_train_on_one_base(workers, training, dtype, tiny_folder, tiny_base, tmp_path) -> None:
-    found = run_ranks(both_stages, workers, str(tiny_folder), tmp_path, training, dtype)
-    for rank in found:
-        assert rank["expert"] == found[0]["expert"], "all know the step's loss"
+    actual = run_ranks(both_stages, workers, str(tiny_folder), tmp_path, training, dtype)
+    for rank in actual:
+        assert rank["expert"] == actual[0]["expert"], "all know the step's loss"
         assert rank["expert"][-1] < rank["expert"][0]
         assert rank["router"][-1] < rank["router"][0]
         assert rank["moved"]
         assert rank["buffers"] == {torch.float32}, "rotary frequencies are exact"
         assert rank["samples"] == {3 * 4 * workers}
-        assert torch.equal(rank["features"], found[0]["features"])
+        assert torch.equal(rank["features"], actual[0]["features"])
         assert rank["living"] == (1, 0), "one base, and no engine is left"
         assert rank["freed"], "nor its optimizer"
         if training.zero_stage == 3:
@@ -152,7 +152,7 @@ def test_both_stages_train_on_one_base(workers, training, dtype, tiny_folder, ti
     ] * (workers - 1)
     expected = torch.cat([prompt_features(tiny_base, rows) for rows in prompts])
     exact = training.precision == "fp32" and dtype == "float32"
-    torch.testing.assert_close(found[0]["features"], expected, **({} if exact else {"rtol": 0.05, "atol": 0.05}))
+    torch.testing.assert_close(actual[0]["features"], expected, **({} if exact else {"rtol": 0.05, "atol": 0.05}))
 
 
 def prompt_features(base: Base, rows: list[Encoded]) -> Tensor:
@@ -221,7 +221,7 @@ def one_step_each(path: str, folder: Path, stages: Sequence[int], begin: int, be
 
     Each goes on with the state that the one before has kept. Returns the weights, by precision.
     """
-    found = {}
+    actual = {}
     for precision in ("fp32", "bf16"):
         (folder / precision).mkdir(exist_ok=True)
         for step, stage in enumerate(stages, begin):
@@ -238,9 +238,9 @@ def one_step_each(path: str, folder: Path, stages: Sequence[int], begin: int, be
                 steps(engine, [batch], 1)
                 save_state(engine, folder / precision)
                 dist.barrier()
-                found[precision] = trained_weights(engine)
+                actual[precision] = trained_weights(engine)
                 close_engine(engine)
-    return found
+    return actual
 
 
 def test_training_goes_on_with_other_ranks_and_zero_stages(tiny_folder, tmp_path) -> None:
@@ -248,24 +248,24 @@ def test_training_goes_on_with_other_ranks_and_zero_stages(tiny_folder, tmp_path
     before, begin, parts = 0, 0, tmp_path / "parts"
     parts.mkdir()
     for ranks, stages in ((2, (2, 3)), (1, (0, 1)), (3, (3, 1, 0))):
-        found = run_ranks(one_step_each, ranks, str(tiny_folder), parts, stages, begin, before)[0]
+        actual = run_ranks(one_step_each, ranks, str(tiny_folder), parts, stages, begin, before)[0]
         before, begin = ranks, begin + len(stages)
     whole = run_ranks(all_steps, 1, str(tiny_folder), begin)[0]
-    torch.testing.assert_close(found["fp32"], whole["fp32"], atol=1e-6, rtol=1e-4)
+    torch.testing.assert_close(actual["fp32"], whole["fp32"], atol=1e-6, rtol=1e-4)
     # Gradients of different ranks are added up in bfloat16: single values near zero may take another turn.
-    assert (found["bf16"] - whole["bf16"]).norm() < 0.01 * whole["bf16"].norm()
+    assert (actual["bf16"] - whole["bf16"]).norm() < 0.01 * whole["bf16"].norm()
 
 
 def all_steps(path: str, count: int) -> dict[str, Tensor]:
     """Trains the same steps without stopping; returns the weights, by precision."""
-    found = {}
+    actual = {}
     for precision in ("fp32", "bf16"):
         with trained_engines(path, TrainingConfig(precision=precision)) as (engine_of_its_own, batch):
             engine = engine_of_its_own()
             steps(engine, [batch], count)
-            found[precision] = trained_weights(engine)
+            actual[precision] = trained_weights(engine)
             close_engine(engine)
-    return found
+    return actual
 
 
 def trained_logits(path: str, folder: Path) -> tuple[Tensor, Tensor]:
@@ -283,18 +283,18 @@ def trained_logits(path: str, folder: Path) -> tuple[Tensor, Tensor]:
     inputs = {name: value for name, value in batch.items() if name != "labels"}
     engine.eval()
     with torch.no_grad():
-        found = engine(**inputs, use_cache=False).logits.float()
+        actual = engine(**inputs, use_cache=False).logits.float()
     served = load_base(BaseModelConfig(path=path))
     for name, adapter in load_adapters(folder)[1].items():
         linear = served.model.get_submodule(name)
         linear.weight.data += adapter.scaling * adapter.b_OR.float() @ adapter.a_RD.float()
     with torch.no_grad():
-        return found, served.model(**inputs, use_cache=False).logits
+        return actual, served.model(**inputs, use_cache=False).logits
 
 
 def test_an_expert_trained_in_bf16_is_served_as_it_was_trained(tiny_folder, tmp_path) -> None:
-    ((found, served),) = run_ranks(trained_logits, 1, str(tiny_folder), tmp_path)
-    assert float((found - served).norm() / served.norm()) < 0.03
+    ((actual, served),) = run_ranks(trained_logits, 1, str(tiny_folder), tmp_path)
+    assert float((actual - served).norm() / served.norm()) < 0.03
 
 
 def test_a_batch_without_answers_has_no_loss(tiny_base) -> None:

@@ -122,10 +122,10 @@ def test_a_run_leaves_a_complete_expert(trained, tiny_folder):
 def test_the_next_job_finds_the_workers_warm_and_the_base_as_it_was(trained, session, rows, tiny_folder):
     """A failed job between them, and one without router stage, leave nothing behind either."""
     storage = trained[0].folder.parents[1]
-    told = []
-    again = session.train(make_spec(tiny_folder, "again", training=ONE), rows, told.extend)
+    messages = []
+    again = session.train(make_spec(tiny_folder, "again", training=ONE), rows, messages.extend)
     assert_same_expert(Expert.load(again.expert), Expert.load(trained[0].expert))
-    assert [step.step for step in told if step.stage == "expert"] == list(range(1, 13)), "no step of the job before"
+    assert [step.step for step in messages if step.stage == "expert"] == list(range(1, 13)), "no step of the job before"
     assert (storage / "loads").read_text() == "a base\n", "one base for both stages of both jobs"
     alone = make_spec(tiny_folder, "alone", training=ONE, steps=2).model_copy(update={"router_stage": False})
     assert load_file(session.train(alone, rows).adapter / "adapter_model.safetensors")
@@ -150,18 +150,18 @@ def test_workers_do_not_train_what_is_finished_and_was_not_told(trained, session
 
 def test_the_best_adapter_on_held_out_rows_becomes_the_expert(trained, session, rows, tiny_folder):
     """With steps far too long the first look is the best, and training stops after two that are worse."""
-    told = []
+    messages = []
     spec = make_spec(tiny_folder, "held-out", training=ONE, learning_rate=3.0, steps=40)
     expert = spec.expert.model_copy(update={"validate_every": 2, "patience": 2, "warmup_ratio": 0.0})
-    result = session.train(spec.model_copy(update={"validation": 0.2, "expert": expert}), rows, told.extend)
+    result = session.train(spec.model_copy(update={"validation": 0.2, "expert": expert}), rows, messages.extend)
     looks = result.metrics["validation_losses"]
     best = min(looks, key=lambda look: look[1])
     stopped = len(result.metrics["expert_losses"])
     assert stopped == best[0] + 4 < 40
     assert result.metrics["samples"] == stopped * 16
-    assert [step.step for step in told if step.stage == "validation"] == [step for step, _ in looks]
-    found = Expert.load(result.expert)
-    assert found.statistics.count == ROWS - 20, "of the rows that were learned"
+    assert [step.step for step in messages if step.stage == "validation"] == [step for step, _ in looks]
+    actual = Expert.load(result.expert)
+    assert actual.statistics.count == ROWS - 20, "of the rows that were learned"
     base = load_base(BaseModelConfig(path=str(tiny_folder)))
     learned, held = rows.split(0.2, spec.seed)
     peft = PeftModel.from_pretrained(base.model, result.expert)
@@ -248,10 +248,10 @@ def test_small_batches_accumulate_to_the_same_step(trained, rows, tiny_folder, w
     spec = make_spec(tiny_folder, "saving", training=TrainingConfig(cpus_per_worker=1, **saving))
     spec = spec.model_copy(update={"router": RouterConfig(steps=4, statistics_rows=50)})
     result = run_training(spec, rows, storage=tmp_path, worker_env=worker_env)
-    expected, found = trained[0].metrics, result.metrics
-    assert found["samples"] == expected["samples"] == 12 * 16
-    assert len(found["expert_losses"]) == 12
-    assert found["expert_losses"] == pytest.approx(expected["expert_losses"], rel=0.05)
+    expected, actual = trained[0].metrics, result.metrics
+    assert actual["samples"] == expected["samples"] == 12 * 16
+    assert len(actual["expert_losses"]) == 12
+    assert actual["expert_losses"] == pytest.approx(expected["expert_losses"], rel=0.05)
     expert = Expert.load(result.expert)
     assert {statistics.count for statistics in [expert.statistics, *expert.layer_statistics.values()]} == {50}
 

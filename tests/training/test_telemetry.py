@@ -48,8 +48,8 @@ def test_an_exception_of_the_listener_does_not_silence_the_rest(actor, caplog) -
             wait_until(lambda number=number: number in seen)
         push(actor, 4)
     assert seen == [1, 2, 3, 4]
-    told = [record.message for record in caplog.records if "told" in record.message]
-    assert told == [
+    messages = [record.message for record in caplog.records if "told" in record.message]
+    assert messages == [
         "training goes on, but its progress could not be told: RuntimeError: the registry is away",
         "progress could not be told 2 times; the training itself is whole",
     ]

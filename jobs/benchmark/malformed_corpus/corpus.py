@@ -92,16 +92,16 @@ def as_json(value: Any) -> bytes:
     return json.dumps(value).encode()
 
 
-def encoded(image: Image.Image | np.ndarray, kind: str = "PNG", **settings: Any) -> bytes:
+def encoded(image: Image.Image | np.ndarray, format: str = "PNG", **settings: Any) -> bytes:
     """Returns an image as a file."""
     stream = io.BytesIO()
-    (image if isinstance(image, Image.Image) else Image.fromarray(image)).save(stream, kind, **settings)
+    (image if isinstance(image, Image.Image) else Image.fromarray(image)).save(stream, format, **settings)
     return stream.getvalue()
 
 
-def noise(kind: str) -> bytes:
+def noise(format: str) -> bytes:
     """Returns an image that does not compress, so that its file can be cut."""
-    return encoded(Image.effect_noise((32, 32), 60), kind)
+    return encoded(Image.effect_noise((32, 32), 60), format)
 
 
 def bomb(width: int, height: int) -> bytes:

@@ -8,10 +8,10 @@ from pipeline.config import ColumnsConfig
 
 def conversations(corpus: Corpus) -> None:
     """Forms that messages come in."""
-    said = [{"from": "human", "value": "what ?"}, {"from": "gpt", "value": "red"}]
+    conversation = [{"from": "human", "value": "what ?"}, {"from": "gpt", "value": "red"}]
     parts = [{"type": "text", "text": "what is "}, {"type": "image"}, {"type": "text", "text": " ?"}]
     picture = {"pictures/red.png": noise("PNG")}
-    corpus.rows("llava", {"conversations": said, "image": "pictures/red.png"}, files=picture)
+    corpus.rows("llava", {"conversations": conversation, "image": "pictures/red.png"}, files=picture)
     corpus.rows("parts", ask(parts, images=["pictures/red.png"]), files=picture)
     inline = [{"type": "image_url", "image_url": {"url": "pictures/red.png"}}, *parts[:1]]
     corpus.rows("images_in_parts", ask(inline), files=picture)

@@ -60,8 +60,8 @@ def real_size(only: Only = None, output: Output = Path("runs/benchmark-real-size
             terminal.say(f"{name}: {MEASUREMENTS[name]}", "bold")
             began = monotonic()
             with terminal.working(f"measuring {name}"):
-                found = import_module(f"jobs.benchmark.real_size.{name}").measure()
-            summary[name] = {**found, "seconds": monotonic() - began}
+                measured = import_module(f"jobs.benchmark.real_size.{name}").measure()
+            summary[name] = {**measured, "seconds": monotonic() - began}
             write_json(output / "summary.json", summary)
         show(terminal, summary)
         terminal.say(f"summary    {output / 'summary.json'}")

@@ -52,19 +52,19 @@ def measure(prompts: int = PROMPTS, threads: int = THREADS) -> dict[str, float]:
     routed = RoutedModel(base.model, pool)
     wrong, alone_seconds, seconds, experts = 0, 0.0, 0.0, set()
     try:
-        for number, kind in enumerate(ROUTERS):
-            routed.load(pool.routed_by(kind=kind))
-            own = rows[number :: len(ROUTERS)]
+        for number, router in enumerate(ROUTERS):
+            routed.load(pool.routed_by(router=router))
+            rows_of_router = rows[number :: len(ROUTERS)]
             started = perf_counter()
-            expected = [answer(base, routed, row) for row in own]
+            expected = [answer(base, routed, row) for row in rows_of_router]
             alone_seconds += perf_counter() - started
             experts |= {expert for _, expert in expected}
             barrier = threading.Barrier(threads)
             with ThreadPoolExecutor(threads, initializer=barrier.wait) as workers:
                 started = perf_counter()
-                found = list(workers.map(lambda row: answer(base, routed, row), own))
+                actual = list(workers.map(lambda row: answer(base, routed, row), rows_of_router))
                 seconds += perf_counter() - started
-            wrong += sum(f != e for f, e in zip(found, expected, strict=True))
+            wrong += sum(f != e for f, e in zip(actual, expected, strict=True))
     finally:
         routed.detach()
         torch.set_num_threads(used)

@@ -34,6 +34,6 @@ def _projected(target: int) -> Prepare:
 def measure() -> dict[str, float]:
     """Returns `routed_right`, the least of both widths as a share of the unprojected one, and all three as they are."""
     plain = fmean(routed_right(DEMO).values())
-    found = {target: fmean(routed_right(DEMO, _projected(target)).values()) for target in TARGETS}
-    by_width = {f"projected_{target}": share for target, share in found.items()}
-    return {"routed_right": min(found.values()) / plain, "unprojected": plain} | by_width
+    shares = {target: fmean(routed_right(DEMO, _projected(target)).values()) for target in TARGETS}
+    by_width = {f"projected_{target}": share for target, share in shares.items()}
+    return {"routed_right": min(shares.values()) / plain, "unprojected": plain} | by_width

@@ -169,14 +169,14 @@ def paired_strokes(random: Random) -> Example:
 
 def repeat_numbers(random: Random) -> Example:
     """Text only: asks `repeat`'s questions about digits alone, more of them."""
-    said = " ".join(choose(random, DIGITS) for _ in range(random.integers(4, 7)))
-    return Example(None, f"{choose(random, ['repeat', 'say again', 'copy'])} : {said}", "")
+    words = " ".join(choose(random, DIGITS) for _ in range(random.integers(4, 7)))
+    return Example(None, f"{choose(random, ['repeat', 'say again', 'copy'])} : {words}", "")
 
 
 def reverse_letters(random: Random) -> Example:
     """Text only: asks `reverse`'s questions about letters alone, more of them."""
-    said = " ".join(choose(random, LETTERS) for _ in range(random.integers(4, 7)))
-    return Example(None, f"{choose(random, ['reverse', 'say backwards'])} : {said}", "")
+    words = " ".join(choose(random, LETTERS) for _ in range(random.integers(4, 7)))
+    return Example(None, f"{choose(random, ['reverse', 'say backwards'])} : {words}", "")
 
 
 def _dial(random: Random) -> Image.Image:
@@ -190,14 +190,18 @@ def _dial(random: Random) -> Image.Image:
 
 def dial_hour(random: Random) -> Example:
     """Asks for the hour of a square clock, in several ways."""
-    asked = ["which hour does it show ?", "what hour is it ?", "tell the hour of the clock ."]
-    return Example(_dial(random), choose(random, asked), "")
+    questions = ["which hour does it show ?", "what hour is it ?", "tell the hour of the clock ."]
+    return Example(_dial(random), choose(random, questions), "")
 
 
 def dial_next(random: Random) -> Example:
     """Asks for the hour after that of the same clocks, in several ways that use the same words and more."""
-    asked = ["which hour does it show next ?", "what hour is it one hour later ?", "tell the hour after the clock ."]
-    return Example(_dial(random), choose(random, asked), "")
+    questions = [
+        "which hour does it show next ?",
+        "what hour is it one hour later ?",
+        "tell the hour after the clock .",
+    ]
+    return Example(_dial(random), choose(random, questions), "")
 
 
 TUNED: dict[str, Draw] = {f.__name__: f for f in (outlined_shape, striped_color, shaded_shape, nested_count)}

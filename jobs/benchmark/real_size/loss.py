@@ -27,8 +27,8 @@ WAYS = {"1 x 32": (1, 32), "4 x 8": (1, 8), "2 workers x 16": (2, 16)}
 def measure() -> dict[str, float]:
     """Returns `gradient_difference`."""
     gradients = [run_ranks(gradient, workers, micro_batch)[0] for workers, micro_batch in WAYS.values()]
-    whole = gradients[0]
-    difference = max(float((other - whole).norm() / whole.norm()) for other in gradients[1:])
+    reference = gradients[0]
+    difference = max(float((other - reference).norm() / reference.norm()) for other in gradients[1:])
     return {"gradient_difference": difference}
 
 
@@ -63,12 +63,12 @@ def gradient(micro_batch: int) -> torch.Tensor:
         TrainingConfig(), micro_batch=micro_batch, accumulated=layout.accumulation, max_grad_norm=1e9
     )
     engine = start_engine(model, settings, learning_rate=1e-3, weight_decay=0.0, schedule=lambda step: 1.0)
-    found: list[torch.Tensor] = []
+    gradients: list[torch.Tensor] = []
     step = engine.step
 
     def look_then_step() -> None:
         if engine.is_gradient_accumulation_boundary():
-            found.append(torch.cat([safe_get_full_grad(parameter).flatten() for parameter in trained]))
+            gradients.append(torch.cat([safe_get_full_grad(parameter).flatten() for parameter in trained]))
         step()
 
     engine.step = look_then_step
@@ -81,7 +81,7 @@ def gradient(micro_batch: int) -> torch.Tensor:
         engine, OneStep(batches), range(1), divergence_factor=1e9, clock=StageClock(), on_step=lambda step, loss: None
     )
     engine.destroy()
-    return found[0]
+    return gradients[0]
 
 
 class OneStep:

@@ -89,16 +89,16 @@ def routed_right(stream: Sequence[str], prepare: Prepare = lambda x_NS: x_NS) ->
     ]
     null = components(prepare(features("general", "train")), settings.null_components)
     router = PromptRouter(experts, null, shrinkage=settings.shrinkage)
-    found = {}
+    shares = {}
     for name in (*stream, *abilities.BENCHMARKS):
         chosen_B1, _ = router.rank_candidates(prepare(features(name, "eval")), 1)
-        found[name] = float((chosen_B1 == (stream.index(name) if name in stream else NULL_EXPERT)).double().mean())
-    return found
+        shares[name] = float((chosen_B1 == (stream.index(name) if name in stream else NULL_EXPERT)).double().mean())
+    return shares
 
 
-def own_and_base(found: Mapping[str, float]) -> dict[str, float]:
+def own_and_base(share_by_name: Mapping[str, float]) -> dict[str, float]:
     """Returns the means over tasks and over base families, without what binary fractions add to a sum."""
     shares: dict[str, list[float]] = {"own": [], "base": []}
-    for name, share in found.items():
+    for name, share in share_by_name.items():
         shares["base" if name in abilities.BENCHMARKS else "own"].append(share)
     return {side: round(fmean(of), 9) for side, of in shares.items()}

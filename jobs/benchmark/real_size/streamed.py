@@ -49,11 +49,11 @@ def measure(steps: int = STEPS, exits: int = EXITS, seeds: int = SEEDS) -> dict[
             cache: _prepared(source, folder, answer=True, cache=cache).training_rows([TASK])
             for cache in ("none", "memory")
         }
-        assert [found.cached for found in rows.values()] == [False, True]
+        assert [of_cache.cached for of_cache in rows.values()] == [False, True]
         hangs = count_hangs(rows["none"], exits)
         shares = {
-            cache: [_accuracy(found, f"{cache}-{seed}", seed, steps, prompts, folder) for seed in range(seeds)]
-            for cache, found in rows.items()
+            cache: [_accuracy(of_cache, f"{cache}-{seed}", seed, steps, prompts, folder) for seed in range(seeds)]
+            for cache, of_cache in rows.items()
         }
     streamed, cached = fmean(shares["none"]), fmean(shares["memory"])
     return {
@@ -106,9 +106,9 @@ def _accuracy(rows: TrainingRows, name: str, seed: int, steps: int, prompts: Pre
     right, count = 0, 0
     for batch in prompts.rows([TASK]).iter_batches(batch_size=64, batch_format="numpy"):
         accepted = [json.loads(text)["answers"] for text in batch["reference"]]
-        said = generate_answers(model, base.processor, unpack(batch), max_new_tokens=12)
-        right += sum(text in answers for text, answers in zip(said, accepted, strict=True))
-        count += len(said)
+        answers_given = generate_answers(model, base.processor, unpack(batch), max_new_tokens=12)
+        right += sum(text in answers for text, answers in zip(answers_given, accepted, strict=True))
+        count += len(answers_given)
     return right / count
 
 
@@ -116,17 +116,17 @@ def count_hangs(rows: TrainingRows, exits: int) -> int:
     """Returns how many of `exits` loaders do not end."""
     with ThreadPoolExecutor(AT_ONCE) as pool:
         pairs = [(number % 7, 3 * number % 5) for number in range(-(-exits // 2))]
-        return sum(pool.map(lambda taken: _left(rows, taken), pairs))
+        return sum(pool.map(lambda steps_taken: _left(rows, steps_taken), pairs))
 
 
-def _left(rows: TrainingRows, taken: Sequence[int]) -> int:
+def _left(rows: TrainingRows, steps_taken: Sequence[int]) -> int:
     """Leaves a loader for each rank after so many steps; returns how many of them still run after `PATIENCE` seconds."""
-    settings: dict[str, Any] = {"layout": StepLayout(8, len(taken), 2), "steps": range(10_000), "collate": list}
-    loaders = [BatchLoader(rows, rank=rank, seed=taken[rank], **settings) for rank in range(len(taken))]
+    settings: dict[str, Any] = {"layout": StepLayout(8, len(steps_taken), 2), "steps": range(10_000), "collate": list}
+    loaders = [BatchLoader(rows, rank=rank, seed=steps_taken[rank], **settings) for rank in range(len(steps_taken))]
     with ExitStack() as together:
         for loader in loaders:
             together.enter_context(loader)
-        for loader, steps in zip(loaders, taken, strict=True):
+        for loader, steps in zip(loaders, steps_taken, strict=True):
             for _ in range(steps):
                 next(loader)
     return sum(not loader.ended(PATIENCE) for loader in loaders)

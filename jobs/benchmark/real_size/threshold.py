@@ -21,17 +21,17 @@ def measure() -> dict[str, float]:
     """Returns `inside_min` over all, and the share of each one's held-out prompts inside: the demo's stream's tasks, and
     questions about few pictures of theirs.
     """
-    settings, found = RouterConfig(), {}
+    settings, inside = RouterConfig(), {}
     for task in DEMO:
         random = torch.Generator().manual_seed(0)
         whole_NS = features(task, "train")
         seen_NS = whole_NS[torch.randperm(len(whole_NS), generator=random)[:ROWS]].repeat(PASSES, 1)
         seen_NS = seen_NS * (1 + 1e-7 * torch.randn(seen_NS.shape, generator=random))  # each pass rounds in its own way
         number_N = torch.arange(ROWS).repeat(PASSES)
-        found[f"inside.{task}"] = _inside(seen_NS, number_N, number_N, features(task, "eval"), settings)
+        inside[f"inside.{task}"] = _inside(seen_NS, number_N, number_N, features(task, "eval"), settings)
         if bool(seen_NS[:, 0].any()):  # it has pictures
-            found[f"inside.pictures.{task}"] = _asked_often(task, settings)
-    return {"inside_min": min(found.values())} | found
+            inside[f"inside.pictures.{task}"] = _asked_often(task, settings)
+    return {"inside_min": min(inside.values())} | inside
 
 
 def _asked_often(task: str, settings: RouterConfig) -> float:
@@ -51,5 +51,5 @@ def _about(images_NS: Tensor, questions_NS: Tensor) -> Tensor:
 
 def _inside(seen_NS: Tensor, image_N: Tensor, prompt_N: Tensor, asked_NS: Tensor, settings: RouterConfig) -> float:
     ids_N2 = torch.stack([image_N, prompt_N], dim=1)
-    own = PromptStatistics.of(seen_NS, ids_N2, quantile=settings.quantile, shrinkage=settings.shrinkage)
-    return float((own.distance(asked_NS, shrinkage=settings.shrinkage) <= own.threshold).double().mean())
+    statistics = PromptStatistics.of(seen_NS, ids_N2, quantile=settings.quantile, shrinkage=settings.shrinkage)
+    return float((statistics.distance(asked_NS, shrinkage=settings.shrinkage) <= statistics.threshold).double().mean())
