@@ -36,17 +36,17 @@ def test_results_of_the_demo_keep_their_names(tmp_path_factory: pytest.TempPathF
     """Or all would be learned anew."""
     settings = config("embedded")
     identity, stream = Identity(settings, FINGERPRINT, tmp_path_factory.mktemp("demo")), settings.stream
-    experts = {task.name: identity.expert(task) for task in stream.tasks}
-    assert experts == NAMES["experts"]
-    assert {task.name: identity.expert_before(task) for task in stream.tasks} == NAMES["experts_before"]
+    tasks = {task.name: task for task in (*stream.tasks, *stream.benchmarks)}
+    task = tasks["successor"]
+    assert task.train is not None
+    assert identity.expert(task) == NAMES["expert"]
+    assert identity.expert_before(task) == NAMES["expert_before"]
     assert identity.base == NAMES["base"]
     assert identity.answers == NAMES["answers"]
     assert identity.base_prompts == NAMES["base_prompts"]
-    assert identity.pool(list(experts.values()), settings.router) == NAMES["pool"]
-    assert identity.evaluation([*stream.tasks, *stream.benchmarks], "p", "routed") == NAMES["evaluation"]
-    rows = stream.tasks[0].train
-    assert rows is not None
-    assert identity.encoded_rows(rows, BASE_PROMPT, answer=True, metric="anls") == NAMES["encoded"]
+    assert identity.pool([NAMES["expert"]], settings.router) == NAMES["pool"]
+    assert identity.evaluation([task, tasks["repeat"]], "p", "routed") == NAMES["evaluation"]
+    assert identity.encoded_rows(task.train, BASE_PROMPT, answer=True, metric="anls") == NAMES["encoded"]
 
 
 def test_former_values_are_accepted() -> None:
