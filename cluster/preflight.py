@@ -208,6 +208,11 @@ def extensions_folder() -> Path:
     return Path.home() / ".cache" / "pointsman" / "torch_extensions" / built
 
 
+def op_is_built(folder: Path) -> bool:
+    """Returns whether the operator is there: then building it takes no time worth a word."""
+    return (folder / f"{OP}.built").is_file() and (folder / OP / f"{OP}.so").is_file()
+
+
 def build_op(folder: Path) -> bool:
     """Builds the operator into `folder` on this node; returns False if it was there already.
 
@@ -219,7 +224,7 @@ def build_op(folder: Path) -> bool:
         fcntl.flock(guard, fcntl.LOCK_EX)  # the kernel releases it when its holder dies, unlike torch's lock file
         if remove_stale_lock(folder / OP / "lock"):
             done.unlink(missing_ok=True)  # whoever was killed may have been compiling
-        if done.is_file() and library.is_file():
+        if op_is_built(folder):
             return False
         environment = _environment(folder)
         for tool, package in (("c++", "apt-get install g++"), ("ninja", "pip install ninja")):

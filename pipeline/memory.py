@@ -14,6 +14,23 @@ def free_memory() -> None:
     trim_memory()
 
 
+MAPPED_BYTES = 1 << 18
+"""Blocks from this size on are mapped by themselves."""
+_M_MMAP_THRESHOLD = -3
+
+
+def map_large_blocks() -> None:
+    """Has glibc map large blocks by themselves, so that they go back to the system when they are freed.
+
+    It begins so, but raises the threshold up to 32 MB with what is freed. From then on large tensors lie on the heap, between
+    small results that live longer, and the heap grows with every task. Source: mallopt(3), M_MMAP_THRESHOLD. Nothing happens
+    where the C library is another one.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        mallopt(_M_MMAP_THRESHOLD, MAPPED_BYTES)
+
+
 def trim_memory() -> None:
     """Gives free pages of the heap back to the system, in milliseconds.
 

@@ -100,6 +100,8 @@ def _settings(tasks: int, steps: int, output: Path) -> LearnConfig:
         },
         "expert": {"rank": 4, "steps": steps, "batch_size": 16, "learning_rate": 5e-3},
         "router": {"steps": max(1, steps // 6), "feature_width": 128},
+        # One core trains, the other one reads.
+        "data": {"num_readers": 1},
         "training": {"cpus_per_worker": 1},
         "evaluation": {"max_new_tokens": 4},
     })  # fmt: skip

@@ -3,13 +3,13 @@
 import logging
 import tempfile
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
 
 import torch
 
 from cluster.local import connect, starts_here
-from cluster.preflight import build_op, extensions_folder
+from cluster.preflight import build_op, extensions_folder, op_is_built
 from cluster.usage import PeakMemory
 from pipeline.config import LearnConfig, digest
 from pipeline.errors import UserError
@@ -17,6 +17,7 @@ from pipeline.learning.outside_errors import outside_errors
 from pipeline.learning.progress import LoggedProgress, Progress
 from pipeline.learning.session import PREPARING, StreamSession
 from pipeline.locks import LockedError, file_lock
+from pipeline.memory import map_large_blocks
 from pipeline.registry.tracking import log_config, open_tracking, tracked_run
 
 
@@ -47,6 +48,7 @@ def open_session(
     `trains` needs neither DeepSpeed nor a place for training workers.
     """
     progress = progress or LoggedProgress()
+    map_large_blocks()
     with (
         PeakMemory() as memory,
         outside_errors(config.folder),
@@ -58,7 +60,7 @@ def open_session(
             pass
         if trains and starts_here() and not config.training.gpu:
             # Before Ray's processes are there: the compiler takes 3 GB.
-            with progress.working(PREPARING):
+            with nullcontext() if op_is_built(extensions_folder()) else progress.working(PREPARING):
                 build_op(extensions_folder())
         with progress.working("starting Ray"):
             cluster = connect()
