@@ -25,7 +25,7 @@ test: install ## All tests (real Ray, DeepSpeed, MLflow; no network)
 	$(BIN)/python -m pytest
 
 test-fast: install ## Tests without Ray, what to run while editing (two minutes)
-	$(BIN)/python -m pytest -m 'not ray'
+	$(BIN)/python -m pytest -n logical -m 'not ray'
 
 lint: install ## ruff, mypy, import layers
 	$(BIN)/ruff check .

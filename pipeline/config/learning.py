@@ -1,4 +1,4 @@
-"""How it is learned: the base, the two stages, the machine, evaluation and registry; `LearnConfig` holds it all."""
+"""Settings of learning: base, both stages, hardware, evaluation and registry; `LearnConfig` holds all of them."""
 
 import re
 from pathlib import Path
@@ -11,13 +11,13 @@ from pipeline.config.tasks import DataConfig, StreamConfig
 
 
 def _here(path: str) -> str:
-    """Makes the path of something that is here absolute: workers run in other folders."""
+    """Makes a local path absolute: workers run in other folders."""
     found = Path(path).expanduser()
     return str(found.absolute()) if path != "tiny" and found.exists() else path
 
 
 SHARED_FOLDERS = ("data", "experts")
-"""Folders of an output folder that belong to no run: rows and answers, and the experts that pools refer to."""
+"""Folders below `output` that belong to no single run: rows and answers, and the experts that pools refer to."""
 
 
 def _on_a_file_system(path: str) -> str:
@@ -61,14 +61,14 @@ class BaseModelConfig(Config):
     name: str | None = Field(default=None, pattern=r"^[A-Za-z0-9_.-]+$")
     """Name in the registry; default: the last part of `path`."""
     dtype: Literal["float32", "bfloat16"] = "float32"
-    """Precision of the frozen weights; bfloat16 on GPUs (slow on CPUs)."""
+    """Precision of the frozen weights; bfloat16 is for GPUs and slow on CPUs."""
     attention: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
     """Attention implementation; `flash_attention_2` needs the package flash-attn and a GPU."""
     max_tiles: int | None = Field(default=None, ge=1)
-    """Most tiles an image is cut into; default: what the base's processor says (12 for InternVL). Fewer tiles, fewer
-    tokens; for bases that tile."""
+    """Maximum number of tiles per image, for bases that tile; default: the base's own (12 for InternVL). Fewer tiles are fewer
+    tokens."""
     trust_remote_code: bool = False
-    """Run Python code that comes with a checkpoint. Off: only transformers' own classes."""
+    """Run the Python code that comes with a checkpoint. Off: only classes of transformers are used."""
 
     @property
     def label(self) -> str:
@@ -87,31 +87,30 @@ class ExpertConfig(Config):
     FORMER_NAMES = {"warmup_ratio": "warm_up", "max_grad_norm": "clip"}
 
     rank: int = Field(default=8, ge=1, le=1024)
-    """Rank r of the update; 8 suffices at width 128, InternVL's own recipe takes 16."""
+    """LoRA rank r; 8 suffices at width 128, InternVL's own recipe uses 16."""
     alpha: float | None = Field(default=None, gt=0)
-    """LoRA's alpha, the update is scaled by alpha / r; default 2 r, as InternVL's recipe."""
+    """LoRA alpha: the update is scaled by alpha / r. Default: 2 r, as in InternVL's recipe."""
     dropout: float = Field(default=0.0, ge=0, lt=1)
     """Dropout on the adapter's input."""
     target_modules: Annotated[str, AfterValidator(_a_pattern)] = "auto"
-    """Regular expression that the full path of a Linear must match; `auto`: every Linear in the language model's layers,
-    by the base's family."""
+    """Regular expression that must match the full path of a Linear. `auto`: every Linear in the language model's layers."""
     steps: int = Field(default=250, ge=1)
     """Optimizer steps."""
     batch_size: int = Field(default=32, ge=1)
-    """Rows a step, over all workers."""
+    """Rows per optimizer step, over all workers."""
     learning_rate: float = Field(default=2e-3, gt=0)
     """Peak learning rate (AdamW, cosine); 2e-3 suits the tiny base, 4e-5 InternVL-2."""
     warmup_ratio: float = Field(default=0.06, ge=0, lt=1)
-    """Share of the steps with a rising learning rate."""
+    """Share of the steps in which the learning rate rises."""
     weight_decay: float = Field(default=0.0, ge=0)
     """AdamW's weight decay."""
     max_grad_norm: float = Field(default=1.0, gt=0)
     """Gradients are clipped to this norm."""
     validate_every: int = Field(default=50, ge=1)
-    """Steps between two looks at held-out rows, for tasks with `validation`."""
+    """Steps between two validations, for tasks with `validation`."""
     patience: int | None = Field(default=None, ge=1)
-    """Looks at held-out rows, for tasks with `validation`, of which none was better than the best, after which training stops;
-    default: it takes all steps. The schedule of the learning rate is that of all steps either way."""
+    """For tasks with `validation`: training stops after so many validations without a new best. Default: it takes all steps.
+    The learning-rate schedule is that of all steps either way."""
 
     @property
     def lora_alpha(self) -> float:
@@ -126,8 +125,8 @@ class RouterConfig(Config):
     FORMER_VALUES = {"token_scores": {"gaussian": "evidence", "phatgoose": "published"}}
 
     kind: Literal["prompt", "token", "two_level"] = "prompt"
-    """Who chooses: `prompt`, one closed-form decision per prompt (the one that measures best); `token`, every Linear for
-    itself; `two_level`, the prompt selects candidates and the Linears weight them."""
+    """Router: `prompt`, one closed-form decision per prompt (the most accurate here); `token`, one decision per Linear;
+    `two_level`, the prompt selects candidates and the Linears weight them."""
     token_scores: Literal["gaussian", "phatgoose"] = "gaussian"
     """token: the scores by which a Linear chooses: `gaussian`, the log-likelihood of its inputs over the whole prompt, from
     statistics; `phatgoose`, for every token by the trained routing vectors, as the paper describes it."""
@@ -136,24 +135,24 @@ class RouterConfig(Config):
     candidates: int = Field(default=3, ge=1)
     """two_level: candidates per prompt; the base can be one of them."""
     temperature: float = Field(default=1.0, gt=0)
-    """token, two_level: divides the scores before the softmax."""
+    """token, two_level: the scores are divided by it before the softmax."""
     steps: int = Field(default=25, ge=1)
-    """Steps of the router stage, a tenth of the expert stage's."""
+    """Optimizer steps of the router stage; a tenth of the expert stage's are enough."""
     learning_rate: float = Field(default=5e-3, gt=0)
     """Learning rate of the routing vectors (AdamW, constant)."""
     feature_width: int | None = Field(default=None, ge=8)
-    """prompt: project features to this width (one fixed seeded projection) where three times the base's width is too much.
-    `pointsman recompute-statistics` gives a learned pool another one."""
+    """prompt: width to which prompt features are projected (one fixed seeded projection); default: at most 512. Statistics take
+    its square in memory. `pointsman recompute-statistics` gives a learned pool another width."""
     shrinkage: float = Field(default=0.05, gt=0, lt=1)
-    """prompt: weight of the identity in the standardised covariance."""
+    """prompt: weight of the identity matrix in the standardised covariance."""
     statistics_rows: int = Field(default=4096, ge=4)
-    """Most distinct prompts of a task that its statistics describe, read in one pass; 4096 are eight for each of 512
-    features."""
+    """Maximum number of distinct prompts per task in its statistics, read in one pass; 4096 are eight per feature of 512."""
     null_components: int = Field(default=12, ge=1)
-    """prompt: Gaussians that stand for the base prompts together (k-means, the seed is fixed). One is too coarse where
-    tasks resemble what the base can do."""
+    """prompt: number of Gaussians that describe the base prompts (k-means with a fixed seed). One is too coarse where tasks
+    resemble base abilities."""
     quantile: float = Field(default=0.99, gt=0.5, lt=1)
-    """prompt: without base prompts, prompts farther from every task than this quantile of its own go to the base."""
+    """prompt, without base prompts: the out-of-distribution threshold of a task is this quantile of its own prompts' distances;
+    prompts beyond the thresholds of all tasks go to the base."""
 
 
 class TrainingConfig(Config):
@@ -172,33 +171,33 @@ class TrainingConfig(Config):
     gpu: bool = False
     """Give every worker a GPU."""
     cpus_per_worker: int = Field(default=2, ge=1)
-    """CPUs of each worker and threads of torch in it; two workers on two cores take 1."""
+    """CPUs per worker, and threads of torch in it; two workers on two cores take 1."""
     zero_stage: Literal[0, 1, 2, 3] = 1
-    """DeepSpeed ZeRO stage. 1 shards what LoRA training adds (optimizer states) and costs no extra
-    communication; 3 also shards the frozen base, for bases that do not fit on one GPU."""
+    """DeepSpeed ZeRO stage. 1 shards the optimizer states, without extra communication; 3 also shards the frozen base, for
+    bases that do not fit on one GPU."""
     zero_persistence_threshold: int | None = Field(default=None, ge=0)
-    """zero_stage=3: weights of at most so many values stay whole on every worker; default: DeepSpeed's 100,000, since small
-    ones cost more to gather than to hold. 0 shards them all."""
+    """zero_stage=3: weights with at most so many values are not sharded; default: DeepSpeed's 100,000, since small weights cost
+    more to gather than to hold. 0 shards all of them."""
     precision: Literal["fp32", "bf16"] = "fp32"
     """Precision of activations and gradients. With bf16 DeepSpeed's optimizer keeps the trained weights in fp32 and
     works on those; a prompt's statistics are summed in fp64 either way."""
     micro_batch: int | None = Field(default=None, ge=1)
-    """Rows of one forward pass of one worker; default: the whole of its share. Smaller ones are accumulated to
+    """Rows per forward pass of one worker; default: all of its rows. Smaller micro-batches are accumulated to
     `expert.batch_size`: less memory, the same step."""
     gradient_checkpointing: bool = False
-    """Compute the language model's activations twice instead of keeping them: about half as much time again behind a
-    frozen base, far less memory."""
+    """Compute the language model's activations twice instead of keeping them: far less memory, about half as much time
+    again."""
     offload: Literal["none", "optimizer", "all"] = "none"
-    """What waits in CPU memory: optimizer states (ZeRO 1 to 3), or with `all` the sharded base too (ZeRO 3)."""
+    """What lies in CPU memory: the optimizer states (ZeRO 1 to 3), or with `all` the sharded base too (ZeRO 3)."""
     parallel_tasks: Annotated[int | str, AfterValidator(_a_number_or_auto)] = 1
-    """Tasks that are trained at a time, each by `workers` of its own; `auto`: as many as the cluster has room for beside
-    evaluation. Experts and the order of pool versions are the same, whatever it is."""
+    """Tasks that are trained at the same time, each by `workers` of its own; `auto`: as many as the cluster has room for beside
+    evaluation. Experts and the order of pool versions do not depend on it."""
     checkpoint_every: int = Field(default=100, ge=1)
     """Steps between checkpoints (adapter, its optimizer state, position in the data; never the base)."""
     max_failures: int = Field(default=2, ge=0)
-    """How often a task restarts from its last checkpoint when a worker dies."""
+    """Restarts per task, from its last checkpoint, after a worker has died."""
     divergence_factor: float = Field(default=20.0, gt=1)
-    """Stop the task when the loss exceeds this multiple of its first value (or is not finite)."""
+    """The task fails when the loss exceeds this multiple of its first value, or is not finite."""
 
     @model_validator(mode="after")
     def _what_is_offloaded_is_sharded(self) -> "TrainingConfig":
@@ -216,31 +215,31 @@ class TrainingConfig(Config):
 
 
 class EvaluationConfig(Config):
-    """Inference: evaluation after every task, base prompts, image features."""
+    """Inference: evaluation after every task, statistics of base prompts, image features."""
 
     batch_size: int = Field(default=64, ge=1)
-    """Most prompts in a batch."""
+    """Maximum number of prompts per batch."""
     tokens_per_batch: int = Field(default=16384, ge=16)
-    """Most tokens in a batch, padding included: long prompts come in smaller batches. 16,384 keep a GPU busy, and beside an
-    8B base take 4 of 24 GB; a single longer prompt is a batch of its own."""
+    """Maximum number of tokens per batch, padding included: long prompts come in smaller batches. 16,384 keep a GPU busy, and
+    take 4 of 24 GB beside an 8B base; a longer prompt is a batch of its own."""
     max_new_tokens: int = Field(default=12, ge=1)
-    """Longest answer in tokens."""
+    """Maximum length of an answer in tokens."""
     workers: int = Field(default=1, ge=1)
     """Parallel evaluators with `training.cpus_per_worker` CPUs each; they also read base prompts and compute image features."""
     gpus_per_worker: int = Field(default=1, ge=1)
     """GPUs of each evaluator, if `training.gpu`; 1 unless the base is larger than one GPU. With more, each holds a part of
     the base's layers."""
     expert_memory: ByteSize | None = Field(default=None, gt=0)
-    """Most memory that the weights of a pool's experts take on the devices of one evaluator, all together, or of one process
-    that serves the pool; e.g. `2GiB`. Experts that a batch is routed to are read when they are needed, in place of those that
-    were not used for longest; a batch that needs more at once gets them all the same, for as long as it lasts. Default: all
-    experts are there. Not for router.kind token, where every Linear chooses from all of them."""
+    """Maximum memory of the experts' weights on the devices of one evaluator, or of one process that serves the pool; e.g.
+    `2GiB`. Experts that a batch is routed to are read when they are needed and replace those that were used longest ago; a
+    batch that needs more at once still gets them. Default: all experts are in memory. Not for router.kind token, where every
+    Linear chooses from all experts."""
     limit: int | None = Field(default=None, ge=1)
     """At most this many prompts per task."""
     every: int = Field(default=1, ge=1)
-    """router.kind token and two_level: evaluate after every so many tasks, and after the last. Their answers are the whole
-    pool's, so that all prompts are answered anew; with `prompt` an expert's answers are generated once, and each task is
-    evaluated."""
+    """router.kind token and two_level: evaluate after every so many tasks, and after the last. Their answers depend on the
+    whole pool, so all prompts are answered anew each time. With `prompt`, answers are generated once, and the pool is evaluated
+    after every task."""
 
 
 class RegistryConfig(Config):
@@ -251,18 +250,18 @@ class RegistryConfig(Config):
     experiment: str = "pointsman"
     """MLflow experiment."""
     patience: float = Field(default=300.0, ge=0)
-    """Seconds for which a registry that does not answer is tried again when an expert or a pool is due; a server is back
-    from a restart within a minute or two. Nothing that is trained is lost afterwards either."""
+    """Seconds for which a registry that does not answer is tried again, when an expert or a pool is to be registered. Nothing
+    that is trained is lost if it stays away."""
 
 
 class LearnConfig(Config):
-    """Everything that `pointsman learn` needs; one YAML file."""
+    """All settings of `pointsman learn`; one YAML file."""
 
     name: Annotated[str, AfterValidator(_no_shared_folder)] = Field(default="demo", pattern=r"^[A-Za-z0-9_-]+$")
     """Name of the run; its folder is `<output>/<name>`."""
     output: Annotated[str, AfterValidator(_on_a_file_system)] = "runs"
-    """Folder for results, checkpoints and, by default, MLflow's database; shared storage on a cluster, mounted where it is
-    an object store."""
+    """Folder for results, checkpoints and, by default, MLflow's database. On a cluster: shared storage; an object store must be
+    mounted."""
     seed: int = 0
     """Seed of weights, data order and projections."""
     base: BaseModelConfig = BaseModelConfig()

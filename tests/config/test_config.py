@@ -160,19 +160,19 @@ def test_a_wrong_value_comes_with_the_fields_meaning(file):
     message = error_of(file, STREAM + "expert: {rank: many}")
     assert message.startswith(f"{file}: expert.rank: Input should be a valid integer")
     assert "(given: 'many')" in message
-    assert "Rank r of the update" in message
+    assert "LoRA rank r" in message
     message = error_of(file, STREAM, "router.temperature=0")
     assert "router.temperature: Input should be greater than 0 (given: 0)" in message
-    assert "divides the scores before the softmax" in message
+    assert "the scores are divided by it before the softmax" in message
 
 
 def test_a_wrong_value_in_a_task_comes_with_the_fields_meaning(file):
     message = error_of(file, task(metric="f1"))
     assert "stream.tasks.0.metric: Input should be 'exact_match', 'relaxed_accuracy', 'anls', 'mmbench'" in message
-    assert "How an answer is scored" in message
+    assert "Metric: exact match" in message
     message = error_of(file, task(train="{path: a, limit: 0}"))
     assert "stream.tasks.0.train.limit" in message
-    assert "Read at most this many rows" in message
+    assert "Maximum number of rows" in message
     assert "Name of the task and of its expert" in error_of(file, task(name="Digits"))
 
 
