@@ -25,13 +25,13 @@ JOBS = {
     "recompute-statistics": Lazy(
         "jobs.recompute_statistics:main", "Recompute a pool's statistics, without training.", TeachingCommand
     ),
-    "explain": Lazy("jobs.explain:main", "Explain an answer: whom the router weighed, and why."),
+    "explain": Lazy("jobs.explain:main", "Explain an answer: candidate experts, posterior, distance, weights."),
     "ui": Lazy("jobs.ui:main", "Browse experts, pools and runs in MLflow."),
     "convert-internvl2": Lazy(
-        "jobs.convert_internvl2:main", "Convert an InternVL2 checkpoint to transformers' layout."
+        "jobs.convert_internvl2:main", "Convert an InternVL2 checkpoint to the layout of transformers."
     ),
     "pretrain-tiny": Lazy("jobs.pretrain_tiny:main", "Pretrain the demo's base."),
-    "benchmark": Lazy("jobs.benchmark.app:app", "Measure what the project adds to the work itself."),
+    "benchmark": Lazy("jobs.benchmark.app:app", "Measure routing, training, data, memory, cost per task."),
 }
 
 app = lazy_group(

@@ -1,4 +1,4 @@
-"""Says why a pool answers a prompt as it does: whom the routers weighed, how near each task was, who took which token.
+"""Explains an answer: candidate experts with posterior and distance, and the weights per token.
 
 python -m jobs.explain --pool runs/demo/pool --image digit.png --prompt "which digit is this ?"
 """

@@ -2,8 +2,8 @@
 
     python -m jobs.benchmark routers jobs/configs/demo.yaml
 
-- The stream's pool (learned first, where it is not yet), answered by the bare base, by specialists that are told the task,
-  and by every router; `_abstaining` are those without the base prompts, that is without a null expert.
+- The stream's pool (learned first, where it is not yet), answered by the bare base, with oracle routing (the right expert is given),
+  and by every router; `_without_null` are those without the base prompts, that is without a null expert.
 - Many experts: tasks of `data.demo.synthetic`, each learned in seconds by a plain loop in this process (many Ray
   Train runs would take an hour and teach nothing about routing), then all in one pool.
 """
@@ -75,7 +75,7 @@ def _on_the_stream(session: StreamSession, learned: LearnResult) -> dict[str, An
         folder = pool.save(session.folder / "routers" / name) if pool else None
         if pool is None:
             key = "base"
-        elif mode == "told":
+        elif mode == "oracle":
             key = digest(learned.pool_digest)
         else:  # as `compare` names them, so that nothing is answered twice
             key = session.pool_key(pool) if pool.null else digest(session.pool_key(pool), "no null expert")
@@ -92,18 +92,18 @@ def _on_the_stream(session: StreamSession, learned: LearnResult) -> dict[str, An
     results = {name: measured(pool.routed_by(**settings), name) for name, settings in ROUTERS.items()}
     bare = Pool(pool.base_label, pool.base_fingerprint, pool.router, pool.experts.values())
     for name in WITHOUT_NULL:
-        results[f"{name}_abstaining"] = measured(bare.routed_by(**ROUTERS[name]), f"{name}_abstaining")
+        results[f"{name}_without_null"] = measured(bare.routed_by(**ROUTERS[name]), f"{name}_without_null")
     return {
         "base": measured(None, "base"),
-        "specialist": measured(pool, "specialist", "told"),
+        "oracle": measured(pool, "oracle", "oracle"),
         "routers": results,
     }
 
 
 def _show_stream(session: StreamSession, summary: Mapping[str, Any]) -> None:
-    oracle, base = summary["specialist"], summary["base"]
+    oracle, base = summary["oracle"], summary["base"]
     rows = [["base", f"{base['new']:.3f}", _text(base["base_abilities"]), "", "", ""]]
-    rows.append(["specialist, told", f"{oracle['new']:.3f}", _text(oracle["base_abilities"]), "1.000", "", ""])
+    rows.append(["oracle routing", f"{oracle['new']:.3f}", _text(oracle["base_abilities"]), "1.000", "", ""])
     for name, r in summary["routers"].items():
         kept = r["base_abilities"] / base["base_abilities"] if base["base_abilities"] else None
         ratio = r["new"] / oracle["new"] if oracle["new"] else None
@@ -117,7 +117,7 @@ def _show_stream(session: StreamSession, summary: Mapping[str, Any]) -> None:
                 f"{r['routing_accuracy']:.3f}",
             ]
         )
-    header = ["router", "new tasks", "base abilities", "/ specialist", "/ base", "routing"]
+    header = ["router", "new tasks", "base abilities", "/ oracle", "/ base", "routing"]
     session.progress.show(table("Routers on the stream", header, rows))
 
 
@@ -150,7 +150,7 @@ def among_many(
     for name, rows in encoded.items():
         with routed.forced(name):
             oracle[name] = _accuracy(base, rows, answers[name])
-    results: dict[str, Any] = {"experts": many, "specialist": fmean(oracle.values()), "routers": {}}
+    results: dict[str, Any] = {"experts": many, "oracle": fmean(oracle.values()), "routers": {}}
     for router, settings in ROUTERS.items():
         if router == "token_phatgoose":
             continue  # it needs routing vectors, which these experts do without
@@ -169,7 +169,7 @@ def among_many(
 
 
 def _show_many(session: StreamSession, results: Mapping[str, Any]) -> None:
-    rows = [["specialist, told", f"{results['specialist']:.3f}", "", ""]]
+    rows = [["oracle routing", f"{results['oracle']:.3f}", "", ""]]
     for name, r in results["routers"].items():
         rows.append([name, f"{r['new']:.3f}", f"{r['routing_accuracy']:.3f}", f"{r['largest_loss']:.3f}"])
     header = ["router", "new tasks", "routing", "largest loss of a task"]

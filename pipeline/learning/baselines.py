@@ -1,11 +1,11 @@
 """Baselines: what one would do instead of a routed pool, at equal steps per task.
 
 base             the frozen base
-specialist       each task's expert, told which task a prompt belongs to (the upper bound of routing)
+oracle           oracle routing: the right expert is given (upper bound)
 sequential       one LoRA, fine-tuned on task after task
 multitask        one LoRA, trained on all tasks' data at once
-token_phatgoose  the pool, routed token by token (the paper's router)
-token            the pool, every Linear for itself, by log-likelihood
+token_phatgoose  the pool, one decision per token (the paper's router)
+token            the pool, one decision per Linear, by log-likelihood
 prompt           the pool, one closed-form decision per prompt
 two_level        the pool, candidates per prompt, weights per Linear
 
@@ -57,7 +57,7 @@ def compare_methods(session: StreamSession, learned: LearnResult, *, seeds: int 
         folder = pool.save(session.folder / "methods" / f"pool-{name}")
         return session.evaluate(columns, pool, session.pool_key(pool), folder=folder, who=name)
 
-    told = session.evaluate(columns, learned.pool, digest(learned.pool_digest), mode="told", who="specialist")
+    oracle = session.evaluate(columns, learned.pool, digest(learned.pool_digest), mode="oracle", who="oracle routing")
     fine_tuned: dict[str, list[dict[str, Any]]] = {"sequential": [], "multitask": []}
     for seed in range(session.config.seed, session.config.seed + seeds):
         both = _both(
@@ -66,11 +66,11 @@ def compare_methods(session: StreamSession, learned: LearnResult, *, seeds: int 
             at_once=session.capacity.trainings > 1,
         )
         for (name, results), adapter in zip(fine_tuned.items(), both, strict=True):
-            evaluation = _only(session, _of_seed(session, name, seed), adapter)
+            evaluation = _single(session, _of_seed(session, name, seed), adapter)
             results.append(_method(session, evaluation, adapter.samples, adapter.seconds))
     return {
         "base": _method(session, session.evaluate(columns, None, "base", who="the base"), 0, 0.0),
-        "specialist": _method(session, told, samples, expert_seconds),
+        "oracle": _method(session, oracle, samples, expert_seconds),
         **{name: over_seeds(results, session.config.seed) for name, results in fine_tuned.items()},
         **{name: _method(session, routed(name), samples, all_seconds) for name in ROUTERS},
     }
@@ -179,7 +179,7 @@ def _multitask(session: StreamSession, seed: int) -> _Adapter:
     return _Adapter(trained.adapter, key, trained.metrics["samples"], trained.metrics["expert_seconds"])
 
 
-def _only(session: StreamSession, name: str, trained: _Adapter) -> Evaluation:
+def _single(session: StreamSession, name: str, trained: _Adapter) -> Evaluation:
     """Evaluates a single adapter that answers everything."""
     config, adapters = load_adapters(trained.folder)
     card = ExpertCard(
@@ -200,4 +200,4 @@ def _only(session: StreamSession, name: str, trained: _Adapter) -> Evaluation:
         session.config.router,
         [Expert(card, config, adapters, {}, nothing)],
     )
-    return session.evaluate(list(session.columns), pool, trained.key, mode="only", who=name)
+    return session.evaluate(list(session.columns), pool, trained.key, mode="single", who=name)

@@ -1,4 +1,4 @@
-"""Why a prompt was answered by whom: what the routers saw, whom they weighed, and how much each token took of whom.
+"""Why an expert answers a prompt: candidate experts with posterior and distance, and the weights per token.
 
 Shapes: B rows, T tokens, E experts.
 """
@@ -80,7 +80,7 @@ def _excess(candidate: Candidate) -> float:
 
 @torch.inference_mode()
 def candidates_of_call(call: Call, *, limit: int = 10) -> list[tuple[Candidate, ...]]:
-    """Returns whom the routers weighed for each prompt of a call, likeliest first.
+    """Returns the candidate experts of each prompt of a call, likeliest first.
 
     The `limit` likeliest experts, and always the base. Empty where no prompt was read, where the pool has no expert, and
     where the call is over and its pool was replaced.

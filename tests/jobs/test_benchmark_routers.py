@@ -28,7 +28,7 @@ def test_many_experts_are_told_apart_and_the_base_stays_as_it_is(tiny_base, know
     assert actual["routers"].keys() == {"token", "prompt", "two_level"}
     for kind in ("prompt", "two_level"):
         assert actual["routers"][kind]["routing_accuracy"] >= 0.9
-        assert actual["routers"][kind]["new"] == pytest.approx(actual["specialist"], abs=0.15)
+        assert actual["routers"][kind]["new"] == pytest.approx(actual["oracle"], abs=0.15)
     assert checksum(tiny_base.model) == before
     assert not any(
         isinstance(module, torch.nn.Linear) and "lora" in name for name, module in tiny_base.model.named_modules()
