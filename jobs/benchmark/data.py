@@ -42,7 +42,7 @@ from pipeline.data.sources.reader import StreamError
 from pipeline.data.sources.storage import ImageFolder, place_of
 from pipeline.files import write_json
 from pipeline.models.bases import load_processor
-from pipeline.models.prompts import Encoded, encode
+from pipeline.models.encoding import Encoded, encode
 from pipeline.models.tiny import tiny_config, tiny_processor
 from pipeline.provenance import now, provenance
 

@@ -30,7 +30,8 @@ from pipeline.learning.opening import open_session
 from pipeline.learning.session import StreamSession
 from pipeline.learning.summary import session_provenance
 from pipeline.models.bases import Base, load_base
-from pipeline.models.prompts import Encoded, collate, generate_answers
+from pipeline.models.encoding import Encoded, collate
+from pipeline.models.generation import generate_answers
 from pipeline.provenance import now
 from pipeline.routing import Expert, ExpertCard, Pool, PromptStatistics, RoutedModel
 from pipeline.routing.adapters import load_adapters

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from pipeline.data.faults import StreamError
+from pipeline.data.errors import StreamError
 from pipeline.data.loading.prompts import PromptSource
 from pipeline.data.rows.quarantine import SetAside
 from pipeline.evaluation.actors import PredictorActors

@@ -11,12 +11,12 @@ import torch
 
 from pipeline.config import BaseModelConfig, RouterConfig
 from pipeline.data.encoded.packing import PACKED, unpack_row
-from pipeline.data.faults import StreamError
+from pipeline.data.errors import StreamError
 from pipeline.evaluation.answers import Answer
 from pipeline.evaluation.matrix import BASE
 from pipeline.evaluation.prompts import known_of
+from pipeline.models.encoding import Encoded
 from pipeline.models.inference import FrozenBase, InferenceWorkers
-from pipeline.models.prompts import Encoded
 from pipeline.routing.expert import Expert
 from pipeline.routing.features import project
 from pipeline.routing.pool import Pool

@@ -17,7 +17,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from pipeline.config import without_secrets
 from pipeline.errors import UserError
 from pipeline.evaluation.matrix import FORMULAS, AccuracyMatrix
-from pipeline.evaluation.pictures import METHODS, OURS, PICTURES, ordered_methods
+from pipeline.evaluation.plots import METHODS, OURS, PICTURES, ordered_methods
 
 DPI = 170
 """Resolution of the pictures; at a width of 12 inches about 2000 pixels, sharp on dense screens and in print."""

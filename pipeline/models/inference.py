@@ -18,8 +18,9 @@ import torch
 
 from pipeline.config import BaseModelConfig, EvaluationConfig, TrainingConfig
 from pipeline.models.bases import load_base
+from pipeline.models.encoding import Encoded, collate_for, to_device
+from pipeline.models.generation import generate_answers
 from pipeline.models.placement import CPU
-from pipeline.models.prompts import Encoded, collate_for, generate_answers, to_device
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from pipeline.config import ExpertConfig
 from pipeline.models.bases import Base
-from pipeline.models.prompts import IGNORED
+from pipeline.models.encoding import IGNORED
 from pipeline.routing.adapters import ADAPTER_WEIGHTS, Adapter
 from pipeline.routing.routed_linear import GatedLinear
 from pipeline.training.zero import gathered

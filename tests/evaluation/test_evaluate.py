@@ -17,7 +17,7 @@ from cluster.local import connect
 from pipeline.config import BaseModelConfig, DataConfig, SourceConfig, TaskConfig
 from pipeline.data.encoded.encoding import TaskRows
 from pipeline.data.encoded.packing import unpack
-from pipeline.data.faults import StreamError
+from pipeline.data.errors import StreamError
 from pipeline.data.loading.prompts import PromptSource
 from pipeline.evaluation.actors import PredictorActors
 from pipeline.evaluation.choices import SHOWN, format_candidates
@@ -25,8 +25,8 @@ from pipeline.evaluation.evaluate import Evaluator
 from pipeline.evaluation.predictor import Predictor
 from pipeline.evaluation.prompts import Column
 from pipeline.evaluation.results import Evaluation
+from pipeline.models.encoding import Encoded
 from pipeline.models.inference import InferenceWorkers
-from pipeline.models.prompts import Encoded
 from pipeline.routing import Pool
 from pipeline.routing.insight import weighed
 from tests.helpers import CLAIMS

@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from pipeline.evaluation.matrix import AccuracyMatrix, continual_metrics
-from pipeline.evaluation.pictures import PICTURES, cost
+from pipeline.evaluation.plots import PICTURES, cost
 from pipeline.evaluation.report import ReportError, duration, write_report
 
 TASKS = ["digits", "renamed", "clock", "later", "successor", "textures"]

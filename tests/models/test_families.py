@@ -15,9 +15,10 @@ from pipeline.data.encoded.packing import pack, unpack_row
 from pipeline.data.sources.reader import StreamError
 from pipeline.models.bases import Base, load_base
 from pipeline.models.checkpoints import BaseError
+from pipeline.models.encoding import FEATURES, IGNORED, PromptError, collate_for
 from pipeline.models.families import FAMILIES
+from pipeline.models.generation import generate_answers
 from pipeline.models.inference import InferenceWorkers
-from pipeline.models.prompts import FEATURES, IGNORED, PromptError, collate_for, generate_answers
 from pipeline.training.stages import answer_loss, checkpoint_activations, without_dropout
 from tests.helpers import ask
 

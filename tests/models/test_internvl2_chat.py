@@ -15,9 +15,10 @@ from transformers.processing_utils import VideosKwargs
 
 from pipeline.config import BaseModelConfig
 from pipeline.models.bases import load_base, load_processor
+from pipeline.models.encoding import IGNORED, chat, encode
+from pipeline.models.generation import generate_answers
 from pipeline.models.internvl2 import ConversionError, convert
 from pipeline.models.internvl2.chat import SYSTEM_MESSAGE
-from pipeline.models.prompts import IGNORED, chat, encode, generate_answers
 from tests.models import published
 from tests.models.published import small_config, write_folder
 

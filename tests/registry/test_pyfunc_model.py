@@ -17,8 +17,9 @@ from PIL import Image
 from pipeline.config import BaseModelConfig
 from pipeline.data.demo.abilities import ABILITIES
 from pipeline.models.bases import load_base
+from pipeline.models.encoding import encode
+from pipeline.models.generation import generate_answers
 from pipeline.models.inference import FrozenBase, InferenceWorkers
-from pipeline.models.prompts import encode, generate_answers
 from pipeline.registry.bases import register_base
 from pipeline.registry.experts import register_expert
 from pipeline.registry.pools import register_pool

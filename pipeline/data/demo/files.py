@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 
 from pipeline.data.demo import abilities, synthetic, tasks
 from pipeline.data.demo.abilities import Example
-from pipeline.data.faults import StreamError
+from pipeline.data.errors import StreamError
 from pipeline.locks import made_once
 
 SCHEME = "demo://"

@@ -10,11 +10,11 @@ import pyarrow as pa
 
 from pipeline.config import BaseModelConfig, DataConfig, SourceConfig
 from pipeline.data.encoded.packing import pack, prompt_digest
-from pipeline.data.faults import BadRow
+from pipeline.data.errors import BadRow
 from pipeline.data.rows.records import Reference
 from pipeline.data.sources.reader import NUMBER, PATH, excerpt, extent, record_of, row_id
 from pipeline.models.bases import load_processor
-from pipeline.models.prompts import Encoded, PromptError, encode
+from pipeline.models.encoding import Encoded, PromptError, encode
 
 processor_of = lru_cache(maxsize=2)(load_processor)
 

@@ -18,8 +18,8 @@ from pipeline.data.encoded.actors import on_workers
 from pipeline.data.encoded.packing import pack, unpack
 from pipeline.data.sources.reader import StreamError
 from pipeline.locks import made_once
+from pipeline.models.encoding import FEATURES, Encoded, picture_hash
 from pipeline.models.inference import FrozenBase, InferenceWorkers
-from pipeline.models.prompts import FEATURES, Encoded, picture_hash
 
 DONE = "_SUCCESS"
 """Marks a folder of features that is complete."""

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from pipeline.models.prompts import Encoded
+from pipeline.models.encoding import Encoded
 
 PACKED = ("input_ids", "labels", "arrays", "layout")
 """Columns of an encoded row."""

@@ -20,7 +20,7 @@ import numpy as np
 
 from pipeline.data.loading.training_rows import CachedRows, StreamedRows, TrainingRows
 from pipeline.data.loading.windows import spans
-from pipeline.models.prompts import IGNORED, Encoded
+from pipeline.models.encoding import IGNORED, Encoded
 
 AHEAD = 8
 """Micro-batches that are ready before they are asked for."""

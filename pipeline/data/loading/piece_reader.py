@@ -12,7 +12,7 @@ import pyarrow.fs as fs
 import pyarrow.parquet as pq
 
 from pipeline.data.encoded.encoding import PLACE, WHICH, Encoder
-from pipeline.data.faults import StreamError, UnreadableRow, first_line
+from pipeline.data.errors import StreamError, UnreadableRow, first_line
 from pipeline.data.loading import spool
 from pipeline.data.loading.pieces import Read
 from pipeline.data.sources.formats import of_network, row_values

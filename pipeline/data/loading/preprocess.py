@@ -25,8 +25,8 @@ from pipeline.data.loading.streamed_part import StreamedPart, streamed_features,
 from pipeline.data.loading.training_rows import TrainingRows
 from pipeline.data.rows.quarantine import NOTES, SetAside, set_aside
 from pipeline.data.sources.reader import count_rows, first_records, read
+from pipeline.models.encoding import PromptError, encode
 from pipeline.models.inference import InferenceWorkers
-from pipeline.models.prompts import PromptError, encode
 
 _SAMPLE = 4
 """Rows a part that are encoded to guess how much room all of them will take."""

@@ -18,10 +18,10 @@ from ray.exceptions import GetTimeoutError, RayError, RayTaskError
 
 from pipeline.data.encoded.encoding import encode_batch
 from pipeline.data.encoded.packing import PACKED, unpack_row
-from pipeline.data.faults import StreamError, first_line
+from pipeline.data.errors import StreamError, first_line
 from pipeline.data.loading.drawing import Drawable, Order
 from pipeline.data.loading.piece_reader import tables
-from pipeline.models.prompts import Encoded
+from pipeline.models.encoding import Encoded
 
 POLL_SECONDS = 0.2
 

@@ -12,7 +12,7 @@ from typing import Any
 import pyarrow as pa
 
 from pipeline.config import SourceConfig
-from pipeline.data.faults import UnreadableRow
+from pipeline.data.errors import UnreadableRow
 from pipeline.data.sources.formats import Row
 from pipeline.data.sources.reader import NUMBER, PATH, RAW, ROOT, content_of, read
 from pipeline.locks import made_once

@@ -15,7 +15,7 @@ from ray.data.datasource import Datasource, ReadTask
 
 from pipeline.config import DataConfig, digest
 from pipeline.data.encoded.encoding import Encoder, encode_batch
-from pipeline.data.faults import StreamError
+from pipeline.data.errors import StreamError
 from pipeline.data.loading import spool
 from pipeline.data.loading.piece_reader import BLOCK_ROWS, Origin, in_order, tables
 from pipeline.data.loading.pieces import Pieces, pieces_of

@@ -13,7 +13,7 @@ from pipeline.data.loading.drawing import Chosen, Drawable, Drawn, Order
 from pipeline.data.loading.read_ahead import ReadAhead
 from pipeline.data.loading.streamed_part import StreamedPart
 from pipeline.data.loading.windows import spans
-from pipeline.models.prompts import Encoded
+from pipeline.models.encoding import Encoded
 
 
 @dataclass(frozen=True)

@@ -12,9 +12,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from pipeline.config import ColumnsConfig
-from pipeline.data.faults import BadRow, printable
+from pipeline.data.errors import BadRow, printable
 from pipeline.data.rows.json_stream import parse
-from pipeline.models.prompts import IMAGE_PLACEHOLDER
+from pipeline.models.encoding import IMAGE_PLACEHOLDER
 
 LONGEST_TEXT = 1_000_000
 """Characters of the longest text that is tokenized; no base reads as much, and tokenizing 10 MB takes minutes."""

@@ -16,7 +16,7 @@ from typing import Any, Protocol
 import numpy as np
 from PIL import ExifTags, Image, UnidentifiedImageError
 
-from pipeline.data.faults import BadRow, first_line, printable
+from pipeline.data.errors import BadRow, first_line, printable
 
 MAX_PIXELS = 200_000_000
 """Largest image, where the configuration does not say."""

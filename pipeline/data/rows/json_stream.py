@@ -10,7 +10,7 @@ import re
 from collections.abc import Collection, Iterator
 from typing import Any, Protocol
 
-from pipeline.data.faults import UnreadableRow, printable
+from pipeline.data.errors import UnreadableRow, printable
 
 READ = 1 << 20
 """Characters that are read at a time."""

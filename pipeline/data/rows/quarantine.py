@@ -10,7 +10,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from pipeline.config import DataConfig, SourceConfig, without_secrets
-from pipeline.data.faults import StreamError
+from pipeline.data.errors import StreamError
 
 NOTES = ("id", "reason", "excerpt", "source", "rows", "lost")
 """Columns of what is set aside: `rows` that stand there (a row, the rest of a row group; 0 where no one knows how many), and

@@ -16,12 +16,12 @@ from PIL import Image
 from pydantic import Field
 
 from pipeline.config import ColumnsConfig, Config
-from pipeline.data.faults import BadRow as BadRow
-from pipeline.data.faults import printable
+from pipeline.data.errors import BadRow as BadRow
+from pipeline.data.errors import printable
 from pipeline.data.rows.conversations import Conversation, checked, conversation_of, text_of
 from pipeline.data.rows.images import MAX_PIXELS, Folder, load_image
 from pipeline.data.rows.json_stream import parse
-from pipeline.models.prompts import IMAGE_PLACEHOLDER
+from pipeline.models.encoding import IMAGE_PLACEHOLDER
 
 _LEADING_IMAGES = re.compile(rf"(\s*{re.escape(IMAGE_PLACEHOLDER)})*")
 _LONGEST_ID = 200

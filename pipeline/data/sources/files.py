@@ -13,7 +13,7 @@ import pyarrow.fs as fs
 
 from pipeline.config import SourceConfig, without_secrets
 from pipeline.data.demo.files import SCHEME, demo_file
-from pipeline.data.faults import StreamError
+from pipeline.data.errors import StreamError
 from pipeline.data.sources.formats import format_of
 from pipeline.data.sources.storage import place_of, unreachable
 

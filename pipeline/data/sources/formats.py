@@ -20,7 +20,7 @@ import pyarrow as pa
 import pyarrow.fs as fs
 import pyarrow.parquet as pq
 
-from pipeline.data.faults import StreamError, UnreadableRow, first_line, printable
+from pipeline.data.errors import StreamError, UnreadableRow, first_line, printable
 from pipeline.data.rows.json_stream import WHOLE, JsonStream, breaks_off, parse
 
 Row = dict[str, Any] | UnreadableRow

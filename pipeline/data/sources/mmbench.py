@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Iterator
 from string import ascii_uppercase
 from typing import Any
 
-from pipeline.data.faults import UnreadableRow
+from pipeline.data.errors import UnreadableRow
 from pipeline.data.sources.formats import Row
 
 INSTRUCTION = "Answer with the option's letter from the given choices directly."

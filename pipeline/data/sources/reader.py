@@ -25,8 +25,8 @@ from ray.data.datasource import Datasource, ReadTask
 
 from pipeline.config import SourceConfig, without_secrets
 from pipeline.data.demo.files import SCHEME
-from pipeline.data.faults import SHOWN, BadRow, UnreadableRow, printable
-from pipeline.data.faults import StreamError as StreamError
+from pipeline.data.errors import SHOWN, BadRow, UnreadableRow, printable
+from pipeline.data.errors import StreamError as StreamError
 from pipeline.data.rows.images import MAX_PIXELS
 from pipeline.data.rows.records import Record, identity, to_record
 from pipeline.data.sources import mmbench

@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.fs as fs
 
 from pipeline.config import without_secrets
-from pipeline.data.faults import BadRow, StreamError, first_line, printable
+from pipeline.data.errors import BadRow, StreamError, first_line, printable
 
 MAX_FILE = 1 << 30
 """Bytes of the largest image file that is read."""

@@ -13,7 +13,7 @@ from cluster.local import connect
 from pipeline.data.encoded.packing import pack
 from pipeline.data.loading.batch_loader import BatchLoader, StepLayout, distinct_batches
 from pipeline.data.loading.training_rows import TrainingRows
-from pipeline.models.prompts import IGNORED, Encoded, collate
+from pipeline.models.encoding import IGNORED, Encoded, collate
 
 pytestmark = pytest.mark.ray
 

@@ -17,7 +17,7 @@ from pipeline.data.rows.quarantine import SetAside
 from pipeline.data.rows.records import BadRow, Reference
 from pipeline.data.sources import reader
 from pipeline.data.sources.reader import StreamError
-from pipeline.models.prompts import IGNORED
+from pipeline.models.encoding import IGNORED
 
 pytestmark = pytest.mark.ray
 

@@ -30,7 +30,7 @@ from pipeline.data.loading.preprocess import PreparedData, prepare
 from pipeline.data.loading.training_rows import TrainingRows
 from pipeline.data.loading.windows import LANES, WINDOW_BYTES, Span, Window, lane_windows, spans
 from pipeline.data.sources.reader import StreamError
-from pipeline.models.prompts import IGNORED, collate
+from pipeline.models.encoding import IGNORED, collate
 
 pytestmark = pytest.mark.ray
 

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pipeline.data.faults import BadRow
+from pipeline.data.errors import BadRow
 from pipeline.data.rows import images
 from pipeline.data.rows.images import decode, load_image
 

@@ -5,7 +5,7 @@ import json
 
 import pytest
 
-from pipeline.data.faults import UnreadableRow
+from pipeline.data.errors import UnreadableRow
 from pipeline.data.rows import json_stream
 from pipeline.data.rows.json_stream import JsonStream, parse
 

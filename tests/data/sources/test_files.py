@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import pytest
 
 from pipeline.config import SourceConfig, without_secrets
-from pipeline.data.faults import StreamError
+from pipeline.data.errors import StreamError
 from pipeline.data.sources import storage
 from pipeline.data.sources.files import matches, resolve, split_glob
 

@@ -11,7 +11,7 @@ import pyarrow.fs as fs
 import pyarrow.parquet as pq
 import pytest
 
-from pipeline.data.faults import StreamError, UnreadableRow
+from pipeline.data.errors import StreamError, UnreadableRow
 from pipeline.data.sources import formats
 from pipeline.data.sources.formats import format_of, rows_of
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from pipeline.data.faults import UnreadableRow
+from pipeline.data.errors import UnreadableRow
 from pipeline.data.sources.mmbench import INSTRUCTION, questions
 
 PICTURE = "A" * 100

@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from pipeline.config import ColumnsConfig, SourceConfig
-from pipeline.data.faults import UnreadableRow
+from pipeline.data.errors import UnreadableRow
 from pipeline.data.rows.records import BadRow
 from pipeline.data.sources import reader
 from pipeline.data.sources.reader import (

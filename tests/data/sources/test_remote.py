@@ -16,7 +16,7 @@ from PIL import Image
 
 from cluster.local import connect
 from pipeline.config import SourceConfig
-from pipeline.data.faults import BadRow, StreamError
+from pipeline.data.errors import BadRow, StreamError
 from pipeline.data.sources.reader import count_rows, fingerprint, first_records, read, record_of
 
 pytestmark = pytest.mark.ray

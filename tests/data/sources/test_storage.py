@@ -3,7 +3,7 @@
 import pyarrow.fs as fs
 import pytest
 
-from pipeline.data.faults import BadRow
+from pipeline.data.errors import BadRow
 from pipeline.data.sources import storage
 from pipeline.data.sources.storage import ImageFolder
 

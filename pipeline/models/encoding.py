@@ -1,4 +1,4 @@
-"""From a conversation to tensors and back: prompts, labels, padding, answers.
+"""From a conversation to tensors: prompts, labels, padding, batches.
 
 The one place that knows how a row becomes model inputs, for training and for generation alike. Shapes: B rows, T tokens
 (padded), D the language model's width; image arrays begin with an axis of tiles, patches or images, as the family has it.
@@ -212,15 +212,3 @@ def to_device(value: Any, device: str | torch.device) -> Any:
         moved = {key: to_device(item, device) for key, item in value.items()}
         return type(value)(**moved) if isinstance(value, BaseModelOutputWithPooling) else moved
     return [to_device(item, device) for item in value] if isinstance(value, list) else value
-
-
-@torch.inference_mode()
-def generate_answers(
-    model: Any, processor: Any, rows: Sequence[Encoded], *, max_new_tokens: int, device: str | torch.device = "cpu"
-) -> list[str]:
-    """Answers encoded prompts greedily, as one batch; returns the decoded texts without special tokens."""
-    batch = to_device(collate_for(processor, rows, "left"), device)
-    batch.pop("labels")
-    output = model.generate(**batch, max_new_tokens=max_new_tokens, do_sample=False)
-    new = output[:, batch["input_ids"].shape[1] :]
-    return [text.strip() for text in processor.tokenizer.batch_decode(new, skip_special_tokens=True)]

@@ -8,17 +8,8 @@ from PIL import Image
 from pipeline.config import BaseModelConfig
 from pipeline.data.encoded.packing import pack, unpack_row
 from pipeline.models.bases import load_processor
-from pipeline.models.prompts import (
-    IGNORED,
-    Encoded,
-    chat,
-    collate,
-    encode,
-    generate_answers,
-    ids,
-    picture_hash,
-    without_answer,
-)
+from pipeline.models.encoding import IGNORED, Encoded, chat, collate, encode, ids, picture_hash, without_answer
+from pipeline.models.generation import generate_answers
 from tests.helpers import ask, batch_of, generate
 
 RED, BLUE = Image.new("RGB", (64, 64), "red"), Image.new("RGB", (90, 40), "blue")
