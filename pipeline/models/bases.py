@@ -88,9 +88,9 @@ def load_base(config: BaseModelConfig, *, vision: bool = True, devices: Sequence
     family = family_at(folder, trust_remote_code=config.trust_remote_code)
     logging.disable_progress_bar()  # one bar for every worker and evaluator
     placed = _placed(folder, config, family, vision, devices) if tuple(devices) != (CPU,) else None
-    kind = AutoModelForCausalLM if family is TEXT else AutoModelForImageTextToText
+    auto_class = AutoModelForCausalLM if family is TEXT else AutoModelForImageTextToText
     try:
-        model = kind.from_pretrained(
+        model = auto_class.from_pretrained(
             folder,
             dtype=getattr(torch, config.dtype),
             attn_implementation=config.attention,
@@ -115,8 +115,8 @@ def _placed(
     if len(devices) == 1:
         return {"": devices[0]}
     settings = AutoConfig.from_pretrained(folder, trust_remote_code=config.trust_remote_code)
-    kind = AutoModelForCausalLM if family is TEXT else AutoModelForImageTextToText
+    auto_class = AutoModelForCausalLM if family is TEXT else AutoModelForImageTextToText
     with torch.device("meta"):
-        model = kind.from_config(settings, trust_remote_code=config.trust_remote_code)
+        model = auto_class.from_config(settings, trust_remote_code=config.trust_remote_code)
     model.tie_weights()
     return device_map(model, family, devices, vision=vision)

@@ -85,11 +85,11 @@ def _fetched(uri: str) -> Path:
         filesystem, root = fsspec.core.url_to_fs(uri)
         root = root.rstrip("/")
         filesystem.invalidate_cache()  # a listing from earlier in this process would hide what has changed
-        found = {Path(file).name: file for pattern in NEEDED for file in filesystem.glob(f"{root}/{pattern}")}
-        if not found:
+        remote_files = {Path(file).name: file for pattern in NEEDED for file in filesystem.glob(f"{root}/{pattern}")}
+        if not remote_files:
             raise BaseError(f"base.path: {shown} holds no checkpoint: no config.json with *.safetensors")
         with staging(folder, why="which fetches the base") as unfinished:
-            _synchronize(filesystem, found, folder, unfinished)
+            _synchronize(filesystem, remote_files, folder, unfinished)
     except ImportError as error:
         raise BaseError(
             f"base.path: {shown}: its filesystem is not installed: {error} (pip install s3fs, or gcsfs)"
@@ -101,28 +101,28 @@ def _fetched(uri: str) -> Path:
     return folder
 
 
-def _synchronize(filesystem: Any, found: Mapping[str, str], folder: Path, unfinished: Path) -> None:
+def _synchronize(filesystem: Any, remote_files: Mapping[str, str], folder: Path, unfinished: Path) -> None:
     """Makes `folder` hold the files `found` (their places in the store by name) and no others."""
     folder.mkdir(parents=True, exist_ok=True)
     record = folder.with_name(f"{folder.name}.files")
-    known: dict[str, list[object]] = json.loads(record.read_text()) if record.exists() else {}
-    for name, file in found.items():
+    versions: dict[str, list[object]] = json.loads(record.read_text()) if record.exists() else {}
+    for name, file in remote_files.items():
         target, info = folder / name, filesystem.info(file)
         size, version = int(info["size"]), _version(info)
         # Without a record (of an earlier release) a file of the right size is taken for the same.
-        same = known.get(name, [size, version]) == [size, version]
-        known[name] = [size, version]
+        same = versions.get(name, [size, version]) == [size, version]
+        versions[name] = [size, version]
         if same and target.exists() and target.stat().st_size == size:
             continue
         filesystem.get_file(file, str(unfinished / name))
         if (unfinished / name).stat().st_size != size:
             raise OSError(f"{name}: {(unfinished / name).stat().st_size:,} of {size:,} bytes; was it being written?")
         (unfinished / name).rename(target)
-        _write_record(record, known, unfinished)
+        _write_record(record, versions, unfinished)
     for file_here in files_of(folder):  # of a checkpoint that was sharded otherwise
-        if file_here.name not in found:
+        if file_here.name not in remote_files:
             file_here.unlink()
-    _write_record(record, {name: known[name] for name in found}, unfinished)
+    _write_record(record, {name: versions[name] for name in remote_files}, unfinished)
 
 
 def _version(info: Mapping[str, Any]) -> str | None:
@@ -130,9 +130,9 @@ def _version(info: Mapping[str, Any]) -> str | None:
     return next((str(info[key]) for key in _VERSION_KEYS if info.get(key) is not None), None)
 
 
-def _write_record(record: Path, known: Mapping[str, list[object]], unfinished: Path) -> None:
+def _write_record(record: Path, versions: Mapping[str, list[object]], unfinished: Path) -> None:
     staging = unfinished / record.name
-    staging.write_text(json.dumps(known))
+    staging.write_text(json.dumps(versions))
     staging.rename(record)
 
 
@@ -149,11 +149,11 @@ def _write_checkpoint(file: Path, folder: Path) -> None:
     """Writes a GGUF file's model and tokenizer into a new folder."""
     try:
         source = {"pretrained_model_name_or_path": file.parent, "gguf_file": file.name}
-        read = AutoModelForCausalLM.from_pretrained(**source, dtype="float32")
-        config = type(read.config).from_dict(read.config.to_dict() | {"quantization_config": None})
+        loaded = AutoModelForCausalLM.from_pretrained(**source, dtype="float32")
+        config = type(loaded.config).from_dict(loaded.config.to_dict() | {"quantization_config": None})
         model = AutoModelForCausalLM.from_config(config)  # the one that was read counts as quantized: not to be saved
-        model.load_state_dict(read.state_dict())
-        model.generation_config = read.generation_config
+        model.load_state_dict(loaded.state_dict())
+        model.generation_config = loaded.generation_config
         model.save_pretrained(folder)
         AutoTokenizer.from_pretrained(**source).save_pretrained(folder)
     except ImportError as error:
@@ -191,8 +191,8 @@ def _fingerprint(files: tuple[tuple[Path, int, int], ...]) -> str:
                 json.loads(file.read_bytes())
             if file.suffix == ".safetensors":
                 safe_open(file, "pt").keys()  # checks the length, too
-            with file.open("rb") as stream:
-                while block := stream.read(1 << 22):
+            with file.open("rb") as opened:
+                while block := opened.read(1 << 22):
                     digest.update(block)
     return digest.hexdigest()[:16]
 

@@ -17,7 +17,7 @@ from PIL import Image
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from pipeline.errors import UserError
-from pipeline.models.processors import Layout
+from pipeline.models.processors import BatchLayout
 
 IGNORED = -100
 """Label of a token that the loss leaves out."""
@@ -46,9 +46,9 @@ class Encoded:
     """(T,) int64; `IGNORED` on the prompt."""
     images: Mapping[str, np.ndarray] = field(default_factory=dict)
     """Arrays of this row's images by name (`pixel_values`, ...); none for a text-only row."""
-    marks: Mapping[str, np.ndarray] = field(default_factory=dict)
+    token_fields: Mapping[str, np.ndarray] = field(default_factory=dict)
     """Further arrays with a value a token (T,), such as Qwen's `mm_token_type_ids`."""
-    picture: int | None = None
+    image_id: int | None = None
     """Hash of the pixels where `images` holds what was computed from them; None: `images` tells."""
 
 
@@ -103,69 +103,69 @@ def encode(
             )
     try:
         prompt = processor.apply_chat_template(conversation[:-1], add_generation_prompt=True, tokenize=False)
-        whole = processor.apply_chat_template(conversation, tokenize=False) if answer else ""
+        full_text = processor.apply_chat_template(conversation, tokenize=False) if answer else ""
         inputs = dict(processor(images=list(images) or None, text=[prompt], return_tensors="np"))
     except (ValueError, TemplateError) as error:
         raise PromptError(f"the base's processor refuses it: {error}") from None
     ids = np.asarray(inputs.pop("input_ids")[0], dtype=np.int64)
     for unused in ("attention_mask", "token_type_ids"):
         inputs.pop(unused, None)
-    marks = {name: np.asarray(a[0]) for name, a in inputs.items() if np.shape(a) == (1, len(ids))}
-    arrays = {name: np.asarray(a) for name, a in inputs.items() if name not in marks}
+    token_fields = {name: np.asarray(a[0]) for name, a in inputs.items() if np.shape(a) == (1, len(ids))}
+    arrays = {name: np.asarray(a) for name, a in inputs.items() if name not in token_fields}
     if processor.layout.row_axis:
         arrays |= {name: arrays[name][0] for name in _PIXELS_BY_ROW if name in arrays}
     if "pixel_values" in arrays:
         arrays["pixel_values"] = arrays["pixel_values"].astype(np.float32, copy=False)
     if not answer:
-        return Encoded(ids, np.full_like(ids, IGNORED), arrays, marks)
-    if not whole.startswith(prompt):
+        return Encoded(ids, np.full_like(ids, IGNORED), arrays, token_fields)
+    if not full_text.startswith(prompt):
         raise ValueError(
             "the chat template does not put the generation prompt before the answer; cannot mask the prompt"
         )
-    answer_ids = processor.tokenizer(whole[len(prompt) :], add_special_tokens=False)["input_ids"]
+    answer_ids = processor.tokenizer(full_text[len(prompt) :], add_special_tokens=False)["input_ids"]
     answer_ids = np.asarray(answer_ids, dtype=np.int64)
     zeros = np.zeros(len(answer_ids), dtype=np.int64)
     return Encoded(
         input_ids=np.concatenate([ids, answer_ids]),
         labels=np.concatenate([np.full_like(ids, IGNORED), answer_ids]),
         images=arrays,
-        marks={name: np.concatenate([values, zeros]) for name, values in marks.items()},
+        token_fields={name: np.concatenate([values, zeros]) for name, values in token_fields.items()},
     )
 
 
 def without_answer(row: Encoded) -> Encoded:
     """Returns the prompt of a training row, exactly as generation would start with it."""
     length = int(np.flatnonzero(row.labels != IGNORED)[0]) if (row.labels != IGNORED).any() else len(row.labels)
-    marks = {name: values[:length] for name, values in row.marks.items()}
-    return replace(row, input_ids=row.input_ids[:length], labels=row.labels[:length], marks=marks)
+    token_fields = {name: values[:length] for name, values in row.token_fields.items()}
+    return replace(row, input_ids=row.input_ids[:length], labels=row.labels[:length], token_fields=token_fields)
 
 
-def picture_hash(row: Encoded) -> int:
+def image_hash(row: Encoded) -> int:
     """Returns 64 bits that name a row's pictures; 0 where it has none."""
-    if row.picture is not None or not row.images:
-        return row.picture or 0
+    if row.image_id is not None or not row.images:
+        return row.image_id or 0
     return _hash(*(part for name in sorted(row.images) for part in (name.encode(), row.images[name].tobytes())))
 
 
 def ids(rows: Sequence[Encoded]) -> torch.Tensor:
     """Returns ids (B, 2), int64, of each row's pictures and of its prompt; without a picture both are the prompt's."""
-    found = []
+    pairs = []
     for row in rows:
-        picture = picture_hash(row)
-        prompt = _hash(picture.to_bytes(8, "little", signed=True), row.input_ids[row.labels == IGNORED].tobytes())
-        found.append((picture or prompt, prompt))
-    return torch.tensor(found, dtype=torch.int64)
+        image_id = image_hash(row)
+        prompt = _hash(image_id.to_bytes(8, "little", signed=True), row.input_ids[row.labels == IGNORED].tobytes())
+        pairs.append((image_id or prompt, prompt))
+    return torch.tensor(pairs, dtype=torch.int64)
 
 
 def _hash(*parts: bytes) -> int:
-    found = blake2b(digest_size=8)
+    digest = blake2b(digest_size=8)
     for part in parts:
-        found.update(len(part).to_bytes(8, "little") + part)
-    return int.from_bytes(found.digest(), "little", signed=True)
+        digest.update(len(part).to_bytes(8, "little") + part)
+    return int.from_bytes(digest.digest(), "little", signed=True)
 
 
 def collate(
-    rows: Sequence[Encoded], *, pad_token_id: int, side: str = "right", layout: Layout | None = None
+    rows: Sequence[Encoded], *, pad_token_id: int, side: str = "right", layout: BatchLayout | None = None
 ) -> dict[str, Any]:
     """Pads rows to one length (`side` "right" to train, "left" to generate) and joins all their images.
 
@@ -173,16 +173,21 @@ def collate(
     their first axis; features that were computed before go under `mm_encoder_outputs`, which transformers' models read
     instead of pixels.
     """
-    layout = layout or Layout()
+    layout = layout or BatchLayout()
     length = max(len(row.input_ids) for row in rows)
     pads = {"input_ids": pad_token_id, "labels": IGNORED, "attention_mask": 0}
-    pads |= {name: 0 for row in rows for name in row.marks}
+    pads |= {name: 0 for row in rows for name in row.token_fields}
     padded = {name: np.full((len(rows), length), pad, dtype=np.int64) for name, pad in pads.items()}
     for i, row in enumerate(rows):
-        place = slice(0, len(row.input_ids)) if side == "right" else slice(length - len(row.input_ids), length)
-        values: dict[str, Any] = {"input_ids": row.input_ids, "labels": row.labels, "attention_mask": 1, **row.marks}
+        span = slice(0, len(row.input_ids)) if side == "right" else slice(length - len(row.input_ids), length)
+        values: dict[str, Any] = {
+            "input_ids": row.input_ids,
+            "labels": row.labels,
+            "attention_mask": 1,
+            **row.token_fields,
+        }
         for name, value in values.items():
-            padded[name][i, place] = value
+            padded[name][i, span] = value
     batch: dict[str, Any] = {name: torch.from_numpy(values) for name, values in padded.items()}
     for name in dict.fromkeys(name for row in rows for name in row.images):
         joined = torch.from_numpy(np.concatenate([row.images[name] for row in rows if name in row.images]))
@@ -198,10 +203,10 @@ def collate_for(processor: Any, rows: Sequence[Encoded], side: str = "right") ->
     return collate(rows, pad_token_id=processor.tokenizer.pad_token_id, side=side, layout=processor.layout)
 
 
-def _encoder_output(features_ND: torch.Tensor, layout: Layout) -> BaseModelOutputWithPooling:
+def _encoder_output(features_ND: torch.Tensor, layout: BatchLayout) -> BaseModelOutputWithPooling:
     if features_ND.dtype == torch.uint16:  # numpy has no bfloat16; its bits travel as integers
         features_ND = features_ND.view(torch.bfloat16)
-    return BaseModelOutputWithPooling(pooler_output=[features_ND] if layout.features == "list" else features_ND)
+    return BaseModelOutputWithPooling(pooler_output=[features_ND] if layout.image_embeds == "list" else features_ND)
 
 
 def to_device(value: Any, device: str | torch.device) -> Any:

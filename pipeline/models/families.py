@@ -31,7 +31,7 @@ class Family:
     """Paths of the parts that turn images into features, projector included; none for text models."""
     processor: Callable[..., Any]
     """Rule that makes its processor."""
-    features: bool = True
+    supports_image_cache: bool = True
     """Whether its forward pass takes image features that were computed before (`data.vision_cache`)."""
 
     @property
@@ -53,7 +53,7 @@ FAMILIES = {
     "qwen2_vl": Family("model.language_model", _QWEN, processors.qwen2_5_vl),
     "qwen2_5_vl": Family("model.language_model", _QWEN, processors.qwen2_5_vl),
     # Qwen3-VL feeds its vision tower's inner layers into the language model as well.
-    "qwen3_vl": Family("model.language_model", _QWEN, processors.qwen3_vl, features=False),
+    "qwen3_vl": Family("model.language_model", _QWEN, processors.qwen3_vl, supports_image_cache=False),
     "idefics3": Family("model.text_model", _IDEFICS, processors.idefics3),
     "smolvlm": Family("model.text_model", _IDEFICS, processors.smolvlm),
 }
@@ -68,15 +68,16 @@ TEXT_TYPES = ("llama", "mistral", "qwen2", "qwen3", "phi3", "gemma", "gemma2", "
 
 def family_of(config: Any) -> Family:
     """Returns the family of a transformers configuration; raises FamilyError for one that is not in the table."""
-    kind = config.model_type
-    if kind in FAMILIES:
-        return FAMILIES[kind]
-    if kind in TEXT_TYPES:
+    model_type = config.model_type
+    if model_type in FAMILIES:
+        return FAMILIES[model_type]
+    if model_type in TEXT_TYPES:
         return TEXT
-    what = "a text model" if kind in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES else "no text model that transformers knows"
+    is_text = model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    what = "a text model" if is_text else "no text model that transformers knows"
     raise FamilyError(
-        f"model_type {kind!r} is {what} and in no family; there are: {', '.join((*FAMILIES, *TEXT_TYPES))}. Add a line to "
-        "FAMILIES (or its name to TEXT_TYPES) in pipeline/models/families.py: path of the language model, paths of the "
+        f"model_type {model_type!r} is {what} and in no family; there are: {', '.join((*FAMILIES, *TEXT_TYPES))}. Add a line "
+        "to FAMILIES (or its name to TEXT_TYPES) in pipeline/models/families.py: path of the language model, paths of the "
         "vision parts, rule for the processor. An original InternVL-2 folder (internvl_chat) is converted first: pointsman "
         "convert-internvl2 SRC DST"
     )

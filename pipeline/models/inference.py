@@ -123,5 +123,5 @@ class FrozenBase:
         """Returns what the vision tower says of a row's images (image tokens, D)."""
         batch = collate_for(self.base.processor, [row])
         arrays: dict[str, Any] = {name: to_device(batch[name], self.device) for name in row.images}
-        found = self.base.model.base_model.get_image_features(**arrays, return_dict=True).pooler_output
-        return torch.cat([part.flatten(0, -2) for part in found])
+        embeds = self.base.model.base_model.get_image_features(**arrays, return_dict=True).pooler_output
+        return torch.cat([part.flatten(0, -2) for part in embeds])

@@ -59,14 +59,14 @@ def device_map(model: Any, family: Family, devices: Sequence[str], *, vision: bo
     return placed
 
 
-def _parts(module: nn.Module, wanted: Sequence[str], prefix: str = "") -> list[str]:
+def _parts(module: nn.Module, kept_apart: Sequence[str], prefix: str = "") -> list[str]:
     """Returns the paths of the largest modules that do not hold any of `wanted`; of a list of layers each layer."""
-    found = []
+    paths = []
     for name, child in module.named_children():
         path = f"{prefix}{name}"
-        holds = any(other.startswith(f"{path}.") for other in wanted)
-        found += _parts(child, wanted, f"{path}.") if holds or isinstance(child, nn.ModuleList) else [path]
-    return found
+        holds = any(other.startswith(f"{path}.") for other in kept_apart)
+        paths += _parts(child, kept_apart, f"{path}.") if holds or isinstance(child, nn.ModuleList) else [path]
+    return paths
 
 
 def _tied(model: Any, path: str) -> bool:

@@ -28,19 +28,19 @@ from transformers.processing_utils import ProcessorMixin
 
 
 @dataclass(frozen=True)
-class Layout:
+class BatchLayout:
     """How a model wants the images of a batch."""
 
     row_axis: bool = False
     """Whether its pixel arrays have an axis of rows before that of images; all images of a batch then go as one row."""
-    features: Literal["tensor", "list"] = "tensor"
+    image_embeds: Literal["tensor", "list"] = "tensor"
     """How its forward pass takes image features that were computed before."""
 
 
 class _ImagesAndText(ProcessorMixin):
     """What our processors share: an image processor and a tokenizer, no video processor."""
 
-    layout = Layout()
+    layout = BatchLayout()
 
     @classmethod
     def get_attributes(cls) -> list[str]:
@@ -50,7 +50,7 @@ class _ImagesAndText(ProcessorMixin):
     @classmethod
     def stock_name(cls) -> str:
         """Names the class of transformers that this one is without its video half."""
-        return next(kind.__name__ for kind in cls.__mro__ if kind.__module__.startswith("transformers."))
+        return next(base.__name__ for base in cls.__mro__ if base.__module__.startswith("transformers."))
 
     def to_dict(self) -> dict[str, Any]:
         """Returns what `processor_config.json` holds."""
@@ -111,31 +111,31 @@ _OF_FRAMES = {
 class LlavaImageTextProcessor(_ImagesAndText, LlavaProcessor):
     """LLaVA's: one square crop an image, one token a patch."""
 
-    layout = Layout(features="list")
+    layout = BatchLayout(image_embeds="list")
 
 
 class Qwen2ImageTextProcessor(_ImagesAndText, Qwen2_5_VLProcessor):
     """Qwen2-VL's and Qwen2.5-VL's: patches at native resolution, a grid beside them."""
 
-    layout = Layout(features="list")
+    layout = BatchLayout(image_embeds="list")
 
 
 class Qwen3ImageTextProcessor(_ImagesAndText, Qwen3VLProcessor):
     """Qwen3-VL's."""
 
-    layout = Layout(features="list")
+    layout = BatchLayout(image_embeds="list")
 
 
 class Idefics3ImageTextProcessor(_ImagesAndText, Idefics3Processor):
     """Idefics3's: tiles and a global view, an axis of rows before that of images."""
 
-    layout = Layout(row_axis=True, features="list")
+    layout = BatchLayout(row_axis=True, image_embeds="list")
 
 
 class SmolVLMImageTextProcessor(_ImagesAndText, SmolVLMProcessor):
     """SmolVLM's, which is Idefics3's with other sizes."""
 
-    layout = Layout(row_axis=True, features="list")
+    layout = BatchLayout(row_axis=True, image_embeds="list")
 
     def __init__(
         self,
@@ -163,7 +163,7 @@ class SmolVLMImageTextProcessor(_ImagesAndText, SmolVLMProcessor):
 class TextProcessor:
     """A tokenizer in the shape of a processor, for bases that read text only."""
 
-    layout = Layout()
+    layout = BatchLayout()
     image_processor = image_token = image_token_id = None
 
     def __init__(self, tokenizer: Any, chat_template: str | None = None) -> None:
@@ -201,13 +201,13 @@ def internvl(folder: Path, tokenizer: Any, settings: Mapping[str, Any], max_tile
     )
 
 
-def _rule(kind: Callable[..., Any], *names: str) -> Callable[..., Any]:
+def _rule(processor_class: Callable[..., Any], *names: str) -> Callable[..., Any]:
     """Returns the rule that makes a processor of `kind`, with the settings called `names`."""
 
     def make(folder: Path, tokenizer: Any, settings: Mapping[str, Any], max_tiles: int | None) -> Any:
         chosen = {name: settings[name] for name in names if settings.get(name) is not None}
         template = settings.get("chat_template") or tokenizer.chat_template
-        return kind(
+        return processor_class(
             AutoImageProcessor.from_pretrained(folder, backend="pil"), tokenizer, chat_template=template, **chosen
         )
 

@@ -113,7 +113,7 @@ def activations(architecture: Architecture, step: Pass) -> Activations:
 
 def _reads(readers: Counter[tuple[int, str]], layer: int) -> dict[str, int]:
     """Returns how many adapted Linears of a layer read each of its inputs."""
-    return {reads: count for (place, reads), count in readers.items() if place == layer}
+    return {reads: count for (of_layer, reads), count in readers.items() if of_layer == layer}
 
 
 def layer_bytes(decoder: Decoder, step: Pass, readers: dict[str, int]) -> int:
@@ -205,8 +205,8 @@ def vision_bytes(tower: Tower, step: Pass) -> int:
     With P positions a tile, width D_v and MLP I_v: b N P (2 I_v + 5 D_v) in a layer's MLP, beside the tiles cast to b unless
     that is 4. Eager attention's matrix, b N H_v P^2, is still there then.
     """
-    places = step.tiles * tower.positions
-    layer = places * (2 * tower.inner_width + 5 * tower.width)
-    matrix = places * tower.positions * tower.heads if step.kernel == "eager" else 0
+    positions = step.tiles * tower.positions
+    layer = positions * (2 * tower.inner_width + 5 * tower.width)
+    matrix = positions * tower.positions * tower.heads if step.kernel == "eager" else 0
     cast = step.tiles * tower.pixels if step.bytes != FLOAT else 0
     return step.bytes * (layer + matrix + cast)

@@ -42,19 +42,19 @@ def advice(plan: Plan) -> list[Change]:
     CPU memory (as slow as their links). All of them give the same adapter, up to rounding. Settings that save nothing here
     are left out.
     """
-    found: list[Change] = []
-    for settings in (_attention, _vision, _micro_batch, _checkpointing, _zero, _offload):
+    changes: list[Change] = []
+    for suggest in (_attention, _vision, _micro_batch, _checkpointing, _zero, _offload):
         if plan.fits:
             break
-        wanted = settings(plan)
-        if wanted is None:
+        settings = suggest(plan)
+        if settings is None:
             continue
-        after = changed(plan, wanted)
+        after = changed(plan, settings)
         before, (moment, needed) = plan.peak(plan.longest)[1], after.peak(after.longest)
         if needed <= (1 - NOTICEABLE) * before:
-            found.append(Change(wanted, moment, needed, after.fits))
+            changes.append(Change(settings, moment, needed, after.fits))
             plan = after
-    return found + inference_advice(plan)
+    return changes + inference_advice(plan)
 
 
 FEWEST_TOKENS = 2048

@@ -93,7 +93,7 @@ class Tower:
 class Architecture:
     """All that planning needs to know of a base."""
 
-    kind: str
+    model_type: str
     """transformers' `model_type`."""
     parameters: Mapping[str, int]
     """By part; see `PARTS`."""
@@ -143,12 +143,12 @@ def base_configuration(base: BaseModelConfig, file: Path | None = None) -> Any:
         raise BaseError(f"--base-config {file}: cannot be read: {error.strerror}") from None
     except ValueError as error:
         raise BaseError(f"{file}: not valid JSON: {error}") from None
-    kind = values.get("model_type") if isinstance(values, dict) else None
-    if kind == "internvl_chat":
+    model_type = values.get("model_type") if isinstance(values, dict) else None
+    if model_type == "internvl_chat":
         return _converted(values, file)
     try:
-        family_of(SimpleNamespace(model_type=kind))
-        return CONFIG_MAPPING[kind].from_dict(values)
+        family_of(SimpleNamespace(model_type=model_type))
+        return CONFIG_MAPPING[model_type].from_dict(values)
     except (FamilyError, ValueError, TypeError) as error:
         raise BaseError(f"{file}: {error}") from None
 
@@ -168,24 +168,24 @@ def architecture_of(config: Any, targets: str = "auto") -> Architecture:
     Raises BaseError where `targets` matches nothing, or something outside the language model's layers.
     """
     family = family_of(config)
-    kind = AutoModelForCausalLM if family is TEXT else AutoModelForImageTextToText
+    auto_class = AutoModelForCausalLM if family is TEXT else AutoModelForImageTextToText
     with torch.device("meta"):
         # A copy: building a model writes its choices into the configuration, which may be that of a loaded one.
-        model = kind.from_config(deepcopy(config), attn_implementation="eager")
+        model = auto_class.from_config(deepcopy(config), attn_implementation="eager")
     parameters = dict.fromkeys(PARTS, 0)
     for name, parameter in model.named_parameters():  # tied weights come once
         parameters[_part(name, family)] += parameter.numel()
     text = config.get_text_config()
     tower = _tower(config, model, family) if family.vision else None
     return Architecture(
-        kind=config.model_type,
+        model_type=config.model_type,
         parameters=parameters,
         adapted=_adapted(model, family, targets),
         decoder=_decoder(text, model.get_submodule(f"{family.language}.layers")),
         tower=tower,
         tile_tokens=_tile_tokens(config) if family.vision else 0,
         longest=text.max_position_embeddings,
-        cacheable=bool(family.vision) and family.features,
+        cacheable=bool(family.vision) and family.supports_image_cache,
     )
 
 
@@ -203,20 +203,20 @@ def _adapted(model: nn.Module, family: Family, targets: str) -> tuple[AdaptedLin
     pattern = family.linears if targets == "auto" else targets
     readers = {name: reads for reads, names in READS.items() for name in names}
     inside = re.compile(rf"{re.escape(family.language)}\.layers\.(\d+)\..*?([^.]+)")
-    found = []
+    adapted = []
     for path, module in model.named_modules():
         if not isinstance(module, nn.Linear) or not re.fullmatch(pattern, path):
             continue
-        place = inside.fullmatch(path)
-        if place is None or place[2] not in readers:
+        match = inside.fullmatch(path)
+        if match is None or match[2] not in readers:
             raise BaseError(
                 f"expert.target_modules: {targets!r} matches {path}; a plan knows adapters on the projections of the "
                 f"language model's layers ({family.linears})"
             )
-        found.append(AdaptedLinear(path, readers[place[2]], int(place[1]), module.in_features, module.out_features))
-    if not found:
+        adapted.append(AdaptedLinear(path, readers[match[2]], int(match[1]), module.in_features, module.out_features))
+    if not adapted:
         raise BaseError(f"expert.target_modules: {targets!r} matches no Linear of the base; `auto` is {family.linears}")
-    return tuple(found)
+    return tuple(adapted)
 
 
 def _matrices(module: nn.Module, *, where: str = "") -> int:

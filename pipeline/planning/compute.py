@@ -144,5 +144,5 @@ def answering_seconds(
 
     Reading a prompt is bound by operations, 2 T M + vision; each of `new` tokens is bound by reading all weights once a batch.
     """
-    read = 2 * tokens * architecture.decoder.matrices + vision_operations(architecture, tiles)
-    return prompts * read / (gpu.operations * use) + prompts / batch * new * weights / gpu.bandwidth
+    operations_per_prompt = 2 * tokens * architecture.decoder.matrices + vision_operations(architecture, tiles)
+    return prompts * operations_per_prompt / (gpu.operations * use) + prompts / batch * new * weights / gpu.bandwidth

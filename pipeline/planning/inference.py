@@ -52,10 +52,10 @@ def inference_moments(architecture: Architecture, batch: Batch) -> dict[str, dic
         "activations": reading_bytes(decoder, batch),
     }
     if batch.new:
-        whole = batch.total + batch.rows * batch.new
+        all_tokens = batch.total + batch.rows * batch.new
         moments["answers"] = inputs | {
-            "KV cache": cache_bytes(decoder, batch, whole),
-            "KV cache, one layer's copy": cache_bytes(decoder, batch, whole) // decoder.layers // 2,
+            "KV cache": cache_bytes(decoder, batch, all_tokens),
+            "KV cache, one layer's copy": cache_bytes(decoder, batch, all_tokens) // decoder.layers // 2,
             "logits": answer_bytes(decoder, batch),
         }
     return moments

@@ -115,7 +115,7 @@ def _inference(
 ) -> Moment:
     """Returns the dearest moment of an inference; `pixels`: rows hold tiles, whatever the job caches."""
     gpus, cached = _gpus(plan), plan.cached_vision and not pixels
-    found = []
+    moments = []
     for rows, tokens in worst_batch_shapes(
         plan.longest.tokens, rows=workers.batch_size, tokens=workers.tokens_per_batch
     ):
@@ -131,27 +131,27 @@ def _inference(
             routed=experts > 0,
             rank=plan.config.expert.rank if experts else 0,
         )
-        found += [
+        moments += [
             (when, {part: size // gpus if part == "KV cache" else size for part, size in parts.items()})
             for when, parts in inference_moments(plan.architecture, batch).items()
         ]
-    when, own = max(found, key=lambda moment: sum(moment[1].values()))
+    when, largest = max(moments, key=lambda moment: sum(moment[1].values()))
     parts = {
         "frozen weights": _weights(plan, gpus, vision=not cached),
-        "experts": _held(plan, experts) // gpus,
-        **own,
+        "experts": _expert_bytes(plan, experts) // gpus,
+        **largest,
     }
     return _with_allowance(plan, Moment(name, when, parts, gpus))
 
 
-def _held(plan: Plan, experts: int) -> int:
+def _expert_bytes(plan: Plan, experts: int) -> int:
     """Returns the bytes of so many experts on a worker's devices: all of them, or within `evaluation.expert_memory`."""
     adapter = plan.architecture.adapter_parameters(plan.config.expert.rank)
-    whole = experts * (adapter + plan.architecture.vector_parameters) * _weight_bytes(plan)
+    all_experts = experts * (adapter + plan.architecture.vector_parameters) * _weight_bytes(plan)
     limit = plan.config.evaluation.expert_memory
     if limit is None or plan.config.router.kind == "token":
-        return whole
-    return min(whole, max(limit, adapter * _weight_bytes(plan)))
+        return all_experts
+    return min(all_experts, max(limit, adapter * _weight_bytes(plan)))
 
 
 def _image_features(plan: Plan) -> Moment:

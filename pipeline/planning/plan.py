@@ -175,8 +175,8 @@ class Plan:
         """Bytes of CPU memory by one worker: what is offloaded, and the base while it loads (ZeRO-3 shards it at once)."""
         size = 2 if self.config.base.dtype == "bfloat16" else 4
         loading = size * self.architecture.total
-        whole = {} if self.gpu is None or self.config.training.zero_stage == 3 else {"the base while it loads": loading}
-        return whole | dict(self.states.cpu)
+        loads_whole = self.gpu is not None and self.config.training.zero_stage != 3
+        return ({"the base while it loads": loading} if loads_whole else {}) | dict(self.states.cpu)
 
     def step(self, row: Row) -> Pass:
         """Returns the pass of a micro-batch of such rows."""
@@ -200,27 +200,27 @@ class Plan:
         Moments: the vision tower runs; logits and loss; the final norm, the last and the first layer run backward; the
         optimizer steps. The allowance for the allocator and CUDA is a part of its own; CPUs have none.
         """
-        found, layers = activations(self.architecture, self.step(row)), self.architecture.decoder.layers
-        own = moments_of(found, self.states, layers=layers, accumulating=self.accumulated > 1)
-        moments = {name: self._always(row) | parts for name, parts in own.items()}
+        activation_bytes, layers = activations(self.architecture, self.step(row)), self.architecture.decoder.layers
+        by_moment = moments_of(activation_bytes, self.states, layers=layers, accumulating=self.accumulated > 1)
+        moments = {name: self._always(row) | parts for name, parts in by_moment.items()}
         if self.gpu is not None:
             for parts in moments.values():
                 parts["CUDA and allocator (allowance)"] = int(CONTEXT + FRAGMENTATION * sum(parts.values()))
         return moments
 
     def _always(self, row: Row) -> dict[str, int]:
-        own = self.states
+        states = self.states
         tower = self.architecture.tower
         images = 0
         if tower is not None:
-            said = self.architecture.tile_tokens * self.architecture.decoder.width * self.bytes
-            images = self.micro_batch * row.tiles * (said if self.cached_vision else 4 * tower.pixels)
+            embeds = self.architecture.tile_tokens * self.architecture.decoder.width * self.bytes
+            images = self.micro_batch * row.tiles * (embeds if self.cached_vision else 4 * tower.pixels)
         return {
-            "frozen weights": own.weights,
-            "frozen weights, gathered": own.gathered,
-            "adapter": own.adapter,
-            "optimizer states": own.optimizer,
-            "buffers between workers": own.bucket if own.bucket_stays else 0,
+            "frozen weights": states.weights,
+            "frozen weights, gathered": states.gathered,
+            "adapter": states.adapter,
+            "optimizer states": states.optimizer,
+            "buffers between workers": states.bucket if states.bucket_stays else 0,
             "batch": images + 24 * self.micro_batch * row.tokens,
         }
 
@@ -289,7 +289,7 @@ class Plan:
         return None if self.step_seconds is None else self.config.router.steps * self.step_seconds
 
     @property
-    def evaluated_columns(self) -> int:
+    def evaluated_tasks(self) -> int:
         """Tasks and benchmarks answered over the whole stream: all by the base, then each task by its expert.
 
         Where every Linear chooses, an answer is the whole pool's: each pool that is evaluated answers those so far.
@@ -307,7 +307,7 @@ class Plan:
         evaluation = self.config.evaluation
         return answering_seconds(
             self.architecture,
-            prompts=self.evaluated_columns * (evaluation.limit or self.assumptions.prompts),
+            prompts=self.evaluated_tasks * (evaluation.limit or self.assumptions.prompts),
             tokens=self.typical.tokens,
             tiles=0 if self.cached_vision else self.typical.tiles,
             new=evaluation.max_new_tokens,
@@ -328,8 +328,8 @@ class Plan:
     @property
     def parallel_tasks(self) -> int:
         """Tasks that are trained at a time; one where the cluster decides."""
-        asked = self.config.training.parallel_tasks
-        return 1 if isinstance(asked, str) else min(asked, len(self.config.stream.tasks))
+        setting = self.config.training.parallel_tasks
+        return 1 if isinstance(setting, str) else min(setting, len(self.config.stream.tasks))
 
     @property
     def clock_seconds(self) -> float | None:
@@ -355,25 +355,25 @@ class Plan:
         )
 
 
-def moments_of(found: Activations, own: States, *, layers: int, accumulating: bool) -> dict[str, dict[str, int]]:
+def moments_of(saved: Activations, states: States, *, layers: int, accumulating: bool) -> dict[str, dict[str, int]]:
     """Returns the parts that come on top of what is always there, by moment.
 
     On its way down, the backward pass frees what layers keep and fills in gradients, so that memory peaks at one of its ends.
     Where micro-batches accumulate, gradients are there from the start.
     """
-    whole = {"gradients": own.gradients}
-    before = whole if accumulating else {}
-    early = whole if accumulating else {"gradients": own.gradients // layers}
+    gradients = {"gradients": states.gradients}
+    before = gradients if accumulating else {}
+    early = gradients if accumulating else {"gradients": states.gradients // layers}
     layer = {
-        "buffers between workers": own.bucket,
-        "one layer again": found.recomputed,
-        "gradients of activations": found.backward,
+        "buffers between workers": states.bucket,
+        "one layer again": saved.recomputed,
+        "gradients of activations": saved.backward,
     }
-    vision = {"vision tower": before | {"vision tower's activations": found.vision}} if found.vision else {}
+    vision = {"vision tower": before | {"vision tower's activations": saved.vision}} if saved.vision else {}
     return vision | {
-        "logits and loss": before | {"activations": found.kept, "logits and loss": found.logits},
-        "final norm backward": before | {"activations": found.kept, "gradients of activations": found.final_norm},
-        "last layer backward": early | {"activations": found.kept_last} | layer,
-        "first layer backward": whole | {"activations": found.kept_first} | layer,
-        "optimizer": whole | {"optimizer's temporaries": own.step},
+        "logits and loss": before | {"activations": saved.kept, "logits and loss": saved.logits},
+        "final norm backward": before | {"activations": saved.kept, "gradients of activations": saved.final_norm},
+        "last layer backward": early | {"activations": saved.kept_last} | layer,
+        "first layer backward": gradients | {"activations": saved.kept_first} | layer,
+        "optimizer": gradients | {"optimizer's temporaries": states.step},
     }

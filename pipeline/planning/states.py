@@ -69,7 +69,7 @@ def states(
     stage, workers, offload = training.zero_stage, training.workers, training.offload
     sizes = DEFAULTS | {name: int(zero[name]) for name in DEFAULTS if name in zero}
     shards = workers if stage >= 1 else 1
-    own = weight_bytes * base // (workers if stage == 3 else 1)
+    frozen = weight_bytes * base // (workers if stage == 3 else 1)
     masters = 4 if training.precision == "bf16" or stage in (1, 2) else 0
     optimizer = (8 + masters) * adapter // shards
     step = 8 * adapter // shards
@@ -78,9 +78,9 @@ def states(
         cpu["optimizer states"], optimizer = optimizer + 4 * adapter // shards, 0
         step = 0
     if offload == "all":
-        cpu["frozen weights"], own = own, 0
+        cpu["frozen weights"], frozen = frozen, 0
     return States(
-        weights=own,
+        weights=frozen,
         gathered=weight_bytes * min(base, sizes[LIVE]) if stage == 3 else 0,
         adapter=adapter_bytes * adapter,
         gradients=adapter_bytes * adapter // (workers if stage >= 2 else 1),

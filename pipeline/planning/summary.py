@@ -35,11 +35,11 @@ EXPLAINED = {
 """The functions whose documentation is the formulas, by module."""
 
 
-def gpu_name(config: LearnConfig, given: str | None) -> str | None:
+def gpu_name(config: LearnConfig, name: str | None) -> str | None:
     """Returns the GPU that is planned for, None for CPUs; raises ConfigError for an unknown one."""
-    if given is not None and given not in GPUS:
-        raise ConfigError(f"--gpu {given}: not known; choose one of {', '.join(GPUS)}")
-    return given or ("a10g" if config.training.gpu else None)
+    if name is not None and name not in GPUS:
+        raise ConfigError(f"--gpu {name}: not known; choose one of {', '.join(GPUS)}")
+    return name or ("a10g" if config.training.gpu else None)
 
 
 def make_plan(
@@ -52,11 +52,11 @@ def make_plan(
 ) -> Plan:
     """Returns the plan of a stream over a base; `link` in GB/s between workers, where the GPU's own does not reach."""
     name = gpu_name(config, gpu)
-    found = GPUS[name] if name else None
-    if found and link is not None:
-        found = replace(found, link=1e9 * link)
-    capacity = found.memory if found else psutil.virtual_memory().total / config.training.workers
-    return Plan(config, architecture, found, capacity, assumptions or Assumptions())
+    spec = GPUS[name] if name else None
+    if spec and link is not None:
+        spec = replace(spec, link=1e9 * link)
+    capacity = spec.memory if spec else psutil.virtual_memory().total / config.training.workers
+    return Plan(config, architecture, spec, capacity, assumptions or Assumptions())
 
 
 def summary(plan: Plan, gpu: str | None, changes: list[Change]) -> dict[str, Any]:
@@ -65,7 +65,7 @@ def summary(plan: Plan, gpu: str | None, changes: list[Change]) -> dict[str, Any
     moment, peak = plan.peak(plan.longest)
     worst = worst_moment(plan)
     return {
-        "base": {"label": config.base.label, "kind": architecture.kind},
+        "base": {"label": config.base.label, "kind": architecture.model_type},
         "gpu": {"name": gpu, "memory_bytes": plan.capacity, "workers": config.training.workers},
         "assumptions": vars(plan.assumptions) | {"context_bytes": CONTEXT, "fragmentation": FRAGMENTATION},
         "parameters": {

@@ -8,7 +8,7 @@ from PIL import Image
 from pipeline.config import BaseModelConfig
 from pipeline.data.encoded.packing import pack, unpack_row
 from pipeline.models.bases import load_processor
-from pipeline.models.encoding import IGNORED, Encoded, chat, collate, encode, ids, picture_hash, without_answer
+from pipeline.models.encoding import IGNORED, Encoded, chat, collate, encode, ids, image_hash, without_answer
 from pipeline.models.generation import generate_answers
 from tests.helpers import ask, batch_of, generate
 
@@ -87,8 +87,8 @@ def test_training_starts_with_the_tokens_that_generation_starts_with(tiny_base, 
     assert all((prompt.images[name] == row.images[name]).all() for name in row.images)
     for again in (without_answer(row), without_answer(prompt)):
         assert (again.input_ids.tolist(), again.labels.tolist()) == (prompt.input_ids.tolist(), prompt.labels.tolist())
-        assert again.marks.keys() == prompt.marks.keys()
-        assert all((again.marks[name] == prompt.marks[name]).all() for name in prompt.marks)
+        assert again.token_fields.keys() == prompt.token_fields.keys()
+        assert all((again.token_fields[name] == prompt.token_fields[name]).all() for name in prompt.token_fields)
 
 
 def test_an_answer_is_tokenized_apart_from_the_prompt(tiny_base):
@@ -142,7 +142,7 @@ def test_ids_tell_pictures_and_prompts_apart(tiny_base):
     assert len(set(prompts)) == 4
     assert pictures[4] == prompts[4]
     assert ids([without_answer(one) for one in rows]).tolist() == found
-    kept = [unpack_row(*pack(replace(r, images={}, picture=picture_hash(r))).values()) for r in rows[:3]]
+    kept = [unpack_row(*pack(replace(r, images={}, image_id=image_hash(r))).values()) for r in rows[:3]]
     assert ids(kept).tolist() == found[:3], "features in the pixels' place"
 
 

@@ -22,7 +22,7 @@ from pipeline.models.inference import InferenceWorkers
 from pipeline.training.stages import answer_loss, checkpoint_activations, without_dropout
 from tests.helpers import ask
 
-PICTURES = [
+IMAGES = [
     Image.fromarray(np.random.default_rng(seed).integers(0, 256, size, dtype=np.uint8))
     for seed, size in enumerate([(80, 150, 3), (64, 40, 3)])
 ]
@@ -40,7 +40,7 @@ def sees(base: Base) -> bool:
 
 def rows_of(base: Base, answer: str | None = "red") -> list:
     """One image, none, two: a mixed batch."""
-    one, two = (PICTURES[:1], PICTURES) if sees(base) else ([], [])
+    one, two = (IMAGES[:1], IMAGES) if sees(base) else ([], [])
     return [
         ask(base.processor, "what color ?", *one, answer=answer),
         ask(base.processor, "repeat : red", answer=answer),
@@ -66,7 +66,7 @@ def test_rows_do_not_depend_on_their_batch(base, side):
 def test_images_are_seen(base):
     if not sees(base):
         pytest.skip("reads text only")
-    one, other = (logits(base, [ask(base.processor, "what ?", p.resize((64, 64)))])[0] for p in PICTURES)
+    one, other = (logits(base, [ask(base.processor, "what ?", p.resize((64, 64)))])[0] for p in IMAGES)
     assert (one[-1] - other[-1]).abs().max() > 0.01
 
 
@@ -109,9 +109,9 @@ def test_rows_survive_packing(base):
     for row in rows_of(base):
         again = unpack_row(*pack(row).values())
         assert again.images.keys() == row.images.keys()
-        assert again.marks.keys() == row.marks.keys()
-        for name, array in (row.images | row.marks).items():
-            found = (again.images | again.marks)[name]
+        assert again.token_fields.keys() == row.token_fields.keys()
+        for name, array in (row.images | row.token_fields).items():
+            found = (again.images | again.token_fields)[name]
             assert found.dtype == array.dtype
             assert (found == array).all()
 
@@ -139,7 +139,7 @@ def seen(base: Base, rows: list) -> list:
 
 def test_features_stand_for_pixels(base):
     rows = rows_of(base)
-    if not base.family.features:
+    if not base.family.supports_image_cache:
         with pytest.raises(StreamError, match="cannot be kept; set data.vision_cache=off"):
             seen(base, rows)
         return
@@ -157,7 +157,7 @@ def test_text_models_refuse_images(base):
     if sees(base):
         pytest.skip("sees images")
     with pytest.raises(PromptError, match="2 images, but the base reads text only"):
-        ask(base.processor, "what ?", *PICTURES)
+        ask(base.processor, "what ?", *IMAGES)
 
 
 def test_what_a_processor_refuses_is_a_bad_prompt(base):

@@ -15,7 +15,7 @@ from transformers import InternVLForConditionalGeneration
 
 from pipeline.models.families import family_of
 from pipeline.models.internvl2.config import architecture, convert_config, read_config, tokens_per_tile
-from pipeline.models.internvl2.names import plan
+from pipeline.models.internvl2.names import conversion_plan
 from pipeline.routing.expert import statistics_tensors
 from pipeline.routing.features import feature_width
 from pipeline.routing.layer_classifiers import WIDTH
@@ -70,7 +70,7 @@ def test_every_published_tensor_has_its_place(size, parameters):
     """All names and shapes of the published layout, against the plan of the conversion."""
     config = published_config(size)
     fields = read_config(config, published.CONFIGS / f"internvl2_{size}.json")
-    moves = plan(convert_config(fields, image_token_id=92546, tied=False), architecture(fields))
+    moves = conversion_plan(convert_config(fields, image_token_id=92546, tied=False), architecture(fields))
     assert {move.source: move.shape for move in moves} == dict(published.shapes(config))
     assert sum(shape.numel() for move in moves for shape in move.shapes) == parameters
     assert tokens_per_tile(fields) == 256

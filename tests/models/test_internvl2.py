@@ -249,7 +249,7 @@ def test_quantised_weights_are_refused(source):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"model_type": "internvl"}, r"config\.json: model_type: 'internvl', not .*transformers' layout already"),
+        ({"model_type": "internvl"}, r"config\.json: model_type: 'internvl', not .*transformers' format already"),
         ({"model_type": "llama"}, r"config\.json: model_type: 'llama', not 'internvl_chat'; give the folder of"),
         ({"ps_version": "v1"}, r"ps_version: 'v1' has no counterpart .* only 'v2' is converted"),
         ({"select_layer": -4}, "select_layer: -4 has no counterpart"),

@@ -20,7 +20,7 @@ from pipeline.data.demo.drawing import (
     draw_shape,
     font,
     ink,
-    ray,
+    polar_point,
     sample,
     shade,
     speckle,
@@ -61,8 +61,8 @@ def shape(random: Random) -> Example:
     """Names the single object."""
     image, pen = canvas(random)
     name = choose(random, SHAPES)
-    (place,) = _scatter(random, 1, (9, 20))
-    draw_shape(pen, name, *place, shade(random, choose(random, COLORS)))
+    (disc,) = _scatter(random, 1, (9, 20))
+    draw_shape(pen, name, *disc, shade(random, choose(random, COLORS)))
     question = choose(random, ["what shape is it ?", "which shape do you see ?", "name the shape ."])
     return Example(speckle(random, image), question, name)
 
@@ -72,8 +72,8 @@ def color(random: Random) -> Example:
     image, pen = canvas(random)
     names = sample(random, SHAPES, int(random.integers(1, 4)))
     colors = sample(random, COLORS, len(names))
-    for name, hue, place in zip(names, colors, _scatter(random, len(names), (8, 11)), strict=True):
-        draw_shape(pen, name, *place, shade(random, hue))
+    for name, hue, disc in zip(names, colors, _scatter(random, len(names), (8, 11)), strict=True):
+        draw_shape(pen, name, *disc, shade(random, hue))
     question = choose(random, ["what color is the {} ?", "which color has the {} ?", "name the color of the {} ."])
     return Example(speckle(random, image), question.format(names[0]), colors[0])
 
@@ -83,8 +83,8 @@ def count(random: Random) -> Example:
     image, pen = canvas(random)
     number = int(random.integers(1, 7))
     name, hue = choose(random, SHAPES), choose(random, COLORS)
-    for place in _scatter(random, number, (5, 7), gap=2):
-        draw_shape(pen, name, *place, shade(random, hue))
+    for disc in _scatter(random, number, (5, 7), gap=2):
+        draw_shape(pen, name, *disc, shade(random, hue))
     question = choose(random, ["how many objects are there ?", "how many things do you see ?", "count the objects ."])
     return Example(speckle(random, image), question, str(number))
 
@@ -118,12 +118,12 @@ def exists(random: Random) -> Example:
     """Says whether an object of this colour and shape is there; half of the answers are yes."""
     image, pen = canvas(random)
     number = int(random.integers(1, 4))
-    things = [(choose(random, COLORS), choose(random, SHAPES)) for _ in range(number)]
-    for (hue, name), place in zip(things, _scatter(random, number, (8, 11)), strict=True):
-        draw_shape(pen, name, *place, shade(random, hue))
-    asked = choose(random, things) if random.random() < 0.5 else (choose(random, COLORS), choose(random, SHAPES))
+    objects = [(choose(random, COLORS), choose(random, SHAPES)) for _ in range(number)]
+    for (hue, name), disc in zip(objects, _scatter(random, number, (8, 11)), strict=True):
+        draw_shape(pen, name, *disc, shade(random, hue))
+    subject = choose(random, objects) if random.random() < 0.5 else (choose(random, COLORS), choose(random, SHAPES))
     question = choose(random, ["is there a {} {} ?", "do you see a {} {} ?"])
-    return Example(speckle(random, image), question.format(*asked), "yes" if asked in things else "no")
+    return Example(speckle(random, image), question.format(*subject), "yes" if subject in objects else "no")
 
 
 def _bars(random: Random) -> tuple[Image.Image, list[str], list[int]]:
@@ -193,7 +193,7 @@ def direction(random: Random) -> Example:
     i = int(random.integers(8))
     x, y = random.uniform(28, 36, size=2)
     tone = ink(random, image)
-    end = ray(x, y, 45 * i + random.uniform(-9, 9), random.uniform(14, 26))
+    end = polar_point(x, y, 45 * i + random.uniform(-9, 9), random.uniform(14, 26))
     pen.line([(x, y), end], fill=tone, width=int(random.integers(2, 4)))
     pen.ellipse([x - 4, y - 4, x + 4, y + 4], fill=tone)
     question = choose(random, ["where does the line point ?", "in which direction does the line go ?"])
@@ -229,8 +229,8 @@ _VOCABULARY: list[str] = []
 
 def repeat(random: Random) -> Example:
     """Text only: repeats two to four words of the whole vocabulary."""
-    said = " ".join(choose(random, vocabulary()) for _ in range(random.integers(2, 5)))
-    return Example(None, f"{choose(random, ['repeat', 'say again', 'copy'])} : {said}", said)
+    text = " ".join(choose(random, vocabulary()) for _ in range(random.integers(2, 5)))
+    return Example(None, f"{choose(random, ['repeat', 'say again', 'copy'])} : {text}", text)
 
 
 def reverse(random: Random) -> Example:

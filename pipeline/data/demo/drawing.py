@@ -97,6 +97,6 @@ def font(size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
     return ImageFont.load_default(size=size)
 
 
-def ray(x: float, y: float, degrees: float, length: float) -> tuple[float, float]:
+def polar_point(x: float, y: float, degrees: float, length: float) -> tuple[float, float]:
     """Returns the point `length` pixels from (x, y); 0 degrees points up and angles run clockwise, as on a clock."""
     return x + length * math.sin(math.radians(degrees)), y - length * math.cos(math.radians(degrees))

@@ -42,11 +42,11 @@ SCHEMA = pa.schema(
 def demo_file(path: str, folder: Path) -> Path:
     """Returns the parquet file behind an `demo://` path; writes it into `folder` on first use."""
     task, _, part = path.removeprefix(SCHEME).partition("/")
-    known = {f"{t}/{p}" for t in tasks.TASKS for p in ("train", "eval")}
-    known |= {f"{f}/eval" for f in abilities.BENCHMARKS} | {"general/train"}
-    if f"{task}/{part}" not in known and not (_SYNTHETIC.fullmatch(task) and part in ("train", "eval")):
+    names = {f"{t}/{p}" for t in tasks.TASKS for p in ("train", "eval")}
+    names |= {f"{f}/eval" for f in abilities.BENCHMARKS} | {"general/train"}
+    if f"{task}/{part}" not in names and not (_SYNTHETIC.fullmatch(task) and part in ("train", "eval")):
         raise StreamError(
-            f"{path}: no such demo data; there are: {', '.join(sorted(known))}, and of any number of cheap tasks "
+            f"{path}: no such demo data; there are: {', '.join(sorted(names))}, and of any number of cheap tasks "
             "synthetic_000/train, synthetic_000/eval to synthetic_1999"
         )
     file = folder / task / f"{part}.parquet"
@@ -61,8 +61,8 @@ def demo_file(path: str, folder: Path) -> Path:
 def _examples(task: str, part: str) -> Iterator[Example]:
     if task in tasks.TASKS:
         yield from tasks.examples(task, part)
-    elif found := _SYNTHETIC.fullmatch(task):
-        yield from synthetic.examples(int(found[1]), SYNTHETIC_ROWS[part], held_out=part == "eval")
+    elif match := _SYNTHETIC.fullmatch(task):
+        yield from synthetic.examples(int(match[1]), SYNTHETIC_ROWS[part], held_out=part == "eval")
     elif task == "general":
         yield from base_prompts()
     else:
@@ -92,9 +92,9 @@ def _table(examples: Iterable[Example], name: str) -> pa.Table:
     for number, example in enumerate(examples):
         images = []
         if example.image is not None:
-            stream = io.BytesIO()
-            example.image.save(stream, format="PNG")
-            images.append({"bytes": stream.getvalue(), "path": None})
+            buffer = io.BytesIO()
+            example.image.save(buffer, format="PNG")
+            images.append({"bytes": buffer.getvalue(), "path": None})
         rows.append(
             {
                 "id": f"{name}-{number:05d}",

@@ -20,7 +20,7 @@ from pipeline.data.demo.drawing import (
     choose,
     draw_shape,
     ink,
-    ray,
+    polar_point,
     shade,
     speckle,
 )
@@ -72,10 +72,10 @@ def _clock(random: Random) -> tuple[Image.Image, int]:
     r = random.uniform(26, 29)
     pen.ellipse([x - r, y - r, x + r, y + r], outline=tone, width=2)
     for tick in range(12):
-        pen.line([ray(x, y, 30 * tick, r - 4), ray(x, y, 30 * tick, r)], fill=tone)
-    pen.line([(x, y), ray(x, y, 6 * minute, 0.82 * r)], fill=tone, width=1)
+        pen.line([polar_point(x, y, 30 * tick, r - 4), polar_point(x, y, 30 * tick, r)], fill=tone)
+    pen.line([(x, y), polar_point(x, y, 6 * minute, 0.82 * r)], fill=tone, width=1)
     hue = shade(random, choose(random, COLORS))
-    pen.line([(x, y), ray(x, y, 30 * hour + minute / 2, 0.6 * r)], fill=hue, width=4)
+    pen.line([(x, y), polar_point(x, y, 30 * hour + minute / 2, 0.6 * r)], fill=hue, width=4)
     return speckle(random, image), hour
 
 
@@ -106,7 +106,7 @@ def successor(random: Random, index: int) -> Example:
 
 def textures(random: Random, index: int) -> Example:
     """Names the material of a surface that fills the picture."""
-    kind = int(random.integers(len(MATERIALS)))
+    material = int(random.integers(len(MATERIALS)))
     y, x = np.mgrid[0:SIDE, 0:SIDE].astype(np.float64)
     phase, period = random.uniform(0, 6.28, size=2), random.uniform(11, 17)
     noise = random.normal(0, 1, (SIDE, SIDE))
@@ -126,11 +126,11 @@ def textures(random: Random, index: int) -> Example:
         np.sign(np.sin(wave * x / 1.5 + phase[0]) * np.sin(wave * y / 1.5 + phase[1])),
         (blurred - 127) / 6 + 0.3 * noise,
         np.sin(wave * (y + 3 * np.sin(x / 9 + phase[0])) + phase[1]),
-    )[kind]
+    )[material]
     tint = np.array(COLORS[choose(random, COLORS)]) * 0.4 + 90
     pixels = tint + 45 * pattern[..., None] + 5 * noise[..., None]
     image = Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
-    return Example(image, "which material is this surface made of ?", MATERIALS[kind])
+    return Example(image, "which material is this surface made of ?", MATERIALS[material])
 
 
 TASKS: dict[str, Callable[[Random, int], Example]] = {

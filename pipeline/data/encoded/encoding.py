@@ -18,7 +18,7 @@ from pipeline.models.encoding import Encoded, PromptError, encode
 
 processor_of = lru_cache(maxsize=2)(load_processor)
 
-WHICH, PLACE = "part", "place"
+PART, POSITION = "part", "place"
 """Columns of a raw row where several parts come together: its part's place among them, its own place in the part."""
 
 PROMPT_COLUMNS = 2
@@ -45,7 +45,7 @@ class Encoder:
     """How the rows of a part are encoded."""
 
     part: TaskRows
-    column: str
+    task: str
     """The task's name."""
     base: BaseModelConfig
     data: DataConfig
@@ -58,7 +58,7 @@ class Encoder:
         A row that is only asked has its number in its file, and a digest of its prompt.
         """
         row: dict[str, Any] = {
-            "column": self.column,
+            "column": self.task,
             "id": row_id(raw, self.part.source),
             "question": "",
             "reference": "",
@@ -66,8 +66,8 @@ class Encoder:
         row |= {"reason": "", "excerpt": "", "source": str(raw.get(PATH, "")), "rows": 1, "lost": ""}
         if not self.answer:
             row |= {"prompt": "", NUMBER: raw[NUMBER]}
-        if PLACE in raw:
-            row |= {PLACE: raw[PLACE]}
+        if POSITION in raw:
+            row |= {POSITION: raw[POSITION]}
         try:
             record = record_of(raw, self.part.source, self.part.prompt, max_pixels=self.data.max_pixels)
             encoded = encode(processor_of(self.base), record.messages, record.images, answer=self.answer)
@@ -89,19 +89,19 @@ def encode_batch(batch: pa.Table, *, encoders: Sequence[Encoder]) -> Iterator[di
 
     Yields as soon as `_AT_ONCE` bytes have come together: twelve tiles of one image are 29 MB.
     """
-    out: list[dict[str, Any]] = []
+    rows: list[dict[str, Any]] = []
     size = 0
     for raw in batch.to_pylist():
-        out.append(encoders[raw.get(WHICH, 0)].row(raw))
-        size += len(out[-1]["arrays"])
+        rows.append(encoders[raw.get(PART, 0)].row(raw))
+        size += len(rows[-1]["arrays"])
         if size >= _AT_ONCE:
-            yield _columns(out)
-            out, size = [], 0
-    if out:
-        yield _columns(out)
+            yield _columns(rows)
+            rows, size = [], 0
+    if rows:
+        yield _columns(rows)
 
 
-VOTES = 4
+MIN_ANSWERS = 4
 """Answers of people below which VQA accuracy has no meaning: not even a unanimous one could reach 1."""
 
 
@@ -112,8 +112,10 @@ def check_metric(reference: Reference, metric: str | None) -> None:
         raise BadRow(
             f"metric mmbench: the answer {reference.answers[0]!r} is not an option's letter (options: {options})"
         )
-    if metric == "vqa_accuracy" and len(reference.answers) < VOTES:
-        raise BadRow(f"metric vqa_accuracy needs at least {VOTES} answers of people, found {len(reference.answers)}")
+    if metric == "vqa_accuracy" and len(reference.answers) < MIN_ANSWERS:
+        raise BadRow(
+            f"metric vqa_accuracy needs at least {MIN_ANSWERS} answers of people, found {len(reference.answers)}"
+        )
 
 
 def _columns(rows: list[dict[str, Any]]) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from pipeline.data.encoded.actors import on_workers
 from pipeline.data.encoded.packing import pack, unpack
 from pipeline.data.sources.reader import StreamError
 from pipeline.locks import made_once
-from pipeline.models.encoding import FEATURES, Encoded, picture_hash
+from pipeline.models.encoding import FEATURES, Encoded, image_hash
 from pipeline.models.inference import FrozenBase, InferenceWorkers
 
 DONE = "_SUCCESS"
@@ -46,7 +46,7 @@ class ImageEncoder(FrozenBase):
 
     def __init__(self, base: BaseModelConfig, workers: InferenceWorkers) -> None:
         super().__init__(base, workers)
-        if not self.base.family.features:
+        if not self.base.family.supports_image_cache:
             raise StreamError(
                 f"data.vision_cache=features: {base.path} feeds inner layers of its vision tower into the language model, "
                 "so its features cannot be kept; set data.vision_cache=off"
@@ -65,4 +65,4 @@ class ImageEncoder(FrozenBase):
         if features_ND.dtype == torch.bfloat16:
             features_ND = features_ND.view(torch.uint16)
         kept = {name: array for name, array in row.images.items() if name.endswith("grid_thw")}
-        return replace(row, images={FEATURES: features_ND.cpu().numpy(), **kept}, picture=picture_hash(row))
+        return replace(row, images={FEATURES: features_ND.cpu().numpy(), **kept}, image_id=image_hash(row))

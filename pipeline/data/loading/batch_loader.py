@@ -56,8 +56,8 @@ class StepLayout:
         """
         slots = self.workers * self.accumulation
         edges = [-(-self.batch_size * slot // slots) for slot in range(slots + 1)]
-        own = range(rank * self.accumulation, (rank + 1) * self.accumulation)
-        return [range(edges[slot], edges[slot + 1]) for slot in own]
+        slots_of_rank = range(rank * self.accumulation, (rank + 1) * self.accumulation)
+        return [range(edges[slot], edges[slot + 1]) for slot in slots_of_rank]
 
 
 class BatchLoader:
@@ -109,17 +109,17 @@ class BatchLoader:
         """
         step, shares = self._next - 1, self._layout.share(self._rank)
         if self._rows.cached:
-            place, end = step * self._layout.batch_size + shares[0].start, min(most, self._rows.count)
+            start, end = step * self._layout.batch_size + shares[0].start, min(most, self._rows.count)
         else:
-            own = spans(self._rows.count, self._shares)[self._rank]
+            span = spans(self._rows.count, self._shares)[self._rank]
             before, share = sum(self._shares[: self._rank]), self._shares[self._rank]
             part = most * (before + share) // self._layout.batch_size - most * before // self._layout.batch_size
-            place, end = step * share, min(part, len(own))
-        found = []
+            start, end = step * share, min(part, len(span))
+        counts = []
         for positions in shares:
-            found.append(min(max(0, end - place), len(positions)))
-            place += len(positions)
-        return found
+            counts.append(min(max(0, end - start), len(positions)))
+            start += len(positions)
+        return counts
 
     def __iter__(self) -> "BatchLoader":
         return self
@@ -168,8 +168,8 @@ class BatchLoader:
         def order(epoch: int) -> np.ndarray:
             return epoch_order(len(rows), epoch, seed=self._seed, step=size, lengths=lengths)
 
-        def row(place: int) -> Encoded:
-            epoch, number = divmod(place, len(rows))
+        def row(position: int) -> Encoded:
+            epoch, number = divmod(position, len(rows))
             return rows[order(epoch)[number]]
 
         share = self._layout.share(self._rank)
@@ -228,11 +228,11 @@ def distinct_batches(
     """
     chosen = np.random.default_rng([seed]).permutation(rows.count)[:count]
     shares = np.array_split(np.sort(chosen), workers)  # the first is the largest
-    own, batches = shares[rank], -(-len(shares[0]) // micro_batch)
+    numbers, batches = shares[rank], -(-len(shares[0]) // micro_batch)
     if rows.cached:
         blocks = CachedRows(rows)
-        found: Iterator[Encoded] = (blocks[number] for number in own)
+        encoded: Iterator[Encoded] = (blocks[number] for number in numbers)
     else:
-        found = StreamedRows(rows, rank=rank, workers=workers, seed=seed).chosen(own)
+        encoded = StreamedRows(rows, rank=rank, workers=workers, seed=seed).chosen(numbers)
     for _ in range(batches):
-        yield list(islice(found, micro_batch)) or None
+        yield list(islice(encoded, micro_batch)) or None

@@ -25,7 +25,7 @@ JOINED = 16 << 20
 _FILES_AT_ONCE = 16
 """Files whose metadata are read at a time."""
 
-_TOLD_SECONDS = 10.0
+_LOG_SECONDS = 10.0
 """Time after which one says how far the reading of metadata is."""
 
 _COLUMNS = {
@@ -37,7 +37,7 @@ _logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class Read:
+class ReadRequest:
     """Rows of a piece that are wanted."""
 
     part: int
@@ -51,7 +51,7 @@ class Read:
     """Places of the wanted rows in these groups together, rising (N,)."""
     number: int
     """Number in the file, from 1, of the first row of these groups."""
-    place: int
+    offset: int
     """Place in the part of that row."""
 
 
@@ -77,7 +77,7 @@ class Pieces:
     """About how many it takes in the file (P,)."""
     bad: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
     """Places, in rising order, of rows that cannot be used."""
-    place: int = 0
+    offset: int = 0
     """Place of the first row, where these pieces are some of many."""
 
     def __len__(self) -> int:
@@ -86,7 +86,7 @@ class Pieces:
     @cached_property
     def starts(self) -> np.ndarray:
         """Places of the pieces' first rows among the rows of all pieces (P,)."""
-        return self.place + np.cumsum(self.rows, dtype=np.int64) - self.rows
+        return self.offset + np.cumsum(self.rows, dtype=np.int64) - self.rows
 
     @property
     def good(self) -> np.ndarray:
@@ -99,23 +99,23 @@ class Pieces:
         columns: dict[str, Any] = {name: getattr(self, name)[part] for name in _COLUMNS}
         files, file = np.unique(self.file[part], return_inverse=True)
         columns["file"] = file.astype(np.int32)
-        place = int(self.starts[start]) if start < stop else self.place
-        bad = self.bad[slice(*np.searchsorted(self.bad, [place, place + int(columns["rows"].sum())]))]
-        return Pieces(tuple(self.paths[i] for i in files), **columns, bad=bad, place=place)
+        offset = int(self.starts[start]) if start < stop else self.offset
+        bad = self.bad[slice(*np.searchsorted(self.bad, [offset, offset + int(columns["rows"].sum())]))]
+        return Pieces(tuple(self.paths[i] for i in files), **columns, bad=bad, offset=offset)
 
-    def read(self, piece: int, numbers: np.ndarray | None = None, *, part: int = 0) -> Read:
+    def read(self, piece: int, numbers: np.ndarray | None = None, *, part: int = 0) -> ReadRequest:
         """Returns the read of a piece's good rows, or of those with these numbers among them (N,), of a part."""
         start, rows, skipped = (int(column[piece]) for column in (self.starts, self.rows, self.skipped))
         bad = self.bad[slice(*np.searchsorted(self.bad, [start, start + rows]))]
         good = np.delete(np.arange(skipped, skipped + rows), bad - start)
-        return Read(
+        return ReadRequest(
             part=part,
             path=self.paths[self.file[piece]],
             group=int(self.group[piece]),
             groups=int(self.groups[piece]),
             at=good if numbers is None else good[numbers],
             number=int(self.number[piece]),
-            place=start - skipped,
+            offset=start - skipped,
         )
 
 
@@ -124,31 +124,31 @@ def pieces_of(filesystem: fs.FileSystem, paths: Sequence[str], *, rows: int, lim
 
     None where a row group is too large to be read for a part of its rows, or a file's metadata cannot be read.
     """
-    found: list[tuple[int, int, int, int, int, int, int]] = []
+    pieces: list[tuple[int, int, int, int, int, int, int]] = []
     left = limit
     for file, groups in enumerate(row_groups(filesystem, paths)):
         if groups is None or ((groups[:, 0] > rows) & (groups[:, 2] > CHEAP)).any():
             return None
         number, joined = 1, -1
         for group, (count, size, _) in enumerate(groups.tolist()):
-            taken = count if left is None else min(count, left)
-            left = None if left is None else left - taken
-            if taken == 0:
+            kept = count if left is None else min(count, left)
+            left = None if left is None else left - kept
+            if kept == 0:
                 joined = -1
-            elif joined >= 0 and found[joined][5] + taken <= rows and found[joined][6] + size <= JOINED:
-                _, first, several, begin, _, before, bytes_ = found[joined]
-                found[joined] = (file, first, several + 1, begin, 0, before + taken, bytes_ + size)
+            elif joined >= 0 and pieces[joined][5] + kept <= rows and pieces[joined][6] + size <= JOINED:
+                _, first, several, begin, _, before, bytes_ = pieces[joined]
+                pieces[joined] = (file, first, several + 1, begin, 0, before + kept, bytes_ + size)
             else:
-                for start in range(0, taken, rows):
-                    part = min(rows, taken - start)
-                    found.append((file, group, 1, number, start, part, size * part // count))
-                joined = len(found) - 1 if taken <= rows else -1
+                for start in range(0, kept, rows):
+                    part = min(rows, kept - start)
+                    pieces.append((file, group, 1, number, start, part, size * part // count))
+                joined = len(pieces) - 1 if kept <= rows else -1
             number += count
         if left == 0:
             break
-    table = np.array(found, np.int64).reshape(-1, len(_COLUMNS)).T
+    table = np.array(pieces, np.int64).reshape(-1, len(_COLUMNS)).T
     columns: dict[str, Any] = {
-        name: column.astype(kind) for (name, kind), column in zip(_COLUMNS.items(), table, strict=True)
+        name: column.astype(dtype) for (name, dtype), column in zip(_COLUMNS.items(), table, strict=True)
     }
     return Pieces(tuple(paths), **columns)
 
@@ -158,24 +158,24 @@ def row_groups(filesystem: fs.FileSystem, paths: Sequence[str]) -> Iterator[np.n
 
     None where the metadata cannot be read. Says now and then how far it is.
     """
-    told, chunk = time.monotonic(), 16 * _FILES_AT_ONCE
+    logged_at, chunk = time.monotonic(), 16 * _FILES_AT_ONCE
     with ThreadPoolExecutor(_FILES_AT_ONCE) as pool:
         for start in range(0, len(paths), chunk):
             yield from pool.map(partial(_row_groups, filesystem), paths[start : start + chunk])
-            if time.monotonic() - told > _TOLD_SECONDS:
-                told = time.monotonic()
+            if time.monotonic() - logged_at > _LOG_SECONDS:
+                logged_at = time.monotonic()
                 _logger.warning("read what %d of %d files hold (%s ...)", start + chunk, len(paths), paths[0])
 
 
 def _row_groups(filesystem: fs.FileSystem, path: str) -> np.ndarray | None:
     try:
-        with filesystem.open_input_file(path) as stream:
-            metadata = pq.read_metadata(stream)
+        with filesystem.open_input_file(path) as opened:
+            metadata = pq.read_metadata(opened)
     except (OSError, pa.ArrowException):
         return None
-    found = []
+    sizes = []
     for i in range(metadata.num_row_groups):
         group = metadata.row_group(i)
         size = sum(group.column(c).total_compressed_size for c in range(group.num_columns))
-        found.append((group.num_rows, size, group.total_byte_size))
-    return np.array(found, np.int64).reshape(-1, 3)
+        sizes.append((group.num_rows, size, group.total_byte_size))
+    return np.array(sizes, np.int64).reshape(-1, 3)

@@ -18,7 +18,7 @@ from ray.data import TaskPoolStrategy
 from ray.data.expressions import col
 
 from pipeline.config import BaseModelConfig, DataConfig
-from pipeline.data.encoded.encoding import PLACE, Encoder, encode_batch, processor_of
+from pipeline.data.encoded.encoding import POSITION, Encoder, encode_batch, processor_of
 from pipeline.data.encoded.encoding import TaskRows as TaskRows
 from pipeline.data.encoded.image_embeds import with_features
 from pipeline.data.loading.streamed_part import StreamedPart, streamed_features, streamed_part
@@ -112,8 +112,8 @@ def prepare(
         rows = rows.materialize()
     totals: Counter[str] = Counter()
     bad: dict[str, list[dict[str, Any]]] = {name: [] for name in parts}
-    places: dict[str, list[int]] = {name: [] for name in parts}
-    noted = [*_NOTES, PLACE] if streaming else _NOTES
+    bad_positions: dict[str, list[int]] = {name: [] for name in parts}
+    noted = [*_NOTES, POSITION] if streaming else _NOTES
     for batch in rows.select_columns(noted).iter_batches(batch_size=None, batch_format="numpy"):
         totals.update(batch["column"])
         for i in np.flatnonzero(batch["reason"] != ""):
@@ -121,7 +121,7 @@ def prepare(
                 {key: batch[key][i].item() if key == "rows" else str(batch[key][i]) for key in NOTES}
             )
             if streaming:
-                places[batch["column"][i]].append(int(batch[PLACE][i]))
+                bad_positions[batch["column"][i]].append(int(batch[POSITION][i]))
     good = {name: totals[name] - len(bad[name]) for name in parts}
     aside = {
         name: set_aside(name, part.source, bad[name], good[name], quarantine / f"{name}.jsonl", data)
@@ -132,7 +132,9 @@ def prepare(
     return PreparedData(
         parts=encoded,
         cache=rows if fits else None,
-        streamed={name: part.without(np.sort(np.array(places[name], np.int64))) for name, part in streamed.items()},
+        streamed={
+            name: part.without(np.sort(np.array(bad_positions[name], np.int64))) for name, part in streamed.items()
+        },
         counts=good,
         aside=aside,
     )

@@ -68,19 +68,19 @@ class ReadAhead:
     def _rows(self) -> Iterator[Encoded]:
         for task in range(self._tasks):
             self._start(task, 0)
-        held: dict[int, Iterator[Encoded]] = {}
-        for place, task in enumerate(self._order.turns(self._tasks)):
-            row = next(held[task], None) if task in held else None
+        unpacked: dict[int, Iterator[Encoded]] = {}
+        for position, task in enumerate(self._order.turns(self._tasks)):
+            row = next(unpacked[task], None) if task in unpacked else None
             if row is None:
-                held.pop(task, None)  # gives the table's memory back
-                held[task] = _unpacked(self._table(task, place))
-                row = next(held[task])
+                unpacked.pop(task, None)  # gives the table's memory back
+                unpacked[task] = _unpacked(self._table(task, position))
+                row = next(unpacked[task])
             yield row
 
     def _start(self, task: int, first: int) -> None:
         self._running[task] = _encoded.remote(self._source, self._settings, task, self._tasks, first)
 
-    def _table(self, task: int, place: int) -> pa.Table:
+    def _table(self, task: int, position: int) -> pa.Table:
         """Returns the next table of a task, which begins with row `place`."""
         for restarts in range(RESTARTS + 1):
             try:
@@ -93,7 +93,7 @@ class ReadAhead:
                         f"rows cannot be read: the task that reads them was lost {RESTARTS + 1} times (out of memory?): "
                         f"{first_line(error)}"
                     ) from error
-                self._start(task, place)
+                self._start(task, position)
         raise AssertionError
 
     def _got(self, running: Any) -> pa.Table:
@@ -135,7 +135,7 @@ def _unpacked(table: pa.Table) -> Iterator[Encoded]:
 @ray.remote(num_cpus=0, max_retries=0, scheduling_strategy="SPREAD", _generator_backpressure_num_objects=_UNREAD)
 def _encoded(source: Drawable, order: Order, task: int, tasks: int, first: int) -> Iterator[pa.Table]:
     rows = tables(order.rows(source, task, tasks, first))
-    if source.parts[0].origin.kind == "encoded":
+    if source.parts[0].origin.contents == "encoded":
         for table in rows:
             yield table.select(_NEEDED)
         return

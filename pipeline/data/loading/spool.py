@@ -23,7 +23,7 @@ DONE = "_SUCCESS"
 BLOBS = "blobs"
 """Column of a row's bytes."""
 
-_BYTES, _FAULT = "$bytes", "$fault"
+_BYTES, _UNREADABLE = "$bytes", "$fault"
 _SCHEMA = pa.schema([
     (PATH, pa.string()), (NUMBER, pa.int64()), (ROOT, pa.string()), (RAW, pa.string()), (BLOBS, pa.list_(pa.binary())),
 ])  # fmt: skip
@@ -55,12 +55,12 @@ def _text(content: Row, blobs: list[bytes]) -> str:
             return {_BYTES: len(blobs) - 1}
         return str(value)
 
-    found = (
-        {_FAULT: [content.reason, content.excerpt, content.lost, content.rows]}
+    document = (
+        {_UNREADABLE: [content.reason, content.excerpt, content.lost, content.rows]}
         if isinstance(content, UnreadableRow)
         else content
     )
-    return json.dumps(found, default=beside)
+    return json.dumps(document, default=beside)
 
 
 def content(text: str, blobs: Sequence[bytes]) -> Row:
@@ -69,5 +69,5 @@ def content(text: str, blobs: Sequence[bytes]) -> Row:
     def back(value: dict[str, Any]) -> Any:
         return blobs[value[_BYTES]] if value.keys() == {_BYTES} else value
 
-    found: Mapping[str, Any] = json.loads(text, object_hook=back)
-    return UnreadableRow(*found[_FAULT]) if found.keys() == {_FAULT} else dict(found)
+    document: Mapping[str, Any] = json.loads(text, object_hook=back)
+    return UnreadableRow(*document[_UNREADABLE]) if document.keys() == {_UNREADABLE} else dict(document)

@@ -37,16 +37,16 @@ class TrainingRows:
     def split(self, share: float, seed: int) -> tuple["TrainingRows", "TrainingRows"]:
         """Returns the rows of one task without a random share of them, and that share: `held_out` rows."""
         number = held_out(self.count, share)
-        held = np.sort(np.random.default_rng([seed, self.count]).permutation(self.count)[:number])
+        held_numbers = np.sort(np.random.default_rng([seed, self.count]).permutation(self.count)[:number])
         learned = replace(self, count=self.count - number)
         if self.cached:
-            learned = replace(learned, chosen=np.delete(np.arange(self.count), held))
+            learned = replace(learned, chosen=np.delete(np.arange(self.count), held_numbers))
         else:
             (part,) = self.parts
             bad = part.pieces.bad
-            places = np.delete(np.arange(int(part.pieces.rows.sum())), bad)[held]
-            learned = replace(learned, parts=(part.without(np.union1d(bad, places)),))
-        return learned, replace(self, count=number, chosen=held)
+            held_positions = np.delete(np.arange(int(part.pieces.rows.sum())), bad)[held_numbers]
+            learned = replace(learned, parts=(part.without(np.union1d(bad, held_positions)),))
+        return learned, replace(self, count=number, chosen=held_numbers)
 
 
 MOST_HELD_OUT = 2048

@@ -79,15 +79,15 @@ def lane_windows(
     pieces, ends = pieces[begin:end], ends[begin:end]
     starts = np.maximum(lane.start - ends + sizes[pieces], 0)
     stops = np.minimum(lane.stop - ends, 0) + sizes[pieces]
-    own = np.flatnonzero(starts < stops)
-    pieces, starts, stops = pieces[own], starts[own], stops[own]
+    nonempty = np.flatnonzero(starts < stops)
+    pieces, starts, stops = pieces[nonempty], starts[nonempty], stops[nonempty]
     edges = _edges(stops - starts, weights[pieces], rows, size)
-    places = np.concatenate([[0], np.cumsum(stops - starts)])[edges]
-    for window in range(int(np.searchsorted(places, first, "right")) - 1, len(edges) - 1):
+    offsets = np.concatenate([[0], np.cumsum(stops - starts)])[edges]
+    for window in range(int(np.searchsorted(offsets, first, "right")) - 1, len(edges) - 1):
         part = slice(edges[window], edges[window + 1])
-        count = int(places[window + 1] - places[window])
+        count = int(offsets[window + 1] - offsets[window])
         order = np.random.default_rng([seed, epoch, lane.start, window]).permutation(count)
-        yield Window(pieces[part], starts[part], stops[part], order[max(0, first - int(places[window])) :])
+        yield Window(pieces[part], starts[part], stops[part], order[max(0, first - int(offsets[window])) :])
 
 
 def file_windows(

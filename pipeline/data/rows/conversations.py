@@ -61,13 +61,13 @@ def _messages(turns: Any, column: str, inline: dict[int, Any]) -> list[dict[str,
     messages = []
     placeholders = 0
     for turn in turns:
-        said_by = turn.get("role") if turn.get("role") is not None else turn.get("from")
-        role = _ROLES.get(said_by) if isinstance(said_by, str) else None
+        speaker = turn.get("role") if turn.get("role") is not None else turn.get("from")
+        role = _ROLES.get(speaker) if isinstance(speaker, str) else None
         if role is None:
-            raise BadRow(f"unknown role {printable(repr(said_by), 40)}; known: {', '.join(_ROLES)}")
+            raise BadRow(f"unknown role {printable(repr(speaker), 40)}; known: {', '.join(_ROLES)}")
         content = turn.get("content") if turn.get("content") is not None else turn.get("value")
         text, images = _parts(content, role)
-        inline |= {placeholders + place: image for place, image in images.items()}
+        inline |= {placeholders + index: image for index, image in images.items()}
         placeholders += text.count(IMAGE_PLACEHOLDER)
         if text.strip() or role != "system":  # an empty system message says nothing; many exporters write one
             messages.append({"role": role, "content": checked(text, f"the {role}'s content")})
@@ -83,35 +83,37 @@ def _parts(content: Any, role: str) -> tuple[str, dict[int, Any]]:
     text = ""
     images: dict[int, Any] = {}
     for part in content:
-        kind = part.get("type") if isinstance(part, Mapping) else None
-        if kind == "text" and isinstance(part.get("text"), str):
+        part_type = part.get("type") if isinstance(part, Mapping) else None
+        if part_type == "text" and isinstance(part.get("text"), str):
             text += part["text"]
-        elif kind in ("image", "image_url"):
+        elif part_type in ("image", "image_url"):
             image = next((part[key] for key in ("image", "image_url", "url", "path", "bytes") if part.get(key)), None)
             image = image.get("url") if isinstance(image, Mapping) and "url" in image else image
             if image is not None:
                 images[text.count(IMAGE_PLACEHOLDER)] = image
             text += IMAGE_PLACEHOLDER
         else:
-            raise BadRow(f"a part of the {role}'s content is neither text nor image, but {printable(repr(kind), 40)}")
+            raise BadRow(
+                f"a part of the {role}'s content is neither text nor image, but {printable(repr(part_type), 40)}"
+            )
     return text, images
 
 
 def _check_order(messages: list[dict[str, str]]) -> None:
     roles = [message["role"] for message in messages]
-    said = roles[1:] if roles[:1] == ["system"] else roles
-    if "user" not in said:
+    turns = roles[1:] if roles[:1] == ["system"] else roles
+    if "user" not in turns:
         raise BadRow("no message of the user")
-    if len(said) < 2 or said[-1] != "assistant":
+    if len(turns) < 2 or turns[-1] != "assistant":
         raise BadRow("the last message must be the assistant's answer, after at least one of the user")
-    if said != ["user", "assistant"] * (len(said) // 2):
+    if turns != ["user", "assistant"] * (len(turns) // 2):
         raise BadRow(f"user and assistant must take turns, the user first; found: {', '.join(roles[:8])}")
     for number, message in enumerate(messages):
         if message["content"].replace(IMAGE_PLACEHOLDER, "").strip():
             continue
         what = "question" if message["role"] == "user" else "answer"
-        place = "" if number >= len(messages) - 2 else f" (message {number + 1} of {len(messages)})"
-        raise BadRow(f"the {what} is empty{place}")
+        where = "" if number >= len(messages) - 2 else f" (message {number + 1} of {len(messages)})"
+        raise BadRow(f"the {what} is empty{where}")
 
 
 def _question(row: Mapping[str, Any], column: str) -> str:
@@ -130,11 +132,11 @@ def _answers(row: Mapping[str, Any], column: str) -> tuple[str, ...]:
         raise BadRow(f"column {column!r} is missing or null (a test split, whose answers are not public?)")
     several = isinstance(value, (list, tuple))
     items = [item.get("answer") if isinstance(item, Mapping) else item for item in (value if several else [value])]
-    found = [checked(text, "an answer") for item in items if (text := text_of(item, f"column {column!r}")) is not None]
-    answers = tuple(text for text in found if text.strip())
+    texts = [checked(text, "an answer") for item in items if (text := text_of(item, f"column {column!r}")) is not None]
+    answers = tuple(text for text in texts if text.strip())
     if answers:
         return answers
-    raise BadRow(f"column {column!r} holds no answer" if not found else "the answer is empty")
+    raise BadRow(f"column {column!r} holds no answer" if not texts else "the answer is empty")
 
 
 def text_of(value: Any, what: str) -> str | None:

@@ -24,9 +24,9 @@ MAX_PIXELS = 200_000_000
 ENOUGH_PIXELS = 16_000_000
 """JPEGs are decoded smaller while at least this many pixels remain: more than processors keep of any image."""
 
-_KNOWN = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000", "AVIF", "ICO")
+_SUPPORTED = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000", "AVIF", "ICO")
 Image.init()
-FORMATS = tuple(name for name in _KNOWN if name in Image.OPEN)
+FORMATS = tuple(name for name in _SUPPORTED if name in Image.OPEN)
 """Formats that are decoded; Pillow knows more, but some of them run other programs (EPS) or have no use here."""
 
 _FOREIGN = (
@@ -77,11 +77,11 @@ def _bytes_of(text: str, folder: Folder) -> bytes:
         raise BadRow(
             f"image {printable(text, 100)!r} is a web address; download the images, nothing is fetched from the web"
         )
-    if found := _DATA.match(text):
-        if not found[0].endswith(";base64,"):
+    if prefix := _DATA.match(text):
+        if not prefix[0].endswith(";base64,"):
             raise BadRow("an image is a data: URI without base64")
         try:
-            return base64.b64decode(text[found.end() :], validate=True)
+            return base64.b64decode(text[prefix.end() :], validate=True)
         except (binascii.Error, ValueError) as error:
             raise BadRow(f"an image is a data: URI with broken base64: {error}") from None
     if _BASE64.match(text) or (len(text) > _NO_PATH and "." not in text):

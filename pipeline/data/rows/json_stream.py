@@ -20,7 +20,7 @@ LONGEST = 1 << 25
 
 _DECODER = json.JSONDecoder(strict=False)
 """Takes tabs and line breaks inside texts, which are meant where they stand, if not allowed."""
-WHOLE = "the whole file"
+WHOLE_FILE = "the whole file"
 """What an UnreadableRow says of a file of which nothing can be read."""
 
 _SPACE = re.compile(r"[\s\ufeff]*")
@@ -65,8 +65,8 @@ def breaks_off(text: str) -> bool:
 class JsonStream:
     """Iterates over the elements of `text`; `known` are keys by which an element is recognised after a broken one."""
 
-    def __init__(self, text: Text, known: Collection[str]) -> None:
-        self._text, self._known = text, frozenset(known)
+    def __init__(self, text: Text, row_keys: Collection[str]) -> None:
+        self._text, self._row_keys = text, frozenset(row_keys)
         self._buffer, self._at, self._ended = "", 0, False
         self._in_array = False
         self._number = 0
@@ -74,7 +74,7 @@ class JsonStream:
     def __iter__(self) -> Iterator[Any | UnreadableRow]:
         """Yields elements, and an UnreadableRow for each place that cannot be read."""
         if self._peek() == "":
-            yield UnreadableRow("the file is empty: not even an array", lost=WHOLE, rows=0)
+            yield UnreadableRow("the file is empty: not even an array", lost=WHOLE_FILE, rows=0)
             return
         self._in_array = self._peek() == "["
         self._at += self._in_array
@@ -105,9 +105,9 @@ class JsonStream:
 
     def _more(self) -> None:
         """Reads on; drops what was used. Reads as much again as is held, so that long elements are not parsed often."""
-        held = self._buffer[self._at :]
-        piece = self._text.read(max(READ, len(held)))
-        self._buffer, self._at, self._ended = held + piece, 0, not piece
+        rest = self._buffer[self._at :]
+        piece = self._text.read(max(READ, len(rest)))
+        self._buffer, self._at, self._ended = rest + piece, 0, not piece
 
     def _element(self) -> Any | UnreadableRow:
         while True:
@@ -117,8 +117,9 @@ class JsonStream:
                 if self._ended or not self._unfinished(error):
                     return self._skip(error)
             else:
-                whole = isinstance(element, (dict, list, str)) or end < len(self._buffer) - _TAIL  # a number may go on
-                if whole or self._ended:
+                # A number at the end of the buffer may go on.
+                complete = isinstance(element, (dict, list, str)) or end < len(self._buffer) - _TAIL
+                if complete or self._ended:
                     self._at = end
                     return element
             self._more()
@@ -153,10 +154,10 @@ class JsonStream:
             self._at = max(self._at, len(self._buffer) - LONGEST)
             self._more()
 
-    def _starts_element(self, place: int) -> bool:
+    def _starts_element(self, start: int) -> bool:
         """Whether an element stands at `place`: an object with a known key, not one of the parts of an element."""
         try:
-            element, end = _DECODER.raw_decode(self._buffer, place)
+            element, end = _DECODER.raw_decode(self._buffer, start)
         except (ValueError, RecursionError):
             return False
-        return isinstance(element, dict) and not self._known.isdisjoint(element)
+        return isinstance(element, dict) and not self._row_keys.isdisjoint(element)

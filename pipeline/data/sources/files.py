@@ -15,7 +15,7 @@ from pipeline.config import SourceConfig, without_secrets
 from pipeline.data.demo.files import SCHEME, demo_file
 from pipeline.data.errors import StreamError
 from pipeline.data.sources.formats import format_of
-from pipeline.data.sources.storage import place_of, unreachable
+from pipeline.data.sources.storage import locate, unreachable
 
 _HIDDEN = re.compile(r"(^|/)[._]")
 _FORMATS = "parquet, jsonl, json, tsv or csv"
@@ -29,17 +29,17 @@ def resolve(source: SourceConfig, folder: Path) -> tuple[fs.FileSystem, list[fs.
     """
     path = str(demo_file(source.path, folder)) if source.path.startswith(SCHEME) else source.path
     base, pattern = split_glob(path)
-    filesystem, place = place_of(base)
+    filesystem, root = locate(base)
     try:
-        info = filesystem.get_file_info(place)
-        found = [info] if info.type == fs.FileType.File else []
+        info = filesystem.get_file_info(root)
+        infos = [info] if info.type == fs.FileType.File else []
         if info.type == fs.FileType.Directory:
-            found = filesystem.get_file_info(fs.FileSelector(place, recursive=True))
+            infos = filesystem.get_file_info(fs.FileSelector(root, recursive=True))
     except (OSError, ValueError, pa.ArrowException) as error:
         raise unreachable(source.path, error) from None
-    files = sorted((file for file in found if file.type == fs.FileType.File), key=lambda file: file.path)
+    files = sorted((file for file in infos if file.type == fs.FileType.File), key=lambda file: file.path)
     if info.type == fs.FileType.Directory:
-        inside = {file.path: file.path[len(place.rstrip("/")) + 1 :] for file in files}
+        inside = {file.path: file.path[len(root.rstrip("/")) + 1 :] for file in files}
         files = [file for file in files if not _HIDDEN.search(inside[file.path])]
         files = [file for file in files if matches(pattern, inside[file.path].split("/"))]
     by_format: dict[str, list[fs.FileInfo]] = {}
@@ -54,12 +54,12 @@ def resolve(source: SourceConfig, folder: Path) -> tuple[fs.FileSystem, list[fs.
     if not any(by_format.values()):
         raise StreamError(f"{shown}: no {_FORMATS} files there (is the path right, and mounted here?)")
     if len(by_format) > 1:
-        kinds = sorted(by_format)
+        formats = sorted(by_format)
         raise StreamError(
-            f"{shown}: {' and '.join(kinds)} mixed; give a glob such as {shown}/*.{kinds[-1]}, or `format`"
+            f"{shown}: {' and '.join(formats)} mixed; give a glob such as {shown}/*.{formats[-1]}, or `format`"
         )
-    ((kind, files),) = by_format.items()
-    return filesystem, files, kind
+    ((file_format, files),) = by_format.items()
+    return filesystem, files, file_format
 
 
 def split_glob(path: str) -> tuple[str, list[str]]:

@@ -21,7 +21,7 @@ import pyarrow.fs as fs
 import pyarrow.parquet as pq
 
 from pipeline.data.errors import StreamError, UnreadableRow, first_line, printable
-from pipeline.data.rows.json_stream import WHOLE, JsonStream, breaks_off, parse
+from pipeline.data.rows.json_stream import WHOLE_FILE, JsonStream, breaks_off, parse
 
 Row = dict[str, Any] | UnreadableRow
 
@@ -42,7 +42,9 @@ def format_of(path: str) -> str:
     return _ENDINGS.get(endings[-1], "") if endings else ""
 
 
-def rows_of(filesystem: fs.FileSystem, path: str, kind: str, known: Collection[str]) -> Iterator[tuple[int, Row]]:
+def rows_of(
+    filesystem: fs.FileSystem, path: str, file_format: str, columns: Collection[str]
+) -> Iterator[tuple[int, Row]]:
     """Yields the rows of a file with their numbers: lines of a text, places in an array or table, from 1.
 
     `known` are the columns that are wanted; parquet is read for these only. Raises StreamError where storage fails; a file
@@ -50,7 +52,7 @@ def rows_of(filesystem: fs.FileSystem, path: str, kind: str, known: Collection[s
     """
     number = 0
     try:
-        for number, row in _READERS[kind](filesystem, path, known):  # noqa: B007 - needed after the loop
+        for number, row in _READERS[file_format](filesystem, path, columns):  # noqa: B007 - needed after the loop
             yield number, row
     except (OSError, ValueError, csv.Error, pa.ArrowException) as error:
         if of_network(filesystem, error):
@@ -60,7 +62,7 @@ def rows_of(filesystem: fs.FileSystem, path: str, kind: str, known: Collection[s
             number + 1,
             UnreadableRow(
                 f"{PurePosixPath(path).name}: the file cannot be read {where}: {first_line(error)}",
-                lost=f"all rows beyond row {number}" if number else WHOLE,
+                lost=f"all rows beyond row {number}" if number else WHOLE_FILE,
                 rows=0,
             ),
         )
@@ -73,11 +75,11 @@ def of_network(filesystem: fs.FileSystem, error: Exception) -> bool:
 
 
 def _open(filesystem: fs.FileSystem, path: str, newline: str) -> io.TextIOWrapper:
-    stream = filesystem.open_input_stream(path)  # decompresses by the file's ending
-    return io.TextIOWrapper(stream, encoding="utf-8-sig", errors="surrogateescape", newline=newline)
+    file = filesystem.open_input_stream(path)  # decompresses by the file's ending
+    return io.TextIOWrapper(file, encoding="utf-8-sig", errors="surrogateescape", newline=newline)
 
 
-def _jsonl(filesystem: fs.FileSystem, path: str, known: Collection[str]) -> Iterator[tuple[int, Row]]:
+def _jsonl(filesystem: fs.FileSystem, path: str, columns: Collection[str]) -> Iterator[tuple[int, Row]]:
     with _open(filesystem, path, "\n") as text:
         number = 0
         while line := text.readline(LONGEST_LINE):
@@ -105,9 +107,9 @@ def _no_object(element: Any) -> UnreadableRow:
     return UnreadableRow(f"a row must be a JSON object, found {type(element).__name__}", printable(repr(element)))
 
 
-def _json(filesystem: fs.FileSystem, path: str, known: Collection[str]) -> Iterator[tuple[int, Row]]:
+def _json(filesystem: fs.FileSystem, path: str, columns: Collection[str]) -> Iterator[tuple[int, Row]]:
     with _open(filesystem, path, "") as text:
-        for number, element in enumerate(JsonStream(text, known), start=1):
+        for number, element in enumerate(JsonStream(text, columns), start=1):
             yield number, element if isinstance(element, (dict, UnreadableRow)) else _no_object(element)
 
 
@@ -142,7 +144,7 @@ def _table(delimiter: str) -> Callable[..., Iterator[tuple[int, Row]]]:
     A record that does not fit the header costs its first line: a quote that is not closed must not swallow what follows.
     """
 
-    def read(filesystem: fs.FileSystem, path: str, known: Collection[str]) -> Iterator[tuple[int, Row]]:
+    def read(filesystem: fs.FileSystem, path: str, columns: Collection[str]) -> Iterator[tuple[int, Row]]:
         csv.field_size_limit(LONGEST_LINE)
         with _open(filesystem, path, "") as text:
             lines = _Lines(text)
@@ -151,25 +153,32 @@ def _table(delimiter: str) -> Callable[..., Iterator[tuple[int, Row]]]:
             if any("\x00" in name for name in names):
                 yield (
                     1,
-                    UnreadableRow("the file holds NUL characters: is it UTF-16? Save it as UTF-8", lost=WHOLE, rows=0),
+                    UnreadableRow(
+                        "the file holds NUL characters: is it UTF-16? Save it as UTF-8", lost=WHOLE_FILE, rows=0
+                    ),
                 )
                 return
             if not names:
-                yield 1, UnreadableRow("the file is empty: not even a line with the columns' names", lost=WHOLE, rows=0)
+                yield (
+                    1,
+                    UnreadableRow(
+                        "the file is empty: not even a line with the columns' names", lost=WHOLE_FILE, rows=0
+                    ),
+                )
                 return
             number = 0
             while True:
                 lines.record.clear()
-                cells, fault = _cells(records, lines, delimiter)
+                cells, problem = _cells(records, lines, delimiter)
                 if not lines.record:
                     return
                 if len(cells) == len(names):
                     number += 1
                     yield number, {name: cell or None for name, cell in zip(names, cells, strict=True)}
-                elif cells or fault:
+                elif cells or problem:
                     number += 1
                     lines.put_back()
-                    what = fault or f"{len(cells)} cells, the header has {len(names)}"
+                    what = problem or f"{len(cells)} cells, the header has {len(names)}"
                     line = lines.record[0]
                     # Only the last line has no end; one without all its cells was cut, and so may the rows be that followed.
                     cut = len(cells) < len(names) and not line.endswith(("\n", "\r"))
@@ -191,10 +200,10 @@ def _cells(records: Iterator[list[str]], lines: _Lines, delimiter: str) -> tuple
         return [], str(error)
 
 
-def _parquet(filesystem: fs.FileSystem, path: str, known: Collection[str]) -> Iterator[tuple[int, Row]]:
-    with filesystem.open_input_file(path) as stream:
-        file = pq.ParquetFile(stream)
-        names = [name for name in file.schema_arrow.names if name in known]
+def _parquet(filesystem: fs.FileSystem, path: str, columns: Collection[str]) -> Iterator[tuple[int, Row]]:
+    with filesystem.open_input_file(path) as opened:
+        file = pq.ParquetFile(opened)
+        names = [name for name in file.schema_arrow.names if name in columns]
         done = 0
         for group in range(file.num_row_groups):
             first, done = done, done + file.metadata.row_group(group).num_rows

@@ -31,7 +31,7 @@ Numbered = tuple[str, int, Row]
 """File, number in it, row."""
 
 
-def questions(read: Callable[[], Iterable[Numbered]], limit: int | None) -> Iterator[Numbered]:
+def questions(read_rows: Callable[[], Iterable[Numbered]], limit: int | None) -> Iterator[Numbered]:
     """Yields rows with `index`, `question` (the whole prompt), `answer` (a letter), `choices`, `image` and `group`.
 
     `read` reads all rows of a source anew: first to see which rotations and shared images there are, then for the rows.
@@ -39,14 +39,14 @@ def questions(read: Callable[[], Iterable[Numbered]], limit: int | None) -> Iter
     """
     sizes, shared = Counter[int](), set[str]()
     rotated = False
-    for _, _, row in read():
+    for _, _, row in read_rows():
         if isinstance(row, dict) and (index := _index(row)) is not None:
             sizes[index % _ROTATION] += 1
             rotated |= index >= _ROTATION
             shared |= {_reference(row)} - {""}
-    images = _images(read(), shared) if shared else {}
-    seen, chosen, taken = set[int](), set[int](), 0
-    for file, number, row in read():
+    images = _images(read_rows(), shared) if shared else {}
+    seen, chosen, total = set[int](), set[int](), 0
+    for file, number, row in read_rows():
         index = _index(row) if isinstance(row, dict) else None
         turns: list[Row]
         if isinstance(row, UnreadableRow):
@@ -64,26 +64,26 @@ def questions(read: Callable[[], Iterable[Numbered]], limit: int | None) -> Iter
         else:
             seen.add(index)
             row = row | {"image": images.get(_reference(row), row.get("image"))}
-            turns = [asked(row, index, 0)] if rotated else rotations(row, index)
+            turns = [render_question(row, index, 0)] if rotated else rotations(row, index)
         group = number if index is None else index % _ROTATION
         if limit is not None and group not in chosen:
             size = sizes[group] if rotated else len(turns)
-            if chosen and taken + size > limit:
+            if chosen and total + size > limit:
                 continue
             chosen.add(group)
-            taken += size
+            total += size
         yield from ((file, number, turn) for turn in turns)
 
 
 def rotations(row: dict[str, Any], index: int) -> list[Row]:
     """Returns a question once for every rotation of its options; one UnreadableRow where it cannot be asked."""
-    first = asked(row, index, 0)
+    first = render_question(row, index, 0)
     if isinstance(first, UnreadableRow):
         return [first]
-    return [first, *(asked(row, index, by) for by in range(1, len(first["choices"])))]
+    return [first, *(render_question(row, index, by) for by in range(1, len(first["choices"])))]
 
 
-def asked(row: dict[str, Any], index: int, by: int) -> Row:
+def render_question(row: dict[str, Any], index: int, by: int) -> Row:
     """Returns a question with its options rotated by `by` places, and all that is scored."""
     options = _options(row)
     letters, texts = list(options), list(options.values())
@@ -140,5 +140,5 @@ def _reference(row: dict[str, Any]) -> str:
 
 def _images(rows: Iterable[Numbered], shared: set[str]) -> dict[str, Any]:
     """Returns the images of these rows' own, by the index by which others name them."""
-    own = ((str(_index(row)), row) for _, _, row in rows if isinstance(row, dict) and not _reference(row))
-    return {index: row.get("image") for index, row in own if index in shared}
+    with_image = ((str(_index(row)), row) for _, _, row in rows if isinstance(row, dict) and not _reference(row))
+    return {index: row.get("image") for index, row in with_image if index in shared}

@@ -33,7 +33,7 @@ from pipeline.data.sources import mmbench
 from pipeline.data.sources.files import resolve, split_glob
 from pipeline.data.sources.formats import Row, rows_of
 from pipeline.data.sources.presets import columns_of, wanted_columns
-from pipeline.data.sources.storage import ImageFolder, place_of, unreachable
+from pipeline.data.sources.storage import ImageFolder, locate, unreachable
 
 PATH, NUMBER, ROOT, RAW = "path", "number", "root", "raw"
 """Columns of a raw row."""
@@ -66,14 +66,14 @@ class _Rows(Datasource):
 
     def __init__(self, source: SourceConfig, folder: Path) -> None:
         super().__init__()
-        self._filesystem, files, self._kind = resolve(source, folder)
+        self._filesystem, files, self._format = resolve(source, folder)
         self._files = [(file.path, file.size or 0) for file in files]  # pyarrow's own entries cannot be pickled
         self._source = source
         self._root = image_root(source)
 
     def get_name(self) -> str:
         """Returns what Ray calls the reading."""
-        return self._kind.capitalize()
+        return self._format.capitalize()
 
     def estimate_inmemory_data_size(self) -> int:
         """Returns the bytes of all files."""
@@ -92,7 +92,7 @@ class _Rows(Datasource):
             paths = [path for path, _ in files]
             size = sum(size for _, size in files)
             metadata = BlockMetadata(num_rows=None, size_bytes=size, exec_stats=None, input_files=tuple(paths))
-            work = partial(_tables, self._filesystem, paths, self._kind, self._source, self._root)
+            work = partial(_tables, self._filesystem, paths, self._format, self._source, self._root)
             tasks.append(ReadTask(work, metadata, _SCHEMA, per_task_row_limit))
         return tasks
 
@@ -104,12 +104,12 @@ def image_root(source: SourceConfig) -> str:
 
 
 def _tables(
-    filesystem: fs.FileSystem, paths: Sequence[str], kind: str, source: SourceConfig, root: str
+    filesystem: fs.FileSystem, paths: Sequence[str], file_format: str, source: SourceConfig, root: str
 ) -> Iterator[pa.Table]:
     """Yields the raw rows of these files in tables."""
     rows: list[dict[str, Any]] = []
     size = 0
-    for row in _raw_rows(filesystem, paths, kind, source, root):
+    for row in _raw_rows(filesystem, paths, file_format, source, root):
         rows.append(row)
         size += len(row[RAW])
         if len(rows) == _BLOCK_ROWS or size >= _BLOCK_BYTES:
@@ -119,12 +119,14 @@ def _tables(
 
 
 def _raw_rows(
-    filesystem: fs.FileSystem, paths: Sequence[str], kind: str, source: SourceConfig, root: str
+    filesystem: fs.FileSystem, paths: Sequence[str], file_format: str, source: SourceConfig, root: str
 ) -> Iterator[dict[str, Any]]:
-    known = wanted_columns(source)
+    columns = wanted_columns(source)
 
     def numbered() -> Iterable[mmbench.Numbered]:
-        return ((path, number, row) for path in paths for number, row in rows_of(filesystem, path, kind, known))
+        return (
+            (path, number, row) for path in paths for number, row in rows_of(filesystem, path, file_format, columns)
+        )
 
     circular = source.preset == "mmbench"
     for path, number, row in (
@@ -149,8 +151,8 @@ def content_of(row: Mapping[str, Any]) -> Row:
 def row_id(row: Mapping[str, Any], source: SourceConfig) -> str:
     """Returns the id of a raw row, good or bad; where it has none, its file and its number there."""
     content = content_of(row)
-    found = "" if isinstance(content, UnreadableRow) else identity(content, columns_of(source, content))
-    return found or f"{PurePosixPath(row[PATH]).name}#{row[NUMBER]}"
+    given = "" if isinstance(content, UnreadableRow) else identity(content, columns_of(source, content))
+    return given or f"{PurePosixPath(row[PATH]).name}#{row[NUMBER]}"
 
 
 def record_of(row: Mapping[str, Any], source: SourceConfig, prompt: str, *, max_pixels: int = MAX_PIXELS) -> Record:
@@ -172,7 +174,7 @@ def record_of(row: Mapping[str, Any], source: SourceConfig, prompt: str, *, max_
 @lru_cache(maxsize=64)
 def _folder(path: str) -> ImageFolder:
     """Opens a folder once; with some storage that is a round trip."""
-    return ImageFolder(*place_of(path))
+    return ImageFolder(*locate(path))
 
 
 def excerpt(row: Mapping[str, Any]) -> str:
@@ -206,10 +208,10 @@ def _shortened(value: Any, depth: int = 4) -> Any:
 
 def first_records(source: SourceConfig, folder: Path, prompt: str, count: int) -> Iterator[Record]:
     """Yields the first good records of a source, read here and now (for showing samples)."""
-    filesystem, files, kind = resolve(source, folder)
+    filesystem, files, file_format = resolve(source, folder)
     root = image_root(source)
     good = 0
-    for row in islice(_raw_rows(filesystem, [file.path for file in files], kind, source, root), 4 * count):
+    for row in islice(_raw_rows(filesystem, [file.path for file in files], file_format, source, root), 4 * count):
         try:
             yield record_of(row, source, prompt)
         except BadRow:
@@ -224,26 +226,26 @@ def count_rows(source: SourceConfig, folder: Path) -> int:
 
     Of small files the number is exact; of more than `_COUNTED` files, some are counted, and their bytes speak for all.
     """
-    filesystem, files, kind = resolve(source, folder)
+    filesystem, files, file_format = resolve(source, folder)
     counted = files[:: -(-len(files) // _COUNTED)]
-    rows = sum(_count(filesystem, file, kind, wanted_columns(source)) for file in counted)
+    rows = sum(_count(filesystem, file, file_format, wanted_columns(source)) for file in counted)
     if len(counted) < len(files):
         rows = rows * sum(file.size for file in files) // max(1, sum(file.size for file in counted))
     rows *= 4 if source.preset == "mmbench" else 1  # at most: a question has up to four rotations
     return min(rows, source.limit) if source.limit else rows
 
 
-def _count(filesystem: fs.FileSystem, file: fs.FileInfo, kind: str, known: frozenset[str]) -> int:
-    if kind == "parquet":
+def _count(filesystem: fs.FileSystem, file: fs.FileInfo, file_format: str, columns: frozenset[str]) -> int:
+    if file_format == "parquet":
         try:
-            with filesystem.open_input_file(file.path) as stream:
-                return pq.read_metadata(stream).num_rows
+            with filesystem.open_input_file(file.path) as opened:
+                return pq.read_metadata(opened).num_rows
         except (OSError, pa.ArrowException):
             return 1  # a damaged file is one row, which says so
-    lengths = [len(packed_row(row)) for _, row in islice(rows_of(filesystem, file.path, kind, known), _SAMPLE)]
+    lengths = [len(packed_row(row)) for _, row in islice(rows_of(filesystem, file.path, file_format, columns), _SAMPLE)]
     if len(lengths) < _SAMPLE:
         return len(lengths)
-    size = file.size * (1 if PurePosixPath(file.path).suffix.lower() == f".{kind}" else _COMPRESSION)
+    size = file.size * (1 if PurePosixPath(file.path).suffix.lower() == f".{file_format}" else _COMPRESSION)
     return max(_SAMPLE, size * _SAMPLE // sum(lengths))
 
 
@@ -252,17 +254,17 @@ def fingerprint(source: SourceConfig, folder: Path) -> str:
 
     Images that rows name by their paths are not looked at.
     """
-    filesystem, files, kind = resolve(source, folder)
+    filesystem, files, file_format = resolve(source, folder)
     root = source.image_root and without_secrets(source.image_root)
     named = source.model_copy(update={"image_root": root}).to_identity(exclude={"path", "format", "cache"})
     settings = json.dumps(named, ensure_ascii=False, separators=(",", ":"))
-    digest = hashlib.sha256(f"{kind} {settings}".encode())
+    digest = hashlib.sha256(f"{file_format} {settings}".encode())
     try:
         for file in files:
             digest.update(f"{PurePosixPath(file.path).name} {file.size}".encode())
             if file.size <= _HASHED_BYTES:
-                with filesystem.open_input_file(file.path) as stream:
-                    digest.update(stream.read())
+                with filesystem.open_input_file(file.path) as opened:
+                    digest.update(opened.read())
             else:
                 digest.update(str(file.mtime_ns).encode())
     except (OSError, pa.ArrowException) as error:

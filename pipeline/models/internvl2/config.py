@@ -55,9 +55,9 @@ class Fields:
         """Returns a field that may have some values only; `default` is what the published code takes without it."""
         value = self.values.get(field, default)
         if value not in allowed:
-            known = " or ".join(repr(v) for v in allowed)
+            listed = " or ".join(repr(v) for v in allowed)
             raise self.error(
-                field, f"{value!r} has no counterpart in transformers' InternVL; only {known} is converted"
+                field, f"{value!r} has no counterpart in transformers' InternVL; only {listed} is converted"
             )
         return value
 
@@ -66,9 +66,11 @@ def read_config(values: Mapping[str, Any], file: Path) -> Fields:
     """Returns config.json's fields; raises ConversionError unless they are those of an InternVL2 as it was published."""
     fields = Fields(values, file)
     if values.get("model_type") != "internvl_chat":
-        kind = values.get("model_type")
-        hint = "it is in transformers' layout already" if kind == "internvl" else "give the folder of an InternVL2"
-        raise fields.error("model_type", f"{kind!r}, not 'internvl_chat'; {hint}")
+        model_type = values.get("model_type")
+        hint = (
+            "it is in transformers' format already" if model_type == "internvl" else "give the folder of an InternVL2"
+        )
+        raise fields.error("model_type", f"{model_type!r}, not 'internvl_chat'; {hint}")
     fields.only("select_layer", (-1,), -1)
     fields.only("ps_version", ("v2",), "v1")
     fields.only("pad2square", (False,), False)
@@ -199,14 +201,14 @@ def _rope(fields: Fields) -> dict[str, Any]:
     match values.get("rope_scaling"):
         case None:
             return {"rope_type": "default", **theta}
-        case {"type": "linear" | "dynamic" as kind, "factor": factor}:
-            return {"rope_type": kind, "factor": float(factor), **theta}
+        case {"type": "linear" | "dynamic" as rope_type, "factor": factor}:
+            return {"rope_type": rope_type, "factor": float(factor), **theta}
         case {"type": "su" | "longrope", "short_factor": short, "long_factor": long}:
             trained = fields.need("original_max_position_embeddings")
-            kind = {"rope_type": "longrope", "short_factor": short, "long_factor": long}
-            return {**kind, "original_max_position_embeddings": trained, **theta}
+            longrope = {"rope_type": "longrope", "short_factor": short, "long_factor": long}
+            return {**longrope, "original_max_position_embeddings": trained, **theta}
         case other:
-            kind = other.get("type") if isinstance(other, dict) else other
+            rope_type = other.get("type") if isinstance(other, dict) else other
             raise fields.error(
-                "rope_scaling", f"{kind!r} is not converted; known: linear, dynamic and su, with their factors"
+                "rope_scaling", f"{rope_type!r} is not converted; known: linear, dynamic and su, with their factors"
             )

@@ -115,7 +115,7 @@ def saved_name(name: str) -> str:
     return re.sub(r"^language_model\.", "language_model.model.", name)
 
 
-def plan(config: InternVLConfig, architecture: str) -> list[Move]:
+def conversion_plan(config: InternVLConfig, architecture: str) -> list[Move]:
     """Returns how to fill every tensor of the model that `config` describes, in the model's order.
 
     That order, query, key, value and gate, up, is also the one in which fused tensors hold their parts.
@@ -128,13 +128,13 @@ def plan(config: InternVLConfig, architecture: str) -> list[Move]:
         if name == "lm_head.weight" and config.tie_word_embeddings:
             continue
         target = source = saved_name(name)
-        for pattern, published in (LANGUAGE[architecture] if target.startswith("language_model.") else rules).items():
-            source = re.sub(pattern, published, source)
+        for pattern, original in (LANGUAGE[architecture] if target.startswith("language_model.") else rules).items():
+            source = re.sub(pattern, original, source)
         groups.setdefault(source, []).append((target, tensor.shape))
     text = config.get_text_config()
     moves = []
-    for source, found in groups.items():
-        targets, shapes = zip(*found, strict=True)
+    for source, parts in groups.items():
+        targets, shapes = zip(*parts, strict=True)
         moves.append(Move(source, targets, shapes, text.head_dim if ".wqkv." in source else None))
     return moves
 

@@ -102,7 +102,7 @@ class SourceFolder:
     def _list_file(self, file: Path) -> dict[str, Stored]:
         if file.suffix == ".bin":
             return {name: Stored(file, tuple(t.shape), t.dtype) for name, t in self._pickled(file).items()}
-        found = {}
+        tensors = {}
         with _open(file) as opened:
             for name in opened.keys():  # noqa: SIM118 - not a mapping
                 view = opened.get_slice(name)
@@ -111,8 +111,8 @@ class SourceFolder:
                         f"{file}: tensor {name} is {view.get_dtype()}; only bfloat16, float16 and float32 are converted: take "
                         "the model that is not quantised"
                     )
-                found[name] = Stored(file, tuple(view.get_shape()), DTYPES[view.get_dtype()])
-        return found
+                tensors[name] = Stored(file, tuple(view.get_shape()), DTYPES[view.get_dtype()])
+        return tensors
 
     def _pickled(self, file: Path) -> Mapping[str, Tensor]:
         """Returns the tensors of a `.bin` file, memory-mapped; the last file stays open."""

@@ -165,10 +165,10 @@ def _merges(pieces: Any) -> list[tuple[str, str]]:
     """Returns all pairs of pieces whose union is a piece, best score first."""
     scores = {piece.piece: piece.score for piece in pieces if piece.type == NORMAL}
     pairs = [
-        (-score, whole[:cut], whole[cut:])
-        for whole, score in scores.items()
-        for cut in range(1, len(whole))
-        if whole[:cut] in scores and whole[cut:] in scores
+        (-score, union[:cut], union[cut:])
+        for union, score in scores.items()
+        for cut in range(1, len(union))
+        if union[:cut] in scores and union[cut:] in scores
     ]
     pairs.sort(key=lambda pair: pair[0])
     return [(left, right) for _, left, right in pairs]

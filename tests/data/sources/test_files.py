@@ -167,7 +167,7 @@ def test_google_gives_up_in_time(monkeypatch):
     asked = []
     monkeypatch.setattr(storage, "fs", SimpleNamespace(FileSystem=SimpleNamespace(from_uri=asked.append)))
     for path in ("gs://b/a", "gs://b/a?anonymous=true", "gs://b/a?retry_limit_seconds=5"):
-        storage.place_of(path)
+        storage.locate(path)
     assert asked == [
         "gs://b/a?retry_limit_seconds=60", "gs://b/a?anonymous=true&retry_limit_seconds=60", "gs://b/a?retry_limit_seconds=5",
     ]  # fmt: skip
