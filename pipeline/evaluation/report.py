@@ -17,7 +17,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from pipeline.config import without_secrets
 from pipeline.errors import UserError
 from pipeline.evaluation.matrix import FORMULAS, AccuracyMatrix
-from pipeline.evaluation.plots import METHODS, OURS, PICTURES, ordered_methods
+from pipeline.evaluation.plots import METHODS, OURS, PLOTS, ordered_methods
 
 DPI = 170
 """Resolution of the pictures; at a width of 12 inches about 2000 pixels, sharp on dense screens and in print."""
@@ -47,7 +47,7 @@ def write_report(summary: Mapping[str, Any], folder: Path) -> Path:
     page = environment.get_template("report.html.j2").render(
         summary={**summary, "command": without_secrets(summary["command"])} if "command" in summary else summary,
         headline=_headline(summary),
-        pictures=_draw(summary, folder / "pictures"),
+        plots=_draw(summary, folder / "pictures"),
         methods=_methods(summary),
         formulas=FORMULAS,
         tasks=_tasks(summary),
@@ -88,16 +88,16 @@ def _draw(summary: Mapping[str, Any], folder: Path) -> list[dict[str, str]]:
     """Saves the pictures that the summary allows; returns what the page shows of each, the image in base64."""
     folder.mkdir(parents=True, exist_ok=True)
     shown = []
-    for stem, picture in PICTURES.items():
+    for stem, plot in PLOTS.items():
         path = folder / f"{stem}.png"
-        if not picture.possible(summary):
+        if not plot.possible(summary):
             path.unlink(missing_ok=True)  # of an earlier report that held more
             continue
         buffer = io.BytesIO()
-        picture.draw(summary).savefig(buffer, format="png", dpi=DPI, facecolor="white")
+        plot.draw(summary).savefig(buffer, format="png", dpi=DPI, facecolor="white")
         path.write_bytes(buffer.getvalue())
         image = base64.b64encode(buffer.getvalue()).decode()
-        shown.append({"stem": stem, "title": picture.title, "caption": picture.caption(summary), "image": image})
+        shown.append({"stem": stem, "title": plot.title, "caption": plot.caption(summary), "image": image})
     return shown
 
 
@@ -134,11 +134,11 @@ def _tasks(summary: Mapping[str, Any]) -> list[dict[str, Any]]:
     last = matrix.rows[matrix.last]
     rows = []
     for name, task in summary["tasks"].items():
-        known = name in matrix.tasks
+        in_matrix = name in matrix.tasks
         accuracy = {
-            "before": matrix.value("base", name) if known else None,
-            "learned": matrix.value(name, name) if known else None,
-            "end": matrix.value(last, name) if known else None,
+            "before": matrix.value("base", name) if in_matrix else None,
+            "learned": matrix.value(name, name) if in_matrix else None,
+            "end": matrix.value(last, name) if in_matrix else None,
         }
         rows.append({"name": name, **accuracy, **task})
     return rows

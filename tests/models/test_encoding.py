@@ -99,9 +99,9 @@ def test_an_answer_is_tokenized_apart_from_the_prompt(tiny_base):
 
 def test_several_images_stand_where_their_placeholders_stand(tiny_base):
     row = ask(tiny_base.processor, "is <image> like <image> ?", RED, BLUE)
-    found = tokens(tiny_base, row.input_ids)
+    pieces = tokens(tiny_base, row.input_ids)
     image = ["<img>", *["<IMG_CONTEXT>"] * 16, "</img>"]
-    assert found == ["<|user|>", "is", *image, "l", "##i", "##k", "##e", *image, "?", "<|assistant|>"]
+    assert pieces == ["<|user|>", "is", *image, "l", "##i", "##k", "##e", *image, "?", "<|assistant|>"]
     assert row.images["pixel_values"].shape == (2, 3, 64, 64)
     assert row.images["pixel_values"].dtype == np.float32
     for pixels, image in zip(row.images["pixel_values"], (RED, BLUE), strict=True):
@@ -120,8 +120,8 @@ def test_earlier_turns_belong_to_the_prompt(tiny_base):
     row = encode(tiny_base.processor, messages, [RED])
     assert tokens(tiny_base, row.labels[row.labels != IGNORED]) == ["star", "<|end|>"]
     assert tokens(tiny_base, row.input_ids).count("<|end|>") == 2
-    said = ["<|assistant|>", "red", "<|end|>", "<|user|>", "shape", "?", "<|assistant|>"]
-    assert tokens(tiny_base, row.input_ids)[-9:-2] == said
+    expected = ["<|assistant|>", "red", "<|end|>", "<|user|>", "shape", "?", "<|assistant|>"]
+    assert tokens(tiny_base, row.input_ids)[-9:-2] == expected
 
 
 def test_ids_tell_pictures_and_prompts_apart(tiny_base):
@@ -135,15 +135,15 @@ def test_ids_tell_pictures_and_prompts_apart(tiny_base):
         row("what ?", RED, answer="blue"),
         row("what ?"),
     ]
-    found = ids(rows).tolist()
-    pictures, prompts = ([pair[i] for pair in found] for i in (0, 1))
-    assert pictures[0] == pictures[1] == pictures[3] != pictures[2]
+    pairs = ids(rows).tolist()
+    images, prompts = ([pair[i] for pair in pairs] for i in (0, 1))
+    assert images[0] == images[1] == images[3] != images[2]
     assert prompts[0] == prompts[3]
     assert len(set(prompts)) == 4
-    assert pictures[4] == prompts[4]
-    assert ids([without_answer(one) for one in rows]).tolist() == found
+    assert images[4] == prompts[4]
+    assert ids([without_answer(one) for one in rows]).tolist() == pairs
     kept = [unpack_row(*pack(replace(r, images={}, image_id=image_hash(r))).values()) for r in rows[:3]]
-    assert ids(kept).tolist() == found[:3], "features in the pixels' place"
+    assert ids(kept).tolist() == pairs[:3], "features in the pixels' place"
 
 
 def test_a_template_that_hides_the_prompt_is_refused(tiny_folder):

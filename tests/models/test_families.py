@@ -52,15 +52,15 @@ def rows_of(base: Base, answer: str | None = "red") -> list:
 def logits(base: Base, rows: list, side: str = "right") -> list[torch.Tensor]:
     """Logits of each row's own tokens."""
     batch = collate_for(base.processor, rows, side)
-    found = base.model(**batch, use_cache=False).logits
-    return [own[mask.bool()] for own, mask in zip(found, batch["attention_mask"], strict=True)]
+    padded = base.model(**batch, use_cache=False).logits
+    return [row_logits[mask.bool()] for row_logits, mask in zip(padded, batch["attention_mask"], strict=True)]
 
 
 @pytest.mark.parametrize("side", ["right", "left"])
 def test_rows_do_not_depend_on_their_batch(base, side):
     rows = rows_of(base)
-    for row, found in zip(rows, logits(base, rows, side), strict=True):
-        torch.testing.assert_close(found, logits(base, [row])[0], rtol=1e-4, atol=1e-4)
+    for row, actual in zip(rows, logits(base, rows, side), strict=True):
+        torch.testing.assert_close(actual, logits(base, [row])[0], rtol=1e-4, atol=1e-4)
 
 
 def test_images_are_seen(base):
@@ -111,9 +111,9 @@ def test_rows_survive_packing(base):
         assert again.images.keys() == row.images.keys()
         assert again.token_fields.keys() == row.token_fields.keys()
         for name, array in (row.images | row.token_fields).items():
-            found = (again.images | again.token_fields)[name]
-            assert found.dtype == array.dtype
-            assert (found == array).all()
+            unpacked = (again.images | again.token_fields)[name]
+            assert unpacked.dtype == array.dtype
+            assert (unpacked == array).all()
 
 
 def test_linears_of_the_language_model_only(base):
@@ -133,8 +133,8 @@ def seen(base: Base, rows: list) -> list:
     reader = ImageEncoder(BaseModelConfig(path=str(base.folder)), InferenceWorkers(cpus_per_worker=1))
     packed = [pack(row) for row in rows]
     batch = {name: np.array([row[name] for row in packed], object) for name in packed[0]}
-    found = reader(batch)
-    return [unpack_row(*(found[name][i] for name in packed[0])) for i in range(len(rows))]
+    embedded = reader(batch)
+    return [unpack_row(*(embedded[name][i] for name in packed[0])) for i in range(len(rows))]
 
 
 def test_features_stand_for_pixels(base):
@@ -146,11 +146,11 @@ def test_features_stand_for_pixels(base):
     cached = seen(base, rows)
     assert [FEATURES in row.images for row in cached] == [sees(base), False, sees(base)]
     blind = load_base(BaseModelConfig(path=str(base.folder)), vision=False)
-    for found, expected in zip(logits(blind, cached), logits(base, rows), strict=True):
-        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
-    asked = rows_of(base, None)
-    answers = generate_answers(base.model, base.processor, asked, max_new_tokens=4)
-    assert generate_answers(blind.model, blind.processor, seen(base, asked), max_new_tokens=4) == answers
+    for actual, expected in zip(logits(blind, cached), logits(base, rows), strict=True):
+        torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)
+    text_rows = rows_of(base, None)
+    answers = generate_answers(base.model, base.processor, text_rows, max_new_tokens=4)
+    assert generate_answers(blind.model, blind.processor, seen(base, text_rows), max_new_tokens=4) == answers
 
 
 def test_text_models_refuse_images(base):

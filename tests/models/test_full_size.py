@@ -20,19 +20,19 @@ from pipeline.routing.expert import statistics_tensors
 from pipeline.routing.features import feature_width
 from pipeline.routing.layer_classifiers import WIDTH
 from pipeline.routing.statistics import PromptStatistics
-from tests.models import published
+from tests.models import original
 
 RANK = 16
 SIZES = {"2b": (2048, 1024, 8192, 24), "8b": (4096, 1024, 14336, 32)}
 """D, K, I, L by model."""
 
 
-def published_config(size: str) -> dict[str, Any]:
-    return json.loads((published.CONFIGS / f"internvl2_{size}.json").read_text())
+def original_config(size: str) -> dict[str, Any]:
+    return json.loads((original.CONFIGS / f"internvl2_{size}.json").read_text())
 
 
 def converted_config(size: str) -> Any:
-    fields = read_config(published_config(size), published.CONFIGS / f"internvl2_{size}.json")
+    fields = read_config(original_config(size), original.CONFIGS / f"internvl2_{size}.json")
     return convert_config(fields, image_token_id=92546, tied=False)
 
 
@@ -68,10 +68,10 @@ def count(module: nn.Module) -> int:
 )
 def test_every_published_tensor_has_its_place(size, parameters):
     """All names and shapes of the published layout, against the plan of the conversion."""
-    config = published_config(size)
-    fields = read_config(config, published.CONFIGS / f"internvl2_{size}.json")
+    config = original_config(size)
+    fields = read_config(config, original.CONFIGS / f"internvl2_{size}.json")
     moves = conversion_plan(convert_config(fields, image_token_id=92546, tied=False), architecture(fields))
-    assert {move.source: move.shape for move in moves} == dict(published.shapes(config))
+    assert {move.source: move.shape for move in moves} == dict(original.shapes(config))
     assert sum(shape.numel() for move in moves for shape in move.shapes) == parameters
     assert tokens_per_tile(fields) == 256
 

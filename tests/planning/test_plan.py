@@ -210,8 +210,8 @@ def test_sizes_are_those_on_disk(tiny_base: Any, known_pool: Pool, tmp_path: Pat
         layer_statistics=next(iter(known_pool.experts.values())).layer_statistics,
     )
     folder = expert.save(tmp_path / "mine")
-    found = sum(file.stat().st_size for file in folder.iterdir())
-    assert plan.sizes.expert == pytest.approx(found, rel=0.1)
+    on_disk = sum(file.stat().st_size for file in folder.iterdir())
+    assert plan.sizes.expert == pytest.approx(on_disk, rel=0.1)
     weights = (folder / "adapter_model.safetensors").stat().st_size
     assert weights == pytest.approx(plan.sizes.adapter, abs=10_000)  # names of tensors
     assert plan.sizes.pool(10) == 10 * plan.sizes.expert + plan.sizes.null

@@ -26,7 +26,7 @@ def test_paths_may_be_relative_absolute_or_uris(folder):
 
 
 @pytest.mark.parametrize(
-    ("name", "said"),
+    ("name", "message"),
     [
         ("../secret.png", "lies outside of {path}; a folder with all images can be named as image_root"),
         ("deep/../../secret.png", "lies outside of"), ("../../../../etc/passwd", "lies outside of"),
@@ -37,10 +37,10 @@ def test_paths_may_be_relative_absolute_or_uris(folder):
         ("a\x00b", "cannot be read: Embedded NUL"), ("\udce9.png", "cannot be read"), ("x" * 300 + ".png", "image file 'xxx"),
     ],
 )  # fmt: skip
-def test_what_is_not_there_or_not_for_rows_is_refused(folder, name, said):
+def test_what_is_not_there_or_not_for_rows_is_refused(folder, name, message):
     with pytest.raises(BadRow) as error:
         folder.read(name)
-    assert said.format(path=folder.path) in str(error.value)
+    assert message.format(path=folder.path) in str(error.value)
     assert len(str(error.value)) < 500
     str(error.value).encode()
 
