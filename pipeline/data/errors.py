@@ -1,6 +1,6 @@
-"""What is wrong with data: a row, a part of a file, a whole source; and texts that can be shown whatever they hold.
+"""Errors of data: bad rows, unreadable parts of files, unusable sources; and safe excerpts of any text.
 
-Knows nothing of formats.
+Independent of file formats.
 """
 
 from dataclasses import dataclass
@@ -12,24 +12,24 @@ SHOWN = 300
 
 
 class BadRow(ValueError):
-    """A row that cannot be used; the message is the reason that goes into the quarantine file."""
+    """A row that cannot be used; the quarantine file records the message as its reason."""
 
 
 class StreamError(UserError):
-    """Data that cannot be found or used; the message names path and remedy."""
+    """Data that is missing or unusable; the message names path and remedy."""
 
 
 @dataclass(frozen=True)
 class UnreadableRow:
-    """What stands in the place of a row that could not be read from its file, or of more than a row."""
+    """Placeholder for a row, or for several rows, that could not be read from a file."""
 
     reason: str
     excerpt: str = ""
-    """Beginning of what stands there."""
+    """Beginning of the unreadable text."""
     lost: str = ""
-    """What of the file cannot be read, such as `all rows beyond row 7`; empty where it is one row."""
+    """Unreadable part of the file, such as `all rows beyond row 7`; empty for a single row."""
     rows: int = 1
-    """Rows that stand there; 0 where no one knows how many."""
+    """Number of rows it stands for; 0 if unknown."""
 
 
 def printable(text: str, limit: int = SHOWN) -> str:
@@ -38,5 +38,5 @@ def printable(text: str, limit: int = SHOWN) -> str:
 
 
 def first_line(error: BaseException, limit: int = SHOWN) -> str:
-    """Returns what an error says, without the details that libraries add on further lines."""
+    """Returns the first line of an error's message; libraries add details on further lines."""
     return printable((str(error) or type(error).__name__).splitlines()[0], limit)

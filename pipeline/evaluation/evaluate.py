@@ -28,7 +28,7 @@ from pipeline.evaluation.authors import Authors, PageRequest
 from pipeline.evaluation.choices import Mode, choices, reasons, routers_of
 from pipeline.evaluation.pages import Slices, blocks, slices
 from pipeline.evaluation.prompts import EvalTask, PromptTable
-from pipeline.evaluation.reading import PromptTables, name_of, see
+from pipeline.evaluation.reading import PromptTables, compute_image_embeds, name_of
 from pipeline.evaluation.results import Evaluation, TaskResult, scored
 from pipeline.routing.pool import Pool
 from pipeline.routing.routes import MIXED
@@ -114,7 +114,7 @@ class Evaluator:
         for task, table, choice in zip(tasks, tables, chosen, strict=True):
             if pages := self._missing_answers(table, choice, authors):
                 due.append((task, table, pages))
-        see(self.source, [task for task, _, _ in due], actors)
+        compute_image_embeds(self.source, [task for task, _, _ in due], actors)
         pieces = (
             (request, authors.work(request, location, self.max_new_tokens))
             for task, table, pages in due

@@ -40,7 +40,7 @@ class PromptTables:
         names = {name_of(task, width): task for task in tasks}
         new = {name: task for name, task in names.items() if name not in self._tables}
         unread = {name: task for name, task in new.items() if not self._file(name).exists()}
-        see(self._source, list(unread.values()), actors)
+        compute_image_embeds(self._source, list(unread.values()), actors)
         recorded = self._record(unread, width, actors)
         for name, task in new.items():
             table = recorded[name] if name in recorded else PromptTable.load(self._file(name))
@@ -69,13 +69,13 @@ class PromptTables:
         }
 
 
-def see(source: PromptSource, tasks: Sequence[EvalTask], actors: PredictorActors) -> None:
+def compute_image_embeds(source: PromptSource, tasks: Sequence[EvalTask], actors: PredictorActors) -> None:
     """Computes image features that are to be kept and are not there; on the GPUs that actors give back for it."""
     for task in tasks:
-        if not source.has_seen(task.name, task.part):
+        if not source.has_image_embeds(task.name, task.part):
             actors.close()
             actors.make_room()
-            source.see(task.name, task.part)
+            source.compute_image_embeds(task.name, task.part)
 
 
 def name_of(task: EvalTask, width: int) -> str:

@@ -174,7 +174,7 @@ class StreamSession:
                 data_folder=self.data_folder,
                 quarantine=self.folder / "quarantine" / kind,
                 answer=answer,
-                features=Path(self.config.output).resolve() / "data" / "features",
+                embeds_folder=Path(self.config.output).resolve() / "data" / "features",
                 workers=self.capacity.inference,
             )
 

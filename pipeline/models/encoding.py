@@ -25,7 +25,7 @@ IGNORED = -100
 IMAGE_PLACEHOLDER = "<image>"
 """What stands for an image inside a message's text."""
 
-FEATURES = "image_features"
+IMAGE_EMBEDS = "image_features"
 """Image array of a row that holds what the vision tower said of it (tokens, D), instead of pixels."""
 
 _PIXELS_BY_ROW = ("pixel_values", "pixel_attention_mask")
@@ -191,7 +191,7 @@ def collate(
     batch: dict[str, Any] = {name: torch.from_numpy(values) for name, values in padded.items()}
     for name in dict.fromkeys(name for row in rows for name in row.images):
         joined = torch.from_numpy(np.concatenate([row.images[name] for row in rows if name in row.images]))
-        if name == FEATURES:
+        if name == IMAGE_EMBEDS:
             batch["mm_encoder_outputs"] = {"image": _encoder_output(joined, layout)}
         else:
             batch[name] = joined[None] if layout.row_axis and name in _PIXELS_BY_ROW else joined
@@ -203,10 +203,10 @@ def collate_for(processor: Any, rows: Sequence[Encoded], side: str = "right") ->
     return collate(rows, pad_token_id=processor.tokenizer.pad_token_id, side=side, layout=processor.layout)
 
 
-def _encoder_output(features_ND: torch.Tensor, layout: BatchLayout) -> BaseModelOutputWithPooling:
-    if features_ND.dtype == torch.uint16:  # numpy has no bfloat16; its bits travel as integers
-        features_ND = features_ND.view(torch.bfloat16)
-    return BaseModelOutputWithPooling(pooler_output=[features_ND] if layout.image_embeds == "list" else features_ND)
+def _encoder_output(embeds_ND: torch.Tensor, layout: BatchLayout) -> BaseModelOutputWithPooling:
+    if embeds_ND.dtype == torch.uint16:  # numpy has no bfloat16; its bits travel as integers
+        embeds_ND = embeds_ND.view(torch.bfloat16)
+    return BaseModelOutputWithPooling(pooler_output=[embeds_ND] if layout.image_embeds == "list" else embeds_ND)
 
 
 def to_device(value: Any, device: str | torch.device) -> Any:

@@ -119,7 +119,7 @@ class FrozenBase:
         )
 
     @torch.inference_mode()
-    def image_features(self, row: Encoded) -> torch.Tensor:
+    def image_embeds(self, row: Encoded) -> torch.Tensor:
         """Returns what the vision tower says of a row's images (image tokens, D)."""
         batch = collate_for(self.base.processor, [row])
         arrays: dict[str, Any] = {name: to_device(batch[name], self.device) for name in row.images}

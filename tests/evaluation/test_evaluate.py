@@ -137,7 +137,7 @@ def from_nothing(tiny_folder: Path, eval_tasks: list[EvalTask], actors: Predicto
 def encoded(evaluator: Evaluator, eval_tasks: list[EvalTask]) -> list[Encoded]:
     """The good rows of all columns."""
     rows = [evaluator.source.rows(task.name, task.part).filter(expr=col("reason") == "") for task in eval_tasks]
-    return [row for own in rows for batch in own.iter_batches(batch_format="numpy") for row in unpack(batch)]
+    return [row for dataset in rows for batch in dataset.iter_batches(batch_format="numpy") for row in unpack(batch)]
 
 
 def test_step_by_step_finds_what_from_nothing_finds(

@@ -51,10 +51,10 @@ def test_the_order_of_rows_does_not_matter() -> None:
 def test_rotations_are_scored_and_counted_as_one_question() -> None:
     choices = [{"A": "dog", "B": "cat"}, {"A": "cat", "B": "dog"}]
     references = [Reference(answers=(right,), choices=c, group="7") for right, c in zip("BA", choices, strict=True)]
-    given = ["B", "The answer is B."]  # true to the letter, not to the cat
+    answers = ["B", "The answer is B."]  # true to the letter, not to the cat
     predictions = [
         scored("animals", "mmbench", "7", "which?", reference.model_dump_json(), answer, "animals")
-        for reference, answer in zip(references, given, strict=True)
+        for reference, answer in zip(references, answers, strict=True)
     ]
     assert [(p.answer, p.score, p.group) for p in predictions] == [("B", 1.0, "7"), ("A", 0.0, "7")]
     evaluation = Evaluation.of(predictions)

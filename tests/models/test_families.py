@@ -15,7 +15,7 @@ from pipeline.data.encoded.packing import pack, unpack_row
 from pipeline.data.sources.reader import StreamError
 from pipeline.models.bases import Base, load_base
 from pipeline.models.checkpoints import BaseError
-from pipeline.models.encoding import FEATURES, IGNORED, PromptError, collate_for
+from pipeline.models.encoding import IGNORED, IMAGE_EMBEDS, PromptError, collate_for
 from pipeline.models.families import FAMILIES
 from pipeline.models.generation import generate_answers
 from pipeline.models.inference import InferenceWorkers
@@ -144,7 +144,7 @@ def test_features_stand_for_pixels(base):
             seen(base, rows)
         return
     cached = seen(base, rows)
-    assert [FEATURES in row.images for row in cached] == [sees(base), False, sees(base)]
+    assert [IMAGE_EMBEDS in row.images for row in cached] == [sees(base), False, sees(base)]
     blind = load_base(BaseModelConfig(path=str(base.folder)), vision=False)
     for actual, expected in zip(logits(blind, cached), logits(base, rows), strict=True):
         torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)

@@ -392,5 +392,5 @@ def test_a_conversion_that_broke_off_is_started_anew(source, tmp_path):
 
 
 def test_a_full_disk_is_noticed_before_anything_is_written(source, monkeypatch):
-    monkeypatch.setattr(shutil, "disk_usage", lambda place: shutil._ntuple_diskusage(10, 10, 10))
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10, 10, 10))
     assert_refused(source, "GB are to be written, 0.0 GB are free there; make room")

@@ -32,15 +32,15 @@ def base(request, tmp_path_factory):
     return load_base(BaseModelConfig(path=str(convert(folder / "source", folder / "target").folder)))
 
 
-def chat_kind(base: Any) -> str:
+def language_class_of(base: Any) -> str:
     return base.folder.parent.name.rstrip("0123456789")
 
 
 def test_a_converted_folder_is_a_base_that_answers(base):
     tokenizer = base.processor.tokenizer
     assert tokenizer.padding_side == "left"
-    assert tokenizer.eos_token == ("<|end|>" if chat_kind(base) == PHI3 else "<|im_end|>")
-    assert tokenizer.pad_token == ("<|endoftext|>" if chat_kind(base) == QWEN2 else "</s>")
+    assert tokenizer.eos_token == ("<|end|>" if language_class_of(base) == PHI3 else "<|im_end|>")
+    assert tokenizer.pad_token == ("<|endoftext|>" if language_class_of(base) == QWEN2 else "</s>")
     assert base.model.config.image_token_id == tokenizer.convert_tokens_to_ids("<IMG_CONTEXT>")
     assert base.model.generation_config.eos_token_id[0] == tokenizer.eos_token_id
     assert 2 in base.model.generation_config.eos_token_id
@@ -68,14 +68,14 @@ def test_a_training_row_is_the_published_conversation(base):
         {"role": "assistant", "content": "red"},
     ]
     row = encode(base.processor, messages, [image])
-    phi3 = chat_kind(base) == PHI3
+    phi3 = language_class_of(base) == PHI3
     # Phi-3's tokens that open a message take the line break with them.
     start, end = ("<|{}|>", "<|end|>") if phi3 else ("<|im_start|>{}\n", "<|im_end|>")
     system = (
         "你是由上海人工智能实验室联合商汤科技开发的书生多模态大模型，英文名叫InternVL, 是一个有用无害的人工智能助手。"
     )
     image = "<img>" + "<IMG_CONTEXT>" * 4 + "</img>\n"
-    text = {QWEN2: "", INTERNLM2: "<s>", PHI3: "<s> "}[chat_kind(base)]
+    text = {QWEN2: "", INTERNLM2: "<s>", PHI3: "<s> "}[language_class_of(base)]
     for role, content in (
         ("system", system),
         ("user", f"{image}what color is this"),
@@ -106,7 +106,7 @@ def test_white_space_beside_images_is_that_of_the_question(base, question):
     messages = [{"role": "user", "content": question}, {"role": "assistant", "content": ""}]
     row = encode(base.processor, messages, [Image.new("RGB", (56, 56))] * count, answer=False)
     text = base.processor.tokenizer.decode(row.input_ids)
-    start = "<|user|>" if chat_kind(base) == PHI3 else "<|im_start|>user\n"
+    start = "<|user|>" if language_class_of(base) == PHI3 else "<|im_start|>user\n"
     expected = question.replace("<image>", "<img>" + "<IMG_CONTEXT>" * 4 + "</img>")
     assert text.split(start)[1].split("<|end|>")[0].split("<|im_end|>")[0] == expected
 

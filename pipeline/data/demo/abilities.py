@@ -1,7 +1,7 @@
-"""What the demo's base knows before any task arrives: procedural abilities of questions.
+"""Abilities of the demo's base: procedurally generated questions that it is pretrained on.
 
-Each ability is a function of a random generator that returns one example. Pretraining draws from them without end; the
-held-out sets that measure what the base keeps are drawn from seeds that pretraining never uses.
+Each ability is a function of a random generator that returns one example. Pretraining draws from them without end. The
+held-out sets of the retention benchmarks are drawn from seeds that pretraining never uses.
 """
 
 import math
@@ -90,7 +90,7 @@ def count(random: Random) -> Example:
 
 
 def position(random: Random) -> Example:
-    """Says in which ninth of the picture the object is."""
+    """Says in which ninth of the image the object is."""
     image, pen = canvas(random)
     row, column = random.integers(3, size=2)
     name = choose(random, SHAPES)
@@ -247,12 +247,12 @@ ABILITIES: dict[str, Callable[[Random], Example]] = {
 """All abilities by name; pretraining draws from them."""
 
 BENCHMARKS = tuple(name for name in ABILITIES if name not in ("exists", "chart_value"))
-"""The abilities that the shipped base has mastered, and must keep. Binding two properties (`exists`) and reading heights
-(`chart_value`) are beyond 1.4 million parameters and an hour of two cores."""
+"""The abilities that the shipped base has mastered: the retention benchmarks. Binding two properties (`exists`) and reading
+heights (`chart_value`) are beyond 1.4 million parameters and an hour of two cores."""
 
 
 def vocabulary() -> list[str]:
-    """Returns every word of the demo's world: what the abilities and the demo's tasks ask and answer."""
+    """Returns every word that questions and answers of the abilities and the demo's tasks use."""
     if not _VOCABULARY:
         _VOCABULARY.extend(sorted({*COLORS, *SHAPES, *WORDS.split(), *LETTERS, *DIGITS}))
     return _VOCABULARY

@@ -1,8 +1,7 @@
-"""The demo's stream as files: parquet in the canonical format, read like any user's data.
+"""The demo's tasks as parquet files in the canonical format, read like any user's data.
 
 `demo://<task>/<train|eval>` names a new task's part, `demo://<ability>/eval` an ability's held-out set,
-`demo://general/train` the small sample of base prompts, `demo://synthetic_<number>/<train|eval>` a part of a
-cheap task.
+`demo://general/train` the base prompts, `demo://synthetic_<number>/<train|eval>` a part of a synthetic task.
 """
 
 import io
@@ -23,7 +22,7 @@ SCHEME = "demo://"
 BENCHMARK_ROWS = 100
 """Held-out prompts of an ability."""
 BASE_PROMPT_ROWS = 200
-"""Prompts of each ability in the base prompts, drawn apart from pretraining and evaluation."""
+"""Base prompts per ability; pretraining and evaluation draw from other seeds."""
 EVALUATION_SEED, BASE_PROMPT_SEED = 11, 13
 SYNTHETIC_ROWS = {"train": 200, "eval": 40}
 """Rows of a synthetic task."""
@@ -40,13 +39,13 @@ SCHEMA = pa.schema(
 
 
 def demo_file(path: str, folder: Path) -> Path:
-    """Returns the parquet file behind an `demo://` path; writes it into `folder` on first use."""
+    """Returns the parquet file behind a `demo://` path; writes it into `folder` on first use."""
     task, _, part = path.removeprefix(SCHEME).partition("/")
     names = {f"{t}/{p}" for t in tasks.TASKS for p in ("train", "eval")}
     names |= {f"{f}/eval" for f in abilities.BENCHMARKS} | {"general/train"}
     if f"{task}/{part}" not in names and not (_SYNTHETIC.fullmatch(task) and part in ("train", "eval")):
         raise StreamError(
-            f"{path}: no such demo data; there are: {', '.join(sorted(names))}, and of any number of cheap tasks "
+            f"{path}: no such demo data; there are: {', '.join(sorted(names))}, and synthetic tasks "
             "synthetic_000/train, synthetic_000/eval to synthetic_1999"
         )
     file = folder / task / f"{part}.parquet"

@@ -1,7 +1,7 @@
-"""The demo's stream's new tasks: six things that the demo's base cannot do.
+"""The demo's tasks: six that the demo's base cannot do.
 
-`digits` is real data (UCI, as scikit-learn ships it); `renamed` conflicts with what the base knows; `clock` and `later`
-are related; `successor` has no images; `textures` is far from all others.
+`digits` is real data (UCI, shipped with scikit-learn). `renamed` contradicts a base ability. `clock` and `later` are
+related. `successor` has no images. `textures` resembles no other task.
 """
 
 from collections.abc import Callable, Iterator
@@ -55,7 +55,7 @@ def digits(random: Random, index: int) -> Example:
 
 
 def renamed(random: Random, index: int) -> Example:
-    """Calls a known shape by a new name; the base would say the old one."""
+    """Names a known shape by a new name; the base answers with the old one."""
     image, pen = canvas(random)
     name = choose(random, SHAPES)
     r = random.uniform(9, 20)
@@ -80,7 +80,7 @@ def _clock(random: Random) -> tuple[Image.Image, int]:
 
 
 def clock(random: Random, index: int) -> Example:
-    """Reads the hour off a clock whose hands have colours of their own."""
+    """Reads the hour off a clock with a coloured hour hand."""
     image, hour = _clock(random)
     return Example(image, "which hour does the clock show ?", HOURS[hour])
 
@@ -105,7 +105,7 @@ def successor(random: Random, index: int) -> Example:
 
 
 def textures(random: Random, index: int) -> Example:
-    """Names the material of a surface that fills the picture."""
+    """Names the material of a surface that fills the image."""
     material = int(random.integers(len(MATERIALS)))
     y, x = np.mgrid[0:SIDE, 0:SIDE].astype(np.float64)
     phase, period = random.uniform(0, 6.28, size=2), random.uniform(11, 17)
@@ -139,7 +139,7 @@ TASKS: dict[str, Callable[[Random, int], Example]] = {
 """The new tasks by name, in the order of the demo's stream."""
 
 TRAIN_ROWS, EVAL_ROWS = 1500, 200
-"""Rows of a task; the handwritten digits have 1,797 in all, so both parts are real and disjoint."""
+"""Rows per task; there are 1,797 handwritten digits, so both parts are real and disjoint."""
 
 
 def examples(task: str, part: str) -> Iterator[Example]:

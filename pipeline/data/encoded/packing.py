@@ -1,7 +1,7 @@
 """Encoded rows as columns of a table, and back without copying.
 
-Rows differ in shape and families in what they hold, so arrays travel as bytes: one column for the tokens, one for the
-labels, one for all other arrays, and one that says where each of these begins and what it is.
+Shapes differ between rows and array names between families, so arrays travel as bytes: one column for the tokens, one for
+the labels, one for all other arrays, and one with the index of these (group, name, dtype, shape, offset).
 """
 
 import hashlib
@@ -36,7 +36,7 @@ def pack(encoded: Encoded) -> dict[str, bytes]:
 
 
 def prompt_digest(packed: Mapping[str, bytes]) -> str:
-    """Returns 32 hex digits that name an encoded row by all that a base reads of it."""
+    """Returns a digest (32 hex digits) of all model inputs of an encoded row."""
     digest = hashlib.sha256()
     for name in PACKED:
         digest.update(len(packed[name]).to_bytes(8, "little") + packed[name])

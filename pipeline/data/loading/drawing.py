@@ -1,7 +1,7 @@
-"""Which rows of streamed parts a worker gets, and by which of its tasks: all epochs of a stage, or certain rows.
+"""Order in which a worker reads rows of streamed parts: all epochs of a stage, or chosen rows.
 
-Several tasks read for a worker. Whose turn it is at a row does not change what the row is, so their number may differ between
-runs, and a task that is lost is started again at any row.
+Several Ray tasks read for a worker. The order does not depend on their number, which may differ between runs, and a lost
+task can be restarted at any row.
 """
 
 from collections.abc import Iterator, Sequence
@@ -19,12 +19,12 @@ from pipeline.data.loading.streamed_part import StreamedPart
 from pipeline.data.loading.windows import LANES, WINDOW_BYTES, Span, Window, file_windows, lane_windows, lanes
 
 _READ_AT_ONCE = 4
-"""Windows that a task reads at a time, while it encodes others."""
+"""Windows that a task reads in parallel while it encodes others."""
 
 
 @contextmanager
 def _pool() -> Iterator[Executor]:
-    """Yields threads that read; leaving waits for none of them."""
+    """Yields a pool of reader threads; leaving waits for none of them."""
     pool = ThreadPoolExecutor(_READ_AT_ONCE)
     try:
         yield pool
@@ -34,7 +34,7 @@ def _pool() -> Iterator[Executor]:
 
 @dataclass(frozen=True)
 class Drawable:
-    """The pieces of all parts, from which rows are drawn."""
+    """Pieces of all parts, from which rows are drawn."""
 
     parts: tuple[StreamedPart, ...]
 
@@ -58,7 +58,7 @@ class Drawable:
         return np.cumsum([0, *(len(part.pieces) for part in self.parts)])
 
     def rows(self, windows: Iterator[Window], pool: Executor) -> Iterator[Any]:
-        """Returns the rows of windows, raw or encoded; the next window is read while those of one are taken."""
+        """Returns the rows of windows, raw or encoded; the next window is read while rows of the current one are consumed."""
         return self._rows(windows, pool, self._read(windows, pool))
 
     def _rows(self, windows: Iterator[Window], pool: Executor, ahead: Future[list[LoadedRow]] | None) -> Iterator[Any]:
@@ -89,7 +89,7 @@ class Drawable:
 
 
 class Order(Protocol):
-    """Rows in their order, and how tasks share them."""
+    """Order of rows, and their division among tasks."""
 
     def tasks(self, most: int) -> int:
         """Returns how many of `most` tasks can share them."""
@@ -103,7 +103,7 @@ class Order(Protocol):
 
 @dataclass(frozen=True)
 class Drawn:
-    """Rows `first` to `last` of a worker's epochs, in an order of their own for each epoch."""
+    """Rows `first` to `last` of a worker's epochs; each epoch is shuffled anew."""
 
     span: Span
     first: int
@@ -152,7 +152,7 @@ class Drawn:
 
 @dataclass(frozen=True)
 class Chosen:
-    """The rows of these numbers, in rising order, a window each task in turn."""
+    """Rows with given numbers, in rising order; tasks take windows in turn."""
 
     numbers: np.ndarray
     sizes: np.ndarray

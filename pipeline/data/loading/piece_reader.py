@@ -30,33 +30,33 @@ _lock = threading.Lock()
 
 @dataclass(frozen=True)
 class Origin:
-    """What the files of a part hold, and how it becomes encoded rows."""
+    """Files of a part and how their rows are encoded."""
 
     encoder: Encoder
     filesystem: fs.FileSystem
     contents: Literal["own", "spooled", "encoded"]
     """What the files hold: the user's rows, copies of them (see `spool`), or encoded rows."""
     root: str = ""
-    """What the image paths of the user's rows count from; empty: their file's folder."""
+    """Folder that image paths are relative to; empty: the file's folder."""
 
 
 @dataclass(frozen=True)
 class LoadedRow:
-    """A row that was looked for."""
+    """A requested row: where it is, or why it cannot be read."""
 
     request: ReadRequest
     i: int
-    """Its place among the rows of the read."""
+    """Index among the rows of the request."""
     source: pa.Table | UnreadableRow
-    """Where it is; or why it cannot be read."""
+    """Table that holds it; or why it cannot be read."""
     at: int
-    """At which place."""
+    """Index in the table."""
 
 
 def load(origins: Sequence[Origin], requests: Sequence[ReadRequest]) -> list[LoadedRow]:
-    """Reads rows, those of each read in turn; each file is opened once.
+    """Reads the rows of requests, in order; each file is opened once.
 
-    A row group that is damaged is a UnreadableRow in the place of each of its rows. Raises StreamError where storage fails.
+    Each row of a damaged row group is an UnreadableRow. Raises StreamError where storage fails.
     """
     by_file: dict[tuple[int, str], list[int]] = {}
     for number in sorted(range(len(requests)), key=lambda n: (requests[n].part, requests[n].path, requests[n].group)):
@@ -70,7 +70,7 @@ def load(origins: Sequence[Origin], requests: Sequence[ReadRequest]) -> list[Loa
 
 
 def in_order(origins: Sequence[Origin], requests: Iterable[ReadRequest]) -> Iterator[dict[str, Any]]:
-    """Yields the rows of reads in turn, and holds no more than those of one; each file is opened once."""
+    """Yields the rows of requests in order, holding those of one request at a time; each file is opened once."""
     for (part, _), together in groupby(requests, key=lambda request: (request.part, request.path)):
         for rows in _of_file(origins[part], list(together)):
             yield from (raw_row(origins[part], row) for row in rows)
@@ -91,7 +91,7 @@ def tables(rows: Iterable[dict[str, Any]]) -> Iterator[pa.Table]:
 
 
 def _of_file(origin: Origin, requests: Sequence[ReadRequest]) -> Iterator[list[LoadedRow]]:
-    """Yields the rows of reads of one file, in their order."""
+    """Yields the rows of each request of one file, in order."""
     wanted = wanted_columns(origin.encoder.part.source) if origin.contents == "own" else None
     try:
         opened = origin.filesystem.open_input_file(requests[0].path)
@@ -112,7 +112,7 @@ def _of_file(origin: Origin, requests: Sequence[ReadRequest]) -> Iterator[list[L
 
 
 def _opened(origin: Origin, opened: pa.NativeFile, path: str) -> pq.ParquetFile:
-    """Opens a parquet file; what some files hold is remembered, since of ten thousand row groups it takes long to read."""
+    """Opens a parquet file; metadata are cached, since reading those of ten thousand row groups takes long."""
     key = (origin.filesystem.type_name, path, opened.size())
     with _lock:
         metadata = _metadata.get(key)
@@ -128,7 +128,7 @@ def _opened(origin: Origin, opened: pa.NativeFile, path: str) -> pq.ParquetFile:
 def _groups(
     origin: Origin, file: pq.ParquetFile, names: list[str] | None, request: ReadRequest
 ) -> list[tuple[int, pa.Table | UnreadableRow]]:
-    """Returns the row groups of a read, as one table unless one of them is damaged, each with how many rows it stands for."""
+    """Returns the row groups of a request with their numbers of rows: as one table unless one of them is damaged."""
     groups = range(request.group, request.group + request.groups)
     try:
         table = file.read_row_groups(groups, columns=names)
@@ -142,7 +142,7 @@ def _groups(
 
 
 def _select(blocks: list[tuple[int, pa.Table | UnreadableRow]], request: ReadRequest) -> list[LoadedRow]:
-    """Returns the rows of a read, without holding on to those around them."""
+    """Returns the rows of a request, without a reference to the rows around them."""
     rows: list[LoadedRow] = []
     begin = 0
     for count, source in blocks:
@@ -166,7 +166,7 @@ def _unreadable(origin: Origin, request: ReadRequest, error: Exception) -> Unrea
 
 
 def raw_row(origin: Origin, row: LoadedRow) -> dict[str, Any]:
-    """Returns a row as this kind of part has it: raw or encoded."""
+    """Returns a row as its part stores it: raw or encoded."""
     request, source, at = row.request, row.source, int(row.request.at[row.i])
     mark = {PART: request.part, POSITION: request.offset + at}
     if not isinstance(source, UnreadableRow) and origin.contents != "own":

@@ -1,6 +1,6 @@
-"""Pieces of parquet files: what is shuffled first where rows stream, and read at once.
+"""Pieces of parquet files: the units that are shuffled and read when rows are streamed.
 
-There may be tens of thousands, so they are columns, not objects. Knows nothing of what a column of a file means.
+There may be tens of thousands, so they are stored as arrays, not objects. Independent of what a file's columns mean.
 """
 
 import logging
@@ -20,13 +20,13 @@ CHEAP = 32 << 20
 """Bytes of a row group that may be read again for each of its pieces."""
 
 JOINED = 16 << 20
-"""Bytes, as they lie in the file, up to which small row groups that follow each other are one piece."""
+"""Compressed bytes up to which consecutive small row groups are joined into one piece."""
 
 _FILES_AT_ONCE = 16
-"""Files whose metadata are read at a time."""
+"""Files whose metadata are read in parallel."""
 
 _LOG_SECONDS = 10.0
-"""Time after which one says how far the reading of metadata is."""
+"""Interval between progress messages while metadata are read."""
 
 _COLUMNS = {
     "file": np.int32, "group": np.int32, "groups": np.int32, "number": np.int64, "skipped": np.int32, "rows": np.int32,
@@ -38,21 +38,21 @@ _logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class ReadRequest:
-    """Rows of a piece that are wanted."""
+    """A request for rows of a piece."""
 
     part: int
-    """Place of the piece's part among all parts."""
+    """Index of the piece's part among all parts."""
     path: str
     group: int
     """Number of the first row group that is read."""
     groups: int
     """How many of them."""
     at: np.ndarray
-    """Places of the wanted rows in these groups together, rising (N,)."""
+    """Rising indices of the requested rows in these groups together (N,)."""
     number: int
     """Number in the file, from 1, of the first row of these groups."""
     offset: int
-    """Place in the part of that row."""
+    """Index in the part of that row."""
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ class Pieces:
     paths: tuple[str, ...]
     """Of the files."""
     file: np.ndarray
-    """Place of each piece's file among the paths (P,)."""
+    """Index of each piece's file among the paths (P,)."""
     group: np.ndarray
     """Number of its first row group (P,)."""
     groups: np.ndarray
@@ -70,31 +70,31 @@ class Pieces:
     number: np.ndarray
     """Number in the file, from 1, of the first row of these groups (P,)."""
     skipped: np.ndarray
-    """Rows of these groups that come before it (P,)."""
+    """Rows of these groups before the piece (P,)."""
     rows: np.ndarray
     """Its rows (P,)."""
     bytes: np.ndarray
-    """About how many it takes in the file (P,)."""
+    """Approximate compressed bytes (P,)."""
     bad: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
-    """Places, in rising order, of rows that cannot be used."""
+    """Rising indices of bad rows."""
     offset: int = 0
-    """Place of the first row, where these pieces are some of many."""
+    """Index of the first row, where these are some of a part's pieces."""
 
     def __len__(self) -> int:
         return len(self.rows)
 
     @cached_property
     def starts(self) -> np.ndarray:
-        """Places of the pieces' first rows among the rows of all pieces (P,)."""
+        """Indices of the pieces' first rows among the rows of all pieces (P,)."""
         return self.offset + np.cumsum(self.rows, dtype=np.int64) - self.rows
 
     @property
     def good(self) -> np.ndarray:
-        """How many rows of each piece can be used (P,)."""
+        """Good rows per piece (P,)."""
         return self.rows - np.diff(np.searchsorted(self.bad, [self.starts, self.starts + self.rows]), axis=0)[0]
 
     def some(self, start: int, stop: int) -> "Pieces":
-        """Returns pieces `start` to `stop`, with the paths of their files only."""
+        """Returns pieces `start` to `stop`, with only the paths that they need."""
         part = slice(start, stop)
         columns: dict[str, Any] = {name: getattr(self, name)[part] for name in _COLUMNS}
         files, file = np.unique(self.file[part], return_inverse=True)
@@ -104,7 +104,7 @@ class Pieces:
         return Pieces(tuple(self.paths[i] for i in files), **columns, bad=bad, offset=offset)
 
     def read(self, piece: int, numbers: np.ndarray | None = None, *, part: int = 0) -> ReadRequest:
-        """Returns the read of a piece's good rows, or of those with these numbers among them (N,), of a part."""
+        """Returns a request for a piece's good rows, or for those with these indices among them (N,)."""
         start, rows, skipped = (int(column[piece]) for column in (self.starts, self.rows, self.skipped))
         bad = self.bad[slice(*np.searchsorted(self.bad, [start, start + rows]))]
         good = np.delete(np.arange(skipped, skipped + rows), bad - start)
@@ -156,7 +156,7 @@ def pieces_of(filesystem: fs.FileSystem, paths: Sequence[str], *, rows: int, lim
 def row_groups(filesystem: fs.FileSystem, paths: Sequence[str]) -> Iterator[np.ndarray | None]:
     """Yields for each parquet file the rows of its row groups, their bytes in the file, and those in memory (G, 3).
 
-    None where the metadata cannot be read. Says now and then how far it is.
+    None where the metadata cannot be read. Logs its progress.
     """
     logged_at, chunk = time.monotonic(), 16 * _FILES_AT_ONCE
     with ThreadPoolExecutor(_FILES_AT_ONCE) as pool:

@@ -1,9 +1,9 @@
-"""Encoded rows, read ahead by a few tasks of Ray outside the training process.
+"""Encoded rows, read ahead by Ray tasks outside the training process.
 
-- Each task reads and encodes its rows for as long as they are wanted, and stops where `_UNREAD` tables wait to be taken.
-- Tasks book no CPUs: one whose rows nobody takes yet would hold them, and starve the other workers' tasks for ever.
-- A task that is lost with its process or node, or whose table is lost, is started again at the row that is needed next.
-- Leaving ends the tasks, a moment later; nobody waits longer than `POLL_SECONDS` without asking whether it is time to leave.
+- Each task reads and encodes its rows, and pauses while `_UNREAD` of its tables wait to be consumed.
+- Tasks book no CPUs: a paused task would hold them and starve the other workers' tasks.
+- A task that is lost with its process or node, or whose table is lost, is restarted at the next row needed.
+- Leaving ends the tasks a moment later; waits check every `POLL_SECONDS` whether to leave.
 """
 
 import threading
@@ -26,28 +26,27 @@ from pipeline.models.encoding import Encoded
 POLL_SECONDS = 0.2
 
 RESTARTS = 3
-"""Times that a task is started again without a row in between."""
+"""Restarts of a task without a row in between."""
 
 SETTLING_SECONDS = 10.0
-"""From leaving to the end of tasks that are not done. A task that ends at the very moment at which it is cancelled makes Ray
-abort this process (`it != submissible_tasks_.end()`, ray pull request 54527). One that nobody reads from is done after this
-time, or stands still with `_UNREAD` tables."""
+"""Seconds from leaving to the cancellation of unfinished tasks. Ray aborts this process if a task ends at the moment at which
+it is cancelled (`it != submissible_tasks_.end()`, ray pull request 54527). After this time a task that nobody reads from has
+ended, or is paused with `_UNREAD` tables."""
 
 _UNREAD = 2
-"""Tables of a task that wait in the object store, 32 MB each or the rows of one large image."""
+"""Unconsumed tables of a task in the object store, 32 MB each or the rows of one large image."""
 
 _NEEDED = (*PACKED, "id", "source", "reason")
 
 
 class LeftError(Exception):
-    """Nobody wants the rows any more."""
+    """The consumer has stopped reading."""
 
 
 class ReadAhead:
     """Yields rows in their order; use as a context manager.
 
-    At most `tasks` read. `left` says whether the rows are still wanted; LeftError is raised where they are not. Raises
-    StreamError where a row cannot be read any more.
+    At most `tasks` tasks read. Raises LeftError when `left` returns true, StreamError where a row cannot be read any more.
     """
 
     def __init__(self, source: Drawable, order: Order, *, tasks: int, left: Callable[[], bool]) -> None:
@@ -113,7 +112,7 @@ class ReadAhead:
 
 
 def _end(tasks: list[Any], node: str) -> None:
-    """Cancels tasks that nobody reads from any more, where they stand still; `node` is the one on which this runs."""
+    """Cancels unfinished tasks after `SETTLING_SECONDS`; `node` is the one on which this runs."""
     time.sleep(SETTLING_SECONDS)
     with suppress(Exception):  # Ray is gone, and they with it
         for task in tasks:

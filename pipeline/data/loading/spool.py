@@ -1,7 +1,7 @@
-"""Raw rows copied once into parquet, where their own files cannot be read from the middle.
+"""Copies raw rows into parquet, where their own files cannot be read from the middle.
 
-So are all texts (jsonl, json, csv, tsv, compressed or not), parquet with large row groups, and MMBench's rotations. A row is
-JSON, its bytes lie beside it: nothing that is read back is code.
+These are all text files (jsonl, json, csv, tsv, compressed or not), parquet with large row groups, and MMBench's rotations.
+A row is stored as JSON beside its bytes, so reading it back runs no code.
 """
 
 import json
@@ -18,7 +18,7 @@ from pipeline.data.sources.reader import NUMBER, PATH, RAW, ROOT, content_of, re
 from pipeline.locks import made_once
 
 DONE = "_SUCCESS"
-"""Marks a folder that is complete."""
+"""Marks a complete folder."""
 
 BLOBS = "blobs"
 """Column of a row's bytes."""
@@ -64,7 +64,7 @@ def _text(content: Row, blobs: list[bytes]) -> str:
 
 
 def content(text: str, blobs: Sequence[bytes]) -> Row:
-    """Returns a row that was copied."""
+    """Restores a copied row."""
 
     def back(value: dict[str, Any]) -> Any:
         return blobs[value[_BYTES]] if value.keys() == {_BYTES} else value

@@ -46,19 +46,19 @@ class StreamedPart:
         return rows.map_batches(work, batch_size=BLOCK_ROWS, batch_format="pyarrow", compute=TaskPoolStrategy(readers))
 
     def without(self, bad: np.ndarray) -> "StreamedPart":
-        """Returns the part without the rows at these places (in rising order, among all rows of the pieces)."""
+        """Returns the part without the rows at these rising indices (among all rows of the pieces)."""
         return replace(self, pieces=replace(self.pieces, bad=bad))
 
 
 class _InOrder(Datasource):
-    """Reads the pieces of a part; each task some that follow each other."""
+    """Reads the pieces of a part; each task reads consecutive ones."""
 
     def __init__(self, part: StreamedPart) -> None:
         super().__init__()
         self._part = part
 
     def get_name(self) -> str:
-        """Returns what Ray calls the reading."""
+        """Returns the name that Ray shows."""
         return "Pieces"
 
     def estimate_inmemory_data_size(self) -> int:
@@ -87,7 +87,7 @@ def _read(origin: Origin, pieces: Pieces) -> Any:
 
 
 def streamed_part(encoder: Encoder, data_folder: Path) -> StreamedPart:
-    """Returns the rows of a source in pieces; copied first where its files cannot be read from the middle."""
+    """Returns the rows of a source in pieces; copies files first that cannot be read from the middle."""
     source = encoder.part.source
     filesystem, files, file_format = resolve(source, data_folder)
     paths = [file.path for file in files]
@@ -100,7 +100,7 @@ def streamed_part(encoder: Encoder, data_folder: Path) -> StreamedPart:
     return _local(encoder, "spooled", spool.spooled(source, data_folder, copies, readers=encoder.data.num_readers))
 
 
-def streamed_features(encoder: Encoder, folder: Path) -> StreamedPart:
+def streamed_image_embeds(encoder: Encoder, folder: Path) -> StreamedPart:
     """Returns the encoded rows in a folder of parquet files in pieces."""
     return _local(encoder, "encoded", sorted(str(file) for file in folder.glob("*.parquet")))
 
@@ -108,7 +108,7 @@ def streamed_features(encoder: Encoder, folder: Path) -> StreamedPart:
 def _local(encoder: Encoder, contents: Literal["spooled", "encoded"], paths: Sequence[str]) -> StreamedPart:
     pieces = pieces_of(fs.LocalFileSystem(), paths, rows=piece_rows(encoder.data))
     if pieces is None:
-        raise StreamError(f"{paths[0]} and its neighbours: damaged; remove the folder, it is written again")
+        raise StreamError(f"{paths[0]} and its neighbours: damaged; remove the folder, and it is written again")
     return StreamedPart(Origin(encoder, fs.LocalFileSystem(), contents), pieces)
 
 

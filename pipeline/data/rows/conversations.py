@@ -1,9 +1,9 @@
-"""What is said in a row: messages of any common form become role and text, with `<image>` where an image belongs.
+"""Conversations of rows: messages of any common form become role and text, with `<image>` where an image belongs.
 
 - Forms: role/content (LLaMA-Factory, ms-swift, OpenAI), from/value (LLaVA, ShareGPT), as lists or as JSON strings; contents
   as text or as lists of parts; columns of question and answer.
-- Whatever a chat template or a tokenizer would stumble over later is a bad row here.
-- Knows nothing of images but where they stand.
+- What a chat template or a tokenizer would fail on later is a bad row here.
+- Images are located, not decoded.
 """
 
 import math
@@ -17,7 +17,7 @@ from pipeline.data.rows.json_stream import parse
 from pipeline.models.encoding import IMAGE_PLACEHOLDER
 
 LONGEST_TEXT = 1_000_000
-"""Characters of the longest text that is tokenized; no base reads as much, and tokenizing 10 MB takes minutes."""
+"""Characters of the longest text that is tokenized; tokenizing 10 MB takes minutes."""
 
 _ROLES = {"system": "system", "user": "user", "assistant": "assistant", "human": "user", "gpt": "assistant"}
 
@@ -34,7 +34,7 @@ class Conversation:
 
 
 def conversation_of(row: Mapping[str, Any], columns: ColumnsConfig) -> Conversation:
-    """Returns what is said in a row; raises BadRow with the reason where that cannot be learned or asked."""
+    """Returns the conversation of a row; raises BadRow with the reason where it cannot be used."""
     if columns.answer is not None:
         answers = _answers(row, columns.answer)
         question = "" if columns.question is None else _question(row, columns.question)
@@ -43,7 +43,7 @@ def conversation_of(row: Mapping[str, Any], columns: ColumnsConfig) -> Conversat
     column = columns.messages if row.get(columns.messages) is not None else "conversations"
     if row.get(column) is None:
         what = f"column {columns.messages!r} is missing or null"
-        raise BadRow(f"{what} (map `columns`, or name a `preset`, if yours is named otherwise)")
+        raise BadRow(f"{what} (if your columns are named otherwise, set `columns` or a `preset`)")
     inline: dict[int, Any] = {}
     messages = _messages(row[column], column, inline)
     _check_order(messages)
@@ -69,13 +69,13 @@ def _messages(turns: Any, column: str, inline: dict[int, Any]) -> list[dict[str,
         text, images = _parts(content, role)
         inline |= {placeholders + index: image for index, image in images.items()}
         placeholders += text.count(IMAGE_PLACEHOLDER)
-        if text.strip() or role != "system":  # an empty system message says nothing; many exporters write one
+        if text.strip() or role != "system":  # many exporters write an empty system message
             messages.append({"role": role, "content": checked(text, f"the {role}'s content")})
     return messages
 
 
 def _parts(content: Any, role: str) -> tuple[str, dict[int, Any]]:
-    """Returns a content as text, and the images that came with it by the number of their placeholder in it."""
+    """Returns a content as text, and its inline images by the number of their placeholder in it."""
     if isinstance(content, str):
         return content, {}
     if not isinstance(content, (list, tuple)):

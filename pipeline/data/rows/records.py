@@ -1,9 +1,9 @@
-"""The canonical row and how users' rows become one.
+"""The canonical row, and the conversion of users' rows to it.
 
 Canonical: `messages` (role and content, the last one the assistant's answer, `<image>` where an image belongs) and
 `images` (encoded bytes or paths), as LLaMA-Factory and ms-swift read them. Accepted beside it: LLaVA's `conversations`
 (from/value, `image`), messages made of parts, and benchmark rows with a question, an answer or a list of answers, and an
-image. Text-only rows are normal. Of a conversation of several turns the last answer is learned, the others are context.
+image. Text-only rows are normal. In a conversation of several turns the last answer is trained on, the others are context.
 """
 
 import re
@@ -28,10 +28,10 @@ _LONGEST_ID = 200
 
 
 class Reference(Config):
-    """What an answer is measured against."""
+    """Reference of an answer."""
 
     answers: tuple[str, ...] = Field(min_length=1)
-    """Accepted answers; the first is the one to learn."""
+    """Accepted answers; the first is the training target."""
     choices: dict[str, str] = {}
     """Options of a multiple-choice question, text by letter."""
     group: str = ""

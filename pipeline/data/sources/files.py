@@ -1,6 +1,6 @@
-"""Which files a path, folder, glob or URI stands for, and their format.
+"""Resolves a path, folder, glob or URI to files and their format.
 
-Knows nothing of what is in them.
+Independent of their contents.
 """
 
 import re
@@ -24,7 +24,7 @@ _FORMATS = "parquet, jsonl, json, tsv or csv"
 def resolve(source: SourceConfig, folder: Path) -> tuple[fs.FileSystem, list[fs.FileInfo], str]:
     """Finds a source's files: filesystem, files in order of their names, and format.
 
-    `folder` is where demo data are written. Folders are searched to their depth, hidden files (`.`, `_`) left out.
+    `folder` is where demo data are written. Folders are searched recursively, without hidden files (`.`, `_`).
     Raises StreamError when there are no files, when their formats differ, or when storage cannot be reached.
     """
     path = str(demo_file(source.path, folder)) if source.path.startswith(SCHEME) else source.path
@@ -63,9 +63,9 @@ def resolve(source: SourceConfig, folder: Path) -> tuple[fs.FileSystem, list[fs.
 
 
 def split_glob(path: str) -> tuple[str, list[str]]:
-    """Splits a path or URI into what comes before its first part with a wildcard, and the parts from there on.
+    """Splits a path or URI into its folder before the first part with a wildcard, and the parts from there on.
 
-    A path that exists as it stands has no wildcards.
+    A path that exists has no wildcards.
     """
     uri, mark, query = path.partition("?") if "://" in path else (path, "", "")
     parts = uri.split("/")
@@ -77,7 +77,7 @@ def split_glob(path: str) -> tuple[str, list[str]]:
 
 
 def matches(pattern: Sequence[str], names: Sequence[str]) -> bool:
-    """Whether the parts of a path match a pattern's: `*` within a name, `**` over any folders; a folder means all in it."""
+    """Whether the parts of a path match a pattern: `*` within a name, `**` over folders; a folder matches all in it."""
     if not pattern:
         return True
     if pattern[0] == "**":

@@ -1,11 +1,11 @@
 """The rows of one file, by its format: parquet, jsonl, json, tsv, csv.
 
-- Files are streamed: what is held is a row, or a small batch of parquet.
+- Files are streamed: a row, or a small batch of parquet, is in memory at a time.
 - Texts may be compressed (.gz, .bz2, .zst, .lz4, by their ending), start with a byte order mark, and hold bytes that are not
-  UTF-8: those pass as surrogates (PEP 383), so that only rows which use them are bad.
-- What cannot be read is a UnreadableRow in the place of the row, with all that is known of it; the rest of the file is read. A
-  UnreadableRow that stands for more than a row (a file, its end, a row group) says what is lost.
-- Knows nothing of what a column means.
+  UTF-8: those pass as surrogates (PEP 383), so that only rows that use them are bad.
+- An unreadable row yields an UnreadableRow in its place; the rest of the file is read. An UnreadableRow for more than a row
+  (a file, its end, a row group) names the lost part.
+- Independent of what a column means.
 """
 
 import csv
@@ -31,11 +31,11 @@ LONGEST_LINE = 1 << 28
 _ENDINGS = {".parquet": "parquet", ".jsonl": "jsonl", ".ndjson": "jsonl", ".json": "json", ".tsv": "tsv", ".csv": "csv"}
 _COMPRESSED = {".gz", ".bz2", ".zst", ".lz4"}
 _BATCH = 32
-"""Rows of parquet that are taken at a time; they may hold megabytes each."""
+"""Rows per batch of parquet; a row may hold megabytes."""
 
 
 def format_of(path: str) -> str:
-    """Returns a file's format by its ending; empty where that says nothing."""
+    """Returns a file's format by its ending; empty if unknown."""
     endings = PurePosixPath(path.lower()).suffixes
     if endings and endings[-1] in _COMPRESSED:
         endings.pop()
@@ -47,8 +47,8 @@ def rows_of(
 ) -> Iterator[tuple[int, Row]]:
     """Yields the rows of a file with their numbers: lines of a text, places in an array or table, from 1.
 
-    `known` are the columns that are wanted; parquet is read for these only. Raises StreamError where storage fails; a file
-    that is damaged is told by a UnreadableRow.
+    `columns` are the columns needed; only these are read from parquet. Raises StreamError where storage fails; a damaged
+    file yields an UnreadableRow.
     """
     number = 0
     try:
@@ -69,7 +69,7 @@ def rows_of(
 
 
 def of_network(filesystem: fs.FileSystem, error: Exception) -> bool:
-    """Whether not the file is to blame but the network before it, which may recover: no row shall be lost to it."""
+    """Whether the network caused the error, not the file: it may recover, so no row must be lost."""
     signs = ("AWS Error", "google::cloud", "Azure", "curl", "HTTP")
     return filesystem.type_name != "local" and any(sign in str(error) for sign in signs)
 
@@ -97,7 +97,7 @@ def _object(line: str, number: int) -> Row:
     try:
         row = parse(line)
     except ValueError as error:
-        # Only the last line has no end; JSON that breaks off there was cut, and so may the rows be that followed.
+        # Only the last line has no line break; JSON that breaks off there was cut, and rows after it may be missing.
         cut = not line.endswith("\n") and breaks_off(line)
         return UnreadableRow(str(error), printable(line), lost=f"all rows beyond row {number}" if cut else "")
     return row if isinstance(row, dict) else _no_object(row)
@@ -114,7 +114,7 @@ def _json(filesystem: fs.FileSystem, path: str, columns: Collection[str]) -> Ite
 
 
 class _Lines:
-    """The lines of a text; those of a record that turns out to be none can be read again."""
+    """Lines of a text; the lines of a broken record can be read again."""
 
     def __init__(self, text: Iterator[str]) -> None:
         self._text, self._again = text, deque[str]()
@@ -133,7 +133,7 @@ class _Lines:
         return line
 
     def put_back(self) -> None:
-        """Leaves all but the first line of the record to be read again."""
+        """Puts all but the first line of the record back."""
         self._again.extendleft(reversed(self.record[1:]))
         self.number -= len(self.record) - 1
 
@@ -141,7 +141,7 @@ class _Lines:
 def _table(delimiter: str) -> Callable[..., Iterator[tuple[int, Row]]]:
     """Returns the reader of tables whose cells are separated by `delimiter`; empty cells are None.
 
-    A record that does not fit the header costs its first line: a quote that is not closed must not swallow what follows.
+    A record that does not fit the header costs only its first line: an unclosed quote must not swallow the lines after it.
     """
 
     def read(filesystem: fs.FileSystem, path: str, columns: Collection[str]) -> Iterator[tuple[int, Row]]:
@@ -180,7 +180,7 @@ def _table(delimiter: str) -> Callable[..., Iterator[tuple[int, Row]]]:
                     lines.put_back()
                     what = problem or f"{len(cells)} cells, the header has {len(names)}"
                     line = lines.record[0]
-                    # Only the last line has no end; one without all its cells was cut, and so may the rows be that followed.
+                    # Only the last line has no line break; with cells missing it was cut, and rows after it may be missing.
                     cut = len(cells) < len(names) and not line.endswith(("\n", "\r"))
                     reason = f"line {lines.number}: {what} (a quote that is not closed, a cut file?)"
                     lost = f"all rows beyond row {number}" if cut else ""
@@ -190,7 +190,7 @@ def _table(delimiter: str) -> Callable[..., Iterator[tuple[int, Row]]]:
 
 
 def _cells(records: Iterator[list[str]], lines: _Lines, delimiter: str) -> tuple[list[str], str]:
-    """Returns the cells of the next record, none at the end, and what is wrong with it."""
+    """Returns the cells of the next record (none at the end) and the error in it."""
     try:
         return next(records, []), ""
     except csv.Error as error:

@@ -1,9 +1,9 @@
 """Rows of a source: read as a Ray Dataset, counted, fingerprinted, turned into records one by one.
 
-- A raw row is `PATH` (its file), `NUMBER` (its place there), `ROOT` (what its image paths count from; empty: its file's folder)
+- A raw row is `PATH` (its file), `NUMBER` (its number there), `ROOT` (folder of its image paths; empty: the file's folder)
   and `RAW` (the user's row, pickled). All formats have these columns: one broken line costs one row, files may differ in
-  their columns, and a file that cannot be read is a row that says so.
-- Rows are known by file and number: two rows with the same id are two rows.
+  their columns, and an unreadable file is reported as one bad row.
+- Rows are identified by file and number: two rows with the same id are two rows.
 """
 
 import hashlib
@@ -40,29 +40,29 @@ PATH, NUMBER, ROOT, RAW = "path", "number", "root", "raw"
 
 _SCHEMA = pa.schema([(PATH, pa.string()), (NUMBER, pa.int64()), (ROOT, pa.string()), (RAW, pa.binary())])
 _BLOCK_ROWS, _BLOCK_BYTES = 256, 16 << 20
-"""Raw rows that are handed to Ray at a time: so many, or so many bytes."""
+"""Most rows and most bytes of a block that Ray gets."""
 _HASHED_BYTES = 64 << 20
 """Files up to this size are fingerprinted by content, larger ones by size and time of change."""
 _SAMPLE = 200
-"""Rows of a text file from whose length the number of all is guessed."""
+"""Rows of a text file from whose length the number of rows is estimated."""
 _COUNTED = 64
-"""Files of a source that are looked at to tell how many rows all hold."""
+"""Files of a source from which the number of rows is estimated."""
 _COMPRESSION = 4
-"""How much longer texts are guessed to be than their compressed files."""
+"""Assumed ratio of a text's size to its compressed size."""
 
 
 def read(source: SourceConfig, folder: Path, *, readers: int | None = None) -> ray.data.Dataset:
     """Returns the raw rows of a source as a lazy Ray Dataset. Raises StreamError where `resolve` does.
 
-    `readers` is the number of tasks that will work on the rows at a time. A fourth as many read: raw rows come faster than
-    they can be worked on, and would pile up in the object store.
+    `readers` is the number of tasks that will process the rows in parallel. A quarter as many read: reading is faster than
+    processing, and raw rows would pile up in the object store.
     """
     compute = None if readers is None else TaskPoolStrategy(max(1, readers // 4))
     return ray.data.read_datasource(_Rows(source, folder), compute=compute)
 
 
 class _Rows(Datasource):
-    """Reads one file a task; all in one where rows depend on those before them (a limit, MMBench's rotations)."""
+    """Reads one file per task; all files in one task where rows depend on earlier rows (a limit, MMBench's rotations)."""
 
     def __init__(self, source: SourceConfig, folder: Path) -> None:
         super().__init__()
@@ -72,7 +72,7 @@ class _Rows(Datasource):
         self._root = image_root(source)
 
     def get_name(self) -> str:
-        """Returns what Ray calls the reading."""
+        """Returns the name that Ray shows."""
         return self._format.capitalize()
 
     def estimate_inmemory_data_size(self) -> int:
@@ -98,7 +98,7 @@ class _Rows(Datasource):
 
 
 def image_root(source: SourceConfig) -> str:
-    """Returns what image paths count from, as it means the same on workers, which run elsewhere; empty: the file's folder."""
+    """Returns the absolute folder of image paths, which is the same on all workers; empty: the file's folder."""
     path = source.image_root or ""
     return path if "://" in path or not path else str(Path(path).expanduser().resolve())
 
@@ -136,7 +136,7 @@ def _raw_rows(
 
 
 def packed_row(row: Row) -> bytes:
-    """Returns a row as it travels between tasks."""
+    """Serializes a row."""
     try:
         return pickle.dumps(row, pickle.HIGHEST_PROTOCOL)
     except RecursionError:
@@ -144,12 +144,12 @@ def packed_row(row: Row) -> bytes:
 
 
 def content_of(row: Mapping[str, Any]) -> Row:
-    """Returns what a raw row holds, or the fault in its place."""
+    """Deserializes a raw row; UnreadableRow where it could not be read."""
     return pickle.loads(row[RAW])
 
 
 def row_id(row: Mapping[str, Any], source: SourceConfig) -> str:
-    """Returns the id of a raw row, good or bad; where it has none, its file and its number there."""
+    """Returns the id of a raw row, good or bad; without an id, its file and number."""
     content = content_of(row)
     given = "" if isinstance(content, UnreadableRow) else identity(content, columns_of(source, content))
     return given or f"{PurePosixPath(row[PATH]).name}#{row[NUMBER]}"
@@ -186,7 +186,7 @@ def excerpt(row: Mapping[str, Any]) -> str:
 
 
 def extent(row: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns how many `rows` stand in the place of a raw row, and what of its file is `lost`; see UnreadableRow."""
+    """Returns `rows` and `lost` of a raw row; see UnreadableRow."""
     content = content_of(row)
     return (
         {"rows": content.rows, "lost": content.lost} if isinstance(content, UnreadableRow) else {"rows": 1, "lost": ""}
@@ -194,7 +194,7 @@ def extent(row: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _shortened(value: Any, depth: int = 4) -> Any:
-    """Returns a value without what would not be shown anyway."""
+    """Returns a value shortened to what the quarantine file shows."""
     if isinstance(value, bytes):
         return f"<{len(value)} bytes>"
     if isinstance(value, str):
@@ -207,7 +207,7 @@ def _shortened(value: Any, depth: int = 4) -> Any:
 
 
 def first_records(source: SourceConfig, folder: Path, prompt: str, count: int) -> Iterator[Record]:
-    """Yields the first good records of a source, read here and now (for showing samples)."""
+    """Yields the first good records of a source, read in this process (for samples)."""
     filesystem, files, file_format = resolve(source, folder)
     root = image_root(source)
     good = 0
@@ -222,9 +222,9 @@ def first_records(source: SourceConfig, folder: Path, prompt: str, count: int) -
 
 
 def count_rows(source: SourceConfig, folder: Path) -> int:
-    """Returns about how many rows there are: from parquet's metadata, or guessed from the first rows of a text.
+    """Estimates the number of rows: from parquet's metadata, or from the first rows of a text.
 
-    Of small files the number is exact; of more than `_COUNTED` files, some are counted, and their bytes speak for all.
+    For small files the number is exact. Of more than `_COUNTED` files some are counted, and the rest is extrapolated by bytes.
     """
     filesystem, files, file_format = resolve(source, folder)
     counted = files[:: -(-len(files) // _COUNTED)]
@@ -241,7 +241,7 @@ def _count(filesystem: fs.FileSystem, file: fs.FileInfo, file_format: str, colum
             with filesystem.open_input_file(file.path) as opened:
                 return pq.read_metadata(opened).num_rows
         except (OSError, pa.ArrowException):
-            return 1  # a damaged file is one row, which says so
+            return 1  # a damaged file is reported as one bad row
     lengths = [len(packed_row(row)) for _, row in islice(rows_of(filesystem, file.path, file_format, columns), _SAMPLE)]
     if len(lengths) < _SAMPLE:
         return len(lengths)
@@ -250,9 +250,9 @@ def _count(filesystem: fs.FileSystem, file: fs.FileInfo, file_format: str, colum
 
 
 def fingerprint(source: SourceConfig, folder: Path) -> str:
-    """Returns 16 hex digits that change when a source's files change, or how they are read; with what keys, is all the same.
+    """Returns 16 hex digits that change when a source's files or reading settings change, but not with the credentials used.
 
-    Images that rows name by their paths are not looked at.
+    Images that rows refer to by path are not included.
     """
     filesystem, files, file_format = resolve(source, folder)
     root = source.image_root and without_secrets(source.image_root)

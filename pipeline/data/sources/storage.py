@@ -1,6 +1,6 @@
-"""Where files lie: local folders and URIs (s3://, gs://, file://) through pyarrow's filesystems.
+"""Access to files in local folders and URIs (s3://, gs://, file://) through pyarrow's filesystems.
 
-Knows nothing of rows; image paths are read here so that none leads out of its folder.
+Image paths are checked here: none may lead out of its folder.
 """
 
 import posixpath
@@ -18,11 +18,11 @@ MAX_FILE = 1 << 30
 
 _SCHEMES = {"local": "file", "s3": "s3", "gcs": "gs"}
 _PATIENCE = 60
-"""Seconds after which Google's storage gives up; its own default is a quarter of an hour."""
+"""Retry limit of Google's storage in seconds; its default is 15 minutes."""
 
 
 def locate(path: str) -> tuple[fs.FileSystem, str]:
-    """Returns filesystem and place within it of a local path or URI.
+    """Returns the filesystem of a local path or URI, and the path within it.
 
     Raises StreamError for an unknown kind of URI and where the filesystem cannot be reached.
     """
@@ -37,7 +37,7 @@ def locate(path: str) -> tuple[fs.FileSystem, str]:
 
 
 def unreachable(path: str, error: BaseException) -> StreamError:
-    """Returns what to raise where a filesystem says `error`."""
+    """Returns the StreamError for a filesystem's `error`."""
     return StreamError(
         f"{without_secrets(path)}: cannot be read: {first_line(error)} (are name, region and credentials right, and does "
         "this machine reach it?)"
@@ -46,7 +46,7 @@ def unreachable(path: str, error: BaseException) -> StreamError:
 
 @dataclass(frozen=True)
 class ImageFolder:
-    """The folder that image paths count from."""
+    """The folder that image paths are relative to."""
 
     filesystem: fs.FileSystem
     path: str
@@ -79,7 +79,7 @@ class ImageFolder:
             raise BadRow(f"image file {shown} {self._why(path, error)}") from None
 
     def _why(self, path: str, error: BaseException) -> str:
-        """Returns what is wrong with a file that cannot be opened; asked only then, since asking is a round trip."""
+        """Returns why a file cannot be opened; called only on errors, since it costs a round trip."""
         try:
             file_type = self.filesystem.get_file_info(path).type
         except (OSError, ValueError, pa.ArrowException):

@@ -340,7 +340,7 @@ def test_files_that_vanish_are_a_clear_error_in_training(ending, tiny_folder, tm
 def test_features_that_do_not_fit_the_cache_stream_too(tiny_folder, tmp_path):
     settings: dict[str, Any] = {
         "base": BaseModelConfig(path=str(tiny_folder)), "data_folder": tmp_path, "quarantine": tmp_path, "answer": True,
-        "features": tmp_path / "features",
+        "embeds_folder": tmp_path / "features",
     }  # fmt: skip
     part = {"digits": TaskRows(SourceConfig(path="demo://digits/train", limit=24), key="rows")}
     streaming, cached = (

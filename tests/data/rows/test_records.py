@@ -151,7 +151,7 @@ IMAGE = encoded()
 @pytest.mark.parametrize(
     ("row", "message"),
     [
-        ({}, "column 'messages' is missing or null (map `columns`, or name a `preset`, if yours is named otherwise)"),
+        ({}, "column 'messages' is missing or null (if your columns are named otherwise, set `columns` or a `preset`)"),
         ({"messages": None}, "column 'messages' is missing or null"),
         ({"messages": []}, "no message of the user"),
         ({"messages": turns("what ?")}, "the last message must be the assistant's answer"),
