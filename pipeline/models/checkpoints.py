@@ -1,4 +1,4 @@
-"""Where a base's files are: a folder here, a hub id, a URI, a GGUF file; and what identifies them."""
+"""Checkpoints of bases (local folder, hub id, URI or GGUF file) and their fingerprints."""
 
 import hashlib
 import json
@@ -18,27 +18,27 @@ from pipeline.locks import made_once, staging
 from pipeline.models.tiny import TINY_BASE
 
 NEEDED = ("*.json", "*.safetensors", "*.jinja", "*.model", "*.txt")
-"""Files of a checkpoint that loading needs: never pickled weights, never code."""
+"""Files that loading needs: no pickled weights, no code."""
 
 DECISIVE = (
     "config.json", "generation_config.json", "*.safetensors",
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt",
     "*.model", "chat_template.*", "processor_config.json", "preprocessor_config.json",
 )  # fmt: skip
-"""Those of them that decide what a base answers."""
+"""Files that determine a base's answers."""
 
 _ORIGIN = {"_name_or_path", "name_or_path", "transformers_version"}
 
 CACHE = Path.home() / ".cache" / "pointsman" / "bases"
-"""Where bases from URIs and GGUF files are kept."""
+"""Cache of bases from URIs and GGUF files."""
 
 
 _VERSION_KEYS = ("ETag", "etag", "md5Hash", "mtime", "LastModified", "last_modified", "updated", "created")
-"""What stores call the version of a file's content, the surest first."""
+"""Names of a file's version in object stores, the most reliable first."""
 
 
 class BaseError(UserError):
-    """A base that cannot be found or loaded; the message names it and the remedy."""
+    """A base that is missing or cannot be loaded; the message names it and the remedy."""
 
 
 def checkpoint(config: BaseModelConfig) -> Path:
@@ -75,16 +75,16 @@ def _downloaded(name: str, revision: str | None) -> Path:
 
 
 def _fetched(uri: str) -> Path:
-    """Copies a folder from an object store into the cache, once; files that have changed there are copied anew.
+    """Copies a folder from an object store into the cache, once; changed files are copied again.
 
-    Of several processes on a machine one copies and the others wait. A file appears under its name when all of it is here.
+    Of several processes on a machine one copies and the others wait. A file gets its name when its copy is complete.
     """
     shown = without_secrets(uri)
     folder = CACHE / hashlib.sha256(without_secrets(uri).rstrip("/").encode()).hexdigest()[:16]
     try:
         filesystem, root = fsspec.core.url_to_fs(uri)
         root = root.rstrip("/")
-        filesystem.invalidate_cache()  # a listing from earlier in this process would hide what has changed
+        filesystem.invalidate_cache()  # an older listing in this process would hide changes
         remote_files = {Path(file).name: file for pattern in NEEDED for file in filesystem.glob(f"{root}/{pattern}")}
         if not remote_files:
             raise BaseError(f"base.path: {shown} holds no checkpoint: no config.json with *.safetensors")
@@ -102,21 +102,23 @@ def _fetched(uri: str) -> Path:
 
 
 def _synchronize(filesystem: Any, remote_files: Mapping[str, str], folder: Path, unfinished: Path) -> None:
-    """Makes `folder` hold the files `found` (their places in the store by name) and no others."""
+    """Makes `folder` hold exactly `remote_files` (paths in the store by name)."""
     folder.mkdir(parents=True, exist_ok=True)
     record = folder.with_name(f"{folder.name}.files")
     versions: dict[str, list[object]] = json.loads(record.read_text()) if record.exists() else {}
     for name, file in remote_files.items():
         target, info = folder / name, filesystem.info(file)
         size, version = int(info["size"]), _version(info)
-        # Without a record (of an earlier release) a file of the right size is taken for the same.
+        # Without a record (earlier releases wrote none) a file of the right size counts as unchanged.
         same = versions.get(name, [size, version]) == [size, version]
         versions[name] = [size, version]
         if same and target.exists() and target.stat().st_size == size:
             continue
         filesystem.get_file(file, str(unfinished / name))
         if (unfinished / name).stat().st_size != size:
-            raise OSError(f"{name}: {(unfinished / name).stat().st_size:,} of {size:,} bytes; was it being written?")
+            raise OSError(
+                f"{name}: {(unfinished / name).stat().st_size:,} of {size:,} bytes; is it still being written?"
+            )
         (unfinished / name).rename(target)
         _write_record(record, versions, unfinished)
     for file_here in files_of(folder):  # of a checkpoint that was sharded otherwise
@@ -126,7 +128,7 @@ def _synchronize(filesystem: Any, remote_files: Mapping[str, str], folder: Path,
 
 
 def _version(info: Mapping[str, Any]) -> str | None:
-    """Returns what changes when a file in a store is written anew, if the store tells."""
+    """Returns the version of a file in a store, if the store has one."""
     return next((str(info[key]) for key in _VERSION_KEYS if info.get(key) is not None), None)
 
 
@@ -151,7 +153,9 @@ def _write_checkpoint(file: Path, folder: Path) -> None:
         source = {"pretrained_model_name_or_path": file.parent, "gguf_file": file.name}
         loaded = AutoModelForCausalLM.from_pretrained(**source, dtype="float32")
         config = type(loaded.config).from_dict(loaded.config.to_dict() | {"quantization_config": None})
-        model = AutoModelForCausalLM.from_config(config)  # the one that was read counts as quantized: not to be saved
+        model = AutoModelForCausalLM.from_config(
+            config
+        )  # transformers refuses to save the loaded one: it counts as quantized
         model.load_state_dict(loaded.state_dict())
         model.generation_config = loaded.generation_config
         model.save_pretrained(folder)
@@ -168,9 +172,9 @@ def files_of(folder: Path) -> list[Path]:
 
 
 def fingerprint(folder: Path) -> str:
-    """Returns 16 hex digits over all files that decide what a base answers (reads all of them: about 1 s a GB).
+    """Returns 16 hex digits over all files that determine a base's answers (reads them all: about 1 s per GB).
 
-    Weights, configuration, tokenizer, chat template, processor: the same files give the same digits wherever they lie.
+    Weights, configuration, tokenizer, chat template, processor: the same files give the same digits in any folder.
     Raises BaseError that names a damaged file.
     """
     files = [file for file in files_of(folder) if any(fnmatch(file.name, pattern) for pattern in DECISIVE)]
@@ -179,7 +183,7 @@ def fingerprint(folder: Path) -> str:
 
 @lru_cache(maxsize=4)
 def _fingerprint(files: tuple[tuple[Path, int, int], ...]) -> str:
-    """Hashes names and contents; sizes and times are there for the cache to notice a folder that was written anew."""
+    """Hashes names and contents; sizes and times invalidate the cache when files change."""
     digest = hashlib.sha256()
     for file, _, _ in files:
         digest.update(file.name.encode())
@@ -198,7 +202,7 @@ def _fingerprint(files: tuple[tuple[Path, int, int], ...]) -> str:
 
 
 def _settings(file: Path) -> bytes:
-    """Returns what a configuration says, without who wrote it and where: transformers notes both when it saves."""
+    """Returns a configuration without its origin and version, which transformers adds when it saves."""
     values = json.loads(file.read_text(encoding="utf-8"), object_hook=_without_origin)
     return json.dumps(values, sort_keys=True).encode()
 

@@ -1,6 +1,6 @@
 """From a conversation to tensors: prompts, labels, padding, batches.
 
-The one place that knows how a row becomes model inputs, for training and for generation alike. Shapes: B rows, T tokens
+Used for training and generation alike. Shapes: B rows, T tokens
 (padded), D the language model's width; image arrays begin with an axis of tiles, patches or images, as the family has it.
 """
 
@@ -23,10 +23,10 @@ IGNORED = -100
 """Label of a token that the loss leaves out."""
 
 IMAGE_PLACEHOLDER = "<image>"
-"""What stands for an image inside a message's text."""
+"""Placeholder of an image inside a message's text."""
 
 IMAGE_EMBEDS = "image_features"
-"""Image array of a row that holds what the vision tower said of it (tokens, D), instead of pixels."""
+"""Name of a row's array of image embeddings (tokens, D), which replaces its pixels."""
 
 _PIXELS_BY_ROW = ("pixel_values", "pixel_attention_mask")
 """Arrays with an axis of rows before that of images, in families that have one."""
@@ -47,9 +47,9 @@ class Encoded:
     images: Mapping[str, np.ndarray] = field(default_factory=dict)
     """Arrays of this row's images by name (`pixel_values`, ...); none for a text-only row."""
     token_fields: Mapping[str, np.ndarray] = field(default_factory=dict)
-    """Further arrays with a value a token (T,), such as Qwen's `mm_token_type_ids`."""
+    """Further arrays with one value per token (T,), such as Qwen's `mm_token_type_ids`."""
     image_id: int | None = None
-    """Hash of the pixels where `images` holds what was computed from them; None: `images` tells."""
+    """Hash of the pixels where `images` holds embeddings; None: `image_hash` computes it from `images`."""
 
 
 def chat(messages: Sequence[Mapping[str, str]], *, spaces: bool = True) -> list[dict[str, Any]]:
@@ -73,7 +73,7 @@ def chat(messages: Sequence[Mapping[str, str]], *, spaces: bool = True) -> list[
 
 @lru_cache(maxsize=8)
 def _leaves_space(processor: Any, template: str) -> bool:
-    """Whether a base's chat template adds no white space between an image and text that brings its own."""
+    """Whether a base's chat template adds no white space between an image and text beside it."""
     before, after = "\u2062 ", " \u2063"  # characters that no template holds
     parts = [{"type": "text", "text": before}, {"type": "image"}, {"type": "text", "text": after}]
     try:
@@ -89,8 +89,8 @@ def encode(
 ) -> Encoded:
     """Encodes a conversation whose last message is the assistant's answer.
 
-    Prompt and answer are tokenized apart, so that a training row starts with exactly the tokens that generation will
-    start with. With `answer=False` only the prompt is encoded. Raises PromptError for what this base cannot read: images
+    Prompt and answer are tokenized apart, so that a training row starts with exactly the tokens that generation starts
+    with. With `answer=False` only the prompt is encoded. Raises PromptError for what this base cannot read: images
     where it sees none or whose shape its processor refuses, roles that its chat template does not know.
     """
     if images and processor.image_processor is None:
@@ -134,21 +134,21 @@ def encode(
 
 
 def without_answer(row: Encoded) -> Encoded:
-    """Returns the prompt of a training row, exactly as generation would start with it."""
+    """Returns the prompt of a training row, as for generation."""
     length = int(np.flatnonzero(row.labels != IGNORED)[0]) if (row.labels != IGNORED).any() else len(row.labels)
     token_fields = {name: values[:length] for name, values in row.token_fields.items()}
     return replace(row, input_ids=row.input_ids[:length], labels=row.labels[:length], token_fields=token_fields)
 
 
 def image_hash(row: Encoded) -> int:
-    """Returns 64 bits that name a row's pictures; 0 where it has none."""
+    """Returns a hash (64 bits) of a row's images; 0 without images."""
     if row.image_id is not None or not row.images:
         return row.image_id or 0
     return _hash(*(part for name in sorted(row.images) for part in (name.encode(), row.images[name].tobytes())))
 
 
 def ids(rows: Sequence[Encoded]) -> torch.Tensor:
-    """Returns ids (B, 2), int64, of each row's pictures and of its prompt; without a picture both are the prompt's."""
+    """Returns ids (B, 2), int64, of each row's images and of its prompt; without images both are the prompt's."""
     pairs = []
     for row in rows:
         image_id = image_hash(row)
@@ -169,9 +169,8 @@ def collate(
 ) -> dict[str, Any]:
     """Pads rows to one length (`side` "right" to train, "left" to generate) and joins all their images.
 
-    Returns `input_ids`, `attention_mask`, `labels` and marks (B, T), and the image arrays that the rows have, joined along
-    their first axis; features that were computed before go under `mm_encoder_outputs`, which transformers' models read
-    instead of pixels.
+    Returns `input_ids`, `attention_mask`, `labels` and token fields (B, T), and the rows' image arrays, joined along their
+    first axis; cached embeddings go under `mm_encoder_outputs`, which transformers' models read instead of pixels.
     """
     layout = layout or BatchLayout()
     length = max(len(row.input_ids) for row in rows)
@@ -199,7 +198,7 @@ def collate(
 
 
 def collate_for(processor: Any, rows: Sequence[Encoded], side: str = "right") -> dict[str, Any]:
-    """Makes a batch as a processor's base wants it; see `collate`."""
+    """Makes a batch in the processor's layout; see `collate`."""
     return collate(rows, pad_token_id=processor.tokenizer.pad_token_id, side=side, layout=processor.layout)
 
 

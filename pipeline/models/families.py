@@ -1,7 +1,7 @@
-"""Families of bases: what differs between them, in one table.
+"""Families of bases, in one table.
 
-A family is known by the `model_type` of its configuration. Another one of transformers' classes becomes a base by a line
-here: where its language model sits, which parts see images, and how its processor is made.
+The `model_type` of a configuration determines the family. A line here makes another of transformers' classes a base: path of
+its language model, paths of its vision parts, rule for its processor.
 """
 
 from collections.abc import Callable
@@ -18,27 +18,27 @@ PROJECTIONS = "q_proj|k_proj|v_proj|o_proj|qkv_proj|gate_proj|up_proj|down_proj|
 
 
 class FamilyError(UserError):
-    """A kind of model that is not in the table; the message says what to add."""
+    """A model type that is not in the table; the message says what to add."""
 
 
 @dataclass(frozen=True)
 class Family:
-    """One kind of base."""
+    """A family of bases."""
 
     language: str
     """Path of the language model."""
     vision: tuple[str, ...]
-    """Paths of the parts that turn images into features, projector included; none for text models."""
+    """Paths of the vision parts, projector included; none for text models."""
     processor: Callable[..., Any]
-    """Rule that makes its processor."""
+    """Makes its processor."""
     supports_image_cache: bool = True
-    """Whether its forward pass takes image features that were computed before (`data.vision_cache`)."""
+    """Whether its forward pass accepts cached image embeddings (`data.vision_cache`)."""
 
     @property
     def linears(self) -> str:
         """Regular expression of the Linears that an expert adapts: all in the language model's layers.
 
-        Anchored there: vision towers have projections of the same names.
+        Anchored, since vision towers have projections of the same names.
         """
         return rf"{self.language.replace('.', chr(92) + '.')}\.layers\..*\.({PROJECTIONS})"
 

@@ -1,11 +1,10 @@
-"""A base's processor: images and text in, model inputs out; one rule a family, none of which needs torchvision.
+"""Processors of bases: images and text in, model inputs out; one rule per family, none of which needs torchvision.
 
-- Each is transformers' own processor without its video half: the stock classes insist on a video processor, which insists
-  on torchvision. Images go through the PIL forms of transformers' image processors, so results do not depend on what else
-  is installed.
-- What they save is what transformers' own processors save, so that those load it as well.
+- Each is transformers' own processor without video: the stock classes require a video processor, which requires torchvision.
+  Images go through the PIL versions of transformers' image processors, so results do not depend on installed packages.
+- They save the same files as transformers' own processors, so that those can load them.
 - `layout` says how the arrays of several rows make a batch.
-- Which family takes which rule stands in `families`; folders are loaded by `bases.load_processor`.
+- `families` maps families to rules; `bases.load_processor` loads folders.
 """
 
 import json
@@ -29,27 +28,27 @@ from transformers.processing_utils import ProcessorMixin
 
 @dataclass(frozen=True)
 class BatchLayout:
-    """How a model wants the images of a batch."""
+    """Layout of the images in a batch."""
 
     row_axis: bool = False
-    """Whether its pixel arrays have an axis of rows before that of images; all images of a batch then go as one row."""
+    """Whether pixel arrays have an axis of rows before that of images; all images of a batch then form one row."""
     image_embeds: Literal["tensor", "list"] = "tensor"
-    """How its forward pass takes image features that were computed before."""
+    """Type in which the forward pass takes cached image embeddings."""
 
 
 class _ImagesAndText(ProcessorMixin):
-    """What our processors share: an image processor and a tokenizer, no video processor."""
+    """Base class: an image processor and a tokenizer, no video processor."""
 
     layout = BatchLayout()
 
     @classmethod
     def get_attributes(cls) -> list[str]:
-        """Names the parts that are saved and loaded."""
+        """Returns the names of the parts that are saved and loaded."""
         return ["image_processor", "tokenizer"]
 
     @classmethod
     def stock_name(cls) -> str:
-        """Names the class of transformers that this one is without its video half."""
+        """Returns the name of transformers' class that this one derives from."""
         return next(base.__name__ for base in cls.__mro__ if base.__module__.startswith("transformers."))
 
     def to_dict(self) -> dict[str, Any]:
@@ -92,9 +91,9 @@ class ImageTextProcessor(_ImagesAndText, InternVLProcessor):
         self.multimodal_pattern = re.compile(f"(?P<image>{re.escape(self.image_token)})")
 
     def to_dict(self) -> dict[str, Any]:
-        """Returns what `processor_config.json` holds: for transformers' own processor, also how a video's frames are read.
+        """Returns the content of `processor_config.json`, with a video processor that transformers' own class needs.
 
-        They are read as images of one tile.
+        Frames are read as images of one tile.
         """
         saved = super().to_dict()
         frames = {name: value for name, value in saved["image_processor"].items() if name in _OF_FRAMES}
@@ -109,7 +108,7 @@ _OF_FRAMES = {
 
 
 class LlavaImageTextProcessor(_ImagesAndText, LlavaProcessor):
-    """LLaVA's: one square crop an image, one token a patch."""
+    """LLaVA's: one square crop per image, one token per patch."""
 
     layout = BatchLayout(image_embeds="list")
 

@@ -1,4 +1,4 @@
-"""A plan for a configuration, and what it says for machines: the figures of `plan.json`, and the formulas behind them."""
+"""A plan for a configuration, its metrics in `plan.json`, and the formulas behind them."""
 
 import inspect
 from dataclasses import replace
@@ -15,7 +15,7 @@ from pipeline.planning.job import job_fits, job_moments, served_pool, worst_mome
 from pipeline.planning.plan import CONTEXT, FRAGMENTATION, Assumptions, Plan
 
 POOLS = (10, 50, 100)
-"""Pools whose size is told beside that of the stream's own."""
+"""Numbers of experts for which the pool's size is reported beside the stream's own."""
 
 EXPLAINED = {
     activations: (
@@ -32,11 +32,11 @@ EXPLAINED = {
     compute: ("operations", "vision_operations", "gathering_seconds", "answering_seconds"),
     sizes: ("sizes",),
 }
-"""The functions whose documentation is the formulas, by module."""
+"""Functions whose docstrings are the formulas, by module."""
 
 
 def gpu_name(config: LearnConfig, name: str | None) -> str | None:
-    """Returns the GPU that is planned for, None for CPUs; raises ConfigError for an unknown one."""
+    """Returns the planned GPU, None for CPUs; raises ConfigError for an unknown one."""
     if name is not None and name not in GPUS:
         raise ConfigError(f"--gpu {name}: not known; choose one of {', '.join(GPUS)}")
     return name or ("a10g" if config.training.gpu else None)
@@ -50,7 +50,7 @@ def make_plan(
     assumptions: Assumptions | None = None,
     link: float | None = None,
 ) -> Plan:
-    """Returns the plan of a stream over a base; `link` in GB/s between workers, where the GPU's own does not reach."""
+    """Returns the plan of a stream over a base; `link` in GB/s between workers, if slower than the GPU's own."""
     name = gpu_name(config, gpu)
     spec = GPUS[name] if name else None
     if spec and link is not None:
@@ -60,7 +60,7 @@ def make_plan(
 
 
 def summary(plan: Plan, gpu: str | None, changes: list[Change]) -> dict[str, Any]:
-    """Returns the plan for machines: SI units in the names of keys."""
+    """Returns the plan as JSON values; names of keys hold SI units."""
     config, architecture, disk, operations = plan.config, plan.architecture, plan.sizes, plan.operations
     moment, peak = plan.peak(plan.longest)
     worst = worst_moment(plan)
@@ -126,7 +126,7 @@ def summary(plan: Plan, gpu: str | None, changes: list[Change]) -> dict[str, Any
 
 
 def formulas() -> str:
-    """Returns the documentation of all that a plan computes."""
+    """Returns the formulas of a plan: the docstrings of `EXPLAINED`."""
     parts = []
     for module, names in EXPLAINED.items():
         parts.append(inspect.cleandoc(module.__doc__ or ""))

@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers.convert_slow_tokenizer import import_protobuf
 
 CONFIGS = Path(__file__).parent / "configs"
-"""The published configurations, with all that bears on the computation."""
+"""The original configurations, with all that bears on the computation."""
 
 IMAGE_WORDS = ["<img>", "</img>", "<IMG_CONTEXT>", "<quad>", "</quad>", "<ref>", "</ref>", "<box>", "</box>"]
 
@@ -97,7 +97,7 @@ def small_config(
 
 
 def shapes(config: Mapping[str, Any]) -> Iterator[tuple[str, tuple[int, ...]]]:
-    """Yields name and shape of every published tensor."""
+    """Yields name and shape of every original tensor."""
     vision, text = config["vision_config"], config["llm_config"]
     width, inner, patch = vision["hidden_size"], vision["intermediate_size"], vision["patch_size"]
     yield "vision_model.embeddings.class_embedding", (1, 1, width)
@@ -160,7 +160,7 @@ def _language_shapes(text: Mapping[str, Any]) -> Iterator[tuple[str, tuple[int, 
 
 
 def random_weights(config: Mapping[str, Any], *, seed: int = 0) -> dict[str, Tensor]:
-    """Returns random weights under their published names; norms and layer scales near one, so that every part matters."""
+    """Returns random weights under their original names; norms and layer scales near one, so that every part matters."""
     random = torch.Generator().manual_seed(seed)
     weights = {}
     for name, shape in shapes(config):
@@ -229,7 +229,7 @@ def _flags(words: Mapping[int, str], **flags: bool) -> dict[str, dict[str, Any]]
 
 
 def write_tokenizer(folder: Path, language_class: str) -> int:
-    """Writes a published tokenizer's files; returns the size of its vocabulary."""
+    """Writes an original tokenizer's files; returns the size of its vocabulary."""
     added, settings = (
         _byte_level(folder) if language_class == "Qwen2ForCausalLM" else _sentencepiece(folder, language_class)
     )
@@ -290,7 +290,7 @@ def write_folder(
     files: int = 3,
     pickled: bool = False,
 ) -> dict[str, Tensor]:
-    """Writes a published folder; returns its weights (random ones where none are given). Sets the vocabulary's size."""
+    """Writes an original folder; returns its weights (random ones where none are given). Sets the vocabulary's size."""
     folder.mkdir(parents=True, exist_ok=True)
     (language_class,) = config["llm_config"]["architectures"]
     config["llm_config"]["vocab_size"] = write_tokenizer(folder, language_class)

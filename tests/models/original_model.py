@@ -1,4 +1,4 @@
-"""What the published InternVL2 code computes, written from its architecture and not from the converter.
+"""What the original InternVL2 code computes, written from its architecture, independently of the converter.
 
 Fused projections stay fused, and there are loops instead of reshapes where the order of things matters. Shapes: B rows,
 T tokens, D width, N tiles, W width of a head.
@@ -14,7 +14,7 @@ from torch.nn import functional
 
 
 class OriginalModel:
-    """InternViT, pixel shuffle, `mlp1` and a language tower over weights with their published names."""
+    """InternViT, pixel shuffle, `mlp1` and a language tower over weights with their original names."""
 
     def __init__(self, config: Mapping[str, Any], weights: Mapping[str, Tensor], image_token: int) -> None:
         self.config, self.weights, self.image_token = config, weights, image_token

@@ -66,8 +66,8 @@ def count(module: nn.Module) -> int:
         ("26b", 25_514_186_112),
     ],
 )
-def test_every_published_tensor_has_its_place(size, parameters):
-    """All names and shapes of the published layout, against the plan of the conversion."""
+def test_every_original_tensor_has_its_place(size, parameters):
+    """All names and shapes of the original layout, against the plan of the conversion."""
     config = original_config(size)
     fields = read_config(config, original.CONFIGS / f"internvl2_{size}.json")
     moves = conversion_plan(convert_config(fields, image_token_id=92546, tied=False), architecture(fields))

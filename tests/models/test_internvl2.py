@@ -1,4 +1,4 @@
-"""Conversion against the published architecture, written anew in `original`."""
+"""Conversion against the original architecture, written anew in `original_model`."""
 
 import json
 import shutil
@@ -53,7 +53,7 @@ def assert_same_logits(
 
 @pytest.mark.parametrize("language_class", [INTERNLM2, QWEN2, PHI3, LLAMA])
 @pytest.mark.parametrize("tower", TOWERS)
-def test_the_converted_model_computes_what_the_published_one_does(tmp_path, language_class, tower):
+def test_the_converted_model_computes_what_the_original_one_does(tmp_path, language_class, tower):
     config = small_config(language_class, TOWERS[tower])
     weights = write_folder(tmp_path / "source", config)
     done = convert(tmp_path / "source", tmp_path / "target")
@@ -302,7 +302,7 @@ def test_weights_that_are_not_there_are_named(source):
     file = source / "model.safetensors"
     intact = file.read_bytes()
     file.write_bytes(intact[: len(intact) // 2])
-    assert_refused(source, r"model\.safetensors: not a whole safetensors file .* Git LFS pointer")
+    assert_refused(source, r"model\.safetensors: not a complete safetensors file .* Git LFS pointer")
     write_weights(source, {"a": torch.zeros(1), "b": torch.zeros(1)}, files=2)
     (source / "model-00002-of-00002.safetensors").unlink()
     assert_refused(source, r"index\.json: names model-00002-of-00002\.safetensors, which the folder does not hold")
@@ -322,7 +322,7 @@ def test_a_pickle_is_never_run(source, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (source / "model.safetensors").unlink()
     torch.save({"a": torch.zeros(1), "b": Trap()}, source / "pytorch_model.bin")
-    assert_refused(source, r"pytorch_model\.bin: more than tensors is pickled in it")
+    assert_refused(source, r"pytorch_model\.bin: it holds more than tensors")
     assert not Path("sprung").exists()
     torch.save([torch.zeros(1)], source / "pytorch_model.bin")
     assert_refused(source, r"pytorch_model\.bin: not a mapping of names to tensors")
@@ -369,9 +369,9 @@ def test_a_folder_with_anything_in_it_is_replaced_only_when_told(source, tmp_pat
         convert(source, tmp_path / "file", force=True)
 
 
-def test_the_published_folder_is_never_overwritten(source):
+def test_the_original_folder_is_never_overwritten(source):
     for target in (source, source / ".." / "source", source.parent):
-        with pytest.raises(ConversionError, match="holds the published folder"):
+        with pytest.raises(ConversionError, match="holds the original folder"):
             convert(source, target, force=True)
     assert (source / "model.safetensors").exists()
 

@@ -58,8 +58,8 @@ def test_a_converted_folder_is_a_base_that_answers(base):
     assert len(generate_answers(base.model, base.processor, rows, max_new_tokens=2)) == 2
 
 
-def test_a_training_row_is_the_published_conversation(base):
-    """The text of the published conversation, with its tokens; the answer and the end of its message are learned."""
+def test_a_training_row_is_the_original_conversation(base):
+    """The text of the original conversation, with its tokens; the answer and the end of its message are learned."""
     image = Image.new("RGB", (56, 56), "blue")
     messages = [
         {"role": "user", "content": "<image>what color is this"},
@@ -101,7 +101,7 @@ def test_a_training_row_is_the_published_conversation(base):
     ],
 )
 def test_white_space_beside_images_is_that_of_the_question(base, question):
-    """As the published code, which puts an image's tokens into the question in the place of `<image>`."""
+    """As the original code, which puts an image's tokens into the question in the place of `<image>`."""
     count = question.count("<image>")
     messages = [{"role": "user", "content": question}, {"role": "assistant", "content": ""}]
     row = encode(base.processor, messages, [Image.new("RGB", (56, 56))] * count, answer=False)
@@ -145,7 +145,7 @@ def test_transformers_own_processor_loads_the_folder_too(base, monkeypatch):
             np.testing.assert_array_equal(one[name], other[name])
 
 
-def test_the_system_message_is_that_of_the_published_configuration(tmp_path):
+def test_the_system_message_is_that_of_the_original_configuration(tmp_path):
     system = "You are 'InternVL', and you read \"all\" {{ images }}.\nAlways."
     for name, message, expected in (("own", system, system), ("empty", "", ""), ("null", None, SYSTEM_MESSAGE)):
         write_folder(tmp_path / name, small_config() | {"system_message": message})
@@ -157,7 +157,7 @@ def test_the_system_message_is_that_of_the_published_configuration(tmp_path):
         convert(tmp_path / "number", tmp_path / "new")
 
 
-def test_a_system_message_of_ones_own_takes_the_place_of_the_published_one(base):
+def test_a_system_message_of_ones_own_takes_the_place_of_the_original_one(base):
     messages = [{"role": "system", "content": "read"}, {"role": "user", "content": "the star"}]
     text = base.processor.apply_chat_template(
         [{"role": m["role"], "content": m["content"]} for m in messages], tokenize=False, add_generation_prompt=True
@@ -287,7 +287,7 @@ SIZES = {
     "40B": (LLAMA, original.VISION_6B, "Hermes-2"),
     "76B": (LLAMA, original.VISION_6B, "internlm2-chat"),
 }
-"""Language tower, vision tower and conversation by published size."""
+"""Language tower, vision tower and conversation by original size."""
 
 
 def write_size(size: str, folder: Path) -> None:
@@ -337,7 +337,7 @@ _tokenizers: dict[str, Any] = {}
 
 
 def converted_tokenizer(factory: pytest.TempPathFactory, language_class: str) -> Any:
-    """Returns the converted tokenizer of a small model; `source` is where the published one lies."""
+    """Returns the converted tokenizer of a small model; `source` is where the original one lies."""
     if language_class not in _tokenizers:
         folder = factory.mktemp("tokenizer")
         write_folder(folder / "source", small_config(language_class))

@@ -1,9 +1,9 @@
-"""Converts a published InternVL2 folder into one that transformers and this project load.
+"""Converts an original InternVL2 folder into one that transformers and this project load.
 
-- Streams: tensors are read one at a time from memory-mapped files; what stays in memory is at most one new file.
-- Accounts for every tensor: before anything is written, the folder's tensors are compared with those that the new model
-  has, by name and shape. Numbers stay as they are, in the same precision.
-- All of the new folder or nothing: it is written beside its place and moved there when it is complete.
+- Tensors are read one at a time from memory-mapped files; at most one new file is in memory.
+- Every tensor is accounted for: before anything is written, the folder's tensors are compared with those of the new model by
+  name and shape. Values keep their precision.
+- The new folder is written beside its target and moved there when it is complete.
 """
 
 import json
@@ -37,7 +37,7 @@ from pipeline.models.processors import ImageTextProcessor
 GB = 10**9
 
 Progress = Callable[[int, int], None]
-"""Told the bytes written so far and those in all."""
+"""Called with the bytes written so far and in total."""
 
 
 @dataclass(frozen=True)
@@ -90,7 +90,7 @@ def convert(
 
 def _check_target(source: Path, target: Path, *, force: bool) -> None:
     if target.resolve() in (source.resolve(), *source.resolve().parents):
-        raise ConversionError(f"{target}: holds the published folder {source}; name another folder")
+        raise ConversionError(f"{target}: holds the original folder {source}; name another folder")
     if target.is_file():
         raise ConversionError(f"{target}: a file; name a folder")
     if target.is_dir() and any(target.iterdir()) and not force:
@@ -98,7 +98,7 @@ def _check_target(source: Path, target: Path, *, force: bool) -> None:
 
 
 def _processor(fields: Fields, original: SourceFolder) -> ImageTextProcessor:
-    """Tiles of an image as in training: up to `max_dynamic_patch` and a thumbnail, ImageNet's mean and deviation."""
+    """Makes the processor; tiles as in training: up to `max_dynamic_patch` and a thumbnail, ImageNet's mean and deviation."""
     chat = CHATS[fields.only("template", tuple(CHATS), None)]
     system = fields.values.get("system_message")
     if not isinstance(system, str | None):
@@ -138,7 +138,7 @@ def _model(fields: Fields, original: SourceFolder, processor: ImageTextProcessor
 
 
 def _generation(fields: Fields, original: SourceFolder, processor: ImageTextProcessor) -> GenerationConfig:
-    """An answer ends with the token that ends a message, or with any that ended one as published."""
+    """Answers end with the token that ends a message, or with any end token of the original."""
     tokenizer = processor.tokenizer
     ends = [tokenizer.eos_token_id]
     for values in (original.json("generation_config.json", required=False), fields.inside("llm_config").values):
