@@ -24,7 +24,9 @@ def main(
     ] = 1,
     address: Address = None,
 ) -> None:
-    """Compare the learned pool with the base, oracle routing, sequential and multi-task fine-tuning; learns first what is missing."""
+    """Compare the learned pool with the base, oracle routing, sequential and multi-task fine-tuning; learns first what is
+    missing.
+    """
     with user_errors():
         settings = load(config, overrides)
         if address:

@@ -14,9 +14,10 @@ from PIL import Image
 from jobs.options import user_errors
 from jobs.terminal import Terminal, table
 from pipeline.config import BaseModelConfig, ConfigError
-from pipeline.evaluation.pictures import routing_of_a_prompt
+from pipeline.evaluation.plots import routing_of_a_prompt
 from pipeline.models.bases import load_base
-from pipeline.models.prompts import IMAGE_PLACEHOLDER, collate_for, encode, generate_answers
+from pipeline.models.encoding import IMAGE_PLACEHOLDER, collate_for, encode
+from pipeline.models.generation import generate_answers
 from pipeline.registry.experts import registered_experts
 from pipeline.registry.pools import download_pool
 from pipeline.registry.versions import MODELS

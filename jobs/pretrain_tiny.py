@@ -21,7 +21,8 @@ from transformers import InternVLForConditionalGeneration
 from jobs.options import user_errors
 from pipeline.config import ConfigError
 from pipeline.data.demo.abilities import ABILITIES, BENCHMARKS, Example, vocabulary
-from pipeline.models.prompts import IGNORED, Encoded, chat, collate, generate_answers
+from pipeline.models.encoding import IGNORED, Encoded, chat, collate
+from pipeline.models.generation import generate_answers
 from pipeline.models.tiny import TINY_BASE, build_tiny, tiny_processor
 
 RECORD = "pretraining.json"

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from pipeline.config import RouterConfig
 from pipeline.data.demo.abilities import ABILITIES
 from pipeline.models.bases import Base
+from pipeline.models.encoding import Encoded, collate, encode
 from pipeline.models.families import FAMILIES as BASES
-from pipeline.models.prompts import Encoded, collate, encode
 from pipeline.routing import Expert, ExpertCard, Pool, PromptStatistics, RoutedModel
 from pipeline.routing.adapters import Adapter
 from pipeline.routing.layer_classifiers import LayerInputHook

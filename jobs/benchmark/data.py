@@ -39,10 +39,10 @@ from pipeline.data.encoded.packing import pack
 from pipeline.data.loading.preprocess import PreparedData, TaskRows, encoded_rows, prepare
 from pipeline.data.rows.records import to_record
 from pipeline.data.sources.reader import StreamError
-from pipeline.data.sources.storage import ImageFolder, place_of
+from pipeline.data.sources.storage import ImageFolder, locate
 from pipeline.files import write_json
 from pipeline.models.bases import load_processor
-from pipeline.models.prompts import Encoded, encode
+from pipeline.models.encoding import Encoded, encode
 from pipeline.models.tiny import tiny_config, tiny_processor
 from pipeline.provenance import now, provenance
 
@@ -203,7 +203,7 @@ class MapEncoder:
 
     def __init__(self, base: BaseModelConfig, part: TaskRows) -> None:
         self._part, self._processor = part, load_processor(base)
-        self._folder = ImageFolder(*place_of(part.source.path))
+        self._folder = ImageFolder(*locate(part.source.path))
 
     def __call__(self, batch: dict[str, list[Any]]) -> dict[str, list[Any]]:
         """Encodes a batch of rows."""

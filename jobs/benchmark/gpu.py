@@ -34,7 +34,8 @@ from pipeline.evaluation.predictor import Predictor
 from pipeline.files import write_json
 from pipeline.learning.opening import open_session
 from pipeline.learning.session import StreamSession
-from pipeline.models.prompts import IGNORED, Encoded, generate_answers
+from pipeline.models.encoding import IGNORED, Encoded
+from pipeline.models.generation import generate_answers
 from pipeline.models.tiny import build_tiny, tiny_processor
 from pipeline.planning.architecture import architecture_of, base_configuration
 from pipeline.planning.job import EXPERT_STAGE, ROUTER_STAGE, job_moments

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from pipeline.config import ExpertConfig
-from pipeline.models.prompts import Encoded, collate
+from pipeline.models.encoding import Encoded, collate
 from pipeline.training.expert_stage import warm_up_cosine
 
 

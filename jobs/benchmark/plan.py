@@ -26,8 +26,8 @@ from jobs.terminal import Terminal, table
 from pipeline.config import ExpertConfig
 from pipeline.files import write_json
 from pipeline.models.bases import Base
+from pipeline.models.encoding import IGNORED
 from pipeline.models.families import family_of
-from pipeline.models.prompts import IGNORED
 from pipeline.planning.activations import Kernel, Pass, activations
 from pipeline.planning.architecture import Architecture, architecture_of
 from pipeline.planning.inference import Batch, inference_moments

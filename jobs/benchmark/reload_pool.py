@@ -33,7 +33,7 @@ def routed_logits(
 
     Each prompt is a batch of its own. `rows` are those of a pool's `predict`: `prompt`, and `image` as base64 text or None.
     """
-    from pipeline.models.prompts import collate_for, encode  # after loading, and so from the loaded version
+    from pipeline.models.encoding import collate_for, encode  # after loading, and so from the loaded version
 
     logits, experts = {}, []
     for number, row in enumerate(rows):

@@ -2,7 +2,7 @@
 
     python -m jobs.benchmark routers jobs/configs/demo.yaml
 
-- The stream's pool (learned first, where it is not yet), answered by the bare base, with oracle routing (the right expert is given),
+- The stream's pool (learned first, where it is not yet), answered by the bare base, by oracle routing,
   and by every router; `_without_null` are those without the base prompts, that is without a null expert.
 - Many experts: tasks of `data.demo.synthetic`, each learned in seconds by a plain loop in this process (many Ray
   Train runs would take an hour and teach nothing about routing), then all in one pool.
@@ -30,7 +30,8 @@ from pipeline.learning.opening import open_session
 from pipeline.learning.session import StreamSession
 from pipeline.learning.summary import session_provenance
 from pipeline.models.bases import Base, load_base
-from pipeline.models.prompts import Encoded, collate, generate_answers
+from pipeline.models.encoding import Encoded, collate
+from pipeline.models.generation import generate_answers
 from pipeline.provenance import now
 from pipeline.routing import Expert, ExpertCard, Pool, PromptStatistics, RoutedModel
 from pipeline.routing.adapters import load_adapters

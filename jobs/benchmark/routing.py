@@ -30,7 +30,7 @@ from jobs.benchmark.methods import METHODS, MODELS, PROMPT, RANK, Method, Routed
 from jobs.options import user_errors
 from jobs.terminal import Terminal, table
 from pipeline.config import ConfigError
-from pipeline.evaluation.pictures import CYCLE, MUTED, OURS
+from pipeline.evaluation.plots import CYCLE, MUTED, OURS
 from pipeline.files import write_json
 from pipeline.provenance import now, provenance
 

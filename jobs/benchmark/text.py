@@ -31,7 +31,7 @@ from pipeline.learning.opening import open_session
 from pipeline.learning.session import StreamSession
 from pipeline.learning.state import Stopwatch
 from pipeline.models.bases import load_base
-from pipeline.models.prompts import IGNORED, Encoded, encode
+from pipeline.models.encoding import IGNORED, Encoded, encode
 from pipeline.routing import Expert, Pool, RoutedModel
 from pipeline.routing.adapters import load_adapters
 

@@ -1,1 +1,1 @@
-"""What a task's rows are, from files to batches; data flows sources -> rows -> encoded -> loading."""
+"""Rows of a task, from files to batches; data flow sources -> rows -> encoded -> loading."""

@@ -64,14 +64,14 @@ class PredictorActors:
         if self._ended:
             raise RuntimeError("the run is over: there are no predictors any more")
         self.make_room()
-        kind = ray.remote(
+        actor_class = ray.remote(
             num_cpus=self._workers.cpus_per_worker,
             num_gpus=self._workers.gpus or None,
             max_restarts=FAILURES,
             max_task_retries=FAILURES,
         )(PagePredictor)
         count = self._workers.count
-        self._actors = [kind.remote(self._base, self._workers, self._vision) for _ in range(count)]
+        self._actors = [actor_class.remote(self._base, self._workers, self._vision) for _ in range(count)]
 
     def run(self, pieces: Iterable[tuple[Tag, Work]]) -> Iterator[tuple[Tag, Any]]:
         """Yields what comes of each piece of work with its tag, in the order in which they are done.

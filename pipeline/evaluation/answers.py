@@ -52,29 +52,29 @@ class AnswerStore:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self._known: dict[str, dict[str, Answer]] = {}
-        self._read: dict[str, set[str]] = {}
+        self._answers: dict[str, dict[str, Answer]] = {}
+        self._read_files: dict[str, set[str]] = {}
         self._unwritten: dict[str, dict[str, Answer]] = {}
         self._since = monotonic()
 
     def of(self, author: str, wanted: Iterable[str]) -> Mapping[str, Answer]:
         """Returns what an author has answered, by prompt; the folder is looked into where one of `wanted` is missing."""
-        known = self._known.setdefault(author, {})
-        if any(prompt not in known for prompt in wanted):
+        answers = self._answers.setdefault(author, {})
+        if any(prompt not in answers for prompt in wanted):
             self._refresh(author)
-        return known
+        return answers
 
     def _refresh(self, author: str) -> None:
         """Reads the files that were written since the last time, by whomever."""
-        known, read = self._known[author], self._read.setdefault(author, set())
+        answers, read_files = self._answers[author], self._read_files.setdefault(author, set())
         while True:
             files = sorted(file for file in (self.folder / author).glob("*.parquet") if not file.name.startswith("."))
             try:
                 for file in files:
-                    if file.name not in read:
+                    if file.name not in read_files:
                         for prompt, answer in _rows(file):
-                            known.setdefault(prompt, answer)
-                        read.add(file.name)
+                            answers.setdefault(prompt, answer)
+                        read_files.add(file.name)
             except FileNotFoundError:  # put together with others meanwhile
                 continue
             break
@@ -83,9 +83,9 @@ class AnswerStore:
 
     def add(self, author: str, answers: Mapping[str, Answer]) -> int:
         """Keeps answers by prompt, and returns how many of them are new; they are on disk after `flush`, or soon."""
-        known = self._known.setdefault(author, {})
-        new = {prompt: answer for prompt, answer in answers.items() if prompt not in known}
-        known |= new
+        stored = self._answers.setdefault(author, {})
+        new = {prompt: answer for prompt, answer in answers.items() if prompt not in stored}
+        stored |= new
         self._unwritten.setdefault(author, {}).update(new)
         if monotonic() - self._since > KEPT_SECONDS:
             self.flush()
@@ -103,13 +103,13 @@ class AnswerStore:
         rows = [{"prompt": prompt, "answer": a.text, "expert": a.expert} for prompt, a in answers.items()]
         file = self.folder / author / f"{uuid4().hex}.parquet"
         write_table(pa.Table.from_pylist(rows, schema=_SCHEMA), file)
-        self._read.setdefault(author, set()).add(file.name)
+        self._read_files.setdefault(author, set()).add(file.name)
 
     def _compact(self, author: str, files: Iterable[Path]) -> None:
         """Writes all that is known of an author into one file and removes the files that it was read from."""
         folder = self.folder / author
         with suppress(LockedError), file_lock(folder / "compact.lock", wait=False):
-            self._write(author, self._known[author])
+            self._write(author, self._answers[author])
             for file in files:
                 file.unlink(missing_ok=True)
             _logger.info("%s: files of answers put together", folder)

@@ -15,7 +15,7 @@ from pipeline.routing.routes import MIXED, NULL_EXPERT
 
 
 @dataclass(frozen=True)
-class Asked:
+class PageRequest:
     """What is asked of a page: of whom, and which prompts."""
 
     choice: int
@@ -48,16 +48,16 @@ class Authors:
         """Returns the name of an expert, or that of the base."""
         return BASE if choice == NULL_EXPERT or self.pool is None else self.pool.names[choice]
 
-    def work(self, asked: Asked, found: Slices, max_new_tokens: int) -> Work:
+    def work(self, request: PageRequest, location: Slices, max_new_tokens: int) -> Work:
         """Returns what an actor is to do."""
-        rows = (asked.prompts, max_new_tokens, found.rows, *found.blocks)
-        if asked.choice == MIXED:
+        rows = (request.prompts, max_new_tokens, location.rows, *location.blocks)
+        if request.choice == MIXED:
             assert self.folder is not None, "whoever asks for a router that mixes says where the pool lies"
             return Work("by_router", (self.key_of(MIXED), self.folder, *rows))
         experts = []  # references in a list are fetched when they are needed, by actors that hold another expert
-        if asked.choice != NULL_EXPERT:
+        if request.choice != NULL_EXPERT:
             assert self.pool is not None, "only pools have experts"
-            if asked.choice not in self._sent:
-                self._sent[asked.choice] = ray.put(self.pool.experts[self.name_of(asked.choice)])
-            experts = [self._sent[asked.choice]]
-        return Work("by_expert", (self.key_of(asked.choice), experts, *rows))
+            if request.choice not in self._sent:
+                self._sent[request.choice] = ray.put(self.pool.experts[self.name_of(request.choice)])
+            experts = [self._sent[request.choice]]
+        return Work("by_expert", (self.key_of(request.choice), experts, *rows))

@@ -12,9 +12,9 @@ from pipeline.routing.insight import Candidate, rank_candidates
 from pipeline.routing.pool import Pool
 from pipeline.routing.routes import NULL_EXPERT
 
-Mode = Literal["routed", "told", "only"]
-"""Who answers: `routed`, whom the pool's router chooses; `told`, each task's own expert, and the base all others (the upper
-bound); `only`, everything the pool's single expert."""
+Mode = Literal["routed", "oracle", "single"]
+"""Who answers: `routed`, the expert that the pool's router chooses; `oracle`, each task's own expert, and the base for all
+others (the upper bound); `single`, the pool's single expert for all."""
 
 SHOWN = 2
 """Candidates that an answer's reason names."""
@@ -29,7 +29,7 @@ def routers_of(pool: Pool | None) -> Routers | None:
 
 
 def choices(
-    routers: Routers | None, mode: Mode, columns: Sequence[str], features: Sequence[torch.Tensor]
+    routers: Routers | None, mode: Mode, tasks: Sequence[str], features: Sequence[torch.Tensor]
 ) -> list[np.ndarray]:
     """Returns for every column who answers its prompts (N,): places in the pool, NULL_EXPERT (the base), or MIXED.
 
@@ -40,11 +40,11 @@ def choices(
         return [np.full(count, NULL_EXPERT) for count in counts]
     if mode == "routed":
         parts = torch.cat(list(features)).split(AT_ONCE)
-        found_N = torch.cat([routers.router.choices(part_BF) for part_BF in parts]).numpy()
-        return np.split(found_N, np.cumsum(counts)[:-1])
+        choices_N = torch.cat([routers.router.choices(part_BF) for part_BF in parts]).numpy()
+        return np.split(choices_N, np.cumsum(counts)[:-1])
     names = routers.pool.names
-    own = [0 if mode == "only" else names.index(c) if c in names else NULL_EXPERT for c in columns]
-    return [np.full(count, place) for count, place in zip(counts, own, strict=True)]
+    experts = [0 if mode == "single" else names.index(c) if c in names else NULL_EXPERT for c in tasks]
+    return [np.full(count, expert) for count, expert in zip(counts, experts, strict=True)]
 
 
 def reasons(routers: Routers | None, mode: Mode, features_NF: torch.Tensor) -> list[str]:
@@ -52,8 +52,8 @@ def reasons(routers: Routers | None, mode: Mode, features_NF: torch.Tensor) -> l
     if routers is None or mode != "routed":
         return [""] * len(features_NF)
     no_weights: list[dict[str, float]] = [{}] * len(features_NF)  # they are no part of the reason
-    found = rank_candidates(routers.prompts, routers.pool.names, features_NF, no_weights, limit=SHOWN)
-    return [format_candidates(candidates) for candidates in found]
+    ranked = rank_candidates(routers.prompts, routers.pool.names, features_NF, no_weights, limit=SHOWN)
+    return [format_candidates(candidates) for candidates in ranked]
 
 
 def format_candidates(candidates: Sequence[Candidate]) -> str:

@@ -19,17 +19,17 @@ from typing import Any
 import numpy as np
 import torch
 
-from pipeline.data.faults import StreamError
+from pipeline.data.errors import StreamError
 from pipeline.data.loading.prompts import PromptSource
 from pipeline.data.rows.quarantine import SetAside
 from pipeline.evaluation.actors import PredictorActors
 from pipeline.evaluation.answers import AnswerStore
-from pipeline.evaluation.authors import Asked, Authors
+from pipeline.evaluation.authors import Authors, PageRequest
 from pipeline.evaluation.choices import Mode, choices, reasons, routers_of
 from pipeline.evaluation.pages import Slices, blocks, slices
-from pipeline.evaluation.prompts import Column, PromptTable
-from pipeline.evaluation.reading import PromptTables, name_of, see
-from pipeline.evaluation.results import ColumnResult, Evaluation, scored
+from pipeline.evaluation.prompts import EvalTask, PromptTable
+from pipeline.evaluation.reading import PromptTables, compute_image_embeds, name_of
+from pipeline.evaluation.results import Evaluation, TaskResult, scored
 from pipeline.routing.pool import Pool
 from pipeline.routing.routes import MIXED
 
@@ -53,7 +53,7 @@ class Evaluator:
         max_new_tokens: int,
         width: int,
         quarantine: Path,
-        on_set_aside: Callable[[str, SetAside], None] = lambda column, aside: None,
+        on_set_aside: Callable[[str, SetAside], None] = lambda task, aside: None,
         make_room: Callable[[], None] = lambda: None,
     ) -> None:
         self.source, self.max_new_tokens, self.width = source, max_new_tokens, width
@@ -62,7 +62,7 @@ class Evaluator:
         self.generated = 0
         """Answers that this object has had generated."""
         self._make_room = make_room
-        self._results: dict[tuple[str, str], tuple[Any, ColumnResult]] = {}
+        self._results: dict[tuple[str, str], tuple[Any, TaskResult]] = {}
 
     def actors(self) -> PredictorActors:
         """Returns who answers, for a `with` around several evaluations: the base is loaded once for all."""
@@ -72,7 +72,7 @@ class Evaluator:
 
     def evaluate(
         self,
-        columns: Sequence[Column],
+        tasks: Sequence[EvalTask],
         pool: Pool | None,
         *,
         key: str = "",
@@ -89,89 +89,91 @@ class Evaluator:
         authors, routers = Authors(pool, key, folder), routers_of(pool)
         width = (pool.width if pool is not None else None) or self.width
         with nullcontext(actors) if actors is not None else self.actors() as predictors:
-            tables = self.tables.of(columns, width, predictors)
+            tables = self.tables.of(tasks, width, predictors)
             features = [table.features_NF for table in tables]
-            found = choices(routers, mode, [column.name for column in columns], features)
-            self._generate(columns, tables, found, authors, predictors)
+            chosen = choices(routers, mode, [task.name for task in tasks], features)
+            self._generate(tasks, tables, chosen, authors, predictors)
         shown = torch.cat([features_NF[:samples] for features_NF in features])
         why = iter(reasons(routers, mode, shown) if samples else ())
         results = {}
-        for column, table, choice in zip(columns, tables, found, strict=True):
-            result = self._result(name_of(column, width), column, table, choice, authors, samples)
-            results[column.name] = replace(result, samples=tuple(replace(s, why=next(why)) for s in result.samples))
+        for task, table, choice in zip(tasks, tables, chosen, strict=True):
+            result = self._result(name_of(task, width), task, table, choice, authors, samples)
+            results[task.name] = replace(result, samples=tuple(replace(s, why=next(why)) for s in result.samples))
         return Evaluation(results)
 
     def _generate(
         self,
-        columns: Sequence[Column],
+        tasks: Sequence[EvalTask],
         tables: Sequence[PromptTable],
-        found: Sequence[np.ndarray],
+        chosen: Sequence[np.ndarray],
         authors: Authors,
         actors: PredictorActors,
     ) -> None:
         """Has all answers generated that nobody has generated yet."""
         due = []
-        for column, table, choice in zip(columns, tables, found, strict=True):
-            if pages := self._asked(table, choice, authors):
-                due.append((column, table, pages))
-        see(self.source, [column for column, _, _ in due], actors)
+        for task, table, choice in zip(tasks, tables, chosen, strict=True):
+            if pages := self._missing_answers(table, choice, authors):
+                due.append((task, table, pages))
+        compute_image_embeds(self.source, [task for task, _, _ in due], actors)
         pieces = (
-            (asked, authors.work(asked, found, self.max_new_tokens))
-            for column, table, pages in due
-            for asked, found in self._read(column, table, pages, actors)
+            (request, authors.work(request, location, self.max_new_tokens))
+            for task, table, pages in due
+            for request, location in self._located(task, table, pages, actors)
         )
         try:
-            for asked, answers in actors.run(pieces):
+            for request, answers in actors.run(pieces):
                 self.generated += self.store.add(
-                    authors.key_of(asked.choice), dict(zip(asked.prompts, answers, strict=True))
+                    authors.key_of(request.choice), dict(zip(request.prompts, answers, strict=True))
                 )
         finally:
             self.store.flush()
 
-    def _asked(self, table: PromptTable, choice: np.ndarray, authors: Authors) -> dict[tuple[int, ...], list[Asked]]:
+    def _missing_answers(
+        self, table: PromptTable, choice: np.ndarray, authors: Authors
+    ) -> dict[tuple[int, ...], list[PageRequest]]:
         """Returns what is missing of a column by page: the whole page of an expert, single prompts where Linears choose."""
-        found: dict[tuple[int, ...], list[Asked]] = {}
+        requests: dict[tuple[int, ...], list[PageRequest]] = {}
         for value in np.unique(choice).tolist():
-            wanted = table.prompts[choice == value].tolist()
-            known = self.store.of(authors.key_of(value), wanted)
-            missing = {prompt for prompt in wanted if prompt not in known}
+            prompts = table.prompts[choice == value].tolist()
+            answered = self.store.of(authors.key_of(value), prompts)
+            missing = {prompt for prompt in prompts if prompt not in answered}
             for page in table.pages(self.source.workers.batch_size) if missing else []:
-                mine = [place for place in page if choice[place] == value and table.prompts[place] in missing]
+                mine = [row for row in page if choice[row] == value and table.prompts[row] in missing]
                 if mine:
-                    asked = mine if value == MIXED else list(page)
-                    found.setdefault(page, []).append(Asked(value, tuple(table.prompts[asked])))
-        return dict(sorted(found.items()))
+                    rows = mine if value == MIXED else list(page)
+                    requests.setdefault(page, []).append(PageRequest(value, tuple(table.prompts[rows])))
+        return dict(sorted(requests.items()))
 
-    def _read(
+    def _located(
         self,
-        column: Column,
+        task: EvalTask,
         table: PromptTable,
-        pages: Mapping[tuple[int, ...], Sequence[Asked]],
+        pages: Mapping[tuple[int, ...], Sequence[PageRequest]],
         actors: PredictorActors,
-    ) -> Iterator[tuple[Asked, Slices]]:
+    ) -> Iterator[tuple[PageRequest, Slices]]:
         """Yields what is asked of a column's pages, as soon as their rows are read again."""
         needed = []
         for page, of_page in pages.items():
-            prompts = {prompt for asked in of_page for prompt in asked.prompts}
-            needed.append([place for place in page if table.prompts[place] in prompts])
-        numbers, number_of = table.reading([place for page in needed for place in page])
-        rows = actors.beside(self.source.rows(column.name, column.part, numbers))
-        found = slices(blocks(rows), ([number_of[place] for place in page] for page in needed))
+            prompts = {prompt for request in of_page for prompt in request.prompts}
+            needed.append([row for row in page if table.prompts[row] in prompts])
+        numbers, number_of = table.reading([row for page in needed for row in page])
+        rows = actors.beside(self.source.rows(task.name, task.part, numbers))
+        locations = slices(blocks(rows), ([number_of[row] for row in page] for page in needed))
         try:
-            for of_page, where in zip(pages.values(), found, strict=True):
-                yield from ((asked, where) for asked in of_page)
+            for of_page, location in zip(pages.values(), locations, strict=True):
+                yield from ((request, location) for request in of_page)
         except LookupError:
             raise StreamError(
-                f"task {column.name!r}: rows of {column.part.source.path} are gone since this run began; leave files as they "
+                f"task {task.name!r}: rows of {task.part.source.path} are gone since this run began; leave files as they "
                 "are while a job runs, and run the same command again"
             ) from None
 
     def _result(
-        self, name: str, column: Column, table: PromptTable, choice: np.ndarray, authors: Authors, samples: int
-    ) -> ColumnResult:
+        self, name: str, task: EvalTask, table: PromptTable, choice: np.ndarray, authors: Authors, samples: int
+    ) -> TaskResult:
         """Scores a column's answers; where the same ones answer as in the last evaluation, so does its result."""
         keys = {value: authors.key_of(value) for value in np.unique(choice).tolist()}
-        metric, same = column.task.metric, (choice.tobytes(), tuple(keys.values()), samples)
+        metric, same = task.config.metric, (choice.tobytes(), tuple(keys.values()), samples)
         before = self._results.get((name, metric))
         if before is not None and before[0] == same:
             return before[1]
@@ -180,7 +182,7 @@ class Evaluator:
         for value, (prompt, id, question, reference) in zip(choice.tolist(), rows, strict=True):
             answer = self.store.of(keys[value], [])[prompt]
             expert = answer.expert if value == MIXED else authors.name_of(value)
-            predictions.append(scored(column.name, metric, id, question, reference, answer.text, expert))
-        result = ColumnResult.of(predictions, samples)
+            predictions.append(scored(task.name, metric, id, question, reference, answer.text, expert))
+        result = TaskResult.of(predictions, samples)
         self._results[name, metric] = same, result
         return result

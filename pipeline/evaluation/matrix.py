@@ -139,7 +139,7 @@ def base_retention(matrix: AccuracyMatrix) -> float | None:
     if the base scores 0 on all of them. Source: this project.
     """
     last = matrix.rows[matrix.last]
-    pairs = [(matrix.value(last, family), matrix.value(BASE, family)) for family in matrix.benchmarks]
+    pairs = [(matrix.value(last, benchmark), matrix.value(BASE, benchmark)) for benchmark in matrix.benchmarks]
     both = [(now, before) for now, before in pairs if now is not None and before is not None]
     total = sum(before for _, before in both)
     return sum(now for now, _ in both) / total if total > 0 else None

@@ -34,22 +34,22 @@ def blocks(rows: ray.data.Dataset) -> Iterator[tuple[ray.ObjectRef, int]]:
             yield entry.ref, entry.metadata.num_rows
 
 
-def slices(found: Iterable[tuple[ray.ObjectRef, int]], pages: Iterable[Sequence[int]]) -> Iterator[Slices]:
+def slices(sized_blocks: Iterable[tuple[ray.ObjectRef, int]], pages: Iterable[Sequence[int]]) -> Iterator[Slices]:
     """Yields for each page where its rows are: its numbers among all rows of the blocks `found`, rising over all pages.
 
     Each page comes as soon as its last row is there. Raises LookupError where rows are missing.
     """
-    blocks_left, block, start, stop = iter(found), None, 0, 0
+    blocks_left, block, start, stop = iter(sized_blocks), None, 0, 0
     for page in pages:
-        taken = Slices([], [])
+        location = Slices([], [])
         for row in page:
             while row >= stop:
                 block, count = next(blocks_left, (None, 0))
                 if block is None:
                     raise LookupError(f"row {row} of {stop}")
                 start, stop = stop, stop + count
-            if not taken.blocks or taken.blocks[-1] is not block:
-                taken.blocks.append(block)
-                taken.rows.append([])
-            taken.rows[-1].append(row - start)
-        yield taken
+            if not location.blocks or location.blocks[-1] is not block:
+                location.blocks.append(block)
+                location.rows.append([])
+            location.rows[-1].append(row - start)
+        yield location

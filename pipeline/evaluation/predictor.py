@@ -11,12 +11,12 @@ import torch
 
 from pipeline.config import BaseModelConfig, RouterConfig
 from pipeline.data.encoded.packing import PACKED, unpack_row
-from pipeline.data.faults import StreamError
+from pipeline.data.errors import StreamError
 from pipeline.evaluation.answers import Answer
 from pipeline.evaluation.matrix import BASE
-from pipeline.evaluation.prompts import known_of
+from pipeline.evaluation.prompts import kept_columns
+from pipeline.models.encoding import Encoded
 from pipeline.models.inference import FrozenBase, InferenceWorkers
-from pipeline.models.prompts import Encoded
 from pipeline.routing.expert import Expert
 from pipeline.routing.features import project
 from pipeline.routing.pool import Pool
@@ -73,26 +73,26 @@ class Predictor(FrozenBase):
 
         One row at a time, so that they do not depend on its company; the language model does not run.
         """
-        found: list[torch.Tensor] = []
+        features: list[torch.Tensor] = []
 
-        def listen(features_BS: torch.Tensor | None, tokens_BT: torch.Tensor | None) -> None:
+        def keep_features(features_BS: torch.Tensor | None, tokens_BT: torch.Tensor | None) -> None:
             assert features_BS is not None, "no cache holds a prompt already"
-            found.append(project(features_BS, width).cpu())
-            raise _Seen
+            features.append(project(features_BS, width).cpu())
+            raise _FeaturesReady
 
-        reader = PromptFeatureHook(self.base.model, listen)
+        hook = PromptFeatureHook(self.base.model, keep_features)
         try:
             for row in rows:
                 try:
                     self.read([row])
-                except _Seen:
+                except _FeaturesReady:
                     continue
         finally:
-            reader.remove()
-        return torch.cat(found).float().numpy() if found else np.zeros((0, width), np.float32)
+            hook.remove()
+        return torch.cat(features).float().numpy() if features else np.zeros((0, width), np.float32)
 
 
-class _Seen(Exception):
+class _FeaturesReady(Exception):
     """A prompt's features are there, so that the language model need not run."""
 
 
@@ -109,7 +109,7 @@ class PagePredictor:
         good = np.flatnonzero(block["reason"].to_numpy() == "")
         features_NF = np.zeros((len(block), width), np.float32)
         features_NF[good] = self._predictor.features(_encoded(block.take(good)), width)
-        return known_of(block, features_NF)
+        return kept_columns(block, features_NF)
 
     def by_expert(
         self,
@@ -153,15 +153,15 @@ class PagePredictor:
 
 def _rows(prompts: Sequence[str], rows: Sequence[Sequence[int]], blocks: Sequence[pa.Table]) -> list[Encoded]:
     """Returns the encoded rows of prompts, in their order; raises StreamError where they are not what was read before."""
-    table = pa.concat_tables([block.take(list(own)) for own, block in zip(rows, blocks, strict=True)])
-    places = {prompt: place for place, prompt in enumerate(table["prompt"].to_pylist())}
-    if missing := [prompt for prompt in prompts if prompt not in places]:
-        column, source = table["column"][0].as_py(), table["source"][0].as_py()
+    table = pa.concat_tables([block.take(list(indices)) for indices, block in zip(rows, blocks, strict=True)])
+    row_of = {prompt: row for row, prompt in enumerate(table["prompt"].to_pylist())}
+    if missing := [prompt for prompt in prompts if prompt not in row_of]:
+        task, source = table["column"][0].as_py(), table["source"][0].as_py()
         raise StreamError(
-            f"task {column!r}: {len(missing)} prompts of {source} are not what they were when this run began; leave files "
+            f"task {task!r}: {len(missing)} prompts of {source} are not what they were when this run began; leave files "
             "and images as they are while a job runs, and run the same command again"
         )
-    return _encoded(table.take([places[prompt] for prompt in prompts]))
+    return _encoded(table.take([row_of[prompt] for prompt in prompts]))
 
 
 def _encoded(table: pa.Table) -> list[Encoded]:

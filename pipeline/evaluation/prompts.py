@@ -29,21 +29,21 @@ from pipeline.evaluation.tables import write_table
 REMEDY = "delete this file, and it is made anew"
 """What to do about a damaged table."""
 
-KNOWN = ("source", NUMBER, "id", "question", "reference", "prompt", "reason", "excerpt", "rows", "lost")
+KEPT_COLUMNS = ("source", NUMBER, "id", "question", "reference", "prompt", "reason", "excerpt", "rows", "lost")
 """Columns of a table that are those of encoded rows; `features` comes to them."""
 
 
 @dataclass(frozen=True)
-class Column:
+class EvalTask:
     """A task or base ability, and where its prompts come from."""
 
-    task: TaskConfig
+    config: TaskConfig
     part: TaskRows
 
     @property
     def name(self) -> str:
         """Name of the task or family."""
-        return self.task.name
+        return self.config.name
 
 
 @dataclass(frozen=True, eq=False)
@@ -76,21 +76,21 @@ class PromptTable:
         """Returns the pages of the good rows, as places among them."""
         return paged(range(len(self.good)), size)
 
-    def reading(self, places: Sequence[int]) -> tuple[Numbers, dict[int, int]]:
+    def reading(self, indices: Sequence[int]) -> tuple[Numbers, dict[int, int]]:
         """Returns how good rows are read again: numbers by file, and by place the number of a row among those that come."""
         sources, numbers = self._values("source"), self._values(NUMBER)
-        wanted: dict[str, set[int]] = {}
-        for row in self.good[list(places)]:
-            wanted.setdefault(sources[row], set()).add(int(numbers[row]))
-        place_of = {int(row): place for place, row in enumerate(self.good)}
-        come = [row for row in range(len(self.table)) if numbers[row] in wanted.get(sources[row], ())]
-        found = {place_of[row]: at for at, row in enumerate(come) if row in place_of}
-        return {file: sorted(of_file) for file, of_file in wanted.items()}, found
+        numbers_by_file: dict[str, set[int]] = {}
+        for row in self.good[list(indices)]:
+            numbers_by_file.setdefault(sources[row], set()).add(int(numbers[row]))
+        index_of = {int(row): index for index, row in enumerate(self.good)}
+        come = [row for row in range(len(self.table)) if numbers[row] in numbers_by_file.get(sources[row], ())]
+        arrival = {index_of[row]: at for at, row in enumerate(come) if row in index_of}
+        return {file: sorted(of_file) for file, of_file in numbers_by_file.items()}, arrival
 
-    def set_aside(self, column: Column, file: Path, data: DataConfig) -> SetAside:
+    def set_aside(self, task: EvalTask, file: Path, data: DataConfig) -> SetAside:
         """Writes down the rows that cannot be used; raises StreamError where they are too many (see `quarantine`)."""
         bad = self.table.filter(pa.compute.not_equal(self.table["reason"], "")).select(list(NOTES)).to_pylist()
-        return set_aside(column.name, column.part.source, bad, len(self.good), file, data)
+        return set_aside(task.name, task.part.source, bad, len(self.good), file, data)
 
     def save(self, file: Path) -> None:
         """Writes the table, all of it or nothing."""
@@ -100,14 +100,14 @@ class PromptTable:
     def load(cls, file: Path) -> "PromptTable":
         """Reads what `save` wrote; raises StoredFileError where it is damaged."""
         with stored_file(file, REMEDY):
-            return cls(pq.read_table(file).select([*KNOWN, "features"]))
+            return cls(pq.read_table(file).select([*KEPT_COLUMNS, "features"]))
 
     def _values(self, name: str) -> np.ndarray:
         return self.table[name].to_numpy()
 
 
-def known_of(encoded: pa.Table, features_NF: np.ndarray) -> pa.Table:
+def kept_columns(encoded: pa.Table, features_NF: np.ndarray) -> pa.Table:
     """Returns what a table keeps of encoded rows and their features."""
     flat = pa.array(np.ascontiguousarray(features_NF, np.float32).ravel())
-    kept = encoded.select(list(KNOWN))
+    kept = encoded.select(list(KEPT_COLUMNS))
     return kept.append_column("features", pa.FixedSizeListArray.from_arrays(flat, features_NF.shape[1]))

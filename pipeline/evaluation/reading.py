@@ -10,7 +10,7 @@ from pipeline.data.loading.prompts import PromptSource
 from pipeline.data.rows.quarantine import SetAside
 from pipeline.evaluation.actors import PredictorActors, Work
 from pipeline.evaluation.pages import blocks
-from pipeline.evaluation.prompts import Column, PromptTable
+from pipeline.evaluation.prompts import EvalTask, PromptTable
 from pipeline.routing.features import FEATURE_RULE
 
 
@@ -32,20 +32,20 @@ class PromptTables:
         self._quarantine, self._on_set_aside = quarantine, on_set_aside
         self._tables: dict[str, PromptTable] = {}
 
-    def of(self, columns: Sequence[Column], width: int, actors: PredictorActors) -> list[PromptTable]:
+    def of(self, tasks: Sequence[EvalTask], width: int, actors: PredictorActors) -> list[PromptTable]:
         """Returns the prompts of these columns with features of `width`; those that nobody has read yet are read now.
 
         Raises StreamError where too many rows cannot be used.
         """
-        names = {name_of(column, width): column for column in columns}
-        new = {name: column for name, column in names.items() if name not in self._tables}
-        unread = {name: column for name, column in new.items() if not self._file(name).exists()}
-        see(self._source, list(unread.values()), actors)
+        names = {name_of(task, width): task for task in tasks}
+        new = {name: task for name, task in names.items() if name not in self._tables}
+        unread = {name: task for name, task in new.items() if not self._file(name).exists()}
+        compute_image_embeds(self._source, list(unread.values()), actors)
         recorded = self._record(unread, width, actors)
-        for name, column in new.items():
+        for name, task in new.items():
             table = recorded[name] if name in recorded else PromptTable.load(self._file(name))
-            if aside := table.set_aside(column, self._quarantine / f"{column.name}.jsonl", self._source.data):
-                self._on_set_aside(column.name, aside)
+            if aside := table.set_aside(task, self._quarantine / f"{task.name}.jsonl", self._source.data):
+                self._on_set_aside(task.name, aside)
             elif name in recorded:  # not with bad rows: an image that is missing now may be there the next time
                 table.save(self._file(name))
             self._tables[name] = table
@@ -54,12 +54,12 @@ class PromptTables:
     def _file(self, name: str) -> Path:
         return self._folder / f"{name}.parquet"
 
-    def _record(self, unread: Mapping[str, Column], width: int, actors: PredictorActors) -> dict[str, PromptTable]:
+    def _record(self, unread: Mapping[str, EvalTask], width: int, actors: PredictorActors) -> dict[str, PromptTable]:
         """Reads the prompts of columns by name, and records their features."""
 
         def pieces() -> Iterator[tuple[tuple[str, int], Work]]:
-            for name, column in unread.items():
-                rows = actors.beside(self._source.rows(column.name, column.part))
+            for name, task in unread.items():
+                rows = actors.beside(self._source.rows(task.name, task.part))
                 for number, (block, _) in enumerate(blocks(rows)):
                     yield (name, number), Work("record", (width, block))
 
@@ -69,15 +69,15 @@ class PromptTables:
         }
 
 
-def see(source: PromptSource, columns: Sequence[Column], actors: PredictorActors) -> None:
+def compute_image_embeds(source: PromptSource, tasks: Sequence[EvalTask], actors: PredictorActors) -> None:
     """Computes image features that are to be kept and are not there; on the GPUs that actors give back for it."""
-    for column in columns:
-        if not source.has_seen(column.name, column.part):
+    for task in tasks:
+        if not source.has_image_embeds(task.name, task.part):
             actors.close()
             actors.make_room()
-            source.see(column.name, column.part)
+            source.compute_image_embeds(task.name, task.part)
 
 
-def name_of(column: Column, width: int) -> str:
+def name_of(task: EvalTask, width: int) -> str:
     """Returns the name of a column's table: what it depends on."""
-    return f"{column.name}-{digest(column.part.key, width, FEATURE_RULE)}"
+    return f"{task.name}-{digest(task.part.key, width, FEATURE_RULE)}"

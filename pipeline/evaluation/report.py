@@ -17,7 +17,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from pipeline.config import without_secrets
 from pipeline.errors import UserError
 from pipeline.evaluation.matrix import FORMULAS, AccuracyMatrix
-from pipeline.evaluation.pictures import METHODS, OURS, PICTURES, ordered_methods
+from pipeline.evaluation.plots import METHODS, OURS, PLOTS, ordered_methods
 
 DPI = 170
 """Resolution of the pictures; at a width of 12 inches about 2000 pixels, sharp on dense screens and in print."""
@@ -43,12 +43,13 @@ def write_report(summary: Mapping[str, Any], folder: Path) -> Path:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters.update(percent=percent, duration=duration, count=count, memory=memory)
+    environment.filters.update(percent=percent, spread=spread, duration=duration, count=count, memory=memory)
     page = environment.get_template("report.html.j2").render(
         summary={**summary, "command": without_secrets(summary["command"])} if "command" in summary else summary,
         headline=_headline(summary),
-        pictures=_draw(summary, folder / "pictures"),
+        plots=_draw(summary, folder / "pictures"),
         methods=_methods(summary),
+        over_seeds=any("spread" in method for method in (summary.get("methods") or {}).values()),
         formulas=FORMULAS,
         tasks=_tasks(summary),
     )
@@ -60,6 +61,11 @@ def write_report(summary: Mapping[str, Any], folder: Path) -> Path:
 def percent(value: float | None) -> str:
     """Writes a fraction as a percentage that no line break can split; a dash for None."""
     return "—" if value is None else f"{100 * value:.1f}\u202f%"
+
+
+def spread(value: float | None) -> str:
+    """Writes the standard deviation of a fraction behind it, in points of a percentage; nothing for None."""
+    return "" if value is None else f" ± {100 * value:.1f}"
 
 
 def duration(seconds: float | None) -> str:
@@ -88,16 +94,16 @@ def _draw(summary: Mapping[str, Any], folder: Path) -> list[dict[str, str]]:
     """Saves the pictures that the summary allows; returns what the page shows of each, the image in base64."""
     folder.mkdir(parents=True, exist_ok=True)
     shown = []
-    for stem, picture in PICTURES.items():
+    for stem, plot in PLOTS.items():
         path = folder / f"{stem}.png"
-        if not picture.possible(summary):
+        if not plot.possible(summary):
             path.unlink(missing_ok=True)  # of an earlier report that held more
             continue
         buffer = io.BytesIO()
-        picture.draw(summary).savefig(buffer, format="png", dpi=DPI, facecolor="white")
+        plot.draw(summary).savefig(buffer, format="png", dpi=DPI, facecolor="white")
         path.write_bytes(buffer.getvalue())
         image = base64.b64encode(buffer.getvalue()).decode()
-        shown.append({"stem": stem, "title": picture.title, "caption": picture.caption(summary), "image": image})
+        shown.append({"stem": stem, "title": plot.title, "caption": plot.caption(summary), "image": image})
     return shown
 
 
@@ -125,7 +131,11 @@ def _methods(summary: Mapping[str, Any]) -> list[dict[str, Any]]:
     """Returns the rows of the table of methods."""
     methods = summary.get("methods") or {}
     names = {name: METHODS.get(name, name).replace("\n", " ") for name in ordered_methods(methods)}
-    return [{"label": label, "ours": name in OURS, **methods[name]} for name, label in names.items()]
+    no_spread = {"new": None, "base_abilities": None}
+    return [
+        {"label": label, "ours": name in OURS, **methods[name], "spread": no_spread | methods[name].get("spread", {})}
+        for name, label in names.items()
+    ]
 
 
 def _tasks(summary: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -134,11 +144,11 @@ def _tasks(summary: Mapping[str, Any]) -> list[dict[str, Any]]:
     last = matrix.rows[matrix.last]
     rows = []
     for name, task in summary["tasks"].items():
-        known = name in matrix.tasks
+        in_matrix = name in matrix.tasks
         accuracy = {
-            "before": matrix.value("base", name) if known else None,
-            "learned": matrix.value(name, name) if known else None,
-            "end": matrix.value(last, name) if known else None,
+            "before": matrix.value("base", name) if in_matrix else None,
+            "learned": matrix.value(name, name) if in_matrix else None,
+            "end": matrix.value(last, name) if in_matrix else None,
         }
         rows.append({"name": name, **accuracy, **task})
     return rows

@@ -20,7 +20,7 @@ from pipeline.evaluation.metrics import METRICS
 class Prediction:
     """One answered prompt."""
 
-    column: str
+    task: str
     """Task or base ability it belongs to."""
     id: str
     question: str
@@ -38,16 +38,16 @@ class Prediction:
 
 
 def scored(
-    column: str, metric: str, id: str, question: str, reference: str, prediction: str, expert: str, why: str = ""
+    task: str, metric: str, id: str, question: str, reference: str, prediction: str, expert: str, why: str = ""
 ) -> Prediction:
     """Scores a prediction by its task's metric; `reference` is a Reference as JSON."""
     accepted = Reference.model_validate_json(reference)
     value = METRICS[metric](prediction, accepted)
-    return Prediction(column, id, question, accepted.answers[0], prediction, value, expert, why, accepted.group)
+    return Prediction(task, id, question, accepted.answers[0], prediction, value, expert, why, accepted.group)
 
 
 @dataclass(frozen=True)
-class ColumnResult:
+class TaskResult:
     """What was found on one column."""
 
     accuracy: float
@@ -60,7 +60,7 @@ class ColumnResult:
     """The first predictions."""
 
     @classmethod
-    def of(cls, predictions: Sequence[Prediction], samples: int = 0) -> "ColumnResult":
+    def of(cls, predictions: Sequence[Prediction], samples: int = 0) -> "TaskResult":
         """Sums a column's predictions up, and keeps the first `samples` of them.
 
             A = 1/|Q| · Σ_{q in Q} min_{p in q} score(p)
@@ -87,48 +87,54 @@ class ColumnResult:
 class Evaluation:
     """What was found on every column."""
 
-    columns: Mapping[str, ColumnResult]
+    results: Mapping[str, TaskResult]
 
     @classmethod
     def of(cls, predictions: Iterable[Prediction]) -> "Evaluation":
         """Sums predictions up, column by column, and keeps them all."""
-        found: dict[str, list[Prediction]] = {}
+        by_task: dict[str, list[Prediction]] = {}
         for prediction in predictions:
-            found.setdefault(prediction.column, []).append(prediction)
-        return cls({column: ColumnResult.of(own, len(own)) for column, own in found.items()})
+            by_task.setdefault(prediction.task, []).append(prediction)
+        return cls({task: TaskResult.of(predictions, len(predictions)) for task, predictions in by_task.items()})
 
     @property
     def samples(self) -> list[Prediction]:
         """The predictions that were kept."""
-        return [prediction for result in self.columns.values() for prediction in result.samples]
+        return [prediction for result in self.results.values() for prediction in result.samples]
 
     def accuracies(self) -> dict[str, float]:
         """Returns the accuracy of every column."""
-        return {column: result.accuracy for column, result in self.columns.items()}
+        return {task: result.accuracy for task, result in self.results.items()}
 
     def row_accuracies(self) -> dict[str, float]:
         """Returns the mean score over the predictions, groups or not, of every column that has groups."""
-        return {c: result.row_accuracy for c, result in self.columns.items() if result.row_accuracy is not None}
+        return {c: result.row_accuracy for c, result in self.results.items() if result.row_accuracy is not None}
 
     def routing_accuracy(self, tasks: Sequence[str]) -> float:
         """Returns the share of prompts answered by the right one: a task's by its expert, others by the base."""
-        right = sum(result.experts.get(c if c in tasks else BASE, 0) for c, result in self.columns.items())
-        return right / sum(count for result in self.columns.values() for count in result.experts.values())
+        right = sum(result.experts.get(c if c in tasks else BASE, 0) for c, result in self.results.items())
+        return right / sum(count for result in self.results.values() for count in result.experts.values())
 
-    def shares(self, experts: Sequence[str], columns: Sequence[str]) -> list[list[float]]:
+    def shares(self, experts: Sequence[str], tasks: Sequence[str]) -> list[list[float]]:
         """Returns the share of each column's prompts that went to each expert (experts x columns)."""
-        counts = np.array([[self.columns[column].experts.get(expert, 0) for column in columns] for expert in experts])
+        counts = np.array([[self.results[task].experts.get(expert, 0) for task in tasks] for expert in experts])
         return (counts / np.maximum(counts.sum(0), 1)).tolist()
 
     def to_json(self) -> dict[str, Any]:
-        """Returns the plain form."""
-        return {column: asdict(result) for column, result in self.columns.items()}
+        """Returns the plain form, in which a prediction's task is called `column`."""
+        plain = {name: asdict(result) for name, result in self.results.items()}
+        for result in plain.values():
+            result["samples"] = tuple({"column": sample.pop("task"), **sample} for sample in result["samples"])
+        return plain
 
     @classmethod
     def from_json(cls, plain: Mapping[str, Any]) -> "Evaluation":
         """Reads what `to_json` wrote. Raises TypeError or KeyError where it is something else."""
-        columns = {}
-        for column, result in plain.items():
-            samples = tuple(Prediction(**sample) for sample in result["samples"])
-            columns[column] = ColumnResult(**(result | {"samples": samples}))
-        return cls(columns)
+        results = {}
+        for name, result in plain.items():
+            samples = tuple(
+                Prediction(**{"task" if key == "column" else key: value for key, value in sample.items()})
+                for sample in result["samples"]
+            )
+            results[name] = TaskResult(**(result | {"samples": samples}))
+        return cls(results)

@@ -10,7 +10,7 @@ from typing import Any
 
 from pipeline.config import LearnConfig, TaskConfig
 from pipeline.config.loading import own_path
-from pipeline.data.faults import StreamError
+from pipeline.data.errors import StreamError
 from pipeline.errors import UserError
 from pipeline.files import write_json
 from pipeline.learning.identity import DATA, is_of_statistics

@@ -25,7 +25,7 @@ from pipeline.errors import stored_file
 from pipeline.evaluation.actors import PredictorActors
 from pipeline.evaluation.choices import Mode
 from pipeline.evaluation.evaluate import SAMPLES, Evaluator
-from pipeline.evaluation.prompts import Column
+from pipeline.evaluation.prompts import EvalTask
 from pipeline.evaluation.results import Evaluation
 from pipeline.files import atomic_file, write_json
 from pipeline.learning.background import begin
@@ -174,7 +174,7 @@ class StreamSession:
                 data_folder=self.data_folder,
                 quarantine=self.folder / "quarantine" / split,
                 answer=answer,
-                features=Path(self.config.output).resolve() / "data" / "features",
+                embeds_folder=Path(self.config.output).resolve() / "data" / "features",
                 workers=self.capacity.inference,
             )
 
@@ -413,10 +413,10 @@ class StreamSession:
         with stored_file(file, REMADE):
             return Evaluation.from_json(json.loads(file.read_text()))
 
-    def _column(self, task: TaskConfig) -> Column:
+    def _column(self, task: TaskConfig) -> EvalTask:
         source = self._limited(task.eval)
         key = self.identity.encoded_rows(source, task.prompt, answer=False, metric=task.metric)
-        return Column(task, TaskRows(source, task.prompt, key=key, metric=task.metric))
+        return EvalTask(task, TaskRows(source, task.prompt, key=key, metric=task.metric))
 
     def _state(self, name: str) -> Path:
         folder = self.folder / "state"

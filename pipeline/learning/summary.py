@@ -85,14 +85,14 @@ def answers(last: Evaluation, tasks: Sequence[str], generated: int) -> dict[str,
 
     A single pass: every prompt is answered once by the base, those of tasks once more by their expert.
     """
-    prompts = {column: sum(result.experts.values()) for column, result in last.columns.items()}
+    prompts = {column: sum(result.experts.values()) for column, result in last.results.items()}
     single = sum(prompts.values()) + sum(prompts[task] for task in tasks)
     return {"generated": generated, "prompts": sum(prompts.values()), "single_pass": single}
 
 
 def samples(session: StreamSession, evaluation: Evaluation) -> list[dict[str, Any]]:
     """Returns the first prompts of every column with image, answer and chosen expert."""
-    answered = {(p.column, p.id): p for p in evaluation.samples}
+    answered = {(p.task, p.id): p for p in evaluation.samples}
     shown = []
     for name, task in session.columns.items():
         for record in first_records(task.eval, session.data_folder, task.prompt, SAMPLES):

@@ -10,7 +10,7 @@ from time import monotonic
 from typing import Any
 
 from pipeline.config import TaskConfig
-from pipeline.data.faults import StreamError
+from pipeline.data.errors import StreamError
 from pipeline.files import write_json
 from pipeline.learning.background import begin
 from pipeline.learning.recognition import expert_wanted

@@ -61,7 +61,7 @@ def language_width(config: BaseModelConfig) -> int:
 
 
 def load_processor(config: BaseModelConfig) -> Any:
-    """Loads the processor of a base, by the rule of its family."""
+    """Loads the processor of a base by its family's rule."""
     folder = checkpoint(config)
     family = family_at(folder, trust_remote_code=config.trust_remote_code)
     tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=config.trust_remote_code)
@@ -71,8 +71,8 @@ def load_processor(config: BaseModelConfig) -> Any:
     processor = family.processor(folder, tokenizer, settings, config.max_tiles)
     if processor.chat_template is None:
         raise BaseError(
-            f"base.path: {folder} has no chat template, so there is no telling how a prompt is written; put the "
-            "template of the instruction-tuned model there as chat_template.jinja"
+            f"base.path: {folder} has no chat template, which prompts need; put the template of the "
+            "instruction-tuned model there as chat_template.jinja"
         )
     return processor
 
@@ -81,16 +81,16 @@ def load_base(config: BaseModelConfig, *, vision: bool = True, devices: Sequence
     """Loads model (frozen, in evaluation mode), processor and fingerprint.
 
     Safetensors only; code that comes with a checkpoint runs only with `trust_remote_code`. Without
-    `vision` the parts that see images are left out of memory: image features must have been computed before. Several
-    `devices` each hold a part of the layers (see `placement`); inputs go to the first, which answers, too.
+    `vision` the vision parts are not kept in memory: image embeddings must have been computed before. Several `devices`
+    each hold a part of the layers (see `placement`); inputs go to the first, and outputs come from it.
     """
     folder = checkpoint(config)
     family = family_at(folder, trust_remote_code=config.trust_remote_code)
-    logging.disable_progress_bar()  # one bar for every worker and evaluator
+    logging.disable_progress_bar()  # every worker would show one
     placed = _placed(folder, config, family, vision, devices) if tuple(devices) != (CPU,) else None
-    kind = AutoModelForCausalLM if family is TEXT else AutoModelForImageTextToText
+    auto_class = AutoModelForCausalLM if family is TEXT else AutoModelForImageTextToText
     try:
-        model = kind.from_pretrained(
+        model = auto_class.from_pretrained(
             folder,
             dtype=getattr(torch, config.dtype),
             attn_implementation=config.attention,
@@ -115,8 +115,8 @@ def _placed(
     if len(devices) == 1:
         return {"": devices[0]}
     settings = AutoConfig.from_pretrained(folder, trust_remote_code=config.trust_remote_code)
-    kind = AutoModelForCausalLM if family is TEXT else AutoModelForImageTextToText
+    auto_class = AutoModelForCausalLM if family is TEXT else AutoModelForImageTextToText
     with torch.device("meta"):
-        model = kind.from_config(settings, trust_remote_code=config.trust_remote_code)
+        model = auto_class.from_config(settings, trust_remote_code=config.trust_remote_code)
     model.tie_weights()
     return device_map(model, family, devices, vision=vision)

@@ -1,4 +1,4 @@
-"""Where a base's files are: a folder here, a hub id, a URI, a GGUF file; and what identifies them."""
+"""Checkpoints of bases (local folder, hub id, URI or GGUF file) and their fingerprints."""
 
 import hashlib
 import json
@@ -18,27 +18,27 @@ from pipeline.locks import made_once, staging
 from pipeline.models.tiny import TINY_BASE
 
 NEEDED = ("*.json", "*.safetensors", "*.jinja", "*.model", "*.txt")
-"""Files of a checkpoint that loading needs: never pickled weights, never code."""
+"""Files that loading needs: no pickled weights, no code."""
 
 DECISIVE = (
     "config.json", "generation_config.json", "*.safetensors",
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt",
     "*.model", "chat_template.*", "processor_config.json", "preprocessor_config.json",
 )  # fmt: skip
-"""Those of them that decide what a base answers."""
+"""Files that determine a base's answers."""
 
 _ORIGIN = {"_name_or_path", "name_or_path", "transformers_version"}
 
 CACHE = Path.home() / ".cache" / "pointsman" / "bases"
-"""Where bases from URIs and GGUF files are kept."""
+"""Cache of bases from URIs and GGUF files."""
 
 
 _VERSION_KEYS = ("ETag", "etag", "md5Hash", "mtime", "LastModified", "last_modified", "updated", "created")
-"""What stores call the version of a file's content, the surest first."""
+"""Names of a file's version in object stores, the most reliable first."""
 
 
 class BaseError(UserError):
-    """A base that cannot be found or loaded; the message names it and the remedy."""
+    """A base that is missing or cannot be loaded; the message names it and the remedy."""
 
 
 def checkpoint(config: BaseModelConfig) -> Path:
@@ -75,21 +75,21 @@ def _downloaded(name: str, revision: str | None) -> Path:
 
 
 def _fetched(uri: str) -> Path:
-    """Copies a folder from an object store into the cache, once; files that have changed there are copied anew.
+    """Copies a folder from an object store into the cache, once; changed files are copied again.
 
-    Of several processes on a machine one copies and the others wait. A file appears under its name when all of it is here.
+    Of several processes on a machine one copies and the others wait. A file gets its name when its copy is complete.
     """
     shown = without_secrets(uri)
     folder = CACHE / hashlib.sha256(without_secrets(uri).rstrip("/").encode()).hexdigest()[:16]
     try:
         filesystem, root = fsspec.core.url_to_fs(uri)
         root = root.rstrip("/")
-        filesystem.invalidate_cache()  # a listing from earlier in this process would hide what has changed
-        found = {Path(file).name: file for pattern in NEEDED for file in filesystem.glob(f"{root}/{pattern}")}
-        if not found:
+        filesystem.invalidate_cache()  # an older listing in this process would hide changes
+        remote_files = {Path(file).name: file for pattern in NEEDED for file in filesystem.glob(f"{root}/{pattern}")}
+        if not remote_files:
             raise BaseError(f"base.path: {shown} holds no checkpoint: no config.json with *.safetensors")
         with staging(folder, why="which fetches the base") as unfinished:
-            _synchronize(filesystem, found, folder, unfinished)
+            _synchronize(filesystem, remote_files, folder, unfinished)
     except ImportError as error:
         raise BaseError(
             f"base.path: {shown}: its filesystem is not installed: {error} (pip install s3fs, or gcsfs)"
@@ -101,38 +101,40 @@ def _fetched(uri: str) -> Path:
     return folder
 
 
-def _synchronize(filesystem: Any, found: Mapping[str, str], folder: Path, unfinished: Path) -> None:
-    """Makes `folder` hold the files `found` (their places in the store by name) and no others."""
+def _synchronize(filesystem: Any, remote_files: Mapping[str, str], folder: Path, unfinished: Path) -> None:
+    """Makes `folder` hold exactly `remote_files` (paths in the store by name)."""
     folder.mkdir(parents=True, exist_ok=True)
     record = folder.with_name(f"{folder.name}.files")
-    known: dict[str, list[object]] = json.loads(record.read_text()) if record.exists() else {}
-    for name, file in found.items():
+    versions: dict[str, list[object]] = json.loads(record.read_text()) if record.exists() else {}
+    for name, file in remote_files.items():
         target, info = folder / name, filesystem.info(file)
         size, version = int(info["size"]), _version(info)
-        # Without a record (of an earlier release) a file of the right size is taken for the same.
-        same = known.get(name, [size, version]) == [size, version]
-        known[name] = [size, version]
+        # Without a record (earlier releases wrote none) a file of the right size counts as unchanged.
+        same = versions.get(name, [size, version]) == [size, version]
+        versions[name] = [size, version]
         if same and target.exists() and target.stat().st_size == size:
             continue
         filesystem.get_file(file, str(unfinished / name))
         if (unfinished / name).stat().st_size != size:
-            raise OSError(f"{name}: {(unfinished / name).stat().st_size:,} of {size:,} bytes; was it being written?")
+            raise OSError(
+                f"{name}: {(unfinished / name).stat().st_size:,} of {size:,} bytes; is it still being written?"
+            )
         (unfinished / name).rename(target)
-        _write_record(record, known, unfinished)
+        _write_record(record, versions, unfinished)
     for file_here in files_of(folder):  # of a checkpoint that was sharded otherwise
-        if file_here.name not in found:
+        if file_here.name not in remote_files:
             file_here.unlink()
-    _write_record(record, {name: known[name] for name in found}, unfinished)
+    _write_record(record, {name: versions[name] for name in remote_files}, unfinished)
 
 
 def _version(info: Mapping[str, Any]) -> str | None:
-    """Returns what changes when a file in a store is written anew, if the store tells."""
+    """Returns the version of a file in a store, if the store has one."""
     return next((str(info[key]) for key in _VERSION_KEYS if info.get(key) is not None), None)
 
 
-def _write_record(record: Path, known: Mapping[str, list[object]], unfinished: Path) -> None:
+def _write_record(record: Path, versions: Mapping[str, list[object]], unfinished: Path) -> None:
     staging = unfinished / record.name
-    staging.write_text(json.dumps(known))
+    staging.write_text(json.dumps(versions))
     staging.rename(record)
 
 
@@ -149,11 +151,13 @@ def _write_checkpoint(file: Path, folder: Path) -> None:
     """Writes a GGUF file's model and tokenizer into a new folder."""
     try:
         source = {"pretrained_model_name_or_path": file.parent, "gguf_file": file.name}
-        read = AutoModelForCausalLM.from_pretrained(**source, dtype="float32")
-        config = type(read.config).from_dict(read.config.to_dict() | {"quantization_config": None})
-        model = AutoModelForCausalLM.from_config(config)  # the one that was read counts as quantized: not to be saved
-        model.load_state_dict(read.state_dict())
-        model.generation_config = read.generation_config
+        loaded = AutoModelForCausalLM.from_pretrained(**source, dtype="float32")
+        config = type(loaded.config).from_dict(loaded.config.to_dict() | {"quantization_config": None})
+        model = AutoModelForCausalLM.from_config(
+            config
+        )  # transformers refuses to save the loaded one: it counts as quantized
+        model.load_state_dict(loaded.state_dict())
+        model.generation_config = loaded.generation_config
         model.save_pretrained(folder)
         AutoTokenizer.from_pretrained(**source).save_pretrained(folder)
     except ImportError as error:
@@ -168,9 +172,9 @@ def files_of(folder: Path) -> list[Path]:
 
 
 def fingerprint(folder: Path) -> str:
-    """Returns 16 hex digits over all files that decide what a base answers (reads all of them: about 1 s a GB).
+    """Returns 16 hex digits over all files that determine a base's answers (reads them all: about 1 s per GB).
 
-    Weights, configuration, tokenizer, chat template, processor: the same files give the same digits wherever they lie.
+    Weights, configuration, tokenizer, chat template, processor: the same files give the same digits in any folder.
     Raises BaseError that names a damaged file.
     """
     files = [file for file in files_of(folder) if any(fnmatch(file.name, pattern) for pattern in DECISIVE)]
@@ -179,7 +183,7 @@ def fingerprint(folder: Path) -> str:
 
 @lru_cache(maxsize=4)
 def _fingerprint(files: tuple[tuple[Path, int, int], ...]) -> str:
-    """Hashes names and contents; sizes and times are there for the cache to notice a folder that was written anew."""
+    """Hashes names and contents; sizes and times invalidate the cache when files change."""
     digest = hashlib.sha256()
     for file, _, _ in files:
         digest.update(file.name.encode())
@@ -191,14 +195,14 @@ def _fingerprint(files: tuple[tuple[Path, int, int], ...]) -> str:
                 json.loads(file.read_bytes())
             if file.suffix == ".safetensors":
                 safe_open(file, "pt").keys()  # checks the length, too
-            with file.open("rb") as stream:
-                while block := stream.read(1 << 22):
+            with file.open("rb") as opened:
+                while block := opened.read(1 << 22):
                     digest.update(block)
     return digest.hexdigest()[:16]
 
 
 def _settings(file: Path) -> bytes:
-    """Returns what a configuration says, without who wrote it and where: transformers notes both when it saves."""
+    """Returns a configuration without its origin and version, which transformers adds when it saves."""
     values = json.loads(file.read_text(encoding="utf-8"), object_hook=_without_origin)
     return json.dumps(values, sort_keys=True).encode()
 

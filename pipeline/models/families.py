@@ -1,7 +1,7 @@
-"""Families of bases: what differs between them, in one table.
+"""Families of bases, in one table.
 
-A family is known by the `model_type` of its configuration. Another one of transformers' classes becomes a base by a line
-here: where its language model sits, which parts see images, and how its processor is made.
+The `model_type` of a configuration determines the family. A line here makes another of transformers' classes a base: path of
+its language model, paths of its vision parts, rule for its processor.
 """
 
 from collections.abc import Callable
@@ -18,27 +18,27 @@ PROJECTIONS = "q_proj|k_proj|v_proj|o_proj|qkv_proj|gate_proj|up_proj|down_proj|
 
 
 class FamilyError(UserError):
-    """A kind of model that is not in the table; the message says what to add."""
+    """A model type that is not in the table; the message says what to add."""
 
 
 @dataclass(frozen=True)
 class Family:
-    """One kind of base."""
+    """A family of bases."""
 
     language: str
     """Path of the language model."""
     vision: tuple[str, ...]
-    """Paths of the parts that turn images into features, projector included; none for text models."""
+    """Paths of the vision parts, projector included; none for text models."""
     processor: Callable[..., Any]
-    """Rule that makes its processor."""
-    features: bool = True
-    """Whether its forward pass takes image features that were computed before (`data.vision_cache`)."""
+    """Makes its processor."""
+    supports_image_cache: bool = True
+    """Whether its forward pass accepts cached image embeddings (`data.vision_cache`)."""
 
     @property
     def linears(self) -> str:
         """Regular expression of the Linears that an expert adapts: all in the language model's layers.
 
-        Anchored there: vision towers have projections of the same names.
+        Anchored, since vision towers have projections of the same names.
         """
         return rf"{self.language.replace('.', chr(92) + '.')}\.layers\..*\.({PROJECTIONS})"
 
@@ -53,7 +53,7 @@ FAMILIES = {
     "qwen2_vl": Family("model.language_model", _QWEN, processors.qwen2_5_vl),
     "qwen2_5_vl": Family("model.language_model", _QWEN, processors.qwen2_5_vl),
     # Qwen3-VL feeds its vision tower's inner layers into the language model as well.
-    "qwen3_vl": Family("model.language_model", _QWEN, processors.qwen3_vl, features=False),
+    "qwen3_vl": Family("model.language_model", _QWEN, processors.qwen3_vl, supports_image_cache=False),
     "idefics3": Family("model.text_model", _IDEFICS, processors.idefics3),
     "smolvlm": Family("model.text_model", _IDEFICS, processors.smolvlm),
 }
@@ -68,15 +68,16 @@ TEXT_TYPES = ("llama", "mistral", "qwen2", "qwen3", "phi3", "gemma", "gemma2", "
 
 def family_of(config: Any) -> Family:
     """Returns the family of a transformers configuration; raises FamilyError for one that is not in the table."""
-    kind = config.model_type
-    if kind in FAMILIES:
-        return FAMILIES[kind]
-    if kind in TEXT_TYPES:
+    model_type = config.model_type
+    if model_type in FAMILIES:
+        return FAMILIES[model_type]
+    if model_type in TEXT_TYPES:
         return TEXT
-    what = "a text model" if kind in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES else "no text model that transformers knows"
+    is_text = model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    what = "a text model" if is_text else "no text model that transformers knows"
     raise FamilyError(
-        f"model_type {kind!r} is {what} and in no family; there are: {', '.join((*FAMILIES, *TEXT_TYPES))}. Add a line to "
-        "FAMILIES (or its name to TEXT_TYPES) in pipeline/models/families.py: path of the language model, paths of the "
+        f"model_type {model_type!r} is {what} and in no family; there are: {', '.join((*FAMILIES, *TEXT_TYPES))}. Add a line "
+        "to FAMILIES (or its name to TEXT_TYPES) in pipeline/models/families.py: path of the language model, paths of the "
         "vision parts, rule for the processor. An original InternVL-2 folder (internvl_chat) is converted first: pointsman "
         "convert-internvl2 SRC DST"
     )

@@ -1,11 +1,11 @@
-"""Inference with a frozen base: the one place that loads it for anything but training and makes batches of prompts.
+"""Inference with a frozen base: loading it and making batches of prompts, for all purposes but training.
 
-- The base is loaded once for each worker, on the CPU, on a GPU, or with its layers spread over several.
-- A batch is bounded by its tokens, padding included, so memory does not depend on how long prompts are. Prompts of similar
-  length share a batch; results come in the order of the prompts, whatever the batches.
+- Each worker loads the base once, on the CPU, on a GPU, or with its layers spread over several GPUs.
+- A batch is bounded by its tokens, padding included, so memory does not depend on the length of prompts. Prompts of similar
+  length share a batch; results come in the order of the prompts.
 - Logits are computed at the last token only: over all tokens they would be the largest tensor of all.
 
-`evaluation`, `streams.vision`, `training.null_expert` build their Ray Data actors on it. Shapes: B rows, T tokens.
+`evaluation`, `data.encoded`, `training.null_expert` build their actors on it. Shapes: B rows, T tokens.
 """
 
 import math
@@ -18,29 +18,30 @@ import torch
 
 from pipeline.config import BaseModelConfig, EvaluationConfig, TrainingConfig
 from pipeline.models.bases import load_base
+from pipeline.models.encoding import Encoded, collate_for, to_device
+from pipeline.models.generation import generate_answers
 from pipeline.models.placement import CPU
-from pipeline.models.prompts import Encoded, collate_for, generate_answers, to_device
 
 
 @dataclass(frozen=True)
 class InferenceWorkers:
-    """How many workers run inference, what each of them holds, and how large its batches are."""
+    """Number of inference workers, their resources and batch limits."""
 
     count: int = 1
     cpus_per_worker: int = 2
-    """CPUs of each."""
+    """CPUs per worker."""
     gpus: int = 0
-    """GPUs of each; 0: it computes on the CPU, whatever the machine has."""
+    """GPUs per worker; 0: it computes on the CPU, whatever the machine has."""
     batch_size: int = 64
     """Most rows in a batch."""
     tokens_per_batch: int = 16384
     """Most tokens in a batch, padding included."""
     expert_memory: int | None = None
-    """Bytes that the weights of a pool's experts may take on a worker's devices, all together; None: all are there."""
+    """Most bytes of experts' weights on a worker's devices together; None: all experts stay there."""
 
     @classmethod
     def of(cls, training: TrainingConfig, evaluation: EvaluationConfig) -> "InferenceWorkers":
-        """Returns the workers that a configuration asks for."""
+        """Returns the workers of a configuration."""
         return cls(
             count=evaluation.workers,
             cpus_per_worker=training.cpus_per_worker,
@@ -52,7 +53,7 @@ class InferenceWorkers:
 
     @property
     def devices(self) -> tuple[str, ...]:
-        """Devices of one worker, as it sees them."""
+        """Devices of one worker, by its own numbering."""
         return tuple(f"cuda:{i}" for i in range(self.gpus)) or (CPU,)
 
 
@@ -61,7 +62,7 @@ FILLED = 0.7
 
 
 def gpus_to_serve(folder: Path) -> int:
-    """Returns how many of this machine's GPUs it takes to serve the base in `folder`; 0 where there are none."""
+    """Returns the number of this machine's GPUs needed to serve the base in `folder`; 0 without GPUs."""
     if not torch.cuda.is_available():
         return 0
     size = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
@@ -70,7 +71,7 @@ def gpus_to_serve(folder: Path) -> int:
 
 
 def batches(lengths: Sequence[int], *, rows: int, tokens: int) -> list[list[int]]:
-    """Groups prompts of these lengths: indices, longest first, at most `rows` a group and `tokens` with padding.
+    """Groups prompts by length: indices, longest first, at most `rows` per group and `tokens` with padding.
 
     A prompt longer than `tokens` is a group of its own.
     """
@@ -86,7 +87,7 @@ def batches(lengths: Sequence[int], *, rows: int, tokens: int) -> list[list[int]
 
 
 class FrozenBase:
-    """A base that a worker holds; what it does with rows comes from here."""
+    """A worker's frozen base; subclasses add what they compute."""
 
     def __init__(self, config: BaseModelConfig, workers: InferenceWorkers, *, vision: bool = True) -> None:
         torch.set_num_threads(workers.cpus_per_worker)
@@ -95,7 +96,7 @@ class FrozenBase:
 
     @property
     def device(self) -> str:
-        """Where inputs go."""
+        """Device of the inputs."""
         return self.workers.devices[0]
 
     def batches(self, rows: Sequence[Encoded], size: int | None = None) -> Iterator[tuple[list[int], list[Encoded]]]:
@@ -106,7 +107,7 @@ class FrozenBase:
 
     @torch.inference_mode()
     def read(self, rows: Sequence[Encoded]) -> None:
-        """Runs the base over prompts (one batch), for hooks to see; logits at each row's last token only."""
+        """Runs the base over prompts (one batch) for its hooks; logits at each row's last token only."""
         inputs = to_device(collate_for(self.base.processor, rows, "left"), self.device)
         del inputs["labels"]
         self.base.model(**inputs, use_cache=False, logits_to_keep=1)
@@ -118,9 +119,9 @@ class FrozenBase:
         )
 
     @torch.inference_mode()
-    def image_features(self, row: Encoded) -> torch.Tensor:
-        """Returns what the vision tower says of a row's images (image tokens, D)."""
+    def image_embeds(self, row: Encoded) -> torch.Tensor:
+        """Returns the embeddings of a row's images (image tokens, D)."""
         batch = collate_for(self.base.processor, [row])
         arrays: dict[str, Any] = {name: to_device(batch[name], self.device) for name in row.images}
-        found = self.base.model.base_model.get_image_features(**arrays, return_dict=True).pooler_output
-        return torch.cat([part.flatten(0, -2) for part in found])
+        embeds = self.base.model.base_model.get_image_features(**arrays, return_dict=True).pooler_output
+        return torch.cat([part.flatten(0, -2) for part in embeds])

@@ -1,7 +1,7 @@
-"""Which device holds which part of a base that is larger than one device.
+"""Placement of a base that is larger than one device.
 
-The parts stay whole and in order: vision tower and embeddings, the decoder's layers one by one, norm and head. A prompt
-then passes from each device to the next once.
+Parts are not split and stay in order: vision tower and embeddings, the decoder's layers one by one, norm and head. So a
+forward pass crosses from each device to the next once.
 """
 
 from collections.abc import Sequence
@@ -16,9 +16,9 @@ CPU = "cpu"
 
 
 def split(sizes: Sequence[int], count: int) -> list[int]:
-    """Returns for parts of these sizes, in their order, which of `count` devices holds each; every device gets about as much.
+    """Returns the device (0 to count - 1) of each part by its size; parts stay in order, devices get about equal sizes.
 
-    A part goes where its middle falls when the whole is cut into `count` equal pieces.
+    A part goes where its middle falls when the sum is cut into `count` equal pieces.
     """
     piece = max(1, sum(sizes)) / count
     ends = accumulate(sizes)
@@ -26,7 +26,7 @@ def split(sizes: Sequence[int], count: int) -> list[int]:
 
 
 def largest_share(sizes: Sequence[int], count: int) -> int:
-    """Returns the size of what the fullest of `count` devices holds."""
+    """Returns the size on the fullest of `count` devices."""
     shares = [0] * count
     for size, device in zip(sizes, split(sizes, count), strict=True):
         shares[device] += size
@@ -36,11 +36,11 @@ def largest_share(sizes: Sequence[int], count: int) -> int:
 def device_map(model: Any, family: Family, devices: Sequence[str], *, vision: bool = True) -> dict[str, str]:
     """Returns the device of every part of a model (on the meta device, or loaded) by its path.
 
-    Without `vision` the parts that see images are to be thrown away, and wait on the CPU. A head that is tied to the
-    embeddings stays beside them, and so does what has no weights (rotary frequencies: layers get them from there).
+    Without `vision` the vision parts stay on the CPU, to be dropped. A head tied to the embeddings stays beside them, and so
+    do modules without weights (rotary frequencies, which layers receive from there).
     """
     layers = f"{family.language}.layers"
-    parts: list[list[str]] = [[]]  # those that must share a device stand together
+    parts: list[list[str]] = [[]]  # each inner list shares a device
     seen_layers = False
     for path in _parts(model, (layers, *family.vision)):
         if path.startswith(f"{layers}."):
@@ -59,14 +59,14 @@ def device_map(model: Any, family: Family, devices: Sequence[str], *, vision: bo
     return placed
 
 
-def _parts(module: nn.Module, wanted: Sequence[str], prefix: str = "") -> list[str]:
-    """Returns the paths of the largest modules that do not hold any of `wanted`; of a list of layers each layer."""
-    found = []
+def _parts(module: nn.Module, kept_apart: Sequence[str], prefix: str = "") -> list[str]:
+    """Returns the paths of the largest modules that contain none of `kept_apart`; of a list of layers each layer."""
+    paths = []
     for name, child in module.named_children():
         path = f"{prefix}{name}"
-        holds = any(other.startswith(f"{path}.") for other in wanted)
-        found += _parts(child, wanted, f"{path}.") if holds or isinstance(child, nn.ModuleList) else [path]
-    return found
+        holds = any(other.startswith(f"{path}.") for other in kept_apart)
+        paths += _parts(child, kept_apart, f"{path}.") if holds or isinstance(child, nn.ModuleList) else [path]
+    return paths
 
 
 def _tied(model: Any, path: str) -> bool:

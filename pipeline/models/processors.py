@@ -1,11 +1,10 @@
-"""A base's processor: images and text in, model inputs out; one rule a family, none of which needs torchvision.
+"""Processors of bases: images and text in, model inputs out; one rule per family, none of which needs torchvision.
 
-- Each is transformers' own processor without its video half: the stock classes insist on a video processor, which insists
-  on torchvision. Images go through the PIL forms of transformers' image processors, so results do not depend on what else
-  is installed.
-- What they save is what transformers' own processors save, so that those load it as well.
+- Each is transformers' own processor without video: the stock classes require a video processor, which requires torchvision.
+  Images go through the PIL versions of transformers' image processors, so results do not depend on installed packages.
+- They save the same files as transformers' own processors, so that those can load them.
 - `layout` says how the arrays of several rows make a batch.
-- Which family takes which rule stands in `families`; folders are loaded by `bases.load_processor`.
+- `families` maps families to rules; `bases.load_processor` loads folders.
 """
 
 import json
@@ -28,29 +27,29 @@ from transformers.processing_utils import ProcessorMixin
 
 
 @dataclass(frozen=True)
-class Layout:
-    """How a model wants the images of a batch."""
+class BatchLayout:
+    """Layout of the images in a batch."""
 
     row_axis: bool = False
-    """Whether its pixel arrays have an axis of rows before that of images; all images of a batch then go as one row."""
-    features: Literal["tensor", "list"] = "tensor"
-    """How its forward pass takes image features that were computed before."""
+    """Whether pixel arrays have an axis of rows before that of images; all images of a batch then form one row."""
+    image_embeds: Literal["tensor", "list"] = "tensor"
+    """Type in which the forward pass takes cached image embeddings."""
 
 
 class _ImagesAndText(ProcessorMixin):
-    """What our processors share: an image processor and a tokenizer, no video processor."""
+    """Base class: an image processor and a tokenizer, no video processor."""
 
-    layout = Layout()
+    layout = BatchLayout()
 
     @classmethod
     def get_attributes(cls) -> list[str]:
-        """Names the parts that are saved and loaded."""
+        """Returns the names of the parts that are saved and loaded."""
         return ["image_processor", "tokenizer"]
 
     @classmethod
     def stock_name(cls) -> str:
-        """Names the class of transformers that this one is without its video half."""
-        return next(kind.__name__ for kind in cls.__mro__ if kind.__module__.startswith("transformers."))
+        """Returns the name of transformers' class that this one derives from."""
+        return next(base.__name__ for base in cls.__mro__ if base.__module__.startswith("transformers."))
 
     def to_dict(self) -> dict[str, Any]:
         """Returns what `processor_config.json` holds."""
@@ -92,9 +91,9 @@ class ImageTextProcessor(_ImagesAndText, InternVLProcessor):
         self.multimodal_pattern = re.compile(f"(?P<image>{re.escape(self.image_token)})")
 
     def to_dict(self) -> dict[str, Any]:
-        """Returns what `processor_config.json` holds: for transformers' own processor, also how a video's frames are read.
+        """Returns the content of `processor_config.json`, with a video processor that transformers' own class needs.
 
-        They are read as images of one tile.
+        Frames are read as images of one tile.
         """
         saved = super().to_dict()
         frames = {name: value for name, value in saved["image_processor"].items() if name in _OF_FRAMES}
@@ -109,33 +108,33 @@ _OF_FRAMES = {
 
 
 class LlavaImageTextProcessor(_ImagesAndText, LlavaProcessor):
-    """LLaVA's: one square crop an image, one token a patch."""
+    """LLaVA's: one square crop per image, one token per patch."""
 
-    layout = Layout(features="list")
+    layout = BatchLayout(image_embeds="list")
 
 
 class Qwen2ImageTextProcessor(_ImagesAndText, Qwen2_5_VLProcessor):
     """Qwen2-VL's and Qwen2.5-VL's: patches at native resolution, a grid beside them."""
 
-    layout = Layout(features="list")
+    layout = BatchLayout(image_embeds="list")
 
 
 class Qwen3ImageTextProcessor(_ImagesAndText, Qwen3VLProcessor):
     """Qwen3-VL's."""
 
-    layout = Layout(features="list")
+    layout = BatchLayout(image_embeds="list")
 
 
 class Idefics3ImageTextProcessor(_ImagesAndText, Idefics3Processor):
     """Idefics3's: tiles and a global view, an axis of rows before that of images."""
 
-    layout = Layout(row_axis=True, features="list")
+    layout = BatchLayout(row_axis=True, image_embeds="list")
 
 
 class SmolVLMImageTextProcessor(_ImagesAndText, SmolVLMProcessor):
     """SmolVLM's, which is Idefics3's with other sizes."""
 
-    layout = Layout(row_axis=True, features="list")
+    layout = BatchLayout(row_axis=True, image_embeds="list")
 
     def __init__(
         self,
@@ -163,7 +162,7 @@ class SmolVLMImageTextProcessor(_ImagesAndText, SmolVLMProcessor):
 class TextProcessor:
     """A tokenizer in the shape of a processor, for bases that read text only."""
 
-    layout = Layout()
+    layout = BatchLayout()
     image_processor = image_token = image_token_id = None
 
     def __init__(self, tokenizer: Any, chat_template: str | None = None) -> None:
@@ -201,13 +200,13 @@ def internvl(folder: Path, tokenizer: Any, settings: Mapping[str, Any], max_tile
     )
 
 
-def _rule(kind: Callable[..., Any], *names: str) -> Callable[..., Any]:
+def _rule(processor_class: Callable[..., Any], *names: str) -> Callable[..., Any]:
     """Returns the rule that makes a processor of `kind`, with the settings called `names`."""
 
     def make(folder: Path, tokenizer: Any, settings: Mapping[str, Any], max_tiles: int | None) -> Any:
         chosen = {name: settings[name] for name in names if settings.get(name) is not None}
         template = settings.get("chat_template") or tokenizer.chat_template
-        return kind(
+        return processor_class(
             AutoImageProcessor.from_pretrained(folder, backend="pil"), tokenizer, chat_template=template, **chosen
         )
 

@@ -40,7 +40,7 @@ CHAT_TEMPLATE = (
 
 
 def tiny_tokenizer(words: Iterable[str]) -> PreTrainedTokenizerFast:
-    """Builds the word-level tokenizer: `words` are one token each, all else is spelled by WordPiece in characters."""
+    """Builds the word-level tokenizer: `words` are one token each, WordPiece spells all others in characters."""
     characters = string.ascii_lowercase + string.digits + string.punctuation
     pieces = [*SPECIAL_TOKENS, *IMAGE_TOKENS.values(), *characters, *(f"##{c}" for c in characters)]
     pieces += [word for word in dict.fromkeys(words) if word not in set(pieces)]
@@ -66,7 +66,7 @@ def tiny_tokenizer(words: Iterable[str]) -> PreTrainedTokenizerFast:
 
 
 def tiny_processor(words: Iterable[str]) -> ImageTextProcessor:
-    """Builds the processor of the tiny base: 64x64 RGB, one tile an image, 16 image tokens a tile."""
+    """Builds the processor of the tiny base: 64x64 RGB, one tile per image, 16 image tokens per tile."""
     images = GotOcr2ImageProcessorPil(
         size={"height": IMAGE_SIZE, "width": IMAGE_SIZE},
         max_patches=1,

@@ -1,1 +1,1 @@
-"""What training an expert needs, computed before any GPU is rented: memory, operations, hours, disk."""
+"""Estimates of memory, operations, hours and disk, before any GPU is rented."""

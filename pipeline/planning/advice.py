@@ -1,4 +1,4 @@
-"""What to change where a plan does not fit: settings in order of what they cost, each on top of those before."""
+"""Changes of settings that make a plan fit, cheapest first; each is on top of those before."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -8,12 +8,12 @@ from pipeline.planning.job import worst_inference
 from pipeline.planning.plan import Plan
 
 NOTICEABLE = 0.005
-"""Share of the peak that a setting must save to be named."""
+"""Least saving, as a share of the peak, of an advised setting."""
 
 
 @dataclass(frozen=True)
 class Change:
-    """Settings to change, and what is needed then."""
+    """Settings to change, and the memory needed with them."""
 
     settings: Mapping[str, Any]
     moment: str
@@ -35,40 +35,39 @@ def changed(plan: Plan, settings: Mapping[str, Any]) -> Plan:
 
 
 def advice(plan: Plan) -> list[Change]:
-    """Returns what makes a job fit: nothing, if it does; all there is, if nothing suffices. Training first, then inference.
+    """Returns changes that make a job fit: none if it fits, all if they do not suffice. Training first, then inference.
 
     For training in this order: attention that keeps no matrix, cached image features, a smaller micro-batch (a row of a
-    thousand tokens keeps a GPU busy by itself), gradient checkpointing (half as many operations more), ZeRO-3 and offload to
-    CPU memory (as slow as their links). All of them give the same adapter, up to rounding. Settings that save nothing here
-    are left out.
+    thousand tokens keeps a GPU busy by itself), gradient checkpointing (50 % more operations), ZeRO-3 and offload to CPU memory
+    (as slow as their links). All give the same adapter, up to rounding. Settings that save nothing here are left out.
     """
-    found: list[Change] = []
-    for settings in (_attention, _vision, _micro_batch, _checkpointing, _zero, _offload):
+    changes: list[Change] = []
+    for suggest in (_attention, _vision, _micro_batch, _checkpointing, _zero, _offload):
         if plan.fits:
             break
-        wanted = settings(plan)
-        if wanted is None:
+        settings = suggest(plan)
+        if settings is None:
             continue
-        after = changed(plan, wanted)
+        after = changed(plan, settings)
         before, (moment, needed) = plan.peak(plan.longest)[1], after.peak(after.longest)
         if needed <= (1 - NOTICEABLE) * before:
-            found.append(Change(wanted, moment, needed, after.fits))
+            changes.append(Change(settings, moment, needed, after.fits))
             plan = after
-    return found + inference_advice(plan)
+    return changes + inference_advice(plan)
 
 
 FEWEST_TOKENS = 2048
-"""Smallest batch that is advised: smaller ones leave a GPU idle."""
+"""Tokens of the smallest batch that is advised: smaller ones leave a GPU idle."""
 
 MOST_GPUS = 16
-"""Most GPUs over which a base is advised to be spread."""
+"""Most GPUs per base that are advised."""
 
 
 def inference_advice(plan: Plan) -> list[Change]:
-    """Returns what makes evaluation, base prompts and image features fit: smaller batches, then more GPUs for each base.
+    """Returns changes that make evaluation, base prompts and image embeddings fit: smaller batches, then more GPUs per base.
 
-    More GPUs for each evaluator mean fewer evaluators, since the GPUs are those of training. Nothing, if all fit; the last
-    attempt, if nothing suffices.
+    More GPUs per evaluator mean fewer evaluators, since the GPUs are those of training. Empty if all fit; the last attempt if
+    nothing suffices.
     """
     evaluation, change = plan.config.evaluation, None
     if worst_inference(plan).bytes <= plan.capacity:

@@ -1,7 +1,7 @@
-"""What a base is made of, from its configuration alone: parts, counts and widths.
+"""Architecture of a base from its configuration: parts, counts and widths.
 
-The model is built on PyTorch's meta device, which holds shapes and no numbers: an 8B base takes two seconds and no memory,
-and no weights are read or needed. Counts are those of the very modules that training would load.
+The model is built on PyTorch's meta device, which holds shapes only: an 8B base takes two seconds and no memory, and no
+weights are needed. Counts are those of the modules that training loads.
 """
 
 import json
@@ -26,7 +26,7 @@ from pipeline.models.internvl2.source import ConversionError
 from pipeline.models.tiny import TINY_BASE
 
 VISION, PROJECTOR, LANGUAGE, HEAD = PARTS = ("vision tower", "projector", "language model", "head")
-"""The parts of a base; embeddings belong to the language model, and a head that is tied to them counts nothing."""
+"""The parts of a base; embeddings belong to the language model, and a head that is tied to them counts as 0."""
 
 READS = {
     "attention": ("q_proj", "k_proj", "v_proj", "qkv_proj"),
@@ -34,11 +34,11 @@ READS = {
     "mlp": ("gate_proj", "up_proj", "gate_up_proj"),
     "inner": ("down_proj",),
 }
-"""The four inputs of a decoder layer's Linears, and who reads them: the normalised stream before attention, what the
-attention heads say, the normalised stream before the MLP, and the MLP's inner product."""
+"""The four inputs of a decoder layer, and the Linears that read them: the normalised residual before attention, the output of
+the attention heads, the normalised residual before the MLP, and the MLP's inner product."""
 
 FREE_SIDE = 448
-"""Side in pixels of what counts as one tile where a family takes images of any size (Qwen-VL): InternVL's tile."""
+"""Side in pixels of one tile where a family takes images of any size (Qwen-VL): InternVL's tile."""
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,7 @@ class Decoder:
     norm_widths: tuple[int, ...]
     """Widths of the norms in a layer, in order; those of queries and keys over all heads."""
     matrices: int
-    """Parameters in all Linears of all layers: each is one multiplication and one addition a token."""
+    """Parameters in all Linears of all layers: each is one multiplication and one addition per token."""
 
 
 @dataclass(frozen=True)
@@ -91,9 +91,9 @@ class Tower:
 
 @dataclass(frozen=True)
 class Architecture:
-    """All that planning needs to know of a base."""
+    """Sizes of a base that planning needs."""
 
-    kind: str
+    model_type: str
     """transformers' `model_type`."""
     parameters: Mapping[str, int]
     """By part; see `PARTS`."""
@@ -102,11 +102,11 @@ class Architecture:
     tower: Tower | None
     """None for text models."""
     tile_tokens: int
-    """Tokens that a tile becomes; 0 for text models."""
+    """Tokens per tile; 0 for text models."""
     longest: int
-    """Positions that the language model knows, in tokens."""
+    """Maximum positions of the language model, in tokens."""
     cacheable: bool
-    """Whether image features can be computed before; see `families`."""
+    """Whether image embeddings can be cached; see `families`."""
 
     @property
     def total(self) -> int:
@@ -126,7 +126,7 @@ class Architecture:
 def base_configuration(base: BaseModelConfig, file: Path | None = None) -> Any:
     """Returns the configuration of a base: that in `file`, or else the config.json in the folder `base.path`.
 
-    The configuration that an InternVL2 was published with is converted on the fly. Raises BaseError.
+    An original InternVL2's configuration is converted on the fly. Raises BaseError.
     """
     if file is None:
         file = (TINY_BASE if base.path == "tiny" else Path(base.path).expanduser()) / "config.json"
@@ -134,8 +134,8 @@ def base_configuration(base: BaseModelConfig, file: Path | None = None) -> Any:
             hub = not base.path.startswith((".", "/", "~")) and "://" not in base.path
             where = f"`hf download {base.path} config.json` brings it" if hub else "jobs/configs/bases has InternVL2's"
             raise BaseError(
-                f"base.path: {base.path} is no folder with a config.json on this machine. A plan reads that one file and no "
-                f"weights: give it with --base-config path/to/config.json ({where})"
+                f"base.path: {base.path} is no folder with a config.json on this machine. A plan reads only that file: "
+                f"give it with --base-config path/to/config.json ({where})"
             )
     try:
         values = json.loads(file.read_text())
@@ -143,12 +143,12 @@ def base_configuration(base: BaseModelConfig, file: Path | None = None) -> Any:
         raise BaseError(f"--base-config {file}: cannot be read: {error.strerror}") from None
     except ValueError as error:
         raise BaseError(f"{file}: not valid JSON: {error}") from None
-    kind = values.get("model_type") if isinstance(values, dict) else None
-    if kind == "internvl_chat":
+    model_type = values.get("model_type") if isinstance(values, dict) else None
+    if model_type == "internvl_chat":
         return _converted(values, file)
     try:
-        family_of(SimpleNamespace(model_type=kind))
-        return CONFIG_MAPPING[kind].from_dict(values)
+        family_of(SimpleNamespace(model_type=model_type))
+        return CONFIG_MAPPING[model_type].from_dict(values)
     except (FamilyError, ValueError, TypeError) as error:
         raise BaseError(f"{file}: {error}") from None
 
@@ -168,24 +168,24 @@ def architecture_of(config: Any, targets: str = "auto") -> Architecture:
     Raises BaseError where `targets` matches nothing, or something outside the language model's layers.
     """
     family = family_of(config)
-    kind = AutoModelForCausalLM if family is TEXT else AutoModelForImageTextToText
+    auto_class = AutoModelForCausalLM if family is TEXT else AutoModelForImageTextToText
     with torch.device("meta"):
         # A copy: building a model writes its choices into the configuration, which may be that of a loaded one.
-        model = kind.from_config(deepcopy(config), attn_implementation="eager")
+        model = auto_class.from_config(deepcopy(config), attn_implementation="eager")
     parameters = dict.fromkeys(PARTS, 0)
     for name, parameter in model.named_parameters():  # tied weights come once
         parameters[_part(name, family)] += parameter.numel()
     text = config.get_text_config()
     tower = _tower(config, model, family) if family.vision else None
     return Architecture(
-        kind=config.model_type,
+        model_type=config.model_type,
         parameters=parameters,
         adapted=_adapted(model, family, targets),
         decoder=_decoder(text, model.get_submodule(f"{family.language}.layers")),
         tower=tower,
         tile_tokens=_tile_tokens(config) if family.vision else 0,
         longest=text.max_position_embeddings,
-        cacheable=bool(family.vision) and family.features,
+        cacheable=bool(family.vision) and family.supports_image_cache,
     )
 
 
@@ -203,20 +203,20 @@ def _adapted(model: nn.Module, family: Family, targets: str) -> tuple[AdaptedLin
     pattern = family.linears if targets == "auto" else targets
     readers = {name: reads for reads, names in READS.items() for name in names}
     inside = re.compile(rf"{re.escape(family.language)}\.layers\.(\d+)\..*?([^.]+)")
-    found = []
+    adapted = []
     for path, module in model.named_modules():
         if not isinstance(module, nn.Linear) or not re.fullmatch(pattern, path):
             continue
-        place = inside.fullmatch(path)
-        if place is None or place[2] not in readers:
+        match = inside.fullmatch(path)
+        if match is None or match[2] not in readers:
             raise BaseError(
                 f"expert.target_modules: {targets!r} matches {path}; a plan knows adapters on the projections of the "
                 f"language model's layers ({family.linears})"
             )
-        found.append(AdaptedLinear(path, readers[place[2]], int(place[1]), module.in_features, module.out_features))
-    if not found:
+        adapted.append(AdaptedLinear(path, readers[match[2]], int(match[1]), module.in_features, module.out_features))
+    if not adapted:
         raise BaseError(f"expert.target_modules: {targets!r} matches no Linear of the base; `auto` is {family.linears}")
-    return tuple(found)
+    return tuple(adapted)
 
 
 def _matrices(module: nn.Module, *, where: str = "") -> int:
@@ -271,7 +271,7 @@ def _tower(config: Any, model: nn.Module, family: Family) -> Tower:
 
 
 def _tile_tokens(config: Any) -> int:
-    """Returns tokens a tile: what the configuration says, or else patches over the square of what is merged."""
+    """Returns the tokens per tile: from the configuration, or patches divided by the square of the merge size."""
     if getattr(config, "image_seq_length", None):
         return int(config.image_seq_length)
     vision = config.vision_config

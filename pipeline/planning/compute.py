@@ -1,8 +1,8 @@
-"""Operations of a step, and the seconds they take on a GPU.
+"""Operations of a step, and its seconds on a GPU.
 
 A multiplication and an addition count as two operations. Forward, backward and attention are counted as by Kaplan et al.
-(arXiv 2001.08361, section 2.1) and in PaLM's definition of utilisation (arXiv 2204.02311, appendix B), with what a frozen
-base leaves out. GPUs by their datasheets: dense 16-bit tensor operations with float32 accumulation, without sparsity.
+(arXiv 2001.08361, section 2.1) and in PaLM's definition of utilisation (arXiv 2204.02311, appendix B), without the parts
+that a frozen base skips. GPUs by their datasheets: dense 16-bit tensor operations with float32 accumulation, without sparsity.
 
 Symbols: M parameters of the decoder layers' Linears, P of the adapter, V vocabulary, D width, Q heads x head width, T tokens, A
 those at which logits are computed.
@@ -21,11 +21,11 @@ class Gpu:
     memory: float
     """Bytes."""
     operations: float
-    """Dense bf16 operations a second."""
+    """Dense bf16 operations per second."""
     bandwidth: float
-    """Bytes a second from its memory."""
+    """Memory bandwidth in bytes per second."""
     link: float
-    """Bytes a second to other GPUs, one way: NVLink, or PCIe 4.0 x16."""
+    """Bytes per second to other GPUs, one way: NVLink, or PCIe 4.0 x16."""
 
 
 PCIE = 32e9
@@ -51,7 +51,7 @@ LINK_SHARE = 0.6
 
 @dataclass(frozen=True)
 class Operations:
-    """Operations of one row, by what they are for."""
+    """Operations of one row by purpose."""
 
     forward: float
     """Language model and head."""
@@ -82,7 +82,7 @@ def operations(
 ) -> Operations:
     """Returns the operations of one training row of `tokens` T, `answer_tokens` A and `tiles`.
 
-    forward      2 T M + 2 A D V + attention; attention is 4 T^2 Q a layer, half of it where the kernel skips what the
+    forward      2 T M + 2 A D V + attention; attention is 4 T^2 Q per layer, half of it where the kernel skips what the
                  causal mask hides (flash)
     backward     2 T M + 2 A D V + attention twice, 2.5 times where flash computes its matrix again (arXiv 2307.08691,
                  section 4.1)
@@ -109,7 +109,7 @@ def operations(
 
 
 def vision_operations(architecture: Architecture, tiles: int) -> float:
-    """Returns the operations of a forward pass over tiles: 2 P M_v + 4 P^2 D_v a layer and 2 T_v M_p in the projector.
+    """Returns the operations of a forward pass over tiles: 2 P M_v + 4 P^2 D_v per layer and 2 T_v M_p in the projector.
 
     P positions, D_v width, M_v and M_p parameters of tower and projector, T_v tokens of a tile.
     """
@@ -122,8 +122,8 @@ def vision_operations(architecture: Architecture, tiles: int) -> float:
 
 
 def gathering_seconds(weights: int, workers: int, gpu: Gpu, *, passes: int) -> float:
-    """Returns the seconds for which ZeRO-3 gathers w B bytes of weights a micro-batch, `passes` times: (N - 1) / N of them
-    come from others. DeepSpeed fetches ahead, so computing and gathering overlap.
+    """Returns the seconds for which ZeRO-3 gathers w B bytes of weights per micro-batch, `passes` times: (N - 1) / N
+    of them come from others. DeepSpeed fetches ahead, so computing and gathering overlap.
     """
     return passes * weights * (workers - 1) / workers / (gpu.link * LINK_SHARE)
 
@@ -142,7 +142,7 @@ def answering_seconds(
 ) -> float:
     """Returns the seconds that one GPU takes to answer prompts, `batch` at a time.
 
-    Reading a prompt is bound by operations, 2 T M + vision; each of `new` tokens is bound by reading all weights once a batch.
+    Prefill is bound by operations, 2 T M + vision; each of `new` tokens is bound by reading all weights once per batch.
     """
-    read = 2 * tokens * architecture.decoder.matrices + vision_operations(architecture, tiles)
-    return prompts * read / (gpu.operations * use) + prompts / batch * new * weights / gpu.bandwidth
+    operations_per_prompt = 2 * tokens * architecture.decoder.matrices + vision_operations(architecture, tiles)
+    return prompts * operations_per_prompt / (gpu.operations * use) + prompts / batch * new * weights / gpu.bandwidth

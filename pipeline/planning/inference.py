@@ -1,6 +1,6 @@
-"""Memory of inference beyond the frozen weights: base prompts, image features, answers with a KV cache.
+"""Memory of inference beyond the frozen weights: base prompts, image embeddings, answers with a KV cache.
 
-No gradients, so nothing is kept from layer to layer but the cache; a pass peaks inside its dearest layer. Symbols as in
+Without gradients only the cache is kept between layers; a pass peaks inside its largest layer. Symbols as in
 `activations`: n = rows x padded tokens, T padded tokens of a row, D width, Q = heads x head width, K = key-value heads x head
 width, H heads, I width of the MLP, L layers, V vocabulary, b bytes of an activation; N new tokens of a row, F image features.
 """
@@ -13,21 +13,21 @@ from pipeline.planning.architecture import Architecture, Decoder
 
 @dataclass(frozen=True)
 class Batch:
-    """Prompts that are read together."""
+    """A batch of prompts."""
 
     rows: int
     tokens: int
     """Tokens of every row, padding included."""
     new: int = 0
-    """Tokens of every answer; 0 where prompts are only read."""
+    """Tokens of every answer; 0 where none are generated."""
     tiles: int = 0
     """Tiles of all rows."""
     cached_vision: bool = False
-    """Whether rows hold image features instead of tiles."""
+    """Whether rows hold image embeddings instead of tiles."""
     kernel: Kernel = "masked"
     bytes: int = 2
     routed: bool = False
-    """Whether a pool is attached: Linears then have an expert's product beside their own."""
+    """Whether a pool is attached: Linears then compute an expert's product, too."""
     rank: int = 0
     """Rank of the experts."""
 
@@ -38,7 +38,7 @@ class Batch:
 
 
 def inference_moments(architecture: Architecture, batch: Batch) -> dict[str, dict[str, int]]:
-    """Returns bytes by moment and part: the vision tower runs, prompts are read, answers are written (where there are any)."""
+    """Returns bytes by moment and part: vision tower, prefill of prompts, decoding of answers (if any)."""
     decoder, tower = architecture.decoder, architecture.tower
     image = batch.tiles * architecture.tile_tokens * decoder.width * batch.bytes if tower else 0
     pixels = FLOAT * batch.tiles * tower.pixels if tower and not batch.cached_vision else 0
@@ -52,24 +52,24 @@ def inference_moments(architecture: Architecture, batch: Batch) -> dict[str, dic
         "activations": reading_bytes(decoder, batch),
     }
     if batch.new:
-        whole = batch.total + batch.rows * batch.new
+        all_tokens = batch.total + batch.rows * batch.new
         moments["answers"] = inputs | {
-            "KV cache": cache_bytes(decoder, batch, whole),
-            "KV cache, one layer's copy": cache_bytes(decoder, batch, whole) // decoder.layers // 2,
+            "KV cache": cache_bytes(decoder, batch, all_tokens),
+            "KV cache, one layer's copy": cache_bytes(decoder, batch, all_tokens) // decoder.layers // 2,
             "logits": answer_bytes(decoder, batch),
         }
     return moments
 
 
 def cache_bytes(decoder: Decoder, batch: Batch, tokens: int) -> int:
-    """Returns keys and values of so many tokens: 2 b L K each."""
+    """Returns the bytes of keys and values: 2 b L K per token."""
     return 2 * batch.bytes * decoder.layers * decoder.key_value_heads * decoder.head_width * tokens
 
 
 def reading_bytes(decoder: Decoder, batch: Batch) -> int:
-    """Returns what a pass over prompts takes at the most: the stream, and the dearer of a layer's halves.
+    """Returns the peak of a pass over prompts: the residual, and the larger of a layer's halves.
 
-    stream      4 b n D: embeddings, which the caller holds; residual; input of the half and its normalised form
+    residual    4 b n D: embeddings, which the caller holds; residual stream; input of the half and its normalised form
     rotary      2 b T x head width: cosines and sines
     mask        n T where rows are padded, b n T with eager attention
     MLP         3 b n I: activated gate, up, their product; with a pool a fourth, the expert's product beside up
@@ -80,30 +80,30 @@ def reading_bytes(decoder: Decoder, batch: Batch) -> int:
     """
     n, b = batch.total, batch.bytes
     heads, key_values = (count * decoder.head_width for count in (decoder.heads, decoder.key_value_heads))
-    stream = 4 * b * n * decoder.width + 2 * b * batch.tokens * decoder.head_width
+    residual = 4 * b * n * decoder.width + 2 * b * batch.tokens * decoder.head_width
     mlp = b * n * decoder.inner_width * (4 if batch.routed else 3)
     attention = b * n * (3 * heads + 2 * key_values)
     match batch.kernel:
         case "masked":
-            stream += n * batch.tokens
+            residual += n * batch.tokens
             attention += b * n * (2 * heads + batch.tokens)
         case "eager":
-            stream += b * n * batch.tokens
+            residual += b * n * batch.tokens
             attention += 2 * b * n * heads + 2 * FLOAT * n * decoder.heads * batch.tokens
         case "flash":
             pass
-    return stream + max(mlp, attention) + b * n * batch.rank
+    return residual + max(mlp, attention) + b * n * batch.rank
 
 
 def answer_bytes(decoder: Decoder, batch: Batch) -> int:
-    """Returns what choosing a token takes: rows x V x (b + 4), logits and their copy in float32."""
+    """Returns the bytes for choosing a token: rows x V x (b + 4), logits and their copy in float32."""
     return batch.rows * decoder.vocabulary * (batch.bytes + FLOAT)
 
 
 def worst_batch_shapes(longest: int, *, rows: int, tokens: int) -> list[tuple[int, int]]:
-    """Returns (rows, tokens of each) of the batches that can need most: of the longest prompts, and of the most prompts.
+    """Returns (rows, tokens per row) of the batches that may need most memory: the longest prompts, and the most prompts.
 
-    With the same number of tokens, long rows need the larger masks, many rows the more new tokens.
+    With equal numbers of tokens, long rows need larger masks, and many rows more new tokens.
     """
     few = min(rows, max(1, tokens // longest))
     each = min(longest, max(1, tokens // rows))

@@ -1,9 +1,8 @@
-"""Every moment of a job at which a GPU holds the base, with the one that needs most.
+"""Memory at every moment of a job at which a GPU holds the base.
 
-A job reads base prompts, computes image features, trains both stages of each task and evaluates after it. All but training
-is inference: by `evaluation.workers`, in batches of `evaluation.tokens_per_batch`, each on
-`evaluation.gpus_per_worker` GPUs. Moments do not add up: a GPU is one worker's at a time, whether tasks are trained side by
-side and evaluated meanwhile, or in turns.
+A job reads base prompts, computes image embeddings, trains both stages of each task and evaluates after it. All but training
+is inference: by `evaluation.workers`, in batches of `evaluation.tokens_per_batch`, each on `evaluation.gpus_per_worker` GPUs.
+Moments do not add up: a GPU belongs to one worker at a time, also where tasks are trained in parallel.
 """
 
 from collections.abc import Mapping
@@ -18,34 +17,34 @@ from pipeline.planning.plan import CONTEXT, FRAGMENTATION, Plan
 
 EXPERT_STAGE, ROUTER_STAGE = "expert stage", "router stage"
 SERVED = InferenceWorkers(batch_size=32)
-"""Batches of a served pool, unless its caller says otherwise."""
+"""Default batches of a served pool."""
 SERVED_TOKENS = 64
-"""New tokens of an answer of a served pool, unless its caller says otherwise."""
+"""Default new tokens per answer of a served pool."""
 
 
 @dataclass(frozen=True)
 class Moment:
-    """A moment of a job, when it needs most."""
+    """A moment of a job, at its peak."""
 
     name: str
     when: str
-    """What happens then."""
+    """Phase in which the peak occurs."""
     parts: Mapping[str, int]
-    """Bytes of one GPU (of one worker on CPUs)."""
+    """Bytes per GPU (per worker on CPUs)."""
     gpus: int = 1
-    """GPUs over which a worker spreads the base."""
+    """GPUs per base."""
 
     @property
     def bytes(self) -> int:
-        """All of them."""
+        """Sum of the parts."""
         return sum(self.parts.values())
 
 
 def job_moments(plan: Plan) -> list[Moment]:
     """Returns the moments of a job in their order.
 
-    The router stage works on the same base: its gates keep the inputs that a LoRA keeps and its vectors are small, so what
-    the expert stage needs is its bound. Before it, features of the task's prompts are read; no layer runs for that.
+    The expert stage is an upper bound for the router stage on the same base: gates save the inputs that a LoRA saves, and
+    vectors are small. Before it prompt features are read; no layer runs for that.
     """
     evaluation = plan.config.evaluation
     workers = InferenceWorkers.of(plan.config.training, evaluation)
@@ -58,13 +57,13 @@ def job_moments(plan: Plan) -> list[Moment]:
     when, _ = plan.peak(plan.longest)
     parts = plan.moments(plan.longest)[when]
     moments += [Moment(EXPERT_STAGE, when, parts), Moment(ROUTER_STAGE, f"at most: {when}", parts)]
-    together = 1 if plan.config.router.kind == "prompt" else tasks  # an expert that answers alone is attached alone
+    together = 1 if plan.config.router.kind == "prompt" else tasks  # a prompt router attaches one expert at a time
     moments.append(_inference(plan, "evaluation", workers, new=evaluation.max_new_tokens, experts=together))
     return moments
 
 
 def served_pool(plan: Plan) -> Moment:
-    """Returns what the pool of all tasks takes where MLflow serves it, on a GPU like the job's; its prompts hold images."""
+    """Returns the memory of MLflow serving the pool of all tasks, on a GPU like the job's, for prompts with images."""
     tasks = len(plan.config.stream.tasks)
     return _inference(plan, "served pool", SERVED, new=SERVED_TOKENS, experts=tasks, pixels=True)
 
@@ -113,9 +112,9 @@ def _kernel(plan: Plan, rows: int) -> Kernel:
 def _inference(
     plan: Plan, name: str, workers: InferenceWorkers, *, new: int = 0, experts: int = 0, pixels: bool = False
 ) -> Moment:
-    """Returns the dearest moment of an inference; `pixels`: rows hold tiles, whatever the job caches."""
+    """Returns the peak of an inference; `pixels`: rows hold tiles, whatever the job caches."""
     gpus, cached = _gpus(plan), plan.cached_vision and not pixels
-    found = []
+    moments = []
     for rows, tokens in worst_batch_shapes(
         plan.longest.tokens, rows=workers.batch_size, tokens=workers.tokens_per_batch
     ):
@@ -131,31 +130,31 @@ def _inference(
             routed=experts > 0,
             rank=plan.config.expert.rank if experts else 0,
         )
-        found += [
+        moments += [
             (when, {part: size // gpus if part == "KV cache" else size for part, size in parts.items()})
             for when, parts in inference_moments(plan.architecture, batch).items()
         ]
-    when, own = max(found, key=lambda moment: sum(moment[1].values()))
+    when, largest = max(moments, key=lambda moment: sum(moment[1].values()))
     parts = {
         "frozen weights": _weights(plan, gpus, vision=not cached),
-        "experts": _held(plan, experts) // gpus,
-        **own,
+        "experts": _expert_bytes(plan, experts) // gpus,
+        **largest,
     }
     return _with_allowance(plan, Moment(name, when, parts, gpus))
 
 
-def _held(plan: Plan, experts: int) -> int:
-    """Returns the bytes of so many experts on a worker's devices: all of them, or within `evaluation.expert_memory`."""
+def _expert_bytes(plan: Plan, experts: int) -> int:
+    """Returns the bytes of experts on a worker's devices: all of them, or within `evaluation.expert_memory`."""
     adapter = plan.architecture.adapter_parameters(plan.config.expert.rank)
-    whole = experts * (adapter + plan.architecture.vector_parameters) * _weight_bytes(plan)
+    all_experts = experts * (adapter + plan.architecture.vector_parameters) * _weight_bytes(plan)
     limit = plan.config.evaluation.expert_memory
     if limit is None or plan.config.router.kind == "token":
-        return whole
-    return min(whole, max(limit, adapter * _weight_bytes(plan)))
+        return all_experts
+    return min(all_experts, max(limit, adapter * _weight_bytes(plan)))
 
 
 def _image_features(plan: Plan) -> Moment:
-    """Returns the pass in which the vision tower sees every image once, row by row."""
+    """Returns the memory of caching image embeddings, row by row."""
     row, gpus = plan.longest, _gpus(plan)
     batch = Batch(1, row.tokens, tiles=row.tiles, kernel=_kernel(plan, 1), bytes=_weight_bytes(plan))
     parts = {"frozen weights": _weights(plan, gpus, vision=True)}

@@ -1,7 +1,7 @@
-"""The plan of a stream: memory of one GPU at every moment of a step, operations, hours, disk; and what to change.
+"""The plan of a stream: memory of one GPU at every moment of a step, operations, hours, disk.
 
-Memory is planned for the longest row that `data.max_tokens` lets in, since one such batch is enough to fail; time for the
-typical row, whose tiles and text are assumptions that the caller states.
+Memory is planned for the longest row that `data.max_tokens` allows, since one such batch is enough to fail. Time is planned
+for the typical row, whose tiles and text are assumptions.
 """
 
 from dataclasses import dataclass
@@ -24,33 +24,33 @@ from pipeline.planning.states import States, states
 from pipeline.training.zero import zero_config
 
 CONTEXT = 1.0e9
-"""Bytes that CUDA's context, its libraries' workspaces and NCCL take before the first tensor; an allowance, the figure
+"""Bytes that CUDA's context, its libraries' workspaces and NCCL take before the first tensor; an allowance, it
 differs by driver and GPU."""
 
 FRAGMENTATION = 0.08
-"""Share of the tensors' bytes that the caching allocator holds without using them; an allowance."""
+"""Share of the tensors' bytes that the caching allocator holds unused; an allowance."""
 
 TILES = 12
-"""Tiles that InternVL's processor cuts an image into at most, unless `base.max_tiles` says less; a thumbnail comes on top."""
+"""Most tiles per image of InternVL's processor, unless `base.max_tiles` is less; a thumbnail comes on top."""
 
 
 @dataclass(frozen=True)
 class Assumptions:
-    """What a plan cannot read from a configuration."""
+    """Quantities that a configuration does not hold."""
 
     tiles: int = 6
     """Tiles of a typical row, thumbnail included."""
     text_tokens: int = 200
     """Text tokens of a typical row: template, question and answer."""
     answer_tokens: int = 64
-    """Tokens of a typical row that are learned: those of its answer."""
+    """Answer tokens of a typical row."""
     longest_answer: int = 512
-    """Tokens of the longest row that are learned; where `answer_tokens` are more, those. It is long because of images and
-    documents, and its answer as short as others; but captions and explanations have hundreds."""
+    """Answer tokens of the longest row; at least `answer_tokens`. Mostly images and documents make a row long, but captions and
+    explanations have hundreds of tokens."""
     utilisation: float = 0.35
     """Share of the GPU's operations that training reaches."""
     prompts: int = 1000
-    """Evaluation prompts per task or benchmark, where `evaluation.limit` does not say."""
+    """Evaluation prompts per task or benchmark without `evaluation.limit`."""
 
 
 @dataclass(frozen=True)
@@ -60,12 +60,12 @@ class Row:
     tokens: int
     tiles: int
     answer_tokens: int
-    """Those of `tokens` that are learned."""
+    """Answer tokens among `tokens`."""
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What learning a stream takes."""
+    """Memory, time and disk of learning a stream."""
 
     config: LearnConfig
     architecture: Architecture
@@ -79,34 +79,34 @@ class Plan:
 
     @property
     def share(self) -> int:
-        """Rows of a step that fall to one worker, at most."""
+        """Most rows of a step per worker."""
         return -(-self.config.expert.batch_size // self.config.training.workers)
 
     @property
     def layout(self) -> StepLayout:
-        """How a step's rows are dealt, as training does it."""
+        """Division of a step's rows, as in training."""
         training = self.config.training
         micro_batch = min(training.micro_batch or self.share, self.share)
         return StepLayout(self.config.expert.batch_size, training.workers, micro_batch)
 
     @property
     def micro_batch(self) -> int:
-        """Rows of one pass, at most."""
+        """Most rows per pass."""
         return -(-self.layout.batch_size // (self.layout.workers * self.layout.accumulation))
 
     @property
     def accumulated(self) -> int:
-        """Passes of a step."""
+        """Passes per step."""
         return self.layout.accumulation
 
     @property
     def rows_per_step(self) -> int:
-        """Rows of a step, over all workers."""
+        """Rows per step, over all workers."""
         return self.config.expert.batch_size
 
     @property
     def cached_vision(self) -> bool:
-        """Whether image features are read from disk, and the vision tower is not there."""
+        """Whether image embeddings are read from disk and the vision tower is not loaded."""
         return self.config.data.vision_cache == "features"
 
     @property
@@ -118,7 +118,7 @@ class Plan:
 
     @property
     def longest(self) -> Row:
-        """The longest row that is let in."""
+        """The longest row that `data.max_tokens` allows."""
         tokens, tiles = min(self.config.data.max_tokens, self.architecture.longest), 0
         if self.architecture.tower is not None:
             tiles = min((self.config.base.max_tiles or TILES) + 1, tokens // self.architecture.tile_tokens)
@@ -138,7 +138,7 @@ class Plan:
 
     @property
     def kernel(self) -> Kernel:
-        """How attention is computed: rows of a micro-batch differ in length, so more than one means padding."""
+        """Attention kernel: rows of a micro-batch differ in length, so more than one means padding."""
         attention = self.config.base.attention
         if attention == "eager":
             return "eager"
@@ -172,11 +172,11 @@ class Plan:
 
     @property
     def cpu(self) -> dict[str, int]:
-        """Bytes of CPU memory by one worker: what is offloaded, and the base while it loads (ZeRO-3 shards it at once)."""
+        """Bytes of CPU memory per worker: offloaded states, and the base while it loads (ZeRO-3 shards it at once)."""
         size = 2 if self.config.base.dtype == "bfloat16" else 4
         loading = size * self.architecture.total
-        whole = {} if self.gpu is None or self.config.training.zero_stage == 3 else {"the base while it loads": loading}
-        return whole | dict(self.states.cpu)
+        loads_whole = self.gpu is not None and self.config.training.zero_stage != 3
+        return ({"the base while it loads": loading} if loads_whole else {}) | dict(self.states.cpu)
 
     def step(self, row: Row) -> Pass:
         """Returns the pass of a micro-batch of such rows."""
@@ -195,37 +195,37 @@ class Plan:
         )
 
     def moments(self, row: Row) -> dict[str, dict[str, int]]:
-        """Returns bytes of one worker by moment and part, for a micro-batch of such rows.
+        """Returns bytes per worker by moment and part, for a micro-batch of such rows.
 
         Moments: the vision tower runs; logits and loss; the final norm, the last and the first layer run backward; the
-        optimizer steps. The allowance for the allocator and CUDA is a part of its own; CPUs have none.
+        optimizer steps. The allowance for the allocator and CUDA is a separate part; CPUs have none.
         """
-        found, layers = activations(self.architecture, self.step(row)), self.architecture.decoder.layers
-        own = moments_of(found, self.states, layers=layers, accumulating=self.accumulated > 1)
-        moments = {name: self._always(row) | parts for name, parts in own.items()}
+        activation_bytes, layers = activations(self.architecture, self.step(row)), self.architecture.decoder.layers
+        by_moment = moments_of(activation_bytes, self.states, layers=layers, accumulating=self.accumulated > 1)
+        moments = {name: self._always(row) | parts for name, parts in by_moment.items()}
         if self.gpu is not None:
             for parts in moments.values():
                 parts["CUDA and allocator (allowance)"] = int(CONTEXT + FRAGMENTATION * sum(parts.values()))
         return moments
 
     def _always(self, row: Row) -> dict[str, int]:
-        own = self.states
+        states = self.states
         tower = self.architecture.tower
         images = 0
         if tower is not None:
-            said = self.architecture.tile_tokens * self.architecture.decoder.width * self.bytes
-            images = self.micro_batch * row.tiles * (said if self.cached_vision else 4 * tower.pixels)
+            embeds = self.architecture.tile_tokens * self.architecture.decoder.width * self.bytes
+            images = self.micro_batch * row.tiles * (embeds if self.cached_vision else 4 * tower.pixels)
         return {
-            "frozen weights": own.weights,
-            "frozen weights, gathered": own.gathered,
-            "adapter": own.adapter,
-            "optimizer states": own.optimizer,
-            "buffers between workers": own.bucket if own.bucket_stays else 0,
+            "frozen weights": states.weights,
+            "frozen weights, gathered": states.gathered,
+            "adapter": states.adapter,
+            "optimizer states": states.optimizer,
+            "buffers between workers": states.bucket if states.bucket_stays else 0,
             "batch": images + 24 * self.micro_batch * row.tokens,
         }
 
     def peak(self, row: Row) -> tuple[str, int]:
-        """Returns the moment that needs most, and its bytes."""
+        """Returns the moment of the peak, and its bytes."""
         totals = {name: sum(parts.values()) for name, parts in self.moments(row).items()}
         name = max(totals, key=totals.__getitem__)
         return name, totals[name]
@@ -271,7 +271,7 @@ class Plan:
 
     @property
     def caching_seconds(self) -> float | None:
-        """Seconds in which one GPU computes the image features of a typical row, once; None without cache."""
+        """Seconds in which one GPU computes the image embeddings of a typical row; None without cache."""
         if self.gpu is None or not self.cached_vision:
             return None
         return vision_operations(self.architecture, self.typical.tiles) / (
@@ -285,14 +285,14 @@ class Plan:
 
     @property
     def router_seconds(self) -> float | None:
-        """Seconds of the router stage of one task; its steps cost what the expert stage's do."""
+        """Seconds of the router stage of one task; its steps cost as much as the expert stage's."""
         return None if self.step_seconds is None else self.config.router.steps * self.step_seconds
 
     @property
-    def evaluated_columns(self) -> int:
-        """Tasks and benchmarks answered over the whole stream: all by the base, then each task by its expert.
+    def evaluated_tasks(self) -> int:
+        """Evaluations of a task or benchmark over the stream: all by the base, then each task by its expert.
 
-        Where every Linear chooses, an answer is the whole pool's: each pool that is evaluated answers those so far.
+        With the token router answers depend on the whole pool: each evaluated pool answers all tasks so far.
         """
         new, old = len(self.config.stream.tasks), len(self.config.stream.benchmarks)
         if self.config.router.kind != "token":
@@ -307,7 +307,7 @@ class Plan:
         evaluation = self.config.evaluation
         return answering_seconds(
             self.architecture,
-            prompts=self.evaluated_columns * (evaluation.limit or self.assumptions.prompts),
+            prompts=self.evaluated_tasks * (evaluation.limit or self.assumptions.prompts),
             tokens=self.typical.tokens,
             tiles=0 if self.cached_vision else self.typical.tiles,
             new=evaluation.max_new_tokens,
@@ -327,13 +327,13 @@ class Plan:
 
     @property
     def parallel_tasks(self) -> int:
-        """Tasks that are trained at a time; one where the cluster decides."""
-        asked = self.config.training.parallel_tasks
-        return 1 if isinstance(asked, str) else min(asked, len(self.config.stream.tasks))
+        """Tasks that are trained in parallel; one where the cluster decides."""
+        setting = self.config.training.parallel_tasks
+        return 1 if isinstance(setting, str) else min(setting, len(self.config.stream.tasks))
 
     @property
     def clock_seconds(self) -> float | None:
-        """Seconds from the first task's first step to the last one's last, `parallel_tasks` of them at a time."""
+        """Seconds from the first to the last step of the stream, `parallel_tasks` in parallel."""
         if self.expert_seconds is None or self.router_seconds is None:
             return None
         turns = -(-len(self.config.stream.tasks) // self.parallel_tasks)
@@ -343,7 +343,7 @@ class Plan:
 
     @property
     def sizes(self) -> Sizes:
-        """What comes to lie on disk."""
+        """Sizes on disk."""
         return sizes(
             self.architecture,
             rank=self.config.expert.rank,
@@ -355,25 +355,25 @@ class Plan:
         )
 
 
-def moments_of(found: Activations, own: States, *, layers: int, accumulating: bool) -> dict[str, dict[str, int]]:
-    """Returns the parts that come on top of what is always there, by moment.
+def moments_of(saved: Activations, states: States, *, layers: int, accumulating: bool) -> dict[str, dict[str, int]]:
+    """Returns the parts on top of constant memory, by moment.
 
-    On its way down, the backward pass frees what layers keep and fills in gradients, so that memory peaks at one of its ends.
-    Where micro-batches accumulate, gradients are there from the start.
+    The backward pass frees saved tensors and fills in gradients, so memory peaks at one of its ends. Where micro-batches
+    accumulate, gradients exist from the start.
     """
-    whole = {"gradients": own.gradients}
-    before = whole if accumulating else {}
-    early = whole if accumulating else {"gradients": own.gradients // layers}
+    gradients = {"gradients": states.gradients}
+    before = gradients if accumulating else {}
+    early = gradients if accumulating else {"gradients": states.gradients // layers}
     layer = {
-        "buffers between workers": own.bucket,
-        "one layer again": found.recomputed,
-        "gradients of activations": found.backward,
+        "buffers between workers": states.bucket,
+        "one layer again": saved.recomputed,
+        "gradients of activations": saved.backward,
     }
-    vision = {"vision tower": before | {"vision tower's activations": found.vision}} if found.vision else {}
+    vision = {"vision tower": before | {"vision tower's activations": saved.vision}} if saved.vision else {}
     return vision | {
-        "logits and loss": before | {"activations": found.kept, "logits and loss": found.logits},
-        "final norm backward": before | {"activations": found.kept, "gradients of activations": found.final_norm},
-        "last layer backward": early | {"activations": found.kept_last} | layer,
-        "first layer backward": whole | {"activations": found.kept_first} | layer,
-        "optimizer": whole | {"optimizer's temporaries": own.step},
+        "logits and loss": before | {"activations": saved.kept, "logits and loss": saved.logits},
+        "final norm backward": before | {"activations": saved.kept, "gradients of activations": saved.final_norm},
+        "last layer backward": early | {"activations": saved.kept_last} | layer,
+        "first layer backward": gradients | {"activations": saved.kept_first} | layer,
+        "optimizer": gradients | {"optimizer's temporaries": states.step},
     }

@@ -1,4 +1,4 @@
-"""What experts, pools and checkpoints weigh on disk."""
+"""Sizes of experts, pools and checkpoints on disk."""
 
 from dataclasses import dataclass
 
@@ -19,9 +19,9 @@ class Sizes:
     null: int
     """The null expert: the moments of its components' prompts, and those of base prompts at the Linears."""
     checkpoint: int
-    """The checkpoint that a half-trained task goes on from; the last one stays."""
+    """The training checkpoint; only the last one is kept."""
     row_features: int
-    """Cached image features of one row; 0 without cache."""
+    """Cached image embeddings of one row; 0 without cache."""
 
     @property
     def expert(self) -> int:
@@ -29,7 +29,7 @@ class Sizes:
         return self.adapter + self.vectors + self.statistics
 
     def pool(self, experts: int) -> int:
-        """A pool of so many experts with all that it refers to; experts lie once, however many pools refer to them."""
+        """Returns the bytes of a pool with its experts; experts are stored once, however many pools refer to them."""
         return experts * self.expert + self.null
 
 
@@ -45,7 +45,7 @@ def sizes(
 ) -> Sizes:
     """Returns the sizes of one expert and its by-products.
 
-    adapter      a P, in the precision that it trains in
+    adapter      a P, in its training precision
     vectors      4 D for each adapted Linear
     statistics   8 F + 2 F (F + 1) of F features of the prompts, and of 64 at each of the four inputs of all layers
     null         8 F + 2 F (F + 1) for every component, and of 64 at the same inputs

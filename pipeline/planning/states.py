@@ -1,7 +1,7 @@
-"""Memory that a worker needs whatever its batch: weights, gradients, optimizer, buffers; under ZeRO and with offload.
+"""Memory of a worker that does not depend on the batch: weights, gradients, optimizer, buffers; with ZeRO and offload.
 
-ZeRO (arXiv 1910.02054, sections 3 and 5) shards over N workers what each of them would hold whole: stage 1 the optimizer's
-states, 2 gradients too, 3 weights too, those of the frozen base among them. ZeRO-Offload and ZeRO-Infinity (arXiv 2101.06840,
+ZeRO (arXiv 1910.02054, sections 3 and 5) shards states over N workers: stage 1 the optimizer's, stage 2 also gradients, stage
+3 also weights, including those of the frozen base. ZeRO-Offload and ZeRO-Infinity (arXiv 2101.06840,
 2104.07857) move shards to CPU memory. Buffers are those that DeepSpeed 0.19 allocates; its defaults
 (deepspeed.ai/docs/config-json) suit full training and are large beside an adapter.
 
@@ -21,26 +21,26 @@ DEFAULTS = {BUCKET: 500_000_000, LIVE: 1_000_000_000}
 
 @dataclass(frozen=True)
 class States:
-    """Bytes of one worker, beside activations."""
+    """Bytes per worker, without activations."""
 
     weights: int
-    """Frozen weights that lie on the GPU all the time."""
+    """Frozen weights that stay on the GPU."""
     gathered: int
-    """ZeRO-3: weights that are whole for the moment, at the most."""
+    """ZeRO-3: peak of gathered weights."""
     adapter: int
     """Adapter weights."""
     gradients: int
     """Adapter gradients."""
     optimizer: int
-    """AdamW's states, and the weights in float32 that it works on."""
+    """AdamW's states, and its float32 weights."""
     bucket: int
-    """Gradients on their way between workers."""
+    """Buffer for communicating gradients."""
     bucket_stays: bool
-    """Whether the bucket is there all the time (ZeRO-3), or in the backward pass only."""
+    """Whether the bucket stays allocated (ZeRO-3), or exists only in the backward pass."""
     step: int
     """Temporary, while the optimizer steps."""
     cpu: Mapping[str, int]
-    """What lies in CPU memory instead, by name."""
+    """Offloaded to CPU memory, by name."""
 
 
 def states(
@@ -53,7 +53,7 @@ def states(
     zero: Mapping[str, Any],
     gpu: bool = True,
 ) -> States:
-    """Returns the bytes of one worker.
+    """Returns the bytes per worker.
 
     frozen weights   w B; ZeRO-3 w B / N, and at most `stage3_max_live_parameters` whole at a time
     adapter          a P; under ZeRO-3 too, since most of its tensors are below `stage3_param_persistence_threshold`
@@ -69,7 +69,7 @@ def states(
     stage, workers, offload = training.zero_stage, training.workers, training.offload
     sizes = DEFAULTS | {name: int(zero[name]) for name in DEFAULTS if name in zero}
     shards = workers if stage >= 1 else 1
-    own = weight_bytes * base // (workers if stage == 3 else 1)
+    frozen = weight_bytes * base // (workers if stage == 3 else 1)
     masters = 4 if training.precision == "bf16" or stage in (1, 2) else 0
     optimizer = (8 + masters) * adapter // shards
     step = 8 * adapter // shards
@@ -78,9 +78,9 @@ def states(
         cpu["optimizer states"], optimizer = optimizer + 4 * adapter // shards, 0
         step = 0
     if offload == "all":
-        cpu["frozen weights"], own = own, 0
+        cpu["frozen weights"], frozen = frozen, 0
     return States(
-        weights=own,
+        weights=frozen,
         gathered=weight_bytes * min(base, sizes[LIVE]) if stage == 3 else 0,
         adapter=adapter_bytes * adapter,
         gradients=adapter_bytes * adapter // (workers if stage >= 2 else 1),

@@ -1,4 +1,4 @@
-"""A plan for a configuration, and what it says for machines: the figures of `plan.json`, and the formulas behind them."""
+"""A plan for a configuration, its metrics in `plan.json`, and the formulas behind them."""
 
 import inspect
 from dataclasses import replace
@@ -15,7 +15,7 @@ from pipeline.planning.job import job_fits, job_moments, served_pool, worst_mome
 from pipeline.planning.plan import CONTEXT, FRAGMENTATION, Assumptions, Plan
 
 POOLS = (10, 50, 100)
-"""Pools whose size is told beside that of the stream's own."""
+"""Numbers of experts for which the pool's size is reported beside the stream's own."""
 
 EXPLAINED = {
     activations: (
@@ -32,14 +32,14 @@ EXPLAINED = {
     compute: ("operations", "vision_operations", "gathering_seconds", "answering_seconds"),
     sizes: ("sizes",),
 }
-"""The functions whose documentation is the formulas, by module."""
+"""Functions whose docstrings are the formulas, by module."""
 
 
-def gpu_name(config: LearnConfig, given: str | None) -> str | None:
-    """Returns the GPU that is planned for, None for CPUs; raises ConfigError for an unknown one."""
-    if given is not None and given not in GPUS:
-        raise ConfigError(f"--gpu {given}: not known; choose one of {', '.join(GPUS)}")
-    return given or ("a10g" if config.training.gpu else None)
+def gpu_name(config: LearnConfig, name: str | None) -> str | None:
+    """Returns the planned GPU, None for CPUs; raises ConfigError for an unknown one."""
+    if name is not None and name not in GPUS:
+        raise ConfigError(f"--gpu {name}: not known; choose one of {', '.join(GPUS)}")
+    return name or ("a10g" if config.training.gpu else None)
 
 
 def make_plan(
@@ -50,22 +50,22 @@ def make_plan(
     assumptions: Assumptions | None = None,
     link: float | None = None,
 ) -> Plan:
-    """Returns the plan of a stream over a base; `link` in GB/s between workers, where the GPU's own does not reach."""
+    """Returns the plan of a stream over a base; `link` in GB/s between workers, if slower than the GPU's own."""
     name = gpu_name(config, gpu)
-    found = GPUS[name] if name else None
-    if found and link is not None:
-        found = replace(found, link=1e9 * link)
-    capacity = found.memory if found else psutil.virtual_memory().total / config.training.workers
-    return Plan(config, architecture, found, capacity, assumptions or Assumptions())
+    spec = GPUS[name] if name else None
+    if spec and link is not None:
+        spec = replace(spec, link=1e9 * link)
+    capacity = spec.memory if spec else psutil.virtual_memory().total / config.training.workers
+    return Plan(config, architecture, spec, capacity, assumptions or Assumptions())
 
 
 def summary(plan: Plan, gpu: str | None, changes: list[Change]) -> dict[str, Any]:
-    """Returns the plan for machines: SI units in the names of keys."""
+    """Returns the plan as JSON values; names of keys hold SI units."""
     config, architecture, disk, operations = plan.config, plan.architecture, plan.sizes, plan.operations
     moment, peak = plan.peak(plan.longest)
     worst = worst_moment(plan)
     return {
-        "base": {"label": config.base.label, "kind": architecture.kind},
+        "base": {"label": config.base.label, "kind": architecture.model_type},
         "gpu": {"name": gpu, "memory_bytes": plan.capacity, "workers": config.training.workers},
         "assumptions": vars(plan.assumptions) | {"context_bytes": CONTEXT, "fragmentation": FRAGMENTATION},
         "parameters": {
@@ -126,7 +126,7 @@ def summary(plan: Plan, gpu: str | None, changes: list[Change]) -> dict[str, Any
 
 
 def formulas() -> str:
-    """Returns the documentation of all that a plan computes."""
+    """Returns the formulas of a plan: the docstrings of `EXPLAINED`."""
     parts = []
     for module, names in EXPLAINED.items():
         parts.append(inspect.cleandoc(module.__doc__ or ""))

@@ -29,14 +29,14 @@ def bases_name(base_label: str) -> str:
 def register_base(base: BaseModelConfig) -> ModelVersion:
     """Uploads a base's checkpoint as a new version, unless it is there already; needs an open run."""
     run, folder, name = active_run(), checkpoint(base), bases_name(base.label)
-    print_ = fingerprint(folder)
-    if (version := find_finished(name, print_)) is not None:
+    base_fingerprint = fingerprint(folder)
+    if (version := find_finished(name, base_fingerprint)) is not None:
         return version
-    tags = {DIGEST: print_, "base_label": base.label, "path": without_secrets(base.path)}
+    tags = {DIGEST: base_fingerprint, "base_label": base.label, "path": without_secrets(base.path)}
     with tempfile.TemporaryDirectory() as scratch:
         for file in files_of(folder):  # a downloaded folder may hold more than a base needs
             (Path(scratch) / file.name).symlink_to(file.resolve())
-        model_id = log_folder(base.label, Path(scratch), tags, kind="base")
+        model_id = log_folder(base.label, Path(scratch), tags, model_type="base")
     about = f"Checkpoints of {base.label}, one version each; pools point at them"
     return create_version(name, model_id, run.info.run_id, tags, alias=CURRENT, about=about)
 

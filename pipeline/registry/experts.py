@@ -52,7 +52,7 @@ def register_expert(base_label: str, folder: str | Path) -> ModelVersion:
     if (contents := Contents.read(Path(folder))) is not None:
         tags[CONTENT] = contents.digest
     tags |= {f"trained_with.{key}": value for key, value in card.trained_with.items()}
-    model_id = log_folder(card.name, Path(folder), tags, kind="expert")
+    model_id = log_folder(card.name, Path(folder), tags, model_type="expert")
     about = f"LoRA experts over {base_label}, a version per training; aliases name each task's current one"
     return create_version(name, model_id, run.info.run_id, tags, alias=card.task, about=about)
 
@@ -87,16 +87,16 @@ def fetch_expert(reference: ExpertReference, folder: Path) -> None:
     Raises MissingExpertError where the registry has neither.
     """
     assert reference.model is not None, "pools that do not name a registered model hold their experts"
-    found = None
+    version = None
     if reference.version is not None:
         with suppress(RegistryError):  # it was deleted, or never finished
-            found = get_version(reference.model, reference.version)
-    if found is None and reference.digest is not None:
-        found = find_finished(reference.model, reference.digest)
-    if found is None:
+            version = get_version(reference.model, reference.version)
+    if version is None and reference.digest is not None:
+        version = find_finished(reference.model, reference.digest)
+    if version is None:
         raise MissingExpertError(_missing(reference))
     try:
-        _download(found, folder)
+        _download(version, folder)
     except MlflowException as error:
         if is_away(error):
             raise

@@ -23,7 +23,7 @@ who has mistyped the address."""
 _PROBE_SECONDS = 5
 _PAUSES = (1.0, 2.0, 4.0, 8.0, 15.0, 30.0)
 _GATEWAY = {502, 503, 504}
-_SERVERS_FAULT = {"TEMPORARILY_UNAVAILABLE", "DEADLINE_EXCEEDED", "REQUEST_LIMIT_EXCEEDED"}
+_SERVER_ERRORS = {"TEMPORARILY_UNAVAILABLE", "DEADLINE_EXCEEDED", "REQUEST_LIMIT_EXCEEDED"}
 _UNREACHED = "INTERNAL_ERROR"
 """What MLflow's client says of a server that it could not reach; of a database it is a mistake, which stays one."""
 
@@ -54,7 +54,7 @@ def check_server() -> None:
 def is_away(error: MlflowException | requests.RequestException) -> bool:
     """Returns whether an error means that the registry does not answer now; then the same call may succeed later."""
     if isinstance(error, MlflowException):
-        return error.error_code in _SERVERS_FAULT or (error.error_code == _UNREACHED and _is_server())
+        return error.error_code in _SERVER_ERRORS or (error.error_code == _UNREACHED and _is_server())
     return error.response is None or error.response.status_code in {429, 500, *_GATEWAY}
 
 
@@ -77,7 +77,7 @@ class Patience:
     """Repeats what the registry did not answer to, visibly, for up to `seconds`."""
 
     seconds: float
-    say: Callable[[str], None]
+    notify: Callable[[str], None]
 
     def __call__(self, action: Callable[[], T], what: str, *, kept: str = "") -> T:
         """Returns what `action` returns; `what` names it in messages. It must do no harm when done again.
@@ -102,7 +102,7 @@ class Patience:
                     + "\n    see to the registry, then run the same command again: it goes on from here"
                 )
             pause = min(_PAUSES[min(attempt, len(_PAUSES)) - 1], self.seconds - passed)
-            self.say(
+            self.notify(
                 f"  {what}: the registry does not answer (attempt {attempt}: {reason}); again in {pause:.0f} s, "
                 f"for {self.seconds - passed:.0f} s at most"
             )

@@ -140,7 +140,7 @@ def register_pool(
             )
             return Path(scratch) / "model"
 
-        model_id = log_model("pool", write, tags, kind="pool")
+        model_id = log_model("pool", write, tags, model_type="pool")
     about = f"Pools of experts over {pool.base_label}; alias `{CHAMPION}` marks the one in use"
     return create_version(name, model_id, run.info.run_id, tags, alias=CHAMPION, about=about)
 
@@ -160,10 +160,10 @@ def _check_versions(pool: Pool, experts: Mapping[str, ModelVersion]) -> None:
         )
     for name, digest in zip(pool.names, pool.digests, strict=True):
         version = experts[name]
-        if (found := version.tags.get(DIGEST)) != digest:
+        if (registered := version.tags.get(DIGEST)) != digest:
             raise RegistryError(
-                f"expert {name!r} of the pool has digest {digest}, version {version.version} of {version.name} has {found}; "
-                "pass the version that was registered of this expert"
+                f"expert {name!r} of the pool has digest {digest}, version {version.version} of {version.name} has "
+                f"{registered}; pass the version that was registered of this expert"
             )
 
 
@@ -189,8 +189,8 @@ def download_pool(address: str, into: str | Path) -> Path:
     location = MlflowClient().get_logged_model(logged_model(version)).artifact_location
     if not any(Path(item.path).name == "artifacts" for item in mlflow.artifacts.list_artifacts(artifact_uri=location)):
         raise RegistryError(f"{address}: {version.name!r} is no pool; pools are the versions of <base>.pool")
-    found = mlflow.artifacts.download_artifacts(artifact_uri=f"{location}/artifacts", dst_path=str(into))
-    return next(card.parent for card in Path(found).rglob(CARD))
+    folder = mlflow.artifacts.download_artifacts(artifact_uri=f"{location}/artifacts", dst_path=str(into))
+    return next(card.parent for card in Path(folder).rglob(CARD))
 
 
 def promote(base_label: str, version: int | str) -> ModelVersion:

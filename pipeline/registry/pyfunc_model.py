@@ -18,8 +18,8 @@ from pydantic import ByteSize, TypeAdapter
 
 from pipeline.config import BaseModelConfig
 from pipeline.errors import UserError
+from pipeline.models.encoding import IMAGE_PLACEHOLDER, Encoded, PromptError, encode
 from pipeline.models.inference import FrozenBase, InferenceWorkers, gpus_to_serve
-from pipeline.models.prompts import IMAGE_PLACEHOLDER, Encoded, PromptError, encode
 from pipeline.registry.bases import base_folder
 from pipeline.registry.experts import registered_experts
 from pipeline.routing.pool import Pool

@@ -42,12 +42,12 @@ class MetricSpool:
     no harm. One process holds a spool at a time.
     """
 
-    def __init__(self, file: Path, say: Callable[[str], None]) -> None:
-        self._file, self._say = file, say
+    def __init__(self, file: Path, notify: Callable[[str], None]) -> None:
+        self._file, self._notify = file, notify
         self._points = list(_read(file))
         self._again_at, self._away = 0.0, False
         self._old: set[tuple[str, str]] = set()
-        self._known: dict[tuple[str, str], set[tuple[int, float]]] = {}
+        self._logged: dict[tuple[str, str], set[tuple[int, float]]] = {}
         """Points (step, value) that are written or wait, by run and metric."""
         self._new(self._points)
         self._lock = threading.Lock()
@@ -67,16 +67,16 @@ class MetricSpool:
         """Returns the points that the registry neither has nor is about to get."""
         new = []
         for point in points:
-            place = point.run_id, point.key
-            known = self._known[place] = self._known.pop(place, set())  # asked for last, so the last to be forgotten
-            while len(self._known) > REMEMBERED:
-                del self._known[next(iter(self._known))]
-            if place in self._old and not is_silent():
-                self._old.remove(place)
+            series = point.run_id, point.key
+            logged = self._logged[series] = self._logged.pop(series, set())  # moved to the end: the last to be dropped
+            while len(self._logged) > REMEMBERED:
+                del self._logged[next(iter(self._logged))]
+            if series in self._old and not is_silent():
+                self._old.remove(series)
                 with suppress(MlflowException, requests.RequestException):
-                    known |= {(found.step, found.value) for found in MlflowClient().get_metric_history(*place)}
-            if (point.step, point.value) not in known:
-                known.add((point.step, point.value))
+                    logged |= {(metric.step, metric.value) for metric in MlflowClient().get_metric_history(*series)}
+            if (point.step, point.value) not in logged:
+                logged.add((point.step, point.value))
                 new.append(point)
         return new
 
@@ -105,13 +105,13 @@ class MetricSpool:
             if (reason := self._send()) is not None:
                 self._again_at = time.monotonic() + PAUSE_SECONDS
                 if not self._away:
-                    self._say(f"  metrics wait in {self._file}: the registry does not answer ({reason})")
+                    self._notify(f"  metrics wait in {self._file}: the registry does not answer ({reason})")
                 self._away = True
                 return False
             self._file.write_text("")
             self._points = []
             if self._away:
-                self._say(f"  the registry answers again: {count} points of metrics written")
+                self._notify(f"  the registry answers again: {count} points of metrics written")
             self._away = False
             return True
 
@@ -120,14 +120,14 @@ class MetricSpool:
         if is_silent():
             return "it cannot be reached"
         for run_id in dict.fromkeys(point.run_id for point in self._points):
-            own = [point for point in self._points if point.run_id == run_id]
+            points = [point for point in self._points if point.run_id == run_id]
             try:
-                _log(run_id, own)
+                _log(run_id, points)
             except (MlflowException, requests.RequestException) as error:
                 if is_away(error):
                     return reason_of(error)
                 # Such as a run that someone has deleted: kept, it would stand in the way of all later points.
-                self._say(f"  {len(own)} points of metrics of run {run_id} are refused: {reason_of(error)}")
+                self._notify(f"  {len(points)} points of metrics of run {run_id} are refused: {reason_of(error)}")
         return None
 
 

@@ -139,21 +139,21 @@ def _server(uri: str) -> SplitResult:
 def _experiment(name: str, location: str | None) -> str:
     """Returns the id of an experiment, made on first use."""
     client = MlflowClient()
-    found = client.get_experiment_by_name(name)
-    if found is None:
+    experiment = client.get_experiment_by_name(name)
+    if experiment is None:
         try:
             return client.create_experiment(name, artifact_location=location)
         except MlflowException as error:
             if error.error_code != ErrorCode.Name(RESOURCE_ALREADY_EXISTS):
                 raise
-        found = client.get_experiment_by_name(name)  # another process was faster
-        assert found is not None
-    if found.lifecycle_stage == "deleted":
+        experiment = client.get_experiment_by_name(name)  # another process was faster
+        assert experiment is not None
+    if experiment.lifecycle_stage == "deleted":
         raise RegistryError(
             f"experiment {name!r} at {without_secrets(mlflow.get_tracking_uri())} is deleted; restore it with "
-            f"`mlflow experiments restore --experiment-id {found.experiment_id}` or choose another registry.experiment"
+            f"`mlflow experiments restore --experiment-id {experiment.experiment_id}` or choose another registry.experiment"
         )
-    return found.experiment_id
+    return experiment.experiment_id
 
 
 def database_path(uri: str) -> Path | None:
@@ -195,14 +195,14 @@ def tracked_run(experiment_id: str, name: str, digest: str) -> Iterator[str]:
 
     The run ends as FINISHED, as KILLED if the block was interrupted, or as FAILED if it raises anything else.
     """
-    found = MlflowClient().search_runs(
+    runs = MlflowClient().search_runs(
         [experiment_id], f"tags.`{RUN_TAG}` = '{digest}'", order_by=["attributes.start_time ASC"], max_results=1
     )
     before = mlflow.active_run()
     status = "FAILED"
     try:
-        if found:
-            run = mlflow.start_run(run_id=found[0].info.run_id)
+        if runs:
+            run = mlflow.start_run(run_id=runs[0].info.run_id)
         else:
             run = mlflow.start_run(experiment_id=experiment_id, run_name=name, tags={RUN_TAG: digest})
         yield run.info.run_id

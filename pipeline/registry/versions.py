@@ -124,12 +124,12 @@ def _earlier(version: ModelVersion, digest: str) -> ModelVersion | None:
         time.sleep(0.2)
 
 
-def log_folder(name: str, folder: Path, tags: Mapping[str, object], *, kind: str) -> str:
+def log_folder(name: str, folder: Path, tags: Mapping[str, object], *, model_type: str) -> str:
     """Uploads a folder as a logged model of the active run and returns its id."""
-    return log_model(name, lambda model: folder, tags, kind=kind)
+    return log_model(name, lambda model: folder, tags, model_type=model_type)
 
 
-def log_model(name: str, write: Callable[[LoggedModel], Path], tags: Mapping[str, object], *, kind: str) -> str:
+def log_model(name: str, write: Callable[[LoggedModel], Path], tags: Mapping[str, object], *, model_type: str) -> str:
     """Makes a logged model of the active run, uploads the folder that `write` returns for it, and returns its id.
 
     The model is an output of the run and READY only after the upload. Flavors of MLflow have a `log_model` too, which asks
@@ -139,7 +139,7 @@ def log_model(name: str, write: Callable[[LoggedModel], Path], tags: Mapping[str
     assert run is not None, "callers check"
     client = MlflowClient()
     texts = {key: str(value) for key, value in tags.items()}
-    model = client.create_logged_model(run.info.experiment_id, name, run.info.run_id, tags=texts, model_type=kind)
+    model = client.create_logged_model(run.info.experiment_id, name, run.info.run_id, tags=texts, model_type=model_type)
     client.log_model_artifacts(model.model_id, str(write(model)))
     client.finalize_logged_model(model.model_id, "READY")
     client.log_outputs(run.info.run_id, [LoggedModelOutput(model.model_id, step=0)])

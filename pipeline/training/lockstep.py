@@ -11,7 +11,7 @@ from PIL import Image
 from torch import nn
 
 from pipeline.models.bases import Base
-from pipeline.models.prompts import IMAGE_PLACEHOLDER, collate_for, encode, to_device
+from pipeline.models.encoding import IMAGE_PLACEHOLDER, collate_for, encode, to_device
 
 
 class VisionLockstep:

@@ -9,7 +9,7 @@ from typing import Any, Protocol
 import torch
 import torch.distributed as dist
 
-from pipeline.models.prompts import IGNORED, to_device
+from pipeline.models.encoding import IGNORED, to_device
 from pipeline.training.loss import answer_loss
 
 

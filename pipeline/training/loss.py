@@ -7,7 +7,7 @@ from torch.nn import functional
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from pipeline.models.bases import Base
-from pipeline.models.prompts import IGNORED
+from pipeline.models.encoding import IGNORED
 
 
 def answer_loss(model: Any, batch: dict[str, Any], *, reduction: Literal["mean", "sum"] = "mean") -> Tensor:

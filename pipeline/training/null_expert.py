@@ -10,8 +10,8 @@ import torch
 from pipeline.config import BaseModelConfig
 from pipeline.data.encoded.actors import on_workers
 from pipeline.data.encoded.packing import unpack
+from pipeline.models.encoding import Encoded, ids
 from pipeline.models.inference import FrozenBase, InferenceWorkers
-from pipeline.models.prompts import Encoded, ids
 from pipeline.routing.features import feature_width, project
 from pipeline.routing.layer_classifiers import LayerInputHook
 from pipeline.routing.null import components

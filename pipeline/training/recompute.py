@@ -17,8 +17,8 @@ from pipeline.config import BaseModelConfig, RouterConfig
 from pipeline.data.loading.batch_loader import distinct_batches
 from pipeline.data.loading.training_rows import TrainingRows
 from pipeline.errors import UserError
+from pipeline.models.encoding import without_answer
 from pipeline.models.inference import InferenceWorkers
-from pipeline.models.prompts import without_answer
 from pipeline.routing.adapters import Adapter
 from pipeline.routing.expert import Expert
 from pipeline.routing.statistics import PromptStatistics

@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from pipeline.models.bases import Base
-from pipeline.models.prompts import IGNORED, Encoded, collate_for, ids, to_device
+from pipeline.models.encoding import IGNORED, Encoded, collate_for, ids, to_device
 from pipeline.routing.features import project
 from pipeline.routing.layer_classifiers import LayerInputHook
 from pipeline.routing.prompt_hooks import PromptFeatureHook

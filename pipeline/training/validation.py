@@ -11,7 +11,7 @@ import torch
 
 from pipeline.errors import stored_file
 from pipeline.models.bases import Base
-from pipeline.models.prompts import Encoded, collate_for, to_device
+from pipeline.models.encoding import Encoded, collate_for, to_device
 from pipeline.training.loop import answer_tokens, over_ranks
 from pipeline.training.loss import answer_loss
 

@@ -18,7 +18,7 @@ from pipeline.data.loading.training_rows import TrainingRows
 from pipeline.errors import StoredFileError
 from pipeline.memory import free_memory
 from pipeline.models.bases import Base, load_base
-from pipeline.models.prompts import collate_for
+from pipeline.models.encoding import collate_for
 from pipeline.routing.adapters import ExpertError, load_adapters
 from pipeline.routing.expert import Expert, ExpertCard
 from pipeline.routing.features import feature_width

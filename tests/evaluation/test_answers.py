@@ -95,16 +95,16 @@ def test_writers_that_are_killed_leave_whole_files(tmp_path: Path) -> None:
         while sum(prompt >= "p5" for prompt in seen) < 30 or sum(prompt < "p5" for prompt in seen) < 30:
             assert all(writer.poll() is None for writer in writers)
             assert time.monotonic() < deadline
-            found = AnswerStore(tmp_path).of("base", ["none"])
-            assert seen.keys() <= found.keys()  # nothing is lost while files are put together
-            seen = dict(found)
+            answers = AnswerStore(tmp_path).of("base", ["none"])
+            assert seen.keys() <= answers.keys()  # nothing is lost while files are put together
+            seen = dict(answers)
     finally:
         for writer in writers:
             os.kill(writer.pid, signal.SIGKILL)
             writer.wait()
-    found = AnswerStore(tmp_path).of("base", ["none"])
-    assert seen.keys() <= found.keys()
-    assert all(answer == Answer(prompt[1:], "base") for prompt, answer in found.items())
+    answers = AnswerStore(tmp_path).of("base", ["none"])
+    assert seen.keys() <= answers.keys()
+    assert all(answer == Answer(prompt[1:], "base") for prompt, answer in answers.items())
 
 
 def test_a_damaged_file_is_named_with_the_remedy(tmp_path: Path) -> None:

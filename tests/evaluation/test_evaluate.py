@@ -17,16 +17,16 @@ from cluster.local import connect
 from pipeline.config import BaseModelConfig, DataConfig, SourceConfig, TaskConfig
 from pipeline.data.encoded.encoding import TaskRows
 from pipeline.data.encoded.packing import unpack
-from pipeline.data.faults import StreamError
+from pipeline.data.errors import StreamError
 from pipeline.data.loading.prompts import PromptSource
 from pipeline.evaluation.actors import PredictorActors
 from pipeline.evaluation.choices import SHOWN, format_candidates
 from pipeline.evaluation.evaluate import Evaluator
 from pipeline.evaluation.predictor import Predictor
-from pipeline.evaluation.prompts import Column
+from pipeline.evaluation.prompts import EvalTask
 from pipeline.evaluation.results import Evaluation
+from pipeline.models.encoding import Encoded
 from pipeline.models.inference import InferenceWorkers
-from pipeline.models.prompts import Encoded
 from pipeline.routing import Pool
 from pipeline.routing.insight import candidates_of_call
 from tests.helpers import CLAIMS
@@ -61,17 +61,17 @@ def first(pool: Pool, count: int, **router: object) -> Pool:
     return with_experts(pool, list(pool.experts.values())[:count], **router)
 
 
-def column(name: str, source: SourceConfig, metric: str = "exact_match") -> Column:
+def eval_task(name: str, source: SourceConfig, metric: str = "exact_match") -> EvalTask:
     task = TaskConfig(name=name, eval=source, metric=metric)
-    return Column(task, TaskRows(source, key=f"{name}-{source.limit}", metric=metric))
+    return EvalTask(task, TaskRows(source, key=f"{name}-{source.limit}", metric=metric))
 
 
 @pytest.fixture(scope="module")
-def columns(tmp_path_factory: pytest.TempPathFactory) -> list[Column]:
-    """Image rows and text rows of the families that the experts claim, rotations of questions, rows in groups."""
+def eval_tasks(tmp_path_factory: pytest.TempPathFactory) -> list[EvalTask]:
+    """Image rows and text rows of the abilities that the experts claim, rotations of questions, rows in groups."""
     folder = tmp_path_factory.mktemp("rows")
-    families = [*CLAIMS.values(), "direction"]
-    found = [column(f, SourceConfig(path=f"demo://{f}/eval", limit=8 + n)) for n, f in enumerate(families)]
+    abilities = [*CLAIMS.values(), "direction"]
+    tasks = [eval_task(f, SourceConfig(path=f"demo://{f}/eval", limit=8 + n)) for n, f in enumerate(abilities)]
     lines = ["index\tquestion\tA\tB\tC\tanswer\timage"]
     for number, color in enumerate(("red", "blue", "green")):
         stream = io.BytesIO()
@@ -79,12 +79,12 @@ def columns(tmp_path_factory: pytest.TempPathFactory) -> list[Column]:
         image = base64.b64encode(stream.getvalue()).decode()
         lines.append(f"{number}\twhat color is it ?\tred\tblue\tgreen\t{'ABC'[number]}\t{image}")
     (folder / "mmbench.tsv").write_text("\n".join(lines) + "\n")
-    found.append(column("rotated", SourceConfig(path=str(folder / "mmbench.tsv"), preset="mmbench"), "mmbench"))
+    tasks.append(eval_task("rotated", SourceConfig(path=str(folder / "mmbench.tsv"), preset="mmbench"), "mmbench"))
     rows = [{"q": f"repeat : {n} {n % 3} .", "a": f"{n} {n % 3}", "g": f"g{n // 2}"} for n in range(7)]
     (folder / "grouped.jsonl").write_text("".join(json.dumps(row) + "\n" for row in [*rows, {"q": "no answer"}]))
     source = SourceConfig(path=str(folder / "grouped.jsonl"), columns={"question": "q", "answer": "a", "group": "g"})
-    found.append(column("grouped", source))
-    return found
+    tasks.append(eval_task("grouped", source))
+    return tasks
 
 
 def evaluator(tiny_folder: Path, folder: Path, **more: object) -> Evaluator:
@@ -114,72 +114,74 @@ def nobody(tiny_folder: Path) -> PredictorActors:
 def grown(
     tiny_folder: Path,
     pool: Pool,
-    columns: list[Column],
+    eval_tasks: list[EvalTask],
     actors: PredictorActors,
     tmp_path_factory: pytest.TempPathFactory,
 ) -> tuple[Evaluator, list[Evaluation]]:
     """An evaluator that has seen the base, then pools of one, two and three experts; what it found."""
     evaluator_ = evaluator(tiny_folder, tmp_path_factory.mktemp("grown"))
     steps = [None, first(pool, 1), first(pool, 2), pool]
-    return evaluator_, [evaluator_.evaluate(columns, step, samples=ALL, actors=actors) for step in steps]
+    return evaluator_, [evaluator_.evaluate(eval_tasks, step, samples=ALL, actors=actors) for step in steps]
 
 
 @pytest.fixture
-def from_nothing(tiny_folder: Path, columns: list[Column], actors: PredictorActors, tmp_path: Path):
+def from_nothing(tiny_folder: Path, eval_tasks: list[EvalTask], actors: PredictorActors, tmp_path: Path):
     """Evaluates in a folder where nothing is known."""
 
-    def found(pool: Pool | None, columns: list[Column] = columns, **more: object) -> Evaluation:
-        return evaluator(tiny_folder, tmp_path).evaluate(columns, pool, samples=ALL, actors=actors, **more)
+    def evaluate(pool: Pool | None, eval_tasks: list[EvalTask] = eval_tasks, **more: object) -> Evaluation:
+        return evaluator(tiny_folder, tmp_path).evaluate(eval_tasks, pool, samples=ALL, actors=actors, **more)
 
-    return found
+    return evaluate
 
 
-def encoded(evaluator: Evaluator, columns: list[Column]) -> list[Encoded]:
+def encoded(evaluator: Evaluator, eval_tasks: list[EvalTask]) -> list[Encoded]:
     """The good rows of all columns."""
-    rows = [evaluator.source.rows(column.name, column.part).filter(expr=col("reason") == "") for column in columns]
-    return [row for own in rows for batch in own.iter_batches(batch_format="numpy") for row in unpack(batch)]
+    rows = [evaluator.source.rows(task.name, task.part).filter(expr=col("reason") == "") for task in eval_tasks]
+    return [row for dataset in rows for batch in dataset.iter_batches(batch_format="numpy") for row in unpack(batch)]
 
 
-def test_step_by_step_finds_what_from_nothing_finds(grown, pool: Pool, columns: list[Column], from_nothing) -> None:
-    _, found = grown
-    assert all(one != other for one, other in pairwise(found))
-    assert from_nothing(pool) == found[-1]
+def test_step_by_step_finds_what_from_nothing_finds(
+    grown, pool: Pool, eval_tasks: list[EvalTask], from_nothing
+) -> None:
+    _, steps = grown
+    assert all(one != other for one, other in pairwise(steps))
+    assert from_nothing(pool) == steps[-1]
 
 
-def test_it_finds_what_a_routed_base_answers(grown, pool: Pool, columns: list[Column], tiny_folder: Path) -> None:
+def test_it_finds_what_a_routed_base_answers(grown, pool: Pool, eval_tasks: list[EvalTask], tiny_folder: Path) -> None:
     """All prompts in one pass, with the whole pool attached, as a served pool answers them."""
-    evaluator_, found = grown
-    predictor, rows = Predictor(BaseModelConfig(path=str(tiny_folder)), WORKERS), encoded(evaluator_, columns)
+    evaluator_, steps = grown
+    predictor, rows = Predictor(BaseModelConfig(path=str(tiny_folder)), WORKERS), encoded(evaluator_, eval_tasks)
     predictor.attach(pool)
     answers = predictor.by_router(rows, 3)
-    assert [(s.prediction, s.expert) for s in found[-1].samples] == [(a.text, a.expert) for a in answers]
+    assert [(s.prediction, s.expert) for s in steps[-1].samples] == [(a.text, a.expert) for a in answers]
     with predictor.routed.call() as call:
         predictor.read(rows)
     why = [format_candidates(candidates) for candidates in candidates_of_call(call, limit=SHOWN)]
-    assert [s.why for s in found[-1].samples] == why
-    assert {s.expert for s in found[-1].samples} == {*CLAIMS, "base"}
+    assert [s.why for s in steps[-1].samples] == why
+    assert {s.expert for s in steps[-1].samples} == {*CLAIMS, "base"}
 
 
-def test_nothing_is_answered_twice(grown, pool: Pool, columns: list[Column], tiny_folder: Path) -> None:
-    """By the same evaluator, by one of another process, and for a pool that is told the tasks."""
-    evaluator_, found = grown
-    later, whole = (
+def test_nothing_is_answered_twice(grown, pool: Pool, eval_tasks: list[EvalTask], tiny_folder: Path) -> None:
+    """By the same evaluator, by one of another process, and for a pool that is given the tasks."""
+    evaluator_, steps = grown
+    later, evaluated = (
         evaluator(tiny_folder, evaluator_.store.folder.parents[1]),
-        columns[:-1],
+        eval_tasks[:-1],
     )  # the last one has a bad row
     for again in (evaluator_, later):
-        result = again.evaluate(whole, pool, samples=ALL, actors=nobody(tiny_folder))
-        assert result.columns == {c.name: found[-1].columns[c.name] for c in whole}
+        result = again.evaluate(evaluated, pool, samples=ALL, actors=nobody(tiny_folder))
+        assert result.results == {c.name: steps[-1].results[c.name] for c in evaluated}
     assert later.generated == 0
-    told = later.evaluate(columns[:4], pool, mode="told", samples=ALL, actors=nobody(tiny_folder))
-    assert {s.expert for s in told.samples} == {"base"}  # no expert bears a family's name
+    oracle = later.evaluate(eval_tasks[:4], pool, mode="oracle", samples=ALL, actors=nobody(tiny_folder))
+    assert {s.expert for s in oracle.samples} == {"base"}  # no expert bears the name of an ability
 
 
 def test_an_expert_that_is_replaced_answers_anew(
-    grown, pool: Pool, columns: list[Column], actors: PredictorActors, from_nothing, tmp_path: Path
+    grown, pool: Pool, eval_tasks: list[EvalTask], actors: PredictorActors, from_nothing, tmp_path: Path
 ) -> None:
     """From a pool's folder, whose experts are read when they are needed."""
-    evaluator_, found = grown
+    evaluator_, steps = grown
     painter = pool.experts["painter"]
     other = replace(
         painter,
@@ -187,33 +189,33 @@ def test_an_expert_that_is_replaced_answers_anew(
         adapters={path: replace(adapter, b_OR=adapter.b_OR.flip(0)) for path, adapter in painter.adapters.items()},
     )
     before, replaced = evaluator_.generated, Pool.load(pool.add(other).save(tmp_path / "pool"))
-    result = evaluator_.evaluate(columns, replaced, samples=ALL, actors=actors)
-    assert result != found[-1]
+    result = evaluator_.evaluate(eval_tasks, replaced, samples=ALL, actors=actors)
+    assert result != steps[-1]
     assert result == from_nothing(replaced)
-    pages = {s.column for s in result.samples if s.expert == "painter"}
-    sizes = {column: len(of.samples) for column, of in result.columns.items()}
-    assert evaluator_.generated - before <= sum(sizes[column] for column in pages)
+    pages = {s.task for s in result.samples if s.expert == "painter"}
+    sizes = {task: len(of.samples) for task, of in result.results.items()}
+    assert evaluator_.generated - before <= sum(sizes[task] for task in pages)
 
 
 @pytest.mark.parametrize("router", [{"shrinkage": 0.9}, {"null": ()}])
 def test_other_settings_of_the_router_ask_who_is_chosen_now(
-    grown, pool: Pool, columns: list[Column], actors: PredictorActors, from_nothing, router: dict
+    grown, pool: Pool, eval_tasks: list[EvalTask], actors: PredictorActors, from_nothing, router: dict
 ) -> None:
-    evaluator_, found = grown
+    evaluator_, steps = grown
     null = router.pop("null", pool.null)
     other = Pool(pool.base_label, pool.base_fingerprint, pool.router, pool.experts.values(), null).routed_by(**router)
-    result = evaluator_.evaluate(columns, other, samples=ALL, actors=actors)
-    assert result != found[-1]
+    result = evaluator_.evaluate(eval_tasks, other, samples=ALL, actors=actors)
+    assert result != steps[-1]
     assert result == from_nothing(other)
 
 
 def test_a_limit_finds_the_first_rows(
-    grown, pool: Pool, columns: list[Column], actors: PredictorActors, from_nothing
+    grown, pool: Pool, eval_tasks: list[EvalTask], actors: PredictorActors, from_nothing
 ) -> None:
     evaluator_, _ = grown
-    fewer = [column(c.name, c.part.source.model_copy(update={"limit": 5})) for c in columns[:4]]
+    fewer = [eval_task(c.name, c.part.source.model_copy(update={"limit": 5})) for c in eval_tasks[:4]]
     expected = from_nothing(pool, fewer)
-    assert [len(result.samples) for result in expected.columns.values()] == [5] * 4
+    assert [len(result.samples) for result in expected.results.values()] == [5] * 4
     before = evaluator_.generated
     assert evaluator_.evaluate(fewer, pool, samples=ALL, actors=actors) == expected
     assert evaluator_.generated == before
@@ -227,41 +229,41 @@ def alike(pool: Pool) -> Pool:
 
 
 def test_what_two_levels_leave_open_is_the_pools_answer(
-    grown, pool: Pool, columns: list[Column], actors: PredictorActors, tiny_folder: Path, tmp_path: Path
+    grown, pool: Pool, eval_tasks: list[EvalTask], actors: PredictorActors, tiny_folder: Path, tmp_path: Path
 ) -> None:
     evaluator_, _ = grown
     open_ = alike(pool).routed_by(kind="two_level")
     folder, before = open_.save(tmp_path / "pool"), evaluator_.generated
-    result = evaluator_.evaluate(columns, open_, key="twins", folder=folder, samples=ALL, actors=actors)
+    result = evaluator_.evaluate(eval_tasks, open_, key="twins", folder=folder, samples=ALL, actors=actors)
     mixed = [s for s in result.samples if s.expert in ("reader", "twin")]
     assert mixed
     assert evaluator_.generated - before == len(set(evaluator_.store.of("pool-twins", []))) == len(mixed)
     predictor = Predictor(BaseModelConfig(path=str(tiny_folder)), WORKERS)
     predictor.attach(open_)
-    answers = predictor.by_router(encoded(evaluator_, columns), 3)
+    answers = predictor.by_router(encoded(evaluator_, eval_tasks), 3)
     assert [(s.prediction, s.expert) for s in result.samples] == [(a.text, a.expert) for a in answers]
 
 
 def test_answers_of_a_token_router_are_the_pools_and_kept(
-    grown, pool: Pool, columns: list[Column], actors: PredictorActors, tiny_folder: Path, tmp_path: Path
+    grown, pool: Pool, eval_tasks: list[EvalTask], actors: PredictorActors, tiny_folder: Path, tmp_path: Path
 ) -> None:
     evaluator_, _ = grown
     tokens = pool.routed_by(kind="token", token_scores="phatgoose")
     folder, before = tokens.save(tmp_path / "pool"), evaluator_.generated
-    result = evaluator_.evaluate(columns, tokens, key="tokens", folder=folder, samples=ALL, actors=actors)
+    result = evaluator_.evaluate(eval_tasks, tokens, key="tokens", folder=folder, samples=ALL, actors=actors)
     assert evaluator_.generated - before == len(result.samples)
-    again = evaluator_.evaluate(columns, tokens, key="tokens", samples=ALL, actors=nobody(tiny_folder))
+    again = evaluator_.evaluate(eval_tasks, tokens, key="tokens", samples=ALL, actors=nobody(tiny_folder))
     assert again == result
 
 
 def test_bad_rows_are_written_down_and_told(
-    grown, columns: list[Column], tiny_folder: Path, actors, tmp_path: Path
+    grown, eval_tasks: list[EvalTask], tiny_folder: Path, actors, tmp_path: Path
 ) -> None:
-    told = []
-    one = evaluator(tiny_folder, tmp_path, on_set_aside=lambda name, aside: told.append((name, str(aside))))
-    result = one.evaluate(columns[-1:], None, actors=actors)
-    assert sum(result.columns["grouped"].experts.values()) == 7
-    assert told == [("grouped", "1 bad row set aside")]
+    reported = []
+    one = evaluator(tiny_folder, tmp_path, on_set_aside=lambda name, aside: reported.append((name, str(aside))))
+    result = one.evaluate(eval_tasks[-1:], None, actors=actors)
+    assert sum(result.results["grouped"].experts.values()) == 7
+    assert reported == [("grouped", "1 bad row set aside")]
     assert "answer" in (tmp_path / "quarantine" / "grouped.jsonl").read_text()
     assert not list((tmp_path / "prompts").glob("*"))  # what cannot be used today is looked at again tomorrow
 
@@ -273,7 +275,7 @@ def test_rows_that_change_meanwhile_are_told(
     lines = [json.dumps({"q": f"repeat : {n} .", "a": str(n)}) for n in range(6)]
     file.write_text("\n".join(lines))
     one = evaluator(tiny_folder, tmp_path)
-    changing = column("changing", SourceConfig(path=str(file), columns={"question": "q", "answer": "a"}))
+    changing = eval_task("changing", SourceConfig(path=str(file), columns={"question": "q", "answer": "a"}))
     one.tables.of([changing], 384, actors)
     for changed, message in ([*lines[:4], *lines[3:5]], "are not what they were"), (lines[:4], "are gone"):
         file.write_text("\n".join(changed))

@@ -14,8 +14,8 @@ def test_the_last_page_holds_what_is_left() -> None:
 
 
 def test_pages_are_found_across_blocks_and_gaps() -> None:
-    found = slices(BLOCKS, [(0, 2, 3), (5,), (6, 7)])
-    assert [(s.blocks, s.rows) for s in found] == [
+    locations = slices(BLOCKS, [(0, 2, 3), (5,), (6, 7)])
+    assert [(s.blocks, s.rows) for s in locations] == [
         (["a", "c"], [[0, 2], [0]]),
         (["c"], [[2]]),
         (["c", "d"], [[3], [0]]),

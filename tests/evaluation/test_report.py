@@ -14,17 +14,17 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from pipeline.evaluation.matrix import AccuracyMatrix, continual_metrics
-from pipeline.evaluation.pictures import PICTURES, cost
+from pipeline.evaluation.plots import PLOTS, cost
 from pipeline.evaluation.report import ReportError, duration, write_report
 
 TASKS = ["digits", "renamed", "clock", "later", "successor", "textures"]
-FAMILIES = [
+ABILITIES = [
     *("shape", "color", "count", "position", "describe", "exists", "chart_value", "chart_rank"),
     *("document", "form", "direction", "strokes", "repeat", "reverse"),
 ]
 METHODS = {
     "base": (0.12, 0.9, 0, 0.0),
-    "specialist": (0.965, 0.9, 48000, 232.0),
+    "oracle": (0.965, 0.9, 48000, 232.0),
     "sequential": (0.31, 0.35, 48000, 214.0),
     "multitask": (0.97, 0.55, 48000, 221.0),
     "token": (0.668, 0.764, 52800, 260.0),
@@ -48,7 +48,7 @@ QUESTIONS = [
 ]
 
 
-def make_picture(seed: int) -> str:
+def make_image(seed: int) -> str:
     """Returns a 64 x 64 PNG in base64: a few rectangles on white."""
     noise = np.random.default_rng(seed)
     pixels = np.full((64, 64, 3), 255, np.uint8)
@@ -80,30 +80,30 @@ def make_task(noise: np.random.Generator, quarantined: int) -> dict[str, Any]:
     }
 
 
-def make_sample(seed: int, column: str, question: str, answer: str, prediction: str, expert: str) -> dict[str, Any]:
+def make_sample(seed: int, task: str, question: str, answer: str, prediction: str, expert: str) -> dict[str, Any]:
     """Returns one sample prompt of a summary; prompts of `reverse` have no image."""
     return {
-        "column": column,
+        "column": task,
         "question": question,
         "answer": answer,
         "prediction": prediction,
         "correct": answer == prediction,
         "expert": expert,
-        "image": None if column == "reverse" else make_picture(seed),
+        "image": None if task == "reverse" else make_image(seed),
     }
 
 
-def make_summary(tasks: Sequence[str] = TASKS, families: Sequence[str] = FAMILIES) -> dict[str, Any]:
+def make_summary(tasks: Sequence[str] = TASKS, abilities: Sequence[str] = ABILITIES) -> dict[str, Any]:
     """Returns the summary of `learn` and `compare` over `tasks`, as they would write it."""
     noise = np.random.default_rng(0)
-    base = {task: 0.02 + 0.2 * noise.random() for task in tasks} | {f: 0.78 + 0.22 * noise.random() for f in families}
-    matrix = AccuracyMatrix(tasks, families)
+    base = {task: 0.02 + 0.2 * noise.random() for task in tasks} | {f: 0.78 + 0.22 * noise.random() for f in abilities}
+    matrix = AccuracyMatrix(tasks, abilities)
     matrix.record("base", base)
     best = {task: 0.92 + 0.08 * noise.random() for task in tasks}
     for i, task in enumerate(tasks):
         seen = {other: best[other] - 0.01 * noise.random() * (i > j) for j, other in enumerate(tasks[: i + 1])}
-        matrix.record(task, seen | {family: base[family] - 0.01 * noise.random() for family in families})
-    columns, experts = [*tasks, *families], [*tasks, "base"]
+        matrix.record(task, seen | {ability: base[ability] - 0.01 * noise.random() for ability in abilities})
+    columns, experts = [*tasks, *abilities], [*tasks, "base"]
     shares = [[0.985 if expert == (c if c in tasks else "base") else 0.0 for c in columns] for expert in experts]
     for j in range(len(columns)):
         shares[int(noise.integers(0, len(tasks)))][j] += 0.015
@@ -137,8 +137,8 @@ def summary() -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def small() -> dict[str, Any]:
-    """Two tasks and two families: drawn in a fraction of the time."""
-    return make_summary(TASKS[:2], FAMILIES[:2])
+    """Two tasks and two abilities: drawn in a fraction of the time."""
+    return make_summary(TASKS[:2], ABILITIES[:2])
 
 
 @pytest.fixture(scope="module")
@@ -149,8 +149,8 @@ def page(summary: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> P
 def test_it_is_one_file_with_pictures_beside_it(page: Path) -> None:
     text = page.read_text(encoding="utf-8")
     assert page.name == "report.html"
-    assert {path.stem for path in (page.parent / "pictures").iterdir()} == set(PICTURES)
-    assert text.count("data:image/png;base64,") == len(PICTURES) + 7  # seven samples have an image
+    assert {path.stem for path in (page.parent / "pictures").iterdir()} == set(PLOTS)
+    assert text.count("data:image/png;base64,") == len(PLOTS) + 7  # seven samples have an image
     assert not re.search(r"(src|href)=\"(?!data:)|url\(|@import|<script", text)
 
 
@@ -206,9 +206,19 @@ def test_it_copes_with_one_task_and_gaps(small: dict[str, Any], tmp_path: Path) 
 
 
 def test_it_copes_with_a_stream_that_has_only_begun(tmp_path: Path) -> None:
-    matrix = AccuracyMatrix(TASKS, FAMILIES)
+    matrix = AccuracyMatrix(TASKS, ABILITIES)
     begun = {"name": "begun", "tasks": {}, "accuracy_matrix": matrix.to_json(), "continual": {}}
     assert "before any task was learned" in write_report(begun, tmp_path).read_text(encoding="utf-8")
+
+
+def test_baselines_over_several_seeds_have_a_spread(tmp_path: Path) -> None:
+    summary = make_summary()
+    summary["methods"]["sequential"]["spread"] = {"new": 0.031, "base_abilities": 0.012}
+    page = write_report(summary, tmp_path).read_text(encoding="utf-8")
+    assert " ± 3.1" in page
+    assert " ± 1.2" in page
+    assert "standard deviation over several seeds" in page
+    assert "standard deviation" not in write_report(make_summary(), tmp_path).read_text(encoding="utf-8")
 
 
 def test_it_copes_without_benchmarks(tmp_path: Path) -> None:
@@ -242,14 +252,14 @@ def test_cost_is_measured_for_us_and_scaled_for_retraining() -> None:
     assert cost(small)[0] == ([10, 20, 30], [10, 30, 60])
 
 
-@pytest.mark.parametrize("name", PICTURES)
+@pytest.mark.parametrize("name", PLOTS)
 def test_every_picture_is_a_figure(summary: dict[str, Any], name: str) -> None:
-    assert PICTURES[name].possible(summary)
-    assert isinstance(PICTURES[name].draw(summary), Figure)
+    assert PLOTS[name].possible(summary)
+    assert isinstance(PLOTS[name].draw(summary), Figure)
 
 
 def test_losses_have_a_panel_for_each_stage_that_has_steps(small: dict[str, Any]) -> None:
-    draw = PICTURES["loss"].draw
+    draw = PLOTS["loss"].draw
     assert [axes.get_title("left") for axes in draw(small).axes] == ["expert stage"]
     trained = copy.deepcopy(small)
     trained["tasks"]["digits"]["router_loss"] = [[0, 1.0], [5, 0.5]]  # the other task has none

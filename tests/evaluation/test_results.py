@@ -6,16 +6,16 @@ from dataclasses import replace
 import pytest
 
 from pipeline.data.rows.records import Reference
-from pipeline.evaluation.results import ColumnResult, Evaluation, Prediction, scored
+from pipeline.evaluation.results import Evaluation, Prediction, TaskResult, scored
 
 
-def predicted(column: str, value: float, group: str = "") -> Prediction:
-    return Prediction(column, "id", "question", "answer", "prediction", value, "base", group=group)
+def predicted(task: str, value: float, group: str = "") -> Prediction:
+    return Prediction(task, "id", "question", "answer", "prediction", value, "base", group=group)
 
 
 def test_without_groups_accuracy_is_the_mean_score() -> None:
     scores = {"a": [1.0, 0.5, 0.0], "b": [0.3]}
-    evaluation = Evaluation.of([predicted(column, value) for column, values in scores.items() for value in values])
+    evaluation = Evaluation.of([predicted(task, value) for task, values in scores.items() for value in values])
     assert evaluation.accuracies() == {"a": pytest.approx(0.5), "b": 0.3}
     assert evaluation.row_accuracies() == {}
 
@@ -51,10 +51,10 @@ def test_the_order_of_rows_does_not_matter() -> None:
 def test_rotations_are_scored_and_counted_as_one_question() -> None:
     choices = [{"A": "dog", "B": "cat"}, {"A": "cat", "B": "dog"}]
     references = [Reference(answers=(right,), choices=c, group="7") for right, c in zip("BA", choices, strict=True)]
-    given = ["B", "The answer is B."]  # true to the letter, not to the cat
+    answers = ["B", "The answer is B."]  # true to the letter, not to the cat
     predictions = [
         scored("animals", "mmbench", "7", "which?", reference.model_dump_json(), answer, "animals")
-        for reference, answer in zip(references, given, strict=True)
+        for reference, answer in zip(references, answers, strict=True)
     ]
     assert [(p.answer, p.score, p.group) for p in predictions] == [("B", 1.0, "7"), ("A", 0.0, "7")]
     evaluation = Evaluation.of(predictions)
@@ -64,7 +64,7 @@ def test_rotations_are_scored_and_counted_as_one_question() -> None:
 
 def test_who_answered_is_counted_by_column() -> None:
     to = {"a": ["a", "a", "b", "base"], "b": ["b"], "old": ["base", "a"]}
-    predictions = [replace(predicted(column, 1.0), expert=e) for column, experts in to.items() for e in experts]
+    predictions = [replace(predicted(task, 1.0), expert=e) for task, experts in to.items() for e in experts]
     evaluation = Evaluation.of(predictions)
     assert evaluation.routing_accuracy(["a", "b"]) == pytest.approx(4 / 7)
     assert evaluation.shares(["a", "b", "base"], ["a", "b", "old"]) == [[0.5, 0, 0.5], [0.25, 1, 0], [0.25, 0, 0.5]]
@@ -77,5 +77,5 @@ def test_an_evaluation_survives_json() -> None:
 
 def test_as_many_samples_are_kept_as_are_asked_for() -> None:
     predictions = [predicted("a", value) for value in (0.0, 1.0, 1.0)]
-    result = ColumnResult.of(predictions, 2)
+    result = TaskResult.of(predictions, 2)
     assert (result.accuracy, result.samples) == (pytest.approx(2 / 3), tuple(predictions[:2]))

@@ -10,7 +10,7 @@ from jobs.benchmark.library_text import MODULES, descriptions, paragraphs, write
 from jobs.benchmark.text import SMOLLM2, perplexity
 from pipeline.config import LearnConfig, load_config
 from pipeline.data.sources.reader import StreamError
-from pipeline.models.prompts import collate_for
+from pipeline.models.encoding import collate_for
 from tests.helpers import ask, attached
 
 TEXT = "Return something that is long enough to describe a function well"

@@ -8,7 +8,7 @@ from transformers import AutoModelForImageTextToText
 from typer.testing import CliRunner
 
 from jobs.cli import app
-from tests.models.published import small_config, write_folder
+from tests.models.original import small_config, write_folder
 
 
 @pytest.fixture

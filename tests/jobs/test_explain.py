@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 
 from jobs.cli import app
 from pipeline.data.demo.abilities import ABILITIES
-from pipeline.evaluation.pictures import routing_of_a_prompt
+from pipeline.evaluation.plots import routing_of_a_prompt
 from pipeline.models.bases import Base
 from pipeline.routing import Decision, Pool
 from pipeline.routing.insight import Explanation

@@ -25,7 +25,7 @@ from pipeline.learning import learn, trainings
 from pipeline.learning.opening import open_session
 from pipeline.learning.session import StreamSession
 from pipeline.models.bases import Base, load_base
-from pipeline.models.prompts import Encoded, collate_for, without_answer
+from pipeline.models.encoding import Encoded, collate_for, without_answer
 from pipeline.routing import Expert, Pool, PromptStatistics
 from pipeline.routing.features import FEATURE_RULE
 from pipeline.routing.null import components

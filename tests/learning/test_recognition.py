@@ -10,7 +10,7 @@ from cluster.local import ClusterInfo
 from cluster.usage import PeakMemory
 from jobs.terminal import Terminal
 from pipeline.config import LearnConfig, load_config
-from pipeline.data.faults import StreamError
+from pipeline.data.errors import StreamError
 from pipeline.learning.recognition import ChangedError, expert_wanted, remember
 from pipeline.learning.session import StreamSession
 from pipeline.routing.expert import ExpertCard

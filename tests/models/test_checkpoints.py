@@ -83,15 +83,15 @@ def test_several_processes_on_a_machine_fetch_one_copy(tiny_folder, tiny_base, t
 
 
 @pytest.mark.parametrize(
-    ("path", "said"),
+    ("path", "message"),
     [
         ("memory://nothing/here", "holds no checkpoint"),
         ("nowhere://bucket/base", "cannot be read: .*nowhere"),
         ("/no/such/folder", "does not exist; give a checkpoint folder, a hub id, a URI, or `tiny`"),
     ],
 )
-def test_what_cannot_be_found_says_so(path, said):
-    with pytest.raises(BaseError, match=said):
+def test_what_cannot_be_found_says_so(path, message):
+    with pytest.raises(BaseError, match=message):
         checkpoint(BaseModelConfig(path=path))
 
 

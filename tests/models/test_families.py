@@ -15,13 +15,14 @@ from pipeline.data.encoded.packing import pack, unpack_row
 from pipeline.data.sources.reader import StreamError
 from pipeline.models.bases import Base, load_base
 from pipeline.models.checkpoints import BaseError
+from pipeline.models.encoding import IGNORED, IMAGE_EMBEDS, PromptError, collate_for
 from pipeline.models.families import FAMILIES
+from pipeline.models.generation import generate_answers
 from pipeline.models.inference import InferenceWorkers
-from pipeline.models.prompts import FEATURES, IGNORED, PromptError, collate_for, generate_answers
 from pipeline.training.loss import answer_loss, checkpoint_activations, without_dropout
 from tests.helpers import ask
 
-PICTURES = [
+IMAGES = [
     Image.fromarray(np.random.default_rng(seed).integers(0, 256, size, dtype=np.uint8))
     for seed, size in enumerate([(80, 150, 3), (64, 40, 3)])
 ]
@@ -39,7 +40,7 @@ def sees(base: Base) -> bool:
 
 def rows_of(base: Base, answer: str | None = "red") -> list:
     """One image, none, two: a mixed batch."""
-    one, two = (PICTURES[:1], PICTURES) if sees(base) else ([], [])
+    one, two = (IMAGES[:1], IMAGES) if sees(base) else ([], [])
     return [
         ask(base.processor, "what color ?", *one, answer=answer),
         ask(base.processor, "repeat : red", answer=answer),
@@ -51,21 +52,21 @@ def rows_of(base: Base, answer: str | None = "red") -> list:
 def logits(base: Base, rows: list, side: str = "right") -> list[torch.Tensor]:
     """Logits of each row's own tokens."""
     batch = collate_for(base.processor, rows, side)
-    found = base.model(**batch, use_cache=False).logits
-    return [own[mask.bool()] for own, mask in zip(found, batch["attention_mask"], strict=True)]
+    padded = base.model(**batch, use_cache=False).logits
+    return [row_logits[mask.bool()] for row_logits, mask in zip(padded, batch["attention_mask"], strict=True)]
 
 
 @pytest.mark.parametrize("side", ["right", "left"])
 def test_rows_do_not_depend_on_their_batch(base, side):
     rows = rows_of(base)
-    for row, found in zip(rows, logits(base, rows, side), strict=True):
-        torch.testing.assert_close(found, logits(base, [row])[0], rtol=1e-4, atol=1e-4)
+    for row, actual in zip(rows, logits(base, rows, side), strict=True):
+        torch.testing.assert_close(actual, logits(base, [row])[0], rtol=1e-4, atol=1e-4)
 
 
 def test_images_are_seen(base):
     if not sees(base):
         pytest.skip("reads text only")
-    one, other = (logits(base, [ask(base.processor, "what ?", p.resize((64, 64)))])[0] for p in PICTURES)
+    one, other = (logits(base, [ask(base.processor, "what ?", p.resize((64, 64)))])[0] for p in IMAGES)
     assert (one[-1] - other[-1]).abs().max() > 0.01
 
 
@@ -108,11 +109,11 @@ def test_rows_survive_packing(base):
     for row in rows_of(base):
         again = unpack_row(*pack(row).values())
         assert again.images.keys() == row.images.keys()
-        assert again.marks.keys() == row.marks.keys()
-        for name, array in (row.images | row.marks).items():
-            found = (again.images | again.marks)[name]
-            assert found.dtype == array.dtype
-            assert (found == array).all()
+        assert again.token_fields.keys() == row.token_fields.keys()
+        for name, array in (row.images | row.token_fields).items():
+            unpacked = (again.images | again.token_fields)[name]
+            assert unpacked.dtype == array.dtype
+            assert (unpacked == array).all()
 
 
 def test_linears_of_the_language_model_only(base):
@@ -132,31 +133,31 @@ def seen(base: Base, rows: list) -> list:
     reader = ImageEncoder(BaseModelConfig(path=str(base.folder)), InferenceWorkers(cpus_per_worker=1))
     packed = [pack(row) for row in rows]
     batch = {name: np.array([row[name] for row in packed], object) for name in packed[0]}
-    found = reader(batch)
-    return [unpack_row(*(found[name][i] for name in packed[0])) for i in range(len(rows))]
+    embedded = reader(batch)
+    return [unpack_row(*(embedded[name][i] for name in packed[0])) for i in range(len(rows))]
 
 
 def test_features_stand_for_pixels(base):
     rows = rows_of(base)
-    if not base.family.features:
+    if not base.family.supports_image_cache:
         with pytest.raises(StreamError, match="cannot be kept; set data.vision_cache=off"):
             seen(base, rows)
         return
     cached = seen(base, rows)
-    assert [FEATURES in row.images for row in cached] == [sees(base), False, sees(base)]
+    assert [IMAGE_EMBEDS in row.images for row in cached] == [sees(base), False, sees(base)]
     blind = load_base(BaseModelConfig(path=str(base.folder)), vision=False)
-    for found, expected in zip(logits(blind, cached), logits(base, rows), strict=True):
-        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
-    asked = rows_of(base, None)
-    answers = generate_answers(base.model, base.processor, asked, max_new_tokens=4)
-    assert generate_answers(blind.model, blind.processor, seen(base, asked), max_new_tokens=4) == answers
+    for actual, expected in zip(logits(blind, cached), logits(base, rows), strict=True):
+        torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)
+    text_rows = rows_of(base, None)
+    answers = generate_answers(base.model, base.processor, text_rows, max_new_tokens=4)
+    assert generate_answers(blind.model, blind.processor, seen(base, text_rows), max_new_tokens=4) == answers
 
 
 def test_text_models_refuse_images(base):
     if sees(base):
         pytest.skip("sees images")
     with pytest.raises(PromptError, match="2 images, but the base reads text only"):
-        ask(base.processor, "what ?", *PICTURES)
+        ask(base.processor, "what ?", *IMAGES)
 
 
 def test_what_a_processor_refuses_is_a_bad_prompt(base):

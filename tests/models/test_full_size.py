@@ -15,24 +15,24 @@ from transformers import InternVLForConditionalGeneration
 
 from pipeline.models.families import family_of
 from pipeline.models.internvl2.config import architecture, convert_config, read_config, tokens_per_tile
-from pipeline.models.internvl2.names import plan
+from pipeline.models.internvl2.names import conversion_plan
 from pipeline.routing.features import feature_width
 from pipeline.routing.layer_classifiers import WIDTH
 from pipeline.routing.serialization import statistics_tensors
 from pipeline.routing.statistics import PromptStatistics
-from tests.models import published
+from tests.models import original
 
 RANK = 16
 SIZES = {"2b": (2048, 1024, 8192, 24), "8b": (4096, 1024, 14336, 32)}
 """D, K, I, L by model."""
 
 
-def published_config(size: str) -> dict[str, Any]:
-    return json.loads((published.CONFIGS / f"internvl2_{size}.json").read_text())
+def original_config(size: str) -> dict[str, Any]:
+    return json.loads((original.CONFIGS / f"internvl2_{size}.json").read_text())
 
 
 def converted_config(size: str) -> Any:
-    fields = read_config(published_config(size), published.CONFIGS / f"internvl2_{size}.json")
+    fields = read_config(original_config(size), original.CONFIGS / f"internvl2_{size}.json")
     return convert_config(fields, image_token_id=92546, tied=False)
 
 
@@ -66,12 +66,12 @@ def count(module: nn.Module) -> int:
         ("26b", 25_514_186_112),
     ],
 )
-def test_every_published_tensor_has_its_place(size, parameters):
-    """All names and shapes of the published layout, against the plan of the conversion."""
-    config = published_config(size)
-    fields = read_config(config, published.CONFIGS / f"internvl2_{size}.json")
-    moves = plan(convert_config(fields, image_token_id=92546, tied=False), architecture(fields))
-    assert {move.source: move.shape for move in moves} == dict(published.shapes(config))
+def test_every_original_tensor_has_its_place(size, parameters):
+    """All names and shapes of the original layout, against the plan of the conversion."""
+    config = original_config(size)
+    fields = read_config(config, original.CONFIGS / f"internvl2_{size}.json")
+    moves = conversion_plan(convert_config(fields, image_token_id=92546, tied=False), architecture(fields))
+    assert {move.source: move.shape for move in moves} == dict(original.shapes(config))
     assert sum(shape.numel() for move in moves for shape in move.shapes) == parameters
     assert tokens_per_tile(fields) == 256
 

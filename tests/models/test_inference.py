@@ -29,10 +29,10 @@ def counted_logits(model: Any) -> Iterator[list[int]]:
 
 def test_batches_are_bounded_by_tokens_and_rows() -> None:
     lengths = [5, 100, 7, 30, 40, 6]
-    found = batches(lengths, rows=3, tokens=80)
-    assert sorted(i for group in found for i in group) == list(range(6))
-    assert found == [[1], [4, 3], [2, 5, 0]]  # one alone is too long, and still answered
-    for group in found[1:]:
+    groups = batches(lengths, rows=3, tokens=80)
+    assert sorted(i for group in groups for i in group) == list(range(6))
+    assert groups == [[1], [4, 3], [2, 5, 0]]  # one alone is too long, and still answered
+    for group in groups[1:]:
         assert len(group) * max(lengths[i] for i in group) <= 80
     assert batches([], rows=3, tokens=80) == []
 

@@ -1,4 +1,4 @@
-"""Conversion against the published architecture, written anew in `published`."""
+"""Conversion against the original architecture, written anew in `original_model`."""
 
 import json
 import shutil
@@ -14,12 +14,12 @@ from transformers import AutoModelForImageTextToText
 
 from pipeline.models.internvl2 import ConversionError, convert
 from pipeline.models.internvl2.names import split_grouped
-from tests.models import published
-from tests.models.published import small_config, write_folder, write_weights
-from tests.models.published_model import PublishedModel
+from tests.models import original
+from tests.models.original import small_config, write_folder, write_weights
+from tests.models.original_model import OriginalModel
 
 INTERNLM2, QWEN2, PHI3, LLAMA = "InternLM2ForCausalLM", "Qwen2ForCausalLM", "Phi3ForCausalLM", "LlamaForCausalLM"
-TOWERS = {"300m": published.VISION_300M, "6b": published.VISION_6B}
+TOWERS = {"300m": original.VISION_300M, "6b": original.VISION_6B}
 
 
 def load(folder: Path) -> Any:
@@ -40,7 +40,7 @@ def assert_same_logits(
     input_ids[0, 3:7] = image  # one tile in the first row,
     input_ids[1, 1:9] = image  # two in the second
     pixels = torch.randn(3, 3, 56, 56, generator=random)
-    original = PublishedModel(config, weights, image)
+    original = OriginalModel(config, weights, image)
     with torch.inference_mode():
         tokens = model.model.get_image_features(pixels, return_dict=True).pooler_output
         torch.testing.assert_close(tokens, original.vision(pixels), rtol=0, atol=1e-5)
@@ -51,10 +51,10 @@ def assert_same_logits(
     assert logits.std() > 0.1
 
 
-@pytest.mark.parametrize("kind", [INTERNLM2, QWEN2, PHI3, LLAMA])
+@pytest.mark.parametrize("language_class", [INTERNLM2, QWEN2, PHI3, LLAMA])
 @pytest.mark.parametrize("tower", TOWERS)
-def test_the_converted_model_computes_what_the_published_one_does(tmp_path, kind, tower):
-    config = small_config(kind, TOWERS[tower])
+def test_the_converted_model_computes_what_the_original_one_does(tmp_path, language_class, tower):
+    config = small_config(language_class, TOWERS[tower])
     weights = write_folder(tmp_path / "source", config)
     done = convert(tmp_path / "source", tmp_path / "target")
     assert done.parameters == sum(tensor.numel() for tensor in weights.values())
@@ -165,8 +165,8 @@ def test_memory_is_that_of_one_new_file(tmp_path):
     """600 MB in files of 100 MB: nothing is held but the new file and the memory-mapped file that is read."""
     size = {"hidden_size": 1024, "num_attention_heads": 8, "num_key_value_heads": 2, "intermediate_size": 4096}
     config = small_config(num_hidden_layers=17, **size)
-    config["llm_config"]["vocab_size"] = published.write_tokenizer(tmp_path, INTERNLM2)
-    weights = {name: torch.zeros(shape, dtype=torch.bfloat16) for name, shape in published.shapes(config)}
+    config["llm_config"]["vocab_size"] = original.write_tokenizer(tmp_path, INTERNLM2)
+    weights = {name: torch.zeros(shape, dtype=torch.bfloat16) for name, shape in original.shapes(config)}
     total = sum(tensor.nbytes for tensor in weights.values())
     assert total > 500 * 10**6
     write_folder(tmp_path / "source", config, weights, files=6)
@@ -249,7 +249,7 @@ def test_quantised_weights_are_refused(source):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"model_type": "internvl"}, r"config\.json: model_type: 'internvl', not .*transformers' layout already"),
+        ({"model_type": "internvl"}, r"config\.json: model_type: 'internvl', not .*transformers' format already"),
         ({"model_type": "llama"}, r"config\.json: model_type: 'llama', not 'internvl_chat'; give the folder of"),
         ({"ps_version": "v1"}, r"ps_version: 'v1' has no counterpart .* only 'v2' is converted"),
         ({"select_layer": -4}, "select_layer: -4 has no counterpart"),
@@ -300,9 +300,9 @@ def test_folders_that_are_none_are_named(source, tmp_path):
 
 def test_weights_that_are_not_there_are_named(source):
     file = source / "model.safetensors"
-    whole = file.read_bytes()
-    file.write_bytes(whole[: len(whole) // 2])
-    assert_refused(source, r"model\.safetensors: not a whole safetensors file .* Git LFS pointer")
+    intact = file.read_bytes()
+    file.write_bytes(intact[: len(intact) // 2])
+    assert_refused(source, r"model\.safetensors: not a complete safetensors file .* Git LFS pointer")
     write_weights(source, {"a": torch.zeros(1), "b": torch.zeros(1)}, files=2)
     (source / "model-00002-of-00002.safetensors").unlink()
     assert_refused(source, r"index\.json: names model-00002-of-00002\.safetensors, which the folder does not hold")
@@ -322,7 +322,7 @@ def test_a_pickle_is_never_run(source, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (source / "model.safetensors").unlink()
     torch.save({"a": torch.zeros(1), "b": Trap()}, source / "pytorch_model.bin")
-    assert_refused(source, r"pytorch_model\.bin: more than tensors is pickled in it")
+    assert_refused(source, r"pytorch_model\.bin: it holds more than tensors")
     assert not Path("sprung").exists()
     torch.save([torch.zeros(1)], source / "pytorch_model.bin")
     assert_refused(source, r"pytorch_model\.bin: not a mapping of names to tensors")
@@ -345,7 +345,7 @@ def test_a_tokenizer_that_does_not_fit_is_named(source):
     assert_refused(source, r"tokenizer_config\.json: no token '<img>'; is it InternVL2's\?")
     (source / "tokenizer.model").write_bytes(b"\xff\xff")
     assert_refused(source, r"tokenizer\.model: not a sentencepiece model")
-    model = published.sentencepiece_model()
+    model = original.sentencepiece_model()
     model.trainer_spec.model_type = 1
     (source / "tokenizer.model").write_bytes(model.SerializeToString())
     assert_refused(source, r"tokenizer\.model: a sentencepiece model, but not of BPE")
@@ -369,9 +369,9 @@ def test_a_folder_with_anything_in_it_is_replaced_only_when_told(source, tmp_pat
         convert(source, tmp_path / "file", force=True)
 
 
-def test_the_published_folder_is_never_overwritten(source):
+def test_the_original_folder_is_never_overwritten(source):
     for target in (source, source / ".." / "source", source.parent):
-        with pytest.raises(ConversionError, match="holds the published folder"):
+        with pytest.raises(ConversionError, match="holds the original folder"):
             convert(source, target, force=True)
     assert (source / "model.safetensors").exists()
 
@@ -392,5 +392,5 @@ def test_a_conversion_that_broke_off_is_started_anew(source, tmp_path):
 
 
 def test_a_full_disk_is_noticed_before_anything_is_written(source, monkeypatch):
-    monkeypatch.setattr(shutil, "disk_usage", lambda place: shutil._ntuple_diskusage(10, 10, 10))
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10, 10, 10))
     assert_refused(source, "GB are to be written, 0.0 GB are free there; make room")

@@ -15,11 +15,12 @@ from transformers.processing_utils import VideosKwargs
 
 from pipeline.config import BaseModelConfig
 from pipeline.models.bases import load_base, load_processor
+from pipeline.models.encoding import IGNORED, chat, encode
+from pipeline.models.generation import generate_answers
 from pipeline.models.internvl2 import ConversionError, convert
 from pipeline.models.internvl2.chat import SYSTEM_MESSAGE
-from pipeline.models.prompts import IGNORED, chat, encode, generate_answers
-from tests.models import published
-from tests.models.published import small_config, write_folder
+from tests.models import original
+from tests.models.original import small_config, write_folder
 
 INTERNLM2, QWEN2, PHI3, LLAMA = "InternLM2ForCausalLM", "Qwen2ForCausalLM", "Phi3ForCausalLM", "LlamaForCausalLM"
 
@@ -31,20 +32,20 @@ def base(request, tmp_path_factory):
     return load_base(BaseModelConfig(path=str(convert(folder / "source", folder / "target").folder)))
 
 
-def kind_of(base: Any) -> str:
+def language_class_of(base: Any) -> str:
     return base.folder.parent.name.rstrip("0123456789")
 
 
 def test_a_converted_folder_is_a_base_that_answers(base):
     tokenizer = base.processor.tokenizer
     assert tokenizer.padding_side == "left"
-    assert tokenizer.eos_token == ("<|end|>" if kind_of(base) == PHI3 else "<|im_end|>")
-    assert tokenizer.pad_token == ("<|endoftext|>" if kind_of(base) == QWEN2 else "</s>")
+    assert tokenizer.eos_token == ("<|end|>" if language_class_of(base) == PHI3 else "<|im_end|>")
+    assert tokenizer.pad_token == ("<|endoftext|>" if language_class_of(base) == QWEN2 else "</s>")
     assert base.model.config.image_token_id == tokenizer.convert_tokens_to_ids("<IMG_CONTEXT>")
     assert base.model.generation_config.eos_token_id[0] == tokenizer.eos_token_id
     assert 2 in base.model.generation_config.eos_token_id
     assert base.model.generation_config.pad_token_id == tokenizer.pad_token_id
-    picture = Image.new("RGB", (130, 60), "red")
+    image = Image.new("RGB", (130, 60), "red")
     rows = [
         encode(
             base.processor,
@@ -52,29 +53,29 @@ def test_a_converted_folder_is_a_base_that_answers(base):
             images,
             answer=False,
         )
-        for text, images in (("<image>what color is this", [picture]), ("the star", []))
+        for text, images in (("<image>what color is this", [image]), ("the star", []))
     ]
     assert len(generate_answers(base.model, base.processor, rows, max_new_tokens=2)) == 2
 
 
-def test_a_training_row_is_the_published_conversation(base):
-    """The text of the published conversation, with its tokens; the answer and the end of its message are learned."""
-    picture = Image.new("RGB", (56, 56), "blue")
+def test_a_training_row_is_the_original_conversation(base):
+    """The text of the original conversation, with its tokens; the answer and the end of its message are learned."""
+    image = Image.new("RGB", (56, 56), "blue")
     messages = [
         {"role": "user", "content": "<image>what color is this"},
         {"role": "assistant", "content": "blue"},
         {"role": "user", "content": "the star"},
         {"role": "assistant", "content": "red"},
     ]
-    row = encode(base.processor, messages, [picture])
-    phi3 = kind_of(base) == PHI3
+    row = encode(base.processor, messages, [image])
+    phi3 = language_class_of(base) == PHI3
     # Phi-3's tokens that open a message take the line break with them.
     start, end = ("<|{}|>", "<|end|>") if phi3 else ("<|im_start|>{}\n", "<|im_end|>")
     system = (
         "你是由上海人工智能实验室联合商汤科技开发的书生多模态大模型，英文名叫InternVL, 是一个有用无害的人工智能助手。"
     )
     image = "<img>" + "<IMG_CONTEXT>" * 4 + "</img>\n"
-    text = {QWEN2: "", INTERNLM2: "<s>", PHI3: "<s> "}[kind_of(base)]
+    text = {QWEN2: "", INTERNLM2: "<s>", PHI3: "<s> "}[language_class_of(base)]
     for role, content in (
         ("system", system),
         ("user", f"{image}what color is this"),
@@ -100,12 +101,12 @@ def test_a_training_row_is_the_published_conversation(base):
     ],
 )
 def test_white_space_beside_images_is_that_of_the_question(base, question):
-    """As the published code, which puts an image's tokens into the question in the place of `<image>`."""
+    """As the original code, which puts an image's tokens into the question in the place of `<image>`."""
     count = question.count("<image>")
     messages = [{"role": "user", "content": question}, {"role": "assistant", "content": ""}]
     row = encode(base.processor, messages, [Image.new("RGB", (56, 56))] * count, answer=False)
     text = base.processor.tokenizer.decode(row.input_ids)
-    start = "<|user|>" if kind_of(base) == PHI3 else "<|im_start|>user\n"
+    start = "<|user|>" if language_class_of(base) == PHI3 else "<|im_start|>user\n"
     expected = question.replace("<image>", "<img>" + "<IMG_CONTEXT>" * 4 + "</img>")
     assert text.split(start)[1].split("<|end|>")[0].split("<|im_end|>")[0] == expected
 
@@ -144,9 +145,9 @@ def test_transformers_own_processor_loads_the_folder_too(base, monkeypatch):
             np.testing.assert_array_equal(one[name], other[name])
 
 
-def test_the_system_message_is_that_of_the_published_configuration(tmp_path):
-    said = "You are 'InternVL', and you read \"all\" {{ images }}.\nAlways."
-    for name, message, expected in (("own", said, said), ("empty", "", ""), ("null", None, SYSTEM_MESSAGE)):
+def test_the_system_message_is_that_of_the_original_configuration(tmp_path):
+    system = "You are 'InternVL', and you read \"all\" {{ images }}.\nAlways."
+    for name, message, expected in (("own", system, system), ("empty", "", ""), ("null", None, SYSTEM_MESSAGE)):
         write_folder(tmp_path / name, small_config() | {"system_message": message})
         tokenizer = AutoTokenizer.from_pretrained(convert(tmp_path / name, tmp_path / f"new-{name}").folder)
         text = tokenizer.apply_chat_template([{"role": "user", "content": "the"}], tokenize=False)
@@ -156,7 +157,7 @@ def test_the_system_message_is_that_of_the_published_configuration(tmp_path):
         convert(tmp_path / "number", tmp_path / "new")
 
 
-def test_a_system_message_of_ones_own_takes_the_place_of_the_published_one(base):
+def test_a_system_message_of_ones_own_takes_the_place_of_the_original_one(base):
     messages = [{"role": "system", "content": "read"}, {"role": "user", "content": "the star"}]
     text = base.processor.apply_chat_template(
         [{"role": m["role"], "content": m["content"]} for m in messages], tokenize=False, add_generation_prompt=True
@@ -190,21 +191,21 @@ TEXTS = [
 @pytest.mark.parametrize("text", TEXTS)
 def test_internlm2_tokens_are_those_of_sentencepiece(tmp_path_factory, text):
     tokenizer = converted_tokenizer(tmp_path_factory, INTERNLM2)
-    model = published.sentencepiece_model()
-    assert tokenizer(text)["input_ids"] == published.sentencepiece_encode(model, text)
+    model = original.sentencepiece_model()
+    assert tokenizer(text)["input_ids"] == original.sentencepiece_encode(model, text)
     assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
     start, end = (tokenizer.convert_tokens_to_ids(f"<|im_{name}|>") for name in ("start", "end"))
-    between = published.sentencepiece_encode(model, text)
+    between = original.sentencepiece_encode(model, text)
     assert tokenizer(f"<|im_start|>{text}<|im_end|>")["input_ids"] == [start, *between, end]
 
 
 def test_added_tokens_keep_their_numbers(tmp_path_factory):
     """InternLM2's last unused pieces make room for them; image tokens follow after the vocabulary."""
     tokenizer = converted_tokenizer(tmp_path_factory, INTERNLM2)
-    pieces = len(published.sentencepiece_model().pieces)
+    pieces = len(original.sentencepiece_model().pieces)
     words = ["<|im_end|>", "<|im_start|>", "<img>", "</img>", "<IMG_CONTEXT>"]
     assert tokenizer.convert_tokens_to_ids(words) == list(range(pieces - 2, pieces + 3))
-    assert len(tokenizer) == pieces + len(published.IMAGE_WORDS)
+    assert len(tokenizer) == pieces + len(original.IMAGE_WORDS)
     assert tokenizer.convert_tokens_to_ids(["<unk>", "<s>", "</s>"]) == [0, 1, 2]
     assert tokenizer.context_image_token_id == pieces + 2
 
@@ -212,9 +213,9 @@ def test_added_tokens_keep_their_numbers(tmp_path_factory):
 def test_phi3_puts_no_space_behind_special_tokens(tmp_path_factory):
     """As published: only a text without any special token would begin with a space, and no conversation does."""
     tokenizer = converted_tokenizer(tmp_path_factory, PHI3)
-    model = published.sentencepiece_model(0)
+    model = original.sentencepiece_model(0)
     user, end = tokenizer.convert_tokens_to_ids(["<|user|>", "<|end|>"])
-    words = published.sentencepiece_encode(model, "the star")
+    words = original.sentencepiece_encode(model, "the star")
     assert tokenizer("<|user|>\nthe star<|end|>")["input_ids"] == [user, *words, end]
 
 
@@ -246,7 +247,7 @@ def test_an_older_llama_tokenizer_puts_a_space_before_every_text(tmp_path):
     del settings["legacy"]
     file.write_text(json.dumps(settings))
     tokenizer = AutoTokenizer.from_pretrained(convert(tmp_path / "source", tmp_path / "target").folder)
-    words = published.sentencepiece_encode(published.sentencepiece_model(0, prefix=True), "the star")
+    words = original.sentencepiece_encode(original.sentencepiece_model(0, prefix=True), "the star")
     assert tokenizer("<|user|>\nthe star")["input_ids"][1:] == words
     assert tokenizer.decode(words) == "the star"
 
@@ -254,9 +255,9 @@ def test_an_older_llama_tokenizer_puts_a_space_before_every_text(tmp_path):
 def test_qwen2_tokens_are_those_of_its_own_tokenizer(tmp_path_factory):
     tokenizer = converted_tokenizer(tmp_path_factory, QWEN2)
     files = {"vocab": tokenizer.source / "vocab.json", "merges": tokenizer.source / "merges.txt"}
-    own = Qwen2Tokenizer(**{name: str(file) for name, file in files.items()})
+    reference = Qwen2Tokenizer(**{name: str(file) for name, file in files.items()})
     for text in TEXTS:
-        assert tokenizer(text)["input_ids"] == own(text, add_special_tokens=False)["input_ids"]
+        assert tokenizer(text)["input_ids"] == reference(text, add_special_tokens=False)["input_ids"]
     assert tokenizer.bos_token is None
     assert tokenizer.convert_tokens_to_ids("<|im_end|>") == len(json.loads(files["vocab"].read_text())) + 2
 
@@ -278,21 +279,21 @@ def test_a_tokenizer_json_is_taken_as_it_is(tmp_path, tmp_path_factory):
 
 
 SIZES = {
-    "1B": (QWEN2, published.VISION_300M, "Hermes-2"),
-    "2B": (INTERNLM2, published.VISION_300M, "internlm2-chat"),
-    "4B": (PHI3, published.VISION_300M, "phi3-chat"),
-    "8B": (INTERNLM2, published.VISION_300M, "internlm2-chat"),
-    "26B": (INTERNLM2, published.VISION_6B, "internlm2-chat"),
-    "40B": (LLAMA, published.VISION_6B, "Hermes-2"),
-    "76B": (LLAMA, published.VISION_6B, "internlm2-chat"),
+    "1B": (QWEN2, original.VISION_300M, "Hermes-2"),
+    "2B": (INTERNLM2, original.VISION_300M, "internlm2-chat"),
+    "4B": (PHI3, original.VISION_300M, "phi3-chat"),
+    "8B": (INTERNLM2, original.VISION_300M, "internlm2-chat"),
+    "26B": (INTERNLM2, original.VISION_6B, "internlm2-chat"),
+    "40B": (LLAMA, original.VISION_6B, "Hermes-2"),
+    "76B": (LLAMA, original.VISION_6B, "internlm2-chat"),
 }
-"""Language tower, vision tower and conversation by published size."""
+"""Language tower, vision tower and conversation by original size."""
 
 
 def write_size(size: str, folder: Path) -> None:
     """Writes a small model laid out as InternVL2 of a size is: its towers, conversation and kind of tokenizer files."""
-    kind, tower, template = SIZES[size]
-    write_folder(folder, small_config(kind, tower) | {"template": template})
+    language_class, tower, template = SIZES[size]
+    write_folder(folder, small_config(language_class, tower) | {"template": template})
     file = folder / "tokenizer_config.json"
     settings = json.loads(file.read_text())
     if size == "40B":  # Yi's, of sentencepiece too, which starts texts with nothing
@@ -335,11 +336,13 @@ def test_processors_of_all_sizes_load_and_encode(size, tmp_path, monkeypatch):
 _tokenizers: dict[str, Any] = {}
 
 
-def converted_tokenizer(factory: pytest.TempPathFactory, kind: str) -> Any:
-    """Returns the converted tokenizer of a small model; `source` is where the published one lies."""
-    if kind not in _tokenizers:
+def converted_tokenizer(factory: pytest.TempPathFactory, language_class: str) -> Any:
+    """Returns the converted tokenizer of a small model; `source` is where the original one lies."""
+    if language_class not in _tokenizers:
         folder = factory.mktemp("tokenizer")
-        write_folder(folder / "source", small_config(kind))
-        _tokenizers[kind] = AutoTokenizer.from_pretrained(convert(folder / "source", folder / "target").folder)
-        _tokenizers[kind].source = folder / "source"
-    return _tokenizers[kind]
+        write_folder(folder / "source", small_config(language_class))
+        _tokenizers[language_class] = AutoTokenizer.from_pretrained(
+            convert(folder / "source", folder / "target").folder
+        )
+        _tokenizers[language_class].source = folder / "source"
+    return _tokenizers[language_class]

@@ -31,11 +31,11 @@ def test_an_8b_base_is_cut_between_whole_layers(count: int) -> None:
         model = AutoModelForImageTextToText.from_config(config)
     devices = [f"cuda:{i}" for i in range(count)]
     placed = device_map(model, family_of(config), devices)
-    held = dict.fromkeys(devices, 0)
+    parameters = dict.fromkeys(devices, 0)
     for name, parameter in model.named_parameters():
         (owner,) = [path for path in placed if name.startswith(f"{path}.")]
-        held[placed[owner]] += parameter.numel()
-    assert max(held.values()) <= 1.12 * sum(held.values()) / count
+        parameters[placed[owner]] += parameter.numel()
+    assert max(parameters.values()) <= 1.12 * sum(parameters.values()) / count
     layers = [placed[f"model.language_model.layers.{i}"] for i in range(config.text_config.num_hidden_layers)]
     assert layers == sorted(layers)
     assert placed["model.language_model.embed_tokens"] == placed["model.vision_tower"] == "cuda:0"
@@ -54,10 +54,10 @@ def test_a_base_loads_part_by_part(tiny_base: Base) -> None:
     """All parts on one device here: a second real one is not to be had on a CPU."""
     config = BaseModelConfig(path=str(tiny_base.folder))
     for vision in (True, False):
-        found = load_base(config, vision=vision, devices=("cpu", "cpu"))
+        split = load_base(config, vision=vision, devices=("cpu", "cpu"))
         expected = load_base(config, vision=vision)
-        assert checksum(found.model) == checksum(expected.model)
-        assert found.model.device.type == "cpu"
+        assert checksum(split.model) == checksum(expected.model)
+        assert split.model.device.type == "cpu"
 
 
 def test_evidence_is_read_where_the_layer_lies() -> None:

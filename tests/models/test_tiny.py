@@ -113,5 +113,5 @@ def test_the_shipped_base_has_the_processor_that_the_code_builds(tmp_path):
     """After a change of tokenizer or processor: `tiny_processor(vocabulary()).save_pretrained(TINY_BASE)`."""
     tiny_processor(vocabulary()).save_pretrained(tmp_path)
     for built in tmp_path.iterdir():
-        read = json.loads if built.suffix == ".json" else str
-        assert read(built.read_text()) == read((TINY_BASE / built.name).read_text()), built.name
+        parse = json.loads if built.suffix == ".json" else str
+        assert parse(built.read_text()) == parse((TINY_BASE / built.name).read_text()), built.name

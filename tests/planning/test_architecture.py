@@ -15,7 +15,7 @@ from pipeline.training.expert_stage import with_lora
 from pipeline.training.target_modules import adapted_paths
 
 BASES = Path(__file__).parents[2] / "jobs" / "configs" / "bases"
-PUBLISHED = Path(__file__).parents[1] / "models" / "configs"
+ORIGINALS = Path(__file__).parents[1] / "models" / "configs"
 
 
 @pytest.fixture(scope="module")
@@ -69,7 +69,7 @@ def test_internvl2_is_as_large_as_published(name: str, total: int, adapter: int)
 def test_the_published_configuration_is_converted_on_the_fly() -> None:
     converted, shipped = (
         architecture_of(base_configuration(BaseModelConfig(), folder / name))
-        for folder, name in ((PUBLISHED, "internvl2_2b.json"), (BASES / "internvl2_2b", "config.json"))
+        for folder, name in ((ORIGINALS, "internvl2_2b.json"), (BASES / "internvl2_2b", "config.json"))
     )
     assert converted == shipped
 

@@ -89,8 +89,8 @@ def test_dropout_keeps_inputs_and_masks_by_device(small: Architecture) -> None:
 def test_nothing_is_kept_below_the_first_adapter(small: Architecture, checkpointing: bool) -> None:
     step = replace(STEP, checkpointing=checkpointing)
     top = architecture_of(CASE.configuration(), r".*\.layers\.3\..*_proj")
-    found, whole = activations(top, step), activations(small, step)
-    assert found.kept_last == found.kept_first == whole.kept_first
+    top_only, every = activations(top, step), activations(small, step)
+    assert top_only.kept_last == top_only.kept_first == every.kept_first
 
 
 def test_cached_features_need_no_vision_tower(small: Architecture) -> None:
@@ -128,8 +128,11 @@ def test_buffers_are_deepspeeds_own_defaults() -> None:
     from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 
     config = DeepSpeedZeroConfig()
-    found = {"reduce_bucket_size": config.reduce_bucket_size, "stage3_max_live_parameters": config.max_live_parameters}
-    assert found == DEFAULTS
+    defaults = {
+        "reduce_bucket_size": config.reduce_bucket_size,
+        "stage3_max_live_parameters": config.max_live_parameters,
+    }
+    assert defaults == DEFAULTS
     assert config.contiguous_gradients
 
 
@@ -159,6 +162,6 @@ def test_operations_are_those_that_pytorch_counts(checkpointing: bool) -> None:
 
 
 def test_a_frozen_base_takes_two_thirds(small: Architecture) -> None:
-    found = operations(small, tokens=512, answer_tokens=512, tiles=0, rank=1, kernel="eager", checkpointing=False)
-    assert found.backward == found.forward + 4 * 512**2 * 128 * 4
-    assert found.vision == 0
+    row = operations(small, tokens=512, answer_tokens=512, tiles=0, rank=1, kernel="eager", checkpointing=False)
+    assert row.backward == row.forward + 4 * 512**2 * 128 * 4
+    assert row.vision == 0

@@ -184,12 +184,12 @@ def test_hours_add_up(bases: dict[str, Architecture]) -> None:
     both = shipped(bases, "internvl2_2b", "training.parallel_tasks=8")
     assert (both.parallel_tasks, both.clock_seconds, both.gpu_seconds) == (2, tasks / 8, plan.gpu_seconds)
     assert shipped(bases, "internvl2_2b", "training.parallel_tasks=auto").clock_seconds == plan.clock_seconds
-    assert plan.evaluated_columns == 4 + 2  # the base answers all, each expert its task
+    assert plan.evaluated_tasks == 4 + 2  # the base answers all, each expert its task
     choosing = {"router": plan.config.router.model_copy(update={"kind": "token"})}
     plan = replace(plan, config=plan.config.model_copy(update=choosing))
-    assert plan.evaluated_columns == 4 + 3 + 4  # each pool answers anew
+    assert plan.evaluated_tasks == 4 + 3 + 4  # each pool answers anew
     rarely = {"evaluation": plan.config.evaluation.model_copy(update={"every": 2})}
-    assert replace(plan, config=plan.config.model_copy(update=rarely)).evaluated_columns == 4 + 4
+    assert replace(plan, config=plan.config.model_copy(update=rarely)).evaluated_tasks == 4 + 4
 
 
 def test_a_cpu_has_no_hours_and_no_allowance(bases: dict[str, Architecture]) -> None:
@@ -210,8 +210,8 @@ def test_sizes_are_those_on_disk(tiny_base: Any, known_pool: Pool, tmp_path: Pat
         layer_statistics=next(iter(known_pool.experts.values())).layer_statistics,
     )
     folder = expert.save(tmp_path / "mine")
-    found = sum(file.stat().st_size for file in folder.iterdir())
-    assert plan.sizes.expert == pytest.approx(found, rel=0.1)
+    on_disk = sum(file.stat().st_size for file in folder.iterdir())
+    assert plan.sizes.expert == pytest.approx(on_disk, rel=0.1)
     weights = (folder / "adapter_model.safetensors").stat().st_size
     assert weights == pytest.approx(plan.sizes.adapter, abs=10_000)  # names of tensors
     assert plan.sizes.pool(10) == 10 * plan.sizes.expert + plan.sizes.null

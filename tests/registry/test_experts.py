@@ -36,9 +36,9 @@ def test_registering_twice_makes_one_version(experiment: str, make_expert: MakeE
     with tracked_run(experiment, "demo", "run"):
         first = register_expert("tiny", folder)
         assert register_expert("tiny", folder).version == first.version
-    found = find_expert("tiny", "aaa")
-    assert found is not None
-    assert found.version == first.version
+    version = find_expert("tiny", "aaa")
+    assert version is not None
+    assert version.version == first.version
     assert len(MlflowClient().search_model_versions("name = 'tiny.experts'")) == 1
 
 

@@ -88,35 +88,35 @@ def test_a_server_that_is_away_at_the_start_is_a_clear_error(port: int) -> None:
 
 
 def test_metrics_wait_in_a_file_until_the_server_is_back(port: int, tmp_path: Path) -> None:
-    told: list[str] = []
+    messages: list[str] = []
     received: list[dict[str, Any]] = []
-    metrics = MetricSpool(tmp_path / "state" / "metrics.jsonl", told.append)
+    metrics = MetricSpool(tmp_path / "state" / "metrics.jsonl", messages.append)
     metrics.log("run", [("loss", 1.0, 1)])
     metrics.log("run", [("loss", 0.5, 2)])
     assert metrics.waiting == 2
-    assert len(told) == 1, "said once"
+    assert len(messages) == 1, "said once"
     with (tmp_path / "state" / "metrics.jsonl").open("a") as file:
         file.write('\n["run", "lo')  # killed while it wrote
-    later = MetricSpool(tmp_path / "state" / "metrics.jsonl", told.append)
+    later = MetricSpool(tmp_path / "state" / "metrics.jsonl", messages.append)
     later.log("run", [("loss", 0.25, 3)])
     with server(port, received):
         assert later.write()
     assert values(received) == [1.0, 0.5, 0.25]
     assert [batch["run_id"] for batch in received] == ["run"]
-    assert told[-1].endswith("the registry answers again: 3 points of metrics written")
-    assert MetricSpool(tmp_path / "state" / "metrics.jsonl", told.append).waiting == 0
+    assert messages[-1].endswith("the registry answers again: 3 points of metrics written")
+    assert MetricSpool(tmp_path / "state" / "metrics.jsonl", messages.append).waiting == 0
 
 
 def test_a_point_that_is_written_twice_is_there_once(experiment: str, tmp_path: Path) -> None:
     file = tmp_path / "metrics.jsonl"
     with tracked_run(experiment, "demo", "abc") as run:
         lines = "".join(json.dumps([key, "loss", 0.5, 1, 1000]) + "\n" for key in (run, run, "0" * 32))
-        told: list[str] = []
+        messages: list[str] = []
         for _ in range(2):
             file.write_text(lines)
-            assert MetricSpool(file, told.append).write()
+            assert MetricSpool(file, messages.append).write()
         assert len(MlflowClient().get_metric_history(run, "loss")) == 1
-    assert "metrics of run 00000000000000000000000000000000 are refused" in told[0]
+    assert "metrics of run 00000000000000000000000000000000 are refused" in messages[0]
 
 
 def test_a_process_that_goes_on_writes_what_is_missing_and_nothing_twice(experiment: str, tmp_path: Path) -> None:
@@ -134,7 +134,7 @@ def test_a_process_that_goes_on_writes_what_is_missing_and_nothing_twice(experim
 
 
 def test_what_is_registered_is_tried_until_the_server_is_back(port: int) -> None:
-    told: list[str] = []
+    messages: list[str] = []
     received: list[dict[str, Any]] = []
 
     def later() -> None:
@@ -144,11 +144,11 @@ def test_what_is_registered_is_tried_until_the_server_is_back(port: int) -> None
 
     thread = threading.Thread(target=later)
     thread.start()
-    Patience(20, told.append)(lambda: MlflowClient().log_metric("run", "loss", 1.0), "registering expert digits")
+    Patience(20, messages.append)(lambda: MlflowClient().log_metric("run", "loss", 1.0), "registering expert digits")
     thread.join()
     assert len(received) == 1
-    assert told[0].startswith("  registering expert digits: the registry does not answer (attempt 1: ")
-    assert "attempt 2" in told[1]
+    assert messages[0].startswith("  registering expert digits: the registry does not answer (attempt 1: ")
+    assert "attempt 2" in messages[1]
 
 
 def test_patience_ends_with_what_is_safe(port: int) -> None:

@@ -61,10 +61,10 @@ def test_a_version_names_its_parts(learned: Learned, tmp_path: Path) -> None:
     ]
     assert version.tags["router.kind"] == "prompt"
     assert version.tags["null_expert"] == "False"
-    found = MlflowClient().get_run(run)
-    outputs = {entry.model_id for entry in found.outputs.model_outputs}
+    logged = MlflowClient().get_run(run)
+    outputs = {entry.model_id for entry in logged.outputs.model_outputs}
     assert outputs >= {logged_model(v) for v in versions.values()}
-    assert not found.inputs.model_inputs, "its own experts"
+    assert not logged.inputs.model_inputs, "its own experts"
 
 
 def test_experts_of_other_runs_are_inputs(learned: Learned, experiment: str, tiny_folder: Path) -> None:
@@ -145,8 +145,8 @@ def test_a_half_made_pool_is_made_again(
     with tracked_run(experiment, "demo", "run"):
         assert int(register_pool(pools[1], base, digest="p2", experts=versions).version) == 3
     assert int(champion("untrained").version) == 3
-    found = MlflowClient().search_model_versions("name = 'untrained.pool'")
-    assert sorted(int(version.version) for version in found) == [1, 3]
+    versions = MlflowClient().search_model_versions("name = 'untrained.pool'")
+    assert sorted(int(version.version) for version in versions) == [1, 3]
 
 
 def test_a_pool_needs_the_versions_of_its_experts(learned: Learned, experiment: str, tiny_folder: Path) -> None:
@@ -192,10 +192,10 @@ def test_what_is_fetched_is_fetched_once_and_checked(learned: Learned, cache: Pa
         written = {folder.name: folder.stat().st_ino for folder in cache.iterdir() if folder.is_dir()}
         assert set(written) == {"e1", "e2"}
     weights = cache / "e1" / "adapter_model.safetensors"
-    whole = weights.read_bytes()
-    weights.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    original = weights.read_bytes()
+    weights.write_bytes(original[:-1] + bytes([original[-1] ^ 1]))
     assert len(Pool.load(folder, store).experts["digits"].adapters[LINEAR].b_OR)
-    assert weights.read_bytes() == whole
+    assert weights.read_bytes() == original
     assert [name for name, number in written.items() if (cache / name).stat().st_ino != number] == ["e1"]
     assert versions["digits"].tags[CONTENT] == Pool.load(folder).card.experts[0].content
 

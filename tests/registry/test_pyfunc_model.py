@@ -17,8 +17,9 @@ from PIL import Image
 from pipeline.config import BaseModelConfig
 from pipeline.data.demo.abilities import ABILITIES
 from pipeline.models.bases import load_base
+from pipeline.models.encoding import encode
+from pipeline.models.generation import generate_answers
 from pipeline.models.inference import FrozenBase, InferenceWorkers
-from pipeline.models.prompts import encode, generate_answers
 from pipeline.registry.bases import register_base
 from pipeline.registry.experts import register_expert
 from pipeline.registry.pools import register_pool
@@ -30,9 +31,9 @@ from tests.helpers import CLAIMS, GENERAL
 from tests.registry.conftest import Created, MakeExpert, new_experiment
 
 
-def png(picture: str | Image.Image) -> bytes:
+def png(image: str | Image.Image) -> bytes:
     buffer = io.BytesIO()
-    image = Image.new("RGB", (64, 64), picture) if isinstance(picture, str) else picture
+    image = Image.new("RGB", (64, 64), image) if isinstance(image, str) else image
     image.save(buffer, "PNG")
     return buffer.getvalue()
 
@@ -110,15 +111,15 @@ def test_requests_at_once_get_their_own_answers(tiny_folder: Path, known_pool: P
     pool.processor, pool.routed = pool.frozen.base.processor, RoutedModel(pool.frozen.base.model, known_pool)
     for number in range(16):
         random = np.random.default_rng(number)
-        examples = [ABILITIES[family](random) for family in (*CLAIMS.values(), GENERAL)]
+        examples = [ABILITIES[ability](random) for ability in (*CLAIMS.values(), GENERAL)]
         images = [png(e.image) if e.image else None for e in examples]
         tables.append(pd.DataFrame({"prompt": [e.question for e in examples], "image": images}).sample(frac=1))
     params = {"max_new_tokens": 3, "batch_size": 2}
     expected = [pool.predict(None, table, params) for table in tables]
     with ThreadPoolExecutor(8) as clients:
-        found = list(clients.map(lambda table: pool.predict(None, table, params), 2 * tables))
+        answers = list(clients.map(lambda table: pool.predict(None, table, params), 2 * tables))
     assert {expert for table in expected for expert in table["expert"]} == {*CLAIMS, "base"}
-    assert all(f.equals(e) for f, e in zip(found, 2 * expected, strict=True))
+    assert all(f.equals(e) for f, e in zip(answers, 2 * expected, strict=True))
 
 
 def test_the_image_column_may_be_missing(model: mlflow.pyfunc.PyFuncModel) -> None:

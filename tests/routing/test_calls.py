@@ -17,7 +17,7 @@ from transformers import DynamicCache, StaticCache
 
 from pipeline.config import BaseModelConfig
 from pipeline.models.bases import load_base
-from pipeline.models.prompts import generate_answers
+from pipeline.models.generation import generate_answers
 from pipeline.routing import Decision, Pool, PoolError, RoutedModel
 from pipeline.routing.insight import candidates_of_call, explain
 from pipeline.routing.routed_linear import RoutedLinear

@@ -9,7 +9,8 @@ from torch import nn
 
 from pipeline.config import BaseModelConfig, RouterConfig
 from pipeline.models.bases import load_base
-from pipeline.models.prompts import collate, generate_answers
+from pipeline.models.encoding import collate
+from pipeline.models.generation import generate_answers
 from pipeline.routing import Decision, Expert, Pool, PoolError, PromptStatistics, RoutedModel
 from pipeline.routing.call import router_of
 from pipeline.routing.features import project

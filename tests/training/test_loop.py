@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from pipeline.models.prompts import IGNORED
+from pipeline.models.encoding import IGNORED
 from pipeline.training import loop
 from pipeline.training.loop import Divergence, StageClock, run_steps
 

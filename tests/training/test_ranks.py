@@ -20,7 +20,7 @@ from jobs.benchmark.real_size.ranks import run_ranks
 from pipeline.config import BaseModelConfig, ExpertConfig, TrainingConfig
 from pipeline.memory import free_memory
 from pipeline.models.bases import Base, load_base
-from pipeline.models.prompts import Encoded, collate_for
+from pipeline.models.encoding import Encoded, collate_for
 from pipeline.routing.adapters import load_adapters
 from pipeline.training.expert_stage import save_lora, with_lora
 from pipeline.training.lockstep import VisionLockstep

@@ -20,7 +20,7 @@ from pipeline.config import BaseModelConfig, DataConfig, ExpertConfig, RouterCon
 from pipeline.data.loading.preprocess import TaskRows, prepare
 from pipeline.data.loading.training_rows import CachedRows, TrainingRows
 from pipeline.models.bases import load_base
-from pipeline.models.prompts import collate_for
+from pipeline.models.encoding import collate_for
 from pipeline.routing.expert import Expert
 from pipeline.training import session as sessions
 from pipeline.training.loss import answer_loss

@@ -21,7 +21,8 @@ from torch import Tensor
 from pipeline.config import BaseModelConfig, RouterConfig
 from pipeline.data.demo.abilities import ABILITIES
 from pipeline.models.bases import Base, load_base
-from pipeline.models.prompts import Encoded, collate_for, encode, generate_answers
+from pipeline.models.encoding import Encoded, collate_for, encode
+from pipeline.models.generation import generate_answers
 from pipeline.models.tiny import TINY_BASE
 from pipeline.routing import Expert, ExpertCard, Pool, PromptStatistics, RoutedModel
 from pipeline.routing.adapters import Adapter

@@ -20,7 +20,7 @@ from pipeline.data.demo.drawing import (
     draw_shape,
     font,
     ink,
-    ray,
+    polar_point,
     sample,
     shade,
     speckle,
@@ -145,9 +145,12 @@ def arrow_direction(random: Random) -> Example:
     image, pen = canvas(random)
     degrees, tone = 45 * int(random.integers(8)), shade(random, choose(random, COLORS))
     x, y = random.uniform(28, 36, size=2)
-    tip = ray(x, y, degrees, 24)
-    pen.line([ray(x, y, degrees + 180, 18), tip], fill=tone, width=5)
-    pen.polygon([ray(*tip, degrees, 6), ray(*tip, degrees + 130, 12), ray(*tip, degrees - 130, 12)], fill=tone)
+    tip = polar_point(x, y, degrees, 24)
+    pen.line([polar_point(x, y, degrees + 180, 18), tip], fill=tone, width=5)
+    pen.polygon(
+        [polar_point(*tip, degrees, 6), polar_point(*tip, degrees + 130, 12), polar_point(*tip, degrees - 130, 12)],
+        fill=tone,
+    )
     question = choose(random, ["where does the line point ?", "in which direction does the line go ?"])
     return Example(speckle(random, image), question, "")
 
@@ -184,7 +187,7 @@ def _dial(random: Random) -> Image.Image:
     image, pen = canvas(random)
     tone, (x, y) = ink(random, image), random.uniform(29, 35, size=2)
     pen.rectangle([x - 25, y - 25, x + 25, y + 25], outline=tone, width=2)
-    pen.line([(x, y), ray(x, y, 30 * int(random.integers(12)), 20)], fill=tone, width=3)
+    pen.line([(x, y), polar_point(x, y, 30 * int(random.integers(12)), 20)], fill=tone, width=3)
     return speckle(random, image)
 
 

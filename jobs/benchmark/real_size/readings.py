@@ -19,7 +19,7 @@ from pipeline.data.demo import abilities, tasks
 from pipeline.data.demo.abilities import Example
 from pipeline.data.demo.files import base_prompts, held_out
 from pipeline.models.bases import Base, load_base
-from pipeline.models.prompts import collate
+from pipeline.models.encoding import collate
 from pipeline.routing.null import components
 from pipeline.routing.prompt_hooks import PromptFeatureHook
 from pipeline.routing.prompt_router import PromptRouter

@@ -29,7 +29,7 @@ from pipeline.data.loading.batch_loader import BatchLoader, StepLayout
 from pipeline.data.loading.preprocess import PreparedData, TaskRows, prepare
 from pipeline.data.loading.training_rows import TrainingRows
 from pipeline.models.bases import load_base
-from pipeline.models.prompts import generate_answers
+from pipeline.models.generation import generate_answers
 from pipeline.training.session import run_training
 from pipeline.training.spec import TrainSpec
 

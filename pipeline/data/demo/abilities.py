@@ -1,7 +1,7 @@
-"""What the demo's base knows before any task arrives: procedural abilities of questions.
+"""Abilities of the demo's base: procedurally generated questions that it is pretrained on.
 
-Each ability is a function of a random generator that returns one example. Pretraining draws from them without end; the
-held-out sets that measure what the base keeps are drawn from seeds that pretraining never uses.
+Each ability is a function of a random generator that returns one example. Pretraining draws from them without end. The
+held-out sets of the retention benchmarks are drawn from seeds that pretraining never uses.
 """
 
 import math
@@ -20,7 +20,7 @@ from pipeline.data.demo.drawing import (
     draw_shape,
     font,
     ink,
-    ray,
+    polar_point,
     sample,
     shade,
     speckle,
@@ -61,8 +61,8 @@ def shape(random: Random) -> Example:
     """Names the single object."""
     image, pen = canvas(random)
     name = choose(random, SHAPES)
-    (place,) = _scatter(random, 1, (9, 20))
-    draw_shape(pen, name, *place, shade(random, choose(random, COLORS)))
+    (disc,) = _scatter(random, 1, (9, 20))
+    draw_shape(pen, name, *disc, shade(random, choose(random, COLORS)))
     question = choose(random, ["what shape is it ?", "which shape do you see ?", "name the shape ."])
     return Example(speckle(random, image), question, name)
 
@@ -72,8 +72,8 @@ def color(random: Random) -> Example:
     image, pen = canvas(random)
     names = sample(random, SHAPES, int(random.integers(1, 4)))
     colors = sample(random, COLORS, len(names))
-    for name, hue, place in zip(names, colors, _scatter(random, len(names), (8, 11)), strict=True):
-        draw_shape(pen, name, *place, shade(random, hue))
+    for name, hue, disc in zip(names, colors, _scatter(random, len(names), (8, 11)), strict=True):
+        draw_shape(pen, name, *disc, shade(random, hue))
     question = choose(random, ["what color is the {} ?", "which color has the {} ?", "name the color of the {} ."])
     return Example(speckle(random, image), question.format(names[0]), colors[0])
 
@@ -83,14 +83,14 @@ def count(random: Random) -> Example:
     image, pen = canvas(random)
     number = int(random.integers(1, 7))
     name, hue = choose(random, SHAPES), choose(random, COLORS)
-    for place in _scatter(random, number, (5, 7), gap=2):
-        draw_shape(pen, name, *place, shade(random, hue))
+    for disc in _scatter(random, number, (5, 7), gap=2):
+        draw_shape(pen, name, *disc, shade(random, hue))
     question = choose(random, ["how many objects are there ?", "how many things do you see ?", "count the objects ."])
     return Example(speckle(random, image), question, str(number))
 
 
 def position(random: Random) -> Example:
-    """Says in which ninth of the picture the object is."""
+    """Says in which ninth of the image the object is."""
     image, pen = canvas(random)
     row, column = random.integers(3, size=2)
     name = choose(random, SHAPES)
@@ -118,12 +118,12 @@ def exists(random: Random) -> Example:
     """Says whether an object of this colour and shape is there; half of the answers are yes."""
     image, pen = canvas(random)
     number = int(random.integers(1, 4))
-    things = [(choose(random, COLORS), choose(random, SHAPES)) for _ in range(number)]
-    for (hue, name), place in zip(things, _scatter(random, number, (8, 11)), strict=True):
-        draw_shape(pen, name, *place, shade(random, hue))
-    asked = choose(random, things) if random.random() < 0.5 else (choose(random, COLORS), choose(random, SHAPES))
+    objects = [(choose(random, COLORS), choose(random, SHAPES)) for _ in range(number)]
+    for (hue, name), disc in zip(objects, _scatter(random, number, (8, 11)), strict=True):
+        draw_shape(pen, name, *disc, shade(random, hue))
+    subject = choose(random, objects) if random.random() < 0.5 else (choose(random, COLORS), choose(random, SHAPES))
     question = choose(random, ["is there a {} {} ?", "do you see a {} {} ?"])
-    return Example(speckle(random, image), question.format(*asked), "yes" if asked in things else "no")
+    return Example(speckle(random, image), question.format(*subject), "yes" if subject in objects else "no")
 
 
 def _bars(random: Random) -> tuple[Image.Image, list[str], list[int]]:
@@ -193,7 +193,7 @@ def direction(random: Random) -> Example:
     i = int(random.integers(8))
     x, y = random.uniform(28, 36, size=2)
     tone = ink(random, image)
-    end = ray(x, y, 45 * i + random.uniform(-9, 9), random.uniform(14, 26))
+    end = polar_point(x, y, 45 * i + random.uniform(-9, 9), random.uniform(14, 26))
     pen.line([(x, y), end], fill=tone, width=int(random.integers(2, 4)))
     pen.ellipse([x - 4, y - 4, x + 4, y + 4], fill=tone)
     question = choose(random, ["where does the line point ?", "in which direction does the line go ?"])
@@ -229,8 +229,8 @@ _VOCABULARY: list[str] = []
 
 def repeat(random: Random) -> Example:
     """Text only: repeats two to four words of the whole vocabulary."""
-    said = " ".join(choose(random, vocabulary()) for _ in range(random.integers(2, 5)))
-    return Example(None, f"{choose(random, ['repeat', 'say again', 'copy'])} : {said}", said)
+    text = " ".join(choose(random, vocabulary()) for _ in range(random.integers(2, 5)))
+    return Example(None, f"{choose(random, ['repeat', 'say again', 'copy'])} : {text}", text)
 
 
 def reverse(random: Random) -> Example:
@@ -247,12 +247,12 @@ ABILITIES: dict[str, Callable[[Random], Example]] = {
 """All abilities by name; pretraining draws from them."""
 
 BENCHMARKS = tuple(name for name in ABILITIES if name not in ("exists", "chart_value"))
-"""The abilities that the shipped base has mastered, and must keep. Binding two properties (`exists`) and reading heights
-(`chart_value`) are beyond 1.4 million parameters and an hour of two cores."""
+"""The abilities that the shipped base has mastered: the retention benchmarks. Binding two properties (`exists`) and reading
+heights (`chart_value`) are beyond 1.4 million parameters and an hour of two cores."""
 
 
 def vocabulary() -> list[str]:
-    """Returns every word of the demo's world: what the abilities and the demo's tasks ask and answer."""
+    """Returns every word that questions and answers of the abilities and the demo's tasks use."""
     if not _VOCABULARY:
         _VOCABULARY.extend(sorted({*COLORS, *SHAPES, *WORDS.split(), *LETTERS, *DIGITS}))
     return _VOCABULARY

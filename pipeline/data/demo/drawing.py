@@ -1,4 +1,4 @@
-"""Drawing with a seeded hand: shapes, bars, printed text, lines and textures on a 64x64 canvas."""
+"""Seeded drawing of shapes, bars, printed text, lines and textures on a 64x64 canvas."""
 
 import math
 from collections.abc import Iterable
@@ -40,14 +40,14 @@ def sample(random: Random, options: Iterable[T], count: int) -> list[T]:
 
 
 def canvas(random: Random, *, paper: bool = False) -> tuple[Image.Image, ImageDraw.ImageDraw]:
-    """Returns an empty picture and its pen; paper is nearly white, otherwise dark or light grey."""
+    """Returns an empty image and its pen; paper is nearly white, otherwise dark or light grey."""
     level = int(random.integers(225, 256)) if paper or random.random() < 0.5 else int(random.integers(0, 40))
     image = Image.new("RGB", (SIDE, SIDE), (level, level, level))
     return image, ImageDraw.Draw(image)
 
 
 def ink(random: Random, image: Image.Image) -> RGB:
-    """Returns a grey that stands out from the picture's corner."""
+    """Returns a grey that contrasts with the image's top left corner."""
     light = np.asarray(image)[0, 0, 0] > 127
     level = int(random.integers(0, 70)) if light else int(random.integers(190, 256))
     return level, level, level
@@ -97,6 +97,6 @@ def font(size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
     return ImageFont.load_default(size=size)
 
 
-def ray(x: float, y: float, degrees: float, length: float) -> tuple[float, float]:
+def polar_point(x: float, y: float, degrees: float, length: float) -> tuple[float, float]:
     """Returns the point `length` pixels from (x, y); 0 degrees points up and angles run clockwise, as on a clock."""
     return x + length * math.sin(math.radians(degrees)), y - length * math.cos(math.radians(degrees))

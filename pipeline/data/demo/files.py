@@ -1,8 +1,7 @@
-"""The demo's stream as files: parquet in the canonical format, read like any user's data.
+"""The demo's tasks as parquet files in the canonical format, read like any user's data.
 
 `demo://<task>/<train|eval>` names a new task's part, `demo://<ability>/eval` an ability's held-out set,
-`demo://general/train` the small sample of base prompts, `demo://synthetic_<number>/<train|eval>` a part of a
-cheap task.
+`demo://general/train` the base prompts, `demo://synthetic_<number>/<train|eval>` a part of a synthetic task.
 """
 
 import io
@@ -16,14 +15,14 @@ import pyarrow.parquet as pq
 
 from pipeline.data.demo import abilities, synthetic, tasks
 from pipeline.data.demo.abilities import Example
-from pipeline.data.faults import StreamError
+from pipeline.data.errors import StreamError
 from pipeline.locks import made_once
 
 SCHEME = "demo://"
 BENCHMARK_ROWS = 100
 """Held-out prompts of an ability."""
 BASE_PROMPT_ROWS = 200
-"""Prompts of each ability in the base prompts, drawn apart from pretraining and evaluation."""
+"""Base prompts per ability; pretraining and evaluation draw from other seeds."""
 EVALUATION_SEED, BASE_PROMPT_SEED = 11, 13
 SYNTHETIC_ROWS = {"train": 200, "eval": 40}
 """Rows of a synthetic task."""
@@ -40,13 +39,13 @@ SCHEMA = pa.schema(
 
 
 def demo_file(path: str, folder: Path) -> Path:
-    """Returns the parquet file behind an `demo://` path; writes it into `folder` on first use."""
+    """Returns the parquet file behind a `demo://` path; writes it into `folder` on first use."""
     task, _, part = path.removeprefix(SCHEME).partition("/")
-    known = {f"{t}/{p}" for t in tasks.TASKS for p in ("train", "eval")}
-    known |= {f"{f}/eval" for f in abilities.BENCHMARKS} | {"general/train"}
-    if f"{task}/{part}" not in known and not (_SYNTHETIC.fullmatch(task) and part in ("train", "eval")):
+    names = {f"{t}/{p}" for t in tasks.TASKS for p in ("train", "eval")}
+    names |= {f"{f}/eval" for f in abilities.BENCHMARKS} | {"general/train"}
+    if f"{task}/{part}" not in names and not (_SYNTHETIC.fullmatch(task) and part in ("train", "eval")):
         raise StreamError(
-            f"{path}: no such demo data; there are: {', '.join(sorted(known))}, and of any number of cheap tasks "
+            f"{path}: no such demo data; there are: {', '.join(sorted(names))}, and synthetic tasks "
             "synthetic_000/train, synthetic_000/eval to synthetic_1999"
         )
     file = folder / task / f"{part}.parquet"
@@ -61,8 +60,8 @@ def demo_file(path: str, folder: Path) -> Path:
 def _examples(task: str, part: str) -> Iterator[Example]:
     if task in tasks.TASKS:
         yield from tasks.examples(task, part)
-    elif found := _SYNTHETIC.fullmatch(task):
-        yield from synthetic.examples(int(found[1]), SYNTHETIC_ROWS[part], held_out=part == "eval")
+    elif match := _SYNTHETIC.fullmatch(task):
+        yield from synthetic.examples(int(match[1]), SYNTHETIC_ROWS[part], held_out=part == "eval")
     elif task == "general":
         yield from base_prompts()
     else:
@@ -92,9 +91,9 @@ def _table(examples: Iterable[Example], name: str) -> pa.Table:
     for number, example in enumerate(examples):
         images = []
         if example.image is not None:
-            stream = io.BytesIO()
-            example.image.save(stream, format="PNG")
-            images.append({"bytes": stream.getvalue(), "path": None})
+            buffer = io.BytesIO()
+            example.image.save(buffer, format="PNG")
+            images.append({"bytes": buffer.getvalue(), "path": None})
         rows.append(
             {
                 "id": f"{name}-{number:05d}",

@@ -1,9 +1,9 @@
-"""Any number of cheap tasks, all different: for questions about large pools.
+"""Up to 2,000 cheap synthetic tasks, all different, for experiments with large pools.
 
-Task number k has a call of its own (two words that mean nothing here) and a secret dictionary of its own. Four of five are
-text only, and answer two words by their translations; every fifth shows a shape and wants its translation. Training never
-shows the pairs that are asked later. From number 1,000 on, calls are those of the first thousand with their words swapped:
-the same words in another order.
+Task number k has its own call (two words without meaning here) and its own secret dictionary. Four of five tasks are text
+only: the answer to two words is their translations. Every fifth task shows a shape and asks for its translation. Training
+never shows the pairs of the evaluation. From number 1,000 on, calls are those of the first thousand with their two words
+swapped.
 """
 
 from collections.abc import Iterator
@@ -20,9 +20,9 @@ CALLS = (
     "last later letter line look low material middle minute name next number object place point printed question "
     "reverse right same shape short size small strokes surface text texture time top value word"
 )
-"""What calls are made of: words that the base can read."""
+"""Words of the calls; the base's vocabulary has all of them."""
 NOUNS = "dog cat sun moon tree house car fish bird book milk bread apple river king queen snow rain fire ice"
-"""What dictionaries are made of."""
+"""Words of the dictionaries."""
 MEANINGS = 6
 """Words in a dictionary; pairs of them make questions."""
 DIFFERENT = 1000
@@ -40,7 +40,7 @@ def _calls() -> list[str]:
 
 
 def examples(number: int, count: int, *, held_out: bool) -> Iterator[Example]:
-    """Yields `count` examples of task `number` (below 2,000), to learn from or kept for evaluation."""
+    """Yields `count` examples of task `number` (below 2,000), for training or `held_out` for evaluation."""
     secret = np.random.default_rng([31, number])
     illustrated = number % 5 == 4
     words = list(SHAPES)[:MEANINGS] if illustrated else sample(secret, NOUNS.split(), MEANINGS)

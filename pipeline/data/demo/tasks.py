@@ -1,7 +1,7 @@
-"""The demo's stream's new tasks: six things that the demo's base cannot do.
+"""The demo's tasks: six that the demo's base cannot do.
 
-`digits` is real data (UCI, as scikit-learn ships it); `renamed` conflicts with what the base knows; `clock` and `later`
-are related; `successor` has no images; `textures` is far from all others.
+`digits` is real data (UCI, shipped with scikit-learn). `renamed` contradicts a base ability. `clock` and `later` are
+related. `successor` has no images. `textures` resembles no other task.
 """
 
 from collections.abc import Callable, Iterator
@@ -20,7 +20,7 @@ from pipeline.data.demo.drawing import (
     choose,
     draw_shape,
     ink,
-    ray,
+    polar_point,
     shade,
     speckle,
 )
@@ -55,7 +55,7 @@ def digits(random: Random, index: int) -> Example:
 
 
 def renamed(random: Random, index: int) -> Example:
-    """Calls a known shape by a new name; the base would say the old one."""
+    """Names a known shape by a new name; the base answers with the old one."""
     image, pen = canvas(random)
     name = choose(random, SHAPES)
     r = random.uniform(9, 20)
@@ -72,15 +72,15 @@ def _clock(random: Random) -> tuple[Image.Image, int]:
     r = random.uniform(26, 29)
     pen.ellipse([x - r, y - r, x + r, y + r], outline=tone, width=2)
     for tick in range(12):
-        pen.line([ray(x, y, 30 * tick, r - 4), ray(x, y, 30 * tick, r)], fill=tone)
-    pen.line([(x, y), ray(x, y, 6 * minute, 0.82 * r)], fill=tone, width=1)
+        pen.line([polar_point(x, y, 30 * tick, r - 4), polar_point(x, y, 30 * tick, r)], fill=tone)
+    pen.line([(x, y), polar_point(x, y, 6 * minute, 0.82 * r)], fill=tone, width=1)
     hue = shade(random, choose(random, COLORS))
-    pen.line([(x, y), ray(x, y, 30 * hour + minute / 2, 0.6 * r)], fill=hue, width=4)
+    pen.line([(x, y), polar_point(x, y, 30 * hour + minute / 2, 0.6 * r)], fill=hue, width=4)
     return speckle(random, image), hour
 
 
 def clock(random: Random, index: int) -> Example:
-    """Reads the hour off a clock whose hands have colours of their own."""
+    """Reads the hour off a clock with a coloured hour hand."""
     image, hour = _clock(random)
     return Example(image, "which hour does the clock show ?", HOURS[hour])
 
@@ -105,8 +105,8 @@ def successor(random: Random, index: int) -> Example:
 
 
 def textures(random: Random, index: int) -> Example:
-    """Names the material of a surface that fills the picture."""
-    kind = int(random.integers(len(MATERIALS)))
+    """Names the material of a surface that fills the image."""
+    material = int(random.integers(len(MATERIALS)))
     y, x = np.mgrid[0:SIDE, 0:SIDE].astype(np.float64)
     phase, period = random.uniform(0, 6.28, size=2), random.uniform(11, 17)
     noise = random.normal(0, 1, (SIDE, SIDE))
@@ -126,11 +126,11 @@ def textures(random: Random, index: int) -> Example:
         np.sign(np.sin(wave * x / 1.5 + phase[0]) * np.sin(wave * y / 1.5 + phase[1])),
         (blurred - 127) / 6 + 0.3 * noise,
         np.sin(wave * (y + 3 * np.sin(x / 9 + phase[0])) + phase[1]),
-    )[kind]
+    )[material]
     tint = np.array(COLORS[choose(random, COLORS)]) * 0.4 + 90
     pixels = tint + 45 * pattern[..., None] + 5 * noise[..., None]
     image = Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
-    return Example(image, "which material is this surface made of ?", MATERIALS[kind])
+    return Example(image, "which material is this surface made of ?", MATERIALS[material])
 
 
 TASKS: dict[str, Callable[[Random, int], Example]] = {
@@ -139,7 +139,7 @@ TASKS: dict[str, Callable[[Random, int], Example]] = {
 """The new tasks by name, in the order of the demo's stream."""
 
 TRAIN_ROWS, EVAL_ROWS = 1500, 200
-"""Rows of a task; the handwritten digits have 1,797 in all, so both parts are real and disjoint."""
+"""Rows per task; there are 1,797 handwritten digits, so both parts are real and disjoint."""
 
 
 def examples(task: str, part: str) -> Iterator[Example]:

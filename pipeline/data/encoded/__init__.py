@@ -1,1 +1,1 @@
-"""Rows as a base reads them: token ids and pixels, or the image embeddings of its frozen vision tower."""
+"""Rows as model inputs: token ids and pixels, or the image embeddings of the frozen vision tower."""

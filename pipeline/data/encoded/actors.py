@@ -1,4 +1,4 @@
-"""Inference on Ray Data: every worker holds a base, batch after batch passes through it, rows keep their order."""
+"""Inference on Ray Data: every worker holds a base and maps batches of rows; rows keep their order."""
 
 from typing import Any
 
@@ -17,7 +17,7 @@ def on_workers(
     workers: InferenceWorkers,
     rows_at_once: int,
 ) -> ray.data.Dataset:
-    """Returns what `actor(base, workers, *arguments)`, built once in each worker, makes of batches of `rows_at_once` rows."""
+    """Maps batches of `rows_at_once` rows by `actor(base, workers, *arguments)`, built once per worker."""
     if workers.count > 1:  # a small source is a single block, and one worker would read it alone
         rows = rows.repartition(target_num_rows_per_block=rows_at_once)
     return rows.map_batches(

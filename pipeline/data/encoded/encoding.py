@@ -1,4 +1,4 @@
-"""From a raw row to an encoded one: decode, tokenize, say what is wrong with it. Runs in tasks of Ray Data."""
+"""From a raw row to an encoded one, or to the reason why it is bad. Runs in tasks of Ray Data."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -10,55 +10,55 @@ import pyarrow as pa
 
 from pipeline.config import BaseModelConfig, DataConfig, SourceConfig
 from pipeline.data.encoded.packing import pack, prompt_digest
-from pipeline.data.faults import BadRow
+from pipeline.data.errors import BadRow
 from pipeline.data.rows.records import Reference
 from pipeline.data.sources.reader import NUMBER, PATH, excerpt, extent, record_of, row_id
 from pipeline.models.bases import load_processor
-from pipeline.models.prompts import Encoded, PromptError, encode
+from pipeline.models.encoding import Encoded, PromptError, encode
 
 processor_of = lru_cache(maxsize=2)(load_processor)
 
-WHICH, PLACE = "part", "place"
-"""Columns of a raw row where several parts come together: its part's place among them, its own place in the part."""
+PART, POSITION = "part", "place"
+"""Columns of a raw row where several parts are read together: the part's index, and the row's index in the part."""
 
 PROMPT_COLUMNS = 2
-"""Version of the columns of rows that are asked; those of version 1 had neither number nor digest."""
+"""Version of the columns of prompts; version 1 had neither number nor digest."""
 
 _AT_ONCE = 32 << 20
-"""Bytes of encoded images after which a batch is handed on; keeps memory flat, however many tiles an image has."""
+"""Bytes of encoded images per batch; bounds memory however many tiles an image has."""
 
 
 @dataclass(frozen=True)
 class TaskRows:
-    """A task's rows of one kind: where they come from and the template around their questions."""
+    """Rows of a task for training or evaluation: their source and the template around their questions."""
 
     source: SourceConfig
     prompt: str = "{question}"
     key: str = ""
-    """Names what its encoded rows depend on; needed where they are kept on disk."""
+    """Digest of all that the encoded rows depend on; needed where they are kept on disk."""
     metric: str | None = None
-    """What its answers will be scored by; rows that this metric cannot score are set aside."""
+    """Metric of the answers; rows that it cannot score are set aside."""
 
 
 @dataclass(frozen=True)
 class Encoder:
-    """How the rows of a part are encoded."""
+    """Encodes the rows of a part."""
 
     part: TaskRows
-    column: str
+    task: str
     """The task's name."""
     base: BaseModelConfig
     data: DataConfig
     answer: bool
-    """Whether rows are to be learned or only asked."""
+    """Whether rows hold the answer (training) or only the prompt."""
 
     def row(self, raw: Mapping[str, Any]) -> dict[str, Any]:
-        """Returns the columns of an encoded row; one that fails has a `reason` instead of an exception.
+        """Returns the columns of an encoded row; a bad row has a `reason`, no exception is raised.
 
-        A row that is only asked has its number in its file, and a digest of its prompt.
+        A prompt also has its number in its file and its digest.
         """
         row: dict[str, Any] = {
-            "column": self.column,
+            "column": self.task,
             "id": row_id(raw, self.part.source),
             "question": "",
             "reference": "",
@@ -66,8 +66,8 @@ class Encoder:
         row |= {"reason": "", "excerpt": "", "source": str(raw.get(PATH, "")), "rows": 1, "lost": ""}
         if not self.answer:
             row |= {"prompt": "", NUMBER: raw[NUMBER]}
-        if PLACE in raw:
-            row |= {PLACE: raw[PLACE]}
+        if POSITION in raw:
+            row |= {POSITION: raw[POSITION]}
         try:
             record = record_of(raw, self.part.source, self.part.prompt, max_pixels=self.data.max_pixels)
             encoded = encode(processor_of(self.base), record.messages, record.images, answer=self.answer)
@@ -87,22 +87,22 @@ class Encoder:
 def encode_batch(batch: pa.Table, *, encoders: Sequence[Encoder]) -> Iterator[dict[str, Any]]:
     """Encodes a batch of raw rows, each by the encoder of its part.
 
-    Yields as soon as `_AT_ONCE` bytes have come together: twelve tiles of one image are 29 MB.
+    Yields after every `_AT_ONCE` bytes: twelve tiles of one image are 29 MB.
     """
-    out: list[dict[str, Any]] = []
+    rows: list[dict[str, Any]] = []
     size = 0
     for raw in batch.to_pylist():
-        out.append(encoders[raw.get(WHICH, 0)].row(raw))
-        size += len(out[-1]["arrays"])
+        rows.append(encoders[raw.get(PART, 0)].row(raw))
+        size += len(rows[-1]["arrays"])
         if size >= _AT_ONCE:
-            yield _columns(out)
-            out, size = [], 0
-    if out:
-        yield _columns(out)
+            yield _columns(rows)
+            rows, size = [], 0
+    if rows:
+        yield _columns(rows)
 
 
-VOTES = 4
-"""Answers of people below which VQA accuracy has no meaning: not even a unanimous one could reach 1."""
+MIN_ANSWERS = 4
+"""Fewest human answers for VQA accuracy: with fewer not even a unanimous answer scores 1."""
 
 
 def check_metric(reference: Reference, metric: str | None) -> None:
@@ -112,8 +112,10 @@ def check_metric(reference: Reference, metric: str | None) -> None:
         raise BadRow(
             f"metric mmbench: the answer {reference.answers[0]!r} is not an option's letter (options: {options})"
         )
-    if metric == "vqa_accuracy" and len(reference.answers) < VOTES:
-        raise BadRow(f"metric vqa_accuracy needs at least {VOTES} answers of people, found {len(reference.answers)}")
+    if metric == "vqa_accuracy" and len(reference.answers) < MIN_ANSWERS:
+        raise BadRow(
+            f"metric vqa_accuracy needs at least {MIN_ANSWERS} answers of people, found {len(reference.answers)}"
+        )
 
 
 def _columns(rows: list[dict[str, Any]]) -> dict[str, Any]:

@@ -1,1 +1,1 @@
-"""How encoded rows reach those who learn or answer: cached in the object store, or streamed from their files in order."""
+"""Delivers encoded rows to training and evaluation: cached in the object store, or streamed from files."""

@@ -1,9 +1,9 @@
-"""Batches for a training worker: read ahead in the background, the wait measured.
+"""Batches for a training worker, read ahead in the background; the time spent waiting is measured.
 
 All epochs are one long sequence of rows, each epoch shuffled by seed and its number; optimizer step s takes the next
-`batch_size` of it, over the border of an epoch too. So no row is left out for good, and a stage draws `steps * batch_size`
-rows. A step of cached rows holds the same whatever the number of workers or the size of their micro-batches; of rows that
-stream each worker draws its own.
+`batch_size` of it, across epochs too. So no row is left out for good, and a stage draws `steps * batch_size` rows. With
+cached rows a step holds the same rows for any number of workers and any micro-batch size. With streamed rows each worker
+draws from its own share.
 """
 
 import queue
@@ -20,16 +20,16 @@ import numpy as np
 
 from pipeline.data.loading.training_rows import CachedRows, StreamedRows, TrainingRows
 from pipeline.data.loading.windows import spans
-from pipeline.models.prompts import IGNORED, Encoded
+from pipeline.models.encoding import IGNORED, Encoded
 
 AHEAD = 8
-"""Micro-batches that are ready before they are asked for."""
+"""Micro-batches that are prepared ahead."""
 
 PATIENCE = 2.0
-"""Seconds for which leaving waits for the reader, which looks out for it; it may be busy with a batch."""
+"""Seconds that leaving waits for the reader thread, which may be busy with a batch."""
 
 NEIGHBOURS = 16
-"""Steps whose rows are sorted together where steps are made of rows of similar length."""
+"""Steps whose rows are sorted together when rows are grouped by length."""
 
 Collate = Callable[[Sequence[Encoded]], dict[str, Any]]
 
@@ -42,7 +42,7 @@ class StepLayout:
     """Rows of a step, over all workers."""
     workers: int
     micro_batch: int
-    """Most rows of one forward pass of one worker."""
+    """Most rows per forward pass of a worker."""
 
     @property
     def accumulation(self) -> int:
@@ -56,17 +56,17 @@ class StepLayout:
         """
         slots = self.workers * self.accumulation
         edges = [-(-self.batch_size * slot // slots) for slot in range(slots + 1)]
-        own = range(rank * self.accumulation, (rank + 1) * self.accumulation)
-        return [range(edges[slot], edges[slot + 1]) for slot in own]
+        slots_of_rank = range(rank * self.accumulation, (rank + 1) * self.accumulation)
+        return [range(edges[slot], edges[slot + 1]) for slot in slots_of_rank]
 
 
 class BatchLoader:
-    """Gives for each of `steps` the list of this rank's collated micro-batches, `layout.accumulation` of them.
+    """Yields for each of `steps` the list of this rank's collated micro-batches, `layout.accumulation` of them.
 
-    A micro-batch that has no rows is given one row whose labels are all IGNORED, so that all ranks compute alike. Starting
-    at `steps.start` gives what a run from step 0 would have got there. With `group_by_length` a step's rows are of similar
-    length. `wait_seconds` sums the time for which training stood still for data. Use as a context manager; leaving it
-    waits for no row, and ends the tasks that read ahead.
+    An empty micro-batch gets one row whose labels are all IGNORED, so that all ranks compute alike. Starting at
+    `steps.start` yields what a run from step 0 would yield there. With `group_by_length` a step's rows have similar
+    lengths. `wait_seconds` sums the time for which training waited for data. Use as a context manager; leaving it waits
+    for no row and ends the tasks that read ahead.
     """
 
     def __init__(
@@ -98,28 +98,29 @@ class BatchLoader:
         self.ended(PATIENCE)
 
     def ended(self, seconds: float) -> bool:
-        """Returns whether the reader has ended, after waiting for it so long at most."""
+        """Waits up to `seconds` for the reader thread; returns whether it has ended."""
         self._thread.join(seconds)
         return not self._thread.is_alive()
 
     def new_rows(self, most: int) -> list[int]:
         """Returns how many rows of each micro-batch of the last step are new: of the first `most` distinct ones of all ranks.
 
-        They stand at its beginning. Any number of workers gives as many in all, of cached rows the same ones.
+        New rows come first in a micro-batch. Their total is the same for any number of workers; with cached rows they are
+        the same rows.
         """
         step, shares = self._next - 1, self._layout.share(self._rank)
         if self._rows.cached:
-            place, end = step * self._layout.batch_size + shares[0].start, min(most, self._rows.count)
+            start, end = step * self._layout.batch_size + shares[0].start, min(most, self._rows.count)
         else:
-            own = spans(self._rows.count, self._shares)[self._rank]
+            span = spans(self._rows.count, self._shares)[self._rank]
             before, share = sum(self._shares[: self._rank]), self._shares[self._rank]
             part = most * (before + share) // self._layout.batch_size - most * before // self._layout.batch_size
-            place, end = step * share, min(part, len(own))
-        found = []
+            start, end = step * share, min(part, len(span))
+        counts = []
         for positions in shares:
-            found.append(min(max(0, end - place), len(positions)))
-            place += len(positions)
-        return found
+            counts.append(min(max(0, end - start), len(positions)))
+            start += len(positions)
+        return counts
 
     def __iter__(self) -> "BatchLoader":
         return self
@@ -168,8 +169,8 @@ class BatchLoader:
         def order(epoch: int) -> np.ndarray:
             return epoch_order(len(rows), epoch, seed=self._seed, step=size, lengths=lengths)
 
-        def row(place: int) -> Encoded:
-            epoch, number = divmod(place, len(rows))
+        def row(position: int) -> Encoded:
+            epoch, number = divmod(position, len(rows))
             return rows[order(epoch)[number]]
 
         share = self._layout.share(self._rank)
@@ -195,15 +196,15 @@ class BatchLoader:
 
 
 def unlabelled(row: Encoded) -> Encoded:
-    """Returns a row of which nothing is learned."""
+    """Returns a row without labels."""
     return replace(row, labels=np.full_like(row.labels, IGNORED))
 
 
 def epoch_order(count: int, epoch: int, *, seed: int, step: int, lengths: np.ndarray | None = None) -> np.ndarray:
     """Returns the order of `count` rows in an epoch.
 
-    With `lengths` (N,) neighbours are alike and still differ every epoch: a random order is sorted within `NEIGHBOURS` steps,
-    and the steps come in random order. The step on an epoch's border is left as it is.
+    With `lengths` (N,) rows of a step have similar lengths: a random order is sorted by length within groups of `NEIGHBOURS`
+    steps, then the steps are shuffled. Steps that cross an epoch's border are left as they are.
     """
     random = np.random.default_rng([seed, epoch])
     order = random.permutation(count)
@@ -222,17 +223,17 @@ def epoch_order(count: int, epoch: int, *, seed: int, step: int, lengths: np.nda
 def distinct_batches(
     rows: TrainingRows, *, count: int, micro_batch: int, rank: int, workers: int, seed: int
 ) -> Iterator[list[Encoded] | None]:
-    """Yields up to `count` distinct rows in batches, drawn evenly from all rows and dealt over the ranks.
+    """Yields up to `count` distinct random rows in batches, divided among the ranks.
 
-    Every rank gets equally many; one that has run out of rows gets None.
+    Every rank gets equally many batches; a rank that has run out of rows gets None.
     """
     chosen = np.random.default_rng([seed]).permutation(rows.count)[:count]
     shares = np.array_split(np.sort(chosen), workers)  # the first is the largest
-    own, batches = shares[rank], -(-len(shares[0]) // micro_batch)
+    numbers, batches = shares[rank], -(-len(shares[0]) // micro_batch)
     if rows.cached:
         blocks = CachedRows(rows)
-        found: Iterator[Encoded] = (blocks[number] for number in own)
+        encoded: Iterator[Encoded] = (blocks[number] for number in numbers)
     else:
-        found = StreamedRows(rows, rank=rank, workers=workers, seed=seed).chosen(own)
+        encoded = StreamedRows(rows, rank=rank, workers=workers, seed=seed).chosen(numbers)
     for _ in range(batches):
-        yield list(islice(found, micro_batch)) or None
+        yield list(islice(encoded, micro_batch)) or None

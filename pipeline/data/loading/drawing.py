@@ -1,7 +1,7 @@
-"""Which rows of streamed parts a worker gets, and by which of its tasks: all epochs of a stage, or certain rows.
+"""Order in which a worker reads rows of streamed parts: all epochs of a stage, or chosen rows.
 
-Several tasks read for a worker. Whose turn it is at a row does not change what the row is, so their number may differ between
-runs, and a task that is lost is started again at any row.
+Several Ray tasks read for a worker. The order does not depend on their number, which may differ between runs, and a lost
+task can be restarted at any row.
 """
 
 from collections.abc import Iterator, Sequence
@@ -13,18 +13,18 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from pipeline.data.loading.piece_reader import Found, load, raw_row
-from pipeline.data.loading.pieces import Read
+from pipeline.data.loading.piece_reader import LoadedRow, load, raw_row
+from pipeline.data.loading.pieces import ReadRequest
 from pipeline.data.loading.streamed_part import StreamedPart
 from pipeline.data.loading.windows import LANES, WINDOW_BYTES, Span, Window, file_windows, lane_windows, lanes
 
 _READ_AT_ONCE = 4
-"""Windows that a task reads at a time, while it encodes others."""
+"""Windows that a task reads in parallel while it encodes others."""
 
 
 @contextmanager
 def _pool() -> Iterator[Executor]:
-    """Yields threads that read; leaving waits for none of them."""
+    """Yields a pool of reader threads; leaving waits for none of them."""
     pool = ThreadPoolExecutor(_READ_AT_ONCE)
     try:
         yield pool
@@ -34,7 +34,7 @@ def _pool() -> Iterator[Executor]:
 
 @dataclass(frozen=True)
 class Drawable:
-    """The pieces of all parts, from which rows are drawn."""
+    """Pieces of all parts, from which rows are drawn."""
 
     parts: tuple[StreamedPart, ...]
 
@@ -58,38 +58,38 @@ class Drawable:
         return np.cumsum([0, *(len(part.pieces) for part in self.parts)])
 
     def rows(self, windows: Iterator[Window], pool: Executor) -> Iterator[Any]:
-        """Returns the rows of windows, raw or encoded; the next window is read while those of one are taken."""
+        """Returns the rows of windows, raw or encoded; the next window is read while rows of the current one are consumed."""
         return self._rows(windows, pool, self._read(windows, pool))
 
-    def _rows(self, windows: Iterator[Window], pool: Executor, ahead: Future[list[Found]] | None) -> Iterator[Any]:
+    def _rows(self, windows: Iterator[Window], pool: Executor, ahead: Future[list[LoadedRow]] | None) -> Iterator[Any]:
         origins = [part.origin for part in self.parts]
         while ahead is not None:
             window, ahead = ahead.result(), self._read(windows, pool)
-            for found in window:
-                yield raw_row(origins[found.read.part], found)
+            for row in window:
+                yield raw_row(origins[row.request.part], row)
 
-    def _read(self, windows: Iterator[Window], pool: Executor) -> Future[list[Found]] | None:
+    def _read(self, windows: Iterator[Window], pool: Executor) -> Future[list[LoadedRow]] | None:
         window = next(windows, None)
         return None if window is None else pool.submit(self._load, window)
 
-    def _load(self, window: Window) -> list[Found]:
+    def _load(self, window: Window) -> list[LoadedRow]:
         """Reads the rows of a window; returns them in its order."""
         counts = window.stops - window.starts
-        wanted = np.zeros(int(counts.sum()), bool)
-        wanted[window.order] = True
-        reads: list[Read] = []
-        several = np.split(wanted, np.cumsum(counts)[:-1])
-        for piece, start, own in zip(window.pieces.tolist(), window.starts.tolist(), several, strict=True):
-            if own.any():
+        selected = np.zeros(int(counts.sum()), bool)
+        selected[window.order] = True
+        requests: list[ReadRequest] = []
+        masks = np.split(selected, np.cumsum(counts)[:-1])
+        for piece, start, mask in zip(window.pieces.tolist(), window.starts.tolist(), masks, strict=True):
+            if mask.any():
                 part = int(np.searchsorted(self._firsts, piece, "right")) - 1
-                numbers = start + np.flatnonzero(own)
-                reads.append(self.parts[part].pieces.read(piece - int(self._firsts[part]), numbers, part=part))
-        found = load([part.origin for part in self.parts], reads)
-        return [found[place] for place in (np.cumsum(wanted) - 1)[window.order].tolist()]
+                numbers = start + np.flatnonzero(mask)
+                requests.append(self.parts[part].pieces.read(piece - int(self._firsts[part]), numbers, part=part))
+        loaded = load([part.origin for part in self.parts], requests)
+        return [loaded[index] for index in (np.cumsum(selected) - 1)[window.order].tolist()]
 
 
 class Order(Protocol):
-    """Rows in their order, and how tasks share them."""
+    """Order of rows, and their division among tasks."""
 
     def tasks(self, most: int) -> int:
         """Returns how many of `most` tasks can share them."""
@@ -103,7 +103,7 @@ class Order(Protocol):
 
 @dataclass(frozen=True)
 class Drawn:
-    """Rows `first` to `last` of a worker's epochs, in an order of their own for each epoch."""
+    """Rows `first` to `last` of a worker's epochs; each epoch is shuffled anew."""
 
     span: Span
     first: int
@@ -118,25 +118,25 @@ class Drawn:
 
     def turns(self, tasks: int) -> Iterator[int]:
         """Yields for each row which task gives it."""
-        for place in range(self.first, self.last):
-            yield place % len(self.span) % len(self._lanes) % tasks
+        for position in range(self.first, self.last):
+            yield position % len(self.span) % len(self._lanes) % tasks
 
     def rows(self, source: Drawable, task: int, tasks: int, first: int) -> Iterator[Any]:
         """Yields those of a task, from row `first` of all on."""
         count = len(self._lanes)
         with _pool() as pool:
-            place = self.first + first
-            while place < self.last:
-                epoch, begin = divmod(place, len(self.span))
-                end = min(len(self.span), begin + self.last - place)
-                own = {
+            position = self.first + first
+            while position < self.last:
+                epoch, begin = divmod(position, len(self.span))
+                end = min(len(self.span), begin + self.last - position)
+                lane_rows = {
                     lane: source.rows(self._windows(source, lane, epoch, -((lane - begin) // count)), pool)
                     for lane in range(task, count, tasks)
                 }
                 for number in range(begin, end):
-                    if number % count in own:
-                        yield next(own[number % count])
-                place += end - begin
+                    if number % count in lane_rows:
+                        yield next(lane_rows[number % count])
+                position += end - begin
 
     @cached_property
     def _lanes(self) -> Sequence[Span]:
@@ -152,7 +152,7 @@ class Drawn:
 
 @dataclass(frozen=True)
 class Chosen:
-    """The rows of these numbers, in rising order, a window each task in turn."""
+    """Rows with given numbers, in rising order; tasks take windows in turn."""
 
     numbers: np.ndarray
     sizes: np.ndarray

@@ -1,7 +1,7 @@
 """From raw rows to encoded rows, on Ray Data: validate, decode, tokenize; set bad rows aside.
 
 One task of Ray Data does all three for a batch, outside the training process. Small sources are kept encoded in Ray's
-object store over the epochs; large ones are read in pieces, in an order of their own for every epoch, when they are needed.
+object store over the epochs; large ones are streamed in pieces, shuffled anew for every epoch.
 """
 
 from collections import Counter
@@ -18,18 +18,18 @@ from ray.data import TaskPoolStrategy
 from ray.data.expressions import col
 
 from pipeline.config import BaseModelConfig, DataConfig
-from pipeline.data.encoded.encoding import PLACE, Encoder, encode_batch, processor_of
+from pipeline.data.encoded.encoding import POSITION, Encoder, encode_batch, processor_of
 from pipeline.data.encoded.encoding import TaskRows as TaskRows
-from pipeline.data.encoded.image_embeds import with_features
-from pipeline.data.loading.streamed_part import StreamedPart, streamed_features, streamed_part
+from pipeline.data.encoded.image_embeds import with_image_embeds
+from pipeline.data.loading.streamed_part import StreamedPart, streamed_image_embeds, streamed_part
 from pipeline.data.loading.training_rows import TrainingRows
 from pipeline.data.rows.quarantine import NOTES, SetAside, set_aside
 from pipeline.data.sources.reader import count_rows, first_records, read
+from pipeline.models.encoding import PromptError, encode
 from pipeline.models.inference import InferenceWorkers
-from pipeline.models.prompts import PromptError, encode
 
 _SAMPLE = 4
-"""Rows a part that are encoded to guess how much room all of them will take."""
+"""Rows per part that are encoded to estimate the size of all."""
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ class PreparedData:
     aside: Mapping[str, SetAside]
     """Rows and files set aside, by task."""
     streamed: Mapping[str, StreamedPart] = field(default_factory=dict)
-    """How rows to be learned are read that do not fit into the object store, by task."""
+    """Training rows that do not fit into the object store, by task."""
 
     def rows(self, names: Sequence[str]) -> ray.data.Dataset:
         """Returns the good rows of these tasks."""
@@ -56,7 +56,7 @@ class PreparedData:
         return self.cache.filter(expr=col("column").is_in(list(names)))
 
     def training_rows(self, names: Sequence[str]) -> TrainingRows:
-        """Returns the good rows of these tasks as training workers read them; for rows that were prepared to be learned."""
+        """Returns the good rows of these tasks for training workers; needs rows that were prepared with `answer`."""
         count = sum(self.counts[name] for name in names)
         if self.cache is None:
             return TrainingRows(count, parts=tuple(self.streamed[name] for name in names))
@@ -81,14 +81,14 @@ def prepare(
     data_folder: Path,
     quarantine: Path,
     answer: bool,
-    features: Path | None = None,
+    embeds_folder: Path | None = None,
     workers: InferenceWorkers | None = None,
 ) -> PreparedData:
     """Validates and encodes the rows of one or more tasks in a single pass.
 
-    Rows that cannot be used go to `quarantine` (`<task>.jsonl` in that folder) with id and reason. `answer` says whether
-    rows are to be learned or only asked. With `data.vision_cache` what the vision tower says of the images is kept below
-    the folder `features`, under each part's key, computed by `workers`. Raises StreamError when a task's share of bad
+    Rows that cannot be used go to `quarantine` (`<task>.jsonl` in that folder) with id and reason. With
+    `answer` rows hold their answers (training), else only prompts. With `data.vision_cache` image embeddings are computed by
+    `workers` and kept in `embeds_folder`, under each part's key. Raises StreamError when a task's share of bad
     rows exceeds `data.max_bad_share`, more files are lost than `data.max_lost_files`, or no row is left.
     """
     wishes = {part.source.cache or data.cache for part in parts.values()} if answer else {data.cache}
@@ -100,11 +100,11 @@ def prepare(
         encoder, folder = Encoder(part, name, base, data, answer), None
         rows = encoded_rows(part, name, data, base=base, data_folder=data_folder, answer=answer)
         if data.vision_cache == "features":
-            assert features is not None, "whoever asks for features says where they go"
-            folder = features / f"{name}-{part.key}"
-            rows = with_features(rows, base, folder, workers=workers or InferenceWorkers())
+            assert embeds_folder is not None, "image embeddings need a folder"
+            folder = embeds_folder / f"{name}-{part.key}"
+            rows = with_image_embeds(rows, base, folder, workers=workers or InferenceWorkers())
         if streaming:
-            streamed[name] = streamed_features(encoder, folder) if folder else streamed_part(encoder, data_folder)
+            streamed[name] = streamed_image_embeds(encoder, folder) if folder else streamed_part(encoder, data_folder)
             rows = streamed[name].in_order()
         encoded[name] = rows
     rows = union(list(encoded.values()))
@@ -112,8 +112,8 @@ def prepare(
         rows = rows.materialize()
     totals: Counter[str] = Counter()
     bad: dict[str, list[dict[str, Any]]] = {name: [] for name in parts}
-    places: dict[str, list[int]] = {name: [] for name in parts}
-    noted = [*_NOTES, PLACE] if streaming else _NOTES
+    bad_positions: dict[str, list[int]] = {name: [] for name in parts}
+    noted = [*_NOTES, POSITION] if streaming else _NOTES
     for batch in rows.select_columns(noted).iter_batches(batch_size=None, batch_format="numpy"):
         totals.update(batch["column"])
         for i in np.flatnonzero(batch["reason"] != ""):
@@ -121,7 +121,7 @@ def prepare(
                 {key: batch[key][i].item() if key == "rows" else str(batch[key][i]) for key in NOTES}
             )
             if streaming:
-                places[batch["column"][i]].append(int(batch[PLACE][i]))
+                bad_positions[batch["column"][i]].append(int(batch[POSITION][i]))
     good = {name: totals[name] - len(bad[name]) for name in parts}
     aside = {
         name: set_aside(name, part.source, bad[name], good[name], quarantine / f"{name}.jsonl", data)
@@ -132,7 +132,9 @@ def prepare(
     return PreparedData(
         parts=encoded,
         cache=rows if fits else None,
-        streamed={name: part.without(np.sort(np.array(places[name], np.int64))) for name, part in streamed.items()},
+        streamed={
+            name: part.without(np.sort(np.array(bad_positions[name], np.int64))) for name, part in streamed.items()
+        },
         counts=good,
         aside=aside,
     )
@@ -150,7 +152,7 @@ def encoded_rows(
 ) -> ray.data.Dataset:
     """Returns a part's rows, encoded when they are read; bad ones have a `reason`.
 
-    `chosen`, an expression on raw rows (see `sources`), says which of them are encoded; by default all are.
+    `chosen`, an expression on raw rows (see `sources`), selects the rows to encode; by default all.
     """
     raw = read(part.source, data_folder, readers=data.num_readers)
     work = partial(encode_batch, encoders=[Encoder(part, name, base, data, answer)])
@@ -160,9 +162,9 @@ def encoded_rows(
 
 
 def _fits(parts: Mapping[str, TaskRows], data: DataConfig, base: BaseModelConfig, data_folder: Path) -> bool:
-    """Whether all rows take at most a quarter of the smallest object store, going by the first ones of each part.
+    """Whether all rows take at most a quarter of the smallest object store, estimated from the first rows of each part.
 
-    Every node on which a worker trains comes to hold all of them.
+    Every node with a training worker holds all of them.
     """
     processor, total = processor_of(base), 0.0
     for part in parts.values():

@@ -1,7 +1,7 @@
-"""Rows that are asked, not learned: all of a part, or some of them, encoded when they are read.
+"""Prompts of a part, all or some, encoded when they are read.
 
-Rows are known by file and number: whoever has seen all of them once names those that are needed again, and only these are
-decoded and encoded, from the user's files or from what is kept of the vision tower.
+Rows are identified by file and number. A caller that has read all rows once can request some of them again; only these are
+decoded and encoded, from the user's files or from cached image embeddings.
 """
 
 from collections.abc import Mapping, Sequence
@@ -16,7 +16,7 @@ from ray.data.expressions import col
 
 from pipeline.config import BaseModelConfig, DataConfig
 from pipeline.data.encoded.encoding import TaskRows
-from pipeline.data.encoded.image_embeds import DONE, with_features
+from pipeline.data.encoded.image_embeds import DONE, with_image_embeds
 from pipeline.data.loading.preprocess import encoded_rows
 from pipeline.data.sources.reader import NUMBER, PATH
 from pipeline.models.inference import InferenceWorkers
@@ -32,34 +32,36 @@ class PromptSource:
     base: BaseModelConfig
     data: DataConfig
     data_folder: Path
-    """Where rows that ship with the project are."""
-    features: Path
-    """Where image features are kept, by part."""
+    """Folder of the demo's files."""
+    embeds_folder: Path
+    """Folder of cached image embeddings, by part."""
     workers: InferenceWorkers
-    """Who computes image features."""
+    """Workers that compute image embeddings."""
 
     def rows(self, name: str, part: TaskRows, numbers: Numbers | None = None) -> ray.data.Dataset:
         """Returns the encoded rows of part `name`, or those of `numbers`, lazily; bad ones have a `reason`.
 
-        With `data.vision_cache` the rows hold image features; whoever holds GPUs calls `see` first.
+        With `data.vision_cache` the rows hold image embeddings; callers that hold GPUs call `compute_image_embeds` first.
         """
         if self.data.vision_cache == "off":
             return self._encoded(name, part, None if numbers is None else _chosen(numbers, PATH))
-        self.see(name, part)
+        self.compute_image_embeds(name, part)
         kept = ray.data.read_parquet(str(self._folder(name, part)))
         return kept if numbers is None else kept.filter(expr=_chosen(numbers, "source"))
 
-    def has_seen(self, name: str, part: TaskRows) -> bool:
-        """Whether nothing is left to compute before the rows of a part can be read."""
+    def has_image_embeds(self, name: str, part: TaskRows) -> bool:
+        """Whether the image embeddings of a part are cached, or need no cache."""
         return self.data.vision_cache == "off" or (self._folder(name, part) / DONE).exists()
 
-    def see(self, name: str, part: TaskRows) -> None:
-        """Computes the image features of a part that are to be kept and are not there yet."""
-        if not self.has_seen(name, part):
-            with_features(self._encoded(name, part, None), self.base, self._folder(name, part), workers=self.workers)
+    def compute_image_embeds(self, name: str, part: TaskRows) -> None:
+        """Computes and caches the image embeddings of a part, unless they are cached."""
+        if not self.has_image_embeds(name, part):
+            with_image_embeds(
+                self._encoded(name, part, None), self.base, self._folder(name, part), workers=self.workers
+            )
 
     def _folder(self, name: str, part: TaskRows) -> Path:
-        return self.features / f"{name}-{part.key}"
+        return self.embeds_folder / f"{name}-{part.key}"
 
     def _encoded(self, name: str, part: TaskRows, chosen: Any) -> ray.data.Dataset:
         data, folder = self.data, self.data_folder
@@ -67,6 +69,6 @@ class PromptSource:
 
 
 def _chosen(numbers: Numbers, path: str) -> Any:
-    """Returns the expression that is true of the rows of `numbers`, whose file stands in column `path`."""
+    """Returns the expression that selects the rows of `numbers`; column `path` holds their file."""
     files = [(col(path) == file) & col(NUMBER).is_in(sorted(set(of_file))) for file, of_file in numbers.items()]
     return reduce(or_, files)

@@ -1,9 +1,9 @@
-"""Encoded rows, read ahead by a few tasks of Ray outside the training process.
+"""Encoded rows, read ahead by Ray tasks outside the training process.
 
-- Each task reads and encodes its rows for as long as they are wanted, and stops where `_UNREAD` tables wait to be taken.
-- Tasks book no CPUs: one whose rows nobody takes yet would hold them, and starve the other workers' tasks for ever.
-- A task that is lost with its process or node, or whose table is lost, is started again at the row that is needed next.
-- Leaving ends the tasks, a moment later; nobody waits longer than `POLL_SECONDS` without asking whether it is time to leave.
+- Each task reads and encodes its rows, and pauses while `_UNREAD` of its tables wait to be consumed.
+- Tasks book no CPUs: a paused task would hold them and starve the other workers' tasks.
+- A task that is lost with its process or node, or whose table is lost, is restarted at the next row needed.
+- Leaving ends the tasks a moment later; waits check every `POLL_SECONDS` whether to leave.
 """
 
 import threading
@@ -18,36 +18,35 @@ from ray.exceptions import GetTimeoutError, RayError, RayTaskError
 
 from pipeline.data.encoded.encoding import encode_batch
 from pipeline.data.encoded.packing import PACKED, unpack_row
-from pipeline.data.faults import StreamError, first_line
+from pipeline.data.errors import StreamError, first_line
 from pipeline.data.loading.drawing import Drawable, Order
 from pipeline.data.loading.piece_reader import tables
-from pipeline.models.prompts import Encoded
+from pipeline.models.encoding import Encoded
 
 POLL_SECONDS = 0.2
 
 RESTARTS = 3
-"""Times that a task is started again without a row in between."""
+"""Restarts of a task without a row in between."""
 
 SETTLING_SECONDS = 10.0
-"""From leaving to the end of tasks that are not done. A task that ends at the very moment at which it is cancelled makes Ray
-abort this process (`it != submissible_tasks_.end()`, ray pull request 54527). One that nobody reads from is done after this
-time, or stands still with `_UNREAD` tables."""
+"""Seconds from leaving to the cancellation of unfinished tasks. Ray aborts this process if a task ends at the moment at which
+it is cancelled (`it != submissible_tasks_.end()`, ray pull request 54527). After this time a task that nobody reads from has
+ended, or is paused with `_UNREAD` tables."""
 
 _UNREAD = 2
-"""Tables of a task that wait in the object store, 32 MB each or the rows of one large image."""
+"""Unconsumed tables of a task in the object store, 32 MB each or the rows of one large image."""
 
 _NEEDED = (*PACKED, "id", "source", "reason")
 
 
 class LeftError(Exception):
-    """Nobody wants the rows any more."""
+    """The consumer has stopped reading."""
 
 
 class ReadAhead:
     """Yields rows in their order; use as a context manager.
 
-    At most `tasks` read. `left` says whether the rows are still wanted; LeftError is raised where they are not. Raises
-    StreamError where a row cannot be read any more.
+    At most `tasks` tasks read. Raises LeftError when `left` returns true, StreamError where a row cannot be read any more.
     """
 
     def __init__(self, source: Drawable, order: Order, *, tasks: int, left: Callable[[], bool]) -> None:
@@ -68,19 +67,19 @@ class ReadAhead:
     def _rows(self) -> Iterator[Encoded]:
         for task in range(self._tasks):
             self._start(task, 0)
-        held: dict[int, Iterator[Encoded]] = {}
-        for place, task in enumerate(self._order.turns(self._tasks)):
-            row = next(held[task], None) if task in held else None
+        unpacked: dict[int, Iterator[Encoded]] = {}
+        for position, task in enumerate(self._order.turns(self._tasks)):
+            row = next(unpacked[task], None) if task in unpacked else None
             if row is None:
-                held.pop(task, None)  # gives the table's memory back
-                held[task] = _unpacked(self._table(task, place))
-                row = next(held[task])
+                unpacked.pop(task, None)  # gives the table's memory back
+                unpacked[task] = _unpacked(self._table(task, position))
+                row = next(unpacked[task])
             yield row
 
     def _start(self, task: int, first: int) -> None:
         self._running[task] = _encoded.remote(self._source, self._settings, task, self._tasks, first)
 
-    def _table(self, task: int, place: int) -> pa.Table:
+    def _table(self, task: int, position: int) -> pa.Table:
         """Returns the next table of a task, which begins with row `place`."""
         for restarts in range(RESTARTS + 1):
             try:
@@ -93,7 +92,7 @@ class ReadAhead:
                         f"rows cannot be read: the task that reads them was lost {RESTARTS + 1} times (out of memory?): "
                         f"{first_line(error)}"
                     ) from error
-                self._start(task, place)
+                self._start(task, position)
         raise AssertionError
 
     def _got(self, running: Any) -> pa.Table:
@@ -113,7 +112,7 @@ class ReadAhead:
 
 
 def _end(tasks: list[Any], node: str) -> None:
-    """Cancels tasks that nobody reads from any more, where they stand still; `node` is the one on which this runs."""
+    """Cancels unfinished tasks after `SETTLING_SECONDS`; `node` is the one on which this runs."""
     time.sleep(SETTLING_SECONDS)
     with suppress(Exception):  # Ray is gone, and they with it
         for task in tasks:
@@ -135,7 +134,7 @@ def _unpacked(table: pa.Table) -> Iterator[Encoded]:
 @ray.remote(num_cpus=0, max_retries=0, scheduling_strategy="SPREAD", _generator_backpressure_num_objects=_UNREAD)
 def _encoded(source: Drawable, order: Order, task: int, tasks: int, first: int) -> Iterator[pa.Table]:
     rows = tables(order.rows(source, task, tasks, first))
-    if source.parts[0].origin.kind == "encoded":
+    if source.parts[0].origin.contents == "encoded":
         for table in rows:
             yield table.select(_NEEDED)
         return

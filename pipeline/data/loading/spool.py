@@ -1,7 +1,7 @@
-"""Raw rows copied once into parquet, where their own files cannot be read from the middle.
+"""Copies raw rows into parquet, where their own files cannot be read from the middle.
 
-So are all texts (jsonl, json, csv, tsv, compressed or not), parquet with large row groups, and MMBench's rotations. A row is
-JSON, its bytes lie beside it: nothing that is read back is code.
+These are all text files (jsonl, json, csv, tsv, compressed or not), parquet with large row groups, and MMBench's rotations.
+A row is stored as JSON beside its bytes, so reading it back runs no code.
 """
 
 import json
@@ -12,18 +12,18 @@ from typing import Any
 import pyarrow as pa
 
 from pipeline.config import SourceConfig
-from pipeline.data.faults import UnreadableRow
+from pipeline.data.errors import UnreadableRow
 from pipeline.data.sources.formats import Row
 from pipeline.data.sources.reader import NUMBER, PATH, RAW, ROOT, content_of, read
 from pipeline.locks import made_once
 
 DONE = "_SUCCESS"
-"""Marks a folder that is complete."""
+"""Marks a complete folder."""
 
 BLOBS = "blobs"
 """Column of a row's bytes."""
 
-_BYTES, _FAULT = "$bytes", "$fault"
+_BYTES, _UNREADABLE = "$bytes", "$fault"
 _SCHEMA = pa.schema([
     (PATH, pa.string()), (NUMBER, pa.int64()), (ROOT, pa.string()), (RAW, pa.string()), (BLOBS, pa.list_(pa.binary())),
 ])  # fmt: skip
@@ -55,19 +55,19 @@ def _text(content: Row, blobs: list[bytes]) -> str:
             return {_BYTES: len(blobs) - 1}
         return str(value)
 
-    found = (
-        {_FAULT: [content.reason, content.excerpt, content.lost, content.rows]}
+    document = (
+        {_UNREADABLE: [content.reason, content.excerpt, content.lost, content.rows]}
         if isinstance(content, UnreadableRow)
         else content
     )
-    return json.dumps(found, default=beside)
+    return json.dumps(document, default=beside)
 
 
 def content(text: str, blobs: Sequence[bytes]) -> Row:
-    """Returns a row that was copied."""
+    """Restores a copied row."""
 
     def back(value: dict[str, Any]) -> Any:
         return blobs[value[_BYTES]] if value.keys() == {_BYTES} else value
 
-    found: Mapping[str, Any] = json.loads(text, object_hook=back)
-    return UnreadableRow(*found[_FAULT]) if found.keys() == {_FAULT} else dict(found)
+    document: Mapping[str, Any] = json.loads(text, object_hook=back)
+    return UnreadableRow(*document[_UNREADABLE]) if document.keys() == {_UNREADABLE} else dict(document)

@@ -15,7 +15,7 @@ from ray.data.datasource import Datasource, ReadTask
 
 from pipeline.config import DataConfig, digest
 from pipeline.data.encoded.encoding import Encoder, encode_batch
-from pipeline.data.faults import StreamError
+from pipeline.data.errors import StreamError
 from pipeline.data.loading import spool
 from pipeline.data.loading.piece_reader import BLOCK_ROWS, Origin, in_order, tables
 from pipeline.data.loading.pieces import Pieces, pieces_of
@@ -37,28 +37,28 @@ class StreamedPart:
         return int(self.pieces.good.sum())
 
     def in_order(self) -> ray.data.Dataset:
-        """Returns the encoded rows in the order of the files, lazily, with their `PLACE`; those that fail have a `reason`."""
+        """Returns the encoded rows lazily, in the order of the files, with their `POSITION`; bad ones have a `reason`."""
         readers = self.origin.encoder.data.num_readers
         rows = ray.data.read_datasource(_InOrder(self), compute=TaskPoolStrategy(max(1, readers // 4)))
-        if self.origin.kind == "encoded":
+        if self.origin.contents == "encoded":
             return rows
         work = partial(encode_batch, encoders=[self.origin.encoder])
         return rows.map_batches(work, batch_size=BLOCK_ROWS, batch_format="pyarrow", compute=TaskPoolStrategy(readers))
 
     def without(self, bad: np.ndarray) -> "StreamedPart":
-        """Returns the part without the rows at these places (in rising order, among all rows of the pieces)."""
+        """Returns the part without the rows at these rising indices (among all rows of the pieces)."""
         return replace(self, pieces=replace(self.pieces, bad=bad))
 
 
 class _InOrder(Datasource):
-    """Reads the pieces of a part; each task some that follow each other."""
+    """Reads the pieces of a part; each task reads consecutive ones."""
 
     def __init__(self, part: StreamedPart) -> None:
         super().__init__()
         self._part = part
 
     def get_name(self) -> str:
-        """Returns what Ray calls the reading."""
+        """Returns the name that Ray shows."""
         return "Pieces"
 
     def estimate_inmemory_data_size(self) -> int:
@@ -87,29 +87,29 @@ def _read(origin: Origin, pieces: Pieces) -> Any:
 
 
 def streamed_part(encoder: Encoder, data_folder: Path) -> StreamedPart:
-    """Returns the rows of a source in pieces; copied first where its files cannot be read from the middle."""
+    """Returns the rows of a source in pieces; copies files first that cannot be read from the middle."""
     source = encoder.part.source
-    filesystem, files, kind = resolve(source, data_folder)
+    filesystem, files, file_format = resolve(source, data_folder)
     paths = [file.path for file in files]
-    if kind == "parquet" and source.preset != "mmbench":
+    if file_format == "parquet" and source.preset != "mmbench":
         pieces = pieces_of(filesystem, paths, rows=piece_rows(encoder.data), limit=source.limit)
         if pieces is not None:
             return StreamedPart(Origin(encoder, filesystem, "own", image_root(source)), pieces)
     key = digest(fingerprint(source, data_folder), paths)
-    copies = data_folder / "rows" / f"{encoder.column}-{key}"
+    copies = data_folder / "rows" / f"{encoder.task}-{key}"
     return _local(encoder, "spooled", spool.spooled(source, data_folder, copies, readers=encoder.data.num_readers))
 
 
-def streamed_features(encoder: Encoder, folder: Path) -> StreamedPart:
+def streamed_image_embeds(encoder: Encoder, folder: Path) -> StreamedPart:
     """Returns the encoded rows in a folder of parquet files in pieces."""
     return _local(encoder, "encoded", sorted(str(file) for file in folder.glob("*.parquet")))
 
 
-def _local(encoder: Encoder, kind: Literal["spooled", "encoded"], paths: Sequence[str]) -> StreamedPart:
+def _local(encoder: Encoder, contents: Literal["spooled", "encoded"], paths: Sequence[str]) -> StreamedPart:
     pieces = pieces_of(fs.LocalFileSystem(), paths, rows=piece_rows(encoder.data))
     if pieces is None:
-        raise StreamError(f"{paths[0]} and its neighbours: damaged; remove the folder, it is written again")
-    return StreamedPart(Origin(encoder, fs.LocalFileSystem(), kind), pieces)
+        raise StreamError(f"{paths[0]} and its neighbours: damaged; remove the folder, and it is written again")
+    return StreamedPart(Origin(encoder, fs.LocalFileSystem(), contents), pieces)
 
 
 def piece_rows(data: DataConfig) -> int:

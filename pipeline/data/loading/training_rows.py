@@ -1,4 +1,4 @@
-"""The rows of one or more tasks as a training worker gets them: a description that can be pickled, and access to it."""
+"""Training rows of one or more tasks: a picklable description, and readers for cached and streamed rows."""
 
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, replace
@@ -13,7 +13,7 @@ from pipeline.data.loading.drawing import Chosen, Drawable, Drawn, Order
 from pipeline.data.loading.read_ahead import ReadAhead
 from pipeline.data.loading.streamed_part import StreamedPart
 from pipeline.data.loading.windows import spans
-from pipeline.models.prompts import Encoded
+from pipeline.models.encoding import Encoded
 
 
 @dataclass(frozen=True)
@@ -21,13 +21,13 @@ class TrainingRows:
     """Good rows of one or more tasks."""
 
     count: int
-    """How many there are."""
+    """Number of rows."""
     blocks: tuple[ray.ObjectRef, ...] = ()
-    """All of them, encoded, as Arrow tables in Ray's object store; none where rows stream."""
+    """Encoded rows as Arrow tables in Ray's object store; empty where rows are streamed."""
     parts: tuple[StreamedPart, ...] = ()
-    """Where rows that stream come from."""
+    """Sources of streamed rows."""
     chosen: np.ndarray | None = None
-    """Which of these rows they are, by rising number (N,); None: all."""
+    """Rising indices of the selected rows (N,); None: all."""
 
     @property
     def cached(self) -> bool:
@@ -37,20 +37,20 @@ class TrainingRows:
     def split(self, share: float, seed: int) -> tuple["TrainingRows", "TrainingRows"]:
         """Returns the rows of one task without a random share of them, and that share: `held_out` rows."""
         number = held_out(self.count, share)
-        held = np.sort(np.random.default_rng([seed, self.count]).permutation(self.count)[:number])
+        held_numbers = np.sort(np.random.default_rng([seed, self.count]).permutation(self.count)[:number])
         learned = replace(self, count=self.count - number)
         if self.cached:
-            learned = replace(learned, chosen=np.delete(np.arange(self.count), held))
+            learned = replace(learned, chosen=np.delete(np.arange(self.count), held_numbers))
         else:
             (part,) = self.parts
             bad = part.pieces.bad
-            places = np.delete(np.arange(int(part.pieces.rows.sum())), bad)[held]
-            learned = replace(learned, parts=(part.without(np.union1d(bad, places)),))
-        return learned, replace(self, count=number, chosen=held)
+            held_positions = np.delete(np.arange(int(part.pieces.rows.sum())), bad)[held_numbers]
+            learned = replace(learned, parts=(part.without(np.union1d(bad, held_positions)),))
+        return learned, replace(self, count=number, chosen=held_numbers)
 
 
 MOST_HELD_OUT = 2048
-"""Rows whose loss tells one adapter from another; more of them would only cost more."""
+"""Most held-out rows: enough to compare adapters by their loss."""
 
 
 def held_out(count: int, share: float) -> int:
@@ -61,7 +61,7 @@ def held_out(count: int, share: float) -> int:
 class CachedRows:
     """Encoded rows drawn from the object store one by one, as views of its memory.
 
-    A tenth of the work of shuffling them through a buffer, which matters where reader and training share few cores.
+    Costs a tenth of a shuffle buffer, which matters where reader and training share few cores.
     """
 
     def __init__(self, rows: TrainingRows) -> None:
@@ -89,9 +89,9 @@ class CachedRows:
 
 
 class StreamedRows:
-    """Rows that are read and encoded when they are needed, by tasks of this worker's own.
+    """Rows that this worker's own tasks read and encode when they are needed.
 
-    Each worker reads its own pieces: none waits for another, and one may stop whenever it likes: `left` says that it has.
+    Each worker reads its own pieces and waits for no other. `left` returns true once the worker has stopped reading.
     """
 
     def __init__(
@@ -101,12 +101,12 @@ class StreamedRows:
         self._rank, self._workers, self._seed, self._left = rank, workers, seed, left
 
     def drawn(self, shares: Sequence[int], steps: range) -> Generator[Encoded]:
-        """Yields this rank's rows of `steps` one after the other; `shares` says how many each rank takes a step."""
+        """Yields this rank's rows of `steps`; `shares` are the rows of each rank per step."""
         span, share = spans(self._count, shares)[self._rank], shares[self._rank]
         return self._encoded(Drawn(span, steps.start * share, steps.stop * share, self._seed, self._source.window))
 
     def chosen(self, numbers: np.ndarray) -> Generator[Encoded]:
-        """Yields the rows of these numbers, in rising order, in the order of the files."""
+        """Yields the rows with these rising numbers, in the order of the files."""
         numbers = numbers if self._chosen is None else self._chosen[numbers]
         return self._encoded(Chosen(numbers, self._source.sizes, self._source.weights, self._source.window))
 

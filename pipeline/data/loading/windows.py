@@ -1,10 +1,10 @@
-"""In which order rows come that stream: pieces of files first, then rows within windows of pieces.
+"""Order of streamed rows: pieces of files are shuffled first, then rows within windows of pieces.
 
-A worker's part of an epoch is divided among lanes, which give a row each in turn: so its rows come out of sixteen pieces at
-least, whoever reads them, and lanes can be read by several tasks.
+A worker's share of an epoch is divided among lanes that take turns row by row. So consecutive rows come from at least sixteen
+pieces, and several tasks can read lanes in parallel.
 
-A pure function of seed, epoch, sizes of the pieces, rank and workers; windows come one by one, and a run that goes on begins
-with the one it needs.
+The order is a pure function of seed, epoch, sizes of the pieces, rank and workers. Windows are computed one by one, and a
+resumed run begins with the window it needs.
 """
 
 from collections.abc import Iterator, Sequence
@@ -14,24 +14,24 @@ from itertools import pairwise
 import numpy as np
 
 LANES = 16
-"""Lanes of a worker, and pieces that make up the rows that are shuffled at a time."""
+"""Lanes of a worker, and pieces whose rows are shuffled together."""
 
 WINDOW_BYTES = 256 << 20
-"""Bytes, as they lie in files, of the windows of all lanes together, whatever their rows: they are held at a time."""
+"""Compressed bytes of the windows of all lanes together, which are in memory at the same time."""
 
 
 @dataclass(frozen=True)
 class Window:
-    """Rows that are read together and handed on in random order."""
+    """Rows that are read together and yielded in random order."""
 
     pieces: np.ndarray
-    """Which pieces are read (K,)."""
+    """Pieces to read (K,)."""
     starts: np.ndarray
-    """From which of their good rows on (K,)."""
+    """First good row of each (K,)."""
     stops: np.ndarray
-    """Up to which of them (K,)."""
+    """Last good row of each, exclusive (K,)."""
     order: np.ndarray
-    """Places among the rows of all pieces read, in the order in which they come; not necessarily all."""
+    """Indices among the rows read, in the order in which they are yielded; not necessarily all."""
 
 
 @dataclass(frozen=True)
@@ -46,18 +46,18 @@ class Span:
 
 
 def spans(count: int, shares: Sequence[int]) -> list[Span]:
-    """Divides the `count` rows of an epoch among workers by how many each takes a step, so that all end it together.
+    """Divides the `count` rows of an epoch among workers in proportion to their rows per step, so that all end it together.
 
-    A worker for which no row is left shares all of them.
+    A worker for which no row is left gets all of them.
     """
     edges = np.concatenate([[0], np.cumsum(shares)]) * count // max(1, sum(shares))
     return [Span(int(a), int(b)) if a < b else Span(0, count) for a, b in zip(edges, edges[1:], strict=False)]
 
 
 def lanes(span: Span, rows: int) -> list[Span]:
-    """Divides a worker's part of an epoch among lanes; row number r of it is the next one of lane r % len(lanes).
+    """Divides a worker's share of an epoch among lanes; its row number r is the next row of lane r % len(lanes).
 
-    Fewer rows than `rows`, those that are shuffled at a time, are one lane: they come in any order.
+    Fewer rows than `rows`, which are shuffled together, are a single lane.
     """
     count = LANES if len(span) >= rows else 1
     lengths = [-(-(len(span) - lane) // count) for lane in range(count)]
@@ -79,15 +79,15 @@ def lane_windows(
     pieces, ends = pieces[begin:end], ends[begin:end]
     starts = np.maximum(lane.start - ends + sizes[pieces], 0)
     stops = np.minimum(lane.stop - ends, 0) + sizes[pieces]
-    own = np.flatnonzero(starts < stops)
-    pieces, starts, stops = pieces[own], starts[own], stops[own]
+    nonempty = np.flatnonzero(starts < stops)
+    pieces, starts, stops = pieces[nonempty], starts[nonempty], stops[nonempty]
     edges = _edges(stops - starts, weights[pieces], rows, size)
-    places = np.concatenate([[0], np.cumsum(stops - starts)])[edges]
-    for window in range(int(np.searchsorted(places, first, "right")) - 1, len(edges) - 1):
+    offsets = np.concatenate([[0], np.cumsum(stops - starts)])[edges]
+    for window in range(int(np.searchsorted(offsets, first, "right")) - 1, len(edges) - 1):
         part = slice(edges[window], edges[window + 1])
-        count = int(places[window + 1] - places[window])
+        count = int(offsets[window + 1] - offsets[window])
         order = np.random.default_rng([seed, epoch, lane.start, window]).permutation(count)
-        yield Window(pieces[part], starts[part], stops[part], order[max(0, first - int(places[window])) :])
+        yield Window(pieces[part], starts[part], stops[part], order[max(0, first - int(offsets[window])) :])
 
 
 def file_windows(
@@ -106,7 +106,7 @@ def file_windows(
 
 
 def _edges(sizes: np.ndarray, weights: np.ndarray, rows: int, size: int) -> np.ndarray:
-    """Returns where windows begin among pieces, and where the last one ends (W + 1,)."""
+    """Returns the first piece of each window, and the end of the last one (W + 1,)."""
     cost = np.maximum(sizes * size, weights * rows)  # of a window: rows * size
     window = (np.cumsum(cost) - cost) // (rows * size)
     return np.concatenate([np.flatnonzero(np.diff(window, prepend=-1)), [len(sizes)]])

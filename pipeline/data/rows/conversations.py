@@ -1,9 +1,9 @@
-"""What is said in a row: messages of any common form become role and text, with `<image>` where an image belongs.
+"""Conversations of rows: messages of any common form become role and text, with `<image>` where an image belongs.
 
 - Forms: role/content (LLaMA-Factory, ms-swift, OpenAI), from/value (LLaVA, ShareGPT), as lists or as JSON strings; contents
   as text or as lists of parts; columns of question and answer.
-- Whatever a chat template or a tokenizer would stumble over later is a bad row here.
-- Knows nothing of images but where they stand.
+- What a chat template or a tokenizer would fail on later is a bad row here.
+- Images are located, not decoded.
 """
 
 import math
@@ -12,12 +12,12 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from pipeline.config import ColumnsConfig
-from pipeline.data.faults import BadRow, printable
+from pipeline.data.errors import BadRow, printable
 from pipeline.data.rows.json_stream import parse
-from pipeline.models.prompts import IMAGE_PLACEHOLDER
+from pipeline.models.encoding import IMAGE_PLACEHOLDER
 
 LONGEST_TEXT = 1_000_000
-"""Characters of the longest text that is tokenized; no base reads as much, and tokenizing 10 MB takes minutes."""
+"""Characters of the longest text that is tokenized; tokenizing 10 MB takes minutes."""
 
 _ROLES = {"system": "system", "user": "user", "assistant": "assistant", "human": "user", "gpt": "assistant"}
 
@@ -34,7 +34,7 @@ class Conversation:
 
 
 def conversation_of(row: Mapping[str, Any], columns: ColumnsConfig) -> Conversation:
-    """Returns what is said in a row; raises BadRow with the reason where that cannot be learned or asked."""
+    """Returns the conversation of a row; raises BadRow with the reason where it cannot be used."""
     if columns.answer is not None:
         answers = _answers(row, columns.answer)
         question = "" if columns.question is None else _question(row, columns.question)
@@ -43,7 +43,7 @@ def conversation_of(row: Mapping[str, Any], columns: ColumnsConfig) -> Conversat
     column = columns.messages if row.get(columns.messages) is not None else "conversations"
     if row.get(column) is None:
         what = f"column {columns.messages!r} is missing or null"
-        raise BadRow(f"{what} (map `columns`, or name a `preset`, if yours is named otherwise)")
+        raise BadRow(f"{what} (if your columns are named otherwise, set `columns` or a `preset`)")
     inline: dict[int, Any] = {}
     messages = _messages(row[column], column, inline)
     _check_order(messages)
@@ -61,21 +61,21 @@ def _messages(turns: Any, column: str, inline: dict[int, Any]) -> list[dict[str,
     messages = []
     placeholders = 0
     for turn in turns:
-        said_by = turn.get("role") if turn.get("role") is not None else turn.get("from")
-        role = _ROLES.get(said_by) if isinstance(said_by, str) else None
+        speaker = turn.get("role") if turn.get("role") is not None else turn.get("from")
+        role = _ROLES.get(speaker) if isinstance(speaker, str) else None
         if role is None:
-            raise BadRow(f"unknown role {printable(repr(said_by), 40)}; known: {', '.join(_ROLES)}")
+            raise BadRow(f"unknown role {printable(repr(speaker), 40)}; known: {', '.join(_ROLES)}")
         content = turn.get("content") if turn.get("content") is not None else turn.get("value")
         text, images = _parts(content, role)
-        inline |= {placeholders + place: image for place, image in images.items()}
+        inline |= {placeholders + index: image for index, image in images.items()}
         placeholders += text.count(IMAGE_PLACEHOLDER)
-        if text.strip() or role != "system":  # an empty system message says nothing; many exporters write one
+        if text.strip() or role != "system":  # many exporters write an empty system message
             messages.append({"role": role, "content": checked(text, f"the {role}'s content")})
     return messages
 
 
 def _parts(content: Any, role: str) -> tuple[str, dict[int, Any]]:
-    """Returns a content as text, and the images that came with it by the number of their placeholder in it."""
+    """Returns a content as text, and its inline images by the number of their placeholder in it."""
     if isinstance(content, str):
         return content, {}
     if not isinstance(content, (list, tuple)):
@@ -83,35 +83,37 @@ def _parts(content: Any, role: str) -> tuple[str, dict[int, Any]]:
     text = ""
     images: dict[int, Any] = {}
     for part in content:
-        kind = part.get("type") if isinstance(part, Mapping) else None
-        if kind == "text" and isinstance(part.get("text"), str):
+        part_type = part.get("type") if isinstance(part, Mapping) else None
+        if part_type == "text" and isinstance(part.get("text"), str):
             text += part["text"]
-        elif kind in ("image", "image_url"):
+        elif part_type in ("image", "image_url"):
             image = next((part[key] for key in ("image", "image_url", "url", "path", "bytes") if part.get(key)), None)
             image = image.get("url") if isinstance(image, Mapping) and "url" in image else image
             if image is not None:
                 images[text.count(IMAGE_PLACEHOLDER)] = image
             text += IMAGE_PLACEHOLDER
         else:
-            raise BadRow(f"a part of the {role}'s content is neither text nor image, but {printable(repr(kind), 40)}")
+            raise BadRow(
+                f"a part of the {role}'s content is neither text nor image, but {printable(repr(part_type), 40)}"
+            )
     return text, images
 
 
 def _check_order(messages: list[dict[str, str]]) -> None:
     roles = [message["role"] for message in messages]
-    said = roles[1:] if roles[:1] == ["system"] else roles
-    if "user" not in said:
+    turns = roles[1:] if roles[:1] == ["system"] else roles
+    if "user" not in turns:
         raise BadRow("no message of the user")
-    if len(said) < 2 or said[-1] != "assistant":
+    if len(turns) < 2 or turns[-1] != "assistant":
         raise BadRow("the last message must be the assistant's answer, after at least one of the user")
-    if said != ["user", "assistant"] * (len(said) // 2):
+    if turns != ["user", "assistant"] * (len(turns) // 2):
         raise BadRow(f"user and assistant must take turns, the user first; found: {', '.join(roles[:8])}")
     for number, message in enumerate(messages):
         if message["content"].replace(IMAGE_PLACEHOLDER, "").strip():
             continue
         what = "question" if message["role"] == "user" else "answer"
-        place = "" if number >= len(messages) - 2 else f" (message {number + 1} of {len(messages)})"
-        raise BadRow(f"the {what} is empty{place}")
+        where = "" if number >= len(messages) - 2 else f" (message {number + 1} of {len(messages)})"
+        raise BadRow(f"the {what} is empty{where}")
 
 
 def _question(row: Mapping[str, Any], column: str) -> str:
@@ -130,11 +132,11 @@ def _answers(row: Mapping[str, Any], column: str) -> tuple[str, ...]:
         raise BadRow(f"column {column!r} is missing or null (a test split, whose answers are not public?)")
     several = isinstance(value, (list, tuple))
     items = [item.get("answer") if isinstance(item, Mapping) else item for item in (value if several else [value])]
-    found = [checked(text, "an answer") for item in items if (text := text_of(item, f"column {column!r}")) is not None]
-    answers = tuple(text for text in found if text.strip())
+    texts = [checked(text, "an answer") for item in items if (text := text_of(item, f"column {column!r}")) is not None]
+    answers = tuple(text for text in texts if text.strip())
     if answers:
         return answers
-    raise BadRow(f"column {column!r} holds no answer" if not found else "the answer is empty")
+    raise BadRow(f"column {column!r} holds no answer" if not texts else "the answer is empty")
 
 
 def text_of(value: Any, what: str) -> str | None:

@@ -1,8 +1,8 @@
-"""Images as corpora hold them, decoded to RGB: any mode, any orientation, never more pixels than allowed.
+"""Decodes images of any mode and orientation to RGB, within a limit on pixels.
 
 - Encoded bytes, base64 (bare or as a data: URI), paths, or a mapping with one of them.
 - The size is read from the header before a pixel is decoded. Large JPEGs are decoded at a half, quarter or eighth.
-- Knows nothing of rows and prompts; paths are read by the caller's folder.
+- Independent of rows and prompts; the caller's folder reads paths.
 """
 
 import base64
@@ -16,17 +16,17 @@ from typing import Any, Protocol
 import numpy as np
 from PIL import ExifTags, Image, UnidentifiedImageError
 
-from pipeline.data.faults import BadRow, first_line, printable
+from pipeline.data.errors import BadRow, first_line, printable
 
 MAX_PIXELS = 200_000_000
-"""Largest image, where the configuration does not say."""
+"""Default for the largest image."""
 
 ENOUGH_PIXELS = 16_000_000
-"""JPEGs are decoded smaller while at least this many pixels remain: more than processors keep of any image."""
+"""JPEGs are downscaled while decoding as long as at least this many pixels remain: more than any processor keeps."""
 
-_KNOWN = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000", "AVIF", "ICO")
+_SUPPORTED = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000", "AVIF", "ICO")
 Image.init()
-FORMATS = tuple(name for name in _KNOWN if name in Image.OPEN)
+FORMATS = tuple(name for name in _SUPPORTED if name in Image.OPEN)
 """Formats that are decoded; Pillow knows more, but some of them run other programs (EPS) or have no use here."""
 
 _FOREIGN = (
@@ -37,32 +37,32 @@ _FOREIGN = (
     (re.compile(rb"\s*<(!doctype html|html|head)", re.I), "a web page (a download that failed?)"),
     (re.compile(rb"version https://git-lfs"), "a Git LFS pointer; fetch the file itself with `git lfs pull`"),
 )  # fmt: skip
-"""What stands in image columns without being an image that is read, and what to do about it."""
+"""Contents of image columns that are not supported images, and the remedy."""
 
 _WEB = re.compile(r"(https?|ftp)://", re.I)
 _DATA = re.compile(r"data:[^,]{0,200},")
 _BASE64 = re.compile(r"(iVBORw0KGgo|/9j/|R0lGOD|UklGR|Qk|SUkq|TU0AK)[^.]*\Z")
-"""How images of the common formats begin in base64; no path does without an ending in the whole of it."""
+"""Beginnings of common image formats in base64; no path matches unless it has no ending."""
 _NO_PATH = 1000
-"""Longer texts without a dot are base64, however they begin."""
+"""Longer texts without a dot are taken for base64."""
 
 _TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: Image.Transpose.FLIP_TOP_BOTTOM,
     5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }  # fmt: skip
-"""What brings an image upright, by EXIF's orientation."""
+"""Transposition that brings an image upright, by EXIF orientation."""
 
 
 class Folder(Protocol):
-    """Where paths are read from."""
+    """Reads files by path."""
 
     def read(self, name: str) -> bytes:
         """Returns a file's bytes; raises BadRow."""
 
 
 def load_image(item: Any, folder: Folder, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
-    """Returns the image that an item of an image column stands for, as RGB; raises BadRow with the reason."""
+    """Returns an item of an image column as an RGB image; raises BadRow with the reason."""
     if isinstance(item, Mapping):
         item = item.get("path") if item.get("bytes") is None else item["bytes"]
     if isinstance(item, str):
@@ -77,11 +77,11 @@ def _bytes_of(text: str, folder: Folder) -> bytes:
         raise BadRow(
             f"image {printable(text, 100)!r} is a web address; download the images, nothing is fetched from the web"
         )
-    if found := _DATA.match(text):
-        if not found[0].endswith(";base64,"):
+    if prefix := _DATA.match(text):
+        if not prefix[0].endswith(";base64,"):
             raise BadRow("an image is a data: URI without base64")
         try:
-            return base64.b64decode(text[found.end() :], validate=True)
+            return base64.b64decode(text[prefix.end() :], validate=True)
         except (binascii.Error, ValueError) as error:
             raise BadRow(f"an image is a data: URI with broken base64: {error}") from None
     if _BASE64.match(text) or (len(text) > _NO_PATH and "." not in text):
@@ -95,9 +95,8 @@ def _bytes_of(text: str, folder: Folder) -> bytes:
 def decode(data: bytes, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
     """Decodes the first frame or page of an image to upright RGB; raises BadRow with the reason.
 
-    Transparency becomes white, since what is drawn on nothing (charts, documents, formulas) is drawn for white paper.
-    Sixteen-bit images are scaled by their full range; 32-bit and float ones, which have none, from their own darkest to
-    their own brightest value.
+    Transparency becomes white, since charts, documents and formulas without background are made for white paper.
+    16-bit images are scaled by their full range, 32-bit and float images by their own minimum and maximum.
     """
     if not data:
         raise BadRow("an image of 0 bytes")
@@ -127,7 +126,7 @@ def decode(data: bytes, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
 
 
 def _shrink(pixels: int) -> int:
-    """Returns by what (1, 2, 4 or 8) both sides can be divided so that enough pixels remain."""
+    """Returns the divisor (1, 2, 4 or 8) of both sides that leaves enough pixels."""
     return next((by for by in (8, 4, 2) if pixels >= ENOUGH_PIXELS * by * by), 1)
 
 
@@ -148,7 +147,7 @@ def _rgb(image: Image.Image) -> Image.Image:
 
 
 def _stretched(values_HW: np.ndarray) -> np.ndarray:
-    """Returns values as bytes, from the least (0) to the greatest (255); what is not finite counts as the least."""
+    """Returns values scaled to bytes, from the least (0) to the greatest (255); values that are not finite become 0."""
     finite = np.isfinite(values_HW)
     if not finite.any():
         return np.zeros(values_HW.shape, np.uint8)
@@ -161,7 +160,7 @@ def _upright(image: Image.Image, pixels: Image.Image) -> Image.Image:
     """Turns `pixels` as the EXIF data of `image` say, where they can be read."""
     try:
         orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
-    except Exception:  # noqa: BLE001 - broken EXIF data say nothing about the pixels, which are whole
+    except Exception:  # noqa: BLE001 - broken EXIF data do not affect the pixels
         return pixels
     turn = _TURNS.get(orientation)
     return pixels if turn is None else pixels.transpose(turn)

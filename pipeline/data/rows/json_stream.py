@@ -1,8 +1,8 @@
-"""The elements of a JSON file, one after the other: an array of rows as LLaVA's, or objects in a row.
+"""Streams the elements of a JSON file: an array of rows as LLaVA's, or consecutive objects.
 
-- Memory stays flat: no more than one element and the text that was read ahead is held.
-- A broken element costs itself: reading goes on at the next one that can be read.
-- Knows nothing of what an element means.
+- Memory stays flat: only one element and the text read ahead are in memory.
+- A broken element costs only itself: reading goes on at the next readable one.
+- Independent of what an element means.
 """
 
 import json
@@ -10,29 +10,29 @@ import re
 from collections.abc import Collection, Iterator
 from typing import Any, Protocol
 
-from pipeline.data.faults import UnreadableRow, printable
+from pipeline.data.errors import UnreadableRow, printable
 
 READ = 1 << 20
-"""Characters that are read at a time."""
+"""Characters per read."""
 
 LONGEST = 1 << 25
-"""Characters after which an element that does not end is taken for a broken one."""
+"""Characters after which an unfinished element counts as broken."""
 
 _DECODER = json.JSONDecoder(strict=False)
-"""Takes tabs and line breaks inside texts, which are meant where they stand, if not allowed."""
-WHOLE = "the whole file"
-"""What an UnreadableRow says of a file of which nothing can be read."""
+"""Accepts tabs and line breaks inside texts, which JSON forbids."""
+WHOLE_FILE = "the whole file"
+"""`lost` of an UnreadableRow for a file that cannot be read at all."""
 
 _SPACE = re.compile(r"[\s\ufeff]*")
 _NEXT = re.compile(r"[,}\]]\s*(?=\{)")
 _END = re.compile(r"\}\s*\]\s*\Z")
-"""How an array of rows ends that was written to its end."""
+"""End of a complete array of rows."""
 _TAIL = 64
-"""A fault this near to the end of what was read may come from what was not read yet."""
+"""An error this close to the end of the buffer may be due to text that was not read yet."""
 
 
 class Text(Protocol):
-    """What is read: an open text file."""
+    """An open text file."""
 
     def read(self, size: int, /) -> str:
         """Returns up to `size` characters; none at the end."""
@@ -52,7 +52,7 @@ def parse(text: str) -> Any:
 
 
 def breaks_off(text: str) -> bool:
-    """Whether a text that is not valid JSON is the beginning of one that may be."""
+    """Whether an invalid JSON text may be the beginning of a valid one."""
     try:
         _DECODER.decode(text)
     except json.JSONDecodeError as error:
@@ -63,10 +63,10 @@ def breaks_off(text: str) -> bool:
 
 
 class JsonStream:
-    """Iterates over the elements of `text`; `known` are keys by which an element is recognised after a broken one."""
+    """Iterates over the elements of `text`; `row_keys` are keys that identify a row after a broken element."""
 
-    def __init__(self, text: Text, known: Collection[str]) -> None:
-        self._text, self._known = text, frozenset(known)
+    def __init__(self, text: Text, row_keys: Collection[str]) -> None:
+        self._text, self._row_keys = text, frozenset(row_keys)
         self._buffer, self._at, self._ended = "", 0, False
         self._in_array = False
         self._number = 0
@@ -74,7 +74,7 @@ class JsonStream:
     def __iter__(self) -> Iterator[Any | UnreadableRow]:
         """Yields elements, and an UnreadableRow for each place that cannot be read."""
         if self._peek() == "":
-            yield UnreadableRow("the file is empty: not even an array", lost=WHOLE, rows=0)
+            yield UnreadableRow("the file is empty: not even an array", lost=WHOLE_FILE, rows=0)
             return
         self._in_array = self._peek() == "["
         self._at += self._in_array
@@ -104,10 +104,10 @@ class JsonStream:
             self._more()
 
     def _more(self) -> None:
-        """Reads on; drops what was used. Reads as much again as is held, so that long elements are not parsed often."""
-        held = self._buffer[self._at :]
-        piece = self._text.read(max(READ, len(held)))
-        self._buffer, self._at, self._ended = held + piece, 0, not piece
+        """Drops consumed text and reads on, doubling the buffer, so that long elements are not parsed often."""
+        rest = self._buffer[self._at :]
+        piece = self._text.read(max(READ, len(rest)))
+        self._buffer, self._at, self._ended = rest + piece, 0, not piece
 
     def _element(self) -> Any | UnreadableRow:
         while True:
@@ -117,20 +117,21 @@ class JsonStream:
                 if self._ended or not self._unfinished(error):
                     return self._skip(error)
             else:
-                whole = isinstance(element, (dict, list, str)) or end < len(self._buffer) - _TAIL  # a number may go on
-                if whole or self._ended:
+                # A number at the end of the buffer may go on.
+                complete = isinstance(element, (dict, list, str)) or end < len(self._buffer) - _TAIL
+                if complete or self._ended:
                     self._at = end
                     return element
             self._more()
 
     def _unfinished(self, error: Exception) -> bool:
-        """Whether the fault may be that the element was not read to its end."""
+        """Whether the error may be due to an element that was not read to its end."""
         if not isinstance(error, json.JSONDecodeError) or len(self._buffer) - self._at > LONGEST:
             return False
         return error.msg.startswith("Unterminated string") or error.pos > len(self._buffer) - _TAIL
 
     def _skip(self, error: Exception) -> UnreadableRow:
-        """Goes to the next element that can be read; what lies between is one UnreadableRow."""
+        """Skips to the next readable element; the text in between is one UnreadableRow."""
         if isinstance(error, json.JSONDecodeError):
             reason = f"not valid JSON: {error.msg}: character {error.pos - self._at} of the element"
         else:
@@ -153,10 +154,10 @@ class JsonStream:
             self._at = max(self._at, len(self._buffer) - LONGEST)
             self._more()
 
-    def _starts_element(self, place: int) -> bool:
-        """Whether an element stands at `place`: an object with a known key, not one of the parts of an element."""
+    def _starts_element(self, start: int) -> bool:
+        """Whether a row begins at `start`: an object with one of the row keys, not a part of a row."""
         try:
-            element, end = _DECODER.raw_decode(self._buffer, place)
+            element, end = _DECODER.raw_decode(self._buffer, start)
         except (ValueError, RecursionError):
             return False
-        return isinstance(element, dict) and not self._known.isdisjoint(element)
+        return isinstance(element, dict) and not self._row_keys.isdisjoint(element)

@@ -1,6 +1,6 @@
-"""What is set aside: bad rows, and files that cannot be read in full; written down, counted, and allowed or not.
+"""Quarantine of bad rows and of files that cannot be read in full: written to a file, counted, checked against limits.
 
-Knows nothing of how rows are read or encoded.
+Independent of how rows are read or encoded.
 """
 
 import json
@@ -10,22 +10,22 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from pipeline.config import DataConfig, SourceConfig, without_secrets
-from pipeline.data.faults import StreamError
+from pipeline.data.errors import StreamError
 
 NOTES = ("id", "reason", "excerpt", "source", "rows", "lost")
-"""Columns of what is set aside: `rows` that stand there (a row, the rest of a row group; 0 where no one knows how many), and
-what of its file `lost` says cannot be read; empty for a bad row."""
+"""Columns of an entry: `rows` is the number of rows it stands for (a row, the rest of a row group; 0 if unknown), `lost` the
+unreadable part of its file; empty for a bad row."""
 
 _NAMED = 3
-"""Rows or files that an error names; the quarantine file names all."""
+"""Rows or files that an error lists; the quarantine file lists all."""
 
 
 @dataclass(frozen=True)
 class SetAside:
-    """How much of a source is not used."""
+    """Counts of rows and files of a source that are not used."""
 
     rows: int
-    """Bad rows, and rows in parts of files that cannot be read, as far as their number is known."""
+    """Bad rows, and rows in unreadable parts of files if their number is known."""
     files: int
     """Files that cannot be read in full."""
 
@@ -41,7 +41,7 @@ class SetAside:
 def set_aside(
     task: str, source: SourceConfig, bad: Sequence[Mapping[str, Any]], good: int, file: Path, data: DataConfig
 ) -> SetAside:
-    """Writes what is set aside of a task's source (`NOTES`) to `file`, a JSON object a line; `good` rows are left.
+    """Writes the bad rows of a task's source (`NOTES`) to `file`, one JSON object per line; `good` rows are left.
 
     Raises StreamError where more files are lost than `data.max_lost_files` allows, where the share of bad rows exceeds
     `data.max_bad_share`, or where no row is left.

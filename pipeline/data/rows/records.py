@@ -1,9 +1,9 @@
-"""The canonical row and how users' rows become one.
+"""The canonical row, and the conversion of users' rows to it.
 
 Canonical: `messages` (role and content, the last one the assistant's answer, `<image>` where an image belongs) and
 `images` (encoded bytes or paths), as LLaMA-Factory and ms-swift read them. Accepted beside it: LLaVA's `conversations`
 (from/value, `image`), messages made of parts, and benchmark rows with a question, an answer or a list of answers, and an
-image. Text-only rows are normal. Of a conversation of several turns the last answer is learned, the others are context.
+image. Text-only rows are normal. In a conversation of several turns the last answer is trained on, the others are context.
 """
 
 import re
@@ -16,22 +16,22 @@ from PIL import Image
 from pydantic import Field
 
 from pipeline.config import ColumnsConfig, Config
-from pipeline.data.faults import BadRow as BadRow
-from pipeline.data.faults import printable
+from pipeline.data.errors import BadRow as BadRow
+from pipeline.data.errors import printable
 from pipeline.data.rows.conversations import Conversation, checked, conversation_of, text_of
 from pipeline.data.rows.images import MAX_PIXELS, Folder, load_image
 from pipeline.data.rows.json_stream import parse
-from pipeline.models.prompts import IMAGE_PLACEHOLDER
+from pipeline.models.encoding import IMAGE_PLACEHOLDER
 
 _LEADING_IMAGES = re.compile(rf"(\s*{re.escape(IMAGE_PLACEHOLDER)})*")
 _LONGEST_ID = 200
 
 
 class Reference(Config):
-    """What an answer is measured against."""
+    """Reference of an answer."""
 
     answers: tuple[str, ...] = Field(min_length=1)
-    """Accepted answers; the first is the one to learn."""
+    """Accepted answers; the first is the training target."""
     choices: dict[str, str] = {}
     """Options of a multiple-choice question, text by letter."""
     group: str = ""
@@ -68,10 +68,10 @@ def to_record(
     `name` is the row's id where the file has none; `prompt` the task's template; image paths are read from `folder`; images
     of more than `max_pixels` are refused undecoded. The row itself is left as it is.
     """
-    said = conversation_of(row, columns)
-    items = _items(row, columns, said)
-    messages = _with_template(said.messages, prompt)
-    reference = Reference(answers=said.answers, choices=_choices(row, columns), group=_group(row, columns))
+    conversation = conversation_of(row, columns)
+    items = _items(row, columns, conversation)
+    messages = _with_template(conversation.messages, prompt)
+    reference = Reference(answers=conversation.answers, choices=_choices(row, columns), group=_group(row, columns))
     images = [load_image(item, folder, max_pixels=max_pixels) for item in items]
     return Record(identity(row, columns) or name, messages, images, reference)
 
@@ -83,22 +83,24 @@ def identity(row: Mapping[str, Any], columns: ColumnsConfig) -> str:
     return "" if missing else printable(str(value), _LONGEST_ID).replace("\x00", "")
 
 
-def _items(row: Mapping[str, Any], columns: ColumnsConfig, said: Conversation) -> list[Any]:
+def _items(row: Mapping[str, Any], columns: ColumnsConfig, conversation: Conversation) -> list[Any]:
     """Returns the row's images in the order of their placeholders; writes placeholders where there are none."""
-    found = row.get(columns.images)
-    if found is None or found != found:
-        found = row.get("image")
-    given = list(found) if isinstance(found, (list, tuple)) else [found]
-    given = [item for item in given if not (item is None or item == "" or item != item)]
-    placeholders = sum(m["content"].count(IMAGE_PLACEHOLDER) for m in said.messages)
-    if placeholders == 0 and given:
-        first = next(m for m in said.messages if m["role"] == "user")
-        first["content"] = IMAGE_PLACEHOLDER * len(given) + first["content"]
-        return given
-    if placeholders != len(given) + len(said.inline):
-        raise BadRow(f"{placeholders} {IMAGE_PLACEHOLDER} in the messages, but {len(given) + len(said.inline)} images")
-    rest = iter(given)
-    return [said.inline[place] if place in said.inline else next(rest) for place in range(placeholders)]
+    value = row.get(columns.images)
+    if value is None or value != value:
+        value = row.get("image")
+    items = list(value) if isinstance(value, (list, tuple)) else [value]
+    items = [item for item in items if not (item is None or item == "" or item != item)]
+    placeholders = sum(m["content"].count(IMAGE_PLACEHOLDER) for m in conversation.messages)
+    if placeholders == 0 and items:
+        first = next(m for m in conversation.messages if m["role"] == "user")
+        first["content"] = IMAGE_PLACEHOLDER * len(items) + first["content"]
+        return items
+    if placeholders != len(items) + len(conversation.inline):
+        raise BadRow(
+            f"{placeholders} {IMAGE_PLACEHOLDER} in the messages, but {len(items) + len(conversation.inline)} images"
+        )
+    rest = iter(items)
+    return [conversation.inline[index] if index in conversation.inline else next(rest) for index in range(placeholders)]
 
 
 def _with_template(messages: list[dict[str, str]], prompt: str) -> list[dict[str, str]]:
@@ -114,20 +116,20 @@ def _with_template(messages: list[dict[str, str]], prompt: str) -> list[dict[str
 
 def _choices(row: Mapping[str, Any], columns: ColumnsConfig) -> dict[str, str]:
     """Returns the options by their letters; a list's options are A, B, C, ..."""
-    found = row.get(columns.choices) if columns.choices is not None else None
-    if isinstance(found, str):
+    options = row.get(columns.choices) if columns.choices is not None else None
+    if isinstance(options, str):
         try:
-            found = parse(found)
+            options = parse(options)
         except ValueError:
             raise BadRow(f"column {columns.choices!r} is neither a mapping nor a list of options") from None
-    if found is None or found != found:
+    if options is None or options != options:
         return {}
-    if isinstance(found, (list, tuple)):
-        found = dict(zip(ascii_uppercase, found, strict=False))
-    if not isinstance(found, Mapping):
+    if isinstance(options, (list, tuple)):
+        options = dict(zip(ascii_uppercase, options, strict=False))
+    if not isinstance(options, Mapping):
         raise BadRow(f"column {columns.choices!r} is neither a mapping nor a list of options")
     what = f"column {columns.choices!r}"
-    texts = {str(letter): text_of(text, what) for letter, text in found.items()}
+    texts = {str(letter): text_of(text, what) for letter, text in options.items()}
     return {letter: checked(text, "an option") for letter, text in texts.items() if text is not None}
 
 

@@ -1,6 +1,6 @@
-"""Which files a path, folder, glob or URI stands for, and their format.
+"""Resolves a path, folder, glob or URI to files and their format.
 
-Knows nothing of what is in them.
+Independent of their contents.
 """
 
 import re
@@ -13,9 +13,9 @@ import pyarrow.fs as fs
 
 from pipeline.config import SourceConfig, without_secrets
 from pipeline.data.demo.files import SCHEME, demo_file
-from pipeline.data.faults import StreamError
+from pipeline.data.errors import StreamError
 from pipeline.data.sources.formats import format_of
-from pipeline.data.sources.storage import place_of, unreachable
+from pipeline.data.sources.storage import locate, unreachable
 
 _HIDDEN = re.compile(r"(^|/)[._]")
 _FORMATS = "parquet, jsonl, json, tsv or csv"
@@ -24,22 +24,22 @@ _FORMATS = "parquet, jsonl, json, tsv or csv"
 def resolve(source: SourceConfig, folder: Path) -> tuple[fs.FileSystem, list[fs.FileInfo], str]:
     """Finds a source's files: filesystem, files in order of their names, and format.
 
-    `folder` is where demo data are written. Folders are searched to their depth, hidden files (`.`, `_`) left out.
+    `folder` is where demo data are written. Folders are searched recursively, without hidden files (`.`, `_`).
     Raises StreamError when there are no files, when their formats differ, or when storage cannot be reached.
     """
     path = str(demo_file(source.path, folder)) if source.path.startswith(SCHEME) else source.path
     base, pattern = split_glob(path)
-    filesystem, place = place_of(base)
+    filesystem, root = locate(base)
     try:
-        info = filesystem.get_file_info(place)
-        found = [info] if info.type == fs.FileType.File else []
+        info = filesystem.get_file_info(root)
+        infos = [info] if info.type == fs.FileType.File else []
         if info.type == fs.FileType.Directory:
-            found = filesystem.get_file_info(fs.FileSelector(place, recursive=True))
+            infos = filesystem.get_file_info(fs.FileSelector(root, recursive=True))
     except (OSError, ValueError, pa.ArrowException) as error:
         raise unreachable(source.path, error) from None
-    files = sorted((file for file in found if file.type == fs.FileType.File), key=lambda file: file.path)
+    files = sorted((file for file in infos if file.type == fs.FileType.File), key=lambda file: file.path)
     if info.type == fs.FileType.Directory:
-        inside = {file.path: file.path[len(place.rstrip("/")) + 1 :] for file in files}
+        inside = {file.path: file.path[len(root.rstrip("/")) + 1 :] for file in files}
         files = [file for file in files if not _HIDDEN.search(inside[file.path])]
         files = [file for file in files if matches(pattern, inside[file.path].split("/"))]
     by_format: dict[str, list[fs.FileInfo]] = {}
@@ -54,18 +54,18 @@ def resolve(source: SourceConfig, folder: Path) -> tuple[fs.FileSystem, list[fs.
     if not any(by_format.values()):
         raise StreamError(f"{shown}: no {_FORMATS} files there (is the path right, and mounted here?)")
     if len(by_format) > 1:
-        kinds = sorted(by_format)
+        formats = sorted(by_format)
         raise StreamError(
-            f"{shown}: {' and '.join(kinds)} mixed; give a glob such as {shown}/*.{kinds[-1]}, or `format`"
+            f"{shown}: {' and '.join(formats)} mixed; give a glob such as {shown}/*.{formats[-1]}, or `format`"
         )
-    ((kind, files),) = by_format.items()
-    return filesystem, files, kind
+    ((file_format, files),) = by_format.items()
+    return filesystem, files, file_format
 
 
 def split_glob(path: str) -> tuple[str, list[str]]:
-    """Splits a path or URI into what comes before its first part with a wildcard, and the parts from there on.
+    """Splits a path or URI into its folder before the first part with a wildcard, and the parts from there on.
 
-    A path that exists as it stands has no wildcards.
+    A path that exists has no wildcards.
     """
     uri, mark, query = path.partition("?") if "://" in path else (path, "", "")
     parts = uri.split("/")
@@ -77,7 +77,7 @@ def split_glob(path: str) -> tuple[str, list[str]]:
 
 
 def matches(pattern: Sequence[str], names: Sequence[str]) -> bool:
-    """Whether the parts of a path match a pattern's: `*` within a name, `**` over any folders; a folder means all in it."""
+    """Whether the parts of a path match a pattern: `*` within a name, `**` over folders; a folder matches all in it."""
     if not pattern:
         return True
     if pattern[0] == "**":

@@ -1,11 +1,11 @@
 """The rows of one file, by its format: parquet, jsonl, json, tsv, csv.
 
-- Files are streamed: what is held is a row, or a small batch of parquet.
+- Files are streamed: a row, or a small batch of parquet, is in memory at a time.
 - Texts may be compressed (.gz, .bz2, .zst, .lz4, by their ending), start with a byte order mark, and hold bytes that are not
-  UTF-8: those pass as surrogates (PEP 383), so that only rows which use them are bad.
-- What cannot be read is a UnreadableRow in the place of the row, with all that is known of it; the rest of the file is read. A
-  UnreadableRow that stands for more than a row (a file, its end, a row group) says what is lost.
-- Knows nothing of what a column means.
+  UTF-8: those pass as surrogates (PEP 383), so that only rows that use them are bad.
+- An unreadable row yields an UnreadableRow in its place; the rest of the file is read. An UnreadableRow for more than a row
+  (a file, its end, a row group) names the lost part.
+- Independent of what a column means.
 """
 
 import csv
@@ -20,8 +20,8 @@ import pyarrow as pa
 import pyarrow.fs as fs
 import pyarrow.parquet as pq
 
-from pipeline.data.faults import StreamError, UnreadableRow, first_line, printable
-from pipeline.data.rows.json_stream import WHOLE, JsonStream, breaks_off, parse
+from pipeline.data.errors import StreamError, UnreadableRow, first_line, printable
+from pipeline.data.rows.json_stream import WHOLE_FILE, JsonStream, breaks_off, parse
 
 Row = dict[str, Any] | UnreadableRow
 
@@ -31,26 +31,28 @@ LONGEST_LINE = 1 << 28
 _ENDINGS = {".parquet": "parquet", ".jsonl": "jsonl", ".ndjson": "jsonl", ".json": "json", ".tsv": "tsv", ".csv": "csv"}
 _COMPRESSED = {".gz", ".bz2", ".zst", ".lz4"}
 _BATCH = 32
-"""Rows of parquet that are taken at a time; they may hold megabytes each."""
+"""Rows per batch of parquet; a row may hold megabytes."""
 
 
 def format_of(path: str) -> str:
-    """Returns a file's format by its ending; empty where that says nothing."""
+    """Returns a file's format by its ending; empty if unknown."""
     endings = PurePosixPath(path.lower()).suffixes
     if endings and endings[-1] in _COMPRESSED:
         endings.pop()
     return _ENDINGS.get(endings[-1], "") if endings else ""
 
 
-def rows_of(filesystem: fs.FileSystem, path: str, kind: str, known: Collection[str]) -> Iterator[tuple[int, Row]]:
+def rows_of(
+    filesystem: fs.FileSystem, path: str, file_format: str, columns: Collection[str]
+) -> Iterator[tuple[int, Row]]:
     """Yields the rows of a file with their numbers: lines of a text, places in an array or table, from 1.
 
-    `known` are the columns that are wanted; parquet is read for these only. Raises StreamError where storage fails; a file
-    that is damaged is told by a UnreadableRow.
+    `columns` are the columns needed; only these are read from parquet. Raises StreamError where storage fails; a damaged
+    file yields an UnreadableRow.
     """
     number = 0
     try:
-        for number, row in _READERS[kind](filesystem, path, known):  # noqa: B007 - needed after the loop
+        for number, row in _READERS[file_format](filesystem, path, columns):  # noqa: B007 - needed after the loop
             yield number, row
     except (OSError, ValueError, csv.Error, pa.ArrowException) as error:
         if of_network(filesystem, error):
@@ -60,24 +62,24 @@ def rows_of(filesystem: fs.FileSystem, path: str, kind: str, known: Collection[s
             number + 1,
             UnreadableRow(
                 f"{PurePosixPath(path).name}: the file cannot be read {where}: {first_line(error)}",
-                lost=f"all rows beyond row {number}" if number else WHOLE,
+                lost=f"all rows beyond row {number}" if number else WHOLE_FILE,
                 rows=0,
             ),
         )
 
 
 def of_network(filesystem: fs.FileSystem, error: Exception) -> bool:
-    """Whether not the file is to blame but the network before it, which may recover: no row shall be lost to it."""
+    """Whether the network caused the error, not the file: it may recover, so no row must be lost."""
     signs = ("AWS Error", "google::cloud", "Azure", "curl", "HTTP")
     return filesystem.type_name != "local" and any(sign in str(error) for sign in signs)
 
 
 def _open(filesystem: fs.FileSystem, path: str, newline: str) -> io.TextIOWrapper:
-    stream = filesystem.open_input_stream(path)  # decompresses by the file's ending
-    return io.TextIOWrapper(stream, encoding="utf-8-sig", errors="surrogateescape", newline=newline)
+    file = filesystem.open_input_stream(path)  # decompresses by the file's ending
+    return io.TextIOWrapper(file, encoding="utf-8-sig", errors="surrogateescape", newline=newline)
 
 
-def _jsonl(filesystem: fs.FileSystem, path: str, known: Collection[str]) -> Iterator[tuple[int, Row]]:
+def _jsonl(filesystem: fs.FileSystem, path: str, columns: Collection[str]) -> Iterator[tuple[int, Row]]:
     with _open(filesystem, path, "\n") as text:
         number = 0
         while line := text.readline(LONGEST_LINE):
@@ -95,7 +97,7 @@ def _object(line: str, number: int) -> Row:
     try:
         row = parse(line)
     except ValueError as error:
-        # Only the last line has no end; JSON that breaks off there was cut, and so may the rows be that followed.
+        # Only the last line has no line break; JSON that breaks off there was cut, and rows after it may be missing.
         cut = not line.endswith("\n") and breaks_off(line)
         return UnreadableRow(str(error), printable(line), lost=f"all rows beyond row {number}" if cut else "")
     return row if isinstance(row, dict) else _no_object(row)
@@ -105,14 +107,14 @@ def _no_object(element: Any) -> UnreadableRow:
     return UnreadableRow(f"a row must be a JSON object, found {type(element).__name__}", printable(repr(element)))
 
 
-def _json(filesystem: fs.FileSystem, path: str, known: Collection[str]) -> Iterator[tuple[int, Row]]:
+def _json(filesystem: fs.FileSystem, path: str, columns: Collection[str]) -> Iterator[tuple[int, Row]]:
     with _open(filesystem, path, "") as text:
-        for number, element in enumerate(JsonStream(text, known), start=1):
+        for number, element in enumerate(JsonStream(text, columns), start=1):
             yield number, element if isinstance(element, (dict, UnreadableRow)) else _no_object(element)
 
 
 class _Lines:
-    """The lines of a text; those of a record that turns out to be none can be read again."""
+    """Lines of a text; the lines of a broken record can be read again."""
 
     def __init__(self, text: Iterator[str]) -> None:
         self._text, self._again = text, deque[str]()
@@ -131,7 +133,7 @@ class _Lines:
         return line
 
     def put_back(self) -> None:
-        """Leaves all but the first line of the record to be read again."""
+        """Puts all but the first line of the record back."""
         self._again.extendleft(reversed(self.record[1:]))
         self.number -= len(self.record) - 1
 
@@ -139,10 +141,10 @@ class _Lines:
 def _table(delimiter: str) -> Callable[..., Iterator[tuple[int, Row]]]:
     """Returns the reader of tables whose cells are separated by `delimiter`; empty cells are None.
 
-    A record that does not fit the header costs its first line: a quote that is not closed must not swallow what follows.
+    A record that does not fit the header costs only its first line: an unclosed quote must not swallow the lines after it.
     """
 
-    def read(filesystem: fs.FileSystem, path: str, known: Collection[str]) -> Iterator[tuple[int, Row]]:
+    def read(filesystem: fs.FileSystem, path: str, columns: Collection[str]) -> Iterator[tuple[int, Row]]:
         csv.field_size_limit(LONGEST_LINE)
         with _open(filesystem, path, "") as text:
             lines = _Lines(text)
@@ -151,27 +153,34 @@ def _table(delimiter: str) -> Callable[..., Iterator[tuple[int, Row]]]:
             if any("\x00" in name for name in names):
                 yield (
                     1,
-                    UnreadableRow("the file holds NUL characters: is it UTF-16? Save it as UTF-8", lost=WHOLE, rows=0),
+                    UnreadableRow(
+                        "the file holds NUL characters: is it UTF-16? Save it as UTF-8", lost=WHOLE_FILE, rows=0
+                    ),
                 )
                 return
             if not names:
-                yield 1, UnreadableRow("the file is empty: not even a line with the columns' names", lost=WHOLE, rows=0)
+                yield (
+                    1,
+                    UnreadableRow(
+                        "the file is empty: not even a line with the columns' names", lost=WHOLE_FILE, rows=0
+                    ),
+                )
                 return
             number = 0
             while True:
                 lines.record.clear()
-                cells, fault = _cells(records, lines, delimiter)
+                cells, problem = _cells(records, lines, delimiter)
                 if not lines.record:
                     return
                 if len(cells) == len(names):
                     number += 1
                     yield number, {name: cell or None for name, cell in zip(names, cells, strict=True)}
-                elif cells or fault:
+                elif cells or problem:
                     number += 1
                     lines.put_back()
-                    what = fault or f"{len(cells)} cells, the header has {len(names)}"
+                    what = problem or f"{len(cells)} cells, the header has {len(names)}"
                     line = lines.record[0]
-                    # Only the last line has no end; one without all its cells was cut, and so may the rows be that followed.
+                    # Only the last line has no line break; with cells missing it was cut, and rows after it may be missing.
                     cut = len(cells) < len(names) and not line.endswith(("\n", "\r"))
                     reason = f"line {lines.number}: {what} (a quote that is not closed, a cut file?)"
                     lost = f"all rows beyond row {number}" if cut else ""
@@ -181,7 +190,7 @@ def _table(delimiter: str) -> Callable[..., Iterator[tuple[int, Row]]]:
 
 
 def _cells(records: Iterator[list[str]], lines: _Lines, delimiter: str) -> tuple[list[str], str]:
-    """Returns the cells of the next record, none at the end, and what is wrong with it."""
+    """Returns the cells of the next record (none at the end) and the error in it."""
     try:
         return next(records, []), ""
     except csv.Error as error:
@@ -191,10 +200,10 @@ def _cells(records: Iterator[list[str]], lines: _Lines, delimiter: str) -> tuple
         return [], str(error)
 
 
-def _parquet(filesystem: fs.FileSystem, path: str, known: Collection[str]) -> Iterator[tuple[int, Row]]:
-    with filesystem.open_input_file(path) as stream:
-        file = pq.ParquetFile(stream)
-        names = [name for name in file.schema_arrow.names if name in known]
+def _parquet(filesystem: fs.FileSystem, path: str, columns: Collection[str]) -> Iterator[tuple[int, Row]]:
+    with filesystem.open_input_file(path) as opened:
+        file = pq.ParquetFile(opened)
+        names = [name for name in file.schema_arrow.names if name in columns]
         done = 0
         for group in range(file.num_row_groups):
             first, done = done, done + file.metadata.row_group(group).num_rows

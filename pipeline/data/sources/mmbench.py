@@ -2,9 +2,9 @@
 
 - A question with N options is asked N times, its options rotated by one place each time, and counts as right only if all N
   answers are (CircularEval; Liu et al. 2023, arXiv 2307.06281). Rotation r of question `index` is row `index` + r * 10^6.
-- Files that hold these rotations already (most published ones do) are taken as they are, others are rotated here.
+- Files that already hold these rotations (most published ones do) stay as they are, others are rotated here.
 - A row may name another row's index instead of repeating its image.
-- Knows nothing of file formats.
+- Independent of file formats.
 """
 
 from collections import Counter
@@ -12,41 +12,41 @@ from collections.abc import Callable, Iterable, Iterator
 from string import ascii_uppercase
 from typing import Any
 
-from pipeline.data.faults import UnreadableRow
+from pipeline.data.errors import UnreadableRow
 from pipeline.data.sources.formats import Row
 
 INSTRUCTION = "Answer with the option's letter from the given choices directly."
-"""What is asked for under the options, as LLaVA and InternVL are evaluated."""
+"""Instruction below the options, as in the evaluations of LLaVA and InternVL."""
 
 COLUMNS = frozenset({"index", "question", "hint", "answer", "image", *ascii_uppercase})
 """Columns that are read."""
 
 _ROTATION = 1_000_000
-"""What the index of a question's next rotation is higher by."""
+"""Difference between the indices of consecutive rotations of a question."""
 
 _REFERENCE = 64
-"""Images shorter than this are another row's index, the published convention."""
+"""Images shorter than this are another row's index (MMBench's convention)."""
 
 Numbered = tuple[str, int, Row]
 """File, number in it, row."""
 
 
-def questions(read: Callable[[], Iterable[Numbered]], limit: int | None) -> Iterator[Numbered]:
+def questions(read_rows: Callable[[], Iterable[Numbered]], limit: int | None) -> Iterator[Numbered]:
     """Yields rows with `index`, `question` (the whole prompt), `answer` (a letter), `choices`, `image` and `group`.
 
-    `read` reads all rows of a source anew: first to see which rotations and shared images there are, then for the rows.
-    `limit` takes whole questions with all their rotations, at least one.
+    `read_rows` reads all rows of a source anew: first to find rotations and shared images, then for the rows. `limit` counts
+    rows, but takes whole questions with all their rotations, at least one.
     """
     sizes, shared = Counter[int](), set[str]()
     rotated = False
-    for _, _, row in read():
+    for _, _, row in read_rows():
         if isinstance(row, dict) and (index := _index(row)) is not None:
             sizes[index % _ROTATION] += 1
             rotated |= index >= _ROTATION
             shared |= {_reference(row)} - {""}
-    images = _images(read(), shared) if shared else {}
-    seen, chosen, taken = set[int](), set[int](), 0
-    for file, number, row in read():
+    images = _images(read_rows(), shared) if shared else {}
+    seen, chosen, total = set[int](), set[int](), 0
+    for file, number, row in read_rows():
         index = _index(row) if isinstance(row, dict) else None
         turns: list[Row]
         if isinstance(row, UnreadableRow):
@@ -64,27 +64,27 @@ def questions(read: Callable[[], Iterable[Numbered]], limit: int | None) -> Iter
         else:
             seen.add(index)
             row = row | {"image": images.get(_reference(row), row.get("image"))}
-            turns = [asked(row, index, 0)] if rotated else rotations(row, index)
+            turns = [render_question(row, index, 0)] if rotated else rotations(row, index)
         group = number if index is None else index % _ROTATION
         if limit is not None and group not in chosen:
             size = sizes[group] if rotated else len(turns)
-            if chosen and taken + size > limit:
+            if chosen and total + size > limit:
                 continue
             chosen.add(group)
-            taken += size
+            total += size
         yield from ((file, number, turn) for turn in turns)
 
 
 def rotations(row: dict[str, Any], index: int) -> list[Row]:
-    """Returns a question once for every rotation of its options; one UnreadableRow where it cannot be asked."""
-    first = asked(row, index, 0)
+    """Returns a question once per rotation of its options; one UnreadableRow where it cannot be used."""
+    first = render_question(row, index, 0)
     if isinstance(first, UnreadableRow):
         return [first]
-    return [first, *(asked(row, index, by) for by in range(1, len(first["choices"])))]
+    return [first, *(render_question(row, index, by) for by in range(1, len(first["choices"])))]
 
 
-def asked(row: dict[str, Any], index: int, by: int) -> Row:
-    """Returns a question with its options rotated by `by` places, and all that is scored."""
+def render_question(row: dict[str, Any], index: int, by: int) -> Row:
+    """Returns a question with its options rotated by `by` places, with answer, choices and group."""
     options = _options(row)
     letters, texts = list(options), list(options.values())
     letter = _text(row.get("answer")).upper()
@@ -139,6 +139,6 @@ def _reference(row: dict[str, Any]) -> str:
 
 
 def _images(rows: Iterable[Numbered], shared: set[str]) -> dict[str, Any]:
-    """Returns the images of these rows' own, by the index by which others name them."""
-    own = ((str(_index(row)), row) for _, _, row in rows if isinstance(row, dict) and not _reference(row))
-    return {index: row.get("image") for index, row in own if index in shared}
+    """Returns the images of rows by the index that other rows refer to them with."""
+    with_image = ((str(_index(row)), row) for _, _, row in rows if isinstance(row, dict) and not _reference(row))
+    return {index: row.get("image") for index, row in with_image if index in shared}

@@ -1,9 +1,9 @@
-"""Columns of published benchmark files, so that their users map nothing by hand.
+"""Columns of published benchmark files, so that users need not map them.
 
 - chartqa: HuggingFaceM4/ChartQA (`query`, `label`) and lmms-lab/ChartQA (`question`, `answer`).
 - docvqa: lmms-lab/DocVQA, HuggingFaceM4/DocumentVQA (`questionId`, `question`, `answers`).
-- mmbench: MMBench's own TSV and its parquet copies (`index`, `question`, `hint`, `A` ... `D`, `answer`); rewritten by
-  `mmbench`, whose output the columns here are.
+- mmbench: MMBench's own TSV and its parquet copies (`index`, `question`, `hint`, `A` ... `D`, `answer`); the columns
+  here are those of `mmbench`'s output.
 """
 
 from collections.abc import Mapping
@@ -24,11 +24,11 @@ PRESETS: Mapping[str, tuple[ColumnsConfig, ...]] = {
         ),
     ),
 }
-"""Columns by preset; where there are several publications, the one whose question column a row has."""
+"""Columns by preset; of several publications, the one whose question column a row has is used."""
 
 
 def columns_of(source: SourceConfig, row: Mapping[str, Any]) -> ColumnsConfig:
-    """Returns which columns of `row` hold what."""
+    """Returns the column names that apply to `row`."""
     if source.preset is None:
         return source.columns
     several = PRESETS[source.preset]
@@ -36,7 +36,7 @@ def columns_of(source: SourceConfig, row: Mapping[str, Any]) -> ColumnsConfig:
 
 
 def wanted_columns(source: SourceConfig) -> frozenset[str]:
-    """Returns the names of all columns that may be needed of a source's files."""
+    """Returns the names of all columns that a source may need."""
     if source.preset == "mmbench":
         return mmbench.COLUMNS
     several = (source.columns,) if source.preset is None else PRESETS[source.preset]

@@ -1,9 +1,9 @@
 """Rows of a source: read as a Ray Dataset, counted, fingerprinted, turned into records one by one.
 
-- A raw row is `PATH` (its file), `NUMBER` (its place there), `ROOT` (what its image paths count from; empty: its file's folder)
+- A raw row is `PATH` (its file), `NUMBER` (its number there), `ROOT` (folder of its image paths; empty: the file's folder)
   and `RAW` (the user's row, pickled). All formats have these columns: one broken line costs one row, files may differ in
-  their columns, and a file that cannot be read is a row that says so.
-- Rows are known by file and number: two rows with the same id are two rows.
+  their columns, and an unreadable file is reported as one bad row.
+- Rows are identified by file and number: two rows with the same id are two rows.
 """
 
 import hashlib
@@ -25,55 +25,55 @@ from ray.data.datasource import Datasource, ReadTask
 
 from pipeline.config import SourceConfig, without_secrets
 from pipeline.data.demo.files import SCHEME
-from pipeline.data.faults import SHOWN, BadRow, UnreadableRow, printable
-from pipeline.data.faults import StreamError as StreamError
+from pipeline.data.errors import SHOWN, BadRow, UnreadableRow, printable
+from pipeline.data.errors import StreamError as StreamError
 from pipeline.data.rows.images import MAX_PIXELS
 from pipeline.data.rows.records import Record, identity, to_record
 from pipeline.data.sources import mmbench
 from pipeline.data.sources.files import resolve, split_glob
 from pipeline.data.sources.formats import Row, rows_of
 from pipeline.data.sources.presets import columns_of, wanted_columns
-from pipeline.data.sources.storage import ImageFolder, place_of, unreachable
+from pipeline.data.sources.storage import ImageFolder, locate, unreachable
 
 PATH, NUMBER, ROOT, RAW = "path", "number", "root", "raw"
 """Columns of a raw row."""
 
 _SCHEMA = pa.schema([(PATH, pa.string()), (NUMBER, pa.int64()), (ROOT, pa.string()), (RAW, pa.binary())])
 _BLOCK_ROWS, _BLOCK_BYTES = 256, 16 << 20
-"""Raw rows that are handed to Ray at a time: so many, or so many bytes."""
+"""Most rows and most bytes of a block that Ray gets."""
 _HASHED_BYTES = 64 << 20
 """Files up to this size are fingerprinted by content, larger ones by size and time of change."""
 _SAMPLE = 200
-"""Rows of a text file from whose length the number of all is guessed."""
+"""Rows of a text file from whose length the number of rows is estimated."""
 _COUNTED = 64
-"""Files of a source that are looked at to tell how many rows all hold."""
+"""Files of a source from which the number of rows is estimated."""
 _COMPRESSION = 4
-"""How much longer texts are guessed to be than their compressed files."""
+"""Assumed ratio of a text's size to its compressed size."""
 
 
 def read(source: SourceConfig, folder: Path, *, readers: int | None = None) -> ray.data.Dataset:
     """Returns the raw rows of a source as a lazy Ray Dataset. Raises StreamError where `resolve` does.
 
-    `readers` is the number of tasks that will work on the rows at a time. A fourth as many read: raw rows come faster than
-    they can be worked on, and would pile up in the object store.
+    `readers` is the number of tasks that will process the rows in parallel. A quarter as many read: reading is faster than
+    processing, and raw rows would pile up in the object store.
     """
     compute = None if readers is None else TaskPoolStrategy(max(1, readers // 4))
     return ray.data.read_datasource(_Rows(source, folder), compute=compute)
 
 
 class _Rows(Datasource):
-    """Reads one file a task; all in one where rows depend on those before them (a limit, MMBench's rotations)."""
+    """Reads one file per task; all files in one task where rows depend on earlier rows (a limit, MMBench's rotations)."""
 
     def __init__(self, source: SourceConfig, folder: Path) -> None:
         super().__init__()
-        self._filesystem, files, self._kind = resolve(source, folder)
+        self._filesystem, files, self._format = resolve(source, folder)
         self._files = [(file.path, file.size or 0) for file in files]  # pyarrow's own entries cannot be pickled
         self._source = source
         self._root = image_root(source)
 
     def get_name(self) -> str:
-        """Returns what Ray calls the reading."""
-        return self._kind.capitalize()
+        """Returns the name that Ray shows."""
+        return self._format.capitalize()
 
     def estimate_inmemory_data_size(self) -> int:
         """Returns the bytes of all files."""
@@ -92,24 +92,24 @@ class _Rows(Datasource):
             paths = [path for path, _ in files]
             size = sum(size for _, size in files)
             metadata = BlockMetadata(num_rows=None, size_bytes=size, exec_stats=None, input_files=tuple(paths))
-            work = partial(_tables, self._filesystem, paths, self._kind, self._source, self._root)
+            work = partial(_tables, self._filesystem, paths, self._format, self._source, self._root)
             tasks.append(ReadTask(work, metadata, _SCHEMA, per_task_row_limit))
         return tasks
 
 
 def image_root(source: SourceConfig) -> str:
-    """Returns what image paths count from, as it means the same on workers, which run elsewhere; empty: the file's folder."""
+    """Returns the absolute folder of image paths, which is the same on all workers; empty: the file's folder."""
     path = source.image_root or ""
     return path if "://" in path or not path else str(Path(path).expanduser().resolve())
 
 
 def _tables(
-    filesystem: fs.FileSystem, paths: Sequence[str], kind: str, source: SourceConfig, root: str
+    filesystem: fs.FileSystem, paths: Sequence[str], file_format: str, source: SourceConfig, root: str
 ) -> Iterator[pa.Table]:
     """Yields the raw rows of these files in tables."""
     rows: list[dict[str, Any]] = []
     size = 0
-    for row in _raw_rows(filesystem, paths, kind, source, root):
+    for row in _raw_rows(filesystem, paths, file_format, source, root):
         rows.append(row)
         size += len(row[RAW])
         if len(rows) == _BLOCK_ROWS or size >= _BLOCK_BYTES:
@@ -119,12 +119,14 @@ def _tables(
 
 
 def _raw_rows(
-    filesystem: fs.FileSystem, paths: Sequence[str], kind: str, source: SourceConfig, root: str
+    filesystem: fs.FileSystem, paths: Sequence[str], file_format: str, source: SourceConfig, root: str
 ) -> Iterator[dict[str, Any]]:
-    known = wanted_columns(source)
+    columns = wanted_columns(source)
 
     def numbered() -> Iterable[mmbench.Numbered]:
-        return ((path, number, row) for path in paths for number, row in rows_of(filesystem, path, kind, known))
+        return (
+            (path, number, row) for path in paths for number, row in rows_of(filesystem, path, file_format, columns)
+        )
 
     circular = source.preset == "mmbench"
     for path, number, row in (
@@ -134,7 +136,7 @@ def _raw_rows(
 
 
 def packed_row(row: Row) -> bytes:
-    """Returns a row as it travels between tasks."""
+    """Serializes a row."""
     try:
         return pickle.dumps(row, pickle.HIGHEST_PROTOCOL)
     except RecursionError:
@@ -142,15 +144,15 @@ def packed_row(row: Row) -> bytes:
 
 
 def content_of(row: Mapping[str, Any]) -> Row:
-    """Returns what a raw row holds, or the fault in its place."""
+    """Deserializes a raw row; UnreadableRow where it could not be read."""
     return pickle.loads(row[RAW])
 
 
 def row_id(row: Mapping[str, Any], source: SourceConfig) -> str:
-    """Returns the id of a raw row, good or bad; where it has none, its file and its number there."""
+    """Returns the id of a raw row, good or bad; without an id, its file and number."""
     content = content_of(row)
-    found = "" if isinstance(content, UnreadableRow) else identity(content, columns_of(source, content))
-    return found or f"{PurePosixPath(row[PATH]).name}#{row[NUMBER]}"
+    given = "" if isinstance(content, UnreadableRow) else identity(content, columns_of(source, content))
+    return given or f"{PurePosixPath(row[PATH]).name}#{row[NUMBER]}"
 
 
 def record_of(row: Mapping[str, Any], source: SourceConfig, prompt: str, *, max_pixels: int = MAX_PIXELS) -> Record:
@@ -172,7 +174,7 @@ def record_of(row: Mapping[str, Any], source: SourceConfig, prompt: str, *, max_
 @lru_cache(maxsize=64)
 def _folder(path: str) -> ImageFolder:
     """Opens a folder once; with some storage that is a round trip."""
-    return ImageFolder(*place_of(path))
+    return ImageFolder(*locate(path))
 
 
 def excerpt(row: Mapping[str, Any]) -> str:
@@ -184,7 +186,7 @@ def excerpt(row: Mapping[str, Any]) -> str:
 
 
 def extent(row: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns how many `rows` stand in the place of a raw row, and what of its file is `lost`; see UnreadableRow."""
+    """Returns `rows` and `lost` of a raw row; see UnreadableRow."""
     content = content_of(row)
     return (
         {"rows": content.rows, "lost": content.lost} if isinstance(content, UnreadableRow) else {"rows": 1, "lost": ""}
@@ -192,7 +194,7 @@ def extent(row: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _shortened(value: Any, depth: int = 4) -> Any:
-    """Returns a value without what would not be shown anyway."""
+    """Returns a value shortened to what the quarantine file shows."""
     if isinstance(value, bytes):
         return f"<{len(value)} bytes>"
     if isinstance(value, str):
@@ -205,11 +207,11 @@ def _shortened(value: Any, depth: int = 4) -> Any:
 
 
 def first_records(source: SourceConfig, folder: Path, prompt: str, count: int) -> Iterator[Record]:
-    """Yields the first good records of a source, read here and now (for showing samples)."""
-    filesystem, files, kind = resolve(source, folder)
+    """Yields the first good records of a source, read in this process (for samples)."""
+    filesystem, files, file_format = resolve(source, folder)
     root = image_root(source)
     good = 0
-    for row in islice(_raw_rows(filesystem, [file.path for file in files], kind, source, root), 4 * count):
+    for row in islice(_raw_rows(filesystem, [file.path for file in files], file_format, source, root), 4 * count):
         try:
             yield record_of(row, source, prompt)
         except BadRow:
@@ -220,49 +222,49 @@ def first_records(source: SourceConfig, folder: Path, prompt: str, count: int) -
 
 
 def count_rows(source: SourceConfig, folder: Path) -> int:
-    """Returns about how many rows there are: from parquet's metadata, or guessed from the first rows of a text.
+    """Estimates the number of rows: from parquet's metadata, or from the first rows of a text.
 
-    Of small files the number is exact; of more than `_COUNTED` files, some are counted, and their bytes speak for all.
+    For small files the number is exact. Of more than `_COUNTED` files some are counted, and the rest is extrapolated by bytes.
     """
-    filesystem, files, kind = resolve(source, folder)
+    filesystem, files, file_format = resolve(source, folder)
     counted = files[:: -(-len(files) // _COUNTED)]
-    rows = sum(_count(filesystem, file, kind, wanted_columns(source)) for file in counted)
+    rows = sum(_count(filesystem, file, file_format, wanted_columns(source)) for file in counted)
     if len(counted) < len(files):
         rows = rows * sum(file.size for file in files) // max(1, sum(file.size for file in counted))
     rows *= 4 if source.preset == "mmbench" else 1  # at most: a question has up to four rotations
     return min(rows, source.limit) if source.limit else rows
 
 
-def _count(filesystem: fs.FileSystem, file: fs.FileInfo, kind: str, known: frozenset[str]) -> int:
-    if kind == "parquet":
+def _count(filesystem: fs.FileSystem, file: fs.FileInfo, file_format: str, columns: frozenset[str]) -> int:
+    if file_format == "parquet":
         try:
-            with filesystem.open_input_file(file.path) as stream:
-                return pq.read_metadata(stream).num_rows
+            with filesystem.open_input_file(file.path) as opened:
+                return pq.read_metadata(opened).num_rows
         except (OSError, pa.ArrowException):
-            return 1  # a damaged file is one row, which says so
-    lengths = [len(packed_row(row)) for _, row in islice(rows_of(filesystem, file.path, kind, known), _SAMPLE)]
+            return 1  # a damaged file is reported as one bad row
+    lengths = [len(packed_row(row)) for _, row in islice(rows_of(filesystem, file.path, file_format, columns), _SAMPLE)]
     if len(lengths) < _SAMPLE:
         return len(lengths)
-    size = file.size * (1 if PurePosixPath(file.path).suffix.lower() == f".{kind}" else _COMPRESSION)
+    size = file.size * (1 if PurePosixPath(file.path).suffix.lower() == f".{file_format}" else _COMPRESSION)
     return max(_SAMPLE, size * _SAMPLE // sum(lengths))
 
 
 def fingerprint(source: SourceConfig, folder: Path) -> str:
-    """Returns 16 hex digits that change when a source's files change, or how they are read; with what keys, is all the same.
+    """Returns 16 hex digits that change when a source's files or reading settings change, but not with the credentials used.
 
-    Images that rows name by their paths are not looked at.
+    Images that rows refer to by path are not included.
     """
-    filesystem, files, kind = resolve(source, folder)
+    filesystem, files, file_format = resolve(source, folder)
     root = source.image_root and without_secrets(source.image_root)
     named = source.model_copy(update={"image_root": root}).to_identity(exclude={"path", "format", "cache"})
     settings = json.dumps(named, ensure_ascii=False, separators=(",", ":"))
-    digest = hashlib.sha256(f"{kind} {settings}".encode())
+    digest = hashlib.sha256(f"{file_format} {settings}".encode())
     try:
         for file in files:
             digest.update(f"{PurePosixPath(file.path).name} {file.size}".encode())
             if file.size <= _HASHED_BYTES:
-                with filesystem.open_input_file(file.path) as stream:
-                    digest.update(stream.read())
+                with filesystem.open_input_file(file.path) as opened:
+                    digest.update(opened.read())
             else:
                 digest.update(str(file.mtime_ns).encode())
     except (OSError, pa.ArrowException) as error:

@@ -1,6 +1,6 @@
-"""Where files lie: local folders and URIs (s3://, gs://, file://) through pyarrow's filesystems.
+"""Access to files in local folders and URIs (s3://, gs://, file://) through pyarrow's filesystems.
 
-Knows nothing of rows; image paths are read here so that none leads out of its folder.
+Image paths are checked here: none may lead out of its folder.
 """
 
 import posixpath
@@ -11,18 +11,18 @@ import pyarrow as pa
 import pyarrow.fs as fs
 
 from pipeline.config import without_secrets
-from pipeline.data.faults import BadRow, StreamError, first_line, printable
+from pipeline.data.errors import BadRow, StreamError, first_line, printable
 
 MAX_FILE = 1 << 30
 """Bytes of the largest image file that is read."""
 
 _SCHEMES = {"local": "file", "s3": "s3", "gcs": "gs"}
 _PATIENCE = 60
-"""Seconds after which Google's storage gives up; its own default is a quarter of an hour."""
+"""Retry limit of Google's storage in seconds; its default is 15 minutes."""
 
 
-def place_of(path: str) -> tuple[fs.FileSystem, str]:
-    """Returns filesystem and place within it of a local path or URI.
+def locate(path: str) -> tuple[fs.FileSystem, str]:
+    """Returns the filesystem of a local path or URI, and the path within it.
 
     Raises StreamError for an unknown kind of URI and where the filesystem cannot be reached.
     """
@@ -37,7 +37,7 @@ def place_of(path: str) -> tuple[fs.FileSystem, str]:
 
 
 def unreachable(path: str, error: BaseException) -> StreamError:
-    """Returns what to raise where a filesystem says `error`."""
+    """Returns the StreamError for a filesystem's `error`."""
     return StreamError(
         f"{without_secrets(path)}: cannot be read: {first_line(error)} (are name, region and credentials right, and does "
         "this machine reach it?)"
@@ -46,10 +46,10 @@ def unreachable(path: str, error: BaseException) -> StreamError:
 
 @dataclass(frozen=True)
 class ImageFolder:
-    """The folder that image paths count from."""
+    """The folder that image paths are relative to."""
 
     filesystem: fs.FileSystem
-    place: str
+    path: str
 
     def read(self, name: str) -> bytes:
         """Returns the bytes of an image file; raises BadRow where there is none, or it lies outside this folder.
@@ -63,26 +63,26 @@ class ImageFolder:
             raise BadRow(
                 f"image {shown}: its rows lie elsewhere than {scheme}://; name the images' folder as image_root"
             )
-        place = posixpath.normpath(rest if separator else posixpath.join(self.place, name))
-        if not place.startswith(self.place.rstrip("/") + "/"):
+        path = posixpath.normpath(rest if separator else posixpath.join(self.path, name))
+        if not path.startswith(self.path.rstrip("/") + "/"):
             raise BadRow(
-                f"image {shown} lies outside of {self.place}; a folder with all images can be named as image_root"
+                f"image {shown} lies outside of {self.path}; a folder with all images can be named as image_root"
             )
         try:
-            with self.filesystem.open_input_file(place) as stream:
-                if stream.size() > MAX_FILE:
-                    raise BadRow(f"image file {shown} has {stream.size():,} bytes, {MAX_FILE:,} are read at most")
-                return stream.read()
+            with self.filesystem.open_input_file(path) as file:
+                if file.size() > MAX_FILE:
+                    raise BadRow(f"image file {shown} has {file.size():,} bytes, {MAX_FILE:,} are read at most")
+                return file.read()
         except BadRow:
             raise
         except (OSError, ValueError, pa.ArrowException) as error:
-            raise BadRow(f"image file {shown} {self._why(place, error)}") from None
+            raise BadRow(f"image file {shown} {self._why(path, error)}") from None
 
-    def _why(self, place: str, error: BaseException) -> str:
-        """Returns what is wrong with a file that cannot be opened; asked only then, since asking is a round trip."""
+    def _why(self, path: str, error: BaseException) -> str:
+        """Returns why a file cannot be opened; called only on errors, since it costs a round trip."""
         try:
-            kind = self.filesystem.get_file_info(place).type
+            file_type = self.filesystem.get_file_info(path).type
         except (OSError, ValueError, pa.ArrowException):
-            kind = fs.FileType.Unknown
-        known = {fs.FileType.NotFound: f"does not exist in {self.place}", fs.FileType.Directory: "is a folder"}
-        return known.get(kind, f"cannot be read: {first_line(error)}")
+            file_type = fs.FileType.Unknown
+        reasons = {fs.FileType.NotFound: f"does not exist in {self.path}", fs.FileType.Directory: "is a folder"}
+        return reasons.get(file_type, f"cannot be read: {first_line(error)}")

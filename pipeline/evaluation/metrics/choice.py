@@ -8,7 +8,7 @@ from pipeline.data.rows.records import Reference
 LAST_WORDS = 4
 """A letter that names an option stands among so many words at the end."""
 
-_MARKS = str.maketrans(dict.fromkeys('.()[],:;!*#{}"', " "))
+_PUNCTUATION = str.maketrans(dict.fromkeys('.()[],:;!*#{}"', " "))
 _ARTICLE = re.compile(r"\b[AaI][^\S\n]+(?!(?:and|or|is|because|[A-Za-z])\b)(?=\w)")
 _DECLARED = re.compile(
     r"""\banswer\W+(?:is\W+)?(?:option\W+)?   # "The answer is", "Answer: option", "**Answer**: ("
@@ -66,14 +66,14 @@ def chosen_option(prediction: str, choices: Mapping[str, str]) -> str | None:
     if words.upper() in choices:
         return words.upper()
     named = _ARTICLE.sub("", _without_texts(prediction, choices))
-    found = (
+    matches = (
         rule(text, choices)
-        for rule, text in ((_whole, prediction), (_declared, named), (_lettered, named), (_contained, prediction))
+        for rule, text in ((_equal, prediction), (_declared, named), (_lettered, named), (_contained, prediction))
     )
-    return next((options[0] for options in found if len(options) == 1), None)
+    return next((options[0] for options in matches if len(options) == 1), None)
 
 
-def _whole(prediction: str, choices: Mapping[str, str]) -> list[str]:
+def _equal(prediction: str, choices: Mapping[str, str]) -> list[str]:
     """Returns the options whose text, with or without the letter, the prediction is."""
     words = _plain(prediction)
     return [letter for letter, text in choices.items() if words in (_plain(text), _plain(f"{letter} {text}"))]
@@ -87,18 +87,18 @@ def _declared(prediction: str, choices: Mapping[str, str]) -> list[str]:
 
 def _lettered(prediction: str, choices: Mapping[str, str]) -> list[str]:
     """Returns the options whose letters stand alone; none if the only one stands before the last words."""
-    words = prediction.translate(_MARKS).split()
+    words = prediction.translate(_PUNCTUATION).split()
     letters = [letter for letter in choices if letter in words]
     return letters if len(letters) > 1 or set(letters) & set(words[-LAST_WORDS:]) else []
 
 
 def _contained(prediction: str, choices: Mapping[str, str]) -> list[str]:
     """Returns the options whose text the prediction contains; none if it is long."""
-    said = " ".join(prediction.lower().split())
+    answer = " ".join(prediction.lower().split())
     texts = {letter: " ".join(text.lower().split()).removesuffix(".") for letter, text in choices.items()}
-    if len(said) > 2 * sum(map(len, texts.values())):
+    if len(answer) > 2 * sum(map(len, texts.values())):
         return []
-    return [letter for letter, text in texts.items() if text and text in said]
+    return [letter for letter, text in texts.items() if text and text in answer]
 
 
 def _without_texts(prediction: str, choices: Mapping[str, str]) -> str:
@@ -112,4 +112,4 @@ def _without_texts(prediction: str, choices: Mapping[str, str]) -> str:
 
 def _plain(text: str) -> str:
     """Returns `text` in lower case, without the marks around letters and its white space collapsed."""
-    return " ".join(text.lower().translate(_MARKS).split())
+    return " ".join(text.lower().translate(_PUNCTUATION).split())

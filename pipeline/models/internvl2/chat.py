@@ -1,8 +1,8 @@
-"""How InternVL2 was talked to in its training, as a chat template.
+"""InternVL2's conversation format as a chat template.
 
 Roles, separators and the default system message are those of `internvl_chat/internvl/conversation.py`
-(https://github.com/OpenGVLab/InternVL). There is no line break between messages. Text beside an image stands as it was
-written; where no white space follows an image, a line break does, as the published code puts one behind an image that the
+(https://github.com/OpenGVLab/InternVL). There is no line break between messages. Text beside an image stays as it was
+written; where no white space follows an image, a line break is added, as the original code does behind an image that the
 question does not place:
 
     <s><|im_start|>system\\n...<|im_end|><|im_start|>user\\n<IMG_CONTEXT>\\nWhat is this?<|im_end|><|im_start|>assistant\\n
@@ -13,15 +13,15 @@ from dataclasses import dataclass
 SYSTEM_MESSAGE = (
     "你是由上海人工智能实验室联合商汤科技开发的书生多模态大模型，英文名叫InternVL, 是一个有用无害的人工智能助手。"
 )
-"""What InternVL2 was told in training: who made it, its name, and that it is a helpful and harmless assistant."""
+"""InternVL2's system message in training: its makers, its name, and that it is a helpful and harmless assistant."""
 
 
 @dataclass(frozen=True)
 class Chat:
-    """How one kind of conversation marks who speaks."""
+    """Markers of roles in one kind of conversation."""
 
     start: str
-    """What opens a message, with the role in the place of `ROLE`."""
+    """Opening of a message, with `ROLE` for the role."""
     end: str
     """Token that ends a message, and so an answer."""
 
@@ -32,9 +32,9 @@ class Chat:
         return opening[: opening.index("|>") + 2]
 
     def template(self, begin: str, system: str = SYSTEM_MESSAGE) -> str:
-        """Returns the Jinja template; `begin` is what starts a text, `system` the message of a conversation without one.
+        """Returns the Jinja template; `begin` starts the text, `system` is the system message of a conversation without one.
 
-        Whole conversations start with the very text of the generation prompt, and end with `end`.
+        A conversation starts with exactly the text of its generation prompt, and ends with `end`.
         """
         before, after = self.start.split("ROLE")
         return (

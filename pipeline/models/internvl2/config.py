@@ -1,8 +1,8 @@
-"""From the published config.json to transformers' InternVLConfig.
+"""From the original config.json to transformers' InternVLConfig.
 
-Language towers and what they become; all have q, k, v, o, gate, up and down as Linears of their own afterwards:
+Language towers and their classes here; afterwards all have q, k, v, o, gate, up and down as separate Linears:
 
-| published | sizes | here |
+| original | sizes | here |
 |---|---|---|
 | InternLM2ForCausalLM | 2B, 8B, 26B | Llama: the same mathematics once `wqkv` is taken apart |
 | Qwen2ForCausalLM | 1B | Qwen2 |
@@ -25,11 +25,11 @@ from transformers.models.internvl.configuration_internvl import InternVLVisionCo
 from pipeline.models.internvl2.source import ConversionError
 
 QK_NORM_EPS = 1e-6
-"""What transformers' vision tower adds to the variance of queries and keys, whatever `layer_norm_eps` is."""
+"""Epsilon of transformers' norms of queries and keys, whatever `layer_norm_eps` is."""
 
 
 class Fields:
-    """A group of config.json; a field that is missing or has a value without counterpart is a ConversionError."""
+    """A group of config.json; a missing field or one without counterpart raises ConversionError."""
 
     def __init__(self, values: Mapping[str, Any], file: Path, group: str = "") -> None:
         self.values, self.file, self.group = values, file, group
@@ -52,23 +52,25 @@ class Fields:
         return Fields(values, self.file, f"{self.group}{field}.")
 
     def only(self, field: str, allowed: tuple[Any, ...], default: Any) -> Any:
-        """Returns a field that may have some values only; `default` is what the published code takes without it."""
+        """Returns a field if its value is `allowed`; `default` is the original code's default."""
         value = self.values.get(field, default)
         if value not in allowed:
-            known = " or ".join(repr(v) for v in allowed)
+            listed = " or ".join(repr(v) for v in allowed)
             raise self.error(
-                field, f"{value!r} has no counterpart in transformers' InternVL; only {known} is converted"
+                field, f"{value!r} has no counterpart in transformers' InternVL; only {listed} is converted"
             )
         return value
 
 
 def read_config(values: Mapping[str, Any], file: Path) -> Fields:
-    """Returns config.json's fields; raises ConversionError unless they are those of an InternVL2 as it was published."""
+    """Returns config.json's fields; raises ConversionError unless they are those of an original InternVL2."""
     fields = Fields(values, file)
     if values.get("model_type") != "internvl_chat":
-        kind = values.get("model_type")
-        hint = "it is in transformers' layout already" if kind == "internvl" else "give the folder of an InternVL2"
-        raise fields.error("model_type", f"{kind!r}, not 'internvl_chat'; {hint}")
+        model_type = values.get("model_type")
+        hint = (
+            "it is in transformers' format already" if model_type == "internvl" else "give the folder of an InternVL2"
+        )
+        raise fields.error("model_type", f"{model_type!r}, not 'internvl_chat'; {hint}")
     fields.only("select_layer", (-1,), -1)
     fields.only("ps_version", ("v2",), "v1")
     fields.only("pad2square", (False,), False)
@@ -91,13 +93,13 @@ def image_side(fields: Fields) -> int:
 
 
 def tokens_per_tile(fields: Fields) -> int:
-    """Returns how many tokens a tile becomes: (side / patch x downsample ratio) squared, 256 for 448 pixels."""
+    """Returns the tokens per tile: (side / patch x downsample ratio) squared, 256 for 448 pixels."""
     patch = fields.inside("vision_config").need("patch_size")
     return int((image_side(fields) // patch * fields.need("downsample_ratio")) ** 2)
 
 
 def architecture(fields: Fields) -> str:
-    """Returns the class of the published language tower."""
+    """Returns the class of the original language tower."""
     names = fields.inside("llm_config").need("architectures")
     return str(names[0] if isinstance(names, list) and names else names)
 
@@ -121,7 +123,7 @@ def convert_config(fields: Fields, *, image_token_id: int, tied: bool) -> Intern
 def _vision(fields: Fields) -> InternVLVisionConfig:
     """InternViT-300M (LayerNorm, biases) or InternViT-6B (RMSNorm, norms of query and key, no bias on them).
 
-    Stochastic depth is a matter of its training and left out.
+    Stochastic depth only matters in its training and is left out.
     """
     need, values = fields.need, fields.values
     qk_norm = values.get("qk_normalization", True)
@@ -199,14 +201,14 @@ def _rope(fields: Fields) -> dict[str, Any]:
     match values.get("rope_scaling"):
         case None:
             return {"rope_type": "default", **theta}
-        case {"type": "linear" | "dynamic" as kind, "factor": factor}:
-            return {"rope_type": kind, "factor": float(factor), **theta}
+        case {"type": "linear" | "dynamic" as rope_type, "factor": factor}:
+            return {"rope_type": rope_type, "factor": float(factor), **theta}
         case {"type": "su" | "longrope", "short_factor": short, "long_factor": long}:
             trained = fields.need("original_max_position_embeddings")
-            kind = {"rope_type": "longrope", "short_factor": short, "long_factor": long}
-            return {**kind, "original_max_position_embeddings": trained, **theta}
+            longrope = {"rope_type": "longrope", "short_factor": short, "long_factor": long}
+            return {**longrope, "original_max_position_embeddings": trained, **theta}
         case other:
-            kind = other.get("type") if isinstance(other, dict) else other
+            rope_type = other.get("type") if isinstance(other, dict) else other
             raise fields.error(
-                "rope_scaling", f"{kind!r} is not converted; known: linear, dynamic and su, with their factors"
+                "rope_scaling", f"{rope_type!r} is not converted; known: linear, dynamic and su, with their factors"
             )

@@ -1,9 +1,9 @@
-"""Converts a published InternVL2 folder into one that transformers and this project load.
+"""Converts an original InternVL2 folder into one that transformers and this project load.
 
-- Streams: tensors are read one at a time from memory-mapped files; what stays in memory is at most one new file.
-- Accounts for every tensor: before anything is written, the folder's tensors are compared with those that the new model
-  has, by name and shape. Numbers stay as they are, in the same precision.
-- All of the new folder or nothing: it is written beside its place and moved there when it is complete.
+- Tensors are read one at a time from memory-mapped files; at most one new file is in memory.
+- Every tensor is accounted for: before anything is written, the folder's tensors are compared with those of the new model by
+  name and shape. Values keep their precision.
+- The new folder is written beside its target and moved there when it is complete.
 """
 
 import json
@@ -29,7 +29,7 @@ from pipeline.models.internvl2.config import (
     read_config,
     tokens_per_tile,
 )
-from pipeline.models.internvl2.names import HEADS, Move, check_complete, plan
+from pipeline.models.internvl2.names import HEADS, Move, check_complete, conversion_plan
 from pipeline.models.internvl2.source import ConversionError, SourceFolder
 from pipeline.models.internvl2.tokenizer import convert_tokenizer
 from pipeline.models.processors import ImageTextProcessor
@@ -37,7 +37,7 @@ from pipeline.models.processors import ImageTextProcessor
 GB = 10**9
 
 Progress = Callable[[int, int], None]
-"""Told the bytes written so far and those in all."""
+"""Called with the bytes written so far and in total."""
 
 
 @dataclass(frozen=True)
@@ -66,44 +66,44 @@ def convert(
     only with `force`.
     """
     source, target = Path(source), Path(target)
-    _check_place(source, target, force=force)
-    found = SourceFolder(source)
-    fields = read_config(found.config, source / "config.json")
-    processor = _processor(fields, found)
-    config, moves = _model(fields, found, processor)
-    check_complete(moves, found.tensors, str(source))
-    total = sum(stored.nbytes for stored in found.tensors.values())
+    _check_target(source, target, force=force)
+    original = SourceFolder(source)
+    fields = read_config(original.config, source / "config.json")
+    processor = _processor(fields, original)
+    config, moves = _model(fields, original, processor)
+    check_complete(moves, original.tensors, str(source))
+    total = sum(stored.nbytes for stored in original.tensors.values())
     target.parent.mkdir(parents=True, exist_ok=True)
     if (free := shutil.disk_usage(target.parent).free) < total:
         raise ConversionError(
             f"{target}: {total / GB:.1f} GB are to be written, {free / GB:.1f} GB are free there; make room"
         )
-    shards = _shards(moves, found, shard_bytes)
+    shards = _shards(moves, original, shard_bytes)
     with atomic_folder(target) as staging:
         config.save_pretrained(staging)
         processor.save_pretrained(staging)
-        _generation(fields, found, processor).save_pretrained(staging)
-        _write(shards, found, staging, total, progress)
+        _generation(fields, original, processor).save_pretrained(staging)
+        _write(shards, original, staging, total, progress)
     parameters = sum(shape.numel() for move in moves for shape in move.shapes)
     return Converted(target, parameters, total, len(shards))
 
 
-def _check_place(source: Path, target: Path, *, force: bool) -> None:
+def _check_target(source: Path, target: Path, *, force: bool) -> None:
     if target.resolve() in (source.resolve(), *source.resolve().parents):
-        raise ConversionError(f"{target}: holds the published folder {source}; name another folder")
+        raise ConversionError(f"{target}: holds the original folder {source}; name another folder")
     if target.is_file():
         raise ConversionError(f"{target}: a file; name a folder")
     if target.is_dir() and any(target.iterdir()) and not force:
         raise ConversionError(f"{target}: not empty; name another folder, or replace it with --force")
 
 
-def _processor(fields: Fields, found: SourceFolder) -> ImageTextProcessor:
-    """Tiles of an image as in training: up to `max_dynamic_patch` and a thumbnail, ImageNet's mean and deviation."""
+def _processor(fields: Fields, original: SourceFolder) -> ImageTextProcessor:
+    """Makes the processor; tiles as in training: up to `max_dynamic_patch` and a thumbnail, ImageNet's mean and deviation."""
     chat = CHATS[fields.only("template", tuple(CHATS), None)]
     system = fields.values.get("system_message")
     if not isinstance(system, str | None):
         raise fields.error("system_message", f"must be text, found {system!r}")
-    tokenizer = convert_tokenizer(found, chat, SYSTEM_MESSAGE if system is None else system)
+    tokenizer = convert_tokenizer(original, chat, SYSTEM_MESSAGE if system is None else system)
     side, dynamic = image_side(fields), fields.values.get("dynamic_image_size", False)
     images = GotOcr2ImageProcessorPil(
         size={"height": side, "width": side},
@@ -121,27 +121,27 @@ def _processor(fields: Fields, found: SourceFolder) -> ImageTextProcessor:
     )
 
 
-def _model(fields: Fields, found: SourceFolder, processor: ImageTextProcessor) -> tuple[InternVLConfig, list[Move]]:
+def _model(fields: Fields, original: SourceFolder, processor: ImageTextProcessor) -> tuple[InternVLConfig, list[Move]]:
     """Returns the new configuration and the plan of tensors."""
-    kind, text = architecture(fields), fields.inside("llm_config")
-    head = HEADS.get(kind, "language_model.lm_head.weight")
-    tied = text.values.get("tie_word_embeddings", False) and head not in found.tensors
+    language_class, text = architecture(fields), fields.inside("llm_config")
+    head = HEADS.get(language_class, "language_model.lm_head.weight")
+    tied = text.values.get("tie_word_embeddings", False) and head not in original.tensors
     config = convert_config(fields, image_token_id=processor.image_token_id, tied=tied)
     if len(processor.tokenizer) > config.text_config.vocab_size:
         sizes = f"{config.text_config.vocab_size}, but the tokenizer has {len(processor.tokenizer)} tokens"
         raise text.error("vocab_size", f"{sizes}; take both from one release")
     precisions: Counter[str] = Counter()
-    for stored in found.tensors.values():
+    for stored in original.tensors.values():
         precisions[str(stored.dtype).removeprefix("torch.")] += stored.nbytes
     config.dtype = precisions.most_common(1)[0][0]
-    return config, plan(config, kind)
+    return config, conversion_plan(config, language_class)
 
 
-def _generation(fields: Fields, found: SourceFolder, processor: ImageTextProcessor) -> GenerationConfig:
-    """An answer ends with the token that ends a message, or with any that ended one as published."""
+def _generation(fields: Fields, original: SourceFolder, processor: ImageTextProcessor) -> GenerationConfig:
+    """Answers end with the token that ends a message, or with any end token of the original."""
     tokenizer = processor.tokenizer
     ends = [tokenizer.eos_token_id]
-    for values in (found.json("generation_config.json", required=False), fields.inside("llm_config").values):
+    for values in (original.json("generation_config.json", required=False), fields.inside("llm_config").values):
         more = values.get("eos_token_id")
         ends += more if isinstance(more, list) else [] if more is None else [more]
     return GenerationConfig(
@@ -151,12 +151,12 @@ def _generation(fields: Fields, found: SourceFolder, processor: ImageTextProcess
     )
 
 
-def _shards(moves: Sequence[Move], found: SourceFolder, shard_bytes: int) -> list[list[Move]]:
+def _shards(moves: Sequence[Move], original: SourceFolder, shard_bytes: int) -> list[list[Move]]:
     """Fills files in the model's order."""
     shards: list[list[Move]] = [[]]
     room = shard_bytes
     for move in moves:
-        size = found.tensors[move.source].nbytes
+        size = original.tensors[move.source].nbytes
         if size > room and shards[-1]:
             shards.append([])
             room = shard_bytes
@@ -165,20 +165,22 @@ def _shards(moves: Sequence[Move], found: SourceFolder, shard_bytes: int) -> lis
     return shards
 
 
-def _write(shards: Sequence[Sequence[Move]], found: SourceFolder, folder: Path, total: int, progress: Progress) -> None:
-    places: dict[str, str] = {}
+def _write(
+    shards: Sequence[Sequence[Move]], original: SourceFolder, folder: Path, total: int, progress: Progress
+) -> None:
+    weight_map: dict[str, str] = {}
     done = 0
     progress(0, total)
     for number, moves in enumerate(shards, 1):
         name = "model.safetensors" if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
         tensors: dict[str, Tensor] = {}
         for move in moves:
-            tensors |= move.parts(found.read(move.source))
+            tensors |= move.parts(original.read(move.source))
         save_file(tensors, folder / name, metadata={"format": "pt"})
         shutil.copymode(folder / "config.json", folder / name)  # safetensors lets nobody but the owner read its files
-        places |= dict.fromkeys(tensors, name)
+        weight_map |= dict.fromkeys(tensors, name)
         done += sum(tensor.nbytes for tensor in tensors.values())
         progress(done, total)
     if len(shards) > 1:
-        index = {"metadata": {"total_size": total}, "weight_map": places}
+        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
         (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")

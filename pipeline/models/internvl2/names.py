@@ -1,10 +1,9 @@
-"""From the tensors of the published layout to those of transformers.
+"""From the tensors of the original checkpoint to those of transformers.
 
-A plan is made backwards, from what the new model has: each of its tensors names its origin, and tensors that name the
-same one are parts of it. So every tensor of the new model has an origin, and comparing origins with the folder finds what
-is missing and what is too much.
+The plan is made backwards: each tensor of the new model names its origin, and tensors with the same origin are parts of it.
+So every tensor of the new model has an origin, and comparing origins with the folder finds missing and surplus tensors.
 
-| published | here |
+| original | here |
 |---|---|
 | `vision_model...attn.qkv`: query, key, value one after the other | `vision_tower...attention.{q,k,v}_proj` |
 | `norm1`, `norm2`, `ls1`, `ls2` | `layernorm_before`, `layernorm_after`, `lambda_1`, `lambda_2` |
@@ -63,18 +62,18 @@ LANGUAGE = {
     "Qwen2ForCausalLM": {},
     "LlamaForCausalLM": {},
 }
-"""Language towers by architecture: how the new names lead back to the published ones."""
+"""Language towers by architecture: patterns from new names to original ones."""
 
 HEADS = {"InternLM2ForCausalLM": "language_model.output.weight"}
-"""Name of the published output layer, where it is not `language_model.lm_head.weight`."""
+"""Name of the original output layer, where it is not `language_model.lm_head.weight`."""
 
 
 @dataclass(frozen=True)
 class Move:
-    """One published tensor and what becomes of it."""
+    """One original tensor and the new tensors made of it."""
 
     source: str
-    """Its published name."""
+    """Its original name."""
     targets: tuple[str, ...]
     """Names in the new files, in the order of their rows."""
     shapes: tuple[torch.Size, ...]
@@ -84,11 +83,11 @@ class Move:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Shape that the published tensor must have."""
+        """Shape that the original tensor must have."""
         return (sum(shape[0] for shape in self.shapes), *self.shapes[0][1:])
 
     def parts(self, tensor: Tensor) -> dict[str, Tensor]:
-        """Returns the new tensors by name: views of the published one where its rows are in order."""
+        """Returns the new tensors by name: views of the original one where its rows are in order."""
         if self.head_width is None:
             parts: Iterable[Tensor] = tensor.split([shape[0] for shape in self.shapes])
         else:
@@ -97,7 +96,7 @@ class Move:
 
 
 def split_grouped(wqkv: Tensor, groups: int, head_width: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Takes InternLM2's fused projection apart: query (K G H, D), key (K H, D) and value (K H, D); or, of biases, without D.
+    """Splits InternLM2's fused projection: query (K G H, D), key (K H, D) and value (K H, D); or, of biases, without D.
 
     The fused rows (K (G + 2) H, D) are, for each key-value head in turn, its G query heads, its key, its value
     (https://github.com/OpenGVLab/InternVL, internvl_chat/internvl/model/internlm2/modeling_internlm2.py). Query heads stay
@@ -115,7 +114,7 @@ def saved_name(name: str) -> str:
     return re.sub(r"^language_model\.", "language_model.model.", name)
 
 
-def plan(config: InternVLConfig, architecture: str) -> list[Move]:
+def conversion_plan(config: InternVLConfig, architecture: str) -> list[Move]:
     """Returns how to fill every tensor of the model that `config` describes, in the model's order.
 
     That order, query, key, value and gate, up, is also the one in which fused tensors hold their parts.
@@ -128,13 +127,13 @@ def plan(config: InternVLConfig, architecture: str) -> list[Move]:
         if name == "lm_head.weight" and config.tie_word_embeddings:
             continue
         target = source = saved_name(name)
-        for pattern, published in (LANGUAGE[architecture] if target.startswith("language_model.") else rules).items():
-            source = re.sub(pattern, published, source)
+        for pattern, original in (LANGUAGE[architecture] if target.startswith("language_model.") else rules).items():
+            source = re.sub(pattern, original, source)
         groups.setdefault(source, []).append((target, tensor.shape))
     text = config.get_text_config()
     moves = []
-    for source, found in groups.items():
-        targets, shapes = zip(*found, strict=True)
+    for source, parts in groups.items():
+        targets, shapes = zip(*parts, strict=True)
         moves.append(Move(source, targets, shapes, text.head_dim if ".wqkv." in source else None))
     return moves
 

@@ -1,4 +1,4 @@
-"""A folder as OpenGVLab publishes it, read without running its code and without loading it whole.
+"""Reads an original folder as OpenGVLab publishes it, without running its code and one tensor at a time.
 
 - JSON files, with errors that name the file.
 - Names, shapes and dtypes of all tensors first; values one tensor at a time, from memory-mapped files: safetensors, or
@@ -19,7 +19,7 @@ from torch import Tensor
 from pipeline.errors import UserError
 
 DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
-"""Kinds of numbers that are converted, by their names in safetensors files; anything else is quantised."""
+"""Data types that are converted, by their names in safetensors files; all others are quantised."""
 
 
 class ConversionError(UserError):
@@ -28,7 +28,7 @@ class ConversionError(UserError):
 
 @dataclass(frozen=True)
 class Stored:
-    """Where a tensor lies and what it is like."""
+    """File, shape and data type of a stored tensor."""
 
     file: Path
     shape: tuple[int, ...]
@@ -41,7 +41,7 @@ class Stored:
 
 
 class SourceFolder:
-    """A published folder; raises ConversionError where it is none or incomplete."""
+    """An original folder; raises ConversionError where it is none or incomplete."""
 
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder)
@@ -102,7 +102,7 @@ class SourceFolder:
     def _list_file(self, file: Path) -> dict[str, Stored]:
         if file.suffix == ".bin":
             return {name: Stored(file, tuple(t.shape), t.dtype) for name, t in self._pickled(file).items()}
-        found = {}
+        tensors = {}
         with _open(file) as opened:
             for name in opened.keys():  # noqa: SIM118 - not a mapping
                 view = opened.get_slice(name)
@@ -111,8 +111,8 @@ class SourceFolder:
                         f"{file}: tensor {name} is {view.get_dtype()}; only bfloat16, float16 and float32 are converted: take "
                         "the model that is not quantised"
                     )
-                found[name] = Stored(file, tuple(view.get_shape()), DTYPES[view.get_dtype()])
-        return found
+                tensors[name] = Stored(file, tuple(view.get_shape()), DTYPES[view.get_dtype()])
+        return tensors
 
     def _pickled(self, file: Path) -> Mapping[str, Tensor]:
         """Returns the tensors of a `.bin` file, memory-mapped; the last file stays open."""
@@ -122,8 +122,7 @@ class SourceFolder:
             loaded = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
         except pickle.UnpicklingError:
             raise ConversionError(
-                f"{file}: more than tensors is pickled in it, and unpickling that would run its code; take the safetensors "
-                "files"
+                f"{file}: it holds more than tensors, and unpickling that would run code; take the safetensors files"
             ) from None
         except (RuntimeError, OSError, EOFError) as error:
             reason = str(error).splitlines()[0]
@@ -147,6 +146,6 @@ def _open(file: Path) -> Any:
         return safe_open(file, framework="pt", device="cpu")
     except SafetensorError as error:
         raise ConversionError(
-            f"{file}: not a whole safetensors file ({error}): a download that broke off, or a Git LFS pointer? Download it "
+            f"{file}: not a complete safetensors file ({error}): an interrupted download, or a Git LFS pointer? Download it "
             "again"
         ) from None

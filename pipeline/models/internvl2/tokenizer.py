@@ -1,4 +1,4 @@
-"""The published tokenizer as one of the tokenizers library, without running the code that comes with it.
+"""Converts the original tokenizer to the tokenizers library, without running the code that comes with it.
 
 - `tokenizer.json`: as it is.
 - `tokenizer.model` (InternLM2, Phi-3, Yi): a sentencepiece BPE model. Its scores become ranks of merges.
@@ -6,7 +6,7 @@
 
 Added tokens keep their numbers; those of InternLM2 take the places of unused pieces. The result knows the names that the
 processor asks for, pads on the left, and ends an answer with the token that ends a message. Nothing is put before a text
-by itself: the chat template begins with the token that starts a text, where the published tokenizer put one, and with the
+by itself: the chat template begins with the token that starts a text, where the original tokenizer put one, and with the
 space that some put behind it.
 """
 
@@ -26,14 +26,14 @@ PROCESSOR_TOKENS = {
     **{"start_image_token": "<img>", "end_image_token": "</img>", "context_image_token": "<IMG_CONTEXT>"},
     "video_token": "<quad>",
 }
-"""Tokens by the names that processors ask for. transformers' own wants one that stands for a video; it must be in the
-vocabulary already, since a new one would have a number for which the model has no embedding."""
+"""Special tokens by the names that processors use. transformers' own needs a video token; it must be in the vocabulary already,
+since the model has no embedding for a new one."""
 BPE, NORMAL, USER_DEFINED = 2, 1, 4
 """Numbers of sentencepiece's format: kind of model, kinds of pieces."""
 
 
 def convert_tokenizer(source: SourceFolder, chat: Chat, system: str = SYSTEM_MESSAGE) -> PreTrainedTokenizerFast:
-    """Returns the tokenizer of a published folder with its chat template; raises ConversionError where it is incomplete.
+    """Returns the tokenizer of an original folder with its chat template; raises ConversionError where it is incomplete.
 
     `system` is the system message of a conversation that has none.
     """
@@ -73,7 +73,7 @@ def convert_tokenizer(source: SourceFolder, chat: Chat, system: str = SYSTEM_MES
 
 
 def _leads_with_space(settings: Mapping[str, Any], first: str) -> bool:
-    """Whether the published tokenizer puts a space before a text that starts with the token `first`.
+    """Whether the original tokenizer puts a space before a text that starts with the token `first`.
 
     Llama's does since `legacy: false`, and takes it away again before a token that has a name (`bos_token`, ...) or is one of
     the `additional_special_tokens`; Phi-3's `<|system|>` is neither.
@@ -86,7 +86,7 @@ def _leads_with_space(settings: Mapping[str, Any], first: str) -> bool:
 
 
 def _content(token: Any) -> str | None:
-    """A token stands in the settings as a string or as an object."""
+    """Returns the text of a token, which settings hold as a string or as an object."""
     return token["content"] if isinstance(token, dict) else token
 
 
@@ -102,7 +102,7 @@ def _added_tokens(source: SourceFolder, settings: Mapping[str, Any]) -> dict[int
 
 
 def _backend(folder: Path, settings: Mapping[str, Any], added: dict[int, AddedToken]) -> tuple[Tokenizer, bool]:
-    """Returns the vocabulary and its rules, and whether the published tokenizer starts every text with `bos_token`."""
+    """Returns the vocabulary and its rules, and whether the original tokenizer starts every text with `bos_token`."""
     if (file := folder / "tokenizer.json").is_file():
         backend = Tokenizer.from_file(str(file))
         begins = backend.encode("").ids == [backend.token_to_id(_content(settings.get("bos_token")) or "")]
@@ -165,10 +165,10 @@ def _merges(pieces: Any) -> list[tuple[str, str]]:
     """Returns all pairs of pieces whose union is a piece, best score first."""
     scores = {piece.piece: piece.score for piece in pieces if piece.type == NORMAL}
     pairs = [
-        (-score, whole[:cut], whole[cut:])
-        for whole, score in scores.items()
-        for cut in range(1, len(whole))
-        if whole[:cut] in scores and whole[cut:] in scores
+        (-score, union[:cut], union[cut:])
+        for union, score in scores.items()
+        for cut in range(1, len(union))
+        if union[:cut] in scores and union[cut:] in scores
     ]
     pairs.sort(key=lambda pair: pair[0])
     return [(left, right) for _, left, right in pairs]

@@ -8,9 +8,9 @@ from pipeline.data.demo.synthetic import examples
 
 @pytest.mark.parametrize("number", [0, 4, 57])
 def test_words_are_known_and_examples_always_the_same(number):
-    known = {*vocabulary(), ":", "?"}
+    words = {*vocabulary(), ":", "?"}
     one = list(examples(number, 20, held_out=False))
-    assert all({*e.question.split(), *e.answer.split()} <= known for e in one)
+    assert all({*e.question.split(), *e.answer.split()} <= words for e in one)
     assert [(e.question, e.answer) for e in one] == [
         (e.question, e.answer) for e in islice(examples(number, 40, held_out=False), 20)
     ]
@@ -19,9 +19,9 @@ def test_words_are_known_and_examples_always_the_same(number):
 
 def test_no_question_of_the_evaluation_is_learned():
     learned = {e.question for e in examples(0, 2000, held_out=False)}
-    asked = {e.question for e in examples(0, 500, held_out=True)}
-    assert (len(learned), len(asked)) == (27, 9)
-    assert not learned & asked
+    evaluated = {e.question for e in examples(0, 500, held_out=True)}
+    assert (len(learned), len(evaluated)) == (27, 9)
+    assert not learned & evaluated
 
 
 def test_a_dictionary_is_a_function_of_the_word():

@@ -46,8 +46,8 @@ def test_files_are_canonical(folder, rows, part):
         assert user["content"].count("<image>") == len(row["images"]) <= 1
         assert assistant["content"].strip()
         for image in row["images"]:
-            picture = Image.open(io.BytesIO(image["bytes"]))
-            assert (picture.format, picture.mode, picture.size) == ("PNG", "RGB", (64, 64))
+            decoded = Image.open(io.BytesIO(image["bytes"]))
+            assert (decoded.format, decoded.mode, decoded.size) == ("PNG", "RGB", (64, 64))
 
 
 def test_parts_have_their_sizes(rows):
@@ -65,7 +65,7 @@ def test_text_only_tasks_have_no_images(rows):
 
 @pytest.mark.parametrize("part", ["digits/eval", "document/eval", "successor/train"])
 def test_files_are_the_same_everywhere(folder, part, tmp_path):
-    first, second = (demo_file(f"demo://{part}", place) for place in (folder, tmp_path))
+    first, second = (demo_file(f"demo://{part}", directory) for directory in (folder, tmp_path))
     assert first != second
     assert first.read_bytes() == second.read_bytes()
     assert sorted(file.name for file in second.parent.iterdir()) == [second.name, f"{second.name}.lock"]
@@ -77,8 +77,8 @@ def _read_at_once(folder) -> bytes:
 
 def test_processes_that_need_a_file_at_once_read_the_same_whole_one(folder, tmp_path):
     with ProcessPoolExecutor(4, mp_context=get_context("fork")) as processes:
-        found = list(processes.map(_read_at_once, [tmp_path] * 4))
-    assert set(found) == {demo_file("demo://clock/eval", folder).read_bytes()}
+        contents = list(processes.map(_read_at_once, [tmp_path] * 4))
+    assert set(contents) == {demo_file("demo://clock/eval", folder).read_bytes()}
 
 
 def test_a_file_is_written_once(folder, rows):
@@ -175,8 +175,8 @@ def test_no_answer_dominates(rows):
 
 def test_successors_are_right(rows):
     for row in rows["successor/train"] + rows["successor/eval"]:
-        asked = [int(word) for word in row["messages"][0]["content"].split() if word.isdigit()]
-        assert [int(word) for word in row["messages"][1]["content"].split()] == [(n + 1) % 10 for n in asked]
+        digits = [int(word) for word in row["messages"][0]["content"].split() if word.isdigit()]
+        assert [int(word) for word in row["messages"][1]["content"].split()] == [(n + 1) % 10 for n in digits]
 
 
 def test_clocks_and_later_share_their_pictures_kind_but_not_their_questions(rows):

@@ -13,7 +13,7 @@ from cluster.local import connect
 from pipeline.data.encoded.packing import pack
 from pipeline.data.loading.batch_loader import BatchLoader, StepLayout, distinct_batches
 from pipeline.data.loading.training_rows import TrainingRows
-from pipeline.models.prompts import IGNORED, Encoded, collate
+from pipeline.models.encoding import IGNORED, Encoded, collate
 
 pytestmark = pytest.mark.ray
 
@@ -59,18 +59,18 @@ def loader(
 
 @pytest.mark.parametrize("workers", [1, 3])
 def test_held_out_rows_are_never_learned(workers: int) -> None:
-    learned, held = cached().split(0.3, seed=1)
-    assert (learned.count, held.count) == (16, 7)
+    learned, held_out = cached().split(0.3, seed=1)
+    assert (learned.count, held_out.count) == (16, 7)
     drawn: Counter[int] = Counter()
     for rank in range(workers):
-        with loader(learned, range(4), workers=workers, rank=rank) as found:
+        with loader(learned, range(4), workers=workers, rank=rank) as steps:
             drawn.update(
-                int(first) // 100 - 1 for step in found for batch in step for first in batch["input_ids"][:, 0]
+                int(first) // 100 - 1 for step in steps for batch in step for first in batch["input_ids"][:, 0]
             )
     parts = [
         [row.input_ids[0] // 100 - 1 for batch in batches if batch is not None for row in batch]
         for rank in range(workers)
-        for batches in [distinct_batches(held, count=7, micro_batch=2, rank=rank, workers=workers, seed=0)]
+        for batches in [distinct_batches(held_out, count=7, micro_batch=2, rank=rank, workers=workers, seed=0)]
     ]
     looked_at = {int(number) for part in parts for number in part}
     assert len(looked_at) == 7
@@ -78,20 +78,20 @@ def test_held_out_rows_are_never_learned(workers: int) -> None:
     assert set(drawn.values()) == {1}
 
 
-def fill(found: BatchLoader) -> None:
+def fill(batch_loader: BatchLoader) -> None:
     """Waits until the reader waits for room."""
-    while not found._ready.full() and found._thread.is_alive():
-        found._thread.join(0.01)
+    while not batch_loader._ready.full() and batch_loader._thread.is_alive():
+        batch_loader._thread.join(0.01)
 
 
 def batches(count: int, *, rows: int = ROWS, start: int = 0, **settings: int) -> list[dict[str, torch.Tensor]]:
-    with loader(cached(rows), range(start, start + count), **settings) as found:
-        return [batch for batches in found for batch in batches]
+    with loader(cached(rows), range(start, start + count), **settings) as steps:
+        return [batch for step in steps for batch in step]
 
 
-def numbers(found: list[dict[str, torch.Tensor]]) -> list[list[int]]:
+def numbers(batches: list[dict[str, torch.Tensor]]) -> list[list[int]]:
     """Returns which rows stand in each batch."""
-    return [(batch["input_ids"][:, 0] // 100 - 1).tolist() for batch in found]
+    return [(batch["input_ids"][:, 0] // 100 - 1).tolist() for batch in batches]
 
 
 @pytest.mark.parametrize(
@@ -117,13 +117,13 @@ def test_every_row_comes_once_an_epoch_and_none_is_dropped():
 @pytest.mark.parametrize(("workers", "micro_batch"), [(1, 1), (1, 3), (2, 2), (3, 1), (6, 4)])
 def test_a_step_holds_the_same_rows_for_any_workers_and_micro_batches(workers: int, micro_batch: int) -> None:
     expected = numbers(batches(9, batch_size=6))
-    found: list[list[int]] = [[] for _ in expected]
+    actual: list[list[int]] = [[] for _ in expected]
     for rank in range(workers):
         settings = {"batch_size": 6, "workers": workers, "micro_batch": micro_batch, "rank": rank}
         with loader(cached(), range(9), **settings) as ranks:
             for step, parts in enumerate(ranks):
-                found[step] += sum(numbers(parts), [])
-    assert found == expected
+                actual[step] += sum(numbers(parts), [])
+    assert actual == expected
 
 
 def test_a_micro_batch_without_rows_is_one_row_of_the_step_unlabelled():
@@ -138,14 +138,14 @@ def test_a_micro_batch_without_rows_is_one_row_of_the_step_unlabelled():
 def test_new_rows_are_the_first_of_an_epoch(workers: int, micro_batch: int, most: int) -> None:
     """Up to the last of them, in the middle of a step; a micro-batch without rows has none."""
     drawn = sum(numbers(batches(5, batch_size=6)), [])
-    found = []
+    new_numbers = []
     for rank in range(workers):
         settings = {"batch_size": 6, "workers": workers, "micro_batch": micro_batch, "rank": rank}
         with loader(cached(), range(5), **settings) as ranks:
             for parts in ranks:
                 for part, count in zip(numbers(parts), ranks.new_rows(most), strict=True):
-                    found += part[:count]
-    assert sorted(found) == sorted(drawn[: min(most, ROWS)])
+                    new_numbers += part[:count]
+    assert sorted(new_numbers) == sorted(drawn[: min(most, ROWS)])
 
 
 def test_fewer_rows_than_a_step_come_again_within_it():
@@ -196,8 +196,8 @@ def test_the_same_seed_gives_the_same_batches():
 
 
 def test_the_order_does_not_depend_on_the_blocks():
-    with loader(cached(cuts=(11,)), range(12)) as found:
-        assert numbers([batch for batches in found for batch in batches]) == numbers(batches(12))
+    with loader(cached(cuts=(11,)), range(12)) as steps:
+        assert numbers([batch for batches in steps for batch in batches]) == numbers(batches(12))
 
 
 @pytest.mark.parametrize("start", [1, 4, 5, 6, 13])
@@ -205,44 +205,44 @@ def test_the_order_does_not_depend_on_the_blocks():
 def test_a_later_start_gives_what_a_run_from_the_beginning_would(start, group_by_length):
     """Within an epoch, at its end and in a later one."""
     settings = {"group_by_length": group_by_length}
-    whole, rest = batches(start + 7, **settings), batches(7, start=start, **settings)
+    full, rest = batches(start + 7, **settings), batches(7, start=start, **settings)
     assert len(rest) == 7
-    for expected, found in zip(whole[start:], rest, strict=True):
-        assert expected.keys() == found.keys()
-        assert all(found[name].equal(tensor) for name, tensor in expected.items())
+    for expected, actual in zip(full[start:], rest, strict=True):
+        assert expected.keys() == actual.keys()
+        assert all(actual[name].equal(tensor) for name, tensor in expected.items())
 
 
 def test_an_error_in_the_reader_reaches_the_training_thread():
     rows = TrainingRows(1, (ray.put(pa.table({"input_ids": [b"1"]})),))
-    with loader(rows, range(3)) as found, pytest.raises(KeyError, match="labels"):
-        next(found)
-    assert not found._thread.is_alive()
+    with loader(rows, range(3)) as batch_loader, pytest.raises(KeyError, match="labels"):
+        next(batch_loader)
+    assert not batch_loader._thread.is_alive()
 
 
 def test_leaving_ends_the_reader_whatever_is_unread():
-    with loader(cached(), range(1000)) as found:
-        next(found)
-        assert found._thread.is_alive()
-        fill(found)
-    assert not found._thread.is_alive()
+    with loader(cached(), range(1000)) as batch_loader:
+        next(batch_loader)
+        assert batch_loader._thread.is_alive()
+        fill(batch_loader)
+    assert not batch_loader._thread.is_alive()
 
 
 def test_an_error_in_training_ends_the_reader_too():
-    with pytest.raises(KeyError), loader(cached(), range(1000)) as found:
+    with pytest.raises(KeyError), loader(cached(), range(1000)) as batch_loader:
         raise KeyError
-    assert not found._thread.is_alive()
+    assert not batch_loader._thread.is_alive()
 
 
 def test_waiting_is_measured():
     """The first batch has to be waited for; those that lie ready have not."""
-    with loader(cached(), range(100)) as found:
-        assert found.wait_seconds == 0
-        next(found)
-        first = found.wait_seconds
+    with loader(cached(), range(100)) as batch_loader:
+        assert batch_loader.wait_seconds == 0
+        next(batch_loader)
+        first = batch_loader.wait_seconds
         assert first > 0
-        fill(found)
-        next(found)
-        assert found.wait_seconds - first < 0.5
+        fill(batch_loader)
+        next(batch_loader)
+        assert batch_loader.wait_seconds - first < 0.5
 
 
 @pytest.mark.parametrize("workers", [1, 2, 3])

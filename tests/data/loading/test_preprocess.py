@@ -17,7 +17,7 @@ from pipeline.data.rows.quarantine import SetAside
 from pipeline.data.rows.records import BadRow, Reference
 from pipeline.data.sources import reader
 from pipeline.data.sources.reader import StreamError
-from pipeline.models.prompts import IGNORED
+from pipeline.models.encoding import IGNORED
 
 pytestmark = pytest.mark.ray
 
@@ -78,9 +78,9 @@ def damaged(folder: Path) -> SourceConfig:
         if part in (1, 3):
             del data[len(data) // 2 :]
         if part == 4:
-            column = pq.read_metadata(file).row_group(2).column(0)
-            start = column.dictionary_page_offset or column.data_page_offset
-            data[start : start + column.total_compressed_size] = b"\xff" * column.total_compressed_size
+            chunk = pq.read_metadata(file).row_group(2).column(0)
+            start = chunk.dictionary_page_offset or chunk.data_page_offset
+            data[start : start + chunk.total_compressed_size] = b"\xff" * chunk.total_compressed_size
         file.write_bytes(bytes(data))
     return SourceConfig(path=str(folder))
 
@@ -89,17 +89,17 @@ def test_a_lost_file_is_no_bad_row(tiny_folder, tmp_path):
     source = damaged(tmp_path / "rows")
     with pytest.raises(StreamError) as caught:
         run(source, tiny_folder, tmp_path, max_bad_share=1)
-    told = str(caught.value)
-    assert "task 'mine': 3 files of" in told
-    assert "part-1.parquet (the whole file): the file cannot be read at all" in told
-    assert "part-4.parquet (rows 11 to 15): row group 2" in told
-    assert "again, or set data.max_lost_files=3 to go on without it (now 0)" in told
+    message = str(caught.value)
+    assert "task 'mine': 3 files of" in message
+    assert "part-1.parquet (the whole file): the file cannot be read at all" in message
+    assert "part-4.parquet (rows 11 to 15): row group 2" in message
+    assert "again, or set data.max_lost_files=3 to go on without it (now 0)" in message
     with pytest.raises(StreamError, match=r"3 files .* set data\.max_lost_files=3 .* \(now 2\)"):
         run(source, tiny_folder, tmp_path, max_lost_files=2)
     with pytest.raises(StreamError, match=r"5 of 60 rows .*data\.max_bad_share allows 5%\)\. First: part-4"):
         run(source, tiny_folder, tmp_path, max_lost_files=3)
-    found = run(source, tiny_folder, tmp_path, max_lost_files=3, max_bad_share=0.1)
-    assert (found.counts["mine"], found.aside["mine"]) == (55, SetAside(5, 3))
+    prepared = run(source, tiny_folder, tmp_path, max_lost_files=3, max_bad_share=0.1)
+    assert (prepared.counts["mine"], prepared.aside["mine"]) == (55, SetAside(5, 3))
     written = [json.loads(text) for text in (tmp_path / "quarantine" / "mine.jsonl").read_text().splitlines()]
     assert sorted((Path(entry["source"]).name, entry["rows"], entry["lost"]) for entry in written) == [
         ("part-1.parquet", 0, "the whole file"),
@@ -162,7 +162,7 @@ def test_several_tasks_in_one_pass(tiny_folder, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("metric", "reference", "said"),
+    ("metric", "reference", "message"),
     [
         ("mmbench", Reference(answers=("A",), choices={"A": "red", "B": "blue"}), None),
         ("mmbench", Reference(answers=("C",), choices={"A": "red"}), "the answer 'C' is not an option's letter"),
@@ -173,8 +173,8 @@ def test_several_tasks_in_one_pass(tiny_folder, tmp_path):
         (None, Reference(answers=("red",)), None),
     ],
 )
-def test_rows_that_a_metric_cannot_score_are_bad(metric, reference, said):
-    with pytest.raises(BadRow, match=said) if said else nullcontext():
+def test_rows_that_a_metric_cannot_score_are_bad(metric, reference, message):
+    with pytest.raises(BadRow, match=message) if message else nullcontext():
         check_metric(reference, metric)
 
 
@@ -183,7 +183,7 @@ def test_a_source_may_stream_where_others_are_cached(tmp_path):
     cached = SourceConfig(path="demo://successor/train", limit=20)
     streamed = cached.model_copy(update={"cache": "none"})
     assert reader.fingerprint(cached, tmp_path) == reader.fingerprint(streamed, tmp_path)
-    found = prepare(
+    prepared = prepare(
         {"successor": TaskRows(streamed)},
         DataConfig(),
         base=BaseModelConfig(),
@@ -191,5 +191,5 @@ def test_a_source_may_stream_where_others_are_cached(tmp_path):
         quarantine=tmp_path,
         answer=True,
     )
-    assert not found.training_rows(["successor"]).cached
-    assert found.counts == {"successor": 20}
+    assert not prepared.training_rows(["successor"]).cached
+    assert prepared.counts == {"successor": 20}

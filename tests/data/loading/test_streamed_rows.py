@@ -30,7 +30,7 @@ from pipeline.data.loading.preprocess import PreparedData, prepare
 from pipeline.data.loading.training_rows import TrainingRows
 from pipeline.data.loading.windows import LANES, WINDOW_BYTES, Span, Window, lane_windows, spans
 from pipeline.data.sources.reader import StreamError
-from pipeline.models.prompts import IGNORED, collate
+from pipeline.models.encoding import IGNORED, collate
 
 pytestmark = pytest.mark.ray
 
@@ -44,8 +44,8 @@ def _ray() -> None:
 
 def rows(count: int) -> list[dict[str, Any]]:
     """Rows sorted by kind; the question's length, in words, does not depend on it."""
-    asked = [f"{KINDS[n * 4 // count]} {n}" for n in range(count)]
-    return [{"id": str(n), "question": text, "answer": "red", "n": n} for n, text in enumerate(asked)]
+    questions = [f"{KINDS[n * 4 // count]} {n}" for n in range(count)]
+    return [{"id": str(n), "question": text, "answer": "red", "n": n} for n, text in enumerate(questions)]
 
 
 def write(folder: Path, ending: str, count: int, **settings: int) -> SourceConfig:
@@ -72,16 +72,18 @@ def prepared(source: SourceConfig, tiny_folder: Path, folder: Path, **data: Any)
 
 
 def streamed(source: SourceConfig, tiny_folder: Path, folder: Path, **data: Any) -> TrainingRows:
-    found = prepared(source, tiny_folder, folder, **data).training_rows(["mine"])
-    assert not found.cached
-    return found
+    training_rows = prepared(source, tiny_folder, folder, **data).training_rows(["mine"])
+    assert not training_rows.cached
+    return training_rows
 
 
-def drawn(found: TrainingRows, steps: range, *, batch_size: int = 8, workers: int = 1, rank: int = 0) -> list[str]:
+def drawn(
+    training_rows: TrainingRows, steps: range, *, batch_size: int = 8, workers: int = 1, rank: int = 0
+) -> list[str]:
     """Returns the token ids of the rows of these steps, as text: each row has its own."""
     layout = StepLayout(batch_size, workers, batch_size)
     settings: dict[str, Any] = {"layout": layout, "rank": rank, "seed": 3, "collate": list}
-    with BatchLoader(found, steps=steps, **settings) as loader:
+    with BatchLoader(training_rows, steps=steps, **settings) as loader:
         return [str(row.input_ids.tolist()) for batches in loader for batch in batches for row in batch]
 
 
@@ -95,8 +97,8 @@ class Numbered(Drawable):
     def rows(self, windows: Iterator[Window], pool: Any) -> Iterator[tuple[int, int]]:
         for window in windows:
             reads = zip(window.pieces.tolist(), window.starts.tolist(), window.stops.tolist(), strict=True)
-            read = [(piece, i) for piece, start, stop in reads for i in range(start, stop)]
-            yield from (read[i] for i in window.order)
+            rows = [(piece, i) for piece, start, stop in reads for i in range(start, stop)]
+            yield from (rows[i] for i in window.order)
 
 
 def planned(
@@ -115,45 +117,45 @@ SIZES = [10, 0, 7, 30, 1, 12, 16, 9]
 @pytest.mark.parametrize("workers", [1, 2, 3])
 def test_every_row_comes_once_an_epoch_over_all_workers(workers: int) -> None:
     ranks = spans(sum(SIZES), [1] * workers)
-    found = [planned(SIZES, 2 * len(span), rank=rank, workers=workers) for rank, span in enumerate(ranks)]
+    by_rank = [planned(SIZES, 2 * len(span), rank=rank, workers=workers) for rank, span in enumerate(ranks)]
     for epoch in range(2):
-        parts = [rows[epoch * len(span) : (epoch + 1) * len(span)] for rows, span in zip(found, ranks, strict=True)]
+        parts = [rows[epoch * len(span) : (epoch + 1) * len(span)] for rows, span in zip(by_rank, ranks, strict=True)]
         assert max(Counter(sum(parts, [])).values()) == 1
         assert len(sum(parts, [])) == sum(SIZES)
-    assert found[0][: len(ranks[0])] != found[0][len(ranks[0]) :], "epochs differ"
+    assert by_rank[0][: len(ranks[0])] != by_rank[0][len(ranks[0]) :], "epochs differ"
 
 
 @pytest.mark.parametrize("tasks", [1, 2, 3])
 def test_a_later_start_gives_the_rows_that_would_have_come(tasks: int) -> None:
     """However many tasks read, before and after."""
-    whole = planned(SIZES, 300, rows=20)
+    full = planned(SIZES, 300, rows=20)
     for first in (0, 1, 19, 84, 85, 86, 200):
-        assert planned(SIZES, 300, first=first, rows=20, tasks=tasks) == whole[first:]
+        assert planned(SIZES, 300, first=first, rows=20, tasks=tasks) == full[first:]
 
 
 def test_a_task_that_is_lost_goes_on_at_any_row() -> None:
     drawn = Drawn(spans(sum(SIZES), [1])[0], 30, 300, seed=5, window=20)
     turns = list(drawn.turns(3))
-    whole = [list(drawn.rows(Numbered(SIZES), task, 3, 0)) for task in range(3)]
+    full = [list(drawn.rows(Numbered(SIZES), task, 3, 0)) for task in range(3)]
     for first in (0, 1, 54, 55, 200):
         for task in range(3):
             rest = list(drawn.rows(Numbered(SIZES), task, 3, first))
-            assert rest == whole[task][turns[:first].count(task) :]
+            assert rest == full[task][turns[:first].count(task) :]
 
 
 def test_rows_are_drawn_from_sixteen_pieces_at_a_time() -> None:
-    found = planned([8] * 160, 1280, rows=128)
+    order = planned([8] * 160, 1280, rows=128)
     for start in range(0, 1280, 128):
-        pieces = Counter(piece for piece, _ in found[start : start + 128])
+        pieces = Counter(piece for piece, _ in order[start : start + 128])
         assert set(pieces.values()) == {8}
-        assert len({piece for piece, _ in found[start : start + 16]}) == 16
-    assert len({tuple(place for _, place in found[lane:128:16]) for lane in range(16)}) > 12, "in random order"
+        assert len({piece for piece, _ in order[start : start + 16]}) == 16
+    assert len({tuple(index for _, index in order[lane:128:16]) for lane in range(16)}) > 12, "in random order"
 
 
 def test_few_rows_are_drawn_from_all_of_them() -> None:
     """In any order: that of the first rows must not depend on where they lie."""
     epochs = planned([20], 2000, rows=64)
-    firsts = Counter(place for _, place in epochs[::20])
+    firsts = Counter(index for _, index in epochs[::20])
     assert len(firsts) > 15
     assert max(firsts.values()) < 20
 
@@ -172,20 +174,20 @@ def test_workers_end_an_epoch_together_whatever_they_take_a_step() -> None:
 
 @pytest.mark.parametrize(("ending", "settings"), [("jsonl", {}), ("parquet", {"row_group_size": 50})])
 def test_a_large_file_sorted_by_kind_comes_mixed(ending, settings, tiny_folder, tmp_path):
-    found = streamed(write(tmp_path, ending, 1000, **settings), tiny_folder, tmp_path, shuffle_rows=256)
-    epochs = drawn(found, range(250))
+    training_rows = streamed(write(tmp_path, ending, 1000, **settings), tiny_folder, tmp_path, shuffle_rows=256)
+    epochs = drawn(training_rows, range(250))
     first, second = epochs[:1000], epochs[1000:]
-    in_file = [str(row["input_ids"]) for row in _in_file(found)]
-    kind = {text: n * 4 // 1000 for n, text in enumerate(in_file)}
+    in_file = [str(row["input_ids"]) for row in _in_file(training_rows)]
+    quarter = {text: n * 4 // 1000 for n, text in enumerate(in_file)}
     assert sorted(first) == sorted(second) == sorted(in_file), "every row once an epoch, the tail too"
-    assert {kind[text] for text in first[:400]} == {0, 1, 2, 3}
-    assert min(Counter(kind[text] for text in first[:400]).values()) >= 20
+    assert {quarter[text] for text in first[:400]} == {0, 1, 2, 3}
+    assert min(Counter(quarter[text] for text in first[:400]).values()) >= 20
     assert first != second
-    assert drawn(found, range(37, 41)) == epochs[37 * 8 : 41 * 8], "a run that goes on"
+    assert drawn(training_rows, range(37, 41)) == epochs[37 * 8 : 41 * 8], "a run that goes on"
 
 
-def _in_file(found: TrainingRows) -> list[dict[str, Any]]:
-    texts = found.parts[0].in_order().take_all()
+def _in_file(training_rows: TrainingRows) -> list[dict[str, Any]]:
+    texts = training_rows.parts[0].in_order().take_all()
     return [{"input_ids": np.frombuffer(row["input_ids"], np.int64).tolist()} for row in texts]
 
 
@@ -193,21 +195,21 @@ def _in_file(found: TrainingRows) -> list[dict[str, Any]]:
 def test_streamed_rows_are_those_of_the_cache(ending, tiny_folder, tmp_path):
     source = write(tmp_path, ending, 40).model_copy(update={"limit": 33})
     cached = prepared(source, tiny_folder, tmp_path, cache="memory").training_rows(["mine"])
-    found = streamed(source, tiny_folder, tmp_path)
+    training_rows = streamed(source, tiny_folder, tmp_path)
     assert cached.cached
-    assert found.count == cached.count == 33
-    assert sorted(drawn(found, range(33), batch_size=1)) == sorted(drawn(cached, range(33), batch_size=1))
-    ranks = [drawn(found, range(11), batch_size=3, workers=2, rank=rank) for rank in range(2)]
+    assert training_rows.count == cached.count == 33
+    assert sorted(drawn(training_rows, range(33), batch_size=1)) == sorted(drawn(cached, range(33), batch_size=1))
+    ranks = [drawn(training_rows, range(11), batch_size=3, workers=2, rank=rank) for rank in range(2)]
     assert [len(rank) for rank in ranks] == [22, 11]
     assert len(set(sum(ranks, []))) == 33
 
 
 @pytest.mark.parametrize(("workers", "most"), [(1, 10), (2, 10), (2, 100), (3, 19)])
 def test_new_rows_are_distinct_ones_of_all_ranks(workers, most, tiny_folder, tmp_path):
-    found = streamed(write(tmp_path, "parquet", 20), tiny_folder, tmp_path)
+    training_rows = streamed(write(tmp_path, "parquet", 20), tiny_folder, tmp_path)
     layout, new = StepLayout(6, workers, 2), []
     for rank in range(workers):
-        with BatchLoader(found, layout=layout, rank=rank, steps=range(5), seed=1, collate=list) as loader:
+        with BatchLoader(training_rows, layout=layout, rank=rank, steps=range(5), seed=1, collate=list) as loader:
             for parts in loader:
                 for part, count in zip(parts, loader.new_rows(most), strict=True):
                     new += [str(row.input_ids.tolist()) for row in part[:count]]
@@ -217,14 +219,14 @@ def test_new_rows_are_distinct_ones_of_all_ranks(workers, most, tiny_folder, tmp
 def test_held_out_rows_are_never_drawn(tiny_folder: Path, tmp_path: Path) -> None:
     source = write(tmp_path, "parquet", 120)
     everything = set(drawn(streamed(source, tiny_folder, tmp_path), range(15)))
-    learned, held = streamed(source, tiny_folder, tmp_path).split(0.2, seed=1)
-    assert (learned.count, held.count) == (96, 24)
-    found = drawn(learned, range(12))
-    batches = distinct_batches(held, count=24, micro_batch=5, rank=0, workers=1, seed=0)
+    learned, held_out = streamed(source, tiny_folder, tmp_path).split(0.2, seed=1)
+    assert (learned.count, held_out.count) == (96, 24)
+    ids = drawn(learned, range(12))
+    batches = distinct_batches(held_out, count=24, micro_batch=5, rank=0, workers=1, seed=0)
     looked_at = {str(row.input_ids.tolist()) for batch in batches if batch is not None for row in batch}
-    assert len(set(found)) == 96
+    assert len(set(ids)) == 96
     assert len(looked_at) == 24
-    assert set(found) | looked_at == everything
+    assert set(ids) | looked_at == everything
 
 
 def test_bad_rows_are_never_drawn(tiny_folder, tmp_path):
@@ -233,9 +235,9 @@ def test_bad_rows_are_never_drawn(tiny_folder, tmp_path):
     for n in (0, 9, 10, 63):
         table[n]["answer"] = " "
     pq.write_table(pa.Table.from_pylist(table), source.path, row_group_size=10)
-    found = streamed(source, tiny_folder, tmp_path, max_bad_share=0.1)
-    assert found.count == 60
-    assert len(set(drawn(found, range(60), batch_size=1))) == 60
+    training_rows = streamed(source, tiny_folder, tmp_path, max_bad_share=0.1)
+    assert training_rows.count == 60
+    assert len(set(drawn(training_rows, range(60), batch_size=1))) == 60
 
 
 def test_several_tasks_come_mixed_where_one_of_them_streams(tiny_folder, tmp_path):
@@ -251,19 +253,21 @@ def test_several_tasks_come_mixed_where_one_of_them_streams(tiny_folder, tmp_pat
 
 
 def test_distinct_rows_come_from_the_whole_file(tiny_folder, tmp_path):
-    found = streamed(write(tmp_path, "parquet", 200, row_group_size=20), tiny_folder, tmp_path)
-    in_file = [str(row["input_ids"]) for row in _in_file(found)]
-    ranks = [list(distinct_batches(found, count=40, micro_batch=8, rank=r, workers=3, seed=1)) for r in range(3)]
+    training_rows = streamed(write(tmp_path, "parquet", 200, row_group_size=20), tiny_folder, tmp_path)
+    in_file = [str(row["input_ids"]) for row in _in_file(training_rows)]
+    ranks = [
+        list(distinct_batches(training_rows, count=40, micro_batch=8, rank=r, workers=3, seed=1)) for r in range(3)
+    ]
     assert {len(rank) for rank in ranks} == {2}
-    places = [in_file.index(str(row.input_ids.tolist())) for rank in ranks for batch in rank if batch for row in batch]
-    assert len(places) == len(set(places)) == 40
-    assert np.histogram(places, 4, (0, 200))[0].min() >= 4
+    indices = [in_file.index(str(row.input_ids.tolist())) for rank in ranks for batch in rank if batch for row in batch]
+    assert len(indices) == len(set(indices)) == 40
+    assert np.histogram(indices, 4, (0, 200))[0].min() >= 4
 
 
 def test_a_rank_without_rows_gets_one_of_which_nothing_is_learned(tiny_folder, tmp_path):
-    found = streamed(write(tmp_path, "parquet", 20), tiny_folder, tmp_path)
+    training_rows = streamed(write(tmp_path, "parquet", 20), tiny_folder, tmp_path)
     settings: dict[str, Any] = {"steps": range(3), "seed": 0, "collate": partial(collate, pad_token_id=0)}
-    with BatchLoader(found, layout=StepLayout(1, 2, 1), rank=1, **settings) as loader:
+    with BatchLoader(training_rows, layout=StepLayout(1, 2, 1), rank=1, **settings) as loader:
         steps = list(loader)
     assert [len(step) for step in steps] == [1, 1, 1]
     assert all((batch["labels"] == IGNORED).all() for step in steps for batch in step)
@@ -280,30 +284,32 @@ def test_small_row_groups_that_follow_each_other_are_one_piece(tmp_path):
     assert pieces.file.tolist() == [0] * 4 + [1] * 4 + [2] * 3
     bad = replace(pieces, bad=np.array([0, 31, 269]))
     assert bad.good.tolist() == [29, 29, 30, 10, 30, 30, 30, 10, 32, 32, 5]
-    read = bad.some(1, 9).read(0, np.array([0, 1]))
-    assert (read.path, read.group, read.number, read.at.tolist()) == (paths[0], 3, 31, [0, 2])
+    request = bad.some(1, 9).read(0, np.array([0, 1]))
+    assert (request.path, request.group, request.number, request.at.tolist()) == (paths[0], 3, 31, [0, 2])
     assert pieces.read(9).at.tolist() == list(range(32, 64))
 
 
 def test_a_damaged_row_group_costs_its_own_rows_only(tiny_folder, tmp_path):
     source = write(tmp_path, "parquet", 64, row_group_size=8)
     file = Path(source.path)
-    place = pq.read_metadata(file).row_group(2).column(1).data_page_offset
+    offset = pq.read_metadata(file).row_group(2).column(1).data_page_offset
     with file.open("r+b") as opened:
-        opened.seek(place)
+        opened.seek(offset)
         opened.write(b"\xff" * 16)
-    found = prepared(source, tiny_folder, tmp_path, max_bad_share=0.2, max_lost_files=1)
-    assert found.aside["mine"].rows == 8
-    rows = found.training_rows(["mine"])
+    prepared_rows = prepared(source, tiny_folder, tmp_path, max_bad_share=0.2, max_lost_files=1)
+    assert prepared_rows.aside["mine"].rows == 8
+    rows = prepared_rows.training_rows(["mine"])
     assert len(set(drawn(rows, range(56), batch_size=1))) == rows.count == 56
 
 
 def test_a_task_that_dies_goes_on_where_it_was(tiny_folder, tmp_path):
     """All rows come, in their order."""
-    found = streamed(write(tmp_path, "parquet", 200, row_group_size=20), tiny_folder, tmp_path, shuffle_rows=64)
-    expected = drawn(found, range(200))
+    training_rows = streamed(write(tmp_path, "parquet", 200, row_group_size=20), tiny_folder, tmp_path, shuffle_rows=64)
+    expected = drawn(training_rows, range(200))
     rows = []
-    with BatchLoader(found, layout=StepLayout(8, 1, 8), rank=0, steps=range(200), seed=3, collate=list) as loader:
+    with BatchLoader(
+        training_rows, layout=StepLayout(8, 1, 8), rank=0, steps=range(200), seed=3, collate=list
+    ) as loader:
         for step, batches in enumerate(loader):
             rows += [str(row.input_ids.tolist()) for row in batches[0]]
             if step == 5:
@@ -324,37 +330,37 @@ def kill_readers() -> int:
 
 @pytest.mark.parametrize("ending", ["parquet", "jsonl"])
 def test_files_that_vanish_are_a_clear_error_in_training(ending, tiny_folder, tmp_path):
-    found = streamed(write(tmp_path, ending, 20), tiny_folder, tmp_path)
+    training_rows = streamed(write(tmp_path, ending, 20), tiny_folder, tmp_path)
     for file in tmp_path.rglob("*.parquet"):
         file.unlink()
     with pytest.raises(StreamError, match=r"\.parquet.* cannot be read"):
-        drawn(found, range(3))
+        drawn(training_rows, range(3))
 
 
 def test_features_that_do_not_fit_the_cache_stream_too(tiny_folder, tmp_path):
     settings: dict[str, Any] = {
         "base": BaseModelConfig(path=str(tiny_folder)), "data_folder": tmp_path, "quarantine": tmp_path, "answer": True,
-        "features": tmp_path / "features",
+        "embeds_folder": tmp_path / "features",
     }  # fmt: skip
     part = {"digits": TaskRows(SourceConfig(path="demo://digits/train", limit=24), key="rows")}
-    found, cached = (
+    streaming, cached = (
         prepare(part, DataConfig(vision_cache="features", cache=cache), **settings).training_rows(["digits"])
         for cache in ("none", "memory")
     )
-    assert not found.cached
-    assert sorted(drawn(found, range(3))) == sorted(drawn(cached, range(3)))
+    assert not streaming.cached
+    assert sorted(drawn(streaming, range(3))) == sorted(drawn(cached, range(3)))
 
 
 def test_leaving_waits_for_nobody(tiny_folder, tmp_path):
     """Two ranks of unequal speed, left at any moment."""
-    found = streamed(write(tmp_path, "parquet", 64, row_group_size=8), tiny_folder, tmp_path)
-    for taken, other in pairwise((0, 1, 5, 2)):
+    training_rows = streamed(write(tmp_path, "parquet", 64, row_group_size=8), tiny_folder, tmp_path)
+    for count_taken, other in pairwise((0, 1, 5, 2)):
         loaders = [
-            BatchLoader(found, layout=StepLayout(4, 2, 1), rank=rank, steps=range(1000), seed=0, collate=list)
+            BatchLoader(training_rows, layout=StepLayout(4, 2, 1), rank=rank, steps=range(1000), seed=0, collate=list)
             for rank in range(2)
         ]
         with loaders[0], loaders[1]:
-            for loader, count in zip(loaders, (taken, other), strict=True):
+            for loader, count in zip(loaders, (count_taken, other), strict=True):
                 for _ in range(count):
                     next(loader)
         for loader in loaders:
@@ -364,9 +370,11 @@ def test_leaving_waits_for_nobody(tiny_folder, tmp_path):
 def test_readers_that_are_left_end_a_moment_later(tiny_folder, tmp_path, monkeypatch):
     """They stand still, with more rows to read than anybody will take."""
     monkeypatch.setattr(read_ahead, "SETTLING_SECONDS", 2.0)
-    found = streamed(write(tmp_path, "parquet", 64, row_group_size=8), tiny_folder, tmp_path)
+    training_rows = streamed(write(tmp_path, "parquet", 64, row_group_size=8), tiny_folder, tmp_path)
     before = reading()
-    with BatchLoader(found, layout=StepLayout(4, 1, 1), rank=0, steps=range(100_000), seed=0, collate=list) as loader:
+    with BatchLoader(
+        training_rows, layout=StepLayout(4, 1, 1), rank=0, steps=range(100_000), seed=0, collate=list
+    ) as loader:
         next(loader)
         assert until(lambda: reading() - before), "it reads"
         mine = reading() - before
@@ -382,6 +390,6 @@ def reading() -> set[str]:
 def until(true: Callable[[], object], seconds: float = 60.0) -> bool:
     """Waits until something is true; returns whether it has become so."""
     end = time.monotonic() + seconds
-    while not (found := true()) and time.monotonic() < end:
+    while not (reached := true()) and time.monotonic() < end:
         time.sleep(0.5)
-    return bool(found)
+    return bool(reached)

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pipeline.data.faults import BadRow
+from pipeline.data.errors import BadRow
 from pipeline.data.rows import images
 from pipeline.data.rows.images import decode, load_image
 
@@ -26,9 +26,9 @@ class Nowhere:
         raise BadRow(f"asked for {name}")
 
 
-def encoded(image: Image.Image | None = None, kind: str = "PNG", **settings) -> bytes:
+def encoded(image: Image.Image | None = None, image_format: str = "PNG", **settings) -> bytes:
     stream = io.BytesIO()
-    (image or Image.new("RGB", (8, 6), "red")).save(stream, kind, **settings)
+    (image or Image.new("RGB", (8, 6), "red")).save(stream, image_format, **settings)
     return stream.getvalue()
 
 
@@ -44,11 +44,11 @@ def reason(item, **settings) -> str:
     return str(error.value)
 
 
-@pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000"])
-def test_formats(kind):
-    found = decode(encoded(kind=kind))
-    assert (found.mode, found.size) == ("RGB", (8, 6))
-    assert np.abs(np.asarray(found, int) - RED).max() < 4
+@pytest.mark.parametrize("image_format", ["PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000"])
+def test_formats(image_format):
+    image = decode(encoded(image_format=image_format))
+    assert (image.mode, image.size) == ("RGB", (8, 6))
+    assert np.abs(np.asarray(image, int) - RED).max() < 4
 
 
 @pytest.mark.parametrize(
@@ -85,11 +85,11 @@ def test_printers_colours():
     assert np.abs(np.array(corner(encoded(Image.new("CMYK", (8, 8), (0, 255, 255, 0)), "JPEG"))) - RED).max() < 4
 
 
-@pytest.mark.parametrize("kind", ["PNG", "TIFF"])
-def test_sixteen_bits_are_scaled_not_clipped(kind):
+@pytest.mark.parametrize("image_format", ["PNG", "TIFF"])
+def test_sixteen_bits_are_scaled_not_clipped(image_format):
     values = np.array([[0, 0x1234, 0x8000, 0xFFFF]], np.uint16)
-    found = decode(encoded(Image.fromarray(values), kind))
-    assert np.asarray(found)[0, :, 0].tolist() == [0, 0x12, 0x80, 0xFF]
+    image = decode(encoded(Image.fromarray(values), image_format))
+    assert np.asarray(image)[0, :, 0].tolist() == [0, 0x12, 0x80, 0xFF]
 
 
 def test_values_without_a_range_are_stretched():
@@ -99,11 +99,11 @@ def test_values_without_a_range_are_stretched():
     assert corner(encoded(Image.fromarray(np.full((2, 2), np.nan, np.float32)), "TIFF")) == (0, 0, 0)
 
 
-@pytest.mark.parametrize("kind", ["GIF", "WEBP", "TIFF", "PNG"])
-def test_the_first_frame_or_page_is_taken(kind):
+@pytest.mark.parametrize("image_format", ["GIF", "WEBP", "TIFF", "PNG"])
+def test_the_first_frame_or_page_is_taken(image_format):
     others = [Image.new("RGB", (8, 6), color) for color in ("green", "blue")]
-    found = corner(encoded(Image.new("RGB", (8, 6), "red"), kind, save_all=True, append_images=others))
-    assert np.abs(np.array(found) - RED).max() < 4
+    pixel = corner(encoded(Image.new("RGB", (8, 6), "red"), image_format, save_all=True, append_images=others))
+    assert np.abs(np.array(pixel) - RED).max() < 4
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
@@ -131,17 +131,17 @@ def test_extreme_shapes(size):
 
 def test_large_scans_are_decoded_at_what_is_enough(monkeypatch):
     monkeypatch.setattr(images, "ENOUGH_PIXELS", 100)
-    half, whole = Image.new("RGB", (60, 40), "red"), Image.new("RGB", (20, 19), "red")
+    half, full = Image.new("RGB", (60, 40), "red"), Image.new("RGB", (20, 19), "red")
     assert decode(encoded(half, "JPEG")).size == (15, 10)
-    assert decode(encoded(whole, "JPEG")).size == (20, 19)
+    assert decode(encoded(full, "JPEG")).size == (20, 19)
     assert decode(encoded(half)).size == (60, 40)
 
 
 def header_only(width: int, height: int) -> bytes:
     """A PNG that says how large it is, and holds nothing."""
 
-    def chunk(kind: bytes, data: bytes = b"") -> bytes:
-        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+    def chunk(chunk_type: bytes, data: bytes = b"") -> bytes:
+        return struct.pack(">I", len(data)) + chunk_type + data + struct.pack(">I", zlib.crc32(chunk_type + data))
 
     header = struct.pack(">II5B", width, height, 8, 2, 0, 0, 0)
     return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT") + chunk(b"IEND")
@@ -150,8 +150,8 @@ def header_only(width: int, height: int) -> bytes:
 @pytest.mark.parametrize("size", [(101, 100), (150, 100), (100_000, 100_000), (1 << 30, 1 << 30)])
 def test_bombs_are_refused_from_their_header_in_silence(size):
     with warnings.catch_warnings(record=True) as remarks:
-        said = reason(header_only(*size), max_pixels=10_000)
-    assert "data.max_pixels allows 10,000" in said or "larger than data.max_pixels allows (10,000)" in said
+        message = reason(header_only(*size), max_pixels=10_000)
+    assert "data.max_pixels allows 10,000" in message or "larger than data.max_pixels allows (10,000)" in message
     assert remarks == []
 
 
@@ -161,7 +161,7 @@ def test_an_image_as_large_as_allowed_is_read(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("data", "said"),
+    ("data", "message"),
     [
         (b"", "an image of 0 bytes"),
         (b"no image", "an image cannot be decoded: it is none of JPEG, PNG"),
@@ -174,28 +174,28 @@ def test_an_image_as_large_as_allowed_is_read(monkeypatch):
         (b"<!DOCTYPE html><html>404</html>", "an image is a web page"),
         (b"version https://git-lfs.github.com/spec/v1\noid sha256:0", "an image is a Git LFS pointer; fetch"),
         (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "it is none of"),
-        (encoded(kind="JPEG")[:200], "an image cannot be decoded"),
+        (encoded(image_format="JPEG")[:200], "an image cannot be decoded"),
         (encoded(Image.effect_noise((16, 16), 50))[:90], "an image cannot be decoded"),
     ],
 )
-def test_what_is_no_image_says_what_it_is(data, said):
-    assert said in reason(data)
+def test_what_is_no_image_says_what_it_is(data, message):
+    assert message in reason(data)
 
 
 def test_broken_images_of_any_kind_are_bad_rows():
     random = np.random.default_rng(0)
-    for kind in ("PNG", "JPEG", "BMP", "GIF", "WEBP", "TIFF", "PPM", "ICO", "JPEG2000"):
-        whole = np.frombuffer(encoded(Image.effect_noise((16, 16), 50), kind), np.uint8)
+    for image_format in ("PNG", "JPEG", "BMP", "GIF", "WEBP", "TIFF", "PPM", "ICO", "JPEG2000"):
+        intact = np.frombuffer(encoded(Image.effect_noise((16, 16), 50), image_format), np.uint8)
         for _ in range(60):
-            broken = whole.copy()[: random.integers(1, len(whole))]
+            broken = intact.copy()[: random.integers(1, len(intact))]
             broken[random.integers(len(broken), size=3)] = random.integers(256, size=3)
             with contextlib.suppress(BadRow):  # some survive
                 assert load_image(broken.tobytes(), Nowhere(), max_pixels=10_000).mode == "RGB"
 
 
 def test_bytes_come_in_texts_too():
-    for kind in ("PNG", "JPEG", "GIF", "WEBP", "BMP", "TIFF"):
-        text = base64.b64encode(encoded(kind=kind)).decode()
+    for image_format in ("PNG", "JPEG", "GIF", "WEBP", "BMP", "TIFF"):
+        text = base64.b64encode(encoded(image_format=image_format)).decode()
         for form in (
             text,
             text[:76] + "\n" + text[76:],
@@ -208,7 +208,7 @@ def test_bytes_come_in_texts_too():
 
 
 @pytest.mark.parametrize(
-    ("item", "said"),
+    ("item", "message"),
     [
         (5, "an image must be encoded bytes, a path, or a mapping with one of them"),
         ({}, "an image must be encoded bytes"),
@@ -224,5 +224,5 @@ def test_bytes_come_in_texts_too():
         ("folder/without/ending", "asked for folder"),
     ],
 )
-def test_what_stands_for_no_image_says_why(item, said):
-    assert said in reason(item)
+def test_what_stands_for_no_image_says_why(item, message):
+    assert message in reason(item)

@@ -26,7 +26,7 @@ def outcomes(cases, tiny_folder, tmp_path_factory) -> dict[str, tuple[int, int, 
     """Good rows, lost files and what is set aside of every case."""
     connect()
     folder = tmp_path_factory.mktemp("prepared")
-    found = {}
+    by_name = {}
     for start in range(0, len(cases), GROUP):
         group = cases[start : start + GROUP]
         prepared = prepare(
@@ -41,8 +41,8 @@ def outcomes(cases, tiny_folder, tmp_path_factory) -> dict[str, tuple[int, int, 
             file = folder / "quarantine" / f"{case.name}.jsonl"
             bad = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
             assert sum(row["rows"] for row in bad) == prepared.aside[case.name].rows
-            found[case.name] = (prepared.counts[case.name], prepared.aside[case.name].files, bad)
-    return found
+            by_name[case.name] = (prepared.counts[case.name], prepared.aside[case.name].files, bad)
+    return by_name
 
 
 def failures(cases: list[Case], outcomes: dict[str, tuple[int, int, list[dict]]]) -> Iterator[str]:

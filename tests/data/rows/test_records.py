@@ -15,9 +15,9 @@ RED = Image.new("RGB", (8, 6), "red")
 MAPPED = ColumnsConfig(id="number", question="q", answer="a", images="picture")
 
 
-def encoded(image: Image.Image = RED, kind: str = "PNG") -> bytes:
+def encoded(image: Image.Image = RED, image_format: str = "PNG") -> bytes:
     stream = io.BytesIO()
-    image.save(stream, kind)
+    image.save(stream, image_format)
     return stream.getvalue()
 
 
@@ -40,12 +40,12 @@ def reason(row, **settings) -> str:
 
 def test_messages():
     row = {"id": 7, "messages": turns("<image>what ?", "red"), "images": [{"bytes": encoded(), "path": None}]}
-    found = record(row)
-    assert found.id == "7"
-    assert found.messages == turns("<image>what ?", "red")
-    assert found.reference.answers == ("red",)
-    assert found.question == "what ?"
-    (image,) = found.images
+    parsed = record(row)
+    assert parsed.id == "7"
+    assert parsed.messages == turns("<image>what ?", "red")
+    assert parsed.reference.answers == ("red",)
+    assert parsed.question == "what ?"
+    (image,) = parsed.images
     assert (image.mode, image.size) == ("RGB", (8, 6))
 
 
@@ -57,10 +57,10 @@ def test_the_users_row_is_left_as_it_is():
 
 def test_text_only_rows_are_normal():
     for images in ({}, {"images": None}, {"images": []}):
-        found = record({"messages": turns("say red", "red")} | images)
-        assert found.images == []
-        assert found.messages[0]["content"] == "say red"
-    assert found.id == "unnamed"
+        parsed = record({"messages": turns("say red", "red")} | images)
+        assert parsed.images == []
+        assert parsed.messages[0]["content"] == "say red"
+    assert parsed.id == "unnamed"
 
 
 def test_conversations_of_llava():
@@ -69,31 +69,33 @@ def test_conversations_of_llava():
         "image": encoded(),
         "conversations": [{"from": "human", "value": "<image>\nwhat ?"}, {"from": "gpt", "value": "red"}],
     }
-    found = record(row)
-    assert [(m["role"], m["content"]) for m in found.messages] == [("user", "<image>\nwhat ?"), ("assistant", "red")]
-    assert len(found.images) == 1
+    parsed = record(row)
+    assert [(m["role"], m["content"]) for m in parsed.messages] == [("user", "<image>\nwhat ?"), ("assistant", "red")]
+    assert len(parsed.images) == 1
 
 
 def test_questions_with_answers():
-    found = record({"number": 3, "q": "what ?", "a": ["red", "dark red"], "picture": encoded()}, MAPPED)
-    assert found.id == "3"
-    assert found.messages == turns("<image>what ?", "red")
-    assert found.reference.answers == ("red", "dark red")
+    parsed = record({"number": 3, "q": "what ?", "a": ["red", "dark red"], "picture": encoded()}, MAPPED)
+    assert parsed.id == "3"
+    assert parsed.messages == turns("<image>what ?", "red")
+    assert parsed.reference.answers == ("red", "dark red")
     assert record({"q": "how many ?", "a": 3}, MAPPED).reference.answers == ("3",)
 
 
 def test_several_turns_keep_their_order():
-    found = record({"messages": turns("<image>what ?", "red", "how many ?", "2", system="read"), "images": [encoded()]})
-    assert [m["role"] for m in found.messages] == ["system", "user", "assistant", "user", "assistant"]
-    assert found.question == "how many ?"
-    assert found.reference.answers == ("2",)
+    parsed = record(
+        {"messages": turns("<image>what ?", "red", "how many ?", "2", system="read"), "images": [encoded()]}
+    )
+    assert [m["role"] for m in parsed.messages] == ["system", "user", "assistant", "user", "assistant"]
+    assert parsed.question == "how many ?"
+    assert parsed.reference.answers == ("2",)
 
 
-@pytest.mark.parametrize("kind", ["PNG", "JPEG", "GIF"])
-def test_images_come_as_bytes_paths_or_both(tmp_path, kind):
+@pytest.mark.parametrize("image_format", ["PNG", "JPEG", "GIF"])
+def test_images_come_as_bytes_paths_or_both(tmp_path, image_format):
     file = tmp_path / "pictures" / "red.img"
     file.parent.mkdir()
-    file.write_bytes(encoded(kind=kind))
+    file.write_bytes(encoded(image_format=image_format))
     forms = [
         file.read_bytes(), "pictures/red.img", str(file), {"bytes": file.read_bytes(), "path": "elsewhere.png"},
         {"bytes": None, "path": "pictures/red.img"}, [file.read_bytes()], ("pictures/red.img",), [None, str(file)],
@@ -105,9 +107,9 @@ def test_images_come_as_bytes_paths_or_both(tmp_path, kind):
 
 
 def test_images_without_placeholder_stand_first():
-    found = record({"messages": turns("what ?", "red", system="read"), "images": [encoded(), encoded()]})
-    assert found.messages[1]["content"] == "<image><image>what ?"
-    assert found.messages[0]["content"] == "read"
+    parsed = record({"messages": turns("what ?", "red", system="read"), "images": [encoded(), encoded()]})
+    assert parsed.messages[1]["content"] == "<image><image>what ?"
+    assert parsed.messages[0]["content"] == "read"
 
 
 PLACED = ["<image>what ?", "what <image> ?", "what ? <image>"]
@@ -115,8 +117,8 @@ PLACED = ["<image>what ?", "what <image> ?", "what ? <image>"]
 
 @pytest.mark.parametrize("text", PLACED)
 def test_a_placeholder_stays_where_it_is(text):
-    found = record({"messages": turns(text, "red"), "images": [encoded()]})
-    assert found.messages[0]["content"] == text
+    parsed = record({"messages": turns(text, "red"), "images": [encoded()]})
+    assert parsed.messages[0]["content"] == text
 
 
 @pytest.mark.parametrize(
@@ -133,23 +135,23 @@ def test_a_placeholder_stays_where_it_is(text):
 )
 def test_the_template_goes_around_the_text_after_leading_images(text, expected):
     images = [encoded()] * text.count("<image>")
-    found = record({"messages": turns(text, "red"), "images": images}, prompt="Q: {question} short .")
-    assert found.messages[0]["content"] == expected
-    assert len(found.images) == sum(m["content"].count("<image>") for m in found.messages)
+    parsed = record({"messages": turns(text, "red"), "images": images}, prompt="Q: {question} short .")
+    assert parsed.messages[0]["content"] == expected
+    assert len(parsed.images) == sum(m["content"].count("<image>") for m in parsed.messages)
 
 
 def test_the_template_goes_around_the_first_question_only():
-    found = record({"messages": turns("what ?", "red", "sure ?", "yes", system="read")}, prompt="{question} short .")
-    assert [m["content"] for m in found.messages] == ["read", "what ? short .", "red", "sure ?", "yes"]
+    parsed = record({"messages": turns("what ?", "red", "sure ?", "yes", system="read")}, prompt="{question} short .")
+    assert [m["content"] for m in parsed.messages] == ["read", "what ? short .", "red", "sure ?", "yes"]
 
 
 IMAGE = encoded()
 
 
 @pytest.mark.parametrize(
-    ("row", "said"),
+    ("row", "message"),
     [
-        ({}, "column 'messages' is missing or null (map `columns`, or name a `preset`, if yours is named otherwise)"),
+        ({}, "column 'messages' is missing or null (if your columns are named otherwise, set `columns` or a `preset`)"),
         ({"messages": None}, "column 'messages' is missing or null"),
         ({"messages": []}, "no message of the user"),
         ({"messages": turns("what ?")}, "the last message must be the assistant's answer"),
@@ -203,12 +205,12 @@ IMAGE = encoded()
         ),
     ],
 )
-def test_a_row_that_cannot_be_used_says_why(row, said, tmp_path):
-    assert said in reason(row, folder=tmp_path)
+def test_a_row_that_cannot_be_used_says_why(row, message, tmp_path):
+    assert message in reason(row, folder=tmp_path)
 
 
 @pytest.mark.parametrize(
-    ("row", "said"),
+    ("row", "message"),
     [
         ({"a": "red"}, "column 'q' is missing or null"),
         ({"q": float("nan"), "a": "red"}, "column 'q' is missing or null"),
@@ -229,8 +231,8 @@ def test_a_row_that_cannot_be_used_says_why(row, said, tmp_path):
         ({"q": "what ?", "a": "A", "c": {"A": "\x00"}}, "an option holds NUL characters"),
     ],
 )
-def test_a_benchmark_row_that_cannot_be_used_says_why(row, said):
-    assert said in reason(row, columns=MAPPED.model_copy(update={"choices": "c"}))
+def test_a_benchmark_row_that_cannot_be_used_says_why(row, message):
+    assert message in reason(row, columns=MAPPED.model_copy(update={"choices": "c"}))
 
 
 @pytest.mark.parametrize(
@@ -255,10 +257,10 @@ def test_what_a_prompt_asks_needs_no_question(tmp_path):
     """A caption beside a file name, as published image folders have it."""
     (tmp_path / "red.png").write_bytes(encoded())
     columns = ColumnsConfig(images="file_name", answer="text")
-    found = record({"file_name": "red.png", "text": "a red box"}, columns, "Describe it.{question}", tmp_path)
-    assert found.messages == turns("<image>Describe it.", "a red box")
-    said = reason({"file_name": "red.png", "text": "a red box"}, columns=columns, folder=tmp_path)
-    assert said == "there is no question: name `columns.question`, or ask one in the task's prompt"
+    parsed = record({"file_name": "red.png", "text": "a red box"}, columns, "Describe it.{question}", tmp_path)
+    assert parsed.messages == turns("<image>Describe it.", "a red box")
+    message = reason({"file_name": "red.png", "text": "a red box"}, columns=columns, folder=tmp_path)
+    assert message == "there is no question: name `columns.question`, or ask one in the task's prompt"
 
 
 def test_options_and_groups():
@@ -283,8 +285,8 @@ def test_contents_may_be_lists_of_parts(content):
         {"role": "user", "content": content},
         {"role": "assistant", "content": [{"type": "text", "text": "red"}]},
     ]
-    found = record({"messages": messages, "images": [IMAGE]})
-    assert found.messages == turns("what is <image> ?", "red")
+    parsed = record({"messages": messages, "images": [IMAGE]})
+    assert parsed.messages == turns("what is <image> ?", "red")
 
 
 def test_images_may_come_inside_the_messages(tmp_path):
@@ -294,9 +296,9 @@ def test_images_may_come_inside_the_messages(tmp_path):
     content = [inline[0], {"type": "image"}, {"type": "text", "text": "<image> same ?"}, inline[1]]
     messages = [{"role": "user", "content": content}, {"role": "assistant", "content": "no"}]
     tall = encoded(Image.new("RGB", (1, 9)))
-    found = record({"messages": messages, "images": [tall, IMAGE]}, folder=tmp_path)
-    assert [image.size for image in found.images] == [(9, 1), (1, 9), (8, 6), (9, 1)]
-    assert found.messages[0]["content"] == "<image><image><image> same ?<image>"
+    parsed = record({"messages": messages, "images": [tall, IMAGE]}, folder=tmp_path)
+    assert [image.size for image in parsed.images] == [(9, 1), (1, 9), (8, 6), (9, 1)]
+    assert parsed.messages[0]["content"] == "<image><image><image> same ?<image>"
 
 
 def test_messages_may_be_a_json_string_and_roles_of_either_kind():

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import pytest
 
 from pipeline.config import SourceConfig, without_secrets
-from pipeline.data.faults import StreamError
+from pipeline.data.errors import StreamError
 from pipeline.data.sources import storage
 from pipeline.data.sources.files import matches, resolve, split_glob
 
@@ -22,8 +22,8 @@ def source(path, **settings) -> SourceConfig:
 
 def names(tmp_path, path, **settings) -> list[str]:
     """Returns the files found, by their paths in `tmp_path`."""
-    found = resolve(source(path, **settings), tmp_path)[1]
-    return [file.path.removeprefix(f"{tmp_path}/") for file in found]
+    files = resolve(source(path, **settings), tmp_path)[1]
+    return [file.path.removeprefix(f"{tmp_path}/") for file in files]
 
 
 def test_a_file_a_folder_and_globs(tmp_path):
@@ -72,12 +72,12 @@ def test_paths_may_be_relative_uris_or_have_spaces(tmp_path, monkeypatch):
     assert resolve(source("my data"), tmp_path)[2] == "jsonl"
 
 
-@pytest.mark.parametrize("kind", ["parquet", "jsonl", "json", "tsv", "csv"])
-def test_the_format_can_be_given_where_the_ending_does_not_say(tmp_path, kind):
+@pytest.mark.parametrize("file_format", ["parquet", "jsonl", "json", "tsv", "csv"])
+def test_the_format_can_be_given_where_the_ending_does_not_say(tmp_path, file_format):
     touch(tmp_path, "rows.txt")
     with pytest.raises(StreamError, match=r"rows\.txt: no parquet, jsonl, json, tsv or csv files there"):
         resolve(source(tmp_path / "rows.txt"), tmp_path)
-    assert resolve(source(tmp_path / "rows.txt", format=kind), tmp_path)[2] == kind
+    assert resolve(source(tmp_path / "rows.txt", format=file_format), tmp_path)[2] == file_format
 
 
 def test_a_given_format_chooses_among_the_files_of_a_folder(tmp_path):
@@ -134,8 +134,8 @@ def test_two_stars_stand_for_any_folders():
 
 def test_storage_that_is_not_there_is_told(tmp_path):
     """A port where nobody listens, without the minutes of retries that a real outage takes."""
-    for path, said in (("abc://b/a.jsonl", "Unrecognized filesystem"), ("file://host/a", "")):
-        with pytest.raises(StreamError, match=f"cannot be read: .*{said}.*are name, region and credentials right"):
+    for path, message in (("abc://b/a.jsonl", "Unrecognized filesystem"), ("file://host/a", "")):
+        with pytest.raises(StreamError, match=f"cannot be read: .*{message}.*are name, region and credentials right"):
             resolve(source(path), tmp_path)
 
 
@@ -164,10 +164,10 @@ def test_secrets_go_from_texts_too(text: str, shown: str) -> None:
 
 
 def test_google_gives_up_in_time(monkeypatch):
-    asked = []
-    monkeypatch.setattr(storage, "fs", SimpleNamespace(FileSystem=SimpleNamespace(from_uri=asked.append)))
+    uris = []
+    monkeypatch.setattr(storage, "fs", SimpleNamespace(FileSystem=SimpleNamespace(from_uri=uris.append)))
     for path in ("gs://b/a", "gs://b/a?anonymous=true", "gs://b/a?retry_limit_seconds=5"):
-        storage.place_of(path)
-    assert asked == [
+        storage.locate(path)
+    assert uris == [
         "gs://b/a?retry_limit_seconds=60", "gs://b/a?anonymous=true&retry_limit_seconds=60", "gs://b/a?retry_limit_seconds=5",
     ]  # fmt: skip

@@ -11,12 +11,12 @@ import pyarrow.fs as fs
 import pyarrow.parquet as pq
 import pytest
 
-from pipeline.data.faults import StreamError, UnreadableRow
+from pipeline.data.errors import StreamError, UnreadableRow
 from pipeline.data.sources import formats
 from pipeline.data.sources.formats import format_of, rows_of
 
 LOCAL = fs.LocalFileSystem()
-KNOWN = frozenset({"id", "text"})
+WANTED = frozenset({"id", "text"})
 
 
 def row(number: int) -> dict:
@@ -27,8 +27,8 @@ def lines(count: int) -> bytes:
     return b"".join(json.dumps(row(n)).encode() + b"\n" for n in range(count))
 
 
-def read(path, kind=None) -> list:
-    return list(rows_of(LOCAL, str(path), kind or format_of(str(path)), KNOWN))
+def read(path, file_format=None) -> list:
+    return list(rows_of(LOCAL, str(path), file_format or format_of(str(path)), WANTED))
 
 
 def write(path, data: bytes):
@@ -36,28 +36,28 @@ def write(path, data: bytes):
     return path
 
 
-def fault(found) -> str:
+def reason_of(rows) -> str:
     """Returns the reason of the only fault."""
-    (only,) = [row for _, row in found if isinstance(row, UnreadableRow)]
+    (only,) = [row for _, row in rows if isinstance(row, UnreadableRow)]
     return only.reason
 
 
-def lost(found: list) -> tuple[str, int]:
+def lost(rows: list) -> tuple[str, int]:
     """What of a file is lost by its only fault, and rows that stand there."""
-    (only,) = [row for _, row in found if isinstance(row, UnreadableRow)]
+    (only,) = [row for _, row in rows if isinstance(row, UnreadableRow)]
     return only.lost, only.rows
 
 
 @pytest.mark.parametrize(
-    ("path", "kind"),
+    ("path", "file_format"),
     [
         ("a.parquet", "parquet"), ("data/train-00000-of-00005-49492f364babfa44.parquet", "parquet"), ("a.JSONL", "jsonl"),
         ("a.ndjson", "jsonl"), ("a.jsonl.gz", "jsonl"), ("a.json.zst", "json"), ("a.tsv", "tsv"), ("b.v1.csv", "csv"),
         ("a.txt", ""), ("a", ""), ("a.gz", ""), ("jsonl", ""), ("a.parquet.crc", ""),
     ],
 )  # fmt: skip
-def test_the_ending_says_the_format(path, kind):
-    assert format_of(path) == kind
+def test_the_ending_says_the_format(path, file_format):
+    assert format_of(path) == file_format
 
 
 def test_lines_are_numbered_as_an_editor_does(tmp_path):
@@ -70,29 +70,29 @@ def test_an_empty_file_of_lines_has_no_rows(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("line", "said"),
+    ("line", "message"),
     [
         (b"nonsense", "not valid JSON"), (b"[1, 2]", "a row must be a JSON object, found list"), (b"5", "found int"),
         (b"\x00\x00\x00", "is it UTF-16"), (b'{"id": 1', "not valid JSON"), (b"[" * 99_999, "nested too deeply"),
     ],
 )  # fmt: skip
-def test_a_bad_line_costs_itself(tmp_path, line, said):
-    found = read(write(tmp_path / "a.jsonl", lines(2) + line + b"\n" + lines(1)))
-    assert said in fault(found)
-    assert [number for number, _ in found] == [1, 2, 3, 4]
-    assert found[2][1].excerpt.startswith(line[:5].decode())
+def test_a_bad_line_costs_itself(tmp_path, line, message):
+    rows = read(write(tmp_path / "a.jsonl", lines(2) + line + b"\n" + lines(1)))
+    assert message in reason_of(rows)
+    assert [number for number, _ in rows] == [1, 2, 3, 4]
+    assert rows[2][1].excerpt.startswith(line[:5].decode())
 
 
 def test_bytes_that_are_not_utf8_pass_for_those_who_do_not_use_them(tmp_path):
-    ((_, found),) = read(write(tmp_path / "a.jsonl", b'{"id": 1, "note": "caf\xe9", "text": "x"}\n'))
-    assert (found["text"], found["note"].encode("utf-8", "surrogateescape")) == ("x", b"caf\xe9")
+    ((_, values),) = read(write(tmp_path / "a.jsonl", b'{"id": 1, "note": "caf\xe9", "text": "x"}\n'))
+    assert (values["text"], values["note"].encode("utf-8", "surrogateescape")) == ("x", b"caf\xe9")
 
 
 def test_a_line_without_end_is_not_read_to_its_end(tmp_path, monkeypatch):
     monkeypatch.setattr(formats, "LONGEST_LINE", 100)
-    found = read(write(tmp_path / "a.jsonl", lines(1) + b'{"id": "' + b"x" * 950 + b'"}\n' + lines(1)))
-    assert "a line of more than 100 characters" in fault(found)
-    assert [number for number, _ in found] == [1, 2, 3]
+    rows = read(write(tmp_path / "a.jsonl", lines(1) + b'{"id": "' + b"x" * 950 + b'"}\n' + lines(1)))
+    assert "a line of more than 100 characters" in reason_of(rows)
+    assert [number for number, _ in rows] == [1, 2, 3]
 
 
 @pytest.mark.parametrize(("ending", "compress"), [(".gz", gzip.compress), (".bz2", bz2.compress)])
@@ -104,12 +104,12 @@ def test_compressed_texts(tmp_path, ending, compress):
 
 
 def test_a_damaged_archive_is_read_as_far_as_it_goes(tmp_path):
-    found = read(write(tmp_path / "a.jsonl.gz", gzip.compress(lines(50_000))[:-2000]))
-    assert [entry for _, entry in found[:100]] == [row(n) for n in range(100)]
-    assert f"a.jsonl.gz: the file cannot be read beyond its row {len(found) - 1}: Truncated" in fault(found)
-    assert lost(found) == (f"all rows beyond row {len(found) - 1}", 0)
+    rows = read(write(tmp_path / "a.jsonl.gz", gzip.compress(lines(50_000))[:-2000]))
+    assert [entry for _, entry in rows[:100]] == [row(n) for n in range(100)]
+    assert f"a.jsonl.gz: the file cannot be read beyond its row {len(rows) - 1}: Truncated" in reason_of(rows)
+    assert lost(rows) == (f"all rows beyond row {len(rows) - 1}", 0)
     nothing = read(write(tmp_path / "b.jsonl.gz", b"no archive"))
-    assert "cannot be read at all" in fault(nothing)
+    assert "cannot be read at all" in reason_of(nothing)
     assert lost(nothing) == ("the whole file", 0)
 
 
@@ -137,9 +137,9 @@ def test_a_file_that_was_cut_is_told_from_a_broken_row(tmp_path, name, data, exp
 
 
 def test_json_holds_rows_or_faults(tmp_path):
-    found = read(write(tmp_path / "a.json", b'[{"id": 1}, 5, {"id": 2}]'))
-    assert "a row must be a JSON object, found int" in fault(found)
-    assert [number for number, _ in found] == [1, 2, 3]
+    rows = read(write(tmp_path / "a.json", b'[{"id": 1}, 5, {"id": 2}]'))
+    assert "a row must be a JSON object, found int" in reason_of(rows)
+    assert [number for number, _ in rows] == [1, 2, 3]
 
 
 def table(rows: list[list], delimiter: str = "\t") -> bytes:
@@ -152,8 +152,8 @@ def table(rows: list[list], delimiter: str = "\t") -> bytes:
 def test_tables_may_hold_line_breaks_quotes_and_long_cells(tmp_path, name, delimiter):
     texts = ['one "two"\tthree, four\nfive', "x" * 3_000_000, "caf\u00e9"]
     data = b"\xef\xbb\xbf" + table([["id", "text"], *([n, text] for n, text in enumerate(texts))], delimiter)
-    found = read(write(tmp_path / name, data))
-    assert found == [(n + 1, {"id": str(n), "text": text}) for n, text in enumerate(texts)]
+    rows = read(write(tmp_path / name, data))
+    assert rows == [(n + 1, {"id": str(n), "text": text}) for n, text in enumerate(texts)]
 
 
 def test_empty_cells_are_missing_values(tmp_path):
@@ -163,37 +163,37 @@ def test_empty_cells_are_missing_values(tmp_path):
 
 
 def test_rows_that_do_not_fit_the_header_are_faults(tmp_path):
-    found = read(write(tmp_path / "a.tsv", b"id\ttext\n1\tx\n2\n3\tx\ty\n4\tx\n"))
-    assert [isinstance(entry, UnreadableRow) for _, entry in found] == [False, True, True, False]
-    assert "line 3: 1 cells, the header has 2" in found[1][1].reason
+    rows = read(write(tmp_path / "a.tsv", b"id\ttext\n1\tx\n2\n3\tx\ty\n4\tx\n"))
+    assert [isinstance(entry, UnreadableRow) for _, entry in rows] == [False, True, True, False]
+    assert "line 3: 1 cells, the header has 2" in rows[1][1].reason
 
 
 @pytest.mark.parametrize("line", [b'2\t"x', b'"2\tx', b'2\t"x"\ty', b'2\tx\t"y'])
 @pytest.mark.parametrize("closes", [b"", b'"'])
 def test_a_quote_that_is_not_closed_costs_its_row(tmp_path, line, closes):
     data = b"id\ttext\n1\tx\n" + line + b"\n3\tx\n4\tx\n5\t" + closes + b"x\n6\tx\n"
-    found = read(write(tmp_path / "a.tsv", data))
-    good = {row["id"] for _, row in found if isinstance(row, dict)}
+    rows = read(write(tmp_path / "a.tsv", data))
+    good = {row["id"] for _, row in rows if isinstance(row, dict)}
     assert good >= {"1", "3", "4", "6"}
-    assert [number for number, _ in found] == [1, 2, 3, 4, 5, 6]
-    assert "a quote that is not closed" in found[1][1].reason
-    assert found[1][1].reason.startswith("line 3: ")
+    assert [number for number, _ in rows] == [1, 2, 3, 4, 5, 6]
+    assert "a quote that is not closed" in rows[1][1].reason
+    assert rows[1][1].reason.startswith("line 3: ")
 
 
 def test_quotes_inside_a_cell_need_not_be_doubled(tmp_path):
-    found = read(write(tmp_path / "a.tsv", b'id\ttext\n1\t"Hello" he said\n2\t5" wide\n'))
-    assert [row["text"] for _, row in found] == ["Hello he said", '5" wide']
+    rows = read(write(tmp_path / "a.tsv", b'id\ttext\n1\t"Hello" he said\n2\t5" wide\n'))
+    assert [row["text"] for _, row in rows] == ["Hello he said", '5" wide']
 
 
 def test_a_table_without_a_header_is_no_table(tmp_path):
-    assert "not even a line with the columns' names" in fault(read(write(tmp_path / "a.tsv", b"")))
+    assert "not even a line with the columns' names" in reason_of(read(write(tmp_path / "a.tsv", b"")))
 
 
 def test_cells_longer_than_allowed_are_faults(tmp_path, monkeypatch):
     monkeypatch.setattr(formats, "LONGEST_LINE", 100)
-    found = read(write(tmp_path / "a.tsv", table([["id", "text"], [1, "x"], [2, "x" * 200], [3, "x"]])))
-    assert "field larger than field limit" in "".join(e.reason for _, e in found if isinstance(e, UnreadableRow))
-    assert found[0][1] == {"id": "1", "text": "x"}
+    rows = read(write(tmp_path / "a.tsv", table([["id", "text"], [1, "x"], [2, "x" * 200], [3, "x"]])))
+    assert "field larger than field limit" in "".join(e.reason for _, e in rows if isinstance(e, UnreadableRow))
+    assert rows[0][1] == {"id": "1", "text": "x"}
 
 
 def parquet(path, rows: list[dict], **settings):
@@ -213,7 +213,7 @@ def test_numbers_stay_what_they_are_beside_missing_ones(tmp_path):
 
 @pytest.mark.parametrize("data", [b"", b"no parquet", b"PAR1"])
 def test_a_file_that_is_no_parquet_is_one_fault(tmp_path, data):
-    assert "a.parquet: the file cannot be read at all: " in fault(read(write(tmp_path / "a.parquet", data)))
+    assert "a.parquet: the file cannot be read at all: " in reason_of(read(write(tmp_path / "a.parquet", data)))
 
 
 def test_a_damaged_row_group_costs_its_own_rows(tmp_path):
@@ -222,9 +222,9 @@ def test_a_damaged_row_group_costs_its_own_rows(tmp_path):
     data = bytearray(path.read_bytes())
     start = column.dictionary_page_offset or column.data_page_offset
     data[start : start + column.total_compressed_size] = b"\xff" * column.total_compressed_size
-    found = read(write(path, bytes(data)))
-    assert [number for number, _ in found] == [*range(1, 32), *range(61, 91)]
-    (lost,) = [entry for _, entry in found if isinstance(entry, UnreadableRow)]
+    rows = read(write(path, bytes(data)))
+    assert [number for number, _ in rows] == [*range(1, 32), *range(61, 91)]
+    (lost,) = [entry for _, entry in rows if isinstance(entry, UnreadableRow)]
     assert "row group 1 of a.parquet cannot be read" in lost.reason
     assert (lost.lost, lost.rows) == ("rows 31 to 60", 30)
 
@@ -233,13 +233,13 @@ def test_a_cell_that_is_not_utf8_costs_its_row(tmp_path):
     texts = pa.array([b"a", b"caf\xe9", b"c"]).view(pa.binary()).cast(pa.binary())
     broken = pa.Array.from_buffers(pa.string(), 3, texts.buffers())
     pq.write_table(pa.table({"id": [1, 2, 3], "text": broken}), tmp_path / "a.parquet")
-    found = read(tmp_path / "a.parquet")
-    assert [isinstance(entry, UnreadableRow) for _, entry in found] == [False, True, False]
-    assert "a value cannot be read" in fault(found)
+    rows = read(tmp_path / "a.parquet")
+    assert [isinstance(entry, UnreadableRow) for _, entry in rows] == [False, True, False]
+    assert "a value cannot be read" in reason_of(rows)
 
 
 def test_a_file_that_went_away_is_a_fault(tmp_path):
-    assert "the file cannot be read at all" in fault(read(tmp_path / "none.jsonl"))
+    assert "the file cannot be read at all" in reason_of(read(tmp_path / "none.jsonl"))
 
 
 class Elsewhere(fs.FileSystemHandler):
@@ -262,4 +262,4 @@ class Elsewhere(fs.FileSystemHandler):
 def test_a_network_that_fails_is_no_damage():
     """Rows that may be there at the next try are not set aside."""
     with pytest.raises(StreamError, match=r"bucket/a\.jsonl: cannot be read: AWS Error NETWORK_CONNECTION"):
-        list(rows_of(fs.PyFileSystem(Elsewhere()), "bucket/a.jsonl", "jsonl", KNOWN))
+        list(rows_of(fs.PyFileSystem(Elsewhere()), "bucket/a.jsonl", "jsonl", WANTED))

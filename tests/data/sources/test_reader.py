@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from pipeline.config import ColumnsConfig, SourceConfig
-from pipeline.data.faults import UnreadableRow
+from pipeline.data.errors import UnreadableRow
 from pipeline.data.rows.records import BadRow
 from pipeline.data.sources import reader
 from pipeline.data.sources.reader import (
@@ -60,10 +60,10 @@ def raw(content, path="/data/rows.jsonl", number=7, root="") -> dict:
     return {PATH: str(path), NUMBER: number, ROOT: root, RAW: reader.packed_row(content)}
 
 
-def tasks(found: SourceConfig, folder, parallelism: int) -> list[list[dict]]:
+def tasks(config: SourceConfig, folder, parallelism: int) -> list[list[dict]]:
     """Returns the rows of each task that Ray would run."""
-    read = reader._Rows(found, folder).get_read_tasks(parallelism)
-    return [[entry for block in task() for entry in block.to_pylist()] for task in read]
+    read_tasks = reader._Rows(config, folder).get_read_tasks(parallelism)
+    return [[entry for block in task() for entry in block.to_pylist()] for task in read_tasks]
 
 
 def test_every_file_is_read_by_one_task(tmp_path):
@@ -98,8 +98,10 @@ def test_files_may_differ_in_their_columns(tmp_path):
     pq.write_table(pa.table({"other": [5]}), tmp_path / "c.parquet")
     (rows,) = tasks(source(tmp_path), tmp_path, 1)
     assert record_of(rows[0], source(tmp_path), "{question}").id == "row0"
-    for entry, said in zip(rows[1:], ("no message of the user", "column 'messages' is missing or null"), strict=True):
-        with pytest.raises(BadRow, match=said):
+    for entry, message in zip(
+        rows[1:], ("no message of the user", "column 'messages' is missing or null"), strict=True
+    ):
+        with pytest.raises(BadRow, match=message):
             record_of(entry, source(tmp_path), "{question}")
 
 
@@ -150,12 +152,12 @@ def test_the_fingerprint_changes_with_contents_and_reading(tmp_path):
         {"preset": "docvqa"},
         {"image_root": "/images"},
     )
-    found = [fingerprint(source(file, **more), tmp_path) for more in settings]
+    fingerprints = [fingerprint(source(file, **more), tmp_path) for more in settings]
     file.write_text(file.read_text().replace("say 1", "say 2"))
-    found.append(fingerprint(source(file), tmp_path))
+    fingerprints.append(fingerprint(source(file), tmp_path))
     write_jsonl(tmp_path / "more.jsonl", range(1))
-    found.append(fingerprint(source(tmp_path), tmp_path))
-    assert len(set(found)) == 7
+    fingerprints.append(fingerprint(source(tmp_path), tmp_path))
+    assert len(set(fingerprints)) == 7
 
 
 def test_damaged_files_have_fingerprints_too(tmp_path):
@@ -165,9 +167,9 @@ def test_damaged_files_have_fingerprints_too(tmp_path):
 
 def test_files_that_may_not_be_read_are_told(tmp_path, monkeypatch):
     file = write_jsonl(tmp_path / "a.jsonl", range(1))
-    found = reader.resolve(source(file), tmp_path)
+    resolved = reader.resolve(source(file), tmp_path)
     file.unlink()
-    monkeypatch.setattr(reader, "resolve", lambda *args: found)
+    monkeypatch.setattr(reader, "resolve", lambda *args: resolved)
     with pytest.raises(StreamError, match=r"a\.jsonl: cannot be read: .*No such file"):
         fingerprint(source(file), tmp_path)
 
@@ -175,9 +177,9 @@ def test_files_that_may_not_be_read_are_told(tmp_path, monkeypatch):
 @pytest.mark.parametrize("write", [write_jsonl, write_parquet, write_json])
 def test_first_records_are_read_here_and_now(tmp_path, write):
     file = write(tmp_path / f"rows.{write.__name__.removeprefix('write_')}", range(9))
-    found = list(first_records(source(file), tmp_path, "{question} .", 4))
-    assert [record.id for record in found] == ["row0", "row1", "row2", "row3"]
-    assert found[3].question == "say 3 ."
+    records = list(first_records(source(file), tmp_path, "{question} .", 4))
+    assert [record.id for record in records] == ["row0", "row1", "row2", "row3"]
+    assert records[3].question == "say 3 ."
     assert len(list(first_records(source(file), tmp_path, "{question}", 20))) == 9
 
 

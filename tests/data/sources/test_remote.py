@@ -16,7 +16,7 @@ from PIL import Image
 
 from cluster.local import connect
 from pipeline.config import SourceConfig
-from pipeline.data.faults import BadRow, StreamError
+from pipeline.data.errors import BadRow, StreamError
 from pipeline.data.sources.reader import count_rows, fingerprint, first_records, read, record_of
 
 pytestmark = pytest.mark.ray
@@ -48,8 +48,8 @@ class Bucket(BaseHTTPRequestHandler):
             status, data = 200, self._listing(query.get("prefix", [""])[0], query.get("delimiter", [""])[0])
         elif key in objects:
             status, data = 200, objects[key]
-            if asked := re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", "")):
-                start, end = int(asked[1]), int(asked[2] or len(data) - 1)
+            if byte_range := re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", "")):
+                start, end = int(byte_range[1]), int(byte_range[2] or len(data) - 1)
                 headers["Content-Range"] = f"bytes {start}-{end}/{len(data)}"
                 status, data = 206, data[start : end + 1]
         self.send_response(status)
@@ -89,8 +89,8 @@ def png(size: tuple[int, int]) -> bytes:
 
 
 def row(number: int, image: str) -> dict:
-    said = [{"from": "human", "value": f"<image>\nsay {number}"}, {"from": "gpt", "value": str(number)}]
-    return {"id": f"row{number}", "image": image, "conversations": said}
+    turns = [{"from": "human", "value": f"<image>\nsay {number}"}, {"from": "gpt", "value": str(number)}]
+    return {"id": f"row{number}", "image": image, "conversations": turns}
 
 
 @pytest.fixture(scope="module")
@@ -125,8 +125,8 @@ def source(path: str, options: str, **settings) -> SourceConfig:
     return SourceConfig(path=f"s3://key:secret@{path}{options}", **settings)
 
 
-def records(found: SourceConfig) -> list:
-    return list(first_records(found, Path("/nowhere"), "{question}", 9))
+def records(config: SourceConfig) -> list:
+    return list(first_records(config, Path("/nowhere"), "{question}", 9))
 
 
 def test_images_are_read_from_where_their_rows_are(options):
@@ -142,32 +142,32 @@ def test_images_may_lie_elsewhere(options, tmp_path):
 
 
 def test_folders_are_counted_and_fingerprinted(options):
-    found = source("data/shards", options)
-    assert count_rows(found, Path("/nowhere")) == 3
-    assert len(fingerprint(found, Path("/nowhere"))) == 16
+    config = source("data/shards", options)
+    assert count_rows(config, Path("/nowhere")) == 3
+    assert len(fingerprint(config, Path("/nowhere"))) == 16
 
 
 def test_rays_workers_read_it_too(options):
     connect()
-    found = source("data/llava", options)
-    rows = read(found, Path("/nowhere")).take_all()
-    assert [record_of(entry, found, "{question}").id for entry in rows] == ["row0", "row1"]
+    config = source("data/llava", options)
+    rows = read(config, Path("/nowhere")).take_all()
+    assert [record_of(entry, config, "{question}").id for entry in rows] == ["row0", "row1"]
     (entry,) = read(source("data/damaged", options), Path("/nowhere")).take_all()
     with pytest.raises(BadRow, match=r"a\.parquet: the file cannot be read at all"):
-        record_of(entry, found, "{question}")
+        record_of(entry, config, "{question}")
 
 
 def test_what_rows_may_not_name_is_refused(options):
-    found = source("data/bad", options)
+    config = source("data/bad", options)
     reasons = []
-    for entry in read(found, Path("/nowhere")).take_all():
+    for entry in read(config, Path("/nowhere")).take_all():
         with pytest.raises(BadRow) as error:
-            record_of(entry, found, "{question}")
+            record_of(entry, config, "{question}")
         reasons.append(str(error.value))
-    for reason, said in zip(
+    for reason, message in zip(
         reasons, ("lies outside of data/bad", "does not exist", "lies outside", "is a folder"), strict=True
     ):
-        assert said in reason
+        assert message in reason
 
 
 @pytest.mark.parametrize("path", ["private/rows.jsonl", "data/none/rows.jsonl", "data/none"])

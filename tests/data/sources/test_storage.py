@@ -3,7 +3,7 @@
 import pyarrow.fs as fs
 import pytest
 
-from pipeline.data.faults import BadRow
+from pipeline.data.errors import BadRow
 from pipeline.data.sources import storage
 from pipeline.data.sources.storage import ImageFolder
 
@@ -20,27 +20,27 @@ def folder(tmp_path) -> ImageFolder:
 
 
 def test_paths_may_be_relative_absolute_or_uris(folder):
-    for name in ("deep/a.png", "./deep//a.png", "deep/../deep/a.png", f"{folder.place}/deep/a.png"):
+    for name in ("deep/a.png", "./deep//a.png", "deep/../deep/a.png", f"{folder.path}/deep/a.png"):
         assert folder.read(name) == b"inside"
-    assert folder.read(f"file://{folder.place}/deep/a.png") == b"inside"
+    assert folder.read(f"file://{folder.path}/deep/a.png") == b"inside"
 
 
 @pytest.mark.parametrize(
-    ("name", "said"),
+    ("name", "message"),
     [
-        ("../secret.png", "lies outside of {place}; a folder with all images can be named as image_root"),
+        ("../secret.png", "lies outside of {path}; a folder with all images can be named as image_root"),
         ("deep/../../secret.png", "lies outside of"), ("../../../../etc/passwd", "lies outside of"),
         ("/etc/passwd", "lies outside of"), ("../database/a.png", "lies outside of"), ("", "lies outside of"),
         (".", "lies outside of"), ("file:///etc/passwd", "lies outside of"),
-        ("none.png", "image file 'none.png' does not exist in {place}"), ("deep", "image file 'deep' is a folder"),
+        ("none.png", "image file 'none.png' does not exist in {path}"), ("deep", "image file 'deep' is a folder"),
         ("deep/a.png/b", "does not exist"), ("s3://bucket/a.png", "its rows lie elsewhere than s3://"),
         ("a\x00b", "cannot be read: Embedded NUL"), ("\udce9.png", "cannot be read"), ("x" * 300 + ".png", "image file 'xxx"),
     ],
 )  # fmt: skip
-def test_what_is_not_there_or_not_for_rows_is_refused(folder, name, said):
+def test_what_is_not_there_or_not_for_rows_is_refused(folder, name, message):
     with pytest.raises(BadRow) as error:
         folder.read(name)
-    assert said.format(place=folder.place) in str(error.value)
+    assert message.format(path=folder.path) in str(error.value)
     assert len(str(error.value)) < 500
     str(error.value).encode()
 
@@ -58,7 +58,7 @@ def test_files_too_large_for_an_image_are_not_read(folder, monkeypatch):
 
 
 def test_the_whole_disk_is_a_folder_too(tmp_path, folder):
-    assert ImageFolder(fs.LocalFileSystem(), "/").read(f"{folder.place}/deep/a.png") == b"inside"
+    assert ImageFolder(fs.LocalFileSystem(), "/").read(f"{folder.path}/deep/a.png") == b"inside"
 
 
 def test_other_storage_is_read_in_the_same_way(tmp_path, folder):

@@ -1,4 +1,4 @@
-"""What the published InternVL2 code computes, written from its architecture and not from the converter.
+"""What the original InternVL2 code computes, written from its architecture, independently of the converter.
 
 Fused projections stay fused, and there are loops instead of reshapes where the order of things matters. Shapes: B rows,
 T tokens, D width, N tiles, W width of a head.
@@ -13,13 +13,13 @@ from torch import Tensor
 from torch.nn import functional
 
 
-class PublishedModel:
-    """InternViT, pixel shuffle, `mlp1` and a language tower over weights with their published names."""
+class OriginalModel:
+    """InternViT, pixel shuffle, `mlp1` and a language tower over weights with their original names."""
 
     def __init__(self, config: Mapping[str, Any], weights: Mapping[str, Tensor], image_token: int) -> None:
         self.config, self.weights, self.image_token = config, weights, image_token
-        (self.kind,) = config["llm_config"]["architectures"]
-        self.internlm2 = self.kind == "InternLM2ForCausalLM"
+        (self.language_class,) = config["llm_config"]["architectures"]
+        self.internlm2 = self.language_class == "InternLM2ForCausalLM"
 
     def _linear(self, x: Tensor, name: str) -> Tensor:
         return functional.linear(x, self.weights[f"{name}.weight"], self.weights.get(f"{name}.bias"))
@@ -100,7 +100,7 @@ class PublishedModel:
                 q += fused[start : start + group]
                 k.append(fused[start + group])
                 v.append(fused[start + group + 1])
-        elif self.kind == "Phi3ForCausalLM":
+        elif self.language_class == "Phi3ForCausalLM":
             fused = self._linear(x, f"{layer}.self_attn.qkv_proj").split(width, -1)
             q, k, v = list(fused[:queries]), list(fused[queries : queries + keys]), list(fused[queries + keys :])
         else:
@@ -110,7 +110,7 @@ class PublishedModel:
     def _mlp(self, x: Tensor, layer: str) -> Tensor:
         if self.internlm2:
             gate, up = (self._linear(x, f"{layer}.feed_forward.{name}") for name in ("w1", "w3"))
-        elif self.kind == "Phi3ForCausalLM":
+        elif self.language_class == "Phi3ForCausalLM":
             gate, up = self._linear(x, f"{layer}.mlp.gate_up_proj").chunk(2, -1)
         else:
             gate, up = (self._linear(x, f"{layer}.mlp.{name}_proj") for name in ("gate", "up"))

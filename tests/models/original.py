@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers.convert_slow_tokenizer import import_protobuf
 
 CONFIGS = Path(__file__).parent / "configs"
-"""The published configurations, with all that bears on the computation."""
+"""The original configurations, with all that bears on the computation."""
 
 IMAGE_WORDS = ["<img>", "</img>", "<IMG_CONTEXT>", "<quad>", "</quad>", "<ref>", "</ref>", "<box>", "</box>"]
 
@@ -46,7 +46,7 @@ TEMPLATES = {"Phi3ForCausalLM": "phi3-chat", "Qwen2ForCausalLM": "Hermes-2"}
 
 
 def small_config(
-    kind: str = "InternLM2ForCausalLM", vision: Mapping[str, Any] = VISION_300M, **text: Any
+    language_class: str = "InternLM2ForCausalLM", vision: Mapping[str, Any] = VISION_300M, **text: Any
 ) -> dict[str, Any]:
     """Returns the config.json of a small model: tiles of 56 pixels, 16 patches, 4 tokens."""
     return {
@@ -56,7 +56,7 @@ def small_config(
         "dynamic_image_size": True,
         "force_image_size": 56,
         "llm_config": {
-            "architectures": [kind],
+            "architectures": [language_class],
             "hidden_act": "silu",
             "hidden_size": 48,
             "intermediate_size": 80,
@@ -67,7 +67,7 @@ def small_config(
             "tie_word_embeddings": False,
             "eos_token_id": 2,
             "vocab_size": 0,
-            **LLM.get(kind, {}),
+            **LLM.get(language_class, {}),
             **text,
         },
         "max_dynamic_patch": 12,
@@ -75,7 +75,7 @@ def small_config(
         "model_type": "internvl_chat",
         "ps_version": "v2",
         "select_layer": -1,
-        "template": TEMPLATES.get(kind, "internlm2-chat"),
+        "template": TEMPLATES.get(language_class, "internlm2-chat"),
         "torch_dtype": "float32",
         "use_backbone_lora": 0,
         "use_llm_lora": 0,
@@ -97,7 +97,7 @@ def small_config(
 
 
 def shapes(config: Mapping[str, Any]) -> Iterator[tuple[str, tuple[int, ...]]]:
-    """Yields name and shape of every published tensor."""
+    """Yields name and shape of every original tensor."""
     vision, text = config["vision_config"], config["llm_config"]
     width, inner, patch = vision["hidden_size"], vision["intermediate_size"], vision["patch_size"]
     yield "vision_model.embeddings.class_embedding", (1, 1, width)
@@ -129,8 +129,8 @@ def shapes(config: Mapping[str, Any]) -> Iterator[tuple[str, tuple[int, ...]]]:
 
 
 def _language_shapes(text: Mapping[str, Any]) -> Iterator[tuple[str, tuple[int, ...]]]:
-    (kind,) = text["architectures"]
-    internlm2 = kind == "InternLM2ForCausalLM"
+    (language_class,) = text["architectures"]
+    internlm2 = language_class == "InternLM2ForCausalLM"
     wide, inner = text["hidden_size"], text["intermediate_size"]
     keys = text["num_key_value_heads"] * (wide // text["num_attention_heads"])
     up, down = (inner, wide), (wide, inner)
@@ -140,12 +140,12 @@ def _language_shapes(text: Mapping[str, Any]) -> Iterator[tuple[str, tuple[int, 
         biased = set(linears) if text["bias"] else set()
         linears |= {"feed_forward.w1": up, "feed_forward.w2": down, "feed_forward.w3": up}
         norms = ("attention_norm", "ffn_norm")
-    elif kind == "Phi3ForCausalLM":
+    elif language_class == "Phi3ForCausalLM":
         linears = {"self_attn.qkv_proj": (wide + 2 * keys, wide), "self_attn.o_proj": (wide, wide)}
         linears |= {"mlp.gate_up_proj": (2 * inner, wide), "mlp.down_proj": down}
     else:
         linears = {f"self_attn.{name}_proj": (size, wide) for name, size in (("q", wide), ("k", keys), ("v", keys))}
-        biased = set(linears) if kind == "Qwen2ForCausalLM" else set()
+        biased = set(linears) if language_class == "Qwen2ForCausalLM" else set()
         linears |= {"self_attn.o_proj": (wide, wide), "mlp.gate_proj": up, "mlp.up_proj": up, "mlp.down_proj": down}
     yield f"language_model.model.{'tok_embeddings' if internlm2 else 'embed_tokens'}.weight", (text["vocab_size"], wide)
     for i in range(text["num_hidden_layers"]):
@@ -160,7 +160,7 @@ def _language_shapes(text: Mapping[str, Any]) -> Iterator[tuple[str, tuple[int, 
 
 
 def random_weights(config: Mapping[str, Any], *, seed: int = 0) -> dict[str, Tensor]:
-    """Returns random weights under their published names; norms and layer scales near one, so that every part matters."""
+    """Returns random weights under their original names; norms and layer scales near one, so that every part matters."""
     random = torch.Generator().manual_seed(seed)
     weights = {}
     for name, shape in shapes(config):
@@ -185,8 +185,8 @@ def sentencepiece_model(unused: int = 6, *, prefix: bool = False) -> Any:
     model.trainer_spec.model_type, model.trainer_spec.byte_fallback = 2, True
     model.normalizer_spec.add_dummy_prefix, model.normalizer_spec.remove_extra_whitespaces = prefix, False
 
-    def add(piece: str, score: float, kind: int) -> None:
-        model.pieces.add(piece=piece, score=score, type=kind)
+    def add(piece: str, score: float, piece_type: int) -> None:
+        model.pieces.add(piece=piece, score=score, type=piece_type)
 
     add("<unk>", 0, 2)
     add("<s>", 0, 3)
@@ -217,10 +217,10 @@ def sentencepiece_encode(model: Any, text: str) -> list[int]:
             break
         _, i = min(pairs)
         symbols[i : i + 2] = [symbols[i] + symbols[i + 1]]
-    known: list[int] = []
+    encoded: list[int] = []
     for symbol in symbols:
-        known += [numbers[symbol]] if symbol in scores else [numbers[f"<0x{byte:02X}>"] for byte in symbol.encode()]
-    return known
+        encoded += [numbers[symbol]] if symbol in scores else [numbers[f"<0x{byte:02X}>"] for byte in symbol.encode()]
+    return encoded
 
 
 def _flags(words: Mapping[int, str], **flags: bool) -> dict[str, dict[str, Any]]:
@@ -228,9 +228,11 @@ def _flags(words: Mapping[int, str], **flags: bool) -> dict[str, dict[str, Any]]
     return {str(number): {"content": word, **usual, **flags} for number, word in words.items()}
 
 
-def write_tokenizer(folder: Path, kind: str) -> int:
-    """Writes a published tokenizer's files; returns the size of its vocabulary."""
-    added, settings = _byte_level(folder) if kind == "Qwen2ForCausalLM" else _sentencepiece(folder, kind)
+def write_tokenizer(folder: Path, language_class: str) -> int:
+    """Writes an original tokenizer's files; returns the size of its vocabulary."""
+    added, settings = (
+        _byte_level(folder) if language_class == "Qwen2ForCausalLM" else _sentencepiece(folder, language_class)
+    )
     (folder / "tokenizer_config.json").write_text(json.dumps({"model_max_length": 8192, **settings}))
     numbers = {word: number for number, word in added.items() if number > 2}
     (folder / "added_tokens.json").write_text(json.dumps(numbers))
@@ -250,9 +252,9 @@ def _byte_level(folder: Path) -> tuple[dict[int, str], dict[str, Any]]:
     return added, {**settings, "pad_token": "<|endoftext|>", "added_tokens_decoder": _flags(added)}
 
 
-def _sentencepiece(folder: Path, kind: str) -> tuple[dict[int, str], dict[str, Any]]:
+def _sentencepiece(folder: Path, language_class: str) -> tuple[dict[int, str], dict[str, Any]]:
     """InternLM2's, whose added tokens take the places of unused pieces, or Phi-3's, where they stand behind all pieces."""
-    phi3 = kind == "Phi3ForCausalLM"
+    phi3 = language_class == "Phi3ForCausalLM"
     model = sentencepiece_model(0 if phi3 else 6, prefix=phi3)
     (folder / "tokenizer.model").write_bytes(model.SerializeToString())
     count, added = len(model.pieces), {0: "<unk>", 1: "<s>", 2: "</s>"}
@@ -288,10 +290,10 @@ def write_folder(
     files: int = 3,
     pickled: bool = False,
 ) -> dict[str, Tensor]:
-    """Writes a published folder; returns its weights (random ones where none are given). Sets the vocabulary's size."""
+    """Writes an original folder; returns its weights (random ones where none are given). Sets the vocabulary's size."""
     folder.mkdir(parents=True, exist_ok=True)
-    (kind,) = config["llm_config"]["architectures"]
-    config["llm_config"]["vocab_size"] = write_tokenizer(folder, kind)
+    (language_class,) = config["llm_config"]["architectures"]
+    config["llm_config"]["vocab_size"] = write_tokenizer(folder, language_class)
     weights = random_weights(config) if weights is None else dict(weights)
     (folder / "config.json").write_text(json.dumps(config))
     write_weights(folder, weights, files=files, pickled=pickled)
@@ -302,7 +304,7 @@ def write_weights(folder: Path, weights: Mapping[str, Tensor], *, files: int = 3
     """Writes weights into one file or several with an index, as transformers of the time named them."""
     stem, ending = ("pytorch_model", "bin") if pickled else ("model", "safetensors")
     names = list(weights)
-    places: dict[str, str] = {}
+    weight_map: dict[str, str] = {}
     for number in range(files):
         file = f"{stem}.{ending}" if files == 1 else f"{stem}-{number + 1:05d}-of-{files:05d}.{ending}"
         part: Sequence[str] = names[number * len(names) // files : (number + 1) * len(names) // files]
@@ -311,7 +313,7 @@ def write_weights(folder: Path, weights: Mapping[str, Tensor], *, files: int = 3
             torch.save(tensors, folder / file)
         else:
             save_file(tensors, folder / file, metadata={"format": "pt"})
-        places |= dict.fromkeys(part, file)
+        weight_map |= dict.fromkeys(part, file)
     if files > 1:
-        index = {"metadata": {}, "weight_map": places}
+        index = {"metadata": {}, "weight_map": weight_map}
         (folder / f"{stem}.{ending}.index.json").write_text(json.dumps(index))

@@ -8,17 +8,8 @@ from PIL import Image
 from pipeline.config import BaseModelConfig
 from pipeline.data.encoded.packing import pack, unpack_row
 from pipeline.models.bases import load_processor
-from pipeline.models.prompts import (
-    IGNORED,
-    Encoded,
-    chat,
-    collate,
-    encode,
-    generate_answers,
-    ids,
-    picture_hash,
-    without_answer,
-)
+from pipeline.models.encoding import IGNORED, Encoded, chat, collate, encode, ids, image_hash, without_answer
+from pipeline.models.generation import generate_answers
 from tests.helpers import ask, batch_of, generate
 
 RED, BLUE = Image.new("RGB", (64, 64), "red"), Image.new("RGB", (90, 40), "blue")
@@ -96,8 +87,8 @@ def test_training_starts_with_the_tokens_that_generation_starts_with(tiny_base, 
     assert all((prompt.images[name] == row.images[name]).all() for name in row.images)
     for again in (without_answer(row), without_answer(prompt)):
         assert (again.input_ids.tolist(), again.labels.tolist()) == (prompt.input_ids.tolist(), prompt.labels.tolist())
-        assert again.marks.keys() == prompt.marks.keys()
-        assert all((again.marks[name] == prompt.marks[name]).all() for name in prompt.marks)
+        assert again.token_fields.keys() == prompt.token_fields.keys()
+        assert all((again.token_fields[name] == prompt.token_fields[name]).all() for name in prompt.token_fields)
 
 
 def test_an_answer_is_tokenized_apart_from_the_prompt(tiny_base):
@@ -108,9 +99,9 @@ def test_an_answer_is_tokenized_apart_from_the_prompt(tiny_base):
 
 def test_several_images_stand_where_their_placeholders_stand(tiny_base):
     row = ask(tiny_base.processor, "is <image> like <image> ?", RED, BLUE)
-    found = tokens(tiny_base, row.input_ids)
+    pieces = tokens(tiny_base, row.input_ids)
     image = ["<img>", *["<IMG_CONTEXT>"] * 16, "</img>"]
-    assert found == ["<|user|>", "is", *image, "l", "##i", "##k", "##e", *image, "?", "<|assistant|>"]
+    assert pieces == ["<|user|>", "is", *image, "l", "##i", "##k", "##e", *image, "?", "<|assistant|>"]
     assert row.images["pixel_values"].shape == (2, 3, 64, 64)
     assert row.images["pixel_values"].dtype == np.float32
     for pixels, image in zip(row.images["pixel_values"], (RED, BLUE), strict=True):
@@ -129,8 +120,8 @@ def test_earlier_turns_belong_to_the_prompt(tiny_base):
     row = encode(tiny_base.processor, messages, [RED])
     assert tokens(tiny_base, row.labels[row.labels != IGNORED]) == ["star", "<|end|>"]
     assert tokens(tiny_base, row.input_ids).count("<|end|>") == 2
-    said = ["<|assistant|>", "red", "<|end|>", "<|user|>", "shape", "?", "<|assistant|>"]
-    assert tokens(tiny_base, row.input_ids)[-9:-2] == said
+    expected = ["<|assistant|>", "red", "<|end|>", "<|user|>", "shape", "?", "<|assistant|>"]
+    assert tokens(tiny_base, row.input_ids)[-9:-2] == expected
 
 
 def test_ids_tell_pictures_and_prompts_apart(tiny_base):
@@ -144,15 +135,15 @@ def test_ids_tell_pictures_and_prompts_apart(tiny_base):
         row("what ?", RED, answer="blue"),
         row("what ?"),
     ]
-    found = ids(rows).tolist()
-    pictures, prompts = ([pair[i] for pair in found] for i in (0, 1))
-    assert pictures[0] == pictures[1] == pictures[3] != pictures[2]
+    pairs = ids(rows).tolist()
+    images, prompts = ([pair[i] for pair in pairs] for i in (0, 1))
+    assert images[0] == images[1] == images[3] != images[2]
     assert prompts[0] == prompts[3]
     assert len(set(prompts)) == 4
-    assert pictures[4] == prompts[4]
-    assert ids([without_answer(one) for one in rows]).tolist() == found
-    kept = [unpack_row(*pack(replace(r, images={}, picture=picture_hash(r))).values()) for r in rows[:3]]
-    assert ids(kept).tolist() == found[:3], "features in the pixels' place"
+    assert images[4] == prompts[4]
+    assert ids([without_answer(one) for one in rows]).tolist() == pairs
+    kept = [unpack_row(*pack(replace(r, images={}, image_id=image_hash(r))).values()) for r in rows[:3]]
+    assert ids(kept).tolist() == pairs[:3], "features in the pixels' place"
 
 
 def test_a_template_that_hides_the_prompt_is_refused(tiny_folder):

@@ -27,10 +27,10 @@ HEAT = LinearSegmentedColormap.from_list("heat", ["#f4f8fc", "#b5d4ea", "#4f9bcb
 
 METHODS: dict[str, str] = {
     "base": "base,\nnothing\nlearned",
-    "specialist": "one specialist\na task, told\nwhich",
+    "oracle": "experts,\noracle routing\n(upper bound)",
     "sequential": "sequential\nfine-tuning",
     "multitask": "multi-task,\nall data\nat once",
-    "token_phatgoose": "experts,\ntoken router\nas published",
+    "token_phatgoose": "experts,\ntoken router,\nPHATGOOSE",
     "token": "experts,\ntoken router",
     "prompt": "experts,\nprompt router",
     "two_level": "experts,\ntwo-level\nrouter",
@@ -76,11 +76,15 @@ def methods_side_by_side(summary: Mapping[str, Any]) -> Figure:
         ("base_abilities", "base abilities", ABILITIES, 0.2),
     ):
         bars = {x + shift: methods[name][key] for x, name in enumerate(names) if methods[name][key] is not None}
-        drawn = axes.bar(list(bars), list(bars.values()), 0.37, color=colour, label=label)
+        spreads = [method.get("spread", {}).get(key) for method in map(methods.get, names) if method[key] is not None]
+        errors = [0.0 if spread is None else spread for spread in spreads] if any(spreads) else None
+        drawn = axes.bar(
+            list(bars), list(bars.values()), 0.37, yerr=errors, color=colour, ecolor=MUTED, capsize=3, label=label
+        )
         axes.bar_label(drawn, [f"{height:.1%}" for height in bars.values()], padding=4, fontsize=11, color=INK)
-    known = methods.get("base", {}).get("base_abilities")
-    if known is not None:
-        axes.axhline(known, color=ABILITIES, linewidth=1, linestyle=(0, (4, 3)), zorder=0)
+    base_accuracy = methods.get("base", {}).get("base_abilities")
+    if base_accuracy is not None:
+        axes.axhline(base_accuracy, color=ABILITIES, linewidth=1, linestyle=(0, (4, 3)), zorder=0)
     axes.set_xticks(range(len(names)), [METHODS.get(name, name) for name in names], fontsize=11)
     for name, tick in zip(names, axes.get_xticklabels(), strict=True):
         tick.set_fontweight("bold" if name in OURS else "normal")
@@ -155,10 +159,10 @@ def cost(summary: Mapping[str, Any]) -> list[tuple[list[float], list[float]]]:
     multitask = (summary.get("methods") or {}).get("multitask", {})
     curves = []
     for key in ("seconds", "samples"):
-        own = [float(task[key]) for task in tasks]
-        whole = float(multitask.get(key) or sum(own))
-        once = [whole * seen / max(sum(samples), 1.0) for seen in accumulate(samples)]
-        curves.append((list(accumulate(own)), list(accumulate(once))))
+        by_task = [float(task[key]) for task in tasks]
+        total = float(multitask.get(key) or sum(by_task))
+        once = [total * seen / max(sum(samples), 1.0) for seen in accumulate(samples)]
+        curves.append((list(accumulate(by_task)), list(accumulate(once))))
     return curves
 
 
@@ -175,7 +179,7 @@ def cost_caption(summary: Mapping[str, Any]) -> str:
 
 
 @dataclass(frozen=True)
-class Picture:
+class Plot:
     """One picture of the report: its title, how to draw and caption it, and whether a summary holds what it needs."""
 
     title: str
@@ -184,8 +188,8 @@ class Picture:
     possible: Callable[[Mapping[str, Any]], bool]
 
 
-PICTURES: dict[str, Picture] = {
-    "methods": Picture(
+PLOTS: dict[str, Plot] = {
+    "methods": Plot(
         "Methods side by side",
         methods_side_by_side,
         lambda summary: (
@@ -193,7 +197,7 @@ PICTURES: dict[str, Picture] = {
         ),
         lambda summary: bool(summary.get("methods")),
     ),
-    "accuracy": Picture(
+    "accuracy": Plot(
         "Accuracy after every task",
         accuracy_over_time,
         lambda summary: (
@@ -201,7 +205,7 @@ PICTURES: dict[str, Picture] = {
         ),
         lambda summary: any(value is not None for row in summary["accuracy_matrix"]["values"] for value in row),
     ),
-    "routing": Picture(
+    "routing": Plot(
         "Who answered",
         routing_map,
         lambda summary: (
@@ -209,8 +213,8 @@ PICTURES: dict[str, Picture] = {
         ),
         lambda summary: bool(summary.get("routing")),
     ),
-    "cost": Picture("Cost by number of tasks", cost_by_tasks, cost_caption, lambda summary: bool(summary["tasks"])),
-    "loss": Picture(
+    "cost": Plot("Cost by number of tasks", cost_by_tasks, cost_caption, lambda summary: bool(summary["tasks"])),
+    "loss": Plot(
         "Training loss",
         loss_curves,
         lambda summary: (
