@@ -68,7 +68,7 @@ def routers(config: ConfigFile, overrides: Overrides = None, many: Many = 50) ->
 
 def _on_the_stream(session: StreamSession, learned: LearnResult) -> dict[str, Any]:
     """Evaluates every router on the stream's tasks and benchmarks."""
-    columns, tasks = list(session.columns), [task.name for task in session.config.stream.tasks]
+    names, tasks = list(session.eval_tasks), [task.name for task in session.config.stream.tasks]
     benchmarks = [task.name for task in session.config.stream.benchmarks]
 
     def measured(pool: Pool | None, name: str, mode: Any = "routed") -> dict[str, Any]:
@@ -80,7 +80,7 @@ def _on_the_stream(session: StreamSession, learned: LearnResult) -> dict[str, An
             key = digest(learned.pool_digest)
         else:  # as `compare` names them, so that nothing is answered twice
             key = session.pool_key(pool) if pool.null else digest(session.pool_key(pool), "no null expert")
-        result = session.evaluate(columns, pool, key, mode, folder=folder)
+        result = session.evaluate(names, pool, key, mode, folder=folder)
         accuracy = result.accuracies()
         return {
             "new": fmean(accuracy[name] for name in tasks),

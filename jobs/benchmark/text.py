@@ -184,7 +184,7 @@ def _sequential(session: StreamSession, learned: LearnResult) -> Expert:
 def _evaluated(session: StreamSession, pool: Pool, tuned: Expert) -> dict[str, float]:
     """Returns the accuracies of a LoRA that answers everything."""
     alone = _alone(pool, tuned)
-    return session.evaluate(list(session.columns), alone, tuned.card.config_digest, mode="single").accuracies()
+    return session.evaluate(list(session.eval_tasks), alone, tuned.card.config_digest, mode="single").accuracies()
 
 
 def _show(session: StreamSession, results: Mapping[str, Any]) -> None:

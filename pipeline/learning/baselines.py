@@ -50,14 +50,14 @@ def compare_methods(session: StreamSession, learned: LearnResult, *, seeds: int 
     samples = sum(t["samples"] for t in tasks.values())
     expert_seconds = sum(t["expert_seconds"] for t in tasks.values())
     all_seconds = expert_seconds + sum(t["router_seconds"] for t in tasks.values())
-    columns = list(session.columns)
+    names = list(session.eval_tasks)
 
     def routed(name: str) -> Evaluation:
         pool = learned.pool.routed_by(**ROUTERS[name])
         folder = pool.save(session.folder / "methods" / f"pool-{name}")
-        return session.evaluate(columns, pool, session.pool_key(pool), folder=folder, who=name)
+        return session.evaluate(names, pool, session.pool_key(pool), folder=folder, who=name)
 
-    oracle = session.evaluate(columns, learned.pool, digest(learned.pool_digest), mode="oracle", who="oracle routing")
+    oracle = session.evaluate(names, learned.pool, digest(learned.pool_digest), mode="oracle", who="oracle routing")
     fine_tuned: dict[str, list[dict[str, Any]]] = {"sequential": [], "multitask": []}
     for seed in range(session.config.seed, session.config.seed + seeds):
         both = _both(
@@ -69,7 +69,7 @@ def compare_methods(session: StreamSession, learned: LearnResult, *, seeds: int 
             evaluation = _single(session, _of_seed(session, name, seed), adapter)
             results.append(_method(session, evaluation, adapter.samples, adapter.seconds))
     return {
-        "base": _method(session, session.evaluate(columns, None, "base", who="the base"), 0, 0.0),
+        "base": _method(session, session.evaluate(names, None, "base", who="the base"), 0, 0.0),
         "oracle": _method(session, oracle, samples, expert_seconds),
         **{name: over_seeds(results, session.config.seed) for name, results in fine_tuned.items()},
         **{name: _method(session, routed(name), samples, all_seconds) for name in ROUTERS},
@@ -200,4 +200,4 @@ def _single(session: StreamSession, name: str, trained: _Adapter) -> Evaluation:
         session.config.router,
         [Expert(card, config, adapters, {}, nothing)],
     )
-    return session.evaluate(list(session.columns), pool, trained.key, mode="single", who=name)
+    return session.evaluate(list(session.eval_tasks), pool, trained.key, mode="single", who=name)

@@ -24,6 +24,9 @@ DATA = "data"
 CHOOSING = {"kind", "token_scores", "top_k", "candidates", "temperature", "null_components"}
 """Router settings that say how experts are chosen; all others have a part in what an expert is."""
 
+FORMER_MODES = {"oracle": "told", "single": "only"}
+"""How modes of evaluation were called when results were first named by them."""
+
 VALIDATED = ("validate_every", "patience")
 """Settings of the expert stage that nothing depends on where no rows are held out."""
 
@@ -129,4 +132,4 @@ class Identity:
         """The answers of a pool to the prompts of these tasks, and their scores."""
         prompts_and_metrics = [(task.name, self.rows(task.eval, task.prompt), task.metric) for task in tasks]
         settings = self.config.evaluation.to_identity(include={"limit", "max_new_tokens"})
-        return digest(prompts_and_metrics, self.base, pool, mode, settings)
+        return digest(prompts_and_metrics, self.base, pool, FORMER_MODES.get(mode, mode), settings)

@@ -66,7 +66,7 @@ class StreamSession:
         self.fingerprint = fingerprint(checkpoint(config.base))
         self.data_folder = Path(config.output).resolve() / "data" / "demo"
         self.identity = Identity(config, self.fingerprint, self.data_folder)
-        self.columns: dict[str, TaskConfig] = {t.name: t for t in (*config.stream.tasks, *config.stream.benchmarks)}
+        self.eval_tasks: dict[str, TaskConfig] = {t.name: t for t in (*config.stream.tasks, *config.stream.benchmarks)}
         self.mlflow_run_id = ""
         self.patience = Patience(config.registry.patience, progress.say)
         self.metrics = MetricSpool(self.folder / "state" / "metrics.jsonl", progress.say)
@@ -132,7 +132,7 @@ class StreamSession:
         """Reads the evaluation prompts of these tasks and benchmarks, or the base prompts, as `BASE_PROMPTS`."""
         parts: dict[str, tuple[SourceConfig, str]] = {}
         for name in names:
-            task = self.columns.get(name)
+            task = self.eval_tasks.get(name)
             if task is not None:
                 parts[name] = self._limited(task.eval), task.prompt
             elif self.config.stream.base_prompts is not None:
@@ -162,7 +162,7 @@ class StreamSession:
         config = self.config
         parts = {}
         for name, (source, prompt) in sources_.items():
-            metric = self.columns[name].metric if name in self.columns and not answer else None
+            metric = self.eval_tasks[name].metric if name in self.eval_tasks and not answer else None
             key = self.identity.encoded_rows(source, prompt, answer=answer, metric=metric)
             parts[name] = TaskRows(source, prompt, key=key, metric=metric)
         # One set of workers computes the image features of rows to be learned, whoever asks.
@@ -329,8 +329,8 @@ class StreamSession:
         """Who evaluates; what it reads and generates lies beside the runs of this output folder, for all of them."""
         config, data = self.config, Path(self.config.output).resolve() / "data"
 
-        def tell(column: str, aside: SetAside) -> None:
-            self.progress.say(f"  {column}: {aside}: {self.folder}/quarantine/eval/{column}.jsonl")
+        def tell(name: str, aside: SetAside) -> None:
+            self.progress.say(f"  {name}: {aside}: {self.folder}/quarantine/eval/{name}.jsonl")
 
         return Evaluator(
             PromptSource(config.base, config.data, self.data_folder, data / "features", self.capacity.inference),
@@ -354,14 +354,14 @@ class StreamSession:
         return self.evaluator.actors()
 
     def evaluate_soon(
-        self, columns: Sequence[str], pool: Pool, pool_digest: str, *, folder: Path | None = None
+        self, names: Sequence[str], pool: Pool, pool_digest: str, *, folder: Path | None = None
     ) -> Future[Evaluation]:
         """Begins to evaluate a pool, without samples. Where evaluators have CPUs or GPUs of their own that goes on in the
         background.
 
         Pools whose Linears choose are evaluated now: they are read from a folder in which the next one will lie.
         """
-        evaluate = partial(self.evaluate, columns, pool, pool_digest, folder=folder, samples=0)
+        evaluate = partial(self.evaluate, names, pool, pool_digest, folder=folder, samples=0)
         if self.capacity.undisturbed and pool.router.kind == "prompt":
             return begin(partial(evaluate, quietly=True), name="evaluating")
         done: Future[Evaluation] = Future()
@@ -370,7 +370,7 @@ class StreamSession:
 
     def evaluate(
         self,
-        columns: Sequence[str],
+        names: Sequence[str],
         pool: Pool | None,
         pool_digest: str,
         mode: Mode = "routed",
@@ -380,20 +380,18 @@ class StreamSession:
         quietly: bool = False,
         who: str = "",
     ) -> Evaluation:
-        """Evaluates a pool on columns (tasks and benchmarks), or finds the result of having done so.
+        """Evaluates a pool on tasks and benchmarks, or finds the result of having done so.
 
         `folder` is where the pool lies, for routers whose Linears choose; `who` is what progress calls it. Of each column
         `samples` predictions are kept, with the reasons of the router, which cost as much as its choices: accuracies alone
         need none.
         """
-        key = self.identity.evaluation([self.columns[column] for column in columns], pool_digest, mode)
+        key = self.identity.evaluation([self.eval_tasks[name] for name in names], pool_digest, mode)
         full, brief = (self._state(f"evaluation-{key}{end}.json") for end in ("", "-brief"))
         file = full if samples or full.exists() else brief
         if not file.exists():
-            tasks = [self._column(self.columns[column]) for column in columns]
-            shown = self.progress.working(
-                f"evaluating {who + ' on ' if who else ''}{len(columns)} tasks and benchmarks"
-            )
+            tasks = [self._eval_task(self.eval_tasks[name]) for name in names]
+            shown = self.progress.working(f"evaluating {who + ' on ' if who else ''}{len(names)} tasks and benchmarks")
             before = self.evaluator.generated
             with nullcontext() if quietly else shown:
                 try:
@@ -413,7 +411,7 @@ class StreamSession:
         with stored_file(file, REMADE):
             return Evaluation.from_json(json.loads(file.read_text()))
 
-    def _column(self, task: TaskConfig) -> EvalTask:
+    def _eval_task(self, task: TaskConfig) -> EvalTask:
         source = self._limited(task.eval)
         key = self.identity.encoded_rows(source, task.prompt, answer=False, metric=task.metric)
         return EvalTask(task, TaskRows(source, task.prompt, key=key, metric=task.metric))

@@ -67,9 +67,9 @@ def learned(
     session: StreamSession, matrix: AccuracyMatrix, last: Evaluation, tasks: Mapping[str, Any]
 ) -> dict[str, Any]:
     """Returns the parts of the summary that describe what was learned."""
-    names, columns = list(tasks), list(session.columns)
+    names, evaluated = list(tasks), list(session.eval_tasks)
     experts = [*names, BASE]
-    routing = {"experts": experts, "columns": columns, "shares": last.shares(experts, columns)}
+    routing = {"experts": experts, "columns": evaluated, "shares": last.shares(experts, evaluated)}
     return {
         "tasks": dict(tasks),
         "data_wait_share": wait_share(tasks),
@@ -94,7 +94,7 @@ def samples(session: StreamSession, evaluation: Evaluation) -> list[dict[str, An
     """Returns the first prompts of every column with image, answer and chosen expert."""
     answered = {(p.task, p.id): p for p in evaluation.samples}
     shown = []
-    for name, task in session.columns.items():
+    for name, task in session.eval_tasks.items():
         for record in first_records(task.eval, session.data_folder, task.prompt, SAMPLES):
             prediction = answered.get((name, record.id))
             if prediction is None:
