@@ -36,9 +36,9 @@ from jobs.terminal import Terminal, table
 from pipeline.config import BaseModelConfig, ConfigError, DataConfig, SourceConfig
 from pipeline.data.demo.abilities import vocabulary
 from pipeline.data.encoded.packing import pack
+from pipeline.data.errors import StreamError
 from pipeline.data.loading.preprocess import PreparedData, TaskRows, encoded_rows, prepare
 from pipeline.data.rows.records import to_record
-from pipeline.data.sources.reader import StreamError
 from pipeline.data.sources.storage import ImageFolder, locate
 from pipeline.files import write_json
 from pipeline.models.bases import load_processor

@@ -19,7 +19,7 @@ from pathlib import Path
 from pydoc_data.topics import topics
 from typing import TypeVar
 
-from pipeline.data.sources.reader import StreamError
+from pipeline.data.errors import StreamError
 
 MODULES = {
     "asyncio": "asyncio",

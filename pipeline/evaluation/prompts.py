@@ -21,7 +21,7 @@ from pipeline.config import DataConfig, TaskConfig
 from pipeline.data.encoded.encoding import TaskRows
 from pipeline.data.loading.prompts import Numbers
 from pipeline.data.rows.quarantine import NOTES, SetAside, set_aside
-from pipeline.data.sources.reader import NUMBER
+from pipeline.data.sources.raw_row import NUMBER
 from pipeline.errors import stored_file
 from pipeline.evaluation.pages import paged
 from pipeline.evaluation.tables import write_table

@@ -5,7 +5,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from pipeline.config import TaskConfig, digest
-from pipeline.data.sources.reader import StreamError, first_records
+from pipeline.data.errors import StreamError
+from pipeline.data.sources.reader import first_records
 from pipeline.errors import UserError
 from pipeline.learning.identity import DATA, Identity, is_of_statistics
 from pipeline.learning.recognition import differences

@@ -9,7 +9,7 @@ import torch
 from jobs.benchmark.library_text import MODULES, descriptions, paragraphs, write_library
 from jobs.benchmark.text import SMOLLM2, perplexity
 from pipeline.config import LearnConfig, load_config
-from pipeline.data.sources.reader import StreamError
+from pipeline.data.errors import StreamError
 from pipeline.models.encoding import collate_for
 from tests.helpers import ask, attached
 

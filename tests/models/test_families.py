@@ -12,7 +12,7 @@ from jobs.benchmark.small_models import SMALL, write_small
 from pipeline.config import BaseModelConfig
 from pipeline.data.encoded.image_embeds import ImageEncoder
 from pipeline.data.encoded.packing import pack, unpack_row
-from pipeline.data.sources.reader import StreamError
+from pipeline.data.errors import StreamError
 from pipeline.models.bases import Base, load_base
 from pipeline.models.checkpoints import BaseError
 from pipeline.models.encoding import IGNORED, IMAGE_EMBEDS, PromptError, collate_for

@@ -12,7 +12,7 @@ from pipeline.config import BaseModelConfig, DataConfig, SourceConfig
 from pipeline.data.encoded.packing import pack, prompt_digest
 from pipeline.data.errors import BadRow
 from pipeline.data.rows.records import Reference
-from pipeline.data.sources.reader import NUMBER, PATH, excerpt, extent, record_of, row_id
+from pipeline.data.sources.raw_row import NUMBER, RawRow
 from pipeline.models.bases import load_processor
 from pipeline.models.encoding import Encoded, PromptError, encode
 
@@ -52,24 +52,25 @@ class Encoder:
     answer: bool
     """Whether rows hold the answer (training) or only the prompt."""
 
-    def row(self, raw: Mapping[str, Any]) -> dict[str, Any]:
+    def row(self, columns: Mapping[str, Any]) -> dict[str, Any]:
         """Returns the columns of an encoded row; a bad row has a `reason`, no exception is raised.
 
         A prompt also has its number in its file and its digest.
         """
+        raw = RawRow.of(columns)
         row: dict[str, Any] = {
             "column": self.task,
-            "id": row_id(raw, self.part.source),
+            "id": raw.id(self.part.source),
             "question": "",
             "reference": "",
         }
-        row |= {"reason": "", "excerpt": "", "source": str(raw.get(PATH, "")), "rows": 1, "lost": ""}
+        row |= {"reason": "", "excerpt": "", "source": raw.path, "rows": 1, "lost": ""}
         if not self.answer:
-            row |= {"prompt": "", NUMBER: raw[NUMBER]}
-        if POSITION in raw:
-            row |= {POSITION: raw[POSITION]}
+            row |= {"prompt": "", NUMBER: raw.number}
+        if POSITION in columns:
+            row |= {POSITION: columns[POSITION]}
         try:
-            record = record_of(raw, self.part.source, self.part.prompt, max_pixels=self.data.max_pixels)
+            record = raw.record(self.part.source, self.part.prompt, max_pixels=self.data.max_pixels)
             encoded = encode(processor_of(self.base), record.messages, record.images, answer=self.answer)
             check_metric(record.reference, self.part.metric)
             if len(encoded.input_ids) > self.data.max_tokens:
@@ -77,7 +78,7 @@ class Encoder:
             row |= {"question": record.question, "reference": record.reference.model_dump_json()}
         except (BadRow, PromptError) as error:
             encoded = _NOTHING
-            row |= {"reason": str(error), "excerpt": excerpt(raw), **extent(raw)}
+            row |= {"reason": str(error), "excerpt": raw.excerpt, **raw.extent}
         packed = pack(encoded)
         if not self.answer and not row["reason"]:
             row["prompt"] = prompt_digest(packed)

@@ -16,7 +16,7 @@ import torch
 from pipeline.config import BaseModelConfig
 from pipeline.data.encoded.actors import on_workers
 from pipeline.data.encoded.packing import pack, unpack
-from pipeline.data.sources.reader import StreamError
+from pipeline.data.errors import StreamError
 from pipeline.locks import made_once
 from pipeline.models.encoding import IMAGE_EMBEDS, Encoded, image_hash
 from pipeline.models.inference import FrozenBase, InferenceWorkers

@@ -17,7 +17,7 @@ from pipeline.data.loading import spool
 from pipeline.data.loading.pieces import ReadRequest
 from pipeline.data.sources.formats import of_network, row_values
 from pipeline.data.sources.presets import wanted_columns
-from pipeline.data.sources.reader import NUMBER, PATH, RAW, ROOT, packed_row
+from pipeline.data.sources.raw_row import NUMBER, PATH, RAW, ROOT, packed_row
 
 BLOCK_ROWS, BLOCK_BYTES = 64, 16 << 20
 """Raw rows that are handed on at a time: so many, or so many bytes."""

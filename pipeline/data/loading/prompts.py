@@ -18,7 +18,7 @@ from pipeline.config import BaseModelConfig, DataConfig
 from pipeline.data.encoded.encoding import TaskRows
 from pipeline.data.encoded.image_embeds import DONE, with_image_embeds
 from pipeline.data.loading.preprocess import encoded_rows
-from pipeline.data.sources.reader import NUMBER, PATH
+from pipeline.data.sources.raw_row import NUMBER, PATH
 from pipeline.models.inference import InferenceWorkers
 
 Numbers = Mapping[str, Sequence[int]]

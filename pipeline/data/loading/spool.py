@@ -14,7 +14,8 @@ import pyarrow as pa
 from pipeline.config import SourceConfig
 from pipeline.data.errors import UnreadableRow
 from pipeline.data.sources.formats import Row
-from pipeline.data.sources.reader import NUMBER, PATH, RAW, ROOT, content_of, read
+from pipeline.data.sources.raw_row import NUMBER, PATH, RAW, ROOT, RawRow
+from pipeline.data.sources.reader import read
 from pipeline.locks import made_once
 
 DONE = "_SUCCESS"
@@ -44,7 +45,7 @@ def _written(batch: pa.Table) -> pa.Table:
     rows = []
     for raw in batch.to_pylist():
         blobs: list[bytes] = []
-        rows.append(raw | {RAW: _text(content_of(raw), blobs), BLOBS: blobs})
+        rows.append(raw | {RAW: _text(RawRow.of(raw).content, blobs), BLOBS: blobs})
     return pa.Table.from_pylist(rows, schema=_SCHEMA)
 
 

@@ -1,16 +1,14 @@
 """Rows of a source: read as a Ray Dataset, counted, fingerprinted, turned into records one by one.
 
-- A raw row is `PATH` (its file), `NUMBER` (its number there), `ROOT` (folder of its image paths; empty: the file's folder)
-  and `RAW` (the user's row, pickled). All formats have these columns: one broken line costs one row, files may differ in
+- Files of all formats become raw rows of the same columns (`raw_row`): one broken line costs one row, files may differ in
   their columns, and an unreadable file is reported as one bad row.
 - Rows are identified by file and number: two rows with the same id are two rows.
 """
 
 import hashlib
 import json
-import pickle
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from functools import lru_cache, partial
+from collections.abc import Iterable, Iterator, Sequence
+from functools import partial
 from itertools import islice
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -24,19 +22,15 @@ from ray.data.block import BlockMetadata
 from ray.data.datasource import Datasource, ReadTask
 
 from pipeline.config import SourceConfig, without_secrets
-from pipeline.data.demo.files import SCHEME
-from pipeline.data.errors import SHOWN, BadRow, UnreadableRow, printable
+from pipeline.data.errors import BadRow
 from pipeline.data.errors import StreamError as StreamError
-from pipeline.data.rows.images import MAX_PIXELS
-from pipeline.data.rows.records import Record, identity, to_record
+from pipeline.data.rows.records import Record
 from pipeline.data.sources import mmbench
-from pipeline.data.sources.files import resolve, split_glob
-from pipeline.data.sources.formats import Row, rows_of
-from pipeline.data.sources.presets import columns_of, wanted_columns
-from pipeline.data.sources.storage import ImageFolder, locate, unreachable
-
-PATH, NUMBER, ROOT, RAW = "path", "number", "root", "raw"
-"""Columns of a raw row."""
+from pipeline.data.sources.files import resolve
+from pipeline.data.sources.formats import rows_of
+from pipeline.data.sources.presets import wanted_columns
+from pipeline.data.sources.raw_row import NUMBER, PATH, RAW, ROOT, RawRow, packed_row
+from pipeline.data.sources.storage import unreachable
 
 _SCHEMA = pa.schema([(PATH, pa.string()), (NUMBER, pa.int64()), (ROOT, pa.string()), (RAW, pa.binary())])
 _BLOCK_ROWS, _BLOCK_BYTES = 256, 16 << 20
@@ -135,77 +129,6 @@ def _raw_rows(
         yield {PATH: path, NUMBER: number, ROOT: root, RAW: packed_row(row)}
 
 
-def packed_row(row: Row) -> bytes:
-    """Serializes a row."""
-    try:
-        return pickle.dumps(row, pickle.HIGHEST_PROTOCOL)
-    except RecursionError:
-        return pickle.dumps(UnreadableRow("nested too deeply"), pickle.HIGHEST_PROTOCOL)
-
-
-def content_of(row: Mapping[str, Any]) -> Row:
-    """Deserializes a raw row; UnreadableRow where it could not be read."""
-    return pickle.loads(row[RAW])
-
-
-def row_id(row: Mapping[str, Any], source: SourceConfig) -> str:
-    """Returns the id of a raw row, good or bad; without an id, its file and number."""
-    content = content_of(row)
-    given = "" if isinstance(content, UnreadableRow) else identity(content, columns_of(source, content))
-    return given or f"{PurePosixPath(row[PATH]).name}#{row[NUMBER]}"
-
-
-def record_of(row: Mapping[str, Any], source: SourceConfig, prompt: str, *, max_pixels: int = MAX_PIXELS) -> Record:
-    """Turns a raw row into a record; raises BadRow."""
-    content = content_of(row)
-    if isinstance(content, UnreadableRow):
-        raise BadRow(content.reason)
-    columns = columns_of(source, content)
-    if source.preset is not None and content.get(columns.images) is None:
-        raise BadRow(f"column {columns.images!r} is missing or null; every row of preset {source.preset} has an image")
-    if row[ROOT]:
-        folder = _folder(row[ROOT])
-    else:
-        where = "/" if source.path.startswith(SCHEME) else split_glob(source.path)[0]
-        folder = ImageFolder(_folder(where).filesystem, str(PurePosixPath(row[PATH]).parent))
-    return to_record(content, columns, name=row_id(row, source), prompt=prompt, folder=folder, max_pixels=max_pixels)
-
-
-@lru_cache(maxsize=64)
-def _folder(path: str) -> ImageFolder:
-    """Opens a folder once; with some storage that is a round trip."""
-    return ImageFolder(*locate(path))
-
-
-def excerpt(row: Mapping[str, Any]) -> str:
-    """Returns the beginning of a raw row as text, for the quarantine file."""
-    content = content_of(row)
-    if isinstance(content, UnreadableRow):
-        return content.excerpt
-    return printable(json.dumps(_shortened(content), ensure_ascii=False, default=str))
-
-
-def extent(row: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns `rows` and `lost` of a raw row; see UnreadableRow."""
-    content = content_of(row)
-    return (
-        {"rows": content.rows, "lost": content.lost} if isinstance(content, UnreadableRow) else {"rows": 1, "lost": ""}
-    )
-
-
-def _shortened(value: Any, depth: int = 4) -> Any:
-    """Returns a value shortened to what the quarantine file shows."""
-    if isinstance(value, bytes):
-        return f"<{len(value)} bytes>"
-    if isinstance(value, str):
-        return value[:SHOWN]
-    if isinstance(value, (list, tuple)):
-        return [_shortened(item, depth - 1) for item in value[:SHOWN]] if depth else "..."
-    if isinstance(value, Mapping):
-        return {str(key)[:SHOWN]: _shortened(item, depth - 1) for key, item in value.items()} if depth else "..."
-    return value
-
-
 def first_records(source: SourceConfig, folder: Path, prompt: str, count: int) -> Iterator[Record]:
     """Yields the first good records of a source, read in this process (for samples)."""
     filesystem, files, file_format = resolve(source, folder)
@@ -213,7 +136,7 @@ def first_records(source: SourceConfig, folder: Path, prompt: str, count: int) -
     good = 0
     for row in islice(_raw_rows(filesystem, [file.path for file in files], file_format, source, root), 4 * count):
         try:
-            yield record_of(row, source, prompt)
+            yield RawRow.of(row).record(source, prompt)
         except BadRow:
             continue
         good += 1

@@ -12,11 +12,11 @@ from cluster.local import connect
 from pipeline.config import BaseModelConfig, ColumnsConfig, DataConfig, SourceConfig
 from pipeline.data.encoded.encoding import TaskRows, check_metric
 from pipeline.data.encoded.packing import unpack
+from pipeline.data.errors import StreamError
 from pipeline.data.loading.preprocess import prepare
 from pipeline.data.rows.quarantine import SetAside
 from pipeline.data.rows.records import BadRow, Reference
 from pipeline.data.sources import reader
-from pipeline.data.sources.reader import StreamError
 from pipeline.models.encoding import IGNORED
 
 pytestmark = pytest.mark.ray

@@ -22,6 +22,7 @@ from ray.util.state import list_tasks
 from cluster.local import connect
 from pipeline.config import BaseModelConfig, DataConfig, SourceConfig
 from pipeline.data.encoded.encoding import TaskRows
+from pipeline.data.errors import StreamError
 from pipeline.data.loading import read_ahead
 from pipeline.data.loading.batch_loader import BatchLoader, StepLayout, distinct_batches
 from pipeline.data.loading.drawing import Drawable, Drawn
@@ -29,7 +30,6 @@ from pipeline.data.loading.pieces import pieces_of
 from pipeline.data.loading.preprocess import PreparedData, prepare
 from pipeline.data.loading.training_rows import TrainingRows
 from pipeline.data.loading.windows import LANES, WINDOW_BYTES, Span, Window, lane_windows, spans
-from pipeline.data.sources.reader import StreamError
 from pipeline.models.encoding import IGNORED, collate
 
 pytestmark = pytest.mark.ray

@@ -10,22 +10,11 @@ import pytest
 from PIL import Image
 
 from pipeline.config import ColumnsConfig, SourceConfig
-from pipeline.data.errors import UnreadableRow
+from pipeline.data.errors import StreamError, UnreadableRow
 from pipeline.data.rows.records import BadRow
 from pipeline.data.sources import reader
-from pipeline.data.sources.reader import (
-    NUMBER,
-    PATH,
-    RAW,
-    ROOT,
-    StreamError,
-    count_rows,
-    excerpt,
-    fingerprint,
-    first_records,
-    record_of,
-    row_id,
-)
+from pipeline.data.sources.raw_row import NUMBER, PATH, RAW, ROOT, RawRow
+from pipeline.data.sources.reader import count_rows, fingerprint, first_records
 
 
 def row(number: int) -> dict:
@@ -97,12 +86,12 @@ def test_files_may_differ_in_their_columns(tmp_path):
     pq.write_table(pa.table({"id": [5], "text": ["x"], "messages": ["[]"]}), tmp_path / "b.parquet")
     pq.write_table(pa.table({"other": [5]}), tmp_path / "c.parquet")
     (rows,) = tasks(source(tmp_path), tmp_path, 1)
-    assert record_of(rows[0], source(tmp_path), "{question}").id == "row0"
+    assert RawRow.of(rows[0]).record(source(tmp_path), "{question}").id == "row0"
     for entry, message in zip(
         rows[1:], ("no message of the user", "column 'messages' is missing or null"), strict=True
     ):
         with pytest.raises(BadRow, match=message):
-            record_of(entry, source(tmp_path), "{question}")
+            RawRow.of(entry).record(source(tmp_path), "{question}")
 
 
 @pytest.mark.parametrize("end", ["\n", "", "\r\n"])
@@ -199,15 +188,15 @@ def test_first_records_of_demo_data_have_images(tmp_path):
 def test_a_fault_is_a_bad_row(tmp_path):
     bad = raw(UnreadableRow("not valid JSON: Expecting value", "nonsense"))
     with pytest.raises(BadRow, match="not valid JSON: Expecting value"):
-        record_of(bad, source(tmp_path), "{question}")
-    assert (row_id(bad, source(tmp_path)), excerpt(bad)) == ("rows.jsonl#7", "nonsense")
+        RawRow.of(bad).record(source(tmp_path), "{question}")
+    assert (RawRow.of(bad).id(source(tmp_path)), RawRow.of(bad).excerpt) == ("rows.jsonl#7", "nonsense")
 
 
 def test_a_row_without_an_id_is_named_by_file_and_number(tmp_path):
     for content in ({"messages": row(1)["messages"]}, {"messages": row(1)["messages"], "id": None}):
-        assert record_of(raw(content), source(tmp_path), "{question}").id == "rows.jsonl#7"
-        assert row_id(raw(content), source(tmp_path)) == "rows.jsonl#7"
-    assert row_id(raw(row(3)), source(tmp_path)) == "row3"
+        assert RawRow.of(raw(content)).record(source(tmp_path), "{question}").id == "rows.jsonl#7"
+        assert RawRow.of(raw(content)).id(source(tmp_path)) == "rows.jsonl#7"
+    assert RawRow.of(raw(row(3))).id(source(tmp_path)) == "row3"
 
 
 def test_what_is_nested_too_deeply_for_a_row_is_a_fault(tmp_path):
@@ -215,7 +204,7 @@ def test_what_is_nested_too_deeply_for_a_row_is_a_fault(tmp_path):
     for _ in range(100_000):
         deep = [deep]
     with pytest.raises(BadRow, match="nested too deeply"):
-        record_of(raw({"id": deep}), source(tmp_path), "{question}")
+        RawRow.of(raw({"id": deep})).record(source(tmp_path), "{question}")
     while deep:  # Python's own clean-up would recurse
         deep = deep.pop()
 
@@ -223,7 +212,7 @@ def test_what_is_nested_too_deeply_for_a_row_is_a_fault(tmp_path):
 def test_image_paths_count_from_the_rows_file(tmp_path):
     Image.new("RGB", (5, 4)).save(tmp_path / "red.png")
     entry = raw(row(1) | {"images": ["red.png"]}, tmp_path / "rows.parquet")
-    assert record_of(entry, source(tmp_path), "{question}").images[0].size == (5, 4)
+    assert RawRow.of(entry).record(source(tmp_path), "{question}").images[0].size == (5, 4)
 
 
 def test_image_paths_count_from_the_root_where_one_is_given(tmp_path, monkeypatch):
@@ -255,12 +244,14 @@ def test_an_image_folder_with_metadata(tmp_path):
 
 def test_rows_of_a_layout_have_an_image(tmp_path):
     with pytest.raises(BadRow, match="column 'image' is missing or null; every row of preset docvqa has an image"):
-        record_of(raw({"question": "what ?", "answers": ["red"]}), source(tmp_path, preset="docvqa"), "{question}")
+        RawRow.of(raw({"question": "what ?", "answers": ["red"]})).record(
+            source(tmp_path, preset="docvqa"), "{question}"
+        )
 
 
 def test_an_excerpt_shows_the_beginning_of_a_row():
-    assert excerpt(raw({"id": 1, "images": [b"\x00" * 999]})) == '{"id": 1, "images": ["<999 bytes>"]}'
-    long = excerpt(raw({"text": "x" * 10_000_000, "more": [["\udce9"] * 9] * 9_000}))
+    assert RawRow.of(raw({"id": 1, "images": [b"\x00" * 999]})).excerpt == '{"id": 1, "images": ["<999 bytes>"]}'
+    long = RawRow.of(raw({"text": "x" * 10_000_000, "more": [["\udce9"] * 9] * 9_000})).excerpt
     assert long == '{"text": "' + "x" * 290
-    assert excerpt(raw({"text": "\udce9"})) == '{"text": "?"}'
-    assert excerpt(raw({"a": [[[[[[5]]]]]]})) == '{"a": [[["..."]]]}'
+    assert RawRow.of(raw({"text": "\udce9"})).excerpt == '{"text": "?"}'
+    assert RawRow.of(raw({"a": [[[[[[5]]]]]]})).excerpt == '{"a": [[["..."]]]}'

@@ -17,7 +17,8 @@ from PIL import Image
 from cluster.local import connect
 from pipeline.config import SourceConfig
 from pipeline.data.errors import BadRow, StreamError
-from pipeline.data.sources.reader import count_rows, fingerprint, first_records, read, record_of
+from pipeline.data.sources.raw_row import RawRow
+from pipeline.data.sources.reader import count_rows, fingerprint, first_records, read
 
 pytestmark = pytest.mark.ray
 
@@ -151,10 +152,10 @@ def test_rays_workers_read_it_too(options):
     connect()
     config = source("data/llava", options)
     rows = read(config, Path("/nowhere")).take_all()
-    assert [record_of(entry, config, "{question}").id for entry in rows] == ["row0", "row1"]
+    assert [RawRow.of(entry).record(config, "{question}").id for entry in rows] == ["row0", "row1"]
     (entry,) = read(source("data/damaged", options), Path("/nowhere")).take_all()
     with pytest.raises(BadRow, match=r"a\.parquet: the file cannot be read at all"):
-        record_of(entry, config, "{question}")
+        RawRow.of(entry).record(config, "{question}")
 
 
 def test_what_rows_may_not_name_is_refused(options):
@@ -162,7 +163,7 @@ def test_what_rows_may_not_name_is_refused(options):
     reasons = []
     for entry in read(config, Path("/nowhere")).take_all():
         with pytest.raises(BadRow) as error:
-            record_of(entry, config, "{question}")
+            RawRow.of(entry).record(config, "{question}")
         reasons.append(str(error.value))
     for reason, message in zip(
         reasons, ("lies outside of data/bad", "does not exist", "lies outside", "is a folder"), strict=True
