@@ -21,7 +21,7 @@ from pipeline.evaluation.matrix import AccuracyMatrix
 from pipeline.evaluation.report import write_report
 from pipeline.files import write_json
 from pipeline.learning.evaluations import PoolEvaluations
-from pipeline.learning.recognition import remember
+from pipeline.learning.recognition import check_tasks, remember
 from pipeline.learning.session import StreamSession
 from pipeline.learning.state import Stopwatch, read_json
 from pipeline.learning.summary import answers, learned, session_provenance
@@ -48,6 +48,7 @@ class LearnResult:
 
 def learn_stream(session: StreamSession) -> LearnResult:
     """Learns all tasks of the run's stream; what is finished already is found and skipped."""
+    check_tasks(session)
     config, started = session.config, now()
     watch = Stopwatch(session.folder / "state" / "clock.json")
     names = [task.name for task in config.stream.tasks]

@@ -11,6 +11,7 @@ from typing import Any
 from pipeline.config import LearnConfig, TaskConfig
 from pipeline.config.loading import own_path
 from pipeline.data.errors import StreamError
+from pipeline.data.sources.files import check_there
 from pipeline.errors import UserError
 from pipeline.files import write_json
 from pipeline.learning.identity import DATA, is_of_statistics
@@ -25,6 +26,23 @@ SHOWN = 40
 
 class ChangedError(UserError):
     """A task that was learned from other data or with other settings, where `stream.on_change` is `fail`."""
+
+
+def check_tasks(session: StreamSession) -> None:
+    """Raises now what would end the stream at a later task, so that nothing is trained before it is known.
+
+    StreamError where a task that was never learned has no files, ChangedError where one has changed and `stream.on_change` is
+    `fail`.
+    """
+    for task in session.config.stream.tasks:
+        assert task.train is not None, "checked where configurations are read"
+        if _remembered(session, task) is None:
+            try:
+                check_there(task.train, session.data_folder)
+            except StreamError as error:
+                raise StreamError(f"task {task.name!r}, train: {error}") from None
+        elif session.config.stream.on_change == "fail":
+            expert_wanted(session, task)
 
 
 def expert_wanted(session: StreamSession, task: TaskConfig) -> str:

@@ -11,7 +11,7 @@ from cluster.usage import PeakMemory
 from jobs.terminal import Terminal
 from pipeline.config import LearnConfig, load_config
 from pipeline.data.errors import StreamError
-from pipeline.learning.recognition import ChangedError, expert_wanted, remember
+from pipeline.learning.recognition import ChangedError, check_tasks, expert_wanted, remember
 from pipeline.learning.session import StreamSession
 from pipeline.routing.expert import ExpertCard
 
@@ -131,3 +131,30 @@ def test_experts_of_earlier_releases_are_recognised(config: Path, capsys) -> Non
     assert not capsys.readouterr().out
     assert wanted(opened(config, "expert.rank=4")) != before
     assert "since an earlier release wrote it" in " ".join(capsys.readouterr().out.split())
+
+
+def test_a_task_without_files_is_an_error_before_any_is_learned(config: Path, tmp_path: Path) -> None:
+    check_tasks(opened(config))
+    (tmp_path / "train.jsonl").unlink()
+    with pytest.raises(StreamError, match=r"^task 'hum', train: .*train\.jsonl: no parquet, jsonl, .* files there"):
+        check_tasks(opened(config))
+
+
+def test_a_mistyped_demo_task_is_an_error_before_any_is_learned(config: Path, tmp_path: Path) -> None:
+    settings = yaml.safe_load(config.read_text())
+    settings["stream"]["tasks"][0]["train"] = "demo://digts/train"
+    config.write_text(yaml.safe_dump(settings))
+    with pytest.raises(StreamError, match="task 'hum', train: demo://digts/train: no such demo data"):
+        check_tasks(opened(config))
+    assert not (tmp_path / "data").exists()
+
+
+def test_files_of_a_learned_task_may_be_gone(config: Path, learned: str, tmp_path: Path) -> None:
+    (tmp_path / "train.jsonl").unlink()
+    check_tasks(opened(config))
+
+
+def test_changes_that_must_not_be_end_the_stream_at_once(config: Path, learned: str) -> None:
+    check_tasks(opened(config, "stream.on_change=fail"))
+    with pytest.raises(ChangedError):
+        check_tasks(opened(config, "stream.on_change=fail", "expert.rank=3"))

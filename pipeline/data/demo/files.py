@@ -39,7 +39,19 @@ SCHEMA = pa.schema(
 
 
 def demo_file(path: str, folder: Path) -> Path:
-    """Returns the parquet file behind a `demo://` path; writes it into `folder` on first use."""
+    """Returns the parquet file behind a `demo://` path; writes it into `folder` on first use. Raises StreamError."""
+    task, part = demo_part(path)
+    file = folder / task / f"{part}.parquet"
+
+    def write(unfinished: Path) -> None:
+        pq.write_table(_table(_examples(task, part), f"{task}-{part}"), unfinished)
+
+    made_once(file, write, why=f"which writes {path}")
+    return file
+
+
+def demo_part(path: str) -> tuple[str, str]:
+    """Returns task and part that a `demo://` path names; raises StreamError where there is no such data."""
     task, _, part = path.removeprefix(SCHEME).partition("/")
     names = {f"{t}/{p}" for t in tasks.TASKS for p in ("train", "eval")}
     names |= {f"{f}/eval" for f in abilities.BENCHMARKS} | {"general/train"}
@@ -48,13 +60,7 @@ def demo_file(path: str, folder: Path) -> Path:
             f"{path}: no such demo data; there are: {', '.join(sorted(names))}, and synthetic tasks "
             "synthetic_000/train, synthetic_000/eval to synthetic_1999"
         )
-    file = folder / task / f"{part}.parquet"
-
-    def write(unfinished: Path) -> None:
-        pq.write_table(_table(_examples(task, part), f"{task}-{part}"), unfinished)
-
-    made_once(file, write, why=f"which writes {path}")
-    return file
+    return task, part
 
 
 def _examples(task: str, part: str) -> Iterator[Example]:

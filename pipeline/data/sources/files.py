@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.fs as fs
 
 from pipeline.config import SourceConfig, without_secrets
-from pipeline.data.demo.files import SCHEME, demo_file
+from pipeline.data.demo.files import SCHEME, demo_file, demo_part
 from pipeline.data.errors import StreamError
 from pipeline.data.sources.formats import format_of
 from pipeline.data.sources.storage import locate, unreachable
@@ -60,6 +60,14 @@ def resolve(source: SourceConfig, folder: Path) -> tuple[fs.FileSystem, list[fs.
         )
     ((file_format, files),) = by_format.items()
     return filesystem, files, file_format
+
+
+def check_there(source: SourceConfig, folder: Path) -> None:
+    """Raises StreamError where a source has no files; reads none of them, and writes none of the demo's."""
+    if source.path.startswith(SCHEME):
+        demo_part(source.path)
+    else:
+        resolve(source, folder)
 
 
 def split_glob(path: str) -> tuple[str, list[str]]:
