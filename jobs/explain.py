@@ -34,8 +34,8 @@ PoolAddress = Annotated[
 Images = Annotated[list[Path] | None, typer.Option("--image", help="An image of the prompt; may be given again.")]
 Prompt = Annotated[str, typer.Option(help="The question; images go before it unless it says <image> itself.")]
 BasePath = Annotated[str, typer.Option("--base", help="The pool's base: checkpoint folder, hub id, or `tiny`.")]
-Picture = Annotated[Path, typer.Option(help="Where the picture of weights by Linear and token goes (PNG).")]
-Kind = Annotated[str | None, typer.Option("--router", help="Another router: token, prompt or two_level.")]
+Plot = Annotated[Path, typer.Option(help="Where the picture of weights by Linear and token goes (PNG).")]
+RouterName = Annotated[str | None, typer.Option("--router", help="Another router: token, prompt or two_level.")]
 
 
 def main(
@@ -43,8 +43,8 @@ def main(
     prompt: Prompt,
     image: Images = None,
     base: BasePath = "tiny",
-    router: Kind = None,
-    picture: Picture = Path("explanation.png"),
+    router: RouterName = None,
+    plot: Plot = Path("explanation.png"),
     max_new_tokens: Annotated[int, typer.Option(help="Longest answer in tokens.", min=1)] = 64,
 ) -> None:
     """Explain an answer: experts by likelihood and distance, and a picture of who took part in which token."""
@@ -60,26 +60,26 @@ def main(
                 f"{pool}: made for base {loaded.base_label!r} with fingerprint {loaded.base_fingerprint}; "
                 f"--base {base} has {model.fingerprint}"
             )
-        pictures = [_open(path) for path in image or []]
+        images = [_open(path) for path in image or []]
         if IMAGE_PLACEHOLDER not in prompt:
-            prompt = IMAGE_PLACEHOLDER * len(pictures) + prompt
-        if prompt.count(IMAGE_PLACEHOLDER) != len(pictures):
+            prompt = IMAGE_PLACEHOLDER * len(images) + prompt
+        if prompt.count(IMAGE_PLACEHOLDER) != len(images):
             raise ConfigError(
                 f"--prompt holds {prompt.count(IMAGE_PLACEHOLDER)} x {IMAGE_PLACEHOLDER}, --image was given "
-                f"{len(pictures)} times"
+                f"{len(images)} times"
             )
         conversation = [{"role": "user", "content": prompt}, {"role": "assistant", "content": ""}]
-        row = encode(model.processor, conversation, pictures, answer=False)
+        row = encode(model.processor, conversation, images, answer=False)
         routed = RoutedModel(model.model, loaded)
         (answer,) = generate_answers(model.model, model.processor, [row], max_new_tokens=max_new_tokens)
         inputs = collate_for(model.processor, [row], "left")
         del inputs["labels"]
         (explanation,) = explain(routed, inputs)
         tokens = [model.processor.tokenizer.decode([token]) for token in row.input_ids.tolist()]
-        picture.parent.mkdir(parents=True, exist_ok=True)
-        routing_of_a_prompt(explanation, tokens).savefig(picture, format="png", dpi=150, facecolor="white")
+        plot.parent.mkdir(parents=True, exist_ok=True)
+        routing_of_a_prompt(explanation, tokens).savefig(plot, format="png", dpi=150, facecolor="white")
     show(Terminal(), answer, explanation)
-    typer.echo(f"picture    {picture.resolve()}")
+    typer.echo(f"picture    {plot.resolve()}")
 
 
 def _registered(address: str, scratch: Path) -> Pool:

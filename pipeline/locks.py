@@ -46,13 +46,13 @@ def file_lock(
     """
     file.parent.mkdir(parents=True, exist_ok=True)
     with file.open("a+") as opened:
-        began, told = time.monotonic(), False
+        began, reported = time.monotonic(), False
         while not _locked(opened):
             if not wait:
                 raise LockedError(file, _holder(opened))
-            if not told and time.monotonic() - began > PATIENT_SECONDS:
+            if not reported and time.monotonic() - began > PATIENT_SECONDS:
                 on_wait(f"waiting for {_holder(opened)}{f', {why}' if why else ''} ({file})")
-                told = True
+                reported = True
             time.sleep(POLL_SECONDS)
         _write(opened, json.dumps(_self()))
         try:
@@ -120,17 +120,17 @@ def _self() -> dict[str, object]:
 def _read(opened: TextIO) -> dict[str, object]:
     opened.seek(0)
     try:
-        found = json.loads(opened.read() or "{}")
+        holder = json.loads(opened.read() or "{}")
     except ValueError:  # caught while it is written
         return {}
-    return found if isinstance(found, dict) else {}
+    return holder if isinstance(holder, dict) else {}
 
 
 def _holder(opened: TextIO) -> str:
-    found = _read(opened)
-    if not found:
+    holder = _read(opened)
+    if not holder:
         return "another process"
-    return f"process {found.get('pid')} on {found.get('host')} (since {found.get('since')})"
+    return f"process {holder.get('pid')} on {holder.get('host')} (since {holder.get('since')})"
 
 
 def _write(opened: TextIO, text: str) -> None:

@@ -31,7 +31,7 @@ from pipeline.routing.statistics import PromptStatistics
 from pipeline.routing.token_router import TokenRouter
 from pipeline.routing.two_level import TwoLevelRouter
 
-RANK, ALPHA, TOP_K, PLACES = 16, 32, 2, 3
+RANK, ALPHA, TOP_K, CANDIDATES = 16, 32, 2, 3
 """LoRA's rank and alpha; experts chosen (Arrow and `token`); candidates of `two_level`."""
 SHARING = ("k_proj", "v_proj", "up_proj")
 """Linears whose input is that of the one before them."""
@@ -310,7 +310,7 @@ def routed(router_name: str, workload: Workload, experts: int) -> Method:
     prompts = prompt_router(tuple(features_BF[0].tolist()), experts)
     if router_name == "prompt":
         return Routed(workload, experts, prompts)
-    return Routed(workload, experts, TwoLevelRouter(prompts, candidates=PLACES, temperature=1.0))
+    return Routed(workload, experts, TwoLevelRouter(prompts, candidates=CANDIDATES, temperature=1.0))
 
 
 @lru_cache(maxsize=2)
@@ -325,8 +325,8 @@ def prompt_router(features_F: tuple[float, ...], experts: int) -> PromptRouter:
     here_F = torch.tensor(features_F, dtype=torch.float64)
     scatter_FF = count * torch.eye(width, dtype=torch.float64)
     means_CF = here_F + torch.randn(experts + 1, width, generator=generator, dtype=torch.float64)
-    means_CF[:PLACES] = here_F
-    for near in range(1, min(PLACES, experts + 1)):
+    means_CF[:CANDIDATES] = here_F
+    for near in range(1, min(CANDIDATES, experts + 1)):
         means_CF[near, near] += 0.5
     classes = [PromptStatistics(count, mean_F, scatter_FF) for mean_F in means_CF]
     return PromptRouter(classes[:-1], classes[-1:])

@@ -13,23 +13,23 @@ from pipeline.config.core import Config, ConfigError
 C = TypeVar("C", bound=Config)
 
 
-def load_config(path: str | Path, overrides: Sequence[str], kind: type[C]) -> C:
+def load_config(path: str | Path, overrides: Sequence[str], config_class: type[C]) -> C:
     """Reads a YAML file into `kind` and lays `field.sub=value` overrides on top (values are YAML).
 
     A file that says `extends: other.yaml`, relative to itself, holds only what differs from that one; lists are replaced.
     Raises ConfigError naming file, field and remedy.
     """
     path = Path(path)
-    values = _read(path, (), kind)
+    values = _read(path, (), config_class)
     for override in overrides:
-        _override(values, override, kind)
+        _override(values, override, config_class)
     try:
-        return kind.model_validate(values)
+        return config_class.model_validate(values)
     except ValidationError as error:
-        raise ConfigError("\n".join(_explain(path, kind, e) for e in error.errors())) from None
+        raise ConfigError("\n".join(_explain(path, config_class, e) for e in error.errors())) from None
 
 
-def _read(path: Path, extending: Sequence[Path], kind: type[Config]) -> dict[str, Any]:
+def _read(path: Path, extending: Sequence[Path], config_class: type[Config]) -> dict[str, Any]:
     """Returns what a YAML file and those that it extends say; `extending` are the files that extend it."""
     if path.resolve() in extending:
         raise ConfigError(f"{extending[0]}: `extends` leads back to {path.name}; remove one of them")
@@ -46,7 +46,7 @@ def _read(path: Path, extending: Sequence[Path], kind: type[Config]) -> dict[str
     if not isinstance(values, dict):
         raise ConfigError(f"{path}: must be a mapping of fields, found {type(values).__name__}")
     try:
-        values = _by_own_names(values, kind)
+        values = _by_own_names(values, config_class)
     except ValueError as error:
         raise ConfigError(f"{path}: {error}") from None
     other = values.pop("extends", None)
@@ -54,7 +54,7 @@ def _read(path: Path, extending: Sequence[Path], kind: type[Config]) -> dict[str
         return values
     if not isinstance(other, str):
         raise ConfigError(f"{path}: extends: must be the path of one file, found {type(other).__name__}")
-    return _merged(_read(path.parent / other, (*extending, path.resolve()), kind), values)
+    return _merged(_read(path.parent / other, (*extending, path.resolve()), config_class), values)
 
 
 def _merged(before: dict[str, Any], now: dict[str, Any]) -> dict[str, Any]:
@@ -66,40 +66,40 @@ def _merged(before: dict[str, Any], now: dict[str, Any]) -> dict[str, Any]:
     return merged
 
 
-def _by_own_names(values: Any, kind: type[Config], prefix: str = "") -> Any:
+def _by_own_names(values: Any, config_class: type[Config], prefix: str = "") -> Any:
     """Gives the fields of a group, and of the groups in it, their own names; raises ValueError where one is given twice."""
     if isinstance(values, list):
-        return [_by_own_names(entry, kind, prefix) for entry in values]
+        return [_by_own_names(entry, config_class, prefix) for entry in values]
     if not isinstance(values, dict):
         return values
-    renamed = kind.without_aliases(values, prefix)
+    renamed = config_class.without_aliases(values, prefix)
     for name, value in renamed.items():
-        field = kind.model_fields.get(name)
+        field = config_class.model_fields.get(name)
         if field is not None and (group := _group(field.annotation)) is not None:
             renamed[name] = _by_own_names(value, group, f"{prefix}{name}.")
     return renamed
 
 
-def _override(values: dict[str, Any], override: str, kind: type[Config]) -> None:
+def _override(values: dict[str, Any], override: str, config_class: type[Config]) -> None:
     key, separator, text = override.partition("=")
     if not separator:
         raise ConfigError(f"override {override!r}: write it as field.sub=value, e.g. expert.rank=16")
-    *path, last = own_path(key.strip(), kind).split(".")
-    place = values
+    *path, last = own_path(key.strip(), config_class).split(".")
+    group = values
     for part in path:
-        place = place.setdefault(part, {})
-        if not isinstance(place, dict):
+        group = group.setdefault(part, {})
+        if not isinstance(group, dict):
             raise ConfigError(f"override {override!r}: {part!r} is not a group of fields")
     try:
-        place[last] = yaml.safe_load(text)
+        group[last] = yaml.safe_load(text)
     except yaml.YAMLError as error:
         raise ConfigError(f"override {override!r}: not valid YAML: {error}") from None
 
 
-def own_path(path: str, kind: type[Config]) -> str:
+def own_path(path: str, config_class: type[Config]) -> str:
     """Returns a dotted name, of which parts may be aliases or former names, by the fields' own names."""
     own: list[str] = []
-    group: type[Config] | None = kind
+    group: type[Config] | None = config_class
     for part in path.split("."):
         name = group.own_name(part) if group is not None else part
         field = group.model_fields.get(name) if group is not None else None
@@ -108,39 +108,39 @@ def own_path(path: str, kind: type[Config]) -> str:
     return ".".join(own)
 
 
-def _explain(path: Path, kind: type[Config], error: Any) -> str:
+def _explain(path: Path, config_class: type[Config], error: Any) -> str:
     """One readable line for a pydantic error: where, what, and what would be right."""
     where = ".".join(str(part) for part in error["loc"])
-    place = f"{where}: " if where else ""
+    group = f"{where}: " if where else ""
     key = ".".join(part for part in error["loc"] if isinstance(part, str))  # without the numbers of tasks
-    fields = dict(fields_of(kind, everywhere=True))
+    fields = dict(fields_of(config_class, everywhere=True))
     if error["type"] == "extra_forbidden":
         near = difflib.get_close_matches(key, fields, n=1, cutoff=0.4)
         hint = f"did you mean `{near[0]}`?" if near else "`pointsman learn --help` lists the fields"
-        return f"{path}: {place}no such field; {hint}"
+        return f"{path}: {group}no such field; {hint}"
     field = fields.get(key)
     meaning = f"\n    {where}: {field.description}" if field is not None and field.description else ""
     # Of a whole group all would be printed that is right, too.
-    told = error["type"] == "missing" or isinstance(error["input"], (dict, Config))
-    given = "" if told else f" (given: {error['input']!r})"
-    return f"{path}: {place}{error['msg'].removeprefix('Value error, ')}{given}{meaning}"
+    without_input = error["type"] == "missing" or isinstance(error["input"], (dict, Config))
+    given = "" if without_input else f" (given: {error['input']!r})"
+    return f"{path}: {group}{error['msg'].removeprefix('Value error, ')}{given}{meaning}"
 
 
-def aliases_of(kind: type[Config], prefix: str = "") -> dict[str, str]:
+def aliases_of(config_class: type[Config], prefix: str = "") -> dict[str, str]:
     """Returns names from other libraries that are accepted, dotted, and the fields that they stand for."""
-    found = {f"{prefix}{alias}": f"{prefix}{name}" for alias, name in kind.ALIASES.items()}
-    for name, field in kind.model_fields.items():
+    aliases = {f"{prefix}{alias}": f"{prefix}{name}" for alias, name in config_class.ALIASES.items()}
+    for name, field in config_class.model_fields.items():
         if (group := _group(field.annotation)) is not None:
-            found |= aliases_of(group, f"{prefix}{name}.")
-    return found
+            aliases |= aliases_of(group, f"{prefix}{name}.")
+    return aliases
 
 
-def fields_of(kind: type[Config], prefix: str = "", *, everywhere: bool = False) -> Iterator[tuple[str, Any]]:
+def fields_of(config_class: type[Config], prefix: str = "", *, everywhere: bool = False) -> Iterator[tuple[str, Any]]:
     """Yields (dotted name, pydantic field) of a configuration class, depth first.
 
     With `everywhere` also the fields of optional groups and of the groups in lists, e.g. `stream.tasks.name`.
     """
-    for name, field in kind.model_fields.items():
+    for name, field in config_class.model_fields.items():
         yield f"{prefix}{name}", field
         group = _group(field.annotation) if everywhere else field.annotation
         if isinstance(group, type) and issubclass(group, Config):

@@ -1,4 +1,4 @@
-"""Predictors at work: actors that hold the base, and pieces of work that come to them one by one."""
+"""Pool of predictor actors that hold the base, and the calls that they work off."""
 
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -15,9 +15,9 @@ from pipeline.models.inference import InferenceWorkers
 Tag = TypeVar("Tag")
 
 AHEAD = 2
-"""Pieces of work that an actor has at a time: the next one is on its way while it computes."""
+"""Calls queued per actor: the next one's arguments are fetched while it computes."""
 FAILURES = 2
-"""How often an actor is started anew, and its work given to it again, when its process or node dies."""
+"""Restarts of an actor, and retries of its calls, when its process or node dies."""
 
 
 @dataclass(frozen=True)
@@ -29,9 +29,9 @@ class Work:
 
 
 class PredictorActors:
-    """`workers.count` predictors; they start with the first piece of work, and give their resources back at the end.
+    """`workers.count` predictors; they start with the first call and free their resources at the end.
 
-    `make_room` is called before they start. Where work fails they end, whatever they are at; later work starts new ones.
+    `make_room` is called before they start. A failed call ends them all; later calls start new ones.
     """
 
     def __init__(
@@ -54,7 +54,7 @@ class PredictorActors:
         self.close()
 
     def close(self, *, for_good: bool = False) -> None:
-        """Ends the actors, whatever they are at; work that comes later starts new ones, unless it is `for_good`."""
+        """Ends the actors, whatever they compute; later calls start new ones, unless `for_good`."""
         self._ended |= for_good
         for actor in self._actors:
             ray.kill(actor)
@@ -74,9 +74,9 @@ class PredictorActors:
         self._actors = [actor_class.remote(self._base, self._workers, self._vision) for _ in range(count)]
 
     def run(self, pieces: Iterable[tuple[Tag, Work]]) -> Iterator[tuple[Tag, Any]]:
-        """Yields what comes of each piece of work with its tag, in the order in which they are done.
+        """Yields the result of each call with its tag, in order of completion.
 
-        Pieces are drawn when an actor has room for them, so that what they hold never piles up.
+        Calls are drawn when an actor is free for them, so their arguments never pile up.
         """
         free: deque[Any] = deque()
         running: dict[ray.ObjectRef, tuple[Any, Tag]] = {}
@@ -104,7 +104,7 @@ class PredictorActors:
             raise
 
     def beside(self, rows: ray.data.Dataset) -> ray.data.Dataset:
-        """Returns rows that are read with the CPUs that the actors leave."""
+        """Limits the reading of rows to the CPUs that the actors leave free."""
         left = ray.cluster_resources().get("CPU", 1.0) - self._workers.count * self._workers.cpus_per_worker
         rows.context.execution_options.resource_limits = ExecutionResources(cpu=max(1.0, left))
         return rows

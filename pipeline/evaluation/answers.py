@@ -1,10 +1,10 @@
-"""The store of answers: what was generated once is read from then on, by every run of an output folder.
+"""Store of generated answers, shared by all runs of an output folder: each answer is generated once.
 
-An answer depends on the base, the prompt, the settings of generation, and on who gave it: the base, one expert, or a pool
-whose Linears mix several. A store is the folder of one base and one setting; in it each author has a folder of parquet
-files with `prompt` (digest of the encoded row), `answer` and `expert`. Files appear whole and are never changed, so any
-number of processes may write: should two generate the same answer, the one that was read first counts. When an author's
-files are many, whoever reads them puts them together. Knows nothing of models or pools.
+An answer depends on the base, the prompt, the generation settings and its author: the base, one expert, or a pool whose
+Linears mix several. A store is the folder of one base and one setting. Each author has a folder of parquet files with
+`prompt` (digest of the encoded row), `answer` and `expert`. Files are written atomically and never changed, so any number
+of processes may write; of two answers to a prompt the one read first counts. A reader compacts an author's files when they
+are many. Independent of models and pools.
 """
 
 import logging
@@ -23,11 +23,11 @@ from pipeline.evaluation.tables import write_table
 from pipeline.locks import LockedError, file_lock
 
 MANY = 32
-"""Files of an author from which on they are put together."""
+"""Files of an author from which on they are compacted."""
 KEPT_SECONDS = 10.0
-"""How long answers wait to be written together with those that come after them: what a kill may cost."""
+"""Seconds for which answers are buffered before they are written; a kill may lose them."""
 REMEDY = "delete this file, and its answers are generated again"
-"""What to do about a damaged file of answers."""
+"""Remedy for a damaged file of answers."""
 
 _SCHEMA = pa.schema([("prompt", pa.string()), ("answer", pa.string()), ("expert", pa.string())])
 
@@ -43,7 +43,7 @@ class Answer:
 
 
 def pool_author(key: str) -> str:
-    """Returns the author's name of a pool as a whole, named `key`: of answers that its Linears mix."""
+    """Returns the author's name of the pool `key`, for answers that its Linears mix."""
     return f"pool-{key}"
 
 
@@ -58,14 +58,14 @@ class AnswerStore:
         self._since = monotonic()
 
     def of(self, author: str, wanted: Iterable[str]) -> Mapping[str, Answer]:
-        """Returns what an author has answered, by prompt; the folder is looked into where one of `wanted` is missing."""
+        """Returns an author's answers by prompt; reads new files if one of `wanted` is missing."""
         answers = self._answers.setdefault(author, {})
         if any(prompt not in answers for prompt in wanted):
             self._refresh(author)
         return answers
 
     def _refresh(self, author: str) -> None:
-        """Reads the files that were written since the last time, by whomever."""
+        """Reads files that any process has written since the last time."""
         answers, read_files = self._answers[author], self._read_files.setdefault(author, set())
         while True:
             files = sorted(file for file in (self.folder / author).glob("*.parquet") if not file.name.startswith("."))
@@ -75,14 +75,14 @@ class AnswerStore:
                         for prompt, answer in _rows(file):
                             answers.setdefault(prompt, answer)
                         read_files.add(file.name)
-            except FileNotFoundError:  # put together with others meanwhile
+            except FileNotFoundError:  # compacted meanwhile
                 continue
             break
         if len(files) >= MANY:
             self._compact(author, files)
 
     def add(self, author: str, answers: Mapping[str, Answer]) -> int:
-        """Keeps answers by prompt, and returns how many of them are new; they are on disk after `flush`, or soon."""
+        """Stores answers by prompt, and returns how many are new; `flush` writes them at once."""
         stored = self._answers.setdefault(author, {})
         new = {prompt: answer for prompt, answer in answers.items() if prompt not in stored}
         stored |= new
@@ -92,7 +92,7 @@ class AnswerStore:
         return len(new)
 
     def flush(self) -> None:
-        """Writes what was added: one file for each author."""
+        """Writes buffered answers: one file per author."""
         for author, answers in self._unwritten.items():
             if answers:
                 self._write(author, answers)
@@ -106,13 +106,13 @@ class AnswerStore:
         self._read_files.setdefault(author, set()).add(file.name)
 
     def _compact(self, author: str, files: Iterable[Path]) -> None:
-        """Writes all that is known of an author into one file and removes the files that it was read from."""
+        """Writes all answers of an author into one file and removes the files that they were read from."""
         folder = self.folder / author
         with suppress(LockedError), file_lock(folder / "compact.lock", wait=False):
             self._write(author, self._answers[author])
             for file in files:
                 file.unlink(missing_ok=True)
-            _logger.info("%s: files of answers put together", folder)
+            _logger.info("%s: files of answers compacted", folder)
 
 
 def _rows(file: Path) -> Iterable[tuple[str, Answer]]:

@@ -1,4 +1,4 @@
-"""Who answers in an evaluation: the base, one expert, or a pool as a whole; how actors are asked for it."""
+"""Authors of answers in an evaluation (the base, one expert, or a pool), and the calls of actors for them."""
 
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -16,7 +16,7 @@ from pipeline.routing.routes import MIXED, NULL_EXPERT
 
 @dataclass(frozen=True)
 class PageRequest:
-    """What is asked of a page: of whom, and which prompts."""
+    """Prompts of a page that one author answers."""
 
     choice: int
     prompts: tuple[str, ...]
@@ -24,17 +24,17 @@ class PageRequest:
 
 @dataclass(frozen=True)
 class Authors:
-    """Who answers in an evaluation, by their choice (see `choices`)."""
+    """Authors of answers in an evaluation, by choice (see `choices`)."""
 
     pool: Pool | None
     key: str
-    """Name of the pool, under which answers that its Linears mix are kept."""
+    """Name of the pool, under which mixed answers are stored."""
     folder: Path | None
-    """Where the pool lies; needed for these answers."""
+    """Folder of the pool; needed for mixed answers."""
     _sent: dict[int, ray.ObjectRef] = field(default_factory=dict)
 
     def key_of(self, choice: int) -> str:
-        """Returns the name under which answers are kept."""
+        """Returns the author's name in the answer store."""
         if choice in (NULL_EXPERT, MIXED):
             return BASE if choice == NULL_EXPERT else pool_author(self.key)
         return self._digests[choice]
@@ -49,12 +49,12 @@ class Authors:
         return BASE if choice == NULL_EXPERT or self.pool is None else self.pool.names[choice]
 
     def work(self, request: PageRequest, location: Slices, max_new_tokens: int) -> Work:
-        """Returns what an actor is to do."""
+        """Returns the actor call for a request."""
         rows = (request.prompts, max_new_tokens, location.rows, *location.blocks)
         if request.choice == MIXED:
-            assert self.folder is not None, "whoever asks for a router that mixes says where the pool lies"
+            assert self.folder is not None, "a router that mixes needs the pool's folder"
             return Work("by_router", (self.key_of(MIXED), self.folder, *rows))
-        experts = []  # references in a list are fetched when they are needed, by actors that hold another expert
+        experts = []  # in a list references are fetched only by actors that hold another expert
         if request.choice != NULL_EXPERT:
             assert self.pool is not None, "only pools have experts"
             if request.choice not in self._sent:

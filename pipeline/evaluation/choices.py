@@ -1,4 +1,4 @@
-"""Who answers each prompt, as far as that can be said without the language model. Shapes: N prompts, F features."""
+"""Routing choices that need no language model: who answers each prompt. Shapes: N prompts, F features."""
 
 from collections.abc import Sequence
 from typing import Literal
@@ -20,20 +20,20 @@ SHOWN = 2
 """Candidates that an answer's reason names."""
 
 AT_ONCE = 32768
-"""Prompts that a router decides at a time, which bounds its memory. Many: it factorises each covariance once a time."""
+"""Prompts per batch of a router, which bounds its memory. Large, since each batch factorises every covariance."""
 
 
 def routers_of(pool: Pool | None) -> Routers | None:
-    """Returns the routers of a pool; none where the base answers everything."""
+    """Returns the routers of a pool; None if the base answers everything."""
     return Routers(pool) if pool is not None and pool.experts else None
 
 
 def choices(
     routers: Routers | None, mode: Mode, tasks: Sequence[str], features: Sequence[torch.Tensor]
 ) -> list[np.ndarray]:
-    """Returns for every column who answers its prompts (N,): places in the pool, NULL_EXPERT (the base), or MIXED.
+    """Returns per task who answers its prompts (N,): index in the pool, NULL_EXPERT (the base), or MIXED.
 
-    `features` are those of each column's prompts (N, F).
+    `features` are those of each task's prompts (N, F).
     """
     counts = [len(features_NF) for features_NF in features]
     if routers is None:
@@ -48,16 +48,16 @@ def choices(
 
 
 def reasons(routers: Routers | None, mode: Mode, features_NF: torch.Tensor) -> list[str]:
-    """Returns why a router chose as it did for each prompt; nothing where none was asked."""
+    """Returns the router's reason for each prompt; empty without routing."""
     if routers is None or mode != "routed":
         return [""] * len(features_NF)
-    no_weights: list[dict[str, float]] = [{}] * len(features_NF)  # they are no part of the reason
+    no_weights: list[dict[str, float]] = [{}] * len(features_NF)  # not a part of the reason
     ranked = rank_candidates(routers.prompts, routers.pool.names, features_NF, no_weights, limit=SHOWN)
     return [format_candidates(candidates) for candidates in ranked]
 
 
 def format_candidates(candidates: Sequence[Candidate]) -> str:
-    """Writes the likeliest candidates with their probability, and how far the prompt lies from their tasks."""
+    """Formats the likeliest candidates with posterior and Mahalanobis distance to their tasks."""
     parts = []
     for candidate in candidates[:SHOWN]:
         part = f"{candidate.name or BASE} {candidate.posterior:.1%}"

@@ -1,13 +1,13 @@
-"""Evaluates pools: who has not answered a prompt before answers it now, all else is looked up.
+"""Evaluates pools: missing answers are generated, all others are looked up.
 
-1. A column's prompts are read, encoded and seen by the base once (`prompts`). Their features say who answers each of them,
-   for any pool, without a base (`choices`).
-2. What an expert answers to a prompt does not depend on the pool around it. It is generated once (`answers`), in a company
-   that does not depend on who asks, or on what is known already (`pages`): evaluating a pool after each of its experts came
-   finds what evaluating it from nothing would.
-3. Where the Linears choose (`token`, and prompts that `two_level` leaves open), an answer is the whole pool's.
+1. A task's prompts are read, encoded and passed through the base once (`prompts`). Their features determine who answers
+   each of them, for any pool, without a base (`choices`).
+2. An expert's answer to a prompt does not depend on the pool around it. It is generated once (`answers`), in a batch that
+   does not depend on the request or on stored answers (`pages`): evaluating a pool after each new expert gives the same
+   result as evaluating it from scratch.
+3. Where the Linears choose (`token`, and prompts that `two_level` leaves open), an answer depends on the whole pool.
 
-So what is generated after task n are the answers of its expert, and those to prompts whose expert has changed.
+So after task n only the answers of its expert are generated, and those to prompts whose expert has changed.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -34,14 +34,14 @@ from pipeline.routing.pool import Pool
 from pipeline.routing.routes import MIXED
 
 SAMPLES = 4
-"""Predictions of each column that an evaluation keeps."""
+"""Predictions per task that an evaluation keeps."""
 
 
 class Evaluator:
-    """Evaluates pools over one base; what is read and generated is kept in `folder`, for all who use that folder.
+    """Evaluates pools over one base; prompts and answers are cached in `folder`, which processes may share.
 
-    `answers` names base and settings of generation, `width` is that of prompt features where no pool has one yet; rows that
-    cannot be used are written below `quarantine` and told to `on_set_aside`; `make_room` is called before actors start.
+    `answers` names base and generation settings, `width` is the default width of prompt features; bad rows are written below
+    `quarantine` and reported to `on_set_aside`; `make_room` is called before actors start.
     """
 
     def __init__(
@@ -60,12 +60,12 @@ class Evaluator:
         self.tables = PromptTables(source, folder / "prompts", quarantine=quarantine, on_set_aside=on_set_aside)
         self.store = AnswerStore(folder / "answers" / answers)
         self.generated = 0
-        """Answers that this object has had generated."""
+        """Number of answers that this object has generated."""
         self._make_room = make_room
         self._results: dict[tuple[str, str], tuple[Any, TaskResult]] = {}
 
     def actors(self) -> PredictorActors:
-        """Returns who answers, for a `with` around several evaluations: the base is loaded once for all."""
+        """Returns predictors for a `with` around several evaluations: the base is loaded once for all."""
         source = self.source
         vision = source.data.vision_cache == "off"
         return PredictorActors(source.base, source.workers, vision=vision, make_room=self._make_room)
@@ -81,10 +81,10 @@ class Evaluator:
         samples: int = SAMPLES,
         actors: PredictorActors | None = None,
     ) -> Evaluation:
-        """Answers the prompts of these columns and scores each by the metric of its task.
+        """Answers the prompts of these tasks and scores each by its task's metric.
 
-        A `pool` of None is the bare base. `key` names the pool and `folder` is where it lies, for routers that mix; `samples`
-        predictions of each column are kept. `actors` stay as they are; without them, some are started where they are needed.
+        A `pool` of None is the bare base. `key` and `folder` are the pool's name and folder, for routers that mix; `samples`
+        predictions per task are kept. `actors` are used if given; otherwise new ones are started as needed.
         """
         authors, routers = Authors(pool, key, folder), routers_of(pool)
         width = (pool.width if pool is not None else None) or self.width
@@ -109,7 +109,7 @@ class Evaluator:
         authors: Authors,
         actors: PredictorActors,
     ) -> None:
-        """Has all answers generated that nobody has generated yet."""
+        """Generates all missing answers."""
         due = []
         for task, table, choice in zip(tasks, tables, chosen, strict=True):
             if pages := self._missing_answers(table, choice, authors):
@@ -131,7 +131,7 @@ class Evaluator:
     def _missing_answers(
         self, table: PromptTable, choice: np.ndarray, authors: Authors
     ) -> dict[tuple[int, ...], list[PageRequest]]:
-        """Returns what is missing of a column by page: the whole page of an expert, single prompts where Linears choose."""
+        """Returns a task's missing answers by page: the whole page for an expert, single prompts where Linears choose."""
         requests: dict[tuple[int, ...], list[PageRequest]] = {}
         for value in np.unique(choice).tolist():
             prompts = table.prompts[choice == value].tolist()
@@ -151,7 +151,7 @@ class Evaluator:
         pages: Mapping[tuple[int, ...], Sequence[PageRequest]],
         actors: PredictorActors,
     ) -> Iterator[tuple[PageRequest, Slices]]:
-        """Yields what is asked of a column's pages, as soon as their rows are read again."""
+        """Yields the requests of a task's pages with their rows, as soon as these are read."""
         needed = []
         for page, of_page in pages.items():
             prompts = {prompt for request in of_page for prompt in request.prompts}
@@ -171,7 +171,7 @@ class Evaluator:
     def _result(
         self, name: str, task: EvalTask, table: PromptTable, choice: np.ndarray, authors: Authors, samples: int
     ) -> TaskResult:
-        """Scores a column's answers; where the same ones answer as in the last evaluation, so does its result."""
+        """Scores a task's answers; reuses the last result where the same authors answer."""
         keys = {value: authors.key_of(value) for value in np.unique(choice).tolist()}
         metric, same = task.config.metric, (choice.tobytes(), tuple(keys.values()), samples)
         before = self._results.get((name, metric))

@@ -1,9 +1,9 @@
-"""The accuracy matrix of a stream and the continual-learning metrics read off it.
+"""The accuracy matrix of a stream and the continual-learning metrics computed from it.
 
 - Rows: the state of the pool, "base" and then "after task t"; columns: the tasks, then the base abilities.
-- Cells may be empty (not evaluated); every metric skips what is not there.
+- Cells may be empty (not evaluated); every metric skips them.
 - In the formulas A[i, j] is the accuracy on column j after task i, row 0 is the base, T the last row with values.
-- Knows nothing of models or files; `to_json` is the form in `summary.json`.
+- Independent of models and files; `to_json` is the form in `summary.json`.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -35,7 +35,7 @@ class AccuracyMatrix:
         self.rows, self.columns = [BASE, *self.tasks], [*self.tasks, *self.benchmarks]
         names = [BASE, *self.columns]
         if twice := sorted({name for name in names if names.count(name) > 1}):
-            raise ValueError(f"accuracy matrix: names of tasks and families must differ; twice: {', '.join(twice)}")
+            raise ValueError(f"accuracy matrix: names of tasks and benchmarks must differ; twice: {', '.join(twice)}")
         self._values: dict[tuple[str, str], float] = {}
 
     def record(self, row: str, accuracies: Mapping[str, float]) -> None:
@@ -65,9 +65,7 @@ class AccuracyMatrix:
     @classmethod
     def from_json(cls, plain: Mapping[str, Any]) -> "AccuracyMatrix":
         """Reads what `to_json` wrote. Raises ValueError where names and values do not fit together."""
-        plain = {
-            "benchmarks" if key == "foundation" else key: value for key, value in plain.items()
-        }  # as it was called before
+        plain = {"benchmarks" if key == "foundation" else key: value for key, value in plain.items()}  # the former key
         if missing := sorted({"rows", "columns", "tasks", "benchmarks", "values"} - set(plain)):
             raise ValueError(f"accuracy matrix: missing {', '.join(missing)}")
         matrix = cls(plain["tasks"], plain["benchmarks"])
@@ -131,11 +129,11 @@ def forgetting(matrix: AccuracyMatrix) -> float:
 
 
 def base_retention(matrix: AccuracyMatrix) -> float | None:
-    """Share of the base's accuracy on the base abilities that is left; 1 means that nothing was lost.
+    """Share of the base's accuracy on the base abilities that is retained; 1 means no loss.
 
-        FR = Σ_f A[T, f] / Σ_f A[0, f]      over the families evaluated in both rows
+        FR = Σ_f A[T, f] / Σ_f A[0, f]      over the benchmarks evaluated in both rows
 
-    A ratio of sums, so that a family on which the base scores near 0 does not dominate. None without such families, or
+    A ratio of sums, so that a benchmark on which the base scores near 0 does not dominate. None without benchmarks, or
     if the base scores 0 on all of them. Source: this project.
     """
     last = matrix.rows[matrix.last]
@@ -146,7 +144,7 @@ def base_retention(matrix: AccuracyMatrix) -> float | None:
 
 
 def continual_metrics(matrix: AccuracyMatrix) -> dict[str, float]:
-    """Returns the metrics of the matrix by the names in FORMULAS, without those that are not defined for it."""
+    """Returns the metrics of the matrix by the names in FORMULAS, without undefined ones."""
     values = {
         "average_accuracy": average_accuracy(matrix),
         "backward_transfer": backward_transfer(matrix),
@@ -157,6 +155,6 @@ def continual_metrics(matrix: AccuracyMatrix) -> dict[str, float]:
 
 
 def _mean(values: Iterable[float | None]) -> float | None:
-    """Returns the mean of the values that are there, or None if there is none."""
+    """Returns the mean of the values that are not None, or None."""
     present = [value for value in values if value is not None]
     return fmean(present) if present else None

@@ -1,9 +1,8 @@
-"""Pages: prompts that are always answered together, and where their rows lie among the blocks of a dataset.
+"""Pages: prompts that are always answered together, and the location of their rows in a dataset's blocks.
 
-A language model rounds differently in batches of other shapes, and where two tokens are nearly as likely as each other
-that changes an answer. So prompts are answered in a company that depends on nothing but their column: a page, consecutive
-rows of its files, whoever asks and whatever is known already. Rows stay in Ray's object store; what passes through the
-driver is where they are.
+Rounding differs between batch shapes and can change an answer where two tokens are almost equally likely. So prompts are
+answered in batches that depend only on their task: a page holds consecutive rows of its files, whatever is requested or
+stored. Rows stay in Ray's object store; only their locations pass through the driver.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -14,12 +13,12 @@ import ray
 
 @dataclass(frozen=True)
 class Slices:
-    """Where the rows of a page are."""
+    """Location of the rows of a page."""
 
     blocks: list[ray.ObjectRef]
     """Arrow tables in the object store."""
     rows: list[list[int]]
-    """Of each block: which of its rows."""
+    """Row numbers per block."""
 
 
 def paged(rows: Sequence[int], size: int) -> list[tuple[int, ...]]:
@@ -35,9 +34,9 @@ def blocks(rows: ray.data.Dataset) -> Iterator[tuple[ray.ObjectRef, int]]:
 
 
 def slices(sized_blocks: Iterable[tuple[ray.ObjectRef, int]], pages: Iterable[Sequence[int]]) -> Iterator[Slices]:
-    """Yields for each page where its rows are: its numbers among all rows of the blocks `found`, rising over all pages.
+    """Yields the location of each page; pages hold numbers of rows over all blocks, rising over all pages.
 
-    Each page comes as soon as its last row is there. Raises LookupError where rows are missing.
+    Each page is yielded as soon as its last row is there. Raises LookupError where rows are missing.
     """
     blocks_left, block, start, stop = iter(sized_blocks), None, 0, 0
     for page in pages:

@@ -1,9 +1,9 @@
-"""The report's pictures, each a function from a run's summary to a matplotlib Figure.
+"""The report's plots, each a function from a run's summary to a matplotlib Figure.
 
-- Figures are made without pyplot, so nothing global changes and threads may draw at once.
-- Colours are Okabe and Ito's, told apart by colour-blind readers too; blue is always the new tasks (or this method),
+- Figures are made without pyplot: no global state, so threads may draw in parallel.
+- Colours are Okabe and Ito's, which colour-blind readers can distinguish; blue is always the new tasks (or this method),
   orange the base abilities (or the alternative). Widths are 12 inches: 1200 pixels at 100 dpi.
-- `PICTURES` lists them in the report's order with title, caption and what a summary must hold to be drawn.
+- `PLOTS` lists them in the report's order with title, caption and what a summary must hold to be drawn.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -27,18 +27,18 @@ HEAT = LinearSegmentedColormap.from_list("heat", ["#f4f8fc", "#b5d4ea", "#4f9bcb
 
 METHODS: dict[str, str] = {
     "base": "base,\nnothing\nlearned",
-    "oracle": "experts,\noracle routing\n(upper bound)",
+    "oracle": "oracle\nrouting (upper\nbound)",
     "sequential": "sequential\nfine-tuning",
     "multitask": "multi-task,\nall data\nat once",
-    "token_phatgoose": "experts,\ntoken router,\nPHATGOOSE",
+    "token_phatgoose": "experts,\nPHATGOOSE\nrouter",
     "token": "experts,\ntoken router",
     "prompt": "experts,\nprompt router",
     "two_level": "experts,\ntwo-level\nrouter",
 }
-"""Methods of a comparison in the order shown, and what they are called."""
+"""Labels of the methods of a comparison, in the order shown."""
 
 OURS = ("token_phatgoose", "token", "prompt", "two_level")
-"""The methods that choose among experts themselves; shown in bold."""
+"""Methods that route by themselves; shown in bold."""
 
 GAP = 0.4
 """Space between tasks and base abilities in heat maps, in cells."""
@@ -52,13 +52,13 @@ def accuracy_over_time(summary: Mapping[str, Any]) -> Figure:
     figure, axes = _figure(1.7 + 0.46 * len(kept))
     _heat(axes, [matrix["values"][i] for i in kept], labels, matrix["columns"], len(matrix["tasks"]))
     for y, i in enumerate(kept):
-        if i > 0:  # the task that this row has just learned
+        if i > 0:  # the task learned in this row
             axes.add_patch(Rectangle((i - 1, y), 1, 1, fill=False, edgecolor=ABILITIES, linewidth=2.2))
     return figure
 
 
 def routing_map(summary: Mapping[str, Any]) -> Figure:
-    """Heat map of who answered: experts by columns, every column's shares summing to 1."""
+    """Heat map of routing: experts by tasks and benchmarks; the shares of each column sum to 1."""
     routing = summary["routing"]
     split = sum(column in set(routing["experts"]) for column in routing["columns"])
     figure, axes = _figure(1.7 + 0.46 * len(routing["experts"]))
@@ -150,8 +150,8 @@ def ordered_methods(methods: Mapping[str, Any]) -> list[str]:
 def cost(summary: Mapping[str, Any]) -> list[tuple[list[float], list[float]]]:
     """Returns (ours, retraining) cumulative over the tasks, for seconds and then for samples.
 
-    Ours is measured: Σ_{i<=k} of each task's own. Retraining at the arrival of task k trains on all k tasks; it costs
-    what the multi-task run of the comparison did (without one, all tasks' own training) times Σ_{i<=k} n_i / Σ_i n_i,
+    Ours is measured: the sum over tasks i <= k. Retraining at the arrival of task k trains on all k tasks; it costs as much as
+    the comparison's multi-task run (without one, the sum over all tasks) times Σ_{i<=k} n_i / Σ_i n_i,
     where n_i is the number of samples of task i.
     """
     tasks = list(summary["tasks"].values())
@@ -167,7 +167,7 @@ def cost(summary: Mapping[str, Any]) -> list[tuple[list[float], list[float]]]:
 
 
 def cost_caption(summary: Mapping[str, Any]) -> str:
-    """Says what was measured and what was computed in `cost_by_tasks`."""
+    """Returns the caption of `cost_by_tasks`: what was measured and what was computed."""
     if (summary.get("methods") or {}).get("multitask", {}).get("seconds"):
         source = "the measured multi-task run, scaled by the share of the samples seen so far"
     else:
@@ -180,7 +180,7 @@ def cost_caption(summary: Mapping[str, Any]) -> str:
 
 @dataclass(frozen=True)
 class Plot:
-    """One picture of the report: its title, how to draw and caption it, and whether a summary holds what it needs."""
+    """A plot of the report: title, functions that draw and caption it, and whether a summary has its data."""
 
     title: str
     draw: Callable[[Mapping[str, Any]], Figure]
@@ -193,7 +193,7 @@ PLOTS: dict[str, Plot] = {
         "Methods side by side",
         methods_side_by_side,
         lambda summary: (
-            "Mean accuracy on the new tasks and on the base abilities; the dashed line is what the base knew."
+            "Mean accuracy on the new tasks and on the base abilities; the dashed line is the base's accuracy on its abilities."
         ),
         lambda summary: bool(summary.get("methods")),
     ),
@@ -201,7 +201,7 @@ PLOTS: dict[str, Plot] = {
         "Accuracy after every task",
         accuracy_over_time,
         lambda summary: (
-            "Accuracy in percent. A row is the pool after learning the outlined task; a column is one kind of prompt."
+            "Accuracy in percent. A row is the pool after learning the outlined task; a column is a task or benchmark."
         ),
         lambda summary: any(value is not None for row in summary["accuracy_matrix"]["values"] for value in row),
     ),
@@ -217,17 +217,15 @@ PLOTS: dict[str, Plot] = {
     "loss": Plot(
         "Training loss",
         loss_curves,
-        lambda summary: (
-            "Loss by optimizer step, every task on its own data only. A router in closed form has no loss to show."
-        ),
+        lambda summary: "Loss by optimizer step, every task on its own data only. A closed-form router has no loss.",
         lambda summary: any(t.get("expert_loss") or t.get("router_loss") for t in summary["tasks"].values()),
     ),
 }
-"""File stem -> picture, in the report's order."""
+"""Plots by file stem, in the report's order."""
 
 
 def routing_of_a_prompt(explanation: Explanation, tokens: Sequence[str]) -> Figure:
-    """Heat maps of one prompt: weight of each expert that took part, Linears by tokens; equal neighbours share a column."""
+    """Heat maps of one prompt: weight of each active expert, Linears by tokens; equal neighbouring tokens share a column."""
     runs: list[list[int]] = []
     for i, token in enumerate(tokens):
         if runs and tokens[runs[-1][0]] == token:
@@ -269,7 +267,7 @@ def _figure(height: float) -> tuple[Figure, Axes]:
 
 
 def _plain(axes: Axes, label: str) -> None:
-    """Leaves of the frame only a base line and faint horizontal lines."""
+    """Reduces the frame to a base line and faint horizontal lines."""
     axes.spines[["top", "right", "left"]].set_visible(False)
     axes.spines["bottom"].set_color(MUTED)
     axes.tick_params(which="both", length=0, colors=INK, labelsize=11)

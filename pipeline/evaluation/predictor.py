@@ -1,4 +1,4 @@
-"""Who answers prompts: a base in the memory of one process, alone, with one expert, or with a pool that mixes them."""
+"""Answers prompts with a base in this process: alone, with one expert, or with a pool that mixes them."""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -25,14 +25,14 @@ from pipeline.routing.routed_model import RoutedModel
 
 
 class Predictor(FrozenBase):
-    """Holds a base; answers prompts with whoever is attached to it."""
+    """Holds a base; answers prompts with the pool attached to it."""
 
     def __init__(self, base: BaseModelConfig, workers: InferenceWorkers, *, vision: bool = True) -> None:
         super().__init__(base, workers, vision=vision)
         self.routed: RoutedModel | None = None
 
     def attach(self, pool: Pool | None) -> None:
-        """Answers with `pool` from now on (None: the bare base), instead of what was attached before."""
+        """Attaches `pool` (None: the bare base) instead of the former one."""
         if self.routed is not None:
             self.routed.detach()
         self.routed = None
@@ -40,18 +40,18 @@ class Predictor(FrozenBase):
             self.routed = RoutedModel(self.base.model, pool, expert_memory=self.workers.expert_memory)
 
     def attach_expert(self, expert: Expert) -> None:
-        """Answers with one expert from now on. It stands alone: beside others of other ranks it would round differently."""
+        """Attaches one expert, alone: beside experts of other ranks it would round differently."""
         self.attach(Pool(self.base.label, self.base.fingerprint, RouterConfig(), [expert]))
 
     def by_expert(self, rows: Sequence[Encoded], expert: str | None, max_new_tokens: int) -> list[Answer]:
-        """Answers with one expert of the pool that is attached, or with the base (None)."""
+        """Answers with one expert of the attached pool, or with the base (None)."""
         if self.routed is None:
             return [Answer(text, BASE) for text in self._texts(rows, max_new_tokens)]
         with self.routed.forced(expert):
             return [Answer(text, expert or BASE) for text in self._texts(rows, max_new_tokens)]
 
     def by_router(self, rows: Sequence[Encoded], max_new_tokens: int) -> list[Answer]:
-        """Answers as the router of the pool that is attached decides."""
+        """Answers with the attached pool's router."""
         assert self.routed is not None, "routers belong to pools"
         answers: list[Any] = [None] * len(rows)
         for members, batch in self.batches(rows):
@@ -69,9 +69,9 @@ class Predictor(FrozenBase):
         return texts
 
     def features(self, rows: Sequence[Encoded], width: int) -> np.ndarray:
-        """Returns the prompt features (N, `width`), float32, with nothing attached.
+        """Returns the prompt features (N, `width`), float32, with no pool attached.
 
-        One row at a time, so that they do not depend on its company; the language model does not run.
+        One row at a time, so they do not depend on the batch; the language model does not run.
         """
         features: list[torch.Tensor] = []
 
@@ -93,18 +93,18 @@ class Predictor(FrozenBase):
 
 
 class _FeaturesReady(Exception):
-    """A prompt's features are there, so that the language model need not run."""
+    """Stops the forward pass: a prompt's features are there."""
 
 
 class PagePredictor:
-    """A predictor as an actor: attaches whoever is to answer, and takes rows out of blocks that Ray brings along."""
+    """A predictor as an actor: attaches the author, and takes rows out of blocks that Ray delivers."""
 
     def __init__(self, base: BaseModelConfig, workers: InferenceWorkers, vision: bool) -> None:
         self._predictor = Predictor(base, workers, vision=vision)
         self._attached: str | None = None
 
     def record(self, width: int, block: pa.Table) -> pa.Table:
-        """Returns what a `PromptTable` keeps of a block of encoded rows; the features of bad ones are zeros."""
+        """Returns a `PromptTable`'s columns for a block of encoded rows; features of bad rows are zeros."""
         self._attach(None, lambda: None)
         good = np.flatnonzero(block["reason"].to_numpy() == "")
         features_NF = np.zeros((len(block), width), np.float32)
@@ -122,7 +122,7 @@ class PagePredictor:
     ) -> list[Answer]:
         """Answers a page's prompts, which are among `rows` of `blocks`, with the one `expert`, or with the base (none).
 
-        `author` is the name under which answers are kept.
+        `author` is the name in the answer store.
         """
         self._attach(author if expert else None, lambda: self._predictor.attach_expert(ray.get(expert[0])))
         routed = self._predictor.routed
@@ -152,14 +152,14 @@ class PagePredictor:
 
 
 def _rows(prompts: Sequence[str], rows: Sequence[Sequence[int]], blocks: Sequence[pa.Table]) -> list[Encoded]:
-    """Returns the encoded rows of prompts, in their order; raises StreamError where they are not what was read before."""
+    """Returns the encoded rows of prompts, in their order; raises StreamError where they have changed since the first read."""
     table = pa.concat_tables([block.take(list(indices)) for indices, block in zip(rows, blocks, strict=True)])
     row_of = {prompt: row for row, prompt in enumerate(table["prompt"].to_pylist())}
     if missing := [prompt for prompt in prompts if prompt not in row_of]:
         task, source = table["column"][0].as_py(), table["source"][0].as_py()
         raise StreamError(
-            f"task {task!r}: {len(missing)} prompts of {source} are not what they were when this run began; leave files "
-            "and images as they are while a job runs, and run the same command again"
+            f"task {task!r}: {len(missing)} prompts of {source} have changed since this run began; leave files and "
+            "images as they are while a job runs, and run the same command again"
         )
     return _encoded(table.take([row_of[prompt] for prompt in prompts]))
 

@@ -1,9 +1,10 @@
-"""What evaluation knows of a column's prompts: read, encoded and seen by the base once, kept as a table.
+"""Tables of a task's prompts: each prompt is read, encoded and passed through the base once.
 
-A table has a row for every row of a source, in the order of its files, good or bad: where it lies, what is asked, what an
-answer is measured against, the digest of its encoded prompt, and its prompt features, as wide as the routers of the pools
-at hand take them (12 to 24 times less than unprojected ones would weigh; tables of other widths are other tables). Whoever
-routes or scores reads tables; rows are encoded again only for those who answer. Shapes: N good rows, F features.
+A table has a row for every row of a source, good or bad, in the order of its files: file and number, question, reference,
+digest of the encoded prompt, and prompt features in the width of the pools' routers (12 to 24 times smaller than unprojected
+ones; each width has its own table). Routing and scoring read tables; rows are encoded again only to be answered.
+
+Shapes: N good rows, F features.
 """
 
 from collections.abc import Sequence
@@ -27,28 +28,28 @@ from pipeline.evaluation.pages import paged
 from pipeline.evaluation.tables import write_table
 
 REMEDY = "delete this file, and it is made anew"
-"""What to do about a damaged table."""
+"""Remedy for a damaged table."""
 
 KEPT_COLUMNS = ("source", NUMBER, "id", "question", "reference", "prompt", "reason", "excerpt", "rows", "lost")
-"""Columns of a table that are those of encoded rows; `features` comes to them."""
+"""Columns that a table takes from encoded rows; `features` is added."""
 
 
 @dataclass(frozen=True)
 class EvalTask:
-    """A task or base ability, and where its prompts come from."""
+    """A task or benchmark with the source of its prompts."""
 
     config: TaskConfig
     part: TaskRows
 
     @property
     def name(self) -> str:
-        """Name of the task or family."""
+        """Name of the task or benchmark."""
         return self.config.name
 
 
 @dataclass(frozen=True, eq=False)
 class PromptTable:
-    """The prompts of one column."""
+    """The prompts of one task or benchmark."""
 
     table: pa.Table
 
@@ -73,11 +74,11 @@ class PromptTable:
         return list(zip(*(self._values(name)[self.good].tolist() for name in names), strict=True))
 
     def pages(self, size: int) -> list[tuple[int, ...]]:
-        """Returns the pages of the good rows, as places among them."""
+        """Returns the pages of the good rows, as indices among them."""
         return paged(range(len(self.good)), size)
 
     def reading(self, indices: Sequence[int]) -> tuple[Numbers, dict[int, int]]:
-        """Returns how good rows are read again: numbers by file, and by place the number of a row among those that come."""
+        """Returns how to read good rows again: numbers by file, and by index the position among the rows that arrive."""
         sources, numbers = self._values("source"), self._values(NUMBER)
         numbers_by_file: dict[str, set[int]] = {}
         for row in self.good[list(indices)]:
@@ -88,12 +89,12 @@ class PromptTable:
         return {file: sorted(of_file) for file, of_file in numbers_by_file.items()}, arrival
 
     def set_aside(self, task: EvalTask, file: Path, data: DataConfig) -> SetAside:
-        """Writes down the rows that cannot be used; raises StreamError where they are too many (see `quarantine`)."""
+        """Writes bad rows to the quarantine `file`; raises StreamError where there are too many (see `quarantine`)."""
         bad = self.table.filter(pa.compute.not_equal(self.table["reason"], "")).select(list(NOTES)).to_pylist()
         return set_aside(task.name, task.part.source, bad, len(self.good), file, data)
 
     def save(self, file: Path) -> None:
-        """Writes the table, all of it or nothing."""
+        """Writes the table atomically."""
         write_table(self.table, file)
 
     @classmethod
@@ -107,7 +108,7 @@ class PromptTable:
 
 
 def kept_columns(encoded: pa.Table, features_NF: np.ndarray) -> pa.Table:
-    """Returns what a table keeps of encoded rows and their features."""
+    """Returns a table's columns of encoded rows and their features."""
     flat = pa.array(np.ascontiguousarray(features_NF, np.float32).ravel())
     kept = encoded.select(list(KEPT_COLUMNS))
     return kept.append_column("features", pa.FixedSizeListArray.from_arrays(flat, features_NF.shape[1]))

@@ -1,4 +1,4 @@
-"""Which prompts columns have: tables that are found, or read and recorded now, once for all who use a folder."""
+"""Prompt tables of tasks: loaded, or read and recorded once for all users of a folder."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -15,9 +15,9 @@ from pipeline.routing.features import FEATURE_RULE
 
 
 class PromptTables:
-    """The prompts of columns, kept in `folder`.
+    """Prompt tables in `folder`.
 
-    Rows that cannot be used are written below `quarantine` and told to `on_set_aside`, once in a process.
+    Bad rows are written below `quarantine` and reported to `on_set_aside`, once per process.
     """
 
     def __init__(
@@ -33,9 +33,9 @@ class PromptTables:
         self._tables: dict[str, PromptTable] = {}
 
     def of(self, tasks: Sequence[EvalTask], width: int, actors: PredictorActors) -> list[PromptTable]:
-        """Returns the prompts of these columns with features of `width`; those that nobody has read yet are read now.
+        """Returns the prompt tables of these tasks with features of `width`; missing ones are recorded now.
 
-        Raises StreamError where too many rows cannot be used.
+        Raises StreamError where there are too many bad rows.
         """
         names = {name_of(task, width): task for task in tasks}
         new = {name: task for name, task in names.items() if name not in self._tables}
@@ -46,7 +46,7 @@ class PromptTables:
             table = recorded[name] if name in recorded else PromptTable.load(self._file(name))
             if aside := table.set_aside(task, self._quarantine / f"{task.name}.jsonl", self._source.data):
                 self._on_set_aside(task.name, aside)
-            elif name in recorded:  # not with bad rows: an image that is missing now may be there the next time
+            elif name in recorded:  # not with bad rows: a missing image may be there the next time
                 table.save(self._file(name))
             self._tables[name] = table
         return [self._tables[name] for name in names]
@@ -55,7 +55,7 @@ class PromptTables:
         return self._folder / f"{name}.parquet"
 
     def _record(self, unread: Mapping[str, EvalTask], width: int, actors: PredictorActors) -> dict[str, PromptTable]:
-        """Reads the prompts of columns by name, and records their features."""
+        """Reads the prompts of tasks by table name, and records their features."""
 
         def pieces() -> Iterator[tuple[tuple[str, int], Work]]:
             for name, task in unread.items():
@@ -70,7 +70,7 @@ class PromptTables:
 
 
 def compute_image_embeds(source: PromptSource, tasks: Sequence[EvalTask], actors: PredictorActors) -> None:
-    """Computes image features that are to be kept and are not there; on the GPUs that actors give back for it."""
+    """Computes missing image embeddings, on GPUs that the actors free for it."""
     for task in tasks:
         if not source.has_image_embeds(task.name, task.part):
             actors.close()
@@ -79,5 +79,5 @@ def compute_image_embeds(source: PromptSource, tasks: Sequence[EvalTask], actors
 
 
 def name_of(task: EvalTask, width: int) -> str:
-    """Returns the name of a column's table: what it depends on."""
+    """Returns the name of a task's table, with a digest of all that it depends on."""
     return f"{task.name}-{digest(task.part.key, width, FEATURE_RULE)}"

@@ -1,7 +1,7 @@
-"""The report of a run: one self-contained HTML file, and its pictures as PNG files beside it.
+"""The report of a run: one self-contained HTML file, and its plots as PNG files beside it.
 
-- Reads a run's summary (the content of `summary.json`) and nothing else, so any old run can be reported again.
-- Parts that a summary does not hold (methods, routing, samples) are left out.
+- Reads only a run's summary (the content of `summary.json`), so any old run can be reported again.
+- Parts that a summary lacks (methods, routing, samples) are left out.
 - The page needs no network and no script; it follows the reader's light or dark setting and prints.
 """
 
@@ -20,7 +20,7 @@ from pipeline.evaluation.matrix import FORMULAS, AccuracyMatrix
 from pipeline.evaluation.plots import METHODS, OURS, PLOTS, ordered_methods
 
 DPI = 170
-"""Resolution of the pictures; at a width of 12 inches about 2000 pixels, sharp on dense screens and in print."""
+"""Resolution of the plots; at a width of 12 inches about 2000 pixels, sharp on dense screens and in print."""
 
 REQUIRED = ("name", "tasks", "accuracy_matrix", "continual")
 
@@ -35,7 +35,7 @@ def write_report(summary: Mapping[str, Any], folder: Path) -> Path:
     Raises ReportError if the summary lacks a required field, ValueError if its matrix does not fit together.
     """
     if missing := [key for key in REQUIRED if key not in summary]:
-        raise ReportError(f"summary.json: missing {', '.join(missing)}; run `pointsman learn` again to write it anew")
+        raise ReportError(f"summary.json: missing {', '.join(missing)}; run `pointsman learn` again to rewrite it")
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent),
         autoescape=True,  # by name, jinja2 would not escape in a file that ends in .j2
@@ -91,13 +91,13 @@ def memory(size: float | None) -> str:
 
 
 def _draw(summary: Mapping[str, Any], folder: Path) -> list[dict[str, str]]:
-    """Saves the pictures that the summary allows; returns what the page shows of each, the image in base64."""
+    """Saves the plots whose data the summary has; returns title, caption and image (base64) of each."""
     folder.mkdir(parents=True, exist_ok=True)
     shown = []
     for stem, plot in PLOTS.items():
         path = folder / f"{stem}.png"
         if not plot.possible(summary):
-            path.unlink(missing_ok=True)  # of an earlier report that held more
+            path.unlink(missing_ok=True)  # left by an earlier report
             continue
         buffer = io.BytesIO()
         plot.draw(summary).savefig(buffer, format="png", dpi=DPI, facecolor="white")
@@ -108,7 +108,7 @@ def _draw(summary: Mapping[str, Any], folder: Path) -> list[dict[str, str]]:
 
 
 def _headline(summary: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns the figures of the claim: tasks learned, accuracy before and after, base abilities before and after."""
+    """Returns the headline metrics: tasks learned, accuracy before and after, base abilities before and after."""
     matrix = AccuracyMatrix.from_json(summary["accuracy_matrix"])
     learned, last = matrix.tasks[: matrix.last], matrix.rows[matrix.last]
 

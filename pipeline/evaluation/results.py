@@ -1,6 +1,6 @@
-"""What an evaluation found: predictions and their scores, of each column its accuracy and who answered.
+"""Results of an evaluation: predictions and scores, and per task its accuracy and who answered.
 
-Knows nothing of how answers come about; `to_json` is what a run keeps of an evaluation.
+Independent of how answers are generated; a run stores `to_json`.
 """
 
 from collections import Counter
@@ -21,7 +21,7 @@ class Prediction:
     """One answered prompt."""
 
     task: str
-    """Task or base ability it belongs to."""
+    """Its task or benchmark."""
     id: str
     question: str
     answer: str
@@ -32,9 +32,9 @@ class Prediction:
     expert: str
     """Expert with the largest weight, or `base`."""
     why: str = ""
-    """Where a router chose: the likeliest candidates with their figures."""
+    """With routing: the likeliest candidates with posterior and distance."""
     group: str = ""
-    """Predictions of one group in a column are one question; empty: a question of its own."""
+    """Predictions of a task with the same group are one question; empty: a question of its own."""
 
 
 def scored(
@@ -48,12 +48,12 @@ def scored(
 
 @dataclass(frozen=True)
 class TaskResult:
-    """What was found on one column."""
+    """Result on one task or benchmark."""
 
     accuracy: float
-    """Mean over the column's questions of the worst of their predictions' scores (see `of`)."""
+    """Mean over questions of the lowest score among their predictions (see `of`)."""
     row_accuracy: float | None
-    """Where questions are groups: the mean score over the predictions."""
+    """Mean score over the predictions, where questions are groups."""
     experts: Mapping[str, int]
     """Prompts by the expert that answered them, or `base`."""
     samples: tuple[Prediction, ...] = ()
@@ -61,14 +61,14 @@ class TaskResult:
 
     @classmethod
     def of(cls, predictions: Sequence[Prediction], samples: int = 0) -> "TaskResult":
-        """Sums a column's predictions up, and keeps the first `samples` of them.
+        """Aggregates a task's predictions, and keeps the first `samples` of them.
 
             A = 1/|Q| · Σ_{q in Q} min_{p in q} score(p)
 
-        Q: the predictions, divided into their groups; one without a group is a question of its own, so that without groups
-        A is the mean score. With one group for the rotations of a multiple-choice question this is CircularEval: right only
-        if all are. Source: Liu et al. 2023 (MMBench), arXiv 2307.06281. The mean over the predictions is then what asking
-        each rotation alone would have shown (MMBench's VanillaEval asks only the first).
+        Q: the groups of predictions; a prediction without a group is its own question, so without groups A is the mean
+        score. With one group per multiple-choice question's rotations this is CircularEval: right only if all are. Source:
+        Liu et al. 2023 (MMBench), arXiv 2307.06281. The mean over the predictions is then the accuracy of single rotations
+        (MMBench's VanillaEval asks only the first).
         """
         worst: dict[str | int, float] = {}
         for number, p in enumerate(predictions):
@@ -85,13 +85,13 @@ class TaskResult:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What was found on every column."""
+    """Results by task or benchmark."""
 
     results: Mapping[str, TaskResult]
 
     @classmethod
     def of(cls, predictions: Iterable[Prediction]) -> "Evaluation":
-        """Sums predictions up, column by column, and keeps them all."""
+        """Aggregates predictions by task, and keeps them all."""
         by_task: dict[str, list[Prediction]] = {}
         for prediction in predictions:
             by_task.setdefault(prediction.task, []).append(prediction)
@@ -103,20 +103,20 @@ class Evaluation:
         return [prediction for result in self.results.values() for prediction in result.samples]
 
     def accuracies(self) -> dict[str, float]:
-        """Returns the accuracy of every column."""
+        """Returns the accuracy per task."""
         return {task: result.accuracy for task, result in self.results.items()}
 
     def row_accuracies(self) -> dict[str, float]:
-        """Returns the mean score over the predictions, groups or not, of every column that has groups."""
+        """Returns the mean score over the predictions, per task with groups."""
         return {c: result.row_accuracy for c, result in self.results.items() if result.row_accuracy is not None}
 
     def routing_accuracy(self, tasks: Sequence[str]) -> float:
-        """Returns the share of prompts answered by the right one: a task's by its expert, others by the base."""
+        """Returns the share of prompts routed correctly: a task's to its expert, others to the base."""
         right = sum(result.experts.get(c if c in tasks else BASE, 0) for c, result in self.results.items())
         return right / sum(count for result in self.results.values() for count in result.experts.values())
 
     def shares(self, experts: Sequence[str], tasks: Sequence[str]) -> list[list[float]]:
-        """Returns the share of each column's prompts that went to each expert (experts x columns)."""
+        """Returns the share of each task's prompts per expert (experts x tasks)."""
         counts = np.array([[self.results[task].experts.get(expert, 0) for task in tasks] for expert in experts])
         return (counts / np.maximum(counts.sum(0), 1)).tolist()
 

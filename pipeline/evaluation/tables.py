@@ -1,4 +1,4 @@
-"""Parquet files that are there whole or not at all, whoever is killed and whoever else writes."""
+"""Atomic writes of parquet files."""
 
 from pathlib import Path
 
@@ -9,6 +9,6 @@ from pipeline.files import atomic_file
 
 
 def write_table(table: pa.Table, file: Path) -> None:
-    """Writes a table, all of it or nothing."""
+    """Writes a table atomically."""
     with atomic_file(file) as staging:
         pq.write_table(table, staging)

@@ -16,7 +16,7 @@ class PoolEvaluations:
 
     def __init__(self, session: StreamSession, matrix: AccuracyMatrix) -> None:
         self._session, self._matrix = session, matrix
-        self._families = [task.name for task in session.config.stream.benchmarks]
+        self._benchmarks = [task.name for task in session.config.stream.benchmarks]
         self._waiting: tuple[list[str], Future[Evaluation]] | None = None
         self._last: Evaluation | None = None
 
@@ -25,7 +25,7 @@ class PoolEvaluations:
         self.end()
         self._waiting = (
             pool.names,
-            self._session.evaluate_soon([*pool.names, *self._families], pool, key, folder=folder),
+            self._session.evaluate_soon([*pool.names, *self._benchmarks], pool, key, folder=folder),
         )
         if self._waiting[1].done():
             self.end()
@@ -42,6 +42,6 @@ class PoolEvaluations:
         accuracies = evaluation.accuracies()
         self._matrix.record(names[-1], accuracies)
         self._session.log([(f"accuracy/{column}", value, len(names)) for column, value in accuracies.items()])
-        new, old = ([accuracies[name] for name in of] for of in (names, self._families))
+        new, old = ([accuracies[name] for name in of] for of in (names, self._benchmarks))
         abilities = f", base abilities {fmean(old):.3f}" if old else ""
         self._session.progress.say(f"  with {names[-1]}: tasks so far {fmean(new):.3f}{abilities}")

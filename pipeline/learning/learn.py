@@ -52,11 +52,11 @@ def learn_stream(session: StreamSession) -> LearnResult:
     config, started = session.config, now()
     watch = Stopwatch(session.folder / "state" / "clock.json")
     names = [task.name for task in config.stream.tasks]
-    families = [task.name for task in config.stream.benchmarks]
-    matrix = AccuracyMatrix(names, families)
+    benchmarks = [task.name for task in config.stream.benchmarks]
+    matrix = AccuracyMatrix(names, benchmarks)
     pool = Pool(config.base.label, session.fingerprint, config.router, **session.null_expert())
     pool_folder, metrics, versions = session.folder / "pool", {}, {}
-    last = session.evaluate([*names, *families], None, "base", who="the base")
+    last = session.evaluate([*names, *benchmarks], None, "base", who="the base")
     matrix.record("base", last.accuracies())
     evaluations, trainings = PoolEvaluations(session, matrix), Trainings(session)
     for number, task in enumerate(config.stream.tasks):
@@ -99,7 +99,7 @@ def learn_stream(session: StreamSession) -> LearnResult:
             metrics[task.name] = with_metrics(trained.file, metrics[task.name], turn)
         watch.lap()
     if evaluations.end() is not None:  # with samples now
-        last = session.evaluate([*names, *families], pool, pool_key, folder=pool_folder, quietly=True)
+        last = session.evaluate([*names, *benchmarks], pool, pool_key, folder=pool_folder, quietly=True)
     summary = {
         **session_provenance(session, started),
         "seconds_total": watch.stop(),

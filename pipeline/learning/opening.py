@@ -54,7 +54,7 @@ def open_session(
         outside_errors(config.folder),
         alone_in(config.folder),
         ExitStack() as afterwards,
-        _told_how_to_go_on(progress),
+        _saying_how_to_go_on(progress),
     ):
         with tempfile.TemporaryFile(dir=config.folder):  # now, not after an hour of training
             pass
@@ -100,7 +100,7 @@ def _name_of(session: StreamSession, job: str) -> str:
 
 
 @contextmanager
-def _told_how_to_go_on(progress: Progress) -> Iterator[None]:
+def _saying_how_to_go_on(progress: Progress) -> Iterator[None]:
     try:
         yield
     except BaseException as error:

@@ -57,7 +57,7 @@ def outside_errors(folder: Path | None = None) -> Iterator[None]:
     except (OSError, MlflowException, RayError, SafetensorError) as error:
         if (mistake := _user_error_in(error)) is not None:
             raise mistake from error
-        raise OutsideError(f"{_told(error)}\n    details    {_log(error, folder)}") from error
+        raise OutsideError(f"{_message(error)}\n    details    {_log(error, folder)}") from error
 
 
 def _user_error_in(error: BaseException | None) -> UserError | None:
@@ -70,7 +70,7 @@ def _user_error_in(error: BaseException | None) -> UserError | None:
     return None
 
 
-def _told(error: BaseException) -> str:
+def _message(error: BaseException) -> str:
     """Returns what is wrong and what to do, in one sentence or two."""
     if isinstance(error, RayError):
         mistake = _MISTAKE.search(str(error))  # of another process, which hands on its text alone

@@ -63,7 +63,7 @@ def plan(session: StreamSession, old: TrainedPool, *, skip_missing: bool) -> lis
             missing[name] = str(error)
     gone = _base_prompts_gone(session)
     if gone or (missing and not skip_missing) or not renewals:
-        raise MissingError(_told(old, missing, gone))
+        raise MissingError(_message(old, missing, gone))
     for name, reason in missing.items():
         session.progress.say(f"  left out: {name}: {reason}")
     if later := [name for name in tasks if name not in old.experts]:
@@ -134,7 +134,7 @@ def _base_prompts_gone(session: StreamSession) -> str | None:
     return None
 
 
-def _told(old: TrainedPool, missing: Mapping[str, str], gone: str | None) -> str:
+def _message(old: TrainedPool, missing: Mapping[str, str], gone: str | None) -> str:
     lines = [f"{old.folder}: statistics cannot be recomputed of all that they need, and nothing was done:"]
     lines += [f"    {name}: {reason}" for name, reason in missing.items()]
     lines += [f"    base prompts: {gone}"] if gone else []

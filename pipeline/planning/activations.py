@@ -167,9 +167,7 @@ def attention_bytes(decoder: Decoder, step: Pass) -> int:
 
 
 def mask_bytes(step: Pass) -> int:
-    """Returns the bytes of the mask in checkpoints, once for all layers: n T; b bytes each with eager attention, 1 where
-    padded.
-    """
+    """Returns the bytes of the mask in checkpoints, for all layers: n T; b bytes each with eager attention, 1 where padded."""
     return step.total * step.tokens * {"eager": step.bytes, "flash": 0, "masked": 1}[step.kernel]
 
 

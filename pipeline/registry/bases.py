@@ -1,6 +1,6 @@
-"""Bases in the registry: `<base>.bases` holds one version for each checkpoint that pools stand on.
+"""Bases in the registry: `<base>.bases` holds one version per checkpoint that pools use.
 
-Pool versions point at it. A copy in each of them would be 16 GB a task for an 8B base.
+Pool versions refer to it. A copy in each of them would be 16 GB per task for an 8B base.
 """
 
 import tempfile
@@ -18,7 +18,7 @@ from pipeline.registry.tracking import active_run
 from pipeline.registry.versions import DIGEST, create_version, find_finished, log_folder
 
 CURRENT = "current"
-"""Alias of the checkpoint that the newest pools stand on."""
+"""Alias of the checkpoint that the newest pools use."""
 
 
 def bases_name(base_label: str) -> str:
@@ -27,30 +27,30 @@ def bases_name(base_label: str) -> str:
 
 
 def register_base(base: BaseModelConfig) -> ModelVersion:
-    """Uploads a base's checkpoint as a new version, unless it is there already; needs an open run."""
+    """Uploads a base's checkpoint as a new version, unless it is registered; needs an open run."""
     run, folder, name = active_run(), checkpoint(base), bases_name(base.label)
     base_fingerprint = fingerprint(folder)
     if (version := find_finished(name, base_fingerprint)) is not None:
         return version
     tags = {DIGEST: base_fingerprint, "base_label": base.label, "path": without_secrets(base.path)}
     with tempfile.TemporaryDirectory() as scratch:
-        for file in files_of(folder):  # a downloaded folder may hold more than a base needs
+        for file in files_of(folder):  # a downloaded folder may hold other files
             (Path(scratch) / file.name).symlink_to(file.resolve())
         model_id = log_folder(base.label, Path(scratch), tags, model_type="base")
-    about = f"Checkpoints of {base.label}, one version each; pools point at them"
+    about = f"Checkpoints of {base.label}, one version each; pools refer to them"
     return create_version(name, model_id, run.info.run_id, tags, alias=CURRENT, about=about)
 
 
 def base_folder(model_id: str) -> Path:
-    """Returns the folder of a registered base: where it lies if that is this machine, else a download.
+    """Returns the folder of a registered base: its location on this machine, or a download.
 
-    Raises RegistryError where the registry at hand does not have it.
+    Raises RegistryError where the current registry does not have it.
     """
     try:
         location = MlflowClient().get_logged_model(model_id).artifact_location
         return Path(mlflow.artifacts.download_artifacts(artifact_uri=location))
     except MlflowException as error:
         raise RegistryError(
-            f"this pool stands on the base {model_id}, which {mlflow.get_tracking_uri()} does not have: {error.message}. "
+            f"this pool needs the base {model_id}, which {mlflow.get_tracking_uri()} does not have: {error.message}. "
             "Set MLFLOW_TRACKING_URI to the registry that the pool comes from"
         ) from None

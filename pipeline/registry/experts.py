@@ -1,6 +1,6 @@
 """Experts in the registry: `<base>.experts` has a version per trained expert; aliases mark each task's current one.
 
-Pools refer to these versions. Whoever loads a pool from the registry finds its experts in the user's cache, or fetches them.
+Pools refer to these versions. Loading a pool from the registry takes its experts from the user's cache, or fetches them.
 """
 
 import tempfile
@@ -22,11 +22,11 @@ from pipeline.routing.expert import Expert
 from pipeline.routing.store import ExpertReference, ExpertStore, cache_folder
 
 CONTENT = "content"
-"""Tag of a version: digest of the expert's files (`Contents.digest`); versions of earlier releases are without."""
+"""Tag of a version: digest of the expert's files (`Contents.digest`); versions of earlier releases lack it."""
 
 
 class MissingExpertError(RegistryError):
-    """An expert that the registry at hand does not have; the message names it, its version and what to do."""
+    """An expert that the current registry lacks; the message names it, its version and the remedy."""
 
 
 def experts_name(base_label: str) -> str:
@@ -37,7 +37,7 @@ def experts_name(base_label: str) -> str:
 def register_expert(base_label: str, folder: str | Path) -> ModelVersion:
     """Registers an expert folder and points the task's alias at it; needs an open run (`tracked_run`).
 
-    An expert with the same configuration digest is returned as it is, and no alias moves. Raises ExpertError for a
+    If an expert with the same configuration digest exists, it is returned and no alias moves. Raises ExpertError for a
     folder that is incomplete or was never trained.
     """
     run = active_run()
@@ -58,20 +58,20 @@ def register_expert(base_label: str, folder: str | Path) -> ModelVersion:
 
 
 def find_expert(base_label: str, digest: str) -> ModelVersion | None:
-    """Returns the finished expert made from `digest` (configuration, data, base), or None: then it is to be trained."""
+    """Returns the finished expert made from `digest` (configuration, data, base), or None."""
     return find_finished(experts_name(base_label), digest)
 
 
 def download_expert(base_label: str, task_or_version: int | str, into: str | Path) -> Path:
     """Copies an expert, by task (its current version) or version number, to the folder `into`, replacing it.
 
-    Raises RegistryError that lists the experts there are.
+    Raises RegistryError that lists the available experts.
     """
     return _download(get_version(experts_name(base_label), task_or_version), Path(into))
 
 
 def reference_to(name: str, version: ModelVersion) -> ExpertReference:
-    """Returns how a pool refers to its expert `name`, which is registered as this version."""
+    """Returns a pool's reference to its expert `name`, registered as this version."""
     return ExpertReference(
         name=name,
         digest=version.tags[DIGEST],
@@ -82,14 +82,14 @@ def reference_to(name: str, version: ModelVersion) -> ExpertReference:
 
 
 def fetch_expert(reference: ExpertReference, folder: Path) -> None:
-    """Copies the expert that a pool refers to into `folder`: its version, or where that is gone another of its digest.
+    """Copies the expert that a pool refers to into `folder`: its version, or another version with its digest.
 
     Raises MissingExpertError where the registry has neither.
     """
     assert reference.model is not None, "pools that do not name a registered model hold their experts"
     version = None
     if reference.version is not None:
-        with suppress(RegistryError):  # it was deleted, or never finished
+        with suppress(RegistryError):  # deleted, or never finished
             version = get_version(reference.model, reference.version)
     if version is None and reference.digest is not None:
         version = find_finished(reference.model, reference.digest)
@@ -101,12 +101,12 @@ def fetch_expert(reference: ExpertReference, folder: Path) -> None:
         if is_away(error):
             raise
         raise MissingExpertError(f"{_missing(reference)} ({error.message})") from None
-    except OSError as error:  # what MLflow raises where an artifact store on disk was emptied
+    except OSError as error:  # MLflow raises it for an emptied artifact store on disk
         raise MissingExpertError(f"{_missing(reference)} ({error})") from None
 
 
 def registered_experts() -> ExpertStore:
-    """Returns the store of the experts of registered pools: the user's cache, filled from the registry at hand."""
+    """Returns the store of the experts of registered pools: the user's cache, filled from the current registry."""
     return ExpertStore(cache_folder(), fetch_expert)
 
 

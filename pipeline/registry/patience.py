@@ -1,4 +1,4 @@
-"""A registry that does not answer: how one notices, how long one waits, and what is said meanwhile."""
+"""Retries while the registry does not answer: detection, waiting and messages."""
 
 import os
 import re
@@ -17,25 +17,25 @@ from pipeline.config import without_secrets
 from pipeline.errors import UserError
 
 CHECK_SECONDS = 10.0
-"""How long a job waits at its start for a server: as long as one may take to come up beside it, no longer than a user
-who has mistyped the address."""
+"""Seconds that a job waits for a server at its start: enough for one that starts beside it, short enough for a mistyped
+address."""
 
 _PROBE_SECONDS = 5
 _PAUSES = (1.0, 2.0, 4.0, 8.0, 15.0, 30.0)
 _GATEWAY = {502, 503, 504}
 _SERVER_ERRORS = {"TEMPORARILY_UNAVAILABLE", "DEADLINE_EXCEEDED", "REQUEST_LIMIT_EXCEEDED"}
 _UNREACHED = "INTERNAL_ERROR"
-"""What MLflow's client says of a server that it could not reach; of a database it is a mistake, which stays one."""
+"""MLflow's error code for a server that it could not reach; for a database it is a permanent error."""
 
 T = TypeVar("T")
 
 
 class RegistryError(UserError):
-    """A tracking address, a name or a version that does not fit, or a server that is away; the message says what to do."""
+    """A wrong tracking address, name or version, or an unreachable server; the message names the remedy."""
 
 
 def fail_fast() -> None:
-    """Keeps MLflow's client from retrying for minutes in silence; an environment that says otherwise stays."""
+    """Keeps MLflow's client from retrying silently for minutes; an environment variable that is set stays."""
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
 
 
@@ -52,7 +52,7 @@ def check_server() -> None:
 
 
 def is_away(error: MlflowException | requests.RequestException) -> bool:
-    """Returns whether an error means that the registry does not answer now; then the same call may succeed later."""
+    """Returns whether an error means that the registry does not answer now, so that the same call may succeed later."""
     if isinstance(error, MlflowException):
         return error.error_code in _SERVER_ERRORS or (error.error_code == _UNREACHED and _is_server())
     return error.response is None or error.response.status_code in {429, 500, *_GATEWAY}
@@ -62,9 +62,9 @@ _SYSTEM = re.compile(r"\[Errno -?\d+\] ([A-Za-z ]+)")
 
 
 def reason_of(error: Exception) -> str:
-    """Returns the first line of an error's text, without the secrets that an address in it may hold.
+    """Returns the first line of an error's text, without secrets from addresses.
 
-    Of a connection that failed, what the system says of it: the rest is urllib3's own affair.
+    For a failed connection it is the system's message, without urllib3's details.
     """
     if failed := _SYSTEM.search(str(error)):
         return failed[1].lower()
@@ -74,15 +74,15 @@ def reason_of(error: Exception) -> str:
 
 @dataclass(frozen=True)
 class Patience:
-    """Repeats what the registry did not answer to, visibly, for up to `seconds`."""
+    """Retries calls that the registry did not answer for up to `seconds`, with messages to `notify`."""
 
     seconds: float
     notify: Callable[[str], None]
 
     def __call__(self, action: Callable[[], T], what: str, *, kept: str = "") -> T:
-        """Returns what `action` returns; `what` names it in messages. It must do no harm when done again.
+        """Returns the result of `action`, which must be idempotent; `what` names it in messages.
 
-        Raises RegistryError when patience ends; `kept` then says what is safe and where. Other errors pass.
+        Raises RegistryError after `seconds`; `kept` then tells what is safe and where. Other errors pass.
         """
         began, attempt = time.monotonic(), 1
         while True:
@@ -99,7 +99,7 @@ class Patience:
                 raise RegistryError(
                     f"{what}: {_shown_uri()} did not answer {attempt} times in {passed:.0f} s (registry.patience): {reason}"
                     + (f"\n    {kept}" if kept else "")
-                    + "\n    see to the registry, then run the same command again: it goes on from here"
+                    + "\n    repair the registry, then run the same command again: it goes on from here"
                 )
             pause = min(_PAUSES[min(attempt, len(_PAUSES)) - 1], self.seconds - passed)
             self.notify(
@@ -125,7 +125,7 @@ def _silence() -> str | None:
         )
     except MlflowException as error:
         return reason_of(error)
-    # Any other answer is one: what does not know /health, or asks for a password there, is up.
+    # Any other answer counts: a server without /health, or one that asks for a password there, is up.
     return f"it answers {answer.status_code} {answer.reason}" if answer.status_code in _GATEWAY else None
 
 

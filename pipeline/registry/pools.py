@@ -1,9 +1,8 @@
 """Pools in the registry: `<base>.pool` holds a version per pool, each a model that answers prompts by itself.
 
-`mlflow.pyfunc.load_model("models:/<base>.pool@champion").predict(...)` and `mlflow models serve` need nothing but the
-registry: a version holds router settings, statistics of base prompts and code, and points at its experts and its base, so
-that it is as large for a hundred experts as for one. Alias `champion` marks the version in use; rolling
-back is moving it.
+`mlflow.pyfunc.load_model("models:/<base>.pool@champion").predict(...)` and `mlflow models serve` need only the registry: a
+version holds router settings, statistics of base prompts and code, and refers to its experts and its base, so its size does
+not grow with the number of experts. Alias `champion` marks the version in use; moving it rolls back.
 """
 
 import re
@@ -56,10 +55,10 @@ SIGNATURE = ModelSignature(
         ParamSpec("batch_size", DataType.long, pyfunc_model.BATCH_SIZE),
     ]),
 )  # fmt: skip
-"""`prompt` as text, `image` as encoded bytes, base64 text or null; answers and who gave them."""
+"""`prompt` as text, `image` as encoded bytes, base64 text or null; answers and experts."""
 
 LISTED = 12
-"""Experts that a version's tag names; `pool.json` names them all."""
+"""Most experts in a version's tag; `pool.json` lists them all."""
 
 _ADDRESS = re.compile(rf"{MODELS}(?P<name>[^/@]+)(?:/(?P<version>\d+)|@(?P<alias>[^/@]+))")
 
@@ -90,12 +89,13 @@ def register_pool(
     experts: Mapping[str, ModelVersion],
     expert_memory: int | None = None,
 ) -> ModelVersion:
-    """Registers a pool as a new version and makes it champion, its base too if it is new; needs an open run.
+    """Registers a pool as a new version and makes it champion, with its base if that is new; needs an open run.
 
-    `digest` names what the pool is made of; `experts` are the versions of its experts by name, which `pool.json` refers to;
-    those that other runs have made are inputs of this one. None of their weights is read, and no tag grows with their number.
-    A pool with the same digest is returned as it is, and `champion` stays where it is: someone may have rolled back.
-    `expert_memory` (bytes) is what the experts' weights may take where the pool is loaded, unless the loader says otherwise.
+    `digest` identifies the pool; `experts` are the versions of its experts by name, to which `pool.json` refers; versions of
+    other runs become inputs of this run. No weights are read, and no tag grows with the number of experts. If a pool with the
+    same digest exists, it is returned and `champion` does not move: someone may have rolled back. `expert_memory` (bytes) is
+    the default limit of the experts' weights where the pool is loaded.
+
     Raises RegistryError where `experts` and the pool differ.
     """
     run = active_run()
@@ -146,7 +146,7 @@ def register_pool(
 
 
 def _listed(experts: Sequence[str]) -> str:
-    """Lists the newest experts first; of many, how many there are beside them."""
+    """Lists the newest experts first, with the number of those left out."""
     newest, more = list(reversed(experts[-LISTED:])), len(experts) - LISTED
     return ", ".join(newest) + (f" and {more} more" if more > 0 else "")
 
@@ -168,22 +168,22 @@ def _check_versions(pool: Pool, experts: Mapping[str, ModelVersion]) -> None:
 
 
 def find_pool(base_label: str, digest: str) -> ModelVersion | None:
-    """Returns the finished pool made from `digest`, or None: then it is to be registered."""
+    """Returns the finished pool made from `digest`, or None."""
     return find_finished(pool_name(base_label), digest)
 
 
 def download_pool(address: str, into: str | Path) -> Path:
-    """Copies the folder of a registered pool below `into`; returns it. Its versions may be older than this code's.
+    """Copies the folder of a registered pool below `into`; returns it. An earlier release may have written it.
 
-    It refers to its experts (`experts.registered_experts` has them, or fetches them); pools of earlier releases hold them.
+    The folder refers to its experts (see `experts.registered_experts`); pools of earlier releases contain them.
 
-    `address` is `models:/<name>/<version>` or `models:/<name>@<alias>`. Raises RegistryError for another one, and one that
-    lists the versions there are.
+    `address` is `models:/<name>/<version>` or `models:/<name>@<alias>`. Raises RegistryError for any other address, and for a
+    missing version, with the available ones.
     """
     match = _ADDRESS.fullmatch(address)
     if match is None:
         raise RegistryError(
-            f"{address!r} is no address of a pool; write it like models:/tiny.pool/3 or models:/tiny.pool@{CHAMPION}"
+            f"{address!r} is not a pool's address; write it like models:/tiny.pool/3 or models:/tiny.pool@{CHAMPION}"
         )
     version = get_version(match["name"], match["version"] or match["alias"])
     location = MlflowClient().get_logged_model(logged_model(version)).artifact_location
@@ -194,7 +194,7 @@ def download_pool(address: str, into: str | Path) -> Path:
 
 
 def promote(base_label: str, version: int | str) -> ModelVersion:
-    """Makes a finished version the champion: forward, or back to an earlier one.
+    """Makes a finished version, newer or older, the champion.
 
     Raises RegistryError if there is none.
     """
@@ -209,12 +209,12 @@ def champion(base_label: str) -> ModelVersion:
 
 
 def pip_requirements() -> list[str]:
-    """Returns what prediction needs, at the installed versions (without local parts such as `+cpu`: PyPI has none)."""
+    """Returns requirements of prediction at the installed versions (without local parts such as `+cpu`, which PyPI lacks)."""
     return [f"{package}=={installed(package).partition('+')[0]}" for package in _REQUIREMENTS]
 
 
 def _copy_code(scratch: Path) -> Path:
-    """Copies the package's Python files: shipped weights would double what the base artifact already holds."""
+    """Copies the package's Python files, without the shipped weights: the base artifact holds them."""
     package = Path(pipeline.__file__).parent
     for source in package.rglob("*.py"):
         target = scratch / package.name / source.relative_to(package)

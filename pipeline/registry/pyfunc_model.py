@@ -1,7 +1,6 @@
-"""The model that MLflow loads ("model from code"): prompts in, answers and the experts that gave them out.
+"""The model that MLflow loads ("model from code"): prompts in, answers and experts out.
 
-MLflow copies this file into every pool version and runs it there, with the version's own copy of the package on the
-path.
+MLflow copies this file into every pool version and runs it there, with the version's copy of the package on the path.
 """
 
 import base64
@@ -26,21 +25,21 @@ from pipeline.routing.pool import Pool
 from pipeline.routing.routed_model import RoutedModel
 
 MAX_NEW_TOKENS = 64
-"""Longest answer in tokens, unless the caller says otherwise; answers mostly end long before."""
+"""Default limit of an answer in tokens; most answers are much shorter."""
 
 BATCH_SIZE = 32
-"""Most prompts that are answered at once, unless the caller says otherwise."""
+"""Default limit of prompts per batch."""
 
 _BYTES: TypeAdapter[int | None] = TypeAdapter(ByteSize | None)
 
 BASE = "base"
-"""What stands in column `expert` where the frozen base answered."""
+"""Value of column `expert` where the frozen base answered."""
 
 
 class RowError(UserError, MlflowException):
     """A row of the input that cannot be answered; the message names row and column.
 
-    One of MLflow's own, or `mlflow models serve` would say that an unexpected error has occurred.
+    A subclass of MLflow's exception, or `mlflow models serve` would report an unexpected error.
     """
 
     def __init__(self, message: str) -> None:
@@ -51,11 +50,11 @@ class RoutedPool(mlflow.pyfunc.PythonModel):
     """A base with a pool attached."""
 
     def load_context(self, context: Any) -> None:
-        """Loads the artifact `pool` and its base, on a GPU where there is one, on several if it is larger than one.
+        """Loads the artifact `pool` and its base, on a GPU if available, on several if the base needs them.
 
-        Its experts come from the user's cache, where they are fetched to when first needed. How much memory their weights may
-        take is part of `model_config`: `load_model(address, model_config={"expert_memory": "2GiB"})`. Raises RegistryError
-        where base or an expert is not to be had, ValueError if the base does not match.
+        Experts come from the user's cache and are fetched on first use. `model_config` limits the memory of their weights:
+        `load_model(address, model_config={"expert_memory": "2GiB"})`. Raises RegistryError where base or an expert is
+        missing, ValueError if the base does not match.
         """
         settings = dict(context.model_config)
         folder = base_folder(settings.pop("base_model_id"))
@@ -70,7 +69,7 @@ class RoutedPool(mlflow.pyfunc.PythonModel):
         if pool.base_fingerprint != base.fingerprint:
             raise ValueError(
                 f"{folder}: this base has fingerprint {base.fingerprint}, the pool was made for "
-                f"{pool.base_fingerprint}; has the registered checkpoint been changed? Register the pool again"
+                f"{pool.base_fingerprint}; has the registered checkpoint changed? Register the pool again"
             )
         self.processor = base.processor
         self.routed = RoutedModel(base.model, pool, expert_memory=memory)

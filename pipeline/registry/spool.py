@@ -1,4 +1,4 @@
-"""Metrics on their way to MLflow: first into a file of the run, from there to the registry as soon as it answers."""
+"""Buffers metrics for MLflow in a file of the run, until the registry answers."""
 
 import json
 import threading
@@ -17,12 +17,11 @@ from mlflow.utils.validation import MAX_METRICS_PER_BATCH
 from pipeline.registry.patience import is_away, is_silent, reason_of
 
 PAUSE_SECONDS = 15.0
-"""How long a registry that did not answer is left alone; a probe of it holds up progress for some seconds."""
+"""Seconds between attempts while the registry does not answer; each attempt blocks progress for some seconds."""
 
 
 REMEMBERED = 256
-"""Metrics, those logged last, of which one remembers what is written: those of a task are not logged again when it is long
-done."""
+"""Number of most recently logged metrics whose points are remembered; finished tasks log no more."""
 
 
 class Point(NamedTuple):
@@ -36,10 +35,10 @@ class Point(NamedTuple):
 
 
 class MetricSpool:
-    """Logs metrics through a file, so that none is lost while the registry is away.
+    """Logs metrics through a file, so that none is lost while the registry does not answer.
 
-    Writing a point twice changes nothing in MLflow; a process that is killed between writing and clearing the file does
-    no harm. One process holds a spool at a time.
+    Writing a point twice changes nothing in MLflow, so a process killed between writing and clearing the file does no harm.
+    Only one process may use a spool at a time.
     """
 
     def __init__(self, file: Path, notify: Callable[[str], None]) -> None:
@@ -48,23 +47,23 @@ class MetricSpool:
         self._again_at, self._away = 0.0, False
         self._old: set[tuple[str, str]] = set()
         self._logged: dict[tuple[str, str], set[tuple[int, float]]] = {}
-        """Points (step, value) that are written or wait, by run and metric."""
+        """Points (step, value) that are written or waiting, by run and metric."""
         self._new(self._points)
         self._lock = threading.Lock()
 
     @property
     def waiting(self) -> int:
-        """Number of points that the registry does not have yet."""
+        """Number of points that are not in the registry yet."""
         return len(self._points)
 
     def go_on(self, run_id: str) -> None:
-        """Looks up which metrics a run has from an earlier process; their points are not written a second time."""
-        with suppress(MlflowException, requests.RequestException):  # a point too many is no wrong one
+        """Looks up the metrics that an earlier process logged for a run; their points are not written again."""
+        with suppress(MlflowException, requests.RequestException):  # duplicate points do no harm
             if not is_silent():
                 self._old = {(run_id, key) for key in MlflowClient().get_run(run_id).data.metrics}
 
     def _new(self, points: Iterable[Point]) -> list[Point]:
-        """Returns the points that the registry neither has nor is about to get."""
+        """Returns the points that are neither written nor waiting."""
         new = []
         for point in points:
             series = point.run_id, point.key
@@ -81,7 +80,7 @@ class MetricSpool:
         return new
 
     def log(self, run_id: str, points: Iterable[tuple[str, float, int]]) -> None:
-        """Takes (metric, value, step) points of a run, and writes what waits if the registry answers."""
+        """Adds (metric, value, step) points of a run, and writes waiting points if the registry answers."""
         now = int(time.time() * 1000)
         with self._lock:
             new = self._new(Point(run_id, key, value, step, now) for key, value, step in points)
@@ -92,9 +91,9 @@ class MetricSpool:
         self.write(at_once=False)
 
     def write(self, *, at_once: bool = True) -> bool:
-        """Writes what waits; returns whether the registry has it all.
+        """Writes waiting points; returns whether none is left.
 
-        Without `at_once`, a registry that did not answer a moment ago is left alone.
+        Without `at_once`, does nothing within PAUSE_SECONDS of a failed attempt.
         """
         with self._lock:
             if not self._points:
@@ -126,7 +125,7 @@ class MetricSpool:
             except (MlflowException, requests.RequestException) as error:
                 if is_away(error):
                     return reason_of(error)
-                # Such as a run that someone has deleted: kept, it would stand in the way of all later points.
+                # Such as a deleted run; kept points would block all later ones.
                 self._notify(f"  {len(points)} points of metrics of run {run_id} are refused: {reason_of(error)}")
         return None
 

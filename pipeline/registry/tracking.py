@@ -1,7 +1,7 @@
-"""Tracking: where MLflow writes, and the one run that a job writes to.
+"""Tracking: MLflow's database or server, and the single run of a job.
 
-The driver opens tracking before any worker starts and is the only process that writes. Left to itself, MLflow would
-make a database in the current directory of every process, and a new run at every restart.
+The driver opens tracking before any worker starts and is the only process that writes. By default MLflow would make a
+database in the current directory of every process, and a new run at every restart.
 """
 
 import json
@@ -33,13 +33,13 @@ from pipeline.registry.patience import RegistryError, check_server, fail_fast, i
 SQLITE = "sqlite:///"
 
 SQLITE_HEADER = b"SQLite format 3\0"
-"""What every SQLite database begins with."""
+"""First bytes of every SQLite database."""
 
 RUN_TAG = "pointsman.run"
-"""Tag of a run: the digest of what it computes. A restarted job finds its run by it."""
+"""Tag of a run: digest of its job. A restarted job finds its run by it."""
 
 _CHATTY = ("alembic", "mlflow.store.db.utils", "mlflow.store.model_registry.abstract_store", "mlflow.tracking.fluent")
-"""Loggers that tell every table of a new database and every wait for a version at INFO."""
+"""Loggers that report every table of a new database and every wait for a version at INFO."""
 
 _RESTORE = "restore the file from a copy, or move it away: the next start makes a new one"
 
@@ -49,15 +49,15 @@ T = TypeVar("T")
 
 
 def open_tracking(uri: str, experiment: str, *, on_wait: Callable[[str], None] = _logger.warning) -> str:
-    """Points MLflow at `uri` and returns the id of `experiment`, made on first use (with the database, if need be).
+    """Points MLflow at `uri` and returns the id of `experiment`, created on first use (with the database if necessary).
 
     For a SQLite file the artifacts lie in `mlartifacts/` beside it, by absolute path: the experiment's location is
-    stored once and read from any directory. Of several processes one makes the database; the others wait, and tell
-    `on_wait` of it. A server decides about its own artifacts; user and password in its address go into MLflow's own
+    stored once and read from any directory. Of several processes one creates the database; the others wait and
+    report it to `on_wait`. A server decides about its own artifacts; user and password in its address go into MLflow's own
     environment variables, since MLflow prints the address.
 
-    Raises RegistryError for an address that is none, a server that does not answer, a damaged database or one of a newer
-    MLflow, a deleted experiment.
+    Raises RegistryError for an invalid address, a server that does not answer, a damaged database or one of a newer MLflow,
+    a deleted experiment.
     """
     for chatty in _CHATTY:
         logging.getLogger(chatty).setLevel(logging.WARNING)
@@ -87,7 +87,7 @@ def open_tracking(uri: str, experiment: str, *, on_wait: Callable[[str], None] =
 
 
 def check_database(database: Path) -> None:
-    """Raises RegistryError for a file that is no SQLite database; one that does not exist yet, or is empty, may become one."""
+    """Raises RegistryError for a file that is not a SQLite database; a missing or empty file passes."""
     try:
         with database.open("rb") as file:
             head = file.read(len(SQLITE_HEADER))
@@ -97,7 +97,7 @@ def check_database(database: Path) -> None:
         raise RegistryError(f"registry.uri: {database} cannot be read: {error.strerror}; {_RESTORE}") from None
     damaged = bool(head) and head != SQLITE_HEADER
     if not damaged:
-        try:  # MLflow would try a damaged one again for minutes
+        try:  # MLflow would retry a damaged one for minutes
             with closing(sqlite3.connect(f"{database.as_uri()}?mode=ro", uri=True)) as opened:
                 opened.execute("SELECT count(*) FROM sqlite_master").fetchone()
         except sqlite3.OperationalError:  # such as one that is locked: MLflow's own matter
@@ -191,7 +191,7 @@ def ui_command(uri: str) -> list[str]:
 
 @contextmanager
 def tracked_run(experiment_id: str, name: str, digest: str) -> Iterator[str]:
-    """Opens the run of `digest`, its own earlier one after a restart, as MLflow's active run; yields its id.
+    """Opens the run of `digest`, after a restart the earlier one, as MLflow's active run; yields its id.
 
     The run ends as FINISHED, as KILLED if the block was interrupted, or as FAILED if it raises anything else.
     """
@@ -216,7 +216,7 @@ def tracked_run(experiment_id: str, name: str, digest: str) -> Iterator[str]:
 
 
 def _end_run(status: str) -> None:
-    """Ends MLflow's active run; a server that is away must not hide what a job ends with."""
+    """Ends MLflow's active run; an unreachable server must not hide a job's own error."""
     if is_silent():
         os.environ.update(MLFLOW_HTTP_REQUEST_MAX_RETRIES="0", MLFLOW_HTTP_REQUEST_TIMEOUT="5")
     try:
@@ -238,10 +238,10 @@ def active_run() -> mlflow.ActiveRun:
 
 
 def log_config(run_id: str, config: Config) -> None:
-    """Logs a configuration as parameters `group.field`, URIs without the keys that they may hold.
+    """Logs a configuration as parameters `group.field`, URIs without their keys.
 
-    Parameters never change in MLflow. What a restarted job finds already logged stays: the digest that led it to this
-    run covers all that matters to the result.
+    Parameters never change in MLflow. A restarted job leaves logged ones as they are: the run's digest covers all that
+    affects the result.
     """
     client = MlflowClient()
     present = client.get_run(run_id).data.params

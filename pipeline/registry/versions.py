@@ -1,7 +1,7 @@
-"""What experts and pools have in common as versions of a registered model: found by tags, finished or not.
+"""Versions of registered models for experts, pools and bases: found by tags, finished or not.
 
-Order of writing: artifacts, version with its tags, alias, `finished`. A process killed in between leaves a version
-without that last tag; nobody takes it for finished, and the next registration of the same thing removes it.
+Order of writing: artifacts, version with its tags, alias, `finished`. A process killed in between leaves a version without
+that last tag. It does not count as finished, and the next registration with the same digest removes it.
 """
 
 import time
@@ -18,13 +18,13 @@ from mlflow.protos.databricks_pb2 import RESOURCE_ALREADY_EXISTS, RESOURCE_DOES_
 from pipeline.registry.patience import RegistryError
 
 DIGEST, FINISHED = "config_digest", "finished"
-"""Tags of a version: what it was computed from (configuration, data, base), and that it is complete."""
+"""Tags of a version: digest of configuration, data and base; and whether it is complete."""
 
 MODELS = "models:/"
 """Scheme of the address of a logged model, and of a registered one."""
 
 SETTLING_SECONDS = 10.0
-"""How long a version may be without its last tag before its maker is taken for dead: it sets two tags in between."""
+"""Seconds that a version may lack its last tag before its process counts as killed: two calls lie in between."""
 
 _PAGE = 1000
 
@@ -44,7 +44,7 @@ def _number(version: ModelVersion) -> int:
 
 
 def get_version(name: str, version_or_alias: int | str) -> ModelVersion:
-    """Returns a finished version by number or alias; raises RegistryError that lists what there is."""
+    """Returns a finished version by number or alias; raises RegistryError that lists the available ones."""
     client, wanted = MlflowClient(), str(version_or_alias)
     try:
         if wanted.isdigit():
@@ -76,7 +76,7 @@ def create_version(
 ) -> ModelVersion:
     """Makes the logged model `model_id` the next version of `name`, moves `alias` to it and marks it finished.
 
-    `tags` must hold `config_digest`; `about` describes the registered model when it is made. Where another process has
+    `tags` must hold `config_digest`; `about` describes the registered model when it is created. If another process has
     registered the same digest meanwhile, its version is returned and no alias moves.
     """
     assert DIGEST in tags, "a version is found again by its digest"
@@ -104,11 +104,11 @@ def _ensure_model(name: str, about: str) -> None:
 
 
 def _earlier(version: ModelVersion, digest: str) -> ModelVersion | None:
-    """Returns the version of the same digest that another process has made first, or None: then `version` stands.
+    """Returns the version with the same digest that another process has created first, or None: then `version` stays.
 
-    Numbers rise in the order of creation, so of two processes that register the same thing the later one sees the earlier
-    version, and waits until it is finished. One that is not finished within SETTLING_SECONDS was left by a process that
-    was killed: it is removed.
+    Numbers rise in the order of creation, so of two processes that register the same digest the later one sees the earlier
+    version, and waits until it is finished. A version not finished within SETTLING_SECONDS was left by a killed process: it
+    is removed.
     """
     client, name, until = MlflowClient(), version.name, time.monotonic() + SETTLING_SECONDS
     while True:
@@ -132,8 +132,8 @@ def log_folder(name: str, folder: Path, tags: Mapping[str, object], *, model_typ
 def log_model(name: str, write: Callable[[LoggedModel], Path], tags: Mapping[str, object], *, model_type: str) -> str:
     """Makes a logged model of the active run, uploads the folder that `write` returns for it, and returns its id.
 
-    The model is an output of the run and READY only after the upload. Flavors of MLflow have a `log_model` too, which asks
-    for the history of every metric of the run, one query each: a run over many tasks has hundreds.
+    The model is an output of the run and READY only after the upload. `log_model` of MLflow's flavors would query the history
+    of every metric of the run, and a run over many tasks has hundreds.
     """
     run = mlflow.active_run()
     assert run is not None, "callers check"
@@ -147,7 +147,7 @@ def log_model(name: str, write: Callable[[LoggedModel], Path], tags: Mapping[str
 
 
 def log_lineage(run_id: str, versions: Iterable[ModelVersion]) -> None:
-    """Records versions that other runs have made as inputs of a run: its own are its outputs; again changes nothing."""
+    """Records versions of other runs as inputs of a run (its own are outputs); idempotent."""
     others = [LoggedModelInput(logged_model(version)) for version in versions if version.run_id != run_id]
     if others:
         MlflowClient().log_inputs(run_id, models=others)

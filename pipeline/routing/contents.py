@@ -1,7 +1,7 @@
 """What a folder's files hold: size and digest of each in one small file beside them.
 
 The digest of that file names the whole folder. Who knows it tells a wrong or damaged folder without reading the large
-files (`Contents.fault`), and a damaged file when it is read (`Contents.check`).
+files (`Contents.damage`), and a damaged file when it is read (`Contents.check`).
 """
 
 import hashlib
@@ -48,7 +48,7 @@ class Contents(Config):
         plain = self.model_dump(mode="json")
         return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()
 
-    def fault(self, folder: Path) -> str | None:
+    def damage(self, folder: Path) -> str | None:
         """Returns what is wrong with a folder, as far as the sizes of its files tell."""
         for name, content in self.files.items():
             file = folder / name

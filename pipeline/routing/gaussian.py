@@ -88,23 +88,23 @@ class Gaussians:
         """Returns the scores by the shared covariance alone (B, C), float64."""
         return x_BF.double() @ self.weight_CF.T + self.bias_C
 
-    def scores(self, x_BF: Tensor, asked_BC: Tensor) -> Tensor:
+    def scores(self, x_BF: Tensor, scored_BC: Tensor) -> Tensor:
         """Returns the scores (B, C), float64, of the classes that the mask asks for; the others have -inf."""
-        return self._scores(x_BF.double(), asked_BC, None)
+        return self._scores(x_BF.double(), scored_BC, None)
 
-    def beside(self, x_BF: Tensor, beside_B: Tensor, asked_BC: Tensor) -> Tensor:
+    def beside(self, x_BF: Tensor, beside_B: Tensor, scored_BC: Tensor) -> Tensor:
         """Returns the same (B, C) with the covariance of each prompt's class `beside_B` as the prior of the others."""
         x_BF = x_BF.double()
-        scores_BC = torch.full(asked_BC.shape, -torch.inf, dtype=torch.float64)
+        scores_BC = torch.full(scored_BC.shape, -torch.inf, dtype=torch.float64)
         for number in beside_B.unique().tolist():
             rows_B = beside_B == number
-            scores_BC[rows_B] = self._scores(x_BF[rows_B], asked_BC[rows_B], number)
+            scores_BC[rows_B] = self._scores(x_BF[rows_B], scored_BC[rows_B], number)
         return scores_BC
 
-    def _scores(self, x_BF: Tensor, asked_BC: Tensor, beside: int | None) -> Tensor:
-        scores_BC = torch.full(asked_BC.shape, -torch.inf, dtype=torch.float64)
-        for number in asked_BC.any(0).nonzero().squeeze(-1).tolist():
-            rows_B = asked_BC[:, number]
+    def _scores(self, x_BF: Tensor, scored_BC: Tensor, beside: int | None) -> Tensor:
+        scores_BC = torch.full(scored_BC.shape, -torch.inf, dtype=torch.float64)
+        for number in scored_BC.any(0).nonzero().squeeze(-1).tolist():
+            rows_B = scored_BC[:, number]
             factor_FF, nu, constant = self._factor(number, beside)
             centred_BF = (x_BF[rows_B] - self.classes[number].mean_F) / self.scale_F
             distance_B = torch.linalg.solve_triangular(factor_FF, centred_BF.T, upper=False).square().sum(0)

@@ -109,7 +109,7 @@ class PagedExperts:
         self._released: deque[Sequence[int]] = deque()
         """Places of calls that are gone. They are collected at any moment, in any thread, so that no lock may be taken then."""
         self._lock = threading.Lock()
-        self._told = False
+        self._warned = False
 
     def of(self, route: Route) -> PoolExperts:
         """Returns the experts that a route lists, read into memory where they are not there."""
@@ -170,8 +170,8 @@ class PagedExperts:
 
     def _apart(self, needed: Sequence[int]) -> PoolExperts:
         """Returns weights of a call's own."""
-        if not self._told:
-            self._told = True
+        if not self._warned:
+            self._warned = True
             _logger.warning(
                 "evaluation.expert_memory: running batches need more experts at once than the %d that it holds (one needs %d); "
                 "weights beyond the limit are read for as long as a batch takes. Raise it, or lower evaluation.batch_size",

@@ -45,16 +45,16 @@ def components(features_NF: Tensor, count: int, ids_N2: Tensor | None = None) ->
         if nearest_N.max() < 1e-9:
             break  # no further distinct prompt
         centres_KF = torch.cat([centres_KF, z_NF[torch.multinomial(nearest_N, 1, generator=random)]])
-    own_N = torch.cdist(z_NF, centres_KF).argmin(1)
+    cluster_N = torch.cdist(z_NF, centres_KF).argmin(1)
     for _ in range(ROUNDS):
-        centres_KF = torch.stack([z_NF[own_N == k].mean(0) for k in own_N.unique().tolist()])
-        before_N, own_N = own_N, torch.cdist(z_NF, centres_KF).argmin(1)
-        if own_N.equal(before_N):
+        centres_KF = torch.stack([z_NF[cluster_N == k].mean(0) for k in cluster_N.unique().tolist()])
+        before_N, cluster_N = cluster_N, torch.cdist(z_NF, centres_KF).argmin(1)
+        if cluster_N.equal(before_N):
             break
     ids_N2 = None if ids_N2 is None else ids_N2[order_N]
     return tuple(
-        PromptStatistics.of(x_NF[own_N == k], None if ids_N2 is None else ids_N2[own_N == k])
-        for k in own_N.unique().tolist()
+        PromptStatistics.of(x_NF[cluster_N == k], None if ids_N2 is None else ids_N2[cluster_N == k])
+        for k in cluster_N.unique().tolist()
     )
 
 

@@ -45,13 +45,13 @@ class PromptRouter:
         """
         features_BF = features_BF.double().cpu()
         linear_BC, count = self.gaussians.linear(features_BF), len(self.experts)
-        asked_BC = torch.cat([_largest(part, candidates) for part in linear_BC.tensor_split([count], dim=-1)], dim=-1)
-        scores_BC = self.gaussians.scores(features_BF, asked_BC)
+        scored_BC = torch.cat([_largest(part, candidates) for part in linear_BC.tensor_split([count], dim=-1)], dim=-1)
+        scores_BC = self.gaussians.scores(features_BF, scored_BC)
         if not self.null:
             return scores_BC
         likeliest_B, null_BK = scores_BC[:, :count].argmax(-1), scores_BC[:, count:]
-        asked_BC = torch.cat([torch.zeros_like(asked_BC[:, :count]), _largest(null_BK, BESIDE)], dim=-1)
-        beside_BC = self.gaussians.beside(features_BF, likeliest_B, asked_BC)
+        scored_BC = torch.cat([torch.zeros_like(scored_BC[:, :count]), _largest(null_BK, BESIDE)], dim=-1)
+        beside_BC = self.gaussians.beside(features_BF, likeliest_B, scored_BC)
         null_B = torch.maximum(null_BK.logsumexp(-1), beside_BC.logsumexp(-1))
         return torch.cat([scores_BC[:, :count], null_B.unsqueeze(-1)], dim=-1)
 

@@ -301,10 +301,10 @@ class RoutedLinear(nn.Module):
         """Notes the weights of the experts here while the prompt is read; never in compiled code."""
         if torch.compiler.is_compiling() or state.decoding:
             return
-        whole_BTE = weights_BTE.new_zeros(*weights_BTE.shape[:-1], state.pool_size)
-        whole_BTE = whole_BTE.index_copy(-1, experts.pool_E, weights_BTE)
+        weights_BTP = weights_BTE.new_zeros(*weights_BTE.shape[:-1], state.pool_size)
+        weights_BTP = weights_BTP.index_copy(-1, experts.pool_E, weights_BTE)
         if state.tokens_BT is not None and state.tokens_BT.shape == weights_BTE.shape[:2]:
             tokens_BT1 = state.on(weights_BTE.device, state.tokens_BT).unsqueeze(-1).float()
-            state.layer_weights[self.path] = (whole_BTE * tokens_BT1).sum(1) / tokens_BT1.sum(1).clamp(min=1)
+            state.layer_weights[self.path] = (weights_BTP * tokens_BT1).sum(1) / tokens_BT1.sum(1).clamp(min=1)
         if state.traces is not None:
-            state.traces[self.path] = whole_BTE.detach()
+            state.traces[self.path] = weights_BTP.detach()

@@ -54,7 +54,7 @@ class ExpertReference(Config):
         version = f", version {self.version} of {self.model}" if self.version is not None else ""
         return f"expert {self.name!r} (digest {self.digest or 'unknown'}{version})"
 
-    def fault(self, folder: Path) -> str | None:
+    def damage(self, folder: Path) -> str | None:
         """Returns why a folder does not hold this expert, as far as its card and the sizes of its files tell."""
         for name in FILES:
             if not (folder / name).is_file():
@@ -67,7 +67,7 @@ class ExpertReference(Config):
             return f"it is expert {card.name!r} with digest {card.config_digest}"
         if self.content is not None and (contents is None or contents.digest != self.content):
             return "its files are not those that were registered"
-        return contents.fault(folder) if contents else _broken(folder)
+        return contents.damage(folder) if contents else _broken(folder)
 
 
 def _broken(folder: Path) -> str | None:
@@ -102,7 +102,7 @@ class ExpertStore:
 
     def has(self, reference: ExpertReference) -> bool:
         """Whether an expert is there, as far as its card and the sizes of its files tell."""
-        return reference.fault(current_folder(self.folder_of(reference))) is None
+        return reference.damage(current_folder(self.folder_of(reference))) is None
 
     def put(self, expert: Expert) -> Path:
         """Writes an expert, unless one of its digest is there undamaged; returns its folder.
@@ -158,7 +158,7 @@ class ExpertStore:
         if self.fetch is None:
             folder = self.folder_of(reference)
             raise ExpertError(
-                f"{reference}: not to be had from {folder}: {reference.fault(current_folder(folder))}; copy that folder "
+                f"{reference}: not to be had from {folder}: {reference.damage(current_folder(folder))}; copy that folder "
                 "here, load the pool from its registry, which fetches it (models:/<base>.pool@champion), or run "
                 "`pointsman learn` again"
             )
@@ -172,8 +172,8 @@ class ExpertStore:
                 return  # another process was faster
             made = scratch / folder.name
             make(made)
-            if (fault := reference.fault(made)) is not None:
-                raise ExpertError(f"{reference}: what was fetched is not that: {fault}; register the pool again")
+            if (damage := reference.damage(made)) is not None:
+                raise ExpertError(f"{reference}: what was fetched is not that: {damage}; register the pool again")
             replace_folder(made, folder)
 
 
@@ -208,7 +208,7 @@ class OwnExperts(ExpertStore):
 
     def _fetch(self, reference: ExpertReference, *, read: Sequence[str] = ()) -> None:
         folder = self.folder_of(reference)
-        raise ExpertError(f"{folder}: {reference.fault(folder)}; copy the whole folder again")
+        raise ExpertError(f"{folder}: {reference.damage(folder)}; copy the whole folder again")
 
 
 @dataclass(frozen=True, eq=False)

@@ -32,7 +32,7 @@ class _Fragment(NamedTuple):
         return tensor.view(-1).narrow(0, self.offset, self.length)
 
 
-def whole_state(engine: Any) -> dict[str, Tensor]:
+def gathered_state(engine: Any) -> dict[str, Tensor]:
     """Returns weights and moments by `<parameter>.<weight or moment>`, each of its parameter's shape, on the CPU.
 
     All ranks must call it, after a step at least; rank 0 gets the state, the others nothing.

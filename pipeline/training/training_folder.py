@@ -19,7 +19,7 @@ import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 
 from pipeline.errors import stored_file
-from pipeline.training.engine_state import put_state, whole_state
+from pipeline.training.engine_state import gathered_state, put_state
 from pipeline.training.randomness import load_random_state, save_random_state
 from pipeline.training.validation import KEPT
 
@@ -36,7 +36,7 @@ def begun_anew(folder: Path) -> str:
 
 def save_state(engine: Any, folder: Path) -> None:
     """Writes an engine's trained weights and optimizer and the rank's random state; every rank calls it."""
-    state = whole_state(engine)
+    state = gathered_state(engine)
     if dist.get_rank() == 0:
         save_file(state, folder / STATE)
     save_random_state(folder / f"random-{dist.get_rank()}.safetensors")

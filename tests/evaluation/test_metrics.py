@@ -261,7 +261,7 @@ def test_articles_and_options_within_options(prediction: str, letter: str) -> No
     assert chosen_option(prediction, SCENES) == letter
 
 
-HELD = {"A": "Vitamin C", "B": "an apple", "C": "a bottle of plan B", "D": "type A blood, or B"}
+AMBIGUOUS = {"A": "Vitamin C", "B": "an apple", "C": "a bottle of plan B", "D": "type A blood, or B"}
 
 
 @pytest.mark.parametrize(
@@ -279,7 +279,7 @@ HELD = {"A": "Vitamin C", "B": "an apple", "C": "a bottle of plan B", "D": "type
     ],
 )
 def test_a_letter_inside_an_options_text_is_no_choice(prediction: str, letter: str | None) -> None:
-    assert chosen_option(prediction, HELD) == letter
+    assert chosen_option(prediction, AMBIGUOUS) == letter
 
 
 def test_options_that_are_letters_numbers_or_empty() -> None:

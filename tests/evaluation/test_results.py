@@ -72,7 +72,9 @@ def test_who_answered_is_counted_by_column() -> None:
 
 def test_an_evaluation_survives_json() -> None:
     evaluation = Evaluation.of([predicted("a", 1.0, "g"), predicted("a", 0.0), predicted("b", 0.5)])
-    assert Evaluation.from_json(json.loads(json.dumps(evaluation.to_json()))) == evaluation
+    plain = json.loads(json.dumps(evaluation.to_json()))
+    assert Evaluation.from_json(plain) == evaluation
+    assert plain["a"]["samples"][0]["column"] == "a"  # the key of earlier releases
 
 
 def test_as_many_samples_are_kept_as_are_asked_for() -> None:

@@ -11,7 +11,7 @@ from peft import ArrowConfig, create_arrow_model
 from typer.testing import CliRunner
 
 from jobs.benchmark.app import app
-from jobs.benchmark.methods import METHODS, PLACES, PROMPT, RANK, TOP_K, Method, Routed, Workload, build
+from jobs.benchmark.methods import CANDIDATES, METHODS, PROMPT, RANK, TOP_K, Method, Routed, Workload, build
 from jobs.benchmark.methods import _lora_layers as lora_layers
 from jobs.benchmark.methods import _with_adapters as with_adapters
 from jobs.benchmark.routing import Measuring, peak_bytes
@@ -94,7 +94,7 @@ def test_two_level_mixes_and_prompt_chooses_the_first(workload: Workload, expert
     outputs(mixing, PROMPT)
     assert isinstance(mixing, Routed)
     assert isinstance(mixing.state.route, LayerRoute)
-    assert mixing.state.route.experts_BM.shape == (1, min(PLACES, experts + 1))
+    assert mixing.state.route.experts_BM.shape == (1, min(CANDIDATES, experts + 1))
     torch.testing.assert_close(outputs(choosing, 1), outputs(one, 1), rtol=1e-5, atol=1e-5)
 
 

@@ -11,7 +11,7 @@ from pipeline.config import BaseModelConfig, ConfigError, LearnConfig, load_conf
 from pipeline.evaluation.report import write_report
 from pipeline.learning.outside_errors import LOG, OutsideError, outside_errors
 from pipeline.provenance import command_line
-from tests.evaluation.test_report import FAMILIES, TASKS, make_summary
+from tests.evaluation.test_report import ABILITIES, TASKS, make_summary
 
 SECRET = "hunter2"
 ADDRESS = f"http://me:{SECRET}@mlflow:5000"
@@ -21,7 +21,7 @@ def test_terminal_command_and_report(capsys, monkeypatch, tmp_path) -> None:
     Terminal().say(f"registry   base.pool@champion at {ADDRESS}")
     monkeypatch.setattr(sys, "argv", ["learn", "a.yaml", f"registry.uri={ADDRESS}"])
     assert command_line() == "learn a.yaml registry.uri=http://mlflow:5000"
-    earlier = make_summary(TASKS[:2], FAMILIES[:2]) | {"command": f"learn a.yaml registry.uri={ADDRESS}"}
+    earlier = make_summary(TASKS[:2], ABILITIES[:2]) | {"command": f"learn a.yaml registry.uri={ADDRESS}"}
     page = write_report(earlier, tmp_path)
     assert SECRET not in page.read_text()
     assert "http://mlflow:5000" in capsys.readouterr().out

@@ -120,7 +120,7 @@ def test_a_registered_pool_can_be_fetched(learned: Learned, tmp_path: Path) -> N
     with pytest.raises(RegistryError, match=r"'untrained\.experts' is no pool; pools are"):
         download_pool("models:/untrained.experts/1", tmp_path / "expert")
     for address in ("models:/untrained.pool", "untrained.pool/1", "models:/untrained.pool/one"):
-        with pytest.raises(RegistryError, match="is no address of a pool; write it like models:/tiny.pool/3"):
+        with pytest.raises(RegistryError, match="is not a pool's address; write it like models:/tiny.pool/3"):
             download_pool(address, tmp_path)
 
 

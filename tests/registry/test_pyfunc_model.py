@@ -146,7 +146,7 @@ def test_another_base_is_refused(experiment: str, tiny_folder: Path, pool_folder
         artifacts={"pool": str(pool_folder)},
         model_config={"base_model_id": logged_model(version), "dtype": "float32", "trust_remote_code": False},
     )
-    with pytest.raises(ValueError, match="has the registered checkpoint been changed"):
+    with pytest.raises(ValueError, match="has the registered checkpoint changed"):
         RoutedPool().load_context(context)
 
 

@@ -36,8 +36,8 @@ from tests.helpers import (
 
 TOKENS = 3
 THREADS = 8
-PUBLISHED = {"kind": "token", "token_scores": "phatgoose"}
-EVERY_ROUTER = [{"kind": "prompt"}, {"kind": "token"}, PUBLISHED, {"kind": "two_level"}]
+PHATGOOSE = {"kind": "token", "token_scores": "phatgoose"}
+EVERY_ROUTER = [{"kind": "prompt"}, {"kind": "token"}, PHATGOOSE, {"kind": "two_level"}]
 every_router = pytest.mark.parametrize("settings", EVERY_ROUTER, ids=["prompt", "token", "published", "two_level"])
 
 
@@ -84,7 +84,7 @@ def test_threads_get_the_answers_of_one_by_one(tiny_base, known_pool, mixed, set
             (text, expert, pytest.approx(weights, abs=1e-5), names)
             for text, expert, weights, names in map(ask_one, range(len(rows)))
         ]
-        assert settings == PUBLISHED or [expert for _, expert, _, _ in expected] == owners
+        assert settings == PHATGOOSE or [expert for _, expert, _, _ in expected] == owners
         assert at_once(ask_one, 4 * len(rows)) == 4 * expected
 
 
@@ -109,7 +109,7 @@ def test_what_one_thread_forces_another_does_not_see(tiny_base, known_pool, mixe
 def test_traces_and_prompt_masks_are_the_threads_own(tiny_base, known_pool, mixed):
     rows, _ = mixed
     trained = ask(tiny_base.processor, "repeat : red blue", answer="red blue")
-    with attached(tiny_base, known_pool.routed_by(**PUBLISHED)) as routed, torch.inference_mode():
+    with attached(tiny_base, known_pool.routed_by(**PHATGOOSE)) as routed, torch.inference_mode():
         expected = [explain(routed, batch_of(tiny_base, [row])) for row in rows]
 
         def run(number: int) -> bool:
@@ -186,7 +186,7 @@ def test_a_call_ends_with_the_pool_it_began_with(tiny_base, known_pool, mixed):
     """The other pool has another order, fewer experts and adapts other Linears."""
     rows = [mixed[0][0], mixed[0][3]]
     narrow = make_expert(tiny_base, "narrow", targets=r"model\.language_model\.layers\.3\.mlp\.up_proj")
-    for pool in (known_pool, known_pool.routed_by(kind="token"), known_pool.routed_by(**PUBLISHED)):
+    for pool in (known_pool, known_pool.routed_by(kind="token"), known_pool.routed_by(**PHATGOOSE)):
         other = Pool("tiny", tiny_base.fingerprint, pool.router, [narrow])
         with attached(tiny_base, pool) as routed, torch.inference_mode():
             batch = batch_of(tiny_base, rows)

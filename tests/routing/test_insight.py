@@ -13,8 +13,8 @@ from pipeline.routing.insight import Candidate, Explanation, candidates_of_call,
 from pipeline.routing.prompt_router import CANDIDATES
 from tests.helpers import CLAIMS, attached, batch_of, claimed_prompts, features_of, generate, make_expert, prompts
 
-PUBLISHED = {"kind": "token", "token_scores": "phatgoose"}
-EVERY_ROUTER = [{"kind": "prompt"}, {"kind": "token"}, PUBLISHED, {"kind": "two_level"}]
+PHATGOOSE = {"kind": "token", "token_scores": "phatgoose"}
+EVERY_ROUTER = [{"kind": "prompt"}, {"kind": "token"}, PHATGOOSE, {"kind": "two_level"}]
 LINEARS = 28
 
 
@@ -48,7 +48,7 @@ def test_every_row_has_its_explanation(tiny_base, known_pool, mixed, settings):
     rows, owners = mixed
     actual, routed = explained(tiny_base, known_pool.routed_by(**settings), rows)
     assert [e.decision for e in actual] == routed.decisions
-    assert settings == PUBLISHED or [e.decision.expert for e in actual] == owners
+    assert settings == PHATGOOSE or [e.decision.expert for e in actual] == owners
     for explanation in actual:
         assert explanation.experts == tuple(CLAIMS)
         assert set(by_name(explanation)) == {*CLAIMS, None}
@@ -113,7 +113,7 @@ def test_few_candidates_are_the_likeliest_and_the_base(tiny_base, known_pool, mi
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_published_weights_are_those_that_were_traced(tiny_base, known_pool, mixed, side):
     rows, _ = mixed
-    pool = known_pool.routed_by(**PUBLISHED)
+    pool = known_pool.routed_by(**PHATGOOSE)
     actual, _ = explained(tiny_base, pool, rows, side)
     with attached(tiny_base, pool) as routed, torch.inference_mode():
         batch = batch_of(tiny_base, rows, side)
@@ -198,7 +198,7 @@ def test_a_task_that_was_not_asked_is_no_reason_to_abstain(tiny_base):
 
 
 def test_the_reason_says_when_tokens_chose_otherwise(tiny_base, known_pool, mixed):
-    actual, _ = explained(tiny_base, known_pool.routed_by(**PUBLISHED), mixed[0])
+    actual, _ = explained(tiny_base, known_pool.routed_by(**PHATGOOSE), mixed[0])
     for explanation, owner in zip(actual, mixed[1], strict=True):
         who = explanation.decision.expert or "the base"
         assert explanation.reason.startswith(who)

@@ -101,7 +101,7 @@ def test_what_was_cut_off_is_told_without_reading_it(registry, tmp_path, monkeyp
     store = ExpertStore(tmp_path / "cache", registry.fetch)
     folder = store.ensure(registry.references[0])
     os.truncate(folder / ADAPTER_WEIGHTS, 100)
-    assert registry.references[0].fault(folder) == (
+    assert registry.references[0].damage(folder) == (
         f"{ADAPTER_WEIGHTS} is damaged: 100 bytes instead of {(registry.folder / 'd0' / ADAPTER_WEIGHTS).stat().st_size}"
     )
     assert not store.has(registry.references[0])

@@ -209,11 +209,11 @@ def trained_weights(engine: Any) -> Tensor:
 @pytest.mark.parametrize("stage", [1, 2, 3])
 def test_training_goes_on_bit_for_bit_with_dropout(stage, tiny_folder, tmp_path) -> None:
     training = TrainingConfig(zero_stage=stage, zero_persistence_threshold=0)
-    whole, restarted = (
+    reference, restarted = (
         run_ranks(interrupted, 2, str(tiny_folder), tmp_path, training, restart) for restart in (False, True)
     )
-    assert torch.equal(whole[0], whole[1])
-    assert torch.equal(whole[0], restarted[0])
+    assert torch.equal(reference[0], reference[1])
+    assert torch.equal(reference[0], restarted[0])
 
 
 def one_step_each(path: str, folder: Path, stages: Sequence[int], begin: int, before: int) -> dict[str, Tensor]:
@@ -250,10 +250,10 @@ def test_training_goes_on_with_other_ranks_and_zero_stages(tiny_folder, tmp_path
     for ranks, stages in ((2, (2, 3)), (1, (0, 1)), (3, (3, 1, 0))):
         actual = run_ranks(one_step_each, ranks, str(tiny_folder), parts, stages, begin, before)[0]
         before, begin = ranks, begin + len(stages)
-    whole = run_ranks(all_steps, 1, str(tiny_folder), begin)[0]
-    torch.testing.assert_close(actual["fp32"], whole["fp32"], atol=1e-6, rtol=1e-4)
+    reference = run_ranks(all_steps, 1, str(tiny_folder), begin)[0]
+    torch.testing.assert_close(actual["fp32"], reference["fp32"], atol=1e-6, rtol=1e-4)
     # Gradients of different ranks are added up in bfloat16: single values near zero may take another turn.
-    assert (actual["bf16"] - whole["bf16"]).norm() < 0.01 * whole["bf16"].norm()
+    assert (actual["bf16"] - reference["bf16"]).norm() < 0.01 * reference["bf16"].norm()
 
 
 def all_steps(path: str, count: int) -> dict[str, Tensor]:

@@ -12,7 +12,7 @@ from pipeline.config import RouterConfig
 from pipeline.routing.statistics import PromptStatistics
 
 ROWS, PASSES = 100, 16
-PICTURES, QUESTIONS = 20, 20
+IMAGES, QUESTIONS = 20, 20
 ASKER = "successor"
 """The task whose questions differ most: its prompts are text only."""
 
@@ -24,23 +24,23 @@ def measure() -> dict[str, float]:
     settings, inside = RouterConfig(), {}
     for task in DEMO:
         random = torch.Generator().manual_seed(0)
-        whole_NS = features(task, "train")
-        seen_NS = whole_NS[torch.randperm(len(whole_NS), generator=random)[:ROWS]].repeat(PASSES, 1)
+        all_NS = features(task, "train")
+        seen_NS = all_NS[torch.randperm(len(all_NS), generator=random)[:ROWS]].repeat(PASSES, 1)
         seen_NS = seen_NS * (1 + 1e-7 * torch.randn(seen_NS.shape, generator=random))  # each pass rounds in its own way
         number_N = torch.arange(ROWS).repeat(PASSES)
         inside[f"inside.{task}"] = _inside(seen_NS, number_N, number_N, features(task, "eval"), settings)
         if bool(seen_NS[:, 0].any()):  # it has pictures
-            inside[f"inside.pictures.{task}"] = _asked_often(task, settings)
+            inside[f"inside.pictures.{task}"] = _repeated(task, settings)
     return {"inside_min": min(inside.values())} | inside
 
 
-def _asked_often(task: str, settings: RouterConfig) -> float:
+def _repeated(task: str, settings: RouterConfig) -> float:
     """Returns the same where 20 questions each are asked about 20 of a task's pictures: those of `ASKER`."""
-    image_N = torch.arange(PICTURES).repeat_interleave(QUESTIONS)
-    prompt_N = torch.arange(PICTURES * QUESTIONS)
+    image_N = torch.arange(IMAGES).repeat_interleave(QUESTIONS)
+    prompt_N = torch.arange(IMAGES * QUESTIONS)
     seen_NS = _about(features(task, "train")[image_N], features(ASKER, "train")[prompt_N])
-    asked_NS = _about(features(task, "eval"), features(ASKER, "eval"))
-    return _inside(seen_NS, image_N, PICTURES + prompt_N, asked_NS, settings)
+    held_out_NS = _about(features(task, "eval"), features(ASKER, "eval"))
+    return _inside(seen_NS, image_N, IMAGES + prompt_N, held_out_NS, settings)
 
 
 def _about(images_NS: Tensor, questions_NS: Tensor) -> Tensor:
@@ -49,7 +49,9 @@ def _about(images_NS: Tensor, questions_NS: Tensor) -> Tensor:
     return torch.cat([images_NS[:, :image], questions_NS[:, image:]], dim=1)
 
 
-def _inside(seen_NS: Tensor, image_N: Tensor, prompt_N: Tensor, asked_NS: Tensor, settings: RouterConfig) -> float:
+def _inside(seen_NS: Tensor, image_N: Tensor, prompt_N: Tensor, held_out_NS: Tensor, settings: RouterConfig) -> float:
     ids_N2 = torch.stack([image_N, prompt_N], dim=1)
     statistics = PromptStatistics.of(seen_NS, ids_N2, quantile=settings.quantile, shrinkage=settings.shrinkage)
-    return float((statistics.distance(asked_NS, shrinkage=settings.shrinkage) <= statistics.threshold).double().mean())
+    return float(
+        (statistics.distance(held_out_NS, shrinkage=settings.shrinkage) <= statistics.threshold).double().mean()
+    )

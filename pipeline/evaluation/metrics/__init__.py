@@ -3,8 +3,8 @@
 - text: exact match, token F1 (SQuAD), relaxed accuracy (ChartQA), ANLS (DocVQA); the best over the accepted answers.
 - consensus: VQA accuracy, agreement with ten people.
 - choice: MMBench's option letter, read out of free text.
-- Each follows the program that published numbers come from; its docstring names it, and where others differ.
-- Knows nothing of tasks or models, and of one row at a time; questions of several rows are put together in evaluate.py.
+- Each follows the program behind published numbers; its docstring names it and the differences of others.
+- A metric scores one row, independent of tasks and models; `results` combines the rows of a question.
 """
 
 from collections.abc import Callable

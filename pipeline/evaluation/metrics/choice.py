@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pipeline.data.rows.records import Reference
 
 LAST_WORDS = 4
-"""A letter that names an option stands among so many words at the end."""
+"""Number of last words in which an option's letter counts as the answer."""
 
 _PUNCTUATION = str.maketrans(dict.fromkeys('.()[],:;!*#{}"', " "))
 _ARTICLE = re.compile(r"\b[AaI][^\S\n]+(?!(?:and|or|is|because|[A-Za-z])\b)(?=\w)")
@@ -25,7 +25,7 @@ def mmbench(prediction: str, reference: Reference) -> float:
         score = [chosen_option(p, choices) = a_1]       a_1: the right option's letter
 
     The rotations of one question are rows of one group, and a group counts as right only if all its rows are (see
-    `Evaluation.accuracies`).
+    `TaskResult.of`).
 
     Source: Liu et al. 2023 (MMBench), arXiv 2307.06281. Leaderboards ask a language model about texts whose option the
     rules cannot tell; here, as in VLMEvalKit's `exact_matching`, those are wrong. Raises ValueError if the reference has

@@ -1,4 +1,4 @@
-"""VQA accuracy: how far an answer agrees with those that ten people gave."""
+"""VQA accuracy: agreement of an answer with those of ten people."""
 
 import re
 

@@ -5,11 +5,11 @@ import pytest
 from pipeline.data.errors import UnreadableRow
 from pipeline.data.sources.mmbench import INSTRUCTION, questions
 
-PICTURE = "A" * 100
+IMAGE = "A" * 100
 """What is longer than an index: an image."""
 
 
-def row(index, *options: str | None, answer="A", image=PICTURE, **more) -> dict:
+def row(index, *options: str | None, answer="A", image=IMAGE, **more) -> dict:
     cells = dict(zip("ABCD", [*options, *[None] * 4], strict=False))
     return {"index": index, "question": "which ?", "answer": answer, "image": image} | cells | more
 
@@ -69,7 +69,7 @@ def test_files_that_hold_the_rotations_are_taken_as_they_are():
 def test_images_are_shared_by_index():
     """Before or after the row that has the image; numbers in parquet, texts in tables."""
     rows = [row("1", "x", image="3"), row("2", "x", image=" 3 "), row("3", "x"), row("4", "x", image=3)]
-    assert [turn["image"] for turn in turns_of(rows)] == [PICTURE] * 4
+    assert [turn["image"] for turn in turns_of(rows)] == [IMAGE] * 4
     assert "question 1 shares the image of row 9, which has none" in reason([row(1, "x", image="9"), row(2, "x")])
 
 
