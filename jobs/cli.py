@@ -25,10 +25,10 @@ JOBS = {
     "recompute-statistics": Lazy(
         "jobs.recompute_statistics:main", "Recompute a pool's statistics, without training.", TeachingCommand
     ),
-    "explain": Lazy("jobs.explain:main", "Explain an answer: candidate experts, posterior, distance, weights."),
+    "explain": Lazy("jobs.explain:main", "Explain an answer: candidates, distances, weights."),
     "ui": Lazy("jobs.ui:main", "Browse experts, pools and runs in MLflow."),
     "convert-internvl2": Lazy(
-        "jobs.convert_internvl2:main", "Convert an InternVL2 checkpoint to the layout of transformers."
+        "jobs.convert_internvl2:main", "Convert an InternVL2 checkpoint for transformers."
     ),
     "pretrain-tiny": Lazy("jobs.pretrain_tiny:main", "Pretrain the demo's base."),
     "benchmark": Lazy("jobs.benchmark.app:app", "Measure routing, training, data, memory, cost per task."),

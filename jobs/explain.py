@@ -34,7 +34,7 @@ PoolAddress = Annotated[
 Images = Annotated[list[Path] | None, typer.Option("--image", help="An image of the prompt; may be given again.")]
 Prompt = Annotated[str, typer.Option(help="The question; images go before it unless it says <image> itself.")]
 BasePath = Annotated[str, typer.Option("--base", help="The pool's base: checkpoint folder, hub id, or `tiny`.")]
-Plot = Annotated[Path, typer.Option(help="Where the picture of weights by Linear and token goes (PNG).")]
+Plot = Annotated[Path, typer.Option("--picture", help="PNG file for the plot of weights per Linear and token.")]
 RouterName = Annotated[str | None, typer.Option("--router", help="Another router: token, prompt or two_level.")]
 
 

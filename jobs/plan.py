@@ -193,7 +193,10 @@ def _time(plan: Plan, gpu: str | None) -> Any:
         rows.append([f"a task: expert stage, {config.expert.steps} steps", _hours(plan.expert_seconds)])
         rows.append([f"a task: router stage, {config.router.steps} steps", _hours(plan.router_seconds)])
         rows.append(
-            [f"all evaluations, {plan.evaluated_tasks} columns", f"{_hours(plan.evaluation_seconds)} of one GPU"]
+            [
+                f"all evaluations, {plan.evaluated_tasks} tasks and benchmarks",
+                f"{_hours(plan.evaluation_seconds)} of one GPU",
+            ]
         )
         rows.append([f"training on the clock, {_together(plan)}", _hours(plan.clock_seconds)])
         rows.append(

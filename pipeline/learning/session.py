@@ -57,7 +57,7 @@ PREPARING = "preparing DeepSpeed (once on a machine, up to a minute)"
 
 
 class StreamSession:
-    """One run over a stream of tasks; made by `opening.open_run`."""
+    """One run over a stream of tasks; made by `opening.open_session`."""
 
     def __init__(self, config: LearnConfig, cluster: ClusterInfo, progress: Progress, memory: PeakMemory) -> None:
         self.config, self.cluster, self.progress, self.memory = config, cluster, progress, memory

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from jobs.benchmark.plan import PEAK, QUICK, Case, build, measure, taken
+from jobs.benchmark.plan import PEAK, QUICK, Case, build, measure, measured_parts
 from pipeline.config import TrainingConfig
 from pipeline.planning.activations import Pass, activations, layer_bytes
 from pipeline.planning.architecture import Architecture, architecture_of
@@ -41,13 +41,13 @@ def test_planned_memory_is_what_training_takes() -> None:
 def test_the_router_stage_fits_where_the_expert_stage_does(changes: dict[str, Any], tmp_path: Path) -> None:
     """So one plan serves both: gates keep the inputs that a LoRA keeps, and there are fewer gradients and moments."""
     model, batch = build(replace(CASE, **changes))
-    expert = taken(model, batch)[PEAK]
+    expert = measured_parts(model, batch)[PEAK]
     save_lora(model, tmp_path, write=True)
     model = model.unload()
     gates = with_gates(model, load_adapters(tmp_path)[1])
     without_dropout(model)
     frozen = sum(gate.a_RD.nbytes + gate.b_OR.nbytes for gate in gates.values())
-    assert taken(model, batch)[PEAK] + frozen < expert
+    assert measured_parts(model, batch)[PEAK] + frozen < expert
 
 
 def test_checkpointing_keeps_inputs_and_makes_one_layer_again(small: Architecture) -> None:
