@@ -179,7 +179,7 @@ class StreamSession:
             )
 
     def null_expert(self) -> dict[str, Any]:
-        """Returns what the base prompts gives a pool (`null`, `null_evidence`); nothing where the stream has none."""
+        """Returns what the base prompts give a pool (`null`, `null_layer_statistics`); nothing where the stream has none."""
         key = self.identity.base_prompts
         if key is None:
             return {}
@@ -200,7 +200,7 @@ class StreamSession:
                 write_null(staging, null, layer_statistics)
         with stored_file(file, REMADE):
             null, layer_statistics = read_null(file)
-            return {"null": null, "null_evidence": layer_statistics}
+            return {"null": null, "null_layer_statistics": layer_statistics}
 
     # Experts
 

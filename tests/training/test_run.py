@@ -139,7 +139,7 @@ def test_workers_do_not_train_what_is_finished_and_was_not_told(trained, session
     """Those that came before them may have died between the last step and telling of it."""
     before, _ = trained
     written = (before.expert / "expert.json").stat().st_mtime_ns
-    monkeypatch.setattr(TrainingFolder, "figures", lambda self: None)  # in the driver alone
+    monkeypatch.setattr(TrainingFolder, "metrics", lambda self: None)  # in the driver alone
     seen = []
     again = session.train(make_spec(tiny_folder, "one", training=ONE), rows, seen.extend)
     assert again.metrics == before.metrics
