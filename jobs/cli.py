@@ -27,9 +27,7 @@ JOBS = {
     ),
     "explain": Lazy("jobs.explain:main", "Explain an answer: candidates, distances, weights."),
     "ui": Lazy("jobs.ui:main", "Browse experts, pools and runs in MLflow."),
-    "convert-internvl2": Lazy(
-        "jobs.convert_internvl2:main", "Convert an InternVL2 checkpoint for transformers."
-    ),
+    "convert-internvl2": Lazy("jobs.convert_internvl2:main", "Convert an InternVL2 checkpoint for transformers."),
     "pretrain-tiny": Lazy("jobs.pretrain_tiny:main", "Pretrain the demo's base."),
     "benchmark": Lazy("jobs.benchmark.app:app", "Measure routing, training, data, memory, cost per task."),
 }

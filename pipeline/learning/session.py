@@ -138,7 +138,8 @@ class StreamSession:
             elif self.config.stream.base_prompts is not None:
                 parts[name] = self.config.stream.base_prompts, BASE_PROMPT
         whose = f"{len(parts)} tasks and benchmarks" if len(parts) > 1 else " ".join(parts)
-        with self.progress.working(f"reading the prompts of {whose}"):
+        what = "the base prompts" if list(parts) == [BASE_PROMPTS] else f"the prompts of {whose}"
+        with self.progress.working(f"reading {what}"):
             prepared = self._prepare(parts, "eval", answer=False)
         for name in parts:
             self.tell_set_aside(prepared, name, "eval")
@@ -186,7 +187,7 @@ class StreamSession:
         file = self._state(f"general-{key}.safetensors")
         if not file.exists():
             prompts = self.base_prompts.rows([BASE_PROMPTS])
-            with self.progress.working("reading the base prompts"):
+            with self.progress.working("computing statistics of the base prompts"):
                 null, layer_statistics = null_statistics(
                     prompts,
                     self.config.base,
