@@ -47,7 +47,7 @@ def main(
     plot: Plot = Path("explanation.png"),
     max_new_tokens: Annotated[int, typer.Option(help="Longest answer in tokens.", min=1)] = 64,
 ) -> None:
-    """Explain an answer: experts by likelihood and distance, and a picture of who took part in which token."""
+    """Explain an answer: candidate experts with posterior and distance, and a plot of the weights per token."""
     with user_errors(), tempfile.TemporaryDirectory() as scratch:
         loaded = _registered(pool, Path(scratch)) if pool.startswith(MODELS) else Pool.load(pool)
         if router is not None:

@@ -190,8 +190,8 @@ def _time(plan: Plan, gpu: str | None) -> Any:
         rows.append(["a step", f"{plan.step_seconds:.2f} s"])
         if plan.caching_seconds is not None:
             rows.append(["image features of 1,000 rows, once", f"{_hours(1000 * plan.caching_seconds)} of one GPU"])
-        rows.append([f"a task: expert stage, {config.expert.steps} steps", _hours(plan.expert_seconds)])
-        rows.append([f"a task: router stage, {config.router.steps} steps", _hours(plan.router_seconds)])
+        rows.append([f"per task: expert stage, {config.expert.steps} steps", _hours(plan.expert_seconds)])
+        rows.append([f"per task: router stage, {config.router.steps} steps", _hours(plan.router_seconds)])
         rows.append(
             [
                 f"all evaluations, {plan.evaluated_tasks} tasks and benchmarks",

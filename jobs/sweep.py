@@ -2,7 +2,7 @@
 
     python -m jobs.sweep jobs/configs/demo.yaml --task later --ranks 4,8,16 --temperatures 0.2,1,5
 
-An expert is trained once a rank; each temperature then only costs an evaluation, with the published token router (on which
+One training per rank, one evaluation per temperature, with the PHATGOOSE token router (on which
 temperature weighs most), inside the pool
 that `pointsman learn` has made (the swept task's own expert replaced). Every trial is an MLflow run nested in the sweep's.
 """
@@ -43,7 +43,7 @@ def main(
     temperatures: Temperatures = "0.2,1,5",
     address: Address = None,
 ) -> None:
-    """Sweep LoRA rank x router temperature for one task; trains once a rank, evaluates once a temperature."""
+    """Sweep LoRA rank x router temperature for one task: one training per rank, one evaluation per temperature."""
     with user_errors():
         settings = load(config, overrides)
         try:

@@ -6,7 +6,7 @@ from pipeline.config import Config
 
 
 class SweepSpace(Config):
-    """A grid; an expert is trained once a rank, a temperature only costs an evaluation."""
+    """A grid: one training per rank, one evaluation per temperature."""
 
     ranks: tuple[int, ...] = (4, 8, 16)
     """LoRA ranks."""

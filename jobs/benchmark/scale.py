@@ -1,4 +1,4 @@
-"""Measures what a task costs after how many: seconds, bytes of a pool version, answers, memory; on a hundred cheap tasks.
+"""Measures the cost per task over a hundred cheap tasks: seconds, bytes of a pool version, answers, memory.
 
     pointsman benchmark scale
 
@@ -114,4 +114,4 @@ def _show(session: StreamSession, results: Mapping[str, Any]) -> None:
     ]
     session.progress.show(table(f"{results['tasks']} tasks", ["figure", "measured", "target", "reached"], rows))
     early, last = (f"{results['seconds'][when]:.1f}" for when in ("early", "last"))
-    session.progress.say(f"a task takes {early} s at first, {last} s at the end")
+    session.progress.say(f"{early} s per task at first, {last} s at the end")

@@ -1,4 +1,4 @@
-"""Work beside the main thread that nobody has to wait for when the process ends."""
+"""Daemon threads with a result: the process can end without waiting for them."""
 
 import threading
 from collections.abc import Callable
@@ -9,7 +9,7 @@ T = TypeVar("T")
 
 
 def begin(action: Callable[[], T], *, name: str) -> Future[T]:
-    """Does `action` in a thread of this name; returns what will hold its result, or its error.
+    """Runs `action` in a thread of this name; returns a future of its result or error.
 
     An executor's threads hold up the end of a process that was told to stop, for as long as they read.
     """

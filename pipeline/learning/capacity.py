@@ -1,4 +1,4 @@
-"""What a cluster holds of what a configuration asks for: trainings side by side, and evaluation beside them."""
+"""How many trainings a cluster can run at the same time, and whether evaluation fits beside them."""
 
 from dataclasses import dataclass
 from functools import cached_property
@@ -14,19 +14,19 @@ SPARE_CPUS = 2
 
 @dataclass(frozen=True)
 class Capacity:
-    """The room that a cluster has for a configuration."""
+    """What a cluster can run at the same time, for one configuration."""
 
     config: LearnConfig
     cluster: ClusterInfo
 
     @property
     def inference(self) -> InferenceWorkers:
-        """Who reads base prompts, encodes images and evaluates."""
+        """The inference workers: they read base prompts, encode images and evaluate."""
         return InferenceWorkers.of(self.config.training, self.config.evaluation)
 
     @cached_property
     def trainings(self) -> int:
-        """How many tasks are trained at a time: `training.parallel_tasks`, or as many as there is room for.
+        """Number of tasks that are trained at the same time: `training.parallel_tasks`, or as many as fit.
 
         Ray started here has more CPUs in its books than the machine has: then the real ones count, and evaluation is given
         what is left of them.
@@ -41,12 +41,12 @@ class Capacity:
 
     @property
     def side_by_side(self) -> bool:
-        """Whether the workers of training and those of inference find room at a time."""
+        """Whether training workers and inference workers fit on the cluster together."""
         return self.trainings <= self._room
 
     @property
     def undisturbed(self) -> bool:
-        """Whether training and inference can compute at a time without being slower for it.
+        """Whether training and inference can compute at the same time without slowing each other down.
 
         Ray started here has more CPUs in its books than the machine has, so that what waits does not block what works.
         """
@@ -54,12 +54,12 @@ class Capacity:
 
     @property
     def ahead(self) -> bool:
-        """Whether tasks are trained while the pools of those before them are evaluated, instead of in turns with that."""
+        """Whether the next tasks are trained while earlier pools are evaluated; if not, both take turns."""
         return self.trainings > 1 or self.undisturbed
 
     @property
     def driver_threads(self) -> int:
-        """Threads with which routers are solved and asked in the driver: the cores of this machine that no training takes.
+        """Threads of torch in the driver, where routers are solved: the cores of this machine that no training uses.
 
         More would not be faster: threads that wait for each other then hold up the steps.
         """
@@ -72,7 +72,7 @@ class Capacity:
         return max(1, available_cpus() - busy_cpus)
 
     def check(self, *, trains: bool) -> None:
-        """Raises PreflightError where the cluster cannot hold what is asked for.
+        """Raises PreflightError if the cluster is too small for the configuration.
 
         A single training takes turns with evaluation; several at a time need room for it beside them.
         """
@@ -98,7 +98,7 @@ class Capacity:
 
     @cached_property
     def _room(self) -> int:
-        """How many trainings find room beside inference, perhaps none.
+        """Number of trainings that fit beside inference; can be 0.
 
         Image features of a task's rows are computed by as many workers again, while others evaluate.
         """

@@ -1,4 +1,4 @@
-"""Evaluations of a stream's pools, one after each task: begun when a pool is there, taken down in the order of the tasks."""
+"""Evaluations of a stream's pools, one after each task: started when a pool is saved, recorded in the order of the tasks."""
 
 from collections.abc import Sequence
 from concurrent.futures import Future
@@ -12,7 +12,7 @@ from pipeline.routing.pool import Pool
 
 
 class PoolEvaluations:
-    """Evaluates pools of growing size into a matrix, at most one of them while the next task is learned."""
+    """Evaluates growing pools into an accuracy matrix, at most one at a time, while the next task is learned."""
 
     def __init__(self, session: StreamSession, matrix: AccuracyMatrix) -> None:
         self._session, self._matrix = session, matrix
@@ -21,7 +21,7 @@ class PoolEvaluations:
         self._last: Evaluation | None = None
 
     def begin(self, pool: Pool, key: str, folder: Path) -> None:
-        """Evaluates a pool on its tasks and on the base abilities, now or in the background; first ends the one before."""
+        """Evaluates a pool on its tasks and on the base abilities, now or in the background; waits for the one before."""
         self.end()
         self._waiting = (
             pool.names,
@@ -31,7 +31,7 @@ class PoolEvaluations:
             self.end()
 
     def end(self) -> Evaluation | None:
-        """Waits for the evaluation that goes on; returns the last one, None if there was none."""
+        """Waits for the running evaluation; returns the last one, or None."""
         if self._waiting is not None:
             (names, going_on), self._waiting = self._waiting, None
             self._last = going_on.result()

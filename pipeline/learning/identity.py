@@ -1,4 +1,4 @@
-"""What results are named by: everything that they depend on, and nothing of how they were computed.
+"""Identity of results: digests of everything that they depend on, and of nothing that says how they were computed.
 
 A result is found again by its name, so whatever changes it must be part of the name. Names are built of each other: base and
 rows at the bottom, encoded rows, base prompts and experts of both, pools of experts, evaluations of pools.
@@ -19,23 +19,23 @@ BASE_PROMPT = "{question}"
 """Template around the questions of the base prompts."""
 
 DATA = "data"
-"""What stands for a task's rows among the parts of its expert."""
+"""Key of a task's rows among the parts of its expert's identity."""
 
 CHOOSING = {"kind", "token_scores", "top_k", "candidates", "temperature", "null_components"}
-"""Router settings that say how experts are chosen; all others have a part in what an expert is."""
+"""Router settings that say how experts are chosen; all others are part of an expert's identity."""
 
 FORMER_MODES = {"oracle": "told", "single": "only"}
 """How modes of evaluation were called when results were first named by them."""
 
 VALIDATED = ("validate_every", "patience")
-"""Settings of the expert stage that nothing depends on where no rows are held out."""
+"""Settings of the expert stage without effect for tasks without `validation`."""
 
 TRAINED = {"router.steps", "router.learning_rate"}
-"""Router settings among the parts of an expert that its training depends on; all others say how statistics are taken."""
+"""Router settings that an expert's training depends on; all others say how statistics are computed."""
 
 
 def is_of_statistics(part: str) -> bool:
-    """Whether a part of an expert says how its statistics are taken, and nothing of its training."""
+    """Whether a part of an expert's identity concerns its statistics alone, not its training."""
     return part in VERSIONS or (part.startswith("router.") and part not in TRAINED)
 
 
@@ -46,23 +46,23 @@ class Identity:
     config: LearnConfig
     fingerprint: str
     data_folder: Path
-    """Where the rows that ship with the project are."""
+    """Folder of the demo's data."""
     _fingerprints: dict[SourceConfig, str] = field(default_factory=dict, repr=False, compare=False)
 
     @cached_property
     def base(self) -> str:
-        """The frozen model as it is loaded: its files, precision and kernels round differently, code of the checkpoint."""
+        """The frozen model as it is loaded: files, precision, attention kernel (they round differently), its own code."""
         return digest(
             self.fingerprint, self.config.base.to_identity(include={"dtype", "attention", "trust_remote_code"})
         )
 
     def rows(self, source: SourceConfig, prompt: str) -> str:
-        """The rows of a source: which of them are used, and what is asked and shown."""
+        """The rows of a source that are used, with prompt template and image tiling."""
         data = self.config.data.to_identity(include={"max_tokens", "max_pixels"})
         return digest(self._fingerprint(source), prompt, data, self.config.base.max_tiles)
 
     def _fingerprint(self, source: SourceConfig) -> str:
-        """A source as it is when it is first asked for: its files are read once in a run, however often rows are named."""
+        """The fingerprint of a source, computed once per session: its files are read once."""
         if source not in self._fingerprints:
             self._fingerprints[source] = reader.fingerprint(source, self.data_folder)
         return self._fingerprints[source]
@@ -77,7 +77,7 @@ class Identity:
         return self.rows(task.train, task.prompt)
 
     def settings(self, task: TaskConfig) -> dict[str, Any]:
-        """What a task's expert depends on beside its rows, by name."""
+        """Everything but the rows that a task's expert depends on, by name."""
         config, held_out = self.config, bool(task.validation)
         # Settings of validation are parts of experts that are validated; the names of all others are as they were before it.
         unused = set() if held_out else set(VALIDATED)
@@ -93,7 +93,7 @@ class Identity:
         }
 
     def parts(self, task: TaskConfig) -> dict[str, Any]:
-        """What a task's expert depends on, by name; its card keeps it, so that one can tell what has changed since."""
+        """Everything that a task's expert depends on, by name; kept on its card, to show later what has changed."""
         return self.settings(task) | {DATA: self.training_rows(task)}
 
     def expert(self, task: TaskConfig) -> str:
@@ -101,7 +101,7 @@ class Identity:
         return digest(self.parts(task))
 
     def expert_before(self, task: TaskConfig) -> str:
-        """The same expert as releases named it that took how it was computed for a part of what it is."""
+        """The name of the same expert in earlier releases, which included how it was computed."""
         config = self.config
         router = config.router.to_identity(exclude=CHOOSING)
         machine = config.training.to_identity(include={"workers", "zero_stage", "precision", "micro_batch"})
@@ -112,7 +112,7 @@ class Identity:
 
     @cached_property
     def base_prompts(self) -> str | None:
-        """What is read of the base prompts; None where the stream has none."""
+        """The statistics of the base prompts; None if the stream has none."""
         source, config = self.config.stream.base_prompts, self.config
         if source is None:
             return None
@@ -125,7 +125,7 @@ class Identity:
 
     @cached_property
     def answers(self) -> str:
-        """What answers depend on, beside the prompt and who answers."""
+        """What answers depend on, beside the prompt and the expert."""
         return digest(self.base, self.config.evaluation.max_new_tokens)
 
     def evaluation(self, tasks: Sequence[TaskConfig], pool: str, mode: str) -> str:

@@ -47,7 +47,7 @@ class LearnResult:
 
 
 def learn_stream(session: StreamSession) -> LearnResult:
-    """Learns all tasks of the run's stream; what is finished already is found and skipped."""
+    """Learns all tasks of the stream; finished tasks are found and skipped."""
     check_tasks(session)
     config, started = session.config, now()
     watch = Stopwatch(session.folder / "state" / "clock.json")
@@ -111,7 +111,7 @@ def learn_stream(session: StreamSession) -> LearnResult:
 
 
 class _Registered(NamedTuple):
-    """A task's expert, as the pool takes it."""
+    """A registered expert, ready for the pool."""
 
     expert: StoredExpert
     version: ModelVersion
@@ -119,7 +119,7 @@ class _Registered(NamedTuple):
 
 
 def _registered(session: StreamSession, task: TaskConfig, trained: TrainedExpert) -> _Registered:
-    """Registers a task's expert, if it is not yet."""
+    """Registers a task's expert, unless it is registered already."""
     metrics, folder = read_json(trained.file), session.experts.ensure(trained.reference)
     version = session.patience(
         lambda: _register(session, task, trained.reference, folder, metrics),
@@ -137,7 +137,7 @@ def _registered(session: StreamSession, task: TaskConfig, trained: TrainedExpert
 def _register(
     session: StreamSession, task: TaskConfig, expert: ExpertReference, folder: Path, metrics: Mapping[str, Any]
 ) -> ModelVersion:
-    """Returns the version of a trained expert, made now if there is none."""
+    """Returns the registry version of a trained expert; creates it if there is none."""
     label = session.config.base.label
     assert expert.digest is not None
     if (version := find_expert(label, expert.digest)) is not None:

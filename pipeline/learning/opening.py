@@ -1,4 +1,4 @@
-"""Opens a run: its folder for one process alone, Ray, room on the cluster, MLflow; and closes it, whatever happens."""
+"""Opens a session: locks the run's folder, joins Ray, checks that the cluster suffices, opens MLflow; and closes all of it."""
 
 import logging
 import tempfile
@@ -42,7 +42,7 @@ def alone_in(folder: Path) -> Iterator[None]:
 def open_session(
     config: LearnConfig, *, job: str, trains: bool = True, progress: Progress | None = None
 ) -> Iterator[StreamSession]:
-    """Joins or starts Ray, checks that the cluster suffices, opens MLflow; yields the run.
+    """Joins or starts Ray, checks that the cluster suffices, opens MLflow; yields the session.
 
     `job` names the kind of MLflow run, so that learning and comparing do not write into each other's. One that never
     `trains` needs neither DeepSpeed nor a place for training workers.
@@ -93,7 +93,7 @@ def open_session(
 
 
 def _name_of(session: StreamSession, job: str) -> str:
-    """The MLflow run is named by what is learned, not by how it is computed or where it is written down."""
+    """Returns the name by which an MLflow run is found again: it depends on what is learned, not on how or where."""
     settings = session.config.to_identity(exclude={"registry", "training"})
     del settings["evaluation"]["expert_memory"]
     return digest(settings, session.fingerprint, job)

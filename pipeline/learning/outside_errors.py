@@ -1,4 +1,4 @@
-"""Errors that come from outside (disk, registry, cluster): told as one message that names file and remedy.
+"""Errors from outside (disk, registry, cluster) as one message with file and remedy.
 
 Their traceback goes to a log file, for bug reports.
 """

@@ -1,7 +1,7 @@
-"""Which expert a task is to have: the one that its data and settings name, or the one it has been given before.
+"""The expert of a task: the one that its data and settings name, or an earlier one.
 
-A run writes down the card of each task's expert. Where data or settings differ from it, what differs is said and
-`stream.on_change` decides; where the data are gone, the expert that was learned from them stands.
+A run keeps the card of each task's expert. If data or settings differ from it, the differences are shown and
+`stream.on_change` decides. If the data are gone, the expert that was learned from them is kept.
 """
 
 from collections.abc import Mapping
@@ -29,7 +29,7 @@ class ChangedError(UserError):
 
 
 def check_tasks(session: StreamSession) -> None:
-    """Raises now what would end the stream at a later task, so that nothing is trained before it is known.
+    """Checks all tasks before anything is trained: what would end the stream at a later task is raised now.
 
     StreamError where a task that was never learned has no files, ChangedError where one has changed and `stream.on_change` is
     `fail`.
@@ -46,10 +46,10 @@ def check_tasks(session: StreamSession) -> None:
 
 
 def expert_wanted(session: StreamSession, task: TaskConfig) -> str:
-    """Returns the name of the expert that a task is to have; what is unusual about it is said.
+    """Returns the name of a task's expert, and shows what has changed since it was learned.
 
-    Raises ChangedError as `stream.on_change` wants it, StreamError where the task's data are not to be had and no expert was
-    learned from them.
+    Raises ChangedError where `stream.on_change` is `fail`, StreamError if the data are missing and no expert was learned from
+    them.
     """
     remembered = _remembered(session, task)
     try:
@@ -61,24 +61,27 @@ def expert_wanted(session: StreamSession, task: TaskConfig) -> str:
     before, now, policy = remembered.get("identity", {}), session.identity.parts(task), session.config.stream.on_change
     changes = differences(before, now)
     alike = bool(before) and all(before.get(name) == value or is_of_statistics(name) for name, value in now.items())
-    what = f"task {task.name!r} was learned otherwise: {'; '.join(changes)}"
+    what = f"task {task.name!r} was learned with other data or settings: {'; '.join(changes)}"
     if policy == "fail":
         raise ChangedError(
-            f"{what}; undo the change, or say what to do about it: stream.on_change=retrain trains the task again, "
+            f"{what}; undo the change, or choose what happens: stream.on_change=retrain trains the task again, "
             "stream.on_change=keep leaves its expert as it is"
         )
     if policy == "keep":
         session.progress.say(f"  {what}; its expert is kept (stream.on_change: keep)")
         return str(remembered["config_digest"])
     session.progress.say(
-        f"  {what}; it is trained again (stream.on_change: retrain), the expert before stays in the registry"
-        + ("; only statistics depend on that: `pointsman recompute-statistics` takes them without training" * alike)
+        f"  {what}; it is trained again (stream.on_change: retrain), the earlier expert stays in the registry"
+        + (
+            "; only statistics depend on these: `pointsman recompute-statistics` recomputes them without training"
+            * alike
+        )
     )
     return key
 
 
 def remember(session: StreamSession, card: ExpertCard) -> None:
-    """Writes down the expert that a task has now."""
+    """Stores the card of a task's expert in the run's folder."""
     file = _file(session.folder, card.task)
     kept = {"config_digest": card.config_digest, "identity": card.identity}
     if not file.exists() or read_json(file) != kept:
@@ -86,7 +89,7 @@ def remember(session: StreamSession, card: ExpertCard) -> None:
 
 
 def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """Returns what differs between an expert's parts and what they are now, one text each."""
+    """Returns the differences between an expert's identity and the present one, one text each."""
     if not before:
         return ["its data or settings have changed since an earlier release wrote it"]
     changes = []
@@ -118,7 +121,7 @@ def _without_data(
             "bring them back, undo the change, or set stream.on_change=keep"
         ) from None
     session.progress.say(
-        f"  {task.name}: its training data are not to be had ({error}); the expert that was learned from them stands"
+        f"  {task.name}: its training data are gone ({error}); the expert that was learned from them is kept"
     )
     return str(remembered["config_digest"])
 

@@ -1,4 +1,4 @@
-"""What becomes of each expert of a pool when its statistics are recomputed: what it is then, or why that cannot be."""
+"""Plans the recomputation of a pool's statistics: the new identity of each expert, or why it cannot be recomputed."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -22,12 +22,12 @@ LOOKED_AT = 8
 
 
 class MissingError(UserError):
-    """Rows that statistics would be taken of, and that are not there; nothing was done."""
+    """Rows are missing from which statistics would be computed; nothing was changed."""
 
 
 @dataclass(frozen=True)
 class Renewal:
-    """An expert, and what it is to become."""
+    """An expert and its identity after recomputation."""
 
     task: TaskConfig
     identity: dict[str, Any] | None = None
@@ -43,7 +43,7 @@ class Renewal:
 
 
 def plan(session: StreamSession, old: TrainedPool, *, skip_missing: bool) -> list[Renewal]:
-    """Returns what becomes of each expert of a pool; raises MissingError that lists all rows that are not there."""
+    """Returns the renewal of each expert of a pool; raises MissingError with all rows that are missing."""
     if old.base_fingerprint != session.fingerprint:
         raise PoolError(
             f"{old.folder}: made for base {old.base_label!r} with fingerprint {old.base_fingerprint}, base.path has "
@@ -72,7 +72,7 @@ def plan(session: StreamSession, old: TrainedPool, *, skip_missing: bool) -> lis
 
 
 def _renewal(session: StreamSession, task: TaskConfig, old: TrainedPool) -> Renewal:
-    """Returns what becomes of a task's expert; raises StreamError where the rows that it takes are gone."""
+    """Returns the renewal of a task's expert; raises StreamError if its rows are gone."""
     trained, names = old.expert(task.name), session.identity
     card, now = trained.card, names.settings(task)
     if card.identity:

@@ -1,4 +1,4 @@
-"""What all jobs over a stream share: cluster, base, prepared data, training, evaluation, MLflow; all of it resumable.
+"""A session over a stream: cluster, base, prepared data, training, evaluation and MLflow; all of it resumable.
 
 Whatever is computed is stored under a name derived from what it is computed from (configuration, data, base), in the
 run's folder or in the registry; the same command run again finds it there and goes on with the rest.
@@ -51,13 +51,13 @@ from pipeline.training.telemetry import Step
 from pipeline.training.training_folder import TrainingFolder
 
 BASE_PROMPTS = "base_prompts"
-"""Name of the base prompts among the prompts; tasks may not bear it."""
+"""Name of the base prompts among the prompts."""
 
 PREPARING = "preparing DeepSpeed (once on a machine, up to a minute)"
 
 
 class StreamSession:
-    """One run over a stream of tasks; made by `opening.open_session`."""
+    """One session over a stream of tasks; created by `opening.open_session`."""
 
     def __init__(self, config: LearnConfig, cluster: ClusterInfo, progress: Progress, memory: PeakMemory) -> None:
         self.config, self.cluster, self.progress, self.memory = config, cluster, progress, memory
@@ -89,7 +89,7 @@ class StreamSession:
         return self._training[task.name].result()
 
     def read_ahead(self, task: TaskConfig) -> None:
-        """Begins to read a task's training rows, in the background; what goes wrong is raised where they are needed.
+        """Begins to read a task's training rows, in the background; errors are raised when the rows are needed.
 
         Not where that takes workers that are at work elsewhere meanwhile: they compute image features.
         """
@@ -105,7 +105,7 @@ class StreamSession:
                 self._training[task.name] = begin(read, name=f"reading {task.name}")
 
     def all_training_rows(self) -> TrainingRows:
-        """Returns the training rows of all tasks at once, for methods that cannot do without; `data.cache` decides for all."""
+        """Returns the training rows of all tasks at once, for multi-task training; `data.cache` applies to all of them."""
         parts = {}
         for task in self.config.stream.tasks:
             assert task.train is not None
@@ -114,11 +114,11 @@ class StreamSession:
         return self._prepare(parts, "train", answer=True).training_rows(list(parts))
 
     def release(self, task: TaskConfig) -> None:
-        """Gives a task's encoded training rows back; memory must not grow with the number of tasks."""
+        """Frees a task's encoded training rows: memory must not grow with the number of tasks."""
         self._training.pop(task.name, None)
 
     def _make_room_for_features(self) -> None:
-        """Sends evaluators and trainings home where those who compute the image features of rows find no room beside them."""
+        """Stops evaluators and training workers if the image encoders do not fit beside them."""
         if not self.vision and not self.capacity.side_by_side:
             self._predictors.close()
             self.end_sessions()
@@ -146,7 +146,7 @@ class StreamSession:
         return prepared
 
     def tell_set_aside(self, prepared: PreparedData, name: str, split: str) -> None:
-        """Says what of a task's rows (`split` train or eval) could not be used, if anything, and where it is written down."""
+        """Shows how many rows of a task (`split` train or eval) were set aside, if any, and in which file."""
         if aside := prepared.aside[name]:
             self.progress.say(f"  {name}: {aside}: {self.folder}/quarantine/{split}/{name}.jsonl")
 
@@ -156,7 +156,7 @@ class StreamSession:
 
     @property
     def vision(self) -> bool:
-        """Whether those who train and answer need the vision tower: not where its features are kept."""
+        """Whether training and inference need the vision tower; not with cached image features."""
         return self.config.data.vision_cache == "off"
 
     def _prepare(self, sources_: Mapping[str, tuple[SourceConfig, str]], split: str, *, answer: bool) -> PreparedData:
@@ -207,7 +207,7 @@ class StreamSession:
 
     @cached_property
     def experts(self) -> ExpertStore:
-        """Where experts lie, by digest, for all runs of this output folder; the registry has what is missing or damaged."""
+        """The experts of all runs of this output folder, by digest; missing or damaged ones are fetched from the registry."""
 
         def fetch(reference: ExpertReference, folder: Path) -> None:
             self.patience(partial(fetch_expert, reference, folder), f"fetching expert {reference.name}")
@@ -215,7 +215,7 @@ class StreamSession:
         return ExpertStore(Path(self.config.output) / EXPERTS, fetch)
 
     def reference(self, task: str, digest_: str) -> ExpertReference:
-        """Returns what says of a task's expert which one it is: its name, and where it is registered once it is trained."""
+        """Returns the reference to a task's expert: its digest, and its place in the registry."""
         return ExpertReference(name=task, digest=digest_, model=experts_name(self.config.base.label))
 
     def has_expert(self, reference: ExpertReference) -> bool:
@@ -233,11 +233,11 @@ class StreamSession:
         return True
 
     def has_trained(self, reference: ExpertReference) -> bool:
-        """Whether this run has trained an expert to its end, though it may not have come to note its metrics."""
+        """Whether this run has finished training an expert, even if its metrics are not written yet."""
         return self._training_folder(reference.name, reference.digest).metrics() is not None
 
     def seconds_before(self, reference: ExpertReference) -> float:
-        """Returns what training an expert had taken by its last checkpoint, where this run was stopped in the middle of it."""
+        """Returns the training seconds of an interrupted expert up to its last checkpoint."""
         folder = self._training_folder(reference.name, reference.digest)
         return float(folder.progress().get("seconds", 0.0)) if folder.last() else 0.0
 
@@ -247,11 +247,11 @@ class StreamSession:
     # Training
 
     def spec(self, task: TaskConfig, digest_: str, /, **changes: Any) -> tuple[TrainSpec, TrainingRows]:
-        """Returns the training job of a task and its rows; `changes` to the job make it another method's."""
+        """Returns the spec of a task's training and its rows; `changes` adapt the spec for baselines."""
         return self.spec_alone(task, digest_, **changes), self.training_rows(task).training_rows([task.name])
 
     def spec_alone(self, task: TaskConfig, digest_: str, /, **changes: Any) -> TrainSpec:
-        """Returns the training job of a task, without its rows."""
+        """Returns the spec of a task's training."""
         spec = TrainSpec(
             task=task.name,
             digest=digest_,
@@ -270,7 +270,7 @@ class StreamSession:
 
     @cached_property
     def worker_env(self) -> dict[str, str]:
-        """The environment of training workers; without GPUs DeepSpeed's operator is compiled first, on every node."""
+        """Environment variables of training workers; without GPUs, DeepSpeed's operator is compiled first, on every node."""
         if self.config.training.gpu:
             return {}
         if self.cluster.started:  # so it has been prepared
@@ -279,7 +279,7 @@ class StreamSession:
             return build_deepspeed_ops()
 
     def train(self, spec: TrainSpec, rows: TrainingRows) -> TrainResult:
-        """Trains, or goes on with a run of the same name; progress is shown, loss curves in MLflow meanwhile."""
+        """Trains, or resumes from the last checkpoint; shows progress and logs loss curves meanwhile."""
         worker_env = self.worker_env
         with self.progress.training(spec.task) as bar:
 
@@ -300,19 +300,19 @@ class StreamSession:
             return sessions.train(spec, rows, on_steps)
 
     def end_sessions(self, *, at_once: bool = False) -> None:
-        """Ends whoever trains, in the middle of it if `at_once`; the next training starts new workers."""
+        """Stops training workers, in the middle of a step if `at_once`; the next training starts new ones."""
         with self._lock:
             sessions, self._sessions = self._sessions, None
         if sessions is not None:
             sessions.close(at_once=at_once)
 
     def make_room(self) -> None:
-        """Ends the training sessions where the cluster cannot hold its workers and those of inference side by side."""
+        """Stops training workers if inference workers do not fit beside them."""
         if not self.capacity.side_by_side:
             self.end_sessions()
 
     def close(self, *, at_once: bool = False) -> None:
-        """Ends whoever trains and evaluates, in the middle of it if `at_once`."""
+        """Stops training and inference workers, in the middle of a step if `at_once`."""
         with self._lock:
             self.closed = True
         if "_predictors" in self.__dict__:
@@ -327,7 +327,7 @@ class StreamSession:
 
     @cached_property
     def evaluator(self) -> Evaluator:
-        """Who evaluates; what it reads and generates lies beside the runs of this output folder, for all of them."""
+        """The evaluator; its prompts and answers are kept below the output folder, for all runs."""
         config, data = self.config, Path(self.config.output).resolve() / "data"
 
         def tell(name: str, aside: SetAside) -> None:
@@ -346,18 +346,18 @@ class StreamSession:
 
     @cached_property
     def generated(self) -> Tally:
-        """How many answers learning has had generated: the base's, and those of pools by the run's own router."""
+        """Number of answers generated while learning: by the base, and by pools with the configured router."""
         return Tally(self._state("answers.json"))
 
     @cached_property
     def _predictors(self) -> PredictorActors:
-        """Who answers, through the whole run: they start with the first prompt that nobody has answered."""
+        """The predictors; they start with the first prompt without a stored answer and live through the session."""
         return self.evaluator.actors()
 
     def evaluate_soon(
         self, names: Sequence[str], pool: Pool, pool_digest: str, *, folder: Path | None = None
     ) -> Future[Evaluation]:
-        """Begins to evaluate a pool, without samples. Where evaluators have CPUs or GPUs of their own that goes on in the
+        """Starts evaluating a pool, without samples. If evaluators have CPUs or GPUs of their own, it runs in the
         background.
 
         Pools whose Linears choose are evaluated now: they are read from a folder in which the next one will lie.
@@ -381,7 +381,7 @@ class StreamSession:
         quietly: bool = False,
         who: str = "",
     ) -> Evaluation:
-        """Evaluates a pool on tasks and benchmarks, or finds the result of having done so.
+        """Evaluates a pool on tasks and benchmarks, or reads the stored result.
 
         `folder` is where the pool lies, for routers whose Linears choose; `who` is what progress calls it. Of each column
         `samples` predictions are kept, with the reasons of the router, which cost as much as its choices: accuracies alone

@@ -1,4 +1,4 @@
-"""What a run keeps in its folder between restarts: JSON files, seconds, counts."""
+"""State of a run that survives restarts: JSON files, seconds, counts."""
 
 import json
 import threading
@@ -24,7 +24,7 @@ def read_json(file: Path) -> dict[str, Any]:
 
 
 class Stopwatch:
-    """Seconds that a run has taken over all its restarts, kept in a file; also written in between, lest a kill loses them."""
+    """Seconds that a run has taken over all restarts; written to a file now and then, so that a kill loses few."""
 
     def __init__(self, file: Path, *, every: float = 5.0) -> None:
         self._file, self._every, self._lock, self._stopped = file, every, threading.Lock(), threading.Event()
@@ -52,7 +52,7 @@ class Stopwatch:
 
 
 class Tally:
-    """What a run has counted over all its restarts, kept in a file."""
+    """A count over all restarts of a run, kept in a file."""
 
     def __init__(self, file: Path) -> None:
         self._file = file
@@ -60,6 +60,6 @@ class Tally:
             self.count = int(json.loads(file.read_text())["count"]) if file.exists() else 0
 
     def add(self, count: int) -> None:
-        """Counts so many more, and writes the sum down."""
+        """Adds to the count and writes it."""
         self.count += count
         write_json(self._file, {"count": self.count})

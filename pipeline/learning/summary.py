@@ -14,7 +14,7 @@ from pipeline.provenance import provenance
 from pipeline.routing.expert import ExpertCard
 
 SAMPLES = 2
-"""Sample prompts of each column in the report."""
+"""Sample prompts per task and benchmark in the report."""
 
 
 def session_provenance(session: StreamSession, started: datetime) -> dict[str, Any]:
@@ -42,7 +42,7 @@ def task_metrics(session: StreamSession, task: str, metrics: Mapping[str, Any]) 
 
 
 def metrics_on_card(card: ExpertCard) -> dict[str, Any]:
-    """Returns what an expert's card has of the metrics of its training; curves and row counts are not on it."""
+    """Returns the training metrics on an expert's card; loss curves and row counts are not on it."""
     unknown: dict[str, Any] = {"seconds": 0.0, "wait_seconds": 0.0, "losses": [], "step_seconds": []}
     metrics = {
         f"{stage}_{what}": none for stage in ("expert", "router") for what, none in unknown.items()
@@ -58,7 +58,7 @@ def _curve(losses: Sequence[float], points: int = 100) -> list[list[float]]:
 
 
 def wait_share(tasks: Mapping[str, Mapping[str, Any]]) -> float:
-    """Returns the share of step time that training stood still for data."""
+    """Returns the share of step time in which training waited for data."""
     steps = sum(t["expert_seconds"] + t["router_seconds"] for t in tasks.values())
     return sum(t["wait_seconds"] for t in tasks.values()) / steps if steps else 0.0
 
@@ -91,7 +91,7 @@ def answers(last: Evaluation, tasks: Sequence[str], generated: int) -> dict[str,
 
 
 def samples(session: StreamSession, evaluation: Evaluation) -> list[dict[str, Any]]:
-    """Returns the first prompts of every column with image, answer and chosen expert."""
+    """Returns the first prompts of every task and benchmark with image, answer and chosen expert."""
     answered = {(p.task, p.id): p for p in evaluation.samples}
     shown = []
     for name, task in session.eval_tasks.items():

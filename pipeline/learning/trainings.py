@@ -1,4 +1,4 @@
-"""The trainings of a stream: one task after the other, or several of them at a time where the cluster has room."""
+"""The trainings of a stream: one task after the other, or several at the same time where the cluster has room."""
 
 import threading
 from collections.abc import Mapping
@@ -26,13 +26,13 @@ class TrainedExpert:
 
     reference: ExpertReference
     file: Path
-    """Where its metrics are."""
+    """File with its metrics."""
     before: bool
-    """Whether it was there already."""
+    """Whether it was learned before."""
 
 
 class Trainings:
-    """Finds or trains the experts of a stream's tasks in its order, `run.capacity.trainings` at a time.
+    """Finds or trains the experts of a stream's tasks in its order, `capacity.trainings` at the same time.
 
     Where there is room they go on while the experts before them are registered and evaluated; after an error none begins.
     """
@@ -44,14 +44,14 @@ class Trainings:
         self._failed, self._lock = False, threading.RLock()
 
     def expert(self, task: TaskConfig) -> TrainedExpert:
-        """Returns a task's expert; waits for its training, and raises what went wrong in it."""
+        """Waits for a task's training and returns its expert; raises the error of the training."""
         with self._lock:
             self._asked = self._tasks.index(task) + self._session.capacity.trainings
             self._begin()
         return self._begun.pop(task.name).result()
 
     def _begin(self) -> None:
-        """Begins as many trainings as there is room for, with those next in order."""
+        """Starts the next trainings in order, as many as there is room for."""
         at_once = self._session.capacity.trainings
         end = len(self._tasks) if self._session.capacity.ahead else min(self._asked, len(self._tasks))
         while self._next < end and self._running < at_once and not self._failed:
@@ -68,12 +68,12 @@ class Trainings:
                 self._failed = True
                 if name in self._begun and not self._session.closed:  # others come first
                     reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-                    self._session.progress.say(f"  {name} has failed, which ends the run when its turn comes: {reason}")
+                    self._session.progress.say(f"  {name} has failed; the run ends when its turn comes: {reason}")
             self._begin()
 
 
 def _found_or_trained(session: StreamSession, task: TaskConfig, following: TaskConfig | None) -> TrainedExpert:
-    """Returns a task's expert, which this run, or another one, has trained, or which is trained now.
+    """Returns a task's expert: trained before by this run or another one, or trained now.
 
     While it trains the rows of the `following` task are read, which its workers will train next, if it is to be trained too.
     """
@@ -98,7 +98,7 @@ def _trained(
     following: TaskConfig | None,
     started: float,
 ) -> TrainedExpert:
-    """Trains a task's expert into the store, then writes its metrics to `file`: then it is learned, registered or not."""
+    """Trains a task's expert into the store, then writes its metrics to `file`: the task counts as learned from then on."""
     assert wanted.digest is not None
     before = session.seconds_before(wanted)
     if before:
@@ -138,7 +138,7 @@ def _curves(task: str, metrics: Mapping[str, Any]) -> list[tuple[str, float, int
 
 
 def with_metrics(file: Path, metrics: dict[str, Any], more: dict[str, Any]) -> dict[str, Any]:
-    """Adds to a task's metrics what is known late.
+    """Adds metrics that are known only after the pool is registered.
 
     `overhead_seconds`, beyond its optimizer steps from its first row to its pool's registration, but for the wait for its
     turn; `turn_seconds` until the next task's turn; `memory_bytes` of all processes here, then.
@@ -148,7 +148,7 @@ def with_metrics(file: Path, metrics: dict[str, Any], more: dict[str, Any]) -> d
 
 
 def _to_be_trained(session: StreamSession, task: TaskConfig) -> bool:
-    """Whether a task that comes later is not learned yet, as far as one can tell without a word."""
+    """Whether a later task is not learned yet, as far as its state file tells."""
     try:
         return not (session.folder / "state" / f"task-{session.identity.expert(task)}.json").exists()
     except StreamError:  # said when its turn comes

@@ -131,7 +131,7 @@ class PagedExperts:
         return LinearExperts.room(self._linears[path], self._count * rank, rank, len(self._experts), classifier)
 
     def _take(self, needed: Sequence[int]) -> list[int] | None:
-        """Returns the place of each expert, read into one if need be; None where too few places are to be had."""
+        """Returns the page of each expert, read if need be; None if too few pages are free."""
         missing = [expert for expert in needed if expert not in self._pages]
         idle = deque(e for e, page in self._pages.items() if not self._held[page] and e not in needed)
         if len(missing) > len(self._free_pages) + len(idle):

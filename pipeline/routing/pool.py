@@ -226,7 +226,7 @@ class Pool:
         return self._write(Path(folder), None)
 
     def refer(self, folder: str | Path, references: Mapping[str, ExpertReference]) -> Path:
-        """Writes a folder that holds no expert: `references` say by name where they are to be had. Reads none of them."""
+        """Writes a folder that holds no expert: `references` give their places by name. Reads none of them."""
         with atomic_folder(Path(folder)) as staging:
             self._describe(staging, [references[name] for name in self.names])
         return Path(folder)

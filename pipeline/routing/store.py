@@ -158,7 +158,7 @@ class ExpertStore:
         if self.fetch is None:
             folder = self.folder_of(reference)
             raise ExpertError(
-                f"{reference}: not to be had from {folder}: {reference.damage(current_folder(folder))}; copy that folder "
+                f"{reference}: missing or damaged in {folder}: {reference.damage(current_folder(folder))}; copy that folder "
                 "here, load the pool from its registry, which fetches it (models:/<base>.pool@champion), or run "
                 "`pointsman learn` again"
             )

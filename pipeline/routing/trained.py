@@ -135,11 +135,11 @@ class TrainedPool:
         return cls(folder, card.base_label, card.base_fingerprint, card.router, experts, card.null, store)
 
     def expert(self, name: str) -> TrainedExpert:
-        """Reads an expert; raises ExpertError where it is not to be had, or damaged."""
+        """Reads an expert; raises ExpertError if it is missing or damaged."""
         return TrainedExpert.load(self.folder_of(name))
 
     def folder_of(self, name: str) -> Path:
-        """Returns the folder of an expert, fetched if need be; raises ExpertError where it is not to be had."""
+        """Returns the folder of an expert, fetched if need be; raises ExpertError if it is missing."""
         reference, contained = self.experts[name], OwnExperts(self.folder / EXPERTS)
         held = reference.digest is None or contained.folder_of(reference).is_dir()
         return contained.folder_of(reference) if held else self.store.ensure(reference)

@@ -51,7 +51,7 @@ class TrainResult:
     metrics: dict[str, Any]
     """Losses by step, seconds and data wait of both stages, samples."""
     already_finished: bool = False
-    """Whether it was finished already: then nobody was told of its steps."""
+    """Whether it was finished before: then its steps were not reported."""
 
     @property
     def expert(self) -> Path:

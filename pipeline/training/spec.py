@@ -1,4 +1,4 @@
-"""What a task's training is told."""
+"""Specification of a training."""
 
 from typing import Any
 

@@ -57,7 +57,7 @@ HOW = {
 """Settings of the machine that an expert's card keeps."""
 
 ALREADY_FINISHED = "found"
-"""Key in a training's outcome: it was finished before anybody asked for it, and its steps are told by nobody."""
+"""Key in a training's outcome: it was finished before, so its steps are not reported."""
 
 TELL_EVERY = 0.8
 """Seconds between messages to the driver."""

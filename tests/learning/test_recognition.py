@@ -73,14 +73,19 @@ def test_how_it_is_computed_changes_nothing(config: Path, learned: str, capsys) 
 def test_other_settings_train_again_and_say_which(config: Path, learned: str, capsys) -> None:
     assert wanted(opened(config, "expert.rank=4", "seed=7")) != learned
     output = " ".join(capsys.readouterr().out.split())
-    assert "task 'hum' was learned otherwise: seed 0 -> 7; expert.rank 8 -> 4; it is trained again" in output
-    assert "the expert before stays in the registry" in output
+    assert (
+        "task 'hum' was learned with other data or settings: seed 0 -> 7; expert.rank 8 -> 4; it is trained again"
+        in output
+    )
+    assert "the earlier expert stays in the registry" in output
 
 
 def test_other_statistics_need_no_training(config: Path, learned: str, capsys) -> None:
     for overrides, messages in ((["router.feature_width=64"], True), (["router.feature_width=64", "seed=7"], False)):
         assert wanted(opened(config, *overrides)) != learned
-        assert ("`pointsman recompute-statistics` takes them" in " ".join(capsys.readouterr().out.split())) is messages
+        assert (
+            "`pointsman recompute-statistics` recomputes them" in " ".join(capsys.readouterr().out.split())
+        ) is messages
 
 
 def test_other_data_are_told(config: Path, learned: str, capsys) -> None:
@@ -104,7 +109,7 @@ def test_data_that_are_gone_are_not_needed(config: Path, learned: str, capsys) -
     (config.parent / "train.jsonl").unlink()
     assert wanted(opened(config)) == learned
     output = " ".join(capsys.readouterr().out.split())
-    assert "hum: its training data are not to be had" in output
+    assert "hum: its training data are gone" in output
     assert "train.jsonl" in output
 
 

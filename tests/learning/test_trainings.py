@@ -84,7 +84,7 @@ def test_after_an_error_none_begins_and_those_before_it_end(monkeypatch) -> None
         if stage.said:
             break
         threading.Event().wait(0.02)
-    assert stage.said == ["  two has failed, which ends the run when its turn comes: the loss is nan"]
+    assert stage.said == ["  two has failed; the run ends when its turn comes: the loss is nan"]
     stage.ends("one", 1)
     waiting.join(20)
     assert stage.has_begun("one", "two"), "neither three nor four"

@@ -77,7 +77,7 @@ def test_experts_may_lie_in_a_store(pool: Pool, tmp_path: Path) -> None:
     assert actual.folder_of("clock").is_relative_to(tmp_path / "store")
     assert actual.expert("clock").card == pool.experts["clock"].card
     shutil.rmtree(actual.folder_of("clock"))
-    with pytest.raises(ExpertError, match=r"expert 'clock' .*: not to be had from"):
+    with pytest.raises(ExpertError, match=r"expert 'clock' .*: missing or damaged in"):
         actual.expert("clock")
 
 
