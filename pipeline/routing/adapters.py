@@ -18,7 +18,7 @@ from torch import Tensor
 from pipeline.errors import UserError, stored_file
 
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
-REMEDY = "copy the folder again, or delete it and train the task again"
+REMEDY = "copy the folder again, or load the pool from its registry, which has every expert (models:/<base>.pool@champion)"
 """What to do about an expert's damaged file."""
 _KEY = re.compile(r"^base_model\.model\.(?P<path>.+)\.lora_(?P<half>[AB])\.weight$")
 
@@ -58,7 +58,7 @@ class StoredAdapters(Mapping[str, Adapter]):
                 halves.setdefault(match["path"], {})[match["half"]] = shape[0] if match["half"] == "A" else shape[1]
         for path, half in halves.items():
             if missing := {"A", "B"} - half.keys():
-                raise ExpertError(f"{self._file}: {path} has no lora_{missing.pop()}; train the task again")
+                raise ExpertError(f"{self._file}: {path} has no lora_{missing.pop()}; {REMEDY}")
         return {path: half["A"] for path, half in sorted(halves.items())}
 
     @cached_property

@@ -160,7 +160,7 @@ def complete_folder(folder: Path) -> Path:
     folder = current_folder(folder)
     for name in FILES:
         if not (folder / name).is_file():
-            raise ExpertError(f"{folder}: {name} is missing; a complete expert has it (train the task again?)")
+            raise ExpertError(f"{folder}: {name} is missing; {REMEDY}")
     return folder
 
 
