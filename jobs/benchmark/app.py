@@ -15,18 +15,18 @@ python -m jobs.benchmark text                                   two tasks on pre
 from jobs.lazy import Lazy, lazy_group
 
 BENCHMARKS = {
-    "training": Lazy("jobs.benchmark.training:training", "The expert stage against a plain loop."),
-    "plan": Lazy("jobs.benchmark.plan:plan", "How well a plan predicts memory."),
-    "routing": Lazy("jobs.benchmark.routing:routing", "Routing overhead against PEFT."),
-    "routers": Lazy("jobs.benchmark.routers:routers", "Routing accuracy, also among fifty experts."),
-    "data": Lazy("jobs.benchmark.data:data", "Preprocessing beside datasets.map, memory, bad rows."),
+    "training": Lazy("jobs.benchmark.training_speed:training", "The expert stage against a plain loop."),
+    "plan": Lazy("jobs.benchmark.memory_estimate:plan", "How well a plan predicts memory."),
+    "routing": Lazy("jobs.benchmark.routing_cost:routing", "Routing overhead against PEFT."),
+    "routers": Lazy("jobs.benchmark.routing_accuracy:routers", "Routing accuracy, also among fifty experts."),
+    "data": Lazy("jobs.benchmark.data_throughput:data", "Preprocessing beside datasets.map, memory, bad rows."),
     "families": Lazy("jobs.benchmark.families:families", "Every family: learned, registered, reloaded."),
     "gpu": Lazy("jobs.benchmark.gpu:gpu", "One GPU: memory of every moment against the plan, speed."),
     "real-size": Lazy(
         "jobs.benchmark.real_size.app:real_size", "What the small default hides, at the sizes that matter."
     ),
     "scale": Lazy("jobs.benchmark.scale:scale", "What the hundredth task costs, beside the tenth."),
-    "text": Lazy("jobs.benchmark.text:text", "Two tasks on pretrained weights, and what was kept."),
+    "text": Lazy("jobs.benchmark.pretrained_text:text", "Two tasks on pretrained weights, and what was kept."),
 }
 
 app = lazy_group(BENCHMARKS, "Measure what the project adds to the work itself.")

@@ -23,8 +23,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 import pipeline
-from jobs.benchmark.reload_pool import TOKENS, routed_logits
-from jobs.benchmark.small_models import SMALL, write_small
+from jobs.benchmark.tools.reload_pool import TOKENS, routed_logits
+from jobs.benchmark.tools.small_models import SMALL, write_small
 from jobs.options import user_errors
 from jobs.terminal import Terminal, table
 from pipeline.config import ConfigError, LearnConfig
@@ -173,7 +173,7 @@ def _reloaded(session: StreamSession, learned: LearnResult) -> dict[str, Any]:
     write_json(folder / "prompts.json", rows)
     model = f"models:/{pool_name(session.config.base.label)}@{CHAMPION}"
     started = monotonic()
-    command = [sys.executable, "-m", "jobs.benchmark.reload_pool", mlflow.get_tracking_uri(), model]
+    command = [sys.executable, "-m", "jobs.benchmark.tools.reload_pool", mlflow.get_tracking_uri(), model]
     subprocess.run([*command, str(folder / "prompts.json"), str(folder)], check=True)
     seconds = monotonic() - started
     there, answers = load_file(folder / "logits.safetensors"), json.loads((folder / "answers.json").read_text())

@@ -277,7 +277,7 @@ def test_rows_that_change_meanwhile_are_told(
     one = evaluator(tiny_folder, tmp_path)
     changing = eval_task("changing", SourceConfig(path=str(file), columns={"question": "q", "answer": "a"}))
     one.tables.of([changing], 384, actors)
-    for changed, message in ([*lines[:4], *lines[3:5]], "are not what they were"), (lines[:4], "are gone"):
+    for changed, message in ([*lines[:4], *lines[3:5]], "have changed since this run began"), (lines[:4], "are gone"):
         file.write_text("\n".join(changed))
         with pytest.raises((StreamError, RayError), match=f"task 'changing': .*{message}"):
             one.evaluate([changing], None, actors=actors)

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
-from jobs.benchmark import plan as benchmark_plan
+from jobs.benchmark import memory_estimate
 from jobs.benchmark.app import app as benchmarks
 from jobs.cli import app
 
@@ -95,7 +95,7 @@ def test_mistakes_are_one_line(run: Any) -> None:
 
 
 def test_the_benchmark_writes_its_figures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(benchmark_plan, "QUICK", benchmark_plan.CASES[:1])
+    monkeypatch.setattr(memory_estimate, "QUICK", memory_estimate.CASES[:1])
     outcome = CliRunner().invoke(benchmarks, ["plan", "--quick", "--threads", "1", "--output", str(tmp_path)])
     assert outcome.exit_code == 0, outcome.output
     summary = json.loads((tmp_path / "summary.json").read_text())

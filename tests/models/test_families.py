@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 from torch import nn
 
-from jobs.benchmark.small_models import SMALL, write_small
+from jobs.benchmark.tools.small_models import SMALL, write_small
 from pipeline.config import BaseModelConfig
 from pipeline.data.encoded.image_embeds import ImageEncoder
 from pipeline.data.encoded.packing import pack, unpack_row

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from jobs.benchmark.plan import PEAK, QUICK, Case, build, measure, measured_parts
+from jobs.benchmark.memory_estimate import PEAK, QUICK, Case, build, measure, measured_parts
 from pipeline.config import TrainingConfig
 from pipeline.planning.activations import Pass, activations, layer_bytes
 from pipeline.planning.architecture import Architecture, architecture_of

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 import pytest
 
 from cluster.local import connect
-from jobs.benchmark.malformed_corpus import Case, build
+from jobs.benchmark.tools.malformed_corpus import Case, build
 from pipeline.config import BaseModelConfig, DataConfig
 from pipeline.data.loading.preprocess import TaskRows, prepare
 

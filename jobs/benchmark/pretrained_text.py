@@ -20,7 +20,7 @@ import torch
 import typer
 from torch.nn.functional import cross_entropy
 
-from jobs.benchmark.library_text import QUESTIONS, write_library
+from jobs.benchmark.tools.library_text import QUESTIONS, write_library
 from jobs.options import Overrides, load, user_errors
 from jobs.results import print_next_steps, show_tasks
 from jobs.terminal import Terminal, table

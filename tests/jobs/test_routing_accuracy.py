@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from jobs.benchmark import routers
-from jobs.benchmark.routers import among_many
+from jobs.benchmark import routing_accuracy
+from jobs.benchmark.routing_accuracy import among_many
 from pipeline.config import LearnConfig, StreamConfig, TaskConfig
 from pipeline.routing import Pool
 from tests.helpers import checksum
@@ -14,7 +14,7 @@ from tests.helpers import checksum
 def quick(monkeypatch: pytest.MonkeyPatch) -> LearnConfig:
     """So few steps that nothing is learned, which routing does not mind."""
     for name, value in {"STEPS": 2, "TRAIN_ROWS": 64, "PROMPTS": 8}.items():
-        monkeypatch.setattr(routers, name, value)
+        monkeypatch.setattr(routing_accuracy, name, value)
     task = TaskConfig(name="any", train="demo://clock/train", eval="demo://clock/eval")
     config = LearnConfig(stream=StreamConfig(tasks=(task,)))
     return config.model_copy(update={"training": config.training.model_copy(update={"cpus_per_worker": 1})})

@@ -6,9 +6,9 @@
 
 from pathlib import Path
 
-from jobs.benchmark.malformed_corpus import files, images, rows
-from jobs.benchmark.malformed_corpus.corpus import Case as Case
-from jobs.benchmark.malformed_corpus.corpus import Corpus
+from jobs.benchmark.tools.malformed_corpus import files, images, rows
+from jobs.benchmark.tools.malformed_corpus.corpus import Case as Case
+from jobs.benchmark.tools.malformed_corpus.corpus import Corpus
 
 
 def build(folder: Path) -> list[Case]:

@@ -2,7 +2,7 @@
 
 import json
 
-from jobs.benchmark.malformed_corpus.corpus import Corpus, as_json, ask, noise
+from jobs.benchmark.tools.malformed_corpus.corpus import Corpus, as_json, ask, noise
 from pipeline.config import ColumnsConfig
 
 

@@ -21,7 +21,7 @@ from torch import Tensor
 from transformers import InternVLConfig, InternVLForConditionalGeneration, LlamaConfig
 from transformers.models.internvl.configuration_internvl import InternVLVisionConfig
 
-from jobs.benchmark.routing import Allocations
+from jobs.benchmark.routing_cost import Allocations
 from jobs.terminal import Terminal, table
 from pipeline.config import ExpertConfig
 from pipeline.files import write_json

@@ -26,7 +26,18 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from jobs.benchmark.methods import METHODS, MODELS, PROMPT, RANK, Method, Routed, Step, Workload, build, linear_widths
+from jobs.benchmark.tools.methods import (
+    METHODS,
+    MODELS,
+    PROMPT,
+    RANK,
+    Method,
+    Routed,
+    Step,
+    Workload,
+    build,
+    linear_widths,
+)
 from jobs.options import user_errors
 from jobs.terminal import Terminal, table
 from pipeline.config import ConfigError

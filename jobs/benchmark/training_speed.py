@@ -7,7 +7,7 @@ from typing import Annotated
 import torch
 import typer
 
-from jobs.benchmark.plain_loop import plain_steps, shuffled_batches
+from jobs.benchmark.tools.plain_loop import plain_steps, shuffled_batches
 from jobs.options import ConfigFile, Overrides, load, user_errors
 from jobs.terminal import Terminal, table
 from pipeline.config import ConfigError, LearnConfig

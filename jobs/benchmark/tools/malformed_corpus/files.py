@@ -8,7 +8,7 @@ import json
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from jobs.benchmark.malformed_corpus.corpus import Corpus, Row, as_json, ask, noise, table
+from jobs.benchmark.tools.malformed_corpus.corpus import Corpus, Row, as_json, ask, noise, table
 from pipeline.config import ColumnsConfig
 
 

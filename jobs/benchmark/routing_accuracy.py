@@ -17,7 +17,7 @@ from typing import Annotated, Any
 import torch
 import typer
 
-from jobs.benchmark.plain_loop import plain_steps, shuffled_batches
+from jobs.benchmark.tools.plain_loop import plain_steps, shuffled_batches
 from jobs.options import ConfigFile, Overrides, load, user_errors
 from jobs.pretrain_tiny import encode_examples
 from jobs.terminal import Terminal, table

@@ -6,8 +6,8 @@ import math
 import pytest
 import torch
 
-from jobs.benchmark.library_text import MODULES, descriptions, paragraphs, write_library
-from jobs.benchmark.text import SMOLLM2, perplexity
+from jobs.benchmark.pretrained_text import SMOLLM2, perplexity
+from jobs.benchmark.tools.library_text import MODULES, descriptions, paragraphs, write_library
 from pipeline.config import LearnConfig, load_config
 from pipeline.data.errors import StreamError
 from pipeline.models.encoding import collate_for
@@ -67,7 +67,7 @@ def test_prose_is_not_a_description():
 
 
 def test_a_library_without_sources_is_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr("jobs.benchmark.library_text.sysconfig.get_paths", lambda: {"stdlib": str(tmp_path)})
+    monkeypatch.setattr("jobs.benchmark.tools.library_text.sysconfig.get_paths", lambda: {"stdlib": str(tmp_path)})
     with pytest.raises(StreamError, match="without the sources of its library"):
         write_library(tmp_path / "rows")
 

@@ -11,10 +11,10 @@ from peft import ArrowConfig, create_arrow_model
 from typer.testing import CliRunner
 
 from jobs.benchmark.app import app
-from jobs.benchmark.methods import CANDIDATES, METHODS, PROMPT, RANK, TOP_K, Method, Routed, Workload, build
-from jobs.benchmark.methods import _lora_layers as lora_layers
-from jobs.benchmark.methods import _with_adapters as with_adapters
-from jobs.benchmark.routing import Measuring, peak_bytes
+from jobs.benchmark.routing_cost import Measuring, peak_bytes
+from jobs.benchmark.tools.methods import CANDIDATES, METHODS, PROMPT, RANK, TOP_K, Method, Routed, Workload, build
+from jobs.benchmark.tools.methods import _lora_layers as lora_layers
+from jobs.benchmark.tools.methods import _with_adapters as with_adapters
 from pipeline.routing.routes import LayerRoute
 
 LINEAR = "24x40"

@@ -5,7 +5,7 @@ import base64
 import numpy as np
 from PIL import Image
 
-from jobs.benchmark.malformed_corpus.corpus import Corpus, ask, bomb, encoded, noise
+from jobs.benchmark.tools.malformed_corpus.corpus import Corpus, ask, bomb, encoded, noise
 
 
 def images(corpus: Corpus) -> None:

@@ -1,0 +1,1 @@
+"""What benchmarks are made of: models, corpora, and the ways that are compared."""
