@@ -261,7 +261,7 @@ def test_experts_learn_from_features_as_from_pixels(trained, worker_env, tiny_fo
     part = TaskRows(SourceConfig(path="demo://digits/train", limit=ROWS), key="rows")
     settings = {
         "base": BaseModelConfig(path=str(tiny_folder)), "data_folder": tmp_path, "quarantine": tmp_path, "answer": True,
-        "features": tmp_path / "features",
+        "embeds_folder": tmp_path / "features",
     }  # fmt: skip
     prepared = prepare({"digits": part}, DataConfig(vision_cache="features"), **settings)
     written = [file.stat().st_mtime_ns for file in (tmp_path / "features" / "digits-rows").glob("*.parquet")]
