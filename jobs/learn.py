@@ -8,6 +8,7 @@ from typing import Any
 from jobs.options import Address, ConfigFile, Overrides, job_command, load, user_errors
 from jobs.results import print_next_steps, show_tasks
 from jobs.terminal import Terminal
+from pipeline.evaluation.former_summary import by_todays_names
 from pipeline.learning.learn import learn_stream, publish
 from pipeline.learning.opening import open_session
 from pipeline.learning.session import StreamSession
@@ -32,7 +33,7 @@ def _with_comparison(session: StreamSession, summary: dict[str, Any]) -> dict[st
     file = session.folder / "summary.json"
     if not file.exists():
         return summary
-    before = read_json(file)
+    before = by_todays_names(read_json(file))
     same = before.get("accuracy_matrix") == summary["accuracy_matrix"] and "methods" in before
     return before if same else summary
 

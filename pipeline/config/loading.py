@@ -115,9 +115,13 @@ def _explain(path: Path, config_class: type[Config], error: Any) -> str:
     key = ".".join(part for part in error["loc"] if isinstance(part, str))  # without the numbers of tasks
     fields = dict(fields_of(config_class, everywhere=True))
     if error["type"] == "extra_forbidden":
-        near = difflib.get_close_matches(key, fields, n=1, cutoff=0.4)
-        hint = f"did you mean `{near[0]}`?" if near else "`pointsman learn --help` lists the fields"
+        names = {name: name for name in fields} | other_names_of(config_class)
+        near = difflib.get_close_matches(key, names, n=1, cutoff=0.4)
+        hint = f"did you mean `{names[near[0]]}`?" if near else "`pointsman learn --help` lists the fields"
         return f"{path}: {group}no such field; {hint}"
+    former = {name: before for before, name in other_names_of(config_class, former_only=True).items()}
+    if key in former:
+        group = f"{where} (formerly {former[key]}): "
     field = fields.get(key)
     meaning = f"\n    {where}: {field.description}" if field is not None and field.description else ""
     # Of a whole group all would be printed that is right, too.
@@ -129,10 +133,25 @@ def _explain(path: Path, config_class: type[Config], error: Any) -> str:
 def aliases_of(config_class: type[Config], prefix: str = "") -> dict[str, str]:
     """Returns names from other libraries that are accepted, dotted, and the fields that they stand for."""
     aliases = {f"{prefix}{alias}": f"{prefix}{name}" for alias, name in config_class.ALIASES.items()}
+    for name, group in _groups(config_class):
+        aliases |= aliases_of(group, f"{prefix}{name}.")
+    return aliases
+
+
+def other_names_of(config_class: type[Config], prefix: str = "", *, former_only: bool = False) -> dict[str, str]:
+    """Returns former names and aliases, dotted, and the fields that they stand for; `former_only` leaves aliases out."""
+    names = {f"{prefix}{before}": f"{prefix}{name}" for name, before in config_class.FORMER_NAMES.items()}
+    if not former_only:
+        names |= {f"{prefix}{alias}": f"{prefix}{name}" for alias, name in config_class.ALIASES.items()}
+    for name, group in _groups(config_class):
+        names |= other_names_of(group, f"{prefix}{name}.", former_only=former_only)
+    return names
+
+
+def _groups(config_class: type[Config]) -> Iterator[tuple[str, type[Config]]]:
     for name, field in config_class.model_fields.items():
         if (group := _group(field.annotation)) is not None:
-            aliases |= aliases_of(group, f"{prefix}{name}.")
-    return aliases
+            yield name, group
 
 
 def fields_of(config_class: type[Config], prefix: str = "", *, everywhere: bool = False) -> Iterator[tuple[str, Any]]:

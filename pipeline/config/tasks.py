@@ -63,6 +63,13 @@ class SourceConfig(Config):
     cache: Literal["auto", "memory", "none"] | None = None
     """`data.cache` for the training rows of this source alone."""
 
+    def to_identity(self, *, include: set[str] | None = None, exclude: set[str] | None = None) -> dict[str, Any]:
+        """As of any group; the demo's scheme is the former one."""
+        named = super().to_identity(include=include, exclude=exclude)
+        if self.path.startswith("demo://") and "path" in named:
+            named["path"] = self.path.replace("demo://", "embedded://", 1)
+        return named
+
     @model_validator(mode="after")
     def _a_preset_has_its_columns(self) -> "SourceConfig":
         if self.preset is not None and self.columns != ColumnsConfig():
@@ -97,7 +104,8 @@ class TaskConfig(Config):
 
     @model_validator(mode="after")
     def _names_are_safe(self) -> "TaskConfig":
-        if self.name in {"null", "base", "general", "default"} or self.name in "lora_":
+        # PEFT looks for `lora_` in names of parameters, of which a letter of it would be a part.
+        if self.name in {"null", "base", "general", "base_prompts", "default"} or self.name in "lora_":
             raise ValueError(f"{self.name!r} is reserved; choose another task name")
         if "{question}" not in self.prompt:
             raise ValueError("the prompt template must contain {question}")

@@ -6,6 +6,7 @@
 - `PLOTS` lists them in the report's order with title, caption and what a summary must hold to be drawn.
 """
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
@@ -77,7 +78,7 @@ def methods_side_by_side(summary: Mapping[str, Any]) -> Figure:
     ):
         bars = {x + shift: methods[name][key] for x, name in enumerate(names) if methods[name][key] is not None}
         spreads = [method.get("spread", {}).get(key) for method in map(methods.get, names) if method[key] is not None]
-        errors = [0.0 if spread is None else spread for spread in spreads] if any(spreads) else None
+        errors = [math.nan if spread is None else spread for spread in spreads] if any(spreads) else None
         drawn = axes.bar(
             list(bars), list(bars.values()), 0.37, yerr=errors, color=colour, ecolor=MUTED, capsize=3, label=label
         )

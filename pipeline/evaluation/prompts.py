@@ -58,6 +58,11 @@ class PromptTable:
         """Numbers of the good rows among all (N,)."""
         return np.flatnonzero(self._values("reason") == "")
 
+    @property
+    def files(self) -> set[str]:
+        """The files that the prompts were read from."""
+        return set(pa.compute.unique(self.table["source"]).to_pylist())
+
     @cached_property
     def prompts(self) -> np.ndarray:
         """Digests of the good rows' prompts (N,)."""

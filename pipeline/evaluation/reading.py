@@ -1,13 +1,16 @@
 """Prompt tables of tasks: loaded, or read and recorded once for all users of a folder."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import pyarrow as pa
 
 from pipeline.config import digest
+from pipeline.data.errors import StreamError
 from pipeline.data.loading.prompts import PromptSource
 from pipeline.data.rows.quarantine import SetAside
+from pipeline.data.sources.files import resolve
 from pipeline.evaluation.actors import PredictorActors, Work
 from pipeline.evaluation.pages import blocks
 from pipeline.evaluation.prompts import EvalTask, PromptTable
@@ -39,17 +42,34 @@ class PromptTables:
         """
         names = {name_of(task, width): task for task in tasks}
         new = {name: task for name, task in names.items() if name not in self._tables}
-        unread = {name: task for name, task in new.items() if not self._file(name).exists()}
+        stored = {name: table for name, task in new.items() if (table := self._stored(name, task)) is not None}
+        unread = {name: task for name, task in new.items() if name not in stored}
         compute_image_embeds(self._source, list(unread.values()), actors)
         recorded = self._record(unread, width, actors)
         for name, task in new.items():
-            table = recorded[name] if name in recorded else PromptTable.load(self._file(name))
+            table = recorded[name] if name in recorded else stored[name]
             if aside := table.set_aside(task, self._quarantine / f"{task.name}.jsonl", self._source.data):
                 self._on_set_aside(task.name, aside)
             elif name in recorded:  # not with bad rows: a missing image may be there the next time
                 table.save(self._file(name))
             self._tables[name] = table
         return [self._tables[name] for name in names]
+
+    def _stored(self, name: str, task: EvalTask) -> PromptTable | None:
+        """Returns a recorded table; None if there is none, or if its files were moved: prompts are read from them again.
+
+        A table whose files are gone stays: perhaps all of its prompts are answered. With cached image embeddings prompts come
+        from the cache, which names the same files.
+        """
+        if not self._file(name).exists():
+            return None
+        table = PromptTable.load(self._file(name))
+        if self._source.data.vision_cache == "off":
+            with suppress(StreamError):
+                _, files, _ = resolve(task.part.source, self._source.data_folder)
+                if not table.files <= {file.path for file in files}:
+                    return None
+        return table
 
     def _file(self, name: str) -> Path:
         return self._folder / f"{name}.parquet"

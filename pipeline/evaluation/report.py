@@ -16,6 +16,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from pipeline.config import without_secrets
 from pipeline.errors import UserError
+from pipeline.evaluation.former_summary import by_todays_names
 from pipeline.evaluation.matrix import FORMULAS, AccuracyMatrix
 from pipeline.evaluation.plots import METHODS, OURS, PLOTS, ordered_methods
 
@@ -36,6 +37,7 @@ def write_report(summary: Mapping[str, Any], folder: Path) -> Path:
     """
     if missing := [key for key in REQUIRED if key not in summary]:
         raise ReportError(f"summary.json: missing {', '.join(missing)}; run `pointsman learn` again to rewrite it")
+    summary = by_todays_names(summary)
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent),
         autoescape=True,  # by name, jinja2 would not escape in a file that ends in .j2

@@ -66,7 +66,7 @@ def compare_methods(session: StreamSession, learned: LearnResult, *, seeds: int 
             at_once=session.capacity.trainings > 1,
         )
         for (name, results), adapter in zip(fine_tuned.items(), both, strict=True):
-            evaluation = _single(session, _of_seed(session, name, seed), adapter)
+            evaluation = _single(session, _of_seed(session, name, seed), seed, adapter)
             results.append(_method(session, evaluation, adapter.samples, adapter.seconds))
     return {
         "base": _method(session, session.evaluate(names, None, "base", who="the base"), 0, 0.0),
@@ -94,7 +94,7 @@ def over_seeds(results: Sequence[dict[str, Any]], first: int) -> dict[str, Any]:
     """Returns the mean of one method's results with several seeds, from `first` on.
 
     `spread` holds the sample standard deviations and `by_seed` the single accuracies; of one seed there is neither. Samples
-    and seconds are those of one seed, too.
+    are those of one seed, seconds the mean.
     """
     if len(results) == 1:
         return results[0]
@@ -179,7 +179,7 @@ def _multitask(session: StreamSession, seed: int) -> _Adapter:
     return _Adapter(trained.adapter, key, trained.metrics["samples"], trained.metrics["expert_seconds"])
 
 
-def _single(session: StreamSession, name: str, trained: _Adapter) -> Evaluation:
+def _single(session: StreamSession, name: str, seed: int, trained: _Adapter) -> Evaluation:
     """Evaluates a single adapter that answers everything."""
     config, adapters = load_adapters(trained.folder)
     card = ExpertCard(
@@ -188,7 +188,7 @@ def _single(session: StreamSession, name: str, trained: _Adapter) -> Evaluation:
         base_fingerprint=session.fingerprint,
         rank=session.config.expert.rank,
         alpha=session.config.expert.lora_alpha,
-        seed=session.config.seed,
+        seed=seed,
         data_fingerprint=trained.key,
         config_digest=trained.key,
         samples=trained.samples,

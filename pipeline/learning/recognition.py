@@ -31,8 +31,7 @@ class ChangedError(UserError):
 def check_tasks(session: StreamSession) -> None:
     """Checks all tasks before anything is trained: what would end the stream at a later task is raised now.
 
-    StreamError where a task that was never learned has no files, ChangedError where one has changed and `stream.on_change` is
-    `fail`.
+    StreamError where data are missing that are needed, ChangedError where a task has changed and `stream.on_change` is `fail`.
     """
     for task in session.config.stream.tasks:
         assert task.train is not None, "checked where configurations are read"
@@ -41,8 +40,8 @@ def check_tasks(session: StreamSession) -> None:
                 check_there(task.train, session.data_folder)
             except StreamError as error:
                 raise StreamError(f"task {task.name!r}, train: {error}") from None
-        elif session.config.stream.on_change == "fail":
-            expert_wanted(session, task)
+        else:
+            _decide(session, task)
 
 
 def expert_wanted(session: StreamSession, task: TaskConfig) -> str:
@@ -51,13 +50,21 @@ def expert_wanted(session: StreamSession, task: TaskConfig) -> str:
     Raises ChangedError where `stream.on_change` is `fail`, StreamError if the data are missing and no expert was learned from
     them.
     """
+    digest, notice = _decide(session, task)
+    if notice:
+        session.progress.say(notice)
+    return digest
+
+
+def _decide(session: StreamSession, task: TaskConfig) -> tuple[str, str]:
+    """Returns the name of a task's expert, and a notice of what has changed; empty if nothing has."""
     remembered = _remembered(session, task)
     try:
         key = session.identity.expert(task)
     except StreamError as error:
         return _without_data(session, task, remembered, error)
     if remembered is None or remembered["config_digest"] in {key, session.identity.expert_before(task)}:
-        return str(remembered["config_digest"]) if remembered else key
+        return str(remembered["config_digest"]) if remembered else key, ""
     before, now, policy = remembered.get("identity", {}), session.identity.parts(task), session.config.stream.on_change
     changes = differences(before, now)
     alike = bool(before) and all(before.get(name) == value or is_of_statistics(name) for name, value in now.items())
@@ -68,16 +75,11 @@ def expert_wanted(session: StreamSession, task: TaskConfig) -> str:
             "stream.on_change=keep leaves its expert as it is"
         )
     if policy == "keep":
-        session.progress.say(f"  {what}; its expert is kept (stream.on_change: keep)")
-        return str(remembered["config_digest"])
-    session.progress.say(
-        f"  {what}; it is trained again (stream.on_change: retrain), the earlier expert stays in the registry"
-        + (
-            "; only statistics depend on these: `pointsman recompute-statistics` recomputes them without training"
-            * alike
-        )
+        return str(remembered["config_digest"]), f"  {what}; its expert is kept (stream.on_change: keep)"
+    notice = f"  {what}; it is trained again (stream.on_change: retrain), the earlier expert stays in the registry" + (
+        "; only statistics depend on these: `pointsman recompute-statistics` recomputes them without training" * alike
     )
-    return key
+    return key, notice
 
 
 def remember(session: StreamSession, card: ExpertCard) -> None:
@@ -109,7 +111,7 @@ def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
 
 def _without_data(
     session: StreamSession, task: TaskConfig, remembered: dict[str, Any] | None, error: StreamError
-) -> str:
+) -> tuple[str, str]:
     """Returns the name of the expert that was learned from data that are gone, or raises the error of reading them."""
     if remembered is None:
         raise error
@@ -120,10 +122,8 @@ def _without_data(
             f"{error}; its expert was learned with other settings ({'; '.join(changes)}), so that the data are needed again: "
             "bring them back, undo the change, or set stream.on_change=keep"
         ) from None
-    session.progress.say(
-        f"  {task.name}: its training data are gone ({error}); the expert that was learned from them is kept"
-    )
-    return str(remembered["config_digest"])
+    notice = f"  {task.name}: its training data are gone ({error}); the expert that was learned from them is kept"
+    return str(remembered["config_digest"]), notice
 
 
 def _remembered(session: StreamSession, task: TaskConfig) -> dict[str, Any] | None:

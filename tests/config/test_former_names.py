@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from pipeline.config import LearnConfig, RouterConfig, StreamConfig, TrainingConfig, digest, load_config
+from pipeline.config import ConfigError, LearnConfig, RouterConfig, StreamConfig, TrainingConfig, digest, load_config
 from pipeline.learning.identity import BASE_PROMPT, Identity
 
 BEFORE = Path(__file__).parent / "before"
@@ -69,3 +69,23 @@ def test_groups_in_lists_are_renamed_too() -> None:
     named = stream.to_identity()
     assert named["tasks"][0]["eval"]["layout"] == "chartqa"
     assert named["general"]["path"] == "b"
+
+
+def test_the_demos_scheme_renames_no_run() -> None:
+    task = {"name": "digits", "train": "demo://digits/train", "eval": "demo://digits/eval"}
+    (named,) = StreamConfig.model_validate({"tasks": [task]}).to_identity()["tasks"]
+    assert named["train"]["path"] == "embedded://digits/train"
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("training.threads=abc", r"training\.cpus_per_worker \(formerly training\.threads\): "),
+        ("training.thread=1", r"did you mean `training\.cpus_per_worker`\?"),
+        ("expert.clips=1", r"did you mean `expert\.max_grad_norm`\?"),
+        ("expert.lora_alphas=1", r"did you mean `expert\.alpha`\?"),
+    ],
+)
+def test_errors_know_former_names(override: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        load_config(BEFORE / "embedded.yaml", [override], LearnConfig)

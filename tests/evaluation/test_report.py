@@ -13,6 +13,7 @@ import pytest
 from matplotlib.figure import Figure
 from PIL import Image
 
+from pipeline.evaluation.former_summary import by_todays_names
 from pipeline.evaluation.matrix import AccuracyMatrix, continual_metrics
 from pipeline.evaluation.plots import PLOTS, cost
 from pipeline.evaluation.report import ReportError, duration, write_report
@@ -209,6 +210,23 @@ def test_it_copes_with_a_stream_that_has_only_begun(tmp_path: Path) -> None:
     matrix = AccuracyMatrix(TASKS, ABILITIES)
     begun = {"name": "begun", "tasks": {}, "accuracy_matrix": matrix.to_json(), "continual": {}}
     assert "before any task was learned" in write_report(begun, tmp_path).read_text(encoding="utf-8")
+
+
+def test_a_summary_of_an_earlier_release_is_reported(tmp_path: Path) -> None:
+    summary = make_summary()
+    before = summary | {
+        "accuracy_matrix": {
+            "foundation" if key == "benchmarks" else key: value for key, value in summary["accuracy_matrix"].items()
+        },
+        "methods": {
+            {"oracle": "specialist"}.get(name, name): {
+                "foundation" if key == "base_abilities" else key: value for key, value in method.items()
+            }
+            for name, method in summary["methods"].items()
+        },
+    }
+    assert by_todays_names(before) == by_todays_names(summary) == summary
+    assert "oracle" in write_report(before, tmp_path).read_text(encoding="utf-8")
 
 
 def test_baselines_over_several_seeds_have_a_spread(tmp_path: Path) -> None:

@@ -163,3 +163,18 @@ def test_changes_that_must_not_be_end_the_stream_at_once(config: Path, learned: 
     check_tasks(opened(config, "stream.on_change=fail"))
     with pytest.raises(ChangedError):
         check_tasks(opened(config, "stream.on_change=fail", "expert.rank=3"))
+
+
+def test_missing_data_of_a_changed_task_end_the_stream_at_once(config: Path, learned: str, tmp_path: Path) -> None:
+    (tmp_path / "train.jsonl").unlink()
+    with pytest.raises(StreamError, match="learned with other settings"):
+        check_tasks(opened(config, "expert.rank=3"))
+
+
+def test_a_notice_comes_once(config: Path, learned: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "train.jsonl").unlink()
+    session = opened(config, "stream.on_change=fail")
+    check_tasks(session)
+    assert not capsys.readouterr().out
+    wanted(session)
+    assert "its training data are gone" in capsys.readouterr().out
