@@ -146,8 +146,14 @@ class TrainingBar:
 def table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
     """Returns a table whose first column is text and whose others are figures."""
     drawn = Table(title=title, title_justify="left", title_style="bold")
+    longest = max(
+        (Text.from_markup(row[0]).cell_len for row in rows), default=0
+    )  # names are not cut where the terminal is narrow
     for number, name in enumerate(header):
-        drawn.add_column(name, justify="left" if number == 0 else "right")
+        if number == 0:
+            drawn.add_column(name, justify="left", min_width=longest)
+        else:
+            drawn.add_column(name, justify="right")
     for row in rows:
         drawn.add_row(*row)
     return drawn

@@ -281,3 +281,20 @@ def test_rows_that_change_meanwhile_are_told(
         file.write_text("\n".join(changed))
         with pytest.raises((StreamError, RayError), match=f"task 'changing': .*{message}"):
             one.evaluate([changing], None, actors=actors)
+
+
+def test_files_may_lie_elsewhere_the_next_time(
+    pool: Pool, tiny_folder: Path, actors: PredictorActors, tmp_path: Path
+) -> None:
+    """As the demo's do after an earlier release: the rows are the same, so their table is found, but not where they were."""
+    lines = [json.dumps({"q": f"repeat : {n} .", "a": str(n)}) for n in range(4)]
+    for number, folder in enumerate(("before", "after")):
+        file = tmp_path / folder / "rows.jsonl"
+        file.parent.mkdir()
+        file.write_text("\n".join(lines))
+        moved = eval_task("moved", SourceConfig(path=str(file), columns={"question": "q", "answer": "a"}))
+        one = evaluator(tiny_folder, tmp_path)
+        result = one.evaluate([moved], pool if number else None, mode="single" if number else "routed", actors=actors)
+        assert one.generated == sum(result.results["moved"].experts.values()) == 4
+        if not number:
+            file.unlink()
