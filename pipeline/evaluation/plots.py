@@ -28,7 +28,7 @@ HEAT = LinearSegmentedColormap.from_list("heat", ["#f4f8fc", "#b5d4ea", "#4f9bcb
 
 METHODS: dict[str, str] = {
     "base": "base,\nnothing\nlearned",
-    "oracle": "oracle\nrouting (upper\nbound)",
+    "oracle": "oracle\nrouting\n(upper bound)",
     "sequential": "sequential\nfine-tuning",
     "multitask": "multi-task,\nall data\nat once",
     "token_phatgoose": "experts,\nPHATGOOSE\nrouter",
