@@ -111,9 +111,8 @@ def _trained(
     aside = rows.aside[task.name]
     trained = session.train(*session.spec(task, wanted.digest))
     session.experts.put(Expert.load(trained.expert))
-    session.log(
-        _curves(task.name, trained.metrics)
-    )  # some steps may be of workers whose driver was killed before it heard of them
+    # Whole, since some steps may be of workers whose driver was killed before it heard of them.
+    session.log(_curves(task.name, trained.metrics))
     if trained.already_finished:
         before = trained.metrics["expert_seconds"] + trained.metrics["router_seconds"]
     metrics = trained.metrics | {
