@@ -101,8 +101,8 @@ def _expert(session: StreamSession, old: TrainedPool, renewal: Renewal) -> tuple
         return _stored(session, session.experts.ensure(wanted)), 0
     began, trained = monotonic(), old.expert(task.name)
     with session.progress.working(f"reading {task.name}"):
-        rows = session.training_rows(task)
-    session.tell_set_aside(rows, task.name, "train")
+        rows = session.data.training_rows(task)
+    session.data.tell_set_aside(task.name, rows.aside[task.name], "train")
     with session.progress.working("taking statistics of its prompts"):
         expert = recomputed(
             trained,
@@ -113,13 +113,13 @@ def _expert(session: StreamSession, old: TrainedPool, renewal: Renewal) -> tuple
             seed=session.config.seed,
             targets=session.config.expert.target_modules,
             workers=session.capacity.inference,
-            vision=session.vision,
+            vision=session.data.vision,
         )
     aside = rows.aside[task.name]
     counts = {"rows": rows.counts[task.name], "quarantined": aside.rows, "lost_files": aside.files}
     _keep_metrics(session, trained, renewal.digest, counts)
     folder = session.experts.put(expert)
-    session.release(task)
+    session.data.release(task)
     session.progress.say(f"  {expert.statistics.count} prompts in {monotonic() - began:.0f} s")
     return _stored(session, folder), expert.statistics.count
 

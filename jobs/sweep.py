@@ -84,7 +84,7 @@ def _sweep(session: StreamSession, space: SweepSpace, name: str) -> None:
         )
     spec, rows = session.spec(task, f"sweep-{session.identity.expert(task)}")
     evaluated = [name, *others]
-    prompts = session.read_prompts(evaluated).rows(evaluated)  # now: what is missing is told before anything is trained
+    prompts = session.data.prompts(evaluated).rows(evaluated)  # now: what is missing is told before anything is trained
     evaluation = config.evaluation.to_identity(exclude={"expert_memory"})
     learned = spec.to_identity(exclude={"training"})
     folder = session.folder / "sweeps" / f"{name}-{digest(space, learned, evaluation)}"

@@ -199,8 +199,8 @@ def _largest(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> float:
 def _prompts(session: StreamSession) -> list[dict[str, str | None]]:
     """Returns the first prompts of every task and family, as rows for a pool's `predict`."""
     rows: list[dict[str, str | None]] = []
-    for task in session.eval_tasks.values():
-        for record in first_records(task.eval, session.data_folder, task.prompt, PROMPTS):
+    for task in session.data.eval_tasks.values():
+        for record in first_records(task.eval, session.data.demo_folder, task.prompt, PROMPTS):
             image = None
             if record.images:
                 stream = io.BytesIO()

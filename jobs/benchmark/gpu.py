@@ -190,9 +190,9 @@ def measure(session: StreamSession, device: Device) -> dict[str, Any]:
     """Runs the job moment by moment; returns the summary's metrics."""
     task, meter = session.config.stream.tasks[0], Meter(_bytes_in_use(device), every=0.1 if device == "cuda" else 0.5)
     with meter.during("image features"):
-        prompts = session.read_prompts([TASK])
-        _ = session.base_prompts
-        rows = session.training_rows(task)
+        prompts = session.data.prompts([TASK])
+        _ = session.data.base_prompts
+        rows = session.data.training_rows(task)
     with meter.during("base prompts"):
         null = session.null_expert()
     with meter.during(TRAINING):
@@ -254,7 +254,7 @@ def _answering(session: StreamSession, prompts: PreparedData, pool: Pool, expert
         unpack(batch)
         for batch in prompts.rows([TASK]).iter_batches(batch_size=workers.batch_size, batch_format="numpy")
     ]
-    predictor = Predictor(config.base, workers, vision=session.vision)
+    predictor = Predictor(config.base, workers, vision=session.data.vision)
     predictor.attach(pool)
     routed = _seconds(lambda rows: predictor.by_router(rows, tokens), batches)
     predictor.attach(None)

@@ -89,7 +89,7 @@ def measure(session: StreamSession, learned: LearnResult, *, sequential: bool) -
         task.name: [
             encode(base.processor, record.messages, record.images)
             for record in first_records(
-                task.eval, session.data_folder, task.prompt, session.config.evaluation.limit or QUESTIONS
+                task.eval, session.data.demo_folder, task.prompt, session.config.evaluation.limit or QUESTIONS
             )
         ]
         for task in session.config.stream.benchmarks
@@ -175,7 +175,7 @@ def _sequential(session: StreamSession, learned: LearnResult) -> Expert:
         key = digest("sequential", key, session.identity.expert(task))
         spec = session.spec(task, key, task=f"sequential_{task.name}", start=str(adapter), router_stage=False)
         adapter = session.train(*spec).adapter
-        session.release(task)
+        session.data.release(task)
     last = learned.pool.experts[learned.pool.names[-1]]
     card = last.card.model_copy(update={"config_digest": key})
     return replace(last, card=card, adapters=load_adapters(adapter)[1])
@@ -184,7 +184,7 @@ def _sequential(session: StreamSession, learned: LearnResult) -> Expert:
 def _evaluated(session: StreamSession, pool: Pool, tuned: Expert) -> dict[str, float]:
     """Returns the accuracies of a LoRA that answers everything."""
     alone = _alone(pool, tuned)
-    return session.evaluate(list(session.eval_tasks), alone, tuned.card.config_digest, mode="single").accuracies()
+    return session.evaluate(list(session.data.eval_tasks), alone, tuned.card.config_digest, mode="single").accuracies()
 
 
 def _show(session: StreamSession, results: Mapping[str, Any]) -> None:

@@ -68,7 +68,7 @@ def routers(config: ConfigFile, overrides: Overrides = None, many: Many = 50) ->
 
 def _on_the_stream(session: StreamSession, learned: LearnResult) -> dict[str, Any]:
     """Evaluates every router on the stream's tasks and benchmarks."""
-    names, tasks = list(session.eval_tasks), [task.name for task in session.config.stream.tasks]
+    names, tasks = list(session.data.eval_tasks), [task.name for task in session.config.stream.tasks]
     benchmarks = [task.name for task in session.config.stream.benchmarks]
 
     def measured(pool: Pool | None, name: str, mode: Any = "routed") -> dict[str, Any]:

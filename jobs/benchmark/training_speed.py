@@ -43,12 +43,12 @@ def _training(session: StreamSession, rounds: int) -> None:
     if steps <= WARM_UP:
         raise ConfigError(f"expert.steps={steps}: the first {WARM_UP} steps are start-up and do not count; take more")
     task = session.config.stream.tasks[0]
-    rows = session.training_rows(task)
+    rows = session.data.training_rows(task)
     cached = StreamSession(_with_features(session.config), session.cluster, session.progress, session.memory)
     cached.mlflow_run_id = session.mlflow_run_id
     with session.progress.working("computing image features"):
         began = perf_counter()
-        cached.training_rows(task)
+        cached.data.training_rows(task)
         feature_seconds = perf_counter() - began
     plain: list[float] = []
     ours: list[float] = []
@@ -115,7 +115,7 @@ def _plain_loop(session: StreamSession) -> list[float]:
     task = config.stream.tasks[0]
     rows = [
         row
-        for batch in session.training_rows(task).rows([task.name]).iter_batches(batch_format="numpy")
+        for batch in session.data.training_rows(task).rows([task.name]).iter_batches(batch_format="numpy")
         for row in unpack(batch)
     ]
     batches = shuffled_batches(rows, config.expert.batch_size, pad_token_id=base.processor.tokenizer.pad_token_id)

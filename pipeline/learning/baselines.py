@@ -50,7 +50,7 @@ def compare_methods(session: StreamSession, learned: LearnResult, *, seeds: int 
     samples = sum(t["samples"] for t in tasks.values())
     expert_seconds = sum(t["expert_seconds"] for t in tasks.values())
     all_seconds = expert_seconds + sum(t["router_seconds"] for t in tasks.values())
-    names = list(session.eval_tasks)
+    names = list(session.data.eval_tasks)
 
     def routed(name: str) -> Evaluation:
         pool = learned.pool.routed_by(**ROUTERS[name])
@@ -152,7 +152,7 @@ def _sequential(session: StreamSession, seed: int) -> _Adapter:
         changes = {"task": f"{name}_{task.name}", "seed": seed, "router_stage": False, "validation": 0.0}
         trained = session.train(*session.spec(task, key, start=str(adapter) if adapter else None, **changes))
         adapter = trained.adapter
-        session.release(task)
+        session.data.release(task)
         samples += trained.metrics["samples"]
         seconds += trained.metrics["expert_seconds"]
     assert adapter is not None, "a stream has tasks"
@@ -174,7 +174,7 @@ def _multitask(session: StreamSession, seed: int) -> _Adapter:
         "validation": 0.0,
     }
     with session.progress.working(f"reading {len(tasks)} tasks"):
-        rows = session.all_training_rows()
+        rows = session.data.all_training_rows()
     trained = session.train(session.spec_alone(tasks[0], key, **changes), rows)
     return _Adapter(trained.adapter, key, trained.metrics["samples"], trained.metrics["expert_seconds"])
 
@@ -200,4 +200,4 @@ def _single(session: StreamSession, name: str, seed: int, trained: _Adapter) -> 
         session.config.router,
         [Expert(card, config, adapters, {}, nothing)],
     )
-    return session.evaluate(list(session.eval_tasks), pool, trained.key, mode="single", who=name)
+    return session.evaluate(list(session.data.eval_tasks), pool, trained.key, mode="single", who=name)

@@ -31,7 +31,7 @@ from pipeline.provenance import now
 from pipeline.registry.experts import find_expert, register_expert
 from pipeline.registry.pools import register_pool
 from pipeline.registry.tracking import log_dataset
-from pipeline.routing.expert import Expert
+from pipeline.routing.expert import ExpertCard
 from pipeline.routing.pool import Pool
 from pipeline.routing.store import ExpertReference, StoredExpert
 
@@ -121,32 +121,29 @@ class _Registered(NamedTuple):
 def _registered(session: StreamSession, task: TaskConfig, trained: TrainedExpert) -> _Registered:
     """Registers a task's expert, unless it is registered already."""
     metrics, folder = read_json(trained.file), session.experts.ensure(trained.reference)
+    expert = StoredExpert(ExpertReference.of(folder), session.experts)
     version = session.patience(
-        lambda: _register(session, task, trained.reference, folder, metrics),
+        partial(_register, session, task, expert.expert.card, folder, metrics),
         f"registering expert {task.name}",
         kept=f"the trained expert is safe in {folder}; it will not be trained again",
     )
     if trained.before:
         session.progress.say(f"  learned before, version {version.version} of {version.name}")
-    where = {"model": version.name, "version": int(version.version)}
-    expert = StoredExpert(ExpertReference.of(folder).model_copy(update=where), session.experts)
     remember(session, expert.expert.card)
-    return _Registered(expert, version, metrics)
+    return _Registered(expert.registered_as(version.name, int(version.version)), version, metrics)
 
 
 def _register(
-    session: StreamSession, task: TaskConfig, expert: ExpertReference, folder: Path, metrics: Mapping[str, Any]
+    session: StreamSession, task: TaskConfig, card: ExpertCard, folder: Path, metrics: Mapping[str, Any]
 ) -> ModelVersion:
     """Returns the registry version of a trained expert; creates it if there is none."""
     label = session.config.base.label
-    assert expert.digest is not None
-    if (version := find_expert(label, expert.digest)) is not None:
+    if (version := find_expert(label, card.config_digest)) is not None:
         return version
     if "rows" in metrics:  # which earlier releases did not write down
         assert task.train is not None
-        fingerprint = Expert.load(folder).card.data_fingerprint
-        log_dataset(session.mlflow_run_id, task.name, task.train.path, fingerprint, samples=metrics["rows"])
-    return register_expert(label, folder)
+        log_dataset(session.mlflow_run_id, task.name, task.train.path, card.data_fingerprint, samples=metrics["rows"])
+    return register_expert(label, folder, card=card)
 
 
 def _upload(folder: Path, report: Path) -> None:

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from pipeline.config import LearnConfig, TaskConfig
+from pipeline.config import LearnConfig, SourceConfig, TaskConfig
 from pipeline.config.loading import own_path
 from pipeline.data.errors import StreamError
 from pipeline.data.sources.files import check_there
@@ -17,6 +17,7 @@ from pipeline.files import write_json
 from pipeline.learning.identity import DATA, is_of_statistics
 from pipeline.learning.session import StreamSession
 from pipeline.learning.state import read_json
+from pipeline.models.target_modules import check_target_modules
 from pipeline.routing.expert import CARD, ExpertCard
 from pipeline.routing.pool import EXPERTS
 
@@ -29,19 +30,31 @@ class ChangedError(UserError):
 
 
 def check_tasks(session: StreamSession) -> None:
-    """Checks all tasks before anything is trained: what would end the stream at a later task is raised now.
+    """Checks all tasks before anything is trained or evaluated: what would end the stream at a later task is raised now.
 
-    StreamError where data are missing that are needed, ChangedError where a task has changed and `stream.on_change` is `fail`.
+    ConfigError where `expert.target_modules` matches nothing, StreamError where data are missing that are needed, ChangedError
+    where a task has changed and `stream.on_change` is `fail`.
     """
-    for task in session.config.stream.tasks:
+    stream = session.config.stream
+    check_target_modules(session.config.base, session.config.expert.target_modules)
+    for task in stream.tasks:
         assert task.train is not None, "checked where configurations are read"
         if _remembered(session, task) is None:
-            try:
-                check_there(task.train, session.data_folder)
-            except StreamError as error:
-                raise StreamError(f"task {task.name!r}, train: {error}") from None
+            _check_there(session, task.train, f"task {task.name!r}, train")
         else:
             _decide(session, task)
+        _check_there(session, task.eval, f"task {task.name!r}, eval")
+    for benchmark in stream.benchmarks:
+        _check_there(session, benchmark.eval, f"benchmark {benchmark.name!r}, eval")
+    if stream.base_prompts is not None:
+        _check_there(session, stream.base_prompts, "stream.base_prompts")
+
+
+def _check_there(session: StreamSession, source: SourceConfig, whose: str) -> None:
+    try:
+        check_there(source, session.data.demo_folder)
+    except StreamError as error:
+        raise StreamError(f"{whose}: {error}") from None
 
 
 def expert_wanted(session: StreamSession, task: TaskConfig) -> str:

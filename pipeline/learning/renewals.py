@@ -10,7 +10,8 @@ from pipeline.data.sources.reader import first_records
 from pipeline.errors import UserError
 from pipeline.learning.identity import DATA, Identity, is_of_statistics
 from pipeline.learning.recognition import differences
-from pipeline.learning.session import BASE_PROMPTS, StreamSession
+from pipeline.learning.session import StreamSession
+from pipeline.learning.stream_data import BASE_PROMPTS
 from pipeline.routing.pool import PoolError
 from pipeline.routing.trained import TrainedExpert, TrainedPool
 
@@ -121,7 +122,7 @@ def recorded_differences(
 def _check_rows(session: StreamSession, task: TaskConfig) -> None:
     """Raises StreamError where a task's files are gone, or no image of its first rows is there."""
     assert task.train is not None, "checked where configurations are read"
-    if next(first_records(task.train, session.data_folder, task.prompt, LOOKED_AT), None) is None:
+    if next(first_records(task.train, session.data.demo_folder, task.prompt, LOOKED_AT), None) is None:
         raise StreamError(f"{task.train.path}: none of its first rows can be used (are their images there?)")
 
 

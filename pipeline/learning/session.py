@@ -16,23 +16,21 @@ from typing import Any
 from cluster.local import ClusterInfo
 from cluster.preflight import build_deepspeed_ops
 from cluster.usage import PeakMemory
-from pipeline.config import LearnConfig, SourceConfig, TaskConfig
-from pipeline.data.loading.preprocess import PreparedData, TaskRows, prepare
+from pipeline.config import LearnConfig, TaskConfig
 from pipeline.data.loading.prompts import PromptSource
 from pipeline.data.loading.training_rows import TrainingRows
-from pipeline.data.rows.quarantine import SetAside
 from pipeline.errors import stored_file
 from pipeline.evaluation.actors import PredictorActors
 from pipeline.evaluation.choices import Mode
 from pipeline.evaluation.evaluate import SAMPLES, Evaluator
-from pipeline.evaluation.prompts import EvalTask
 from pipeline.evaluation.results import Evaluation
 from pipeline.files import atomic_file, write_json
 from pipeline.learning.background import begin
 from pipeline.learning.capacity import Capacity
-from pipeline.learning.identity import BASE_PROMPT, Identity
+from pipeline.learning.identity import Identity
 from pipeline.learning.progress import Progress
 from pipeline.learning.state import REMADE, Tally
+from pipeline.learning.stream_data import BASE_PROMPTS, StreamData
 from pipeline.models.bases import language_width
 from pipeline.models.checkpoints import checkpoint, fingerprint
 from pipeline.registry.experts import MissingExpertError, experts_name, fetch_expert
@@ -50,10 +48,17 @@ from pipeline.training.spec import TrainSpec
 from pipeline.training.telemetry import Step
 from pipeline.training.training_folder import TrainingFolder
 
-BASE_PROMPTS = "base_prompts"
-"""Name of the base prompts among the prompts."""
-
 PREPARING = "preparing DeepSpeed (once on a machine, up to a minute)"
+
+
+def loss_curves(task: str, metrics: Mapping[str, Any]) -> list[tuple[str, float, int]]:
+    """Returns the points (metric, value, step) of a training's losses."""
+    points = [
+        (f"{task}/{stage}_loss", loss, step)
+        for stage in ("expert", "router")
+        for step, loss in enumerate(metrics.get(f"{stage}_losses", ()), 1)
+    ]
+    return points + [(f"{task}/validation_loss", loss, step) for step, loss in metrics.get("validation_losses", ())]
 
 
 class StreamSession:
@@ -64,144 +69,19 @@ class StreamSession:
         self.capacity = Capacity(config, cluster)
         self.folder = config.folder
         self.fingerprint = fingerprint(checkpoint(config.base))
-        self.data_folder = Path(config.output).resolve() / "data" / "demo"
-        self.identity = Identity(config, self.fingerprint, self.data_folder)
-        self.eval_tasks: dict[str, TaskConfig] = {t.name: t for t in (*config.stream.tasks, *config.stream.benchmarks)}
+        self.identity = Identity(config, self.fingerprint, Path(config.output).resolve() / "data" / "demo")
+        self.data = StreamData(config, self.identity, self.capacity, progress, self._end_workers)
         self.mlflow_run_id = ""
         self.patience = Patience(config.registry.patience, progress.say)
         self.metrics = MetricSpool(self.folder / "state" / "metrics.jsonl", progress.say)
-        self._training: dict[str, Future[PreparedData]] = {}
         self._sessions: Sessions | None = None
-        self._lock, self._encoding = threading.Lock(), threading.Lock()
+        self._lock = threading.Lock()
         self.closed = False
         """Whether nothing is to be trained or evaluated any more."""
 
     def log(self, points: Iterable[tuple[str, float, int]]) -> None:
         """Logs (metric, value, step) points; where the registry is away they wait in the run's folder."""
         self.metrics.log(self.mlflow_run_id, points)
-
-    # Data
-
-    def training_rows(self, task: TaskConfig) -> PreparedData:
-        """Reads, validates and encodes a task's training rows (once in a run)."""
-        self._make_room_for_features()
-        self._begin_to_read(task)
-        return self._training[task.name].result()
-
-    def read_ahead(self, task: TaskConfig) -> None:
-        """Begins to read a task's training rows, in the background; errors are raised when the rows are needed.
-
-        Not where that takes workers that are at work elsewhere meanwhile: they compute image features.
-        """
-        if self.vision or self.capacity.side_by_side:
-            self._begin_to_read(task)
-
-    def _begin_to_read(self, task: TaskConfig) -> None:
-        assert task.train is not None
-        parts = {task.name: (task.train, task.prompt)}
-        read = partial(self._prepare, parts, "train", answer=True)
-        with self._lock:
-            if task.name not in self._training:
-                self._training[task.name] = begin(read, name=f"reading {task.name}")
-
-    def all_training_rows(self) -> TrainingRows:
-        """Returns the training rows of all tasks at once, for multi-task training; `data.cache` applies to all of them."""
-        parts = {}
-        for task in self.config.stream.tasks:
-            assert task.train is not None
-            parts[task.name] = task.train.model_copy(update={"cache": None}), task.prompt
-        self._make_room_for_features()
-        return self._prepare(parts, "train", answer=True).training_rows(list(parts))
-
-    def release(self, task: TaskConfig) -> None:
-        """Frees a task's encoded training rows: memory must not grow with the number of tasks."""
-        self._training.pop(task.name, None)
-
-    def _make_room_for_features(self) -> None:
-        """Stops evaluators and training workers if the image encoders do not fit beside them."""
-        if not self.vision and not self.capacity.side_by_side:
-            self._predictors.close()
-            self.end_sessions()
-
-    @cached_property
-    def base_prompts(self) -> PreparedData:
-        """The base prompts, as `BASE_PROMPTS`."""
-        return self.read_prompts([BASE_PROMPTS])
-
-    def read_prompts(self, names: Sequence[str]) -> PreparedData:
-        """Reads the evaluation prompts of these tasks and benchmarks, or the base prompts, as `BASE_PROMPTS`."""
-        parts: dict[str, tuple[SourceConfig, str]] = {}
-        for name in names:
-            task = self.eval_tasks.get(name)
-            if task is not None:
-                parts[name] = self._limited(task.eval), task.prompt
-            elif self.config.stream.base_prompts is not None:
-                parts[name] = self.config.stream.base_prompts, BASE_PROMPT
-        whose = f"{len(parts)} tasks and benchmarks" if len(parts) > 1 else " ".join(parts)
-        what = "the base prompts" if list(parts) == [BASE_PROMPTS] else f"the prompts of {whose}"
-        with self.progress.working(f"reading {what}"):
-            prepared = self._prepare(parts, "eval", answer=False)
-        for name in parts:
-            self.tell_set_aside(prepared, name, "eval")
-        return prepared
-
-    def tell_set_aside(self, prepared: PreparedData, name: str, split: str) -> None:
-        """Shows how many rows of a task (`split` train or eval) were set aside, if any, and in which file."""
-        if aside := prepared.aside[name]:
-            self.progress.say(f"  {name}: {aside}: {self.folder}/quarantine/{split}/{name}.jsonl")
-
-    def _limited(self, source: SourceConfig) -> SourceConfig:
-        limit = self.config.evaluation.limit
-        return source.model_copy(update={"limit": min(limit, source.limit or limit)}) if limit else source
-
-    @property
-    def vision(self) -> bool:
-        """Whether training and inference need the vision tower; not with cached image features."""
-        return self.config.data.vision_cache == "off"
-
-    def _prepare(self, sources_: Mapping[str, tuple[SourceConfig, str]], split: str, *, answer: bool) -> PreparedData:
-        config = self.config
-        parts = {}
-        for name, (source, prompt) in sources_.items():
-            metric = self.eval_tasks[name].metric if name in self.eval_tasks and not answer else None
-            key = self.identity.encoded_rows(source, prompt, answer=answer, metric=metric)
-            parts[name] = TaskRows(source, prompt, key=key, metric=metric)
-        # One set of workers computes the image features of rows to be learned, whoever asks.
-        with self._encoding if answer and not self.vision else nullcontext():
-            return prepare(
-                parts,
-                config.data,
-                base=self.config.base,
-                data_folder=self.data_folder,
-                quarantine=self.folder / "quarantine" / split,
-                answer=answer,
-                embeds_folder=Path(self.config.output).resolve() / "data" / "features",
-                workers=self.capacity.inference,
-            )
-
-    def null_expert(self) -> dict[str, Any]:
-        """Returns what the base prompts give a pool (`null`, `null_layer_statistics`); nothing where the stream has none."""
-        key = self.identity.base_prompts
-        if key is None:
-            return {}
-        file = self._state(f"general-{key}.safetensors")
-        if not file.exists():
-            prompts = self.base_prompts.rows([BASE_PROMPTS])
-            with self.progress.working("computing statistics of the base prompts"):
-                null, layer_statistics = null_statistics(
-                    prompts,
-                    self.config.base,
-                    wanted_width=self.config.router.feature_width,
-                    null_components=self.config.router.null_components,
-                    targets=self.config.expert.target_modules,
-                    workers=self.capacity.inference,
-                    vision=self.vision,
-                )
-            with atomic_file(file) as staging:
-                write_null(staging, null, layer_statistics)
-        with stored_file(file, REMADE):
-            null, layer_statistics = read_null(file)
-            return {"null": null, "null_layer_statistics": layer_statistics}
 
     # Experts
 
@@ -248,7 +128,7 @@ class StreamSession:
 
     def spec(self, task: TaskConfig, digest_: str, /, **changes: Any) -> tuple[TrainSpec, TrainingRows]:
         """Returns the spec of a task's training and its rows; `changes` adapt the spec for baselines."""
-        return self.spec_alone(task, digest_, **changes), self.training_rows(task).training_rows([task.name])
+        return self.spec_alone(task, digest_, **changes), self.data.training_rows(task).training_rows([task.name])
 
     def spec_alone(self, task: TaskConfig, digest_: str, /, **changes: Any) -> TrainSpec:
         """Returns the spec of a task's training."""
@@ -262,7 +142,7 @@ class StreamSession:
             expert=self.config.expert,
             router=self.config.router,
             training=self.config.training,
-            vision=self.vision,
+            vision=self.data.vision,
             group_by_length=self.config.data.group_by_length,
             validation=task.validation,
         )
@@ -279,7 +159,7 @@ class StreamSession:
             return build_deepspeed_ops()
 
     def train(self, spec: TrainSpec, rows: TrainingRows) -> TrainResult:
-        """Trains, or resumes from the last checkpoint; shows progress and logs loss curves meanwhile."""
+        """Trains, or resumes from the last checkpoint; shows progress and logs loss curves."""
         worker_env = self.worker_env
         with self.progress.training(spec.task) as bar:
 
@@ -297,7 +177,10 @@ class StreamSession:
                     count = self.capacity.trainings
                     self._sessions = Sessions(count, spec.training, storage=storage, worker_env=worker_env)
                 sessions = self._sessions
-            return sessions.train(spec, rows, on_steps)
+            trained = sessions.train(spec, rows, on_steps)
+            # Whole: some steps may be those of workers whose driver was killed before it had logged them.
+            self.log(loss_curves(spec.task, trained.metrics))
+            return trained
 
     def end_sessions(self, *, at_once: bool = False) -> None:
         """Stops training workers, in the middle of a step if `at_once`; the next training starts new ones."""
@@ -305,6 +188,11 @@ class StreamSession:
             sessions, self._sessions = self._sessions, None
         if sessions is not None:
             sessions.close(at_once=at_once)
+
+    def _end_workers(self) -> None:
+        """Stops all workers: those that compute image features do not fit beside them."""
+        self._predictors.close()
+        self.end_sessions()
 
     def make_room(self) -> None:
         """Stops training workers if inference workers do not fit beside them."""
@@ -319,7 +207,31 @@ class StreamSession:
             self._predictors.close(for_good=True)
         self.end_sessions(at_once=at_once)
 
-    # Evaluation
+    # Pools and their evaluation
+
+    def null_expert(self) -> dict[str, Any]:
+        """Returns what the base prompts give a pool (`null`, `null_layer_statistics`); nothing where the stream has none."""
+        key = self.identity.base_prompts
+        if key is None:
+            return {}
+        file = self._state(f"general-{key}.safetensors")
+        if not file.exists():
+            prompts = self.data.base_prompts.rows([BASE_PROMPTS])
+            with self.progress.working("computing statistics of the base prompts"):
+                null, layer_statistics = null_statistics(
+                    prompts,
+                    self.config.base,
+                    wanted_width=self.config.router.feature_width,
+                    null_components=self.config.router.null_components,
+                    targets=self.config.expert.target_modules,
+                    workers=self.capacity.inference,
+                    vision=self.data.vision,
+                )
+            with atomic_file(file) as staging:
+                write_null(staging, null, layer_statistics)
+        with stored_file(file, REMADE):
+            null, layer_statistics = read_null(file)
+            return {"null": null, "null_layer_statistics": layer_statistics}
 
     def pool_key(self, pool: Pool) -> str:
         """Returns the name of a pool with this run's base prompts."""
@@ -328,19 +240,15 @@ class StreamSession:
     @cached_property
     def evaluator(self) -> Evaluator:
         """The evaluator; its prompts and answers are kept below the output folder, for all runs."""
-        config, data = self.config, Path(self.config.output).resolve() / "data"
-
-        def tell(name: str, aside: SetAside) -> None:
-            self.progress.say(f"  {name}: {aside}: {self.folder}/quarantine/eval/{name}.jsonl")
-
+        config, data = self.config, self.data
         return Evaluator(
-            PromptSource(config.base, config.data, self.data_folder, data / "features", self.capacity.inference),
-            data,
+            PromptSource(config.base, config.data, data.demo_folder, data.features, self.capacity.inference),
+            Path(config.output).resolve() / "data",
             answers=self.identity.answers,
             max_new_tokens=config.evaluation.max_new_tokens,
             width=feature_width(language_width(config.base), config.router.feature_width),
-            quarantine=self.folder / "quarantine" / "eval",
-            on_set_aside=tell,
+            quarantine=data.quarantine / "eval",
+            on_set_aside=partial(data.tell_set_aside, split="eval"),
             make_room=self.make_room,
         )
 
@@ -387,11 +295,11 @@ class StreamSession:
         `samples` predictions are kept, with the reasons of the router, which cost as much as its choices: accuracies alone
         need none.
         """
-        key = self.identity.evaluation([self.eval_tasks[name] for name in names], pool_digest, mode)
+        key = self.identity.evaluation([self.data.eval_tasks[name] for name in names], pool_digest, mode)
         full, brief = (self._state(f"evaluation-{key}{end}.json") for end in ("", "-brief"))
         file = full if samples or full.exists() else brief
         if not file.exists():
-            tasks = [self._eval_task(self.eval_tasks[name]) for name in names]
+            tasks = [self.data.eval_task(name) for name in names]
             shown = self.progress.working(f"evaluating {who + ' on ' if who else ''}{len(names)} tasks and benchmarks")
             before = self.evaluator.generated
             with nullcontext() if quietly else shown:
@@ -411,11 +319,6 @@ class StreamSession:
             write_json(file, result.to_json())
         with stored_file(file, REMADE):
             return Evaluation.from_json(json.loads(file.read_text()))
-
-    def _eval_task(self, task: TaskConfig) -> EvalTask:
-        source = self._limited(task.eval)
-        key = self.identity.encoded_rows(source, task.prompt, answer=False, metric=task.metric)
-        return EvalTask(task, TaskRows(source, task.prompt, key=key, metric=task.metric))
 
     def _state(self, name: str) -> Path:
         folder = self.folder / "state"

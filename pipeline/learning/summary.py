@@ -67,7 +67,7 @@ def learned(
     session: StreamSession, matrix: AccuracyMatrix, last: Evaluation, tasks: Mapping[str, Any]
 ) -> dict[str, Any]:
     """Returns the parts of the summary that describe what was learned."""
-    names, evaluated = list(tasks), list(session.eval_tasks)
+    names, evaluated = list(tasks), list(session.data.eval_tasks)
     experts = [*names, BASE]
     routing = {"experts": experts, "columns": evaluated, "shares": last.shares(experts, evaluated)}
     return {
@@ -94,8 +94,8 @@ def samples(session: StreamSession, evaluation: Evaluation) -> list[dict[str, An
     """Returns the first prompts of every task and benchmark with image, answer and chosen expert."""
     answered = {(p.task, p.id): p for p in evaluation.samples}
     shown = []
-    for name, task in session.eval_tasks.items():
-        for record in first_records(task.eval, session.data_folder, task.prompt, SAMPLES):
+    for name, task in session.data.eval_tasks.items():
+        for record in first_records(task.eval, session.data.demo_folder, task.prompt, SAMPLES):
             prediction = answered.get((name, record.id))
             if prediction is None:
                 continue

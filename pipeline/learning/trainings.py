@@ -1,7 +1,6 @@
 """The trainings of a stream: one task after the other, or several at the same time where the cluster has room."""
 
 import threading
-from collections.abc import Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass
 from functools import partial
@@ -16,7 +15,6 @@ from pipeline.learning.background import begin
 from pipeline.learning.recognition import expert_wanted
 from pipeline.learning.session import StreamSession
 from pipeline.learning.summary import metrics_on_card, task_metrics
-from pipeline.routing.expert import Expert
 from pipeline.routing.store import ExpertReference
 
 
@@ -85,7 +83,7 @@ def _found_or_trained(session: StreamSession, task: TaskConfig, following: TaskC
             session.progress.say(f"  {task.name}: another run has learned it; its expert is taken from there")
             card = session.experts.load(wanted).card
             write_json(file, task_metrics(session, task.name, metrics_on_card(card)))
-        session.release(task)  # rows that were read ahead for nothing
+        session.data.release(task)  # rows that were read ahead for nothing
         return TrainedExpert(wanted, file, before=True)
     return _trained(session, task, wanted, file, following, started)
 
@@ -104,15 +102,13 @@ def _trained(
     if before:
         session.progress.say(f"  {task.name}: goes on at its last checkpoint")
     with session.progress.working(f"reading {task.name}"):
-        rows = session.training_rows(task)
+        rows = session.data.training_rows(task)
     if following is not None and _to_be_trained(session, following):
-        session.read_ahead(following)
-    session.tell_set_aside(rows, task.name, "train")
+        session.data.read_ahead(following)
+    session.data.tell_set_aside(task.name, rows.aside[task.name], "train")
     aside = rows.aside[task.name]
     trained = session.train(*session.spec(task, wanted.digest))
-    session.experts.put(Expert.load(trained.expert))
-    # Whole, since some steps may be of workers whose driver was killed before it heard of them.
-    session.log(_curves(task.name, trained.metrics))
+    session.experts.take(wanted, trained.expert)
     if trained.already_finished:
         before = trained.metrics["expert_seconds"] + trained.metrics["router_seconds"]
     metrics = trained.metrics | {
@@ -122,18 +118,8 @@ def _trained(
         "lost_files": aside.files,
     }
     write_json(file, task_metrics(session, task.name, metrics))
-    session.release(task)
+    session.data.release(task)
     return TrainedExpert(wanted, file, before=False)
-
-
-def _curves(task: str, metrics: Mapping[str, Any]) -> list[tuple[str, float, int]]:
-    """Returns the points (metric, value, step) of a training's losses."""
-    points = [
-        (f"{task}/{stage}_loss", loss, step)
-        for stage in ("expert", "router")
-        for step, loss in enumerate(metrics[f"{stage}_losses"], 1)
-    ]
-    return points + [(f"{task}/validation_loss", loss, step) for step, loss in metrics.get("validation_losses", [])]
 
 
 def with_metrics(file: Path, metrics: dict[str, Any], more: dict[str, Any]) -> dict[str, Any]:

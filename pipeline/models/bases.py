@@ -114,9 +114,16 @@ def _placed(
     """Returns the device of each part of a base, by its path."""
     if len(devices) == 1:
         return {"": devices[0]}
+    model, _ = empty_model(config)
+    model.tie_weights()
+    return device_map(model, family, devices, vision=vision)
+
+
+def empty_model(config: BaseModelConfig) -> tuple[Any, Family]:
+    """Builds the model of a base, and names its family, without weights: on PyTorch's meta device, which holds shapes only."""
+    folder = checkpoint(config)
+    family = family_at(folder, trust_remote_code=config.trust_remote_code)
     settings = AutoConfig.from_pretrained(folder, trust_remote_code=config.trust_remote_code)
     auto_class = AutoModelForCausalLM if family is TEXT else AutoModelForImageTextToText
     with torch.device("meta"):
-        model = auto_class.from_config(settings, trust_remote_code=config.trust_remote_code)
-    model.tie_weights()
-    return device_map(model, family, devices, vision=vision)
+        return auto_class.from_config(settings, trust_remote_code=config.trust_remote_code), family

@@ -23,6 +23,7 @@ from pipeline.models.checkpoints import BaseError
 from pipeline.models.families import TEXT, Family, FamilyError, family_of
 from pipeline.models.internvl2.config import convert_config, read_config
 from pipeline.models.internvl2.source import ConversionError
+from pipeline.models.target_modules import adapted_paths
 from pipeline.models.tiny import TINY_BASE
 
 VISION, PROJECTOR, LANGUAGE, HEAD = PARTS = ("vision tower", "projector", "language model", "head")
@@ -165,7 +166,8 @@ def _converted(values: Mapping[str, Any], file: Path) -> Any:
 def architecture_of(config: Any, targets: str = "auto") -> Architecture:
     """Returns parts, counts and widths of a configuration; `targets` as `expert.target_modules`.
 
-    Raises BaseError where `targets` matches nothing, or something outside the language model's layers.
+    Raises ConfigError where `targets` matches nothing, BaseError where it matches something outside the language model's
+    layers.
     """
     family = family_of(config)
     auto_class = AutoModelForCausalLM if family is TEXT else AutoModelForImageTextToText
@@ -200,22 +202,18 @@ def _is_projector(name: str) -> bool:
 
 
 def _adapted(model: nn.Module, family: Family, targets: str) -> tuple[AdaptedLinear, ...]:
-    pattern = family.linears if targets == "auto" else targets
     readers = {name: reads for reads, names in READS.items() for name in names}
     inside = re.compile(rf"{re.escape(family.language)}\.layers\.(\d+)\..*?([^.]+)")
     adapted = []
-    for path, module in model.named_modules():
-        if not isinstance(module, nn.Linear) or not re.fullmatch(pattern, path):
-            continue
+    for path in adapted_paths(model, family, targets):
+        module: Any = model.get_submodule(path)
         match = inside.fullmatch(path)
         if match is None or match[2] not in readers:
             raise BaseError(
-                f"expert.target_modules: {targets!r} matches {path}; a plan knows adapters on the projections of the "
-                f"language model's layers ({family.linears})"
+                f"expert.target_modules: {targets!r} matches {path}, which training would adapt, but a plan knows adapters on "
+                f"the projections of the language model's layers only ({', '.join(sorted(readers))})"
             )
         adapted.append(AdaptedLinear(path, readers[match[2]], int(match[1]), module.in_features, module.out_features))
-    if not adapted:
-        raise BaseError(f"expert.target_modules: {targets!r} matches no Linear of the base; `auto` is {family.linears}")
     return tuple(adapted)
 
 

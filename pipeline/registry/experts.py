@@ -18,7 +18,7 @@ from pipeline.registry.patience import RegistryError, is_away
 from pipeline.registry.tracking import active_run
 from pipeline.registry.versions import DIGEST, create_version, find_finished, get_version, log_folder
 from pipeline.routing.contents import Contents
-from pipeline.routing.expert import Expert
+from pipeline.routing.expert import Expert, ExpertCard
 from pipeline.routing.store import ExpertReference, ExpertStore, cache_folder
 
 CONTENT = "content"
@@ -34,16 +34,19 @@ def experts_name(base_label: str) -> str:
     return f"{base_label}.experts"
 
 
-def register_expert(base_label: str, folder: str | Path) -> ModelVersion:
+def register_expert(base_label: str, folder: str | Path, *, card: ExpertCard | None = None) -> ModelVersion:
     """Registers an expert folder and points the task's alias at it; needs an open run (`tracked_run`).
 
     If an expert with the same configuration digest exists, it is returned and no alias moves. Raises ExpertError for a
-    folder that is incomplete or was never trained.
+    folder that is incomplete or was never trained; not with the `card` of an expert that a store has checked, whose weights
+    are not read again.
     """
     run = active_run()
-    expert = Expert.load(folder)
-    expert.check_trained()
-    card, name = expert.card, experts_name(base_label)
+    if card is None:
+        expert = Expert.load(folder)
+        expert.check_trained()
+        card = expert.card
+    name = experts_name(base_label)
     if (version := find_finished(name, card.config_digest)) is not None:
         return version
     described = card.model_dump(exclude={"name", "metrics", "identity", "trained_with"})

@@ -8,7 +8,7 @@ opens at once.
 import os
 import shutil
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Annotated, Any
@@ -119,7 +119,7 @@ class ExpertStore:
 
         Raises ExpertError where that folder is incomplete, damaged, another expert's, or of one that was never trained.
         """
-        Expert.load(folder).check_trained()
+        Expert.load(folder).check_trained()  # reads all of its files
         self._make(reference, partial(_copy, current_folder(folder)), read=FILES)
         return self.folder_of(reference)
 
@@ -222,6 +222,13 @@ class StoredExpert:
     def expert(self) -> Expert:
         """The expert, which stays in memory from now on: its card and statistics, not its adapters."""
         return self.store.load(self.reference)
+
+    def registered_as(self, model: str, version: int) -> "StoredExpert":
+        """Returns the same expert with its place in the registry."""
+        registered = replace(self, reference=self.reference.model_copy(update={"model": model, "version": version}))
+        if "expert" in self.__dict__:
+            registered.__dict__["expert"] = self.expert
+        return registered
 
     def read(self) -> Expert:
         """Returns the expert without keeping it in memory."""

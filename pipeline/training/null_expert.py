@@ -12,12 +12,12 @@ from pipeline.data.encoded.actors import on_workers
 from pipeline.data.encoded.packing import unpack
 from pipeline.models.encoding import Encoded, ids
 from pipeline.models.inference import FrozenBase, InferenceWorkers
+from pipeline.models.target_modules import observed_paths
 from pipeline.routing.features import feature_width, project
 from pipeline.routing.layer_classifiers import LayerInputHook
 from pipeline.routing.null import components
 from pipeline.routing.prompt_hooks import PromptFeatureHook
 from pipeline.routing.statistics import PromptStatistics
-from pipeline.training.target_modules import observed_paths
 
 FEATURES, IDS = "features", "ids"
 """Columns of prompt features and ids; the others bear the path of the Linear whose pooled input they hold."""

@@ -2,7 +2,6 @@
 
 import shutil
 import time
-from collections.abc import Sequence
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
@@ -19,6 +18,7 @@ from pipeline.errors import StoredFileError
 from pipeline.memory import free_memory
 from pipeline.models.bases import Base, load_base
 from pipeline.models.encoding import collate_for
+from pipeline.models.target_modules import adapted_paths, observed_paths
 from pipeline.routing.adapters import ExpertError, load_adapters
 from pipeline.routing.expert import Expert, ExpertCard
 from pipeline.routing.features import feature_width
@@ -32,7 +32,6 @@ from pipeline.training.randomness import seed_all
 from pipeline.training.router_stage import with_gates, without_gates
 from pipeline.training.spec import TrainSpec
 from pipeline.training.statistics_collector import LayerInputCollector, collect_features
-from pipeline.training.target_modules import adapted_paths, observed_paths
 from pipeline.training.training_folder import ADAPTER, EXPERT, STATE, TrainingFolder, load_state, save_state
 from pipeline.training.validation import BestAdapter, Look, held_out_loss
 from pipeline.training.zero import (
@@ -175,7 +174,7 @@ class Worker:
         self.metrics |= progress["figures"]
         settings = self._zero_config()
         base = self.base.get(spec, settings)
-        adapted_paths(base, spec.expert.target_modules)
+        adapted_paths(base.model, base.family, spec.expert.target_modules)
         if progress["stage"] == "expert":
             adapter = self._expert_stage(base, settings, checkpoint, progress)
             free_memory()
@@ -209,7 +208,6 @@ class Worker:
         if folder is not None and (folder / STATE).exists():  # not in those of earlier releases
             load_state(engine, folder, progress["step"], ranks=progress["world"])
             begin, clock = progress["step"], StageClock(**progress["clock"])
-            self._tell_again(clock.losses)
         engine.train()
 
         notice = Notice()
@@ -379,13 +377,6 @@ class Worker:
         self._untold.append((self.spec.task, stage, step, steps, loss))
         if step == steps or time.monotonic() - self._told >= TELL_EVERY:
             self.tell()
-
-    def _tell_again(self, losses: Sequence[float]) -> None:
-        """Tells of the steps before the checkpoint: the driver may have been killed before it had logged them."""
-        for step, loss in enumerate(losses, 1):
-            self._step_done("expert", step, self.spec.expert.steps, loss)
-        for step, loss in self.metrics.get("validation_losses", []):
-            self._step_done("validation", step, self.spec.expert.steps, loss)
 
     def tell(self) -> None:
         """Tells the driver of the steps that it does not know yet."""

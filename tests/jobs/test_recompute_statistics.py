@@ -26,6 +26,7 @@ from pipeline.learning.opening import open_session
 from pipeline.learning.session import StreamSession
 from pipeline.models.bases import Base, load_base
 from pipeline.models.encoding import Encoded, collate_for, without_answer
+from pipeline.models.target_modules import observed_paths
 from pipeline.routing import Expert, Pool, PromptStatistics
 from pipeline.routing.features import FEATURE_RULE
 from pipeline.routing.null import components
@@ -34,7 +35,6 @@ from pipeline.routing.store import cache_folder
 from pipeline.routing.trained import TrainedExpert
 from pipeline.training.router_stage import with_gates, without_gates
 from pipeline.training.statistics_collector import LayerInputCollector, collect_features
-from pipeline.training.target_modules import observed_paths
 from tests.helpers import attached, batch_of, make_expert
 from tests.jobs.test_learn import stream
 
@@ -55,7 +55,7 @@ class Aged:
 
 
 def training_rows(session: StreamSession) -> dict[str, TrainingRows]:
-    return {t.name: session.training_rows(t).training_rows([t.name]) for t in session.config.stream.tasks}
+    return {t.name: session.data.training_rows(t).training_rows([t.name]) for t in session.config.stream.tasks}
 
 
 def as_training_records(base: Base, expert: Expert, rows: TrainingRows, router: RouterConfig) -> Expert:

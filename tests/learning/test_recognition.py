@@ -9,7 +9,7 @@ import yaml
 from cluster.local import ClusterInfo
 from cluster.usage import PeakMemory
 from jobs.terminal import Terminal
-from pipeline.config import LearnConfig, load_config
+from pipeline.config import ConfigError, LearnConfig, load_config
 from pipeline.data.errors import StreamError
 from pipeline.learning.recognition import ChangedError, check_tasks, expert_wanted, remember
 from pipeline.learning.session import StreamSession
@@ -152,6 +152,28 @@ def test_a_mistyped_demo_task_is_an_error_before_any_is_learned(config: Path, tm
     with pytest.raises(StreamError, match="task 'hum', train: demo://digts/train: no such demo data"):
         check_tasks(opened(config))
     assert not (tmp_path / "data").exists()
+
+
+def test_missing_prompts_are_an_error_before_any_task_is_learned(config: Path, tmp_path: Path) -> None:
+    settings = yaml.safe_load(config.read_text())
+    settings["stream"]["benchmarks"] = [{"name": "chart", "eval": str(tmp_path / "chart.jsonl")}]
+    config.write_text(yaml.safe_dump(settings))
+    with pytest.raises(StreamError, match="^benchmark 'chart', eval: "):
+        check_tasks(opened(config))
+    (tmp_path / "eval.jsonl").rename(tmp_path / "chart.jsonl")
+    with pytest.raises(StreamError, match="^task 'hum', eval: "):
+        check_tasks(opened(config))
+    (tmp_path / "chart.jsonl").rename(tmp_path / "eval.jsonl")
+    settings["stream"] |= {"benchmarks": [], "base_prompts": str(tmp_path / "none.jsonl")}
+    config.write_text(yaml.safe_dump(settings))
+    with pytest.raises(StreamError, match="^stream.base_prompts: "):
+        check_tasks(opened(config))
+
+
+def test_target_modules_that_match_nothing_are_an_error_before_any_task_is_learned(config: Path) -> None:
+    check_tasks(opened(config, r"expert.target_modules=.*\.down_proj"))
+    with pytest.raises(ConfigError, match=r"expert\.target_modules: .* matches the full path of no Linear"):
+        check_tasks(opened(config, "expert.target_modules=down_proj"))
 
 
 def test_files_of_a_learned_task_may_be_gone(config: Path, learned: str, tmp_path: Path) -> None:

@@ -7,12 +7,12 @@ from typing import Any
 import pytest
 from transformers import LlavaConfig, Qwen2_5_VLConfig, Qwen3Config
 
-from pipeline.config import BaseModelConfig, ExpertConfig
+from pipeline.config import BaseModelConfig, ConfigError, ExpertConfig
 from pipeline.models.bases import Base, load_base
 from pipeline.models.checkpoints import BaseError
+from pipeline.models.target_modules import adapted_paths
 from pipeline.planning.architecture import Architecture, architecture_of, base_configuration
 from pipeline.training.expert_stage import with_lora
-from pipeline.training.target_modules import adapted_paths
 
 BASES = Path(__file__).parents[2] / "jobs" / "configs" / "bases"
 ORIGINALS = Path(__file__).parents[1] / "models" / "configs"
@@ -42,7 +42,7 @@ def test_parts_are_those_of_the_loaded_model(tiny: Architecture) -> None:
     }
     assert tiny.total == base.model.num_parameters()
     assert tiny.tile_tokens == base.processor.image_seq_length
-    assert [linear.path for linear in tiny.adapted] == adapted_paths(base, "auto")
+    assert [linear.path for linear in tiny.adapted] == adapted_paths(base.model, base.family, "auto")
 
 
 def test_adapters_are_counted_as_peft_makes_them(tiny: Architecture) -> None:
@@ -109,12 +109,12 @@ def test_targets_choose_linears(tiny: Architecture) -> None:
         (1, "attention"), (1, "inner"), (3, "attention"), (3, "inner")
     ]  # fmt: skip
     assert chosen.parameters == tiny.parameters
-    for targets, words in {
-        "nothing": "matches no Linear",
-        r".*\.q_proj": "vision_tower.encoder.layer.0.attention.q_proj; a plan knows adapters on the projections",
-    }.items():
-        with pytest.raises(BaseError, match=words):
-            architecture_of(configuration, targets)
+    with pytest.raises(ConfigError, match="matches the full path of no Linear"):
+        architecture_of(configuration, "nothing")
+    with pytest.raises(
+        BaseError, match="vision_tower.encoder.layer.0.attention.q_proj, which training would adapt, but"
+    ):
+        architecture_of(configuration, r".*\.q_proj")
 
 
 def test_mistakes_name_the_file_and_the_remedy(tmp_path: Path) -> None:

@@ -3,8 +3,8 @@
 import pytest
 
 from pipeline.config import ConfigError, ExpertConfig
+from pipeline.models.target_modules import adapted_paths
 from pipeline.training.expert_stage import warm_up_cosine
-from pipeline.training.target_modules import adapted_paths
 
 
 def test_learning_rate_rises_then_falls() -> None:
@@ -18,4 +18,4 @@ def test_learning_rate_rises_then_falls() -> None:
 
 def test_a_regex_that_matches_nothing_is_an_error(tiny_base) -> None:
     with pytest.raises(ConfigError, match=r"expert\.target_modules: .nothing. matches the full path of no Linear"):
-        adapted_paths(tiny_base, "nothing")
+        adapted_paths(tiny_base.model, tiny_base.family, "nothing")
