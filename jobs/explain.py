@@ -34,7 +34,7 @@ PoolAddress = Annotated[
 Images = Annotated[list[Path] | None, typer.Option("--image", help="An image of the prompt; may be given again.")]
 Prompt = Annotated[str, typer.Option(help="The question; images go before it unless it says <image> itself.")]
 BasePath = Annotated[str, typer.Option("--base", help="The pool's base: checkpoint folder, hub id, or `tiny`.")]
-Plot = Annotated[Path, typer.Option("--picture", help="PNG file for the plot of weights per Linear and token.")]
+Plot = Annotated[Path, typer.Option("--plot", help="PNG file for the plot of weights per Linear and token.")]
 RouterName = Annotated[str | None, typer.Option("--router", help="Another router: token, prompt or two_level.")]
 
 
@@ -79,7 +79,7 @@ def main(
         plot.parent.mkdir(parents=True, exist_ok=True)
         routing_of_a_prompt(explanation, tokens).savefig(plot, format="png", dpi=150, facecolor="white")
     show(Terminal(), answer, explanation)
-    typer.echo(f"picture    {plot.resolve()}")
+    typer.echo(f"plot       {plot.resolve()}")
 
 
 def _registered(address: str, scratch: Path) -> Pool:

@@ -20,8 +20,8 @@ from mlflow.entities.model_registry import ModelVersion
 from jobs.options import Address, ConfigFile, Overrides, job_command, load, user_errors
 from jobs.terminal import Terminal
 from pipeline.files import write_json
+from pipeline.learning.changes import remember
 from pipeline.learning.opening import open_session
-from pipeline.learning.recognition import remember
 from pipeline.learning.renewals import Renewal, plan
 from pipeline.learning.session import StreamSession
 from pipeline.learning.summary import metrics_on_card, task_metrics
@@ -53,7 +53,8 @@ SkipMissing = Annotated[
 def recompute(session: StreamSession, old: TrainedPool, *, skip_missing: bool = False) -> ModelVersion:
     """Makes and registers the new pool of an old one; returns its version.
 
-    First what is missing is told, then statistics are taken, expert by expert; only when all are there, anything is registered.
+    What is missing is reported first. Then statistics are computed, expert by expert; nothing is registered before all are
+    there.
     """
     began = monotonic()
     renewals = plan(session, old, skip_missing=skip_missing)
@@ -73,7 +74,7 @@ def recompute(session: StreamSession, old: TrainedPool, *, skip_missing: bool = 
         pools.append(pool)
     key = session.pool_key(pool)
     new, before = session.folder / "recomputed" / f"pool-{key}", find_pool(pool.base_label, key)
-    version = session.patience(
+    version = session.retry(
         partial(_register, session, pools, experts, new),
         "registering experts and pool",
         kept="nothing is computed again",
@@ -199,9 +200,7 @@ def _meant(session: StreamSession, pool: str | None, scratch: Path) -> TrainedPo
         session.progress.say(f"pool {folder}")
         return TrainedPool.load(folder, session.experts if pool is None else None)
     session.progress.say(f"pool {pool}")
-    return TrainedPool.load(
-        session.patience(partial(download_pool, pool, scratch), f"fetching {pool}"), session.experts
-    )
+    return TrainedPool.load(session.retry(partial(download_pool, pool, scratch), f"fetching {pool}"), session.experts)
 
 
 if __name__ == "__main__":

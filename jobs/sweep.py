@@ -84,7 +84,8 @@ def _sweep(session: StreamSession, space: SweepSpace, name: str) -> None:
         )
     spec, rows = session.spec(task, f"sweep-{session.identity.expert(task)}")
     evaluated = [name, *others]
-    prompts = session.data.prompts(evaluated).rows(evaluated)  # now: what is missing is told before anything is trained
+    # Now, so that missing files end the sweep before anything is trained.
+    prompts = session.data.prompts(evaluated).rows(evaluated)
     evaluation = config.evaluation.to_identity(exclude={"expert_memory"})
     learned = spec.to_identity(exclude={"training"})
     folder = session.folder / "sweeps" / f"{name}-{digest(space, learned, evaluation)}"
@@ -113,7 +114,7 @@ def _sweep(session: StreamSession, space: SweepSpace, name: str) -> None:
     }
     write_json(folder / "summary.json", summary)
     kept = f"the sweep's metrics are in {folder}; nothing will be trained again"
-    session.patience(partial(_log, result, name, folder / "summary.json"), "logging the sweep", kept=kept)
+    session.retry(partial(_log, result, name, folder / "summary.json"), "logging the sweep", kept=kept)
     _show(session, result, summary, folder)
 
 

@@ -11,7 +11,7 @@ from typing import Annotated
 import typer
 
 from jobs.options import user_errors
-from pipeline.registry.patience import RegistryError
+from pipeline.registry.retries import RegistryError
 from pipeline.registry.tracking import check_database, ui_command
 
 

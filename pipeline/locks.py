@@ -1,7 +1,7 @@
 """File locks between processes: who holds one is written into it, and the kernel releases it when its holder dies.
 
-A file that was left behind locks nothing. Storage without file locks (some network file systems) is told by a warning:
-there, only the name of the holder is left to go by.
+A file that was left behind locks nothing. Storage without file locks (some network file systems) is reported by a
+warning: there, only the name of the holder is left to go by.
 """
 
 import errno

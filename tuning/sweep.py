@@ -62,7 +62,7 @@ def sweep(
 
     `spec` is the task's training; `prompts` the encoded evaluation prompts of the swept task and the pool's others;
     `answers` the folder of the store of answers, in which `pool_key` names pools by their experts' digests and their router.
-    `say` is told of every trial that is done. Raises TrainingError with the trial's error if a trial fails.
+    `say` gets a line for every trial that is done. Raises TrainingError with the trial's error if a trial fails.
     """
     at_once, threads = _together(spec, len(space.ranks))
     spec = spec.model_copy(update={"training": spec.training.model_copy(update={"cpus_per_worker": threads})})

@@ -133,9 +133,9 @@ def routing(
     terminal.say(f"summary    {file}")
     model = next((size for size in (*MODELS, *chosen) if size in MODELS and size in chosen), None)
     if model is not None:
-        picture = output / "routing.png"
-        ratios_over_experts(results, model).savefig(picture, dpi=100)
-        terminal.say(f"picture    {picture}")
+        file = output / "routing.png"
+        ratios_over_experts(results, model).savefig(file, dpi=100)
+        terminal.say(f"plot       {file}")
 
 
 def _names(text: str) -> list[str]:

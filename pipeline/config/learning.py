@@ -245,13 +245,15 @@ class EvaluationConfig(Config):
 class RegistryConfig(Config):
     """MLflow tracking and model registry."""
 
+    FORMER_NAMES = {"retry_seconds": "patience"}
+
     uri: str | None = None
     """Tracking server, e.g. http://mlflow:5000; default: SQLite file `mlflow.db` in the output folder."""
     experiment: str = "pointsman"
     """MLflow experiment."""
-    patience: float = Field(default=300.0, ge=0)
-    """Seconds for which a registry that does not answer is tried again, when an expert or a pool is to be registered. Nothing
-    that is trained is lost if it stays away."""
+    retry_seconds: float = Field(default=300.0, ge=0)
+    """Seconds for which registering is retried while the registry does not answer. Nothing that is trained is lost if it stays
+    away."""
 
 
 class LearnConfig(Config):

@@ -31,7 +31,7 @@ class ReportError(UserError):
 
 
 def write_report(summary: Mapping[str, Any], folder: Path) -> Path:
-    """Writes `report.html` and `pictures/*.png` into `folder` and returns the page's path.
+    """Writes `report.html` and `plots/*.png` into `folder` and returns the page's path.
 
     Raises ReportError if the summary lacks a required field, ValueError if its matrix does not fit together.
     """
@@ -49,7 +49,7 @@ def write_report(summary: Mapping[str, Any], folder: Path) -> Path:
     page = environment.get_template("report.html.j2").render(
         summary={**summary, "command": without_secrets(summary["command"])} if "command" in summary else summary,
         headline=_headline(summary),
-        plots=_draw(summary, folder / "pictures"),
+        plots=_draw(summary, folder / "plots"),
         methods=_methods(summary),
         over_seeds=any("spread" in method for method in (summary.get("methods") or {}).values()),
         formulas=FORMULAS,

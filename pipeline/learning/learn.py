@@ -20,8 +20,8 @@ from pipeline.errors import UserError
 from pipeline.evaluation.matrix import AccuracyMatrix
 from pipeline.evaluation.report import write_report
 from pipeline.files import write_json
+from pipeline.learning.changes import check_tasks, remember
 from pipeline.learning.evaluations import PoolEvaluations
-from pipeline.learning.recognition import check_tasks, remember
 from pipeline.learning.session import StreamSession
 from pipeline.learning.state import Stopwatch, read_json
 from pipeline.learning.summary import answers, learned, session_provenance
@@ -73,7 +73,7 @@ def learn_stream(session: StreamSession) -> LearnResult:
         pool = pool.add(registered.expert)
         pool.save(pool_folder)
         pool_key = session.pool_key(pool)
-        version = session.patience(
+        version = session.retry(
             partial(
                 register_pool,
                 pool,
@@ -122,7 +122,7 @@ def _registered(session: StreamSession, task: TaskConfig, trained: TrainedExpert
     """Registers a task's expert, unless it is registered already."""
     metrics, folder = read_json(trained.file), session.experts.ensure(trained.reference)
     expert = StoredExpert(ExpertReference.of(folder), session.experts)
-    version = session.patience(
+    version = session.retry(
         partial(_register, session, task, expert.expert.card, folder, metrics),
         f"registering expert {task.name}",
         kept=f"the trained expert is safe in {folder}; it will not be trained again",
@@ -149,14 +149,14 @@ def _register(
 def _upload(folder: Path, report: Path) -> None:
     mlflow.log_artifact(str(folder / "summary.json"))
     mlflow.log_artifact(str(report), "report")
-    mlflow.log_artifacts(str(folder / "pictures"), "report/pictures")
+    mlflow.log_artifacts(str(folder / "plots"), "report/plots")
 
 
 def publish(session: StreamSession, summary: dict[str, Any]) -> Path:
     """Writes summary and report into the run's folder and as artifacts of the MLflow run; returns the report."""
     write_json(session.folder / "summary.json", summary)
     report = write_report(summary, session.folder)
-    session.patience(
+    session.retry(
         partial(_upload, session.folder, report), "uploading summary and report", kept=f"both are in {session.folder}"
     )
     metrics = {key: value for key, value in summary["continual"].items() if value is not None}

@@ -72,7 +72,7 @@ def open_session(
             afterwards.callback(torch.set_num_threads, torch.get_num_threads())
             torch.set_num_threads(session.capacity.driver_threads)
         with progress.working("opening MLflow"):
-            experiment = session.patience(
+            experiment = session.retry(
                 lambda: open_tracking(config.tracking_uri, config.registry.experiment, on_wait=progress.say),
                 "opening MLflow",
             )

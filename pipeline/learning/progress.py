@@ -1,4 +1,4 @@
-"""What a session tells while it works: a protocol, so that learning needs no terminal."""
+"""What a session reports while it works: a protocol, so that learning needs no terminal."""
 
 import logging
 from collections.abc import Iterator, Sequence

@@ -8,8 +8,8 @@ from pipeline.config import TaskConfig, digest
 from pipeline.data.errors import StreamError
 from pipeline.data.sources.reader import first_records
 from pipeline.errors import UserError
+from pipeline.learning.changes import differences
 from pipeline.learning.identity import DATA, Identity, is_of_statistics
-from pipeline.learning.recognition import differences
 from pipeline.learning.session import StreamSession
 from pipeline.learning.stream_data import BASE_PROMPTS
 from pipeline.routing.pool import PoolError

@@ -34,8 +34,8 @@ from pipeline.learning.stream_data import BASE_PROMPTS, StreamData
 from pipeline.models.bases import language_width
 from pipeline.models.checkpoints import checkpoint, fingerprint
 from pipeline.registry.experts import MissingExpertError, experts_name, fetch_expert
-from pipeline.registry.patience import Patience
-from pipeline.registry.spool import MetricSpool
+from pipeline.registry.metric_buffer import MetricBuffer
+from pipeline.registry.retries import Retries
 from pipeline.routing.adapters import ExpertError
 from pipeline.routing.features import feature_width
 from pipeline.routing.null import read_null, write_null
@@ -72,8 +72,8 @@ class StreamSession:
         self.identity = Identity(config, self.fingerprint, Path(config.output).resolve() / "data" / "demo")
         self.data = StreamData(config, self.identity, self.capacity, progress, self._end_workers)
         self.mlflow_run_id = ""
-        self.patience = Patience(config.registry.patience, progress.say)
-        self.metrics = MetricSpool(self.folder / "state" / "metrics.jsonl", progress.say)
+        self.retry = Retries(config.registry.retry_seconds, progress.say)
+        self.metrics = MetricBuffer(self.folder / "state" / "metrics.jsonl", progress.say)
         self._sessions: Sessions | None = None
         self._lock = threading.Lock()
         self.closed = False
@@ -90,7 +90,7 @@ class StreamSession:
         """The experts of all runs of this output folder, by digest; missing or damaged ones are fetched from the registry."""
 
         def fetch(reference: ExpertReference, folder: Path) -> None:
-            self.patience(partial(fetch_expert, reference, folder), f"fetching expert {reference.name}")
+            self.retry(partial(fetch_expert, reference, folder), f"fetching expert {reference.name}")
 
         return ExpertStore(Path(self.config.output) / EXPERTS, fetch)
 

@@ -12,7 +12,7 @@ from pipeline.config import TaskConfig
 from pipeline.data.errors import StreamError
 from pipeline.files import write_json
 from pipeline.learning.background import begin
-from pipeline.learning.recognition import expert_wanted
+from pipeline.learning.changes import expert_wanted
 from pipeline.learning.session import StreamSession
 from pipeline.learning.summary import metrics_on_card, task_metrics
 from pipeline.routing.store import ExpertReference

@@ -157,7 +157,7 @@ def base_configuration(base: BaseModelConfig, file: Path | None = None) -> Any:
 def _converted(values: Mapping[str, Any], file: Path) -> Any:
     try:
         fields = read_config(values, file)
-        tied = bool(fields.inside("llm_config").values.get("tie_word_embeddings", False))
+        tied = bool(fields.section("llm_config").values.get("tie_word_embeddings", False))
         return convert_config(fields, image_token_id=0, tied=tied)
     except ConversionError as error:
         raise BaseError(str(error)) from None

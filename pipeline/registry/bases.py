@@ -13,7 +13,7 @@ from mlflow.exceptions import MlflowException
 
 from pipeline.config import BaseModelConfig, without_secrets
 from pipeline.models.checkpoints import checkpoint, files_of, fingerprint
-from pipeline.registry.patience import RegistryError
+from pipeline.registry.retries import RegistryError
 from pipeline.registry.tracking import active_run
 from pipeline.registry.versions import DIGEST, create_version, find_finished, log_folder
 

@@ -14,7 +14,7 @@ from mlflow.exceptions import MlflowException
 
 from pipeline.config import without_secrets
 from pipeline.files import replace_folder
-from pipeline.registry.patience import RegistryError, is_away
+from pipeline.registry.retries import RegistryError, is_away
 from pipeline.registry.tracking import active_run
 from pipeline.registry.versions import DIGEST, create_version, find_finished, get_version, log_folder
 from pipeline.routing.contents import Contents

@@ -26,7 +26,7 @@ from pipeline.config import BaseModelConfig
 from pipeline.registry import pyfunc_model
 from pipeline.registry.bases import register_base
 from pipeline.registry.experts import experts_name, reference_to
-from pipeline.registry.patience import RegistryError
+from pipeline.registry.retries import RegistryError
 from pipeline.registry.tracking import active_run
 from pipeline.registry.versions import (
     DIGEST,

@@ -28,7 +28,7 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from pipeline.config import Config, without_secrets
 from pipeline.locks import file_lock
-from pipeline.registry.patience import RegistryError, check_server, fail_fast, is_away, is_silent, reason_of
+from pipeline.registry.retries import RegistryError, check_server, fail_fast, is_away, is_silent, reason_of
 
 SQLITE = "sqlite:///"
 

@@ -15,7 +15,7 @@ from mlflow.entities.model_registry import ModelVersion
 from mlflow.exceptions import MlflowException
 from mlflow.protos.databricks_pb2 import RESOURCE_ALREADY_EXISTS, RESOURCE_DOES_NOT_EXIST, ErrorCode
 
-from pipeline.registry.patience import RegistryError
+from pipeline.registry.retries import RegistryError
 
 DIGEST, FINISHED = "config_digest", "finished"
 """Tags of a version: digest of configuration, data and base; and whether it is complete."""

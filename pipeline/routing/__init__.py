@@ -6,7 +6,7 @@ Knows torch and PEFT's file format; knows nothing of Ray, MLflow or DeepSpeed. F
     routed = RoutedModel(model, pool)
     with routed.call() as call:
         routed.model.generate(**inputs)      # the router has chosen
-    call.decisions                           # whom, for every row
+    call.decisions                           # which expert answers each row
     routed.load(pool.remove("clock"))        # another pool, the same model
     insight.explain(routed, inputs)          # why
 """

@@ -1,6 +1,6 @@
 """What a folder's files hold: size and digest of each in one small file beside them.
 
-The digest of that file names the whole folder. Who knows it tells a wrong or damaged folder without reading the large
+The digest of that file names the whole folder. Who knows it can tell a wrong or damaged folder without reading the large
 files (`Contents.damage`), and a damaged file when it is read (`Contents.check`).
 """
 

@@ -70,7 +70,7 @@ class ExpertCard(Config):
     identity: dict[str, Any] = {}
     """What `config_digest` stands for, by name; empty in experts of earlier releases."""
     trained_with: dict[str, Any] = {}
-    """How it was computed (workers, ZeRO stage, precision, ...): told, and no part of what it is."""
+    """How it was computed (workers, ZeRO stage, precision, ...): recorded, not part of its identity."""
     samples: int
     """Rows seen in the expert stage."""
     metrics: dict[str, float] = {}

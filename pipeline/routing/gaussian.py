@@ -1,11 +1,11 @@
 """The closed-form classifiers that all routing rests on: Gaussians solved from summed statistics. Equal priors.
 
-One covariance for all (`solve`: linear, so it costs F for each class; the evidence of Linears, and the first cut of prompts):
+One covariance for all (`solve`: linear, so it costs F for each class; for the Linears, and for the first selection of prompts):
 
     Sigma = sum_c scatter_c / sum_c count_c           C = (1 - s) S^-1 Sigma S^-1 + s I,   S = sqrt(diag Sigma_total)
     score_c(x) = <x, w_c> + b_c                       w_c = S^-1 C^-1 S^-1 m_c,  b_c = -<m_c, w_c> / 2
 
-Own covariances blended with the shared one (`Gaussians`: F x F for each class; the final word on prompts):
+Own covariances blended with the shared one (`Gaussians`: F x F for each class; the final choice for prompts):
 
     Sigma_c = (scatter_c + n_0 Sigma) / (n_c + n_0)   C_c = (1 + 1 / n_c) ((1 - s) S^-1 Sigma_c S^-1 + s I),   n_0 = 0.4 F
     score_c(x) = -(nu + F) / 2 log(1 + d^2 / nu) - log det L_c + log Gamma((nu + F) / 2) - log Gamma(nu / 2) - F / 2 log nu

@@ -40,7 +40,7 @@ class LayerClassifier:
     """The classifier of one Linear: classes by the inputs that it observes."""
 
     follows: str | None
-    """The Linear before it whose evidence it takes over."""
+    """The Linear before it whose log-likelihoods it adds to."""
     classes_C: Tensor | None = None
     """Classes with statistics here: indices into the pool, the pool's size for the null expert. None: its input is that
     of the Linear it follows, so there is nothing to add."""
@@ -62,23 +62,23 @@ def layer_classifiers(
     order: Sequence[str],
     shrinkage: float,
 ) -> dict[str, LayerClassifier]:
-    """Solves what every Linear hears from the statistics of all experts and of the null expert.
+    """Solves the classifier of every Linear from the statistics of all experts and of the null expert.
 
     `paths` are the routed Linears in the order in which the model runs them, `widths` their input widths, `order` the names
-    of all its modules. An input that several Linears share was taken down under the first of them (`LayerInputHook`): the
-    first routed one among them hears it, whether or not that first one is routed itself.
+    of all its modules. An input that several Linears share was recorded under the first of them (`LayerInputHook`): the
+    first routed one among them observes it, whether or not that first one is routed itself.
     """
     observed_modules = {path for statistics in [*experts, null] for path in statistics}
-    taken_down: dict[str, str] = {}
+    recorded_under: dict[str, str] = {}
     source = ""
     for name in order:
         source = name if name in observed_modules else source
-        taken_down[name] = source
+        recorded_under[name] = source
     classifiers: dict[str, LayerClassifier] = {}
     last: str | None = None
     observed: set[str] = set()
     for path in paths:
-        source = taken_down[path]
+        source = recorded_under[path]
         statistics_by_class = {i: s[source] for i, s in enumerate([*experts, null]) if source in s}
         if len(statistics_by_class) < 2 or source in observed:
             classifiers[path] = LayerClassifier(last)
@@ -95,7 +95,7 @@ def layer_classifiers(
 def add_log_likelihood(
     classifier: LayerClassifier, before_BX: Tensor | None, x_BTD: Tensor, tokens_BT: Tensor, classes: int
 ) -> Tensor:
-    """Returns the evidence for all `classes` after this Linear's input (B, X).
+    """Returns the log-likelihoods of all `classes` after this Linear's input (B, X).
 
     A class without statistics here gets the mean of the others. That is a handicap, since the best of the others gains:
     training therefore takes statistics at all Linears of the language model, adapted or not.
@@ -110,12 +110,11 @@ def add_log_likelihood(
 
 
 class LayerInputHook:
-    """Takes down the pooled, projected inputs of Linears while a model reads prompts.
+    """Records the pooled, projected inputs of Linears while a model reads prompts.
 
-    `tokens_BT` must be set before the language model runs, for all rows or the first ones, which are then the only ones that
-    are taken down; it holds for one pass, so that layers which compute their activations again for a backward pass are not
-    heard twice. A Linear that gets the very tensor that the one before it got
-    is left out: it hears nothing new.
+    `tokens_BT` must be set before the language model runs, for all rows or for the first ones, which are then the only ones
+    recorded. It applies to one forward pass: layers that recompute their activations in the backward pass are not recorded
+    twice. A Linear whose input is the same tensor as that of the one before it is left out.
     """
 
     def __init__(self, model: Any, paths: Sequence[str]) -> None:

@@ -241,7 +241,7 @@ def _stacked(
 
 
 def _classifiers(pool: Pool, linears: Mapping[str, nn.Linear], modules: Sequence[str]) -> dict[str, LayerClassifier]:
-    """Solves what Linears hear, where the pool's router asks for evidence."""
+    """Solves the classifiers of the Linears, if the pool's router uses them."""
     settings = pool.router
     if settings.kind == "prompt" or (settings.kind == "token" and settings.token_scores == "phatgoose"):
         return {}

@@ -29,23 +29,23 @@ class PromptRoute:
     """One weight for all Linears and tokens."""
 
     experts_BM: Tensor
-    """Short list of each row (B, M), or (1, M) where all rows agree: indices into the pool, or NULL_EXPERT."""
+    """Candidates of each row (B, M), or (1, M) where all rows agree: indices into the pool, or NULL_EXPERT."""
     weights_BM: Tensor
     """Their weights, of the same shape."""
 
 
 @dataclass(frozen=True)
 class LayerRoute:
-    """Every Linear weighs a list of experts by the evidence of its own and all earlier inputs (see `layer_classifiers`)."""
+    """Every Linear weights a list of experts by the log-likelihoods of its own and all earlier inputs (`layer_classifiers`)."""
 
     experts_BM: Tensor
-    """List, as in PromptRoute."""
+    """Candidates, as in PromptRoute."""
     prior_BM: Tensor
-    """Log prior, added to the evidence."""
+    """Log prior, added to the log-likelihoods."""
     top_k: int = 2
-    """Places of the list that may have a weight."""
+    """Number of candidates that may have a weight."""
     temperature: float = 1.0
-    """Divides the evidence, not the prior."""
+    """Divides the log-likelihoods, not the prior."""
 
 
 @dataclass(frozen=True)
@@ -85,7 +85,7 @@ class RoutingState:
     decoding: bool = False
     """Whether the prompt has been read, so that every choice is made."""
     log_likelihoods: dict[str, Tensor] = field(default_factory=dict, repr=False)
-    """By Linear that hears the prompt: log-likelihood of every class so far (B, E + 1), the null expert last."""
+    """By Linear that observes the prompt: log-likelihood of every class so far (B, E + 1), the null expert last."""
     cached_choice: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict, repr=False)
     """By Linear: rows of its stacked A matrices that take part, and their weights (B, S); chosen at prefill."""
     layer_weights: dict[str, Tensor] = field(default_factory=dict, repr=False)

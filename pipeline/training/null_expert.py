@@ -70,7 +70,7 @@ class StatisticsCollector(FrozenBase):
         self.features, self.layer_inputs.tokens_BT = features, tokens
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, np.ndarray]:
-        """Returns `features` (B, F), `ids` (B, 2), and by path the pooled input of every Linear that hears anew (B, 64)."""
+        """Returns `features` (B, F), `ids` (B, 2), and the pooled input of every observed Linear by path (B, 64)."""
         return self.collect(unpack(batch))
 
     def collect(self, prompts: Sequence[Encoded]) -> dict[str, np.ndarray]:

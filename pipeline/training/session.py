@@ -24,13 +24,13 @@ from pipeline.data.loading.training_rows import TrainingRows, held_out
 from pipeline.errors import UserError
 from pipeline.training.failures import Failures
 from pipeline.training.spec import TrainSpec
-from pipeline.training.telemetry import Step, listening
+from pipeline.training.telemetry import Step, receiving_steps
 from pipeline.training.training_folder import ADAPTER, EXPERT, TrainingFolder
 from pipeline.training.training_queue import TrainingQueue
 from pipeline.training.worker import ALREADY_FINISHED, train
 
 FEWEST_ROWS = 4
-"""Rows from which the spread of a task's prompts can be told."""
+"""Rows that suffice for the spread of a task's prompts."""
 
 PATIENCE = 30.0
 """Seconds for which closing a session waits for its workers."""
@@ -87,7 +87,7 @@ class Session:
         _check(spec, rows)
         with _as_training_error(spec.task):
             number = self._put(spec, rows)
-            with listening(on_steps, self._queue):
+            with receiving_steps(on_steps, self._queue):
                 metrics = self._outcome(number)
         if "failure" in metrics:
             raise TrainingError(f"task {spec.task!r}: {metrics['failure']}")
@@ -142,7 +142,7 @@ class Session:
         )
         try:
             trainer.fit()
-        except Exception as error:  # noqa: BLE001 - told to whoever waits for a training
+        except Exception as error:  # noqa: BLE001 - raised where the training is waited for
             self._error = str(error) or type(error).__name__
         finally:
             shutil.rmtree(self._storage / name, ignore_errors=True)  # what Ray Train notes of a run

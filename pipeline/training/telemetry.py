@@ -1,7 +1,7 @@
 """Progress while training runs: rank 0 pushes its steps, the driver drains in a thread of its own.
 
 Ray Train's own `report` is a barrier over all workers and its callbacks run in another process; progress bars and MLflow
-want one writer, the driver, at no cost to the workers. What goes wrong here never ends a training: it is told as a warning.
+need one writer, the driver, at no cost to the workers. An error here never ends a training: it becomes a warning.
 """
 
 import logging
@@ -15,7 +15,7 @@ import ray
 from ray.exceptions import RayError
 
 ATTEMPTS = 3
-"""How often the last steps are asked for when training is over."""
+"""Attempts to fetch the last steps when training is over."""
 
 _logger = logging.getLogger(__name__)
 
@@ -31,7 +31,7 @@ class Step(NamedTuple):
 
 
 class Telemetry:
-    """Holds the steps until the driver has told that it has them: an answer that gets lost is given again."""
+    """Keeps steps until the driver confirms that it has them: a lost answer is sent again."""
 
     def __init__(self) -> None:
         self._steps: list[tuple[str, str, int, int, float]] = []
@@ -53,14 +53,13 @@ class Telemetry:
 
 
 @contextmanager
-def listening(
+def receiving_steps(
     on_steps: Callable[[list[Step]], None], actor: Any, *, every: float = 1.0, timeout: float = 10.0
 ) -> Iterator[None]:
-    """Steps that reach the telemetry `actor` from now on reach `on_steps`, in order and once, about every `every` seconds.
+    """Passes the steps that reach the telemetry `actor` from now on to `on_steps`, in order and once, every `every` seconds.
 
-    An exception of `on_steps` neither ends the training nor keeps later steps from being delivered: the first one is
-    told as a warning, and their number at the end. Steps that Ray does not hand over within `timeout` seconds come with
-    the next ones.
+    An exception in `on_steps` neither ends the training nor stops the delivery: the first one is logged as a warning, their
+    number at the end. Steps that Ray does not return within `timeout` seconds come with the next ones.
     """
     stop = threading.Event()
     delivered, failures = ray.get(actor.count.remote()), 0
@@ -74,24 +73,24 @@ def listening(
             _logger.info("training's steps cannot be fetched now: %s", error)
             return False
         delivered += len(steps)
-        # By way of a future: whatever a listener raises is an object there, and ends nothing.
-        if steps and (raised := listener.submit(on_steps, steps).exception()) is not None:
+        # In a future an exception of `on_steps` is an object, and ends nothing.
+        if steps and (raised := executor.submit(on_steps, steps).exception()) is not None:
             failures += 1
             if failures == 1:
                 _logger.warning(
-                    "training goes on, but its progress could not be told: %s: %s",
+                    "training goes on, but its progress could not be shown: %s: %s",
                     type(raised).__name__,
                     raised,
                     exc_info=raised,
                 )
         return True
 
-    def listen() -> None:
+    def deliver_regularly() -> None:
         while not stop.wait(every):
             deliver()
 
-    with ThreadPoolExecutor(1, thread_name_prefix="telemetry") as listener:
-        thread = threading.Thread(target=listen, name="telemetry", daemon=True)
+    with ThreadPoolExecutor(1, thread_name_prefix="telemetry") as executor:
+        thread = threading.Thread(target=deliver_regularly, name="telemetry", daemon=True)
         thread.start()
         try:
             yield
@@ -101,4 +100,4 @@ def listening(
             if not any(deliver() for _ in range(ATTEMPTS)):
                 _logger.warning("the last steps of this training could not be fetched: its curves end early")
             if failures:
-                _logger.warning("progress could not be told %d times; the training itself is whole", failures)
+                _logger.warning("progress could not be shown %d times; the training itself is complete", failures)

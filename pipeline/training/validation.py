@@ -42,8 +42,8 @@ def held_out_loss(engine: Any, base: Base, batches: Iterable[Sequence[Encoded] |
 
 
 @dataclass(frozen=True)
-class Look:
-    """A look at the held-out rows."""
+class ValidationPoint:
+    """The loss on the held-out rows after a step."""
 
     step: int
     loss: float
@@ -54,34 +54,34 @@ class BestAdapter:
 
     def __init__(self, folder: Path, *, write: bool) -> None:
         self._folder, self._write = folder, write
-        self.look = min((look for look, _ in self._kept()), key=lambda look: look.loss, default=None)
+        self.best = min((point for point, _ in self._kept()), key=lambda point: point.loss, default=None)
 
-    def offer(self, look: Look, save: Callable[[Path], None]) -> None:
+    def offer(self, point: ValidationPoint, save: Callable[[Path], None]) -> None:
         """Has `save` write the adapter into a folder if it is better than those before; all ranks call it alike."""
-        if self.look is not None and not look.loss < self.look.loss:
+        if self.best is not None and not point.loss < self.best.loss:
             return
-        self.look = look
-        folder = self._place(look.step)
+        self.best = point
+        folder = self._folder_of(point.step)
         if self._write:
             shutil.rmtree(folder, ignore_errors=True)
             folder.mkdir(parents=True)
         save(folder)
         if self._write:
-            (folder / METRICS).write_text(json.dumps(vars(look)))
+            (folder / METRICS).write_text(json.dumps(vars(point)))
             for other in self._folder.glob(f"{KEPT}*"):
                 if other != folder:
                     shutil.rmtree(other)
 
     def copy(self, target: Path) -> None:
         """Copies the best adapter to a new folder."""
-        assert self.look is not None, "callers have asked"
-        shutil.copytree(self._place(self.look.step), target, ignore=shutil.ignore_patterns(METRICS))
+        assert self.best is not None, "callers have asked"
+        shutil.copytree(self._folder_of(self.best.step), target, ignore=shutil.ignore_patterns(METRICS))
 
-    def _place(self, step: int) -> Path:
+    def _folder_of(self, step: int) -> Path:
         return self._folder / f"{KEPT}{step}"
 
-    def _kept(self) -> Iterator[tuple[Look, Path]]:
+    def _kept(self) -> Iterator[tuple[ValidationPoint, Path]]:
         for file in self._folder.glob(f"{KEPT}*/{METRICS}"):
             with stored_file(file, f"remove the folder {file.parent}"):
-                look = Look(**json.loads(file.read_text()))
-            yield look, file.parent
+                point = ValidationPoint(**json.loads(file.read_text()))
+            yield point, file.parent

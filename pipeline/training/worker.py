@@ -2,7 +2,6 @@
 
 import shutil
 import time
-from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,7 @@ from pipeline.data.loading.batch_loader import BatchLoader, StepLayout, distinct
 from pipeline.data.loading.training_rows import TrainingRows
 from pipeline.errors import StoredFileError
 from pipeline.memory import free_memory
-from pipeline.models.bases import Base, load_base
+from pipeline.models.bases import Base
 from pipeline.models.encoding import collate_for
 from pipeline.models.target_modules import adapted_paths, observed_paths
 from pipeline.routing.adapters import ExpertError, load_adapters
@@ -24,21 +23,19 @@ from pipeline.routing.expert import Expert, ExpertCard
 from pipeline.routing.features import feature_width
 from pipeline.routing.statistics import PromptStatistics
 from pipeline.training.expert_stage import save_lora, warm_up_cosine, with_lora, without_lora
-from pipeline.training.lockstep import VisionLockstep
+from pipeline.training.held_base import HeldBase
 from pipeline.training.loop import Divergence, StageClock, run_steps
 from pipeline.training.loss import checkpoint_activations, without_dropout
-from pipeline.training.notice import Notice
+from pipeline.training.preemption import PreemptionNotice
 from pipeline.training.randomness import seed_all
 from pipeline.training.router_stage import with_gates, without_gates
 from pipeline.training.spec import TrainSpec
 from pipeline.training.statistics_collector import LayerInputCollector, collect_features
 from pipeline.training.training_folder import ADAPTER, EXPERT, STATE, TrainingFolder, load_state, save_state
-from pipeline.training.validation import BestAdapter, Look, held_out_loss
+from pipeline.training.validation import BestAdapter, ValidationPoint, held_out_loss
 from pipeline.training.zero import (
-    base_dtype,
     close_engine,
     gathered,
-    sharded_loading,
     start_engine,
     zero_config,
 )
@@ -58,7 +55,7 @@ HOW = {
 ALREADY_FINISHED = "found"
 """Key in a training's outcome: it was finished before, so its steps are not reported."""
 
-TELL_EVERY = 0.8
+REPORT_EVERY = 0.8
 """Seconds between messages to the driver."""
 
 
@@ -77,7 +74,7 @@ def train(settings: dict[str, Any]) -> None:
         while (entry := ray.get(queue.take.remote(number))) is not None:
             spec = TrainSpec.model_validate(entry[0])
             folder = storage / f"{spec.task}-{spec.digest}"
-            # Workers may have died after the last step, before they told of it; those of a driver that was killed go on for
+            # Workers may have died after the last step, before they reported it; those of a driver that was killed go on for
             # a moment.
             finished = _agreed(TrainingFolder(folder).metrics() if rank == 0 else None)
             metrics = (
@@ -105,7 +102,7 @@ def _work(spec: TrainSpec, rows: TrainingRows, queue: Any, folder: Path, base: "
         return {"failure": str(error)}
     finally:
         if worker is not None:
-            worker.tell()  # the last losses before a failure are those one wants to see
+            worker.report()  # the last losses before a failure are those one wants to see
 
 
 def _agreed(value: Any) -> Any:
@@ -114,33 +111,6 @@ def _agreed(value: Any) -> Any:
     if dist.get_world_size() > 1:
         dist.broadcast_object_list(values, src=0)
     return values[0]
-
-
-class HeldBase:
-    """The base of the last training, kept for as long as the next one wants the same."""
-
-    def __init__(self) -> None:
-        self._key: Any = None
-        self._base: Base | None = None
-        self._open = ExitStack()
-
-    def get(self, spec: TrainSpec, settings: dict[str, Any]) -> Base:
-        """Returns the base that a training trains on, bare as it was loaded."""
-        key = (spec.base, spec.vision, spec.training)
-        if self._base is None or key != self._key:
-            self.drop()
-            self._open.enter_context(sharded_loading(settings))
-            self._base = load_base(base_dtype(spec.base, spec.training), vision=spec.vision)
-            if spec.training.zero_stage == 3 and dist.get_world_size() > 1:
-                VisionLockstep(self._base, ray.train.torch.get_device())
-            self._key = key
-        return self._base
-
-    def drop(self) -> None:
-        """Gives the base back."""
-        self._open.close()
-        self._open, self._base = ExitStack(), None
-        free_memory()
 
 
 class Worker:
@@ -160,8 +130,8 @@ class Worker:
         self.layout = StepLayout(spec.expert.batch_size, self.world, micro_batch)
         self.dtype = torch.bfloat16 if spec.training.precision == "bf16" else torch.float32
         torch.set_num_threads(spec.training.cpus_per_worker)
-        self._untold: list[tuple[str, str, int, int, float]] = []
-        self._told, self._began, self._before = 0.0, time.monotonic(), 0.0
+        self._pending: list[tuple[str, str, int, int, float]] = []
+        self._reported_at, self._began, self._before = 0.0, time.monotonic(), 0.0
         self.metrics: dict[str, Any] = {"samples": spec.expert.steps * spec.expert.batch_size}
 
     def run(self) -> dict[str, Any]:
@@ -210,7 +180,7 @@ class Worker:
             begin, clock = progress["step"], StageClock(**progress["clock"])
         engine.train()
 
-        notice = Notice()
+        notice = PreemptionNotice()
 
         def on_step(step: int, loss: float) -> bool:
             self._step_done("expert", step, config.steps, loss)
@@ -243,7 +213,7 @@ class Worker:
         self._note("expert", clock)
         self.metrics["samples"] = len(clock.losses) * config.batch_size
         checkpoint_dir = self._checkpoint({"stage": "router", "step": 0})
-        if self.best.look is None:
+        if self.best.best is None:
             save_lora(peft, checkpoint_dir / ADAPTER, write=self.rank == 0)
         elif self.rank == 0:
             self.best.copy(checkpoint_dir / ADAPTER)
@@ -257,19 +227,19 @@ class Worker:
         return adapter
 
     def _validate(self, engine: Any, base: Base, peft: Any, step: int) -> bool:
-        """Looks at the held-out rows, if it is time to, and keeps an adapter that is better; returns whether to stop."""
+        """Computes the held-out loss every `validate_every` steps and keeps the best adapter; returns whether to stop."""
         config, rows = self.spec.expert, self.held_out
         if rows is None or (step % config.validate_every and step < config.steps):
             return False
         batches = distinct_batches(
             rows, count=rows.count, micro_batch=self.layout.micro_batch, rank=self.rank, workers=self.world, seed=0
         )
-        look = Look(step, held_out_loss(engine, base, batches))
-        self.best.offer(look, lambda folder: save_lora(peft, folder, write=self.rank == 0))
-        self.metrics.setdefault("validation_losses", []).append([step, look.loss])
-        self._step_done("validation", step, config.steps, look.loss)
-        assert self.best.look is not None, "offered one"
-        return config.patience is not None and step - self.best.look.step >= config.patience * config.validate_every
+        point = ValidationPoint(step, held_out_loss(engine, base, batches))
+        self.best.offer(point, lambda folder: save_lora(peft, folder, write=self.rank == 0))
+        self.metrics.setdefault("validation_losses", []).append([step, point.loss])
+        self._step_done("validation", step, config.steps, point.loss)
+        assert self.best.best is not None, "offered one"
+        return config.patience is not None and step - self.best.best.step >= config.patience * config.validate_every
 
     def _router_stage(self, base: Base, settings: dict[str, Any], adapter: Path) -> None:
         """Trains the routing vectors, takes the prompt statistics and writes the finished expert."""
@@ -374,15 +344,15 @@ class Worker:
         """Tells the driver of a step, several at a time: a remote call costs about a millisecond of the step's time."""
         if self.rank != 0:
             return
-        self._untold.append((self.spec.task, stage, step, steps, loss))
-        if step == steps or time.monotonic() - self._told >= TELL_EVERY:
-            self.tell()
+        self._pending.append((self.spec.task, stage, step, steps, loss))
+        if step == steps or time.monotonic() - self._reported_at >= REPORT_EVERY:
+            self.report()
 
-    def tell(self) -> None:
+    def report(self) -> None:
         """Tells the driver of the steps that it does not know yet."""
-        if self._untold:
-            self.queue.push.remote(self._untold)
-            self._untold, self._told = [], time.monotonic()
+        if self._pending:
+            self.queue.push.remote(self._pending)
+            self._pending, self._reported_at = [], time.monotonic()
 
     def _checkpoint(self, progress: dict[str, Any]) -> Path:
         """Starts a checkpoint that says where this training stands."""

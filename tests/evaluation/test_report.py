@@ -147,16 +147,16 @@ def page(summary: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> P
     return write_report(summary, tmp_path_factory.mktemp("report"))
 
 
-def test_it_is_one_file_with_pictures_beside_it(page: Path) -> None:
+def test_it_is_one_file_with_plots_beside_it(page: Path) -> None:
     text = page.read_text(encoding="utf-8")
     assert page.name == "report.html"
-    assert {path.stem for path in (page.parent / "pictures").iterdir()} == set(PLOTS)
+    assert {path.stem for path in (page.parent / "plots").iterdir()} == set(PLOTS)
     assert text.count("data:image/png;base64,") == len(PLOTS) + 7  # seven samples have an image
     assert not re.search(r"(src|href)=\"(?!data:)|url\(|@import|<script", text)
 
 
-def test_pictures_are_wide_enough_to_read(page: Path) -> None:
-    for path in (page.parent / "pictures").iterdir():
+def test_plots_are_wide_enough_to_read(page: Path) -> None:
+    for path in (page.parent / "plots").iterdir():
         assert Image.open(path).width >= 1200
 
 
@@ -182,7 +182,7 @@ def test_it_copes_without_optional_parts(small: dict[str, Any], absent: list[str
     text = write_report({k: v for k, v in small.items() if k not in absent}, tmp_path).read_text(encoding="utf-8")
     assert ("<h2>Methods</h2>" in text) == ("methods" not in absent)
     assert ("<h2>Sample prompts</h2>" in text) == ("samples" not in absent)
-    assert (tmp_path / "pictures" / "methods.png").exists() == ("methods" not in absent)
+    assert (tmp_path / "plots" / "methods.png").exists() == ("methods" not in absent)
 
 
 def test_it_copes_with_some_methods_only(small: dict[str, Any], tmp_path: Path) -> None:
@@ -246,8 +246,8 @@ def test_it_copes_without_benchmarks(tmp_path: Path) -> None:
     assert "base retention" not in write_report(alone, tmp_path).read_text(encoding="utf-8")
 
 
-def test_pictures_of_an_earlier_report_go(small: dict[str, Any], tmp_path: Path) -> None:
-    stale = tmp_path / "pictures" / "methods.png"
+def test_plots_of_an_earlier_report_go(small: dict[str, Any], tmp_path: Path) -> None:
+    stale = tmp_path / "plots" / "methods.png"
     stale.parent.mkdir()
     stale.write_bytes(b"old")
     write_report({key: value for key, value in small.items() if key != "methods"}, tmp_path)
@@ -271,7 +271,7 @@ def test_cost_is_measured_for_us_and_scaled_for_retraining() -> None:
 
 
 @pytest.mark.parametrize("name", PLOTS)
-def test_every_picture_is_a_figure(summary: dict[str, Any], name: str) -> None:
+def test_every_plot_is_a_figure(summary: dict[str, Any], name: str) -> None:
     assert PLOTS[name].possible(summary)
     assert isinstance(PLOTS[name].draw(summary), Figure)
 

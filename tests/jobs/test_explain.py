@@ -1,4 +1,4 @@
-"""The command as a user types it, and its picture."""
+"""The command as a user types it, and its plot."""
 
 import io
 from pathlib import Path
@@ -41,7 +41,7 @@ def run(tiny_folder: Path, folder: Path, tmp_path: Path) -> Any:
 
     def run(*options: str, prompt: str = EXAMPLE.question, base: Path | str = tiny_folder, pool: Path = folder) -> Any:
         usual = ["--pool", str(pool), "--prompt", prompt, "--base", str(base), "--max-new-tokens", "3"]
-        return CliRunner().invoke(app, ["explain", *usual, "--picture", str(tmp_path / "new" / "why.png"), *options])
+        return CliRunner().invoke(app, ["explain", *usual, "--plot", str(tmp_path / "new" / "why.png"), *options])
 
     return run
 
@@ -62,7 +62,7 @@ def test_it_says_who_answered_what_and_why(run: Any, image: Path, tmp_path: Path
     assert "Candidate experts" in outcome.output
     for name in (*CLAIMS, "base"):
         assert any(name in line and "%" in line and "│" in line for line in outcome.output.splitlines())
-    assert output["picture"] == str(tmp_path / "new" / "why.png")
+    assert output["plot"] == str(tmp_path / "new" / "why.png")
     assert Image.open(tmp_path / "new" / "why.png").format == "PNG"
 
 
@@ -132,7 +132,7 @@ def panels(figure: Any) -> list[Any]:
     return [axes for axes in figure.axes if axes.get_images()]
 
 
-def test_the_picture_has_a_panel_for_everybody_who_took_part() -> None:
+def test_the_plot_has_a_panel_for_everybody_who_took_part() -> None:
     weights_TE = torch.rand(3, 6)
     figure = routing_of_a_prompt(explanation({"b": 0.3, "a": 0.005, "e": 0.6}, weights_TE), ["x", "y", "z"])
     assert [axes.get_title(loc="left") for axes in panels(figure)] == ["e", "b"]
@@ -149,7 +149,7 @@ def test_the_picture_has_a_panel_for_everybody_who_took_part() -> None:
         assert drawn.get_clim() == (0, 1)
 
 
-def test_the_picture_shows_four_at_most() -> None:
+def test_the_plot_shows_four_at_most() -> None:
     decided = {name: 0.1 + i / 100 for i, name in enumerate("abcdef")}
     figure = routing_of_a_prompt(explanation(decided, torch.rand(2, 6)), ["x", "y"])
     assert [axes.get_title(loc="left") for axes in panels(figure)] == ["f", "e", "d", "c"]

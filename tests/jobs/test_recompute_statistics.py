@@ -233,9 +233,7 @@ def test_a_registered_pool_explains_itself(
     """Its experts come from the registry: into the cache, not from the run that made them."""
     mlflow.set_tracking_uri(f"sqlite:///{aged.config.parent / 'mlflow.db'}")
     words = ["--pool", "models:/untrained.pool@champion", "--prompt", "echo 3", "--base", str(tiny_folder)]
-    outcome = CliRunner().invoke(
-        app, ["explain", *words, "--picture", str(tmp_path / "why.png"), "--max-new-tokens", "2"]
-    )
+    outcome = CliRunner().invoke(app, ["explain", *words, "--plot", str(tmp_path / "why.png"), "--max-new-tokens", "2"])
     assert outcome.exit_code == 0, outcome.output
     assert "expert     echo" in outcome.output
     digests = set(renewed[0].digests)

@@ -10,8 +10,8 @@ import pytest
 from mlflow import MlflowClient
 
 from pipeline.config import LearnConfig, RegistryConfig, StreamConfig, TaskConfig
-from pipeline.registry import patience
-from pipeline.registry.spool import MetricSpool
+from pipeline.registry import retries
+from pipeline.registry.metric_buffer import MetricBuffer
 from pipeline.registry.tracking import (
     RegistryError,
     active_run,
@@ -89,7 +89,7 @@ def test_an_address_without_host_or_with_a_port_that_is_none_is_refused(uri: str
 def test_a_user_without_a_password_takes_it_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MLFLOW_TRACKING_USERNAME", "")
     monkeypatch.setenv("MLFLOW_TRACKING_PASSWORD", "")
-    monkeypatch.setattr(patience, "CHECK_SECONDS", 0.0)
+    monkeypatch.setattr(retries, "CHECK_SECONDS", 0.0)
     before = mlflow.get_tracking_uri()
     try:
         with pytest.raises(RegistryError, match="set MLFLOW_TRACKING_PASSWORD"):
@@ -119,7 +119,7 @@ def test_a_signal_while_a_run_is_opened_leaves_none_running(experiment: str, mon
 def test_a_damaged_file_of_metrics_ends_no_start(tmp_path: Path) -> None:
     file = tmp_path / "metrics.jsonl"
     file.write_bytes(b'\xff\xfe\x00\n["run", "loss", "high", 1, 2]\n7\n["run", "loss", 0.5, 1, 2]\n["run", "lo\xc3')
-    assert MetricSpool(file, print).waiting == 1
+    assert MetricBuffer(file, print).waiting == 1
 
 
 def test_a_deleted_experiment_is_named_with_the_remedy(experiment: str, tmp_path: Path) -> None:
@@ -196,7 +196,7 @@ def test_no_secret_of_a_configuration_reaches_the_registry(experiment: str, tmp_
 def test_a_servers_user_and_password_leave_its_address(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MLFLOW_TRACKING_USERNAME", "")
     monkeypatch.setenv("MLFLOW_TRACKING_PASSWORD", "")
-    monkeypatch.setattr(patience, "CHECK_SECONDS", 0.0)
+    monkeypatch.setattr(retries, "CHECK_SECONDS", 0.0)
     before = mlflow.get_tracking_uri()
     try:
         with pytest.raises(RegistryError) as error:

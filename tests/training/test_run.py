@@ -135,7 +135,7 @@ def test_the_next_job_finds_the_workers_warm_and_the_base_as_it_was(trained, ses
     assert_same_expert(Expert.load(third.expert), Expert.load(trained[0].expert))
 
 
-def test_workers_do_not_train_what_is_finished_and_was_not_told(trained, session, rows, tiny_folder, monkeypatch):
+def test_workers_do_not_train_what_is_finished_but_not_reported(trained, session, rows, tiny_folder, monkeypatch):
     """Those that came before them may have died between the last step and telling of it."""
     before, _ = trained
     written = (before.expert / "expert.json").stat().st_mtime_ns

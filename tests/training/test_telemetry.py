@@ -8,7 +8,7 @@ import pytest
 import ray
 
 from cluster.local import connect
-from pipeline.training.telemetry import Step, Telemetry, listening
+from pipeline.training.telemetry import Step, Telemetry, receiving_steps
 
 pytestmark = pytest.mark.ray
 
@@ -42,22 +42,22 @@ def test_an_exception_of_the_listener_does_not_silence_the_rest(actor, caplog) -
         if len(seen) < 3:
             raise RuntimeError("the registry is away")
 
-    with listening(on_steps, actor, every=0.05):
+    with receiving_steps(on_steps, actor, every=0.05):
         for number in (1, 2, 3):
             push(actor, number)
             wait_until(lambda number=number: number in seen)
         push(actor, 4)
     assert seen == [1, 2, 3, 4]
-    messages = [record.message for record in caplog.records if "told" in record.message]
+    messages = [record.message for record in caplog.records if "could not be shown" in record.message]
     assert messages == [
-        "training goes on, but its progress could not be told: RuntimeError: the registry is away",
-        "progress could not be told 2 times; the training itself is whole",
+        "training goes on, but its progress could not be shown: RuntimeError: the registry is away",
+        "progress could not be shown 2 times; the training itself is complete",
     ]
 
 
 def test_steps_are_not_lost_while_ray_does_not_answer(actor) -> None:
     seen: list[int] = []
-    with listening(lambda steps: seen.extend(step.step for step in steps), actor, every=0.05, timeout=0.5):
+    with receiving_steps(lambda steps: seen.extend(step.step for step in steps), actor, every=0.05, timeout=0.5):
         pid = ray.get(actor.__ray_call__.remote(lambda self: os.getpid()))
         push(actor, 1)
         wait_until(lambda: seen == [1])
@@ -71,11 +71,11 @@ def test_steps_are_not_lost_while_ray_does_not_answer(actor) -> None:
     assert seen == [1, 2, 3, 4]
 
 
-def test_a_later_listener_is_told_only_what_comes_later(actor) -> None:
+def test_a_later_receiver_gets_only_what_comes_later(actor) -> None:
     first: list[int] = []
     second: list[int] = []
-    with listening(lambda steps: first.extend(step.step for step in steps), actor, every=0.05):
+    with receiving_steps(lambda steps: first.extend(step.step for step in steps), actor, every=0.05):
         push(actor, 1, 2)
-    with listening(lambda steps: second.extend(step.step for step in steps), actor, every=0.05):
+    with receiving_steps(lambda steps: second.extend(step.step for step in steps), actor, every=0.05):
         push(actor, 3)
     assert (first, second) == ([1, 2], [3])

@@ -1,7 +1,7 @@
 """Small tasks: how many held-out prompts lie inside the threshold that is made of few.
 
-Once of 100 prompts that are read 16 times over; once of 20 pictures about which 20 questions each are asked, with other
-pictures held out.
+Once of 100 prompts that are read 16 times over; once of 20 images about which 20 questions each are asked, with other
+images held out.
 """
 
 import torch
@@ -19,7 +19,7 @@ ASKER = "successor"
 
 def measure() -> dict[str, float]:
     """Returns `inside_min` over all, and the share of each one's held-out prompts inside: the demo's stream's tasks, and
-    questions about few pictures of theirs.
+    questions about few images of theirs.
     """
     settings, inside = RouterConfig(), {}
     for task in DEMO:
@@ -29,13 +29,13 @@ def measure() -> dict[str, float]:
         seen_NS = seen_NS * (1 + 1e-7 * torch.randn(seen_NS.shape, generator=random))  # each pass rounds in its own way
         number_N = torch.arange(ROWS).repeat(PASSES)
         inside[f"inside.{task}"] = _inside(seen_NS, number_N, number_N, features(task, "eval"), settings)
-        if bool(seen_NS[:, 0].any()):  # it has pictures
+        if bool(seen_NS[:, 0].any()):  # it has images
             inside[f"inside.pictures.{task}"] = _repeated(task, settings)
     return {"inside_min": min(inside.values())} | inside
 
 
 def _repeated(task: str, settings: RouterConfig) -> float:
-    """Returns the same where 20 questions each are asked about 20 of a task's pictures: those of `ASKER`."""
+    """Returns the same where 20 questions each are asked about 20 of a task's images: those of `ASKER`."""
     image_N = torch.arange(IMAGES).repeat_interleave(QUESTIONS)
     prompt_N = torch.arange(IMAGES * QUESTIONS)
     seen_NS = _about(features(task, "train")[image_N], features(ASKER, "train")[prompt_N])

@@ -38,20 +38,20 @@ class Fields:
         """Returns the error that names a field."""
         return ConversionError(f"{self.file}: {self.group}{field}: {reason}")
 
-    def need(self, field: str) -> Any:
+    def required(self, field: str) -> Any:
         """Returns a field that must be there."""
         if self.values.get(field) is None:
             raise self.error(field, "missing; take the config.json that was published with the weights")
         return self.values[field]
 
-    def inside(self, field: str) -> "Fields":
+    def section(self, field: str) -> "Fields":
         """Returns a group within this one."""
-        values = self.need(field)
+        values = self.required(field)
         if not isinstance(values, dict):
             raise self.error(field, f"must be a group of fields, found {values!r}")
         return Fields(values, self.file, f"{self.group}{field}.")
 
-    def only(self, field: str, allowed: tuple[Any, ...], default: Any) -> Any:
+    def one_of(self, field: str, allowed: tuple[Any, ...], default: Any) -> Any:
         """Returns a field if its value is `allowed`; `default` is the original code's default."""
         value = self.values.get(field, default)
         if value not in allowed:
@@ -71,20 +71,20 @@ def read_config(values: Mapping[str, Any], file: Path) -> Fields:
             "it is in transformers' format already" if model_type == "internvl" else "give the folder of an InternVL2"
         )
         raise fields.error("model_type", f"{model_type!r}, not 'internvl_chat'; {hint}")
-    fields.only("select_layer", (-1,), -1)
-    fields.only("ps_version", ("v2",), "v1")
-    fields.only("pad2square", (False,), False)
+    fields.one_of("select_layer", (-1,), -1)
+    fields.one_of("ps_version", ("v2",), "v1")
+    fields.one_of("pad2square", (False,), False)
     for field in ("use_backbone_lora", "use_llm_lora"):
         if values.get(field, 0):
             raise fields.error(field, f"{values[field]}: merge the LoRA into the weights first")
     if values.get("dynamic_image_size", False):
-        fields.only("use_thumbnail", (True,), False)
+        fields.one_of("use_thumbnail", (True,), False)
     return fields
 
 
 def image_side(fields: Fields) -> int:
     """Returns the side of a tile in pixels."""
-    side = fields.inside("vision_config").need("image_size")
+    side = fields.section("vision_config").required("image_size")
     if (forced := fields.values.get("force_image_size")) not in (None, side):
         raise fields.error(
             "force_image_size", f"{forced}, but the vision tower has positions for {side}; not converted"
@@ -94,24 +94,24 @@ def image_side(fields: Fields) -> int:
 
 def tokens_per_tile(fields: Fields) -> int:
     """Returns the tokens per tile: (side / patch x downsample ratio) squared, 256 for 448 pixels."""
-    patch = fields.inside("vision_config").need("patch_size")
-    return int((image_side(fields) // patch * fields.need("downsample_ratio")) ** 2)
+    patch = fields.section("vision_config").required("patch_size")
+    return int((image_side(fields) // patch * fields.required("downsample_ratio")) ** 2)
 
 
 def architecture(fields: Fields) -> str:
     """Returns the class of the original language tower."""
-    names = fields.inside("llm_config").need("architectures")
+    names = fields.section("llm_config").required("architectures")
     return str(names[0] if isinstance(names, list) and names else names)
 
 
 def convert_config(fields: Fields, *, image_token_id: int, tied: bool) -> InternVLConfig:
     """Returns the configuration in transformers' terms; `tied`: no output layer is stored beside the embedding."""
     return InternVLConfig(
-        vision_config=_vision(fields.inside("vision_config")).to_dict(),
+        vision_config=_vision(fields.section("vision_config")).to_dict(),
         text_config=_text(fields, tied).to_dict(),
         image_token_id=image_token_id,
         image_seq_length=tokens_per_tile(fields),
-        downsample_ratio=fields.need("downsample_ratio"),
+        downsample_ratio=fields.required("downsample_ratio"),
         projector_hidden_act="gelu",
         vision_feature_layer=-1,
         vision_feature_select_strategy="default",  # drops the class token
@@ -125,22 +125,22 @@ def _vision(fields: Fields) -> InternVLVisionConfig:
 
     Stochastic depth only matters in its training and is left out.
     """
-    need, values = fields.need, fields.values
+    required, values = fields.required, fields.values
     qk_norm = values.get("qk_normalization", True)
     if qk_norm and values.get("layer_norm_eps", 1e-6) != QK_NORM_EPS:
         raise fields.error(
             "layer_norm_eps", f"{values['layer_norm_eps']}; with qk_normalization only 1e-6 is converted"
         )
     return InternVLVisionConfig(
-        hidden_size=need("hidden_size"),
-        num_hidden_layers=need("num_hidden_layers"),
-        num_attention_heads=need("num_attention_heads"),
-        intermediate_size=need("intermediate_size"),
-        image_size=need("image_size"),
-        patch_size=need("patch_size"),
+        hidden_size=required("hidden_size"),
+        num_hidden_layers=required("num_hidden_layers"),
+        num_attention_heads=required("num_attention_heads"),
+        intermediate_size=required("intermediate_size"),
+        image_size=required("image_size"),
+        patch_size=required("patch_size"),
         num_channels=values.get("num_channels", 3),
         hidden_act=values.get("hidden_act", "gelu"),
-        norm_type=fields.only("norm_type", ("layer_norm", "rms_norm"), "rms_norm"),
+        norm_type=fields.one_of("norm_type", ("layer_norm", "rms_norm"), "rms_norm"),
         layer_norm_eps=values.get("layer_norm_eps", 1e-6),
         attention_bias=values.get("qkv_bias", False),
         use_qk_norm=qk_norm,
@@ -154,18 +154,18 @@ def _vision(fields: Fields) -> InternVLVisionConfig:
 
 
 def _text(config: Fields, tied: bool) -> PreTrainedConfig:
-    fields = config.inside("llm_config")
-    need, values = fields.need, fields.values
+    fields = config.section("llm_config")
+    required, values = fields.required, fields.values
     common = {
-        "vocab_size": need("vocab_size"),
-        "hidden_size": need("hidden_size"),
-        "intermediate_size": need("intermediate_size"),
-        "num_hidden_layers": need("num_hidden_layers"),
-        "num_attention_heads": need("num_attention_heads"),
-        "num_key_value_heads": values.get("num_key_value_heads") or need("num_attention_heads"),
-        "hidden_act": need("hidden_act"),
-        "max_position_embeddings": need("max_position_embeddings"),
-        "rms_norm_eps": need("rms_norm_eps"),
+        "vocab_size": required("vocab_size"),
+        "hidden_size": required("hidden_size"),
+        "intermediate_size": required("intermediate_size"),
+        "num_hidden_layers": required("num_hidden_layers"),
+        "num_attention_heads": required("num_attention_heads"),
+        "num_key_value_heads": values.get("num_key_value_heads") or required("num_attention_heads"),
+        "hidden_act": required("hidden_act"),
+        "max_position_embeddings": required("max_position_embeddings"),
+        "rms_norm_eps": required("rms_norm_eps"),
         "rope_parameters": _rope(fields),
         "initializer_range": values.get("initializer_range", 0.02),
         "attention_dropout": values.get("attention_dropout", 0.0),
@@ -185,7 +185,7 @@ def _text(config: Fields, tied: bool) -> PreTrainedConfig:
                 raise fields.error("sliding_window", f"{window}: attention within a window has no counterpart in Llama")
             return LlamaConfig(**common)
         case "Qwen2ForCausalLM":
-            fields.only("use_sliding_window", (False,), False)
+            fields.one_of("use_sliding_window", (False,), False)
             return Qwen2Config(**common)
         case other:
             raise fields.error(
@@ -204,7 +204,7 @@ def _rope(fields: Fields) -> dict[str, Any]:
         case {"type": "linear" | "dynamic" as rope_type, "factor": factor}:
             return {"rope_type": rope_type, "factor": float(factor), **theta}
         case {"type": "su" | "longrope", "short_factor": short, "long_factor": long}:
-            trained = fields.need("original_max_position_embeddings")
+            trained = fields.required("original_max_position_embeddings")
             longrope = {"rope_type": "longrope", "short_factor": short, "long_factor": long}
             return {**longrope, "original_max_position_embeddings": trained, **theta}
         case other:

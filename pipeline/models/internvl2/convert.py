@@ -99,7 +99,7 @@ def _check_target(source: Path, target: Path, *, force: bool) -> None:
 
 def _processor(fields: Fields, original: SourceFolder) -> ImageTextProcessor:
     """Makes the processor; tiles as in training: up to `max_dynamic_patch` and a thumbnail, ImageNet's mean and deviation."""
-    chat = CHATS[fields.only("template", tuple(CHATS), None)]
+    chat = CHATS[fields.one_of("template", tuple(CHATS), None)]
     system = fields.values.get("system_message")
     if not isinstance(system, str | None):
         raise fields.error("system_message", f"must be text, found {system!r}")
@@ -123,7 +123,7 @@ def _processor(fields: Fields, original: SourceFolder) -> ImageTextProcessor:
 
 def _model(fields: Fields, original: SourceFolder, processor: ImageTextProcessor) -> tuple[InternVLConfig, list[Move]]:
     """Returns the new configuration and the plan of tensors."""
-    language_class, text = architecture(fields), fields.inside("llm_config")
+    language_class, text = architecture(fields), fields.section("llm_config")
     head = HEADS.get(language_class, "language_model.lm_head.weight")
     tied = text.values.get("tie_word_embeddings", False) and head not in original.tensors
     config = convert_config(fields, image_token_id=processor.image_token_id, tied=tied)
@@ -141,7 +141,7 @@ def _generation(fields: Fields, original: SourceFolder, processor: ImageTextProc
     """Answers end with the token that ends a message, or with any end token of the original."""
     tokenizer = processor.tokenizer
     ends = [tokenizer.eos_token_id]
-    for values in (original.json("generation_config.json", required=False), fields.inside("llm_config").values):
+    for values in (original.json("generation_config.json", required=False), fields.section("llm_config").values):
         more = values.get("eos_token_id")
         ends += more if isinstance(more, list) else [] if more is None else [more]
     return GenerationConfig(

@@ -11,7 +11,7 @@ from cluster.usage import PeakMemory
 from jobs.terminal import Terminal
 from pipeline.config import ConfigError, LearnConfig, load_config
 from pipeline.data.errors import StreamError
-from pipeline.learning.recognition import ChangedError, check_tasks, expert_wanted, remember
+from pipeline.learning.changes import ChangedError, check_tasks, expert_wanted, remember
 from pipeline.learning.session import StreamSession
 from pipeline.routing.expert import ExpertCard
 

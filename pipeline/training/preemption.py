@@ -1,14 +1,14 @@
-"""Notice that Ray gives of nodes which are about to be taken away, such as spot instances."""
+"""The notice that Ray gives of nodes which are about to be taken away, such as spot instances."""
 
 import time
 
 import ray.train
 
-ASK_EVERY = 5.0
-"""Seconds between questions. All ranks must ask together, and a question costs a few milliseconds."""
+CHECK_EVERY = 5.0
+"""Seconds between checks. All ranks must check together, and a check costs a few milliseconds."""
 
 
-class Notice:
+class PreemptionNotice:
     """Asks Ray Train whether a node of the workers will be taken away."""
 
     def __init__(self) -> None:
@@ -17,7 +17,7 @@ class Notice:
 
     def due(self) -> bool:
         """Returns whether it is time to ask; ranks may differ, and then all of them ask."""
-        return time.monotonic() - self._asked >= ASK_EVERY
+        return time.monotonic() - self._asked >= CHECK_EVERY
 
     def given(self) -> bool:
         """Returns whether there is a notice that was not there before, the same on all ranks; all of them call it."""

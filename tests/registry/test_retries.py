@@ -15,9 +15,9 @@ import pytest
 from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
 
-from pipeline.registry import patience, spool
-from pipeline.registry.patience import Patience, RegistryError, check_server
-from pipeline.registry.spool import MetricSpool
+from pipeline.registry import metric_buffer, retries
+from pipeline.registry.metric_buffer import MetricBuffer
+from pipeline.registry.retries import RegistryError, Retries, check_server
 from pipeline.registry.tracking import tracked_run
 
 
@@ -36,9 +36,9 @@ def port() -> Iterator[int]:
 @pytest.fixture(autouse=True)
 def _in_short(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
-    monkeypatch.setattr(patience, "_PAUSES", (0.2,))
-    monkeypatch.setattr(patience, "CHECK_SECONDS", 0.5)
-    monkeypatch.setattr(spool, "PAUSE_SECONDS", 0.0)
+    monkeypatch.setattr(retries, "_PAUSES", (0.2,))
+    monkeypatch.setattr(retries, "CHECK_SECONDS", 0.5)
+    monkeypatch.setattr(metric_buffer, "PAUSE_SECONDS", 0.0)
 
 
 @contextmanager
@@ -90,21 +90,21 @@ def test_a_server_that_is_away_at_the_start_is_a_clear_error(port: int) -> None:
 def test_metrics_wait_in_a_file_until_the_server_is_back(port: int, tmp_path: Path) -> None:
     messages: list[str] = []
     received: list[dict[str, Any]] = []
-    metrics = MetricSpool(tmp_path / "state" / "metrics.jsonl", messages.append)
+    metrics = MetricBuffer(tmp_path / "state" / "metrics.jsonl", messages.append)
     metrics.log("run", [("loss", 1.0, 1)])
     metrics.log("run", [("loss", 0.5, 2)])
     assert metrics.waiting == 2
     assert len(messages) == 1, "said once"
     with (tmp_path / "state" / "metrics.jsonl").open("a") as file:
         file.write('\n["run", "lo')  # killed while it wrote
-    later = MetricSpool(tmp_path / "state" / "metrics.jsonl", messages.append)
+    later = MetricBuffer(tmp_path / "state" / "metrics.jsonl", messages.append)
     later.log("run", [("loss", 0.25, 3)])
     with server(port, received):
         assert later.write()
     assert values(received) == [1.0, 0.5, 0.25]
     assert [batch["run_id"] for batch in received] == ["run"]
     assert messages[-1].endswith("the registry answers again: 3 points of metrics written")
-    assert MetricSpool(tmp_path / "state" / "metrics.jsonl", messages.append).waiting == 0
+    assert MetricBuffer(tmp_path / "state" / "metrics.jsonl", messages.append).waiting == 0
 
 
 def test_a_point_that_is_written_twice_is_there_once(experiment: str, tmp_path: Path) -> None:
@@ -114,16 +114,16 @@ def test_a_point_that_is_written_twice_is_there_once(experiment: str, tmp_path: 
         messages: list[str] = []
         for _ in range(2):
             file.write_text(lines)
-            assert MetricSpool(file, messages.append).write()
+            assert MetricBuffer(file, messages.append).write()
         assert len(MlflowClient().get_metric_history(run, "loss")) == 1
     assert "metrics of run 00000000000000000000000000000000 are refused" in messages[0]
 
 
 def test_a_process_that_goes_on_writes_what_is_missing_and_nothing_twice(experiment: str, tmp_path: Path) -> None:
     with tracked_run(experiment, "demo", "holes") as run:
-        first = MetricSpool(tmp_path / "metrics.jsonl", print)
+        first = MetricBuffer(tmp_path / "metrics.jsonl", print)
         first.log(run, [("loss", 0.5, 1), ("loss", 0.25, 4), ("loss", 0.5, 1)])
-        later = MetricSpool(tmp_path / "metrics.jsonl", print)
+        later = MetricBuffer(tmp_path / "metrics.jsonl", print)
         later.go_on(run)
         later.log(run, [("loss", 0.5, 1), ("loss", 0.4, 2), ("loss", 0.3, 3)])
         later.log(run, [("loss", 0.3, 3), ("loss", 0.25, 4), ("loss", 0.2, 5), ("other", 1.0, 0)])
@@ -144,16 +144,16 @@ def test_what_is_registered_is_tried_until_the_server_is_back(port: int) -> None
 
     thread = threading.Thread(target=later)
     thread.start()
-    Patience(20, messages.append)(lambda: MlflowClient().log_metric("run", "loss", 1.0), "registering expert digits")
+    Retries(20, messages.append)(lambda: MlflowClient().log_metric("run", "loss", 1.0), "registering expert digits")
     thread.join()
     assert len(received) == 1
     assert messages[0].startswith("  registering expert digits: the registry does not answer (attempt 1: ")
     assert "attempt 2" in messages[1]
 
 
-def test_patience_ends_with_what_is_safe(port: int) -> None:
+def test_the_last_retry_says_what_is_safe(port: int) -> None:
     with pytest.raises(RegistryError, match=r"registering expert digits: .* did not answer \d times in ") as error:
-        Patience(0.5, lambda text: None)(refuse, "registering expert digits", kept="the trained expert is in /runs/x")
+        Retries(0.5, lambda text: None)(refuse, "registering expert digits", kept="the trained expert is in /runs/x")
     assert "the trained expert is in /runs/x" in str(error.value)
     assert "run the same command again" in str(error.value)
 
@@ -161,7 +161,7 @@ def test_patience_ends_with_what_is_safe(port: int) -> None:
 def test_a_mistake_is_not_repeated(experiment: str) -> None:
     action: Callable[[], Any] = lambda: MlflowClient().get_run("0" * 32)  # noqa: E731
     with pytest.raises(MlflowException, match="not found"):
-        Patience(20, pytest.fail)(action, "reading a run")
+        Retries(20, pytest.fail)(action, "reading a run")
 
 
 def refuse() -> None:

@@ -14,13 +14,13 @@ from mlflow.entities import Metric
 from mlflow.exceptions import MlflowException
 from mlflow.utils.validation import MAX_METRICS_PER_BATCH
 
-from pipeline.registry.patience import is_away, is_silent, reason_of
+from pipeline.registry.retries import is_away, is_silent, reason_of
 
 PAUSE_SECONDS = 15.0
 """Seconds between attempts while the registry does not answer; each attempt blocks progress for some seconds."""
 
 
-REMEMBERED = 256
+MAX_SERIES = 256
 """Number of most recently logged metrics whose points are remembered; finished tasks log no more."""
 
 
@@ -34,7 +34,7 @@ class Point(NamedTuple):
     time: int
 
 
-class MetricSpool:
+class MetricBuffer:
     """Logs metrics through a file, so that none is lost while the registry does not answer.
 
     Writing a point twice changes nothing in MLflow, so a process killed between writing and clearing the file does no harm.
@@ -68,7 +68,7 @@ class MetricSpool:
         for point in points:
             series = point.run_id, point.key
             logged = self._logged[series] = self._logged.pop(series, set())  # moved to the end: the last to be dropped
-            while len(self._logged) > REMEMBERED:
+            while len(self._logged) > MAX_SERIES:
                 del self._logged[next(iter(self._logged))]
             if series in self._old and not is_silent():
                 self._old.remove(series)

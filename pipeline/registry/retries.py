@@ -73,7 +73,7 @@ def reason_of(error: Exception) -> str:
 
 
 @dataclass(frozen=True)
-class Patience:
+class Retries:
     """Retries calls that the registry did not answer for up to `seconds`, with messages to `notify`."""
 
     seconds: float
@@ -97,7 +97,8 @@ class Patience:
             passed = time.monotonic() - began
             if passed >= self.seconds:
                 raise RegistryError(
-                    f"{what}: {_shown_uri()} did not answer {attempt} times in {passed:.0f} s (registry.patience): {reason}"
+                    f"{what}: {_shown_uri()} did not answer {attempt} times in {passed:.0f} s "
+                    f"(registry.retry_seconds): {reason}"
                     + (f"\n    {kept}" if kept else "")
                     + "\n    repair the registry, then run the same command again: it goes on from here"
                 )
