@@ -12,8 +12,8 @@ import typer
 from cluster.local import JOB_CONFIG
 from cluster.submit import submit
 from jobs.endings import message_of, stoppable
-from pipeline.config import ConfigError, LearnConfig, fields_of, holds_secrets, load_config, without_secrets
-from pipeline.config.loading import aliases_of
+from pipeline.config import Config, ConfigError, LearnConfig, holds_secrets, load_config, without_secrets
+from pipeline.config.loading import aliases_of, documented_fields
 from pipeline.errors import UserError
 from pipeline.learning.outside_errors import outside_errors
 
@@ -81,13 +81,18 @@ def job_command(module: str, config: Path, overrides: list[str] | None, address:
 def fields_help() -> str:
     """Returns every field of a stream's configuration with its default and meaning, for `--help`."""
     lines = [
-        "Fields of CONFIG, each of which FIELD=VALUE overrides (`extends: other.yaml` takes the others from there):",
+        "Fields of CONFIG. FIELD=VALUE overrides those that are not in a list ([]); `extends: other.yaml` takes the",
+        "others from there. A source (train, eval, base_prompts) can be a plain path. Benchmarks are tasks without `train`.",
         "",
     ]
-    for name, field in fields_of(LearnConfig):
+    aliases: dict[str, list[str]] = {}
+    for alias, name in aliases_of(LearnConfig).items():
+        aliases.setdefault(name, []).append(f"also {alias}")
+    for name, field in documented_fields(LearnConfig):
         if not field.description:
             continue
-        default = "required" if field.is_required() else f"default {field.get_default(call_default_factory=True)!r}"
-        also = "".join(f"; also {alias}" for alias, stands_for in aliases_of(LearnConfig).items() if stands_for == name)
-        lines += [f"{name}  ({default}{also})", f"    {' '.join(field.description.split())}"]
+        default = field.get_default(call_default_factory=True)
+        notes = ["required"] if field.is_required() else [] if isinstance(default, Config) else [f"default {default!r}"]
+        notes += aliases.get(name.replace("[]", ""), [])
+        lines += [f"{name}  ({'; '.join(notes)})" if notes else name, f"    {' '.join(field.description.split())}"]
     return "\n".join(lines)

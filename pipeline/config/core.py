@@ -29,21 +29,21 @@ class Config(BaseModel):
 
     @model_validator(mode="before")
     @classmethod
-    def _by_its_own_names(cls, values: Any) -> Any:
+    def _by_field_names(cls, values: Any) -> Any:
         return cls.without_aliases(values) if isinstance(values, dict) else values
 
     @classmethod
-    def own_name(cls, name: str) -> str:
+    def field_name(cls, name: str) -> str:
         """Returns the name of the field that is meant by an alias or a former name; other names are returned as they are."""
         former = {before: now for now, before in cls.FORMER_NAMES.items()}
         return cls.ALIASES.get(name) or former.get(name) or name
 
     @classmethod
     def without_aliases(cls, values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-        """Returns values by the fields' own names; raises ValueError where a field is given twice, with its dotted `prefix`."""
+        """Returns values by the names of the fields; raises ValueError where one is given twice, with its dotted `prefix`."""
         renamed: dict[str, Any] = {}
         for key, value in values.items():
-            name = cls.own_name(key)
+            name = cls.field_name(key)
             if name in renamed or (name != key and name in values):
                 raise ValueError(f"{prefix}{key} and {prefix}{name} are the same field; remove one of them")
             former = {before: now for now, before in cls.FORMER_VALUES.get(name, {}).items()}

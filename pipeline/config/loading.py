@@ -3,7 +3,7 @@
 import difflib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, TypeVar, get_args
+from typing import Any, TypeVar, get_args, get_origin
 
 import yaml
 from pydantic import ValidationError
@@ -14,7 +14,7 @@ C = TypeVar("C", bound=Config)
 
 
 def load_config(path: str | Path, overrides: Sequence[str], config_class: type[C]) -> C:
-    """Reads a YAML file into `kind` and lays `field.sub=value` overrides on top (values are YAML).
+    """Reads a YAML file into `config_class` and lays `field.sub=value` overrides on top (values are YAML).
 
     A file that says `extends: other.yaml`, relative to itself, holds only what differs from that one; lists are replaced.
     Raises ConfigError naming file, field and remedy.
@@ -46,7 +46,7 @@ def _read(path: Path, extending: Sequence[Path], config_class: type[Config]) -> 
     if not isinstance(values, dict):
         raise ConfigError(f"{path}: must be a mapping of fields, found {type(values).__name__}")
     try:
-        values = _by_own_names(values, config_class)
+        values = _by_field_names(values, config_class)
     except ValueError as error:
         raise ConfigError(f"{path}: {error}") from None
     other = values.pop("extends", None)
@@ -66,17 +66,17 @@ def _merged(before: dict[str, Any], now: dict[str, Any]) -> dict[str, Any]:
     return merged
 
 
-def _by_own_names(values: Any, config_class: type[Config], prefix: str = "") -> Any:
-    """Gives the fields of a group, and of the groups in it, their own names; raises ValueError where one is given twice."""
+def _by_field_names(values: Any, config_class: type[Config], prefix: str = "") -> Any:
+    """Returns values by the names of the fields, not by aliases or former names; raises ValueError where one is given twice."""
     if isinstance(values, list):
-        return [_by_own_names(entry, config_class, prefix) for entry in values]
+        return [_by_field_names(entry, config_class, f"{prefix}{i}.") for i, entry in enumerate(values)]
     if not isinstance(values, dict):
         return values
     renamed = config_class.without_aliases(values, prefix)
     for name, value in renamed.items():
         field = config_class.model_fields.get(name)
         if field is not None and (group := _group(field.annotation)) is not None:
-            renamed[name] = _by_own_names(value, group, f"{prefix}{name}.")
+            renamed[name] = _by_field_names(value, group, f"{prefix}{name}.")
     return renamed
 
 
@@ -84,7 +84,7 @@ def _override(values: dict[str, Any], override: str, config_class: type[Config])
     key, separator, text = override.partition("=")
     if not separator:
         raise ConfigError(f"override {override!r}: write it as field.sub=value, e.g. expert.rank=16")
-    *path, last = own_path(key.strip(), config_class).split(".")
+    *path, last = field_path(key.strip(), config_class).split(".")
     group = values
     for part in path:
         group = group.setdefault(part, {})
@@ -96,16 +96,16 @@ def _override(values: dict[str, Any], override: str, config_class: type[Config])
         raise ConfigError(f"override {override!r}: not valid YAML: {error}") from None
 
 
-def own_path(path: str, config_class: type[Config]) -> str:
-    """Returns a dotted name, of which parts may be aliases or former names, by the fields' own names."""
-    own: list[str] = []
+def field_path(path: str, config_class: type[Config]) -> str:
+    """Returns a dotted name, of which parts may be aliases or former names, by the names of the fields."""
+    names: list[str] = []
     group: type[Config] | None = config_class
     for part in path.split("."):
-        name = group.own_name(part) if group is not None else part
+        name = group.field_name(part) if group is not None else part
         field = group.model_fields.get(name) if group is not None else None
         group = _group(field.annotation) if field is not None else None
-        own.append(name)
-    return ".".join(own)
+        names.append(name)
+    return ".".join(names)
 
 
 def _explain(path: Path, config_class: type[Config], error: Any) -> str:
@@ -164,6 +164,21 @@ def fields_of(config_class: type[Config], prefix: str = "", *, everywhere: bool 
         group = _group(field.annotation) if everywhere else field.annotation
         if isinstance(group, type) and issubclass(group, Config):
             yield from fields_of(group, f"{prefix}{name}.", everywhere=everywhere)
+
+
+def documented_fields(config_class: type[Config]) -> Iterator[tuple[str, Any]]:
+    """Yields (dotted name, pydantic field) of each group once; `[]` marks a list: `stream.tasks[].train.path`."""
+    seen: set[type[Config]] = set()
+
+    def visit(group: type[Config], prefix: str) -> Iterator[tuple[str, Any]]:
+        seen.add(group)
+        for name, field in group.model_fields.items():
+            yield f"{prefix}{name}", field
+            inner = _group(field.annotation)
+            if inner is not None and inner not in seen:
+                yield from visit(inner, f"{prefix}{name}{'[]' * (get_origin(field.annotation) is tuple)}.")
+
+    return visit(config_class, "")
 
 
 def _group(annotation: Any) -> type[Config] | None:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.config import LearnConfig, SourceConfig, TaskConfig
-from pipeline.config.loading import own_path
+from pipeline.config.loading import field_path
 from pipeline.data.errors import StreamError
 from pipeline.data.sources.files import check_there
 from pipeline.errors import UserError
@@ -117,7 +117,7 @@ def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
             changes.append("the base or how it is loaded has changed (base.path, dtype, attention)")
         else:
             changes.append(
-                f"{own_path(name, LearnConfig)} {str(before.get(name))[:SHOWN]} -> {str(now.get(name))[:SHOWN]}"
+                f"{field_path(name, LearnConfig)} {str(before.get(name))[:SHOWN]} -> {str(now.get(name))[:SHOWN]}"
             )
     return changes
 

@@ -54,13 +54,13 @@ class BestAdapter:
 
     def __init__(self, folder: Path, *, write: bool) -> None:
         self._folder, self._write = folder, write
-        self.best = min((point for point, _ in self._kept()), key=lambda point: point.loss, default=None)
+        self.point = min((point for point, _ in self._kept()), key=lambda point: point.loss, default=None)
 
     def offer(self, point: ValidationPoint, save: Callable[[Path], None]) -> None:
         """Has `save` write the adapter into a folder if it is better than those before; all ranks call it alike."""
-        if self.best is not None and not point.loss < self.best.loss:
+        if self.point is not None and not point.loss < self.point.loss:
             return
-        self.best = point
+        self.point = point
         folder = self._folder_of(point.step)
         if self._write:
             shutil.rmtree(folder, ignore_errors=True)
@@ -74,8 +74,8 @@ class BestAdapter:
 
     def copy(self, target: Path) -> None:
         """Copies the best adapter to a new folder."""
-        assert self.best is not None, "callers have asked"
-        shutil.copytree(self._folder_of(self.best.step), target, ignore=shutil.ignore_patterns(METRICS))
+        assert self.point is not None, "callers have asked"
+        shutil.copytree(self._folder_of(self.point.step), target, ignore=shutil.ignore_patterns(METRICS))
 
     def _folder_of(self, step: int) -> Path:
         return self._folder / f"{KEPT}{step}"

@@ -213,7 +213,7 @@ class Worker:
         self._note("expert", clock)
         self.metrics["samples"] = len(clock.losses) * config.batch_size
         checkpoint_dir = self._checkpoint({"stage": "router", "step": 0})
-        if self.best.best is None:
+        if self.best.point is None:
             save_lora(peft, checkpoint_dir / ADAPTER, write=self.rank == 0)
         elif self.rank == 0:
             self.best.copy(checkpoint_dir / ADAPTER)
@@ -238,8 +238,8 @@ class Worker:
         self.best.offer(point, lambda folder: save_lora(peft, folder, write=self.rank == 0))
         self.metrics.setdefault("validation_losses", []).append([step, point.loss])
         self._step_done("validation", step, config.steps, point.loss)
-        assert self.best.best is not None, "offered one"
-        return config.patience is not None and step - self.best.best.step >= config.patience * config.validate_every
+        assert self.best.point is not None, "offered one"
+        return config.patience is not None and step - self.best.point.step >= config.patience * config.validate_every
 
     def _router_stage(self, base: Base, settings: dict[str, Any], adapter: Path) -> None:
         """Trains the routing vectors, takes the prompt statistics and writes the finished expert."""

@@ -19,7 +19,7 @@ from pipeline.config import (
     load_config,
     without_secrets,
 )
-from pipeline.config.loading import aliases_of
+from pipeline.config.loading import aliases_of, documented_fields
 
 STREAM = """
 stream:
@@ -111,6 +111,19 @@ def test_a_field_and_its_alias_are_one_too_many(file):
     assert error_of(file, STREAM + "expert: {alpha: 8, lora_alpha: 32}\n") == (
         f"{file}: expert.lora_alpha and expert.alpha are the same field; remove one of them"
     )
+
+
+def test_a_doubled_field_in_a_list_is_named_with_its_place(file):
+    tasks = "stream: {tasks: [{name: a, eval: x, train: {path: y, preset: docvqa, layout: docvqa}}]}\n"
+    assert "stream.tasks.0.train.layout and stream.tasks.0.train.preset are the same field" in error_of(file, tasks)
+
+
+def test_help_has_every_field_of_every_group_once():
+    names = [name for name, _ in documented_fields(LearnConfig)]
+    assert len(names) == len(set(names))
+    assert {"seed", "stream.tasks[].metric", "stream.tasks[].train.columns.answer"} <= {*names}
+    shortened = {name.replace("[]", "") for name in names}
+    assert shortened <= {name for name, _ in fields_of(LearnConfig, everywhere=True)}
 
 
 def test_a_file_that_extends_another_says_what_differs(file, tmp_path):
