@@ -2,9 +2,9 @@
 
     python -m jobs.sweep jobs/configs/demo.yaml --task later --ranks 4,8,16 --temperatures 0.2,1,5
 
-One training per rank, one evaluation per temperature, with the PHATGOOSE token router (on which
-temperature weighs most), inside the pool
-that `pointsman learn` has made (the swept task's own expert replaced). Every trial is an MLflow run nested in the sweep's.
+One training per rank, one evaluation per temperature, with the PHATGOOSE token router (the one that temperature affects
+most), inside the pool that `pointsman learn` has made; the swept expert replaces the task's own there. Every trial is an
+MLflow run nested in the sweep's.
 """
 
 import math
@@ -24,6 +24,7 @@ from pipeline.files import write_json
 from pipeline.learning.opening import open_session
 from pipeline.learning.session import StreamSession
 from pipeline.learning.summary import session_provenance
+from pipeline.models.target_modules import check_target_modules
 from pipeline.provenance import now
 from pipeline.registry.tracking import active_run, log_batch
 from pipeline.routing.pool import Pool, PoolError
@@ -79,9 +80,10 @@ def _sweep(session: StreamSession, space: SweepSpace, name: str) -> None:
         others = [n for n in pool.names if n != name and n in tasks]
     if not others:
         session.progress.say(
-            "no learned pool with other tasks: the expert stands alone, and temperature has nothing to weigh; "
-            "run `pointsman learn` first to sweep inside its pool"
+            "there is no learned pool with other tasks: the expert is evaluated alone, and temperature has no effect; run "
+            "`pointsman learn` first to sweep inside its pool"
         )
+    check_target_modules(config.base, config.expert.target_modules)
     spec, rows = session.spec(task, f"sweep-{session.identity.expert(task)}")
     evaluated = [name, *others]
     # Now, so that missing files end the sweep before anything is trained.
@@ -141,7 +143,13 @@ def _log(result: SweepResult, task: str, summary: Path) -> None:
 
 def _show(session: StreamSession, result: SweepResult, summary: dict[str, object], folder: Path) -> None:
     rows = [
-        [str(t.rank), f"{t.temperature:g}", f"{t.accuracy:.3f}", f"{t.others:.3f}", f"{t.seconds:.1f}"]
+        [
+            str(t.rank),
+            f"{t.temperature:g}",
+            f"{t.accuracy:.3f}",
+            "" if math.isnan(t.others) else f"{t.others:.3f}",
+            f"{t.seconds:.1f}",
+        ]
         for t in result.trials
     ]
     header = ["rank", "temperature", f"{summary['task']}", "other tasks", "seconds"]

@@ -100,10 +100,10 @@ class Call:
         route: Route,
         tokens_BT: Tensor | None,
         *,
-        hold: bool,
+        keep: bool,
     ) -> None:
-        """Takes down how a batch is routed; what a batch before it has left is gone. `hold` keeps the pool until `end`."""
-        self._routers, self._held = weakref.ref(routers), routers if hold else None
+        """Records how a batch is routed; what a batch before it has left is gone. `keep` keeps the pool until `end`."""
+        self._routers, self._held = weakref.ref(routers), routers if keep else None
         self.names, self.paths, self.features_BF = routers.pool.names, paths, features_BF
         self.state = RoutingState(len(routers.pool.experts), route, tokens_BT, traces={} if self.traced else None)
 

@@ -122,7 +122,7 @@ class RoutedModel:
         route = self._route(routers, here.forced, features_BF)
         call = here.call or Call()
         experts = memory.of(route)
-        call.begin(routers, tuple(experts.by_path), features_BF, route, tokens_BT, hold=here.call is not None)
+        call.begin(routers, tuple(experts.by_path), features_BF, route, tokens_BT, keep=here.call is not None)
         self._note(last=call)
         self.current.running = running = Running(call.state, experts, self.current)
         if cache is not None:

@@ -32,7 +32,7 @@ class Case:
     reason: str = ""
     """What the reason of all that is set aside must contain."""
     lost: int = 0
-    """Files that must be told to be lost, in part or whole: rows are missing, and nobody knows how many or what they held."""
+    """Files that must be reported as lost, in part or whole: an unknown number of their rows is missing."""
 
     @property
     def expected(self) -> Literal["handled", "quarantined", "lost"]:
