@@ -40,7 +40,7 @@ def main(
                 "seconds_total": learned.summary["seconds_total"] + watch.stop(),
                 "peak_memory_bytes": session.memory.bytes,
             }
-            session.log(
+            session.log_metrics(
                 [
                     (f"{m}/{k}", v[k], 0)
                     for m, v in methods.items()

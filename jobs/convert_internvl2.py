@@ -37,19 +37,19 @@ def main(
         done = internvl2.convert(
             source, target, force=force, shard_bytes=int(shard_gb * internvl2.GB), progress=progress
         )
-    terminal.say(f"converted  {source} -> {done.folder}")
-    terminal.say(
+    terminal.log(f"converted  {source} -> {done.folder}")
+    terminal.log(
         f"weights    {done.parameters:,} parameters, {done.nbytes / internvl2.GB:.2f} GB in {done.files} "
         f"{'file' if done.files == 1 else 'files'}, {time.monotonic() - started:.0f} s"
     )
-    terminal.say(f"use it as  base.path={done.folder}")
+    terminal.log(f"use it as  base.path={done.folder}")
 
 
 @contextmanager
 def _bar(terminal: Terminal, name: str) -> Iterator[internvl2.Progress]:
     """Shows how much is written: a bar on a terminal, a line a file elsewhere."""
     if not terminal.console.is_terminal:
-        yield lambda done, total: terminal.say(f"  {name}: {done / internvl2.GB:.2f} of {total / internvl2.GB:.2f} GB")
+        yield lambda done, total: terminal.log(f"  {name}: {done / internvl2.GB:.2f} of {total / internvl2.GB:.2f} GB")
         return
     columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeRemainingColumn(compact=True))
     with Progress(*columns, console=terminal.console, transient=True) as shown:

@@ -102,13 +102,13 @@ def _open(path: Path) -> Image.Image:
 
 def show(terminal: Terminal, answer: str, explanation: Explanation) -> None:
     """Prints the answer, the reason and the table of candidates."""
-    terminal.say(f"answer     {answer}")
-    terminal.say(f"expert     {explanation.decision.expert or 'base'}")
-    terminal.say(f"because    {explanation.reason}")
+    terminal.log(f"answer     {answer}")
+    terminal.log(f"expert     {explanation.decision.expert or 'base'}")
+    terminal.log(f"because    {explanation.reason}")
     header = ["candidate", "posterior", "log-lik.", "distance", "threshold", "within", "weight"]
     rows = [_row(candidate) for candidate in explanation.candidates]
     terminal.console.print(table("Candidate experts", header, rows))
-    terminal.say(
+    terminal.log(
         "posterior and log-likelihood (log-lik.): by the covariance that all experts share, best 0; distance: from the task by "
         "its own covariance, against the threshold that nearly all of its prompts keep; weight: share in the answer"
     )

@@ -95,7 +95,7 @@ def main(
     show(terminal, plan, gpu_name(settings, gpu), changes)
     if explain:
         typer.echo(formulas())
-    terminal.say(f"summary    {file}")
+    terminal.log(f"summary    {file}")
 
 
 def _config_json(given: Path | None) -> Path | None:
@@ -107,11 +107,11 @@ def show(terminal: Terminal, plan: Plan, gpu: str | None, changes: list[Change])
     for drawn in (_parameters(plan), _memory(plan, gpu), _job(plan, gpu), _time(plan, gpu), _disk(plan)):
         terminal.console.print(drawn)
     for line in _notes(plan):
-        terminal.say(line)
+        terminal.log(line)
     first, *others = verdict(plan, gpu, changes)
-    terminal.say(first, "bold green" if job_fits(plan) else "bold red")
+    terminal.log(first, "bold green" if job_fits(plan) else "bold red")
     for line in others:
-        terminal.say(line)
+        terminal.log(line)
 
 
 def _parameters(plan: Plan) -> Any:

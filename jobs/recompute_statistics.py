@@ -60,12 +60,12 @@ def recompute(session: StreamSession, old: TrainedPool, *, skip_missing: bool = 
     renewals = plan(session, old, skip_missing=skip_missing)
     experts, read = {}, 0
     for number, renewal in enumerate(renewals):
-        session.progress.say(f"expert {number + 1}/{len(renewals)}: {renewal.task.name}", "bold")
+        session.progress.log(f"expert {number + 1}/{len(renewals)}: {renewal.task.name}", "bold")
         experts[renewal.task.name], prompts = _expert(session, old, renewal)
         read += prompts
     pool = Pool(session.config.base.label, session.fingerprint, session.config.router, **session.null_expert())
     if old.null and not pool.null:
-        session.progress.say(
+        session.progress.log(
             "  the old pool had a null expert; without stream.base_prompts the new one abstains by distance"
         )
     pools = []
@@ -80,7 +80,7 @@ def recompute(session: StreamSession, old: TrainedPool, *, skip_missing: bool = 
         kept="nothing is computed again",
     )
     outcome = "there already, its aliases are where they were" if before else f"now {CHAMPION}; the old versions stay"
-    session.progress.say(
+    session.progress.log(
         f"\n{len(experts)} of {len(old.experts)} experts, {read} prompts read in {monotonic() - began:.0f} s: version "
         f"{version.version} of {version.name} ({outcome}), in {new}"
     )
@@ -91,14 +91,14 @@ def _expert(session: StreamSession, old: TrainedPool, renewal: Renewal) -> tuple
     """Returns an expert with its new statistics, in the run's store, and how many prompts were read for them now."""
     task = renewal.task
     if renewal.identity is None:
-        session.progress.say("  has these statistics already")
+        session.progress.log("  has these statistics already")
         folder = old.folder_of(task.name)
         return _stored(session, session.experts.take(ExpertReference.of(folder), folder)), 0
     wanted = session.reference(task.name, renewal.digest)
     if renewal.changes:
-        session.progress.say(f"  trained otherwise than the configuration says, and kept: {'; '.join(renewal.changes)}")
+        session.progress.log(f"  trained otherwise than the configuration says, and kept: {'; '.join(renewal.changes)}")
     if session.has_expert(wanted):
-        session.progress.say("  recomputed before")
+        session.progress.log("  recomputed before")
         return _stored(session, session.experts.ensure(wanted)), 0
     began, trained = monotonic(), old.expert(task.name)
     with session.progress.working(f"reading {task.name}"):
@@ -121,7 +121,7 @@ def _expert(session: StreamSession, old: TrainedPool, renewal: Renewal) -> tuple
     _keep_metrics(session, trained, renewal.digest, counts)
     folder = session.experts.put(expert)
     session.data.release(task)
-    session.progress.say(f"  {expert.statistics.count} prompts in {monotonic() - began:.0f} s")
+    session.progress.log(f"  {expert.statistics.count} prompts in {monotonic() - began:.0f} s")
     return _stored(session, folder), expert.statistics.count
 
 
@@ -197,9 +197,9 @@ def _meant(session: StreamSession, pool: str | None, scratch: Path) -> TrainedPo
         pool = f"{MODELS}{pool_name(session.config.base.label)}@{CHAMPION}"
     if pool is None or not pool.startswith(MODELS):
         folder = own_pool if pool is None else Path(pool).expanduser().resolve()
-        session.progress.say(f"pool {folder}")
+        session.progress.log(f"pool {folder}")
         return TrainedPool.load(folder, session.experts if pool is None else None)
-    session.progress.say(f"pool {pool}")
+    session.progress.log(f"pool {pool}")
     return TrainedPool.load(session.retry(partial(download_pool, pool, scratch), f"fetching {pool}"), session.experts)
 
 

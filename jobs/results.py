@@ -22,9 +22,9 @@ def show_tasks(session: StreamSession, summary: dict[str, Any]) -> None:
     session.progress.show(table("Tasks", ["task", "base", "when learned", "at the end", "seconds"], rows))
     c = summary["continual"]
     parts = [f"{key.replace('_', ' ')} {value:.3f}" for key, value in c.items() if value is not None]
-    session.progress.say("   ".join(parts))
+    session.progress.log("   ".join(parts))
     a = summary["answers"]
-    session.progress.say(
+    session.progress.log(
         f"answers    {a['generated']:,} generated for {a['prompts']:,} prompts, {a['generated'] / a['single_pass']:.2f} of a "
         "single pass (each prompt once by the base, those of tasks once by their expert)"
     )
@@ -32,12 +32,12 @@ def show_tasks(session: StreamSession, summary: dict[str, Any]) -> None:
 
 def print_next_steps(session: StreamSession, report: Path) -> None:
     """Prints where to look."""
-    session.progress.say(f"\nreport     {report}")
-    session.progress.say(f"summary    {session.folder / 'summary.json'}")
+    session.progress.log(f"\nreport     {report}")
+    session.progress.log(f"summary    {session.folder / 'summary.json'}")
     if session.config.registry.uri is None:
-        session.progress.say(f"registry   {pool_name(session.config.base.label)}@champion; browse it: pointsman ui")
-        session.progress.say(f"           (that is: {' '.join(ui_command(session.config.tracking_uri))})")
+        session.progress.log(f"registry   {pool_name(session.config.base.label)}@champion; browse it: pointsman ui")
+        session.progress.log(f"           (that is: {' '.join(ui_command(session.config.tracking_uri))})")
     else:
-        session.progress.say(
+        session.progress.log(
             f"registry   {pool_name(session.config.base.label)}@champion at {session.config.registry.uri}"
         )

@@ -79,7 +79,7 @@ def _sweep(session: StreamSession, space: SweepSpace, name: str) -> None:
             )
         others = [n for n in pool.names if n != name and n in tasks]
     if not others:
-        session.progress.say(
+        session.progress.log(
             "there is no learned pool with other tasks: the expert is evaluated alone, and temperature has no effect; run "
             "`pointsman learn` first to sweep inside its pool"
         )
@@ -106,7 +106,7 @@ def _sweep(session: StreamSession, space: SweepSpace, name: str) -> None:
             answers=session.evaluator.store.folder,
             pool_key=session.identity.pool,
             worker_env=worker_env,
-            say=session.progress.say,
+            log=session.progress.log,
         )
     summary = session_provenance(session, started) | {
         "task": name,
@@ -155,8 +155,8 @@ def _show(session: StreamSession, result: SweepResult, summary: dict[str, object
     header = ["rank", "temperature", f"{summary['task']}", "other tasks", "seconds"]
     session.progress.show(table("Sweep", header, rows))
     trainings = ", ".join(f"rank {rank} {t['seconds']:.0f} s" for rank, t in result.trainings.items())
-    session.progress.say(f"trainings: {trainings}; in all {summary['seconds_total']:.0f} s")
-    session.progress.say(f"summary    {folder / 'summary.json'}")
+    session.progress.log(f"trainings: {trainings}; in all {summary['seconds_total']:.0f} s")
+    session.progress.log(f"summary    {folder / 'summary.json'}")
 
 
 if __name__ == "__main__":

@@ -35,7 +35,7 @@ class Terminal:
         self._shown = 0
         self._lock = threading.Lock()
 
-    def say(self, text: str, style: str = "") -> None:
+    def log(self, text: str, style: str = "") -> None:
         """Prints a line above the bars, all of it in a style of rich's; brackets in it are brackets."""
         self.console.print(Text(without_secrets(text), style=style), soft_wrap=True)
 
@@ -47,7 +47,7 @@ class Terminal:
     def working(self, text: str) -> Iterator[None]:
         """Shows that something without a known length is going on."""
         if not self.console.is_terminal:
-            self.say(f"  {text} ...")
+            self.log(f"  {text} ...")
         with self._bars() as progress:
             if progress is None:
                 yield
@@ -101,11 +101,11 @@ class _Time(ProgressColumn):
 
     def __init__(self) -> None:
         super().__init__()
-        self._left, self._taken = TimeRemainingColumn(compact=True), TimeElapsedColumn()
+        self._left, self._elapsed = TimeRemainingColumn(compact=True), TimeElapsedColumn()
 
     def render(self, task: Task) -> Text:
         """Called by rich."""
-        return self._taken.render(task) if task.total is None else self._left.render(task).append(" left")
+        return self._elapsed.render(task) if task.total is None else self._left.render(task).append(" left")
 
 
 class TrainingBar:
@@ -121,11 +121,11 @@ class TrainingBar:
         """Shows the latest of these steps."""
         for step in steps:
             if step.stage == "validation":
-                self._terminal.say(f"  {step.task}: held-out loss {step.loss:.3f} after step {step.step}")
+                self._terminal.log(f"  {step.task}: held-out loss {step.loss:.3f} after step {step.step}")
                 continue
             if self._progress is None:
                 if step.step % max(1, step.steps // 4) == 0 or step.step == step.steps:
-                    self._terminal.say(
+                    self._terminal.log(
                         f"  {step.task}: {step.stage} stage {step.step}/{step.steps}, loss {step.loss:.3f}"
                     )
                 continue

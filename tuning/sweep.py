@@ -56,13 +56,13 @@ def sweep(
     answers: Path,
     pool_key: Callable[[Sequence[str], RouterConfig], str],
     worker_env: dict[str, str],
-    say: Callable[[str], None] = lambda text: None,
+    log: Callable[[str], None] = lambda text: None,
 ) -> SweepResult:
     """Sweeps rank and temperature for one task's expert inside `pool` (None: a pool of its own).
 
     `spec` is the task's training; `prompts` the encoded evaluation prompts of the swept task and the pool's others;
     `answers` the folder of the store of answers, in which `pool_key` names pools by their experts' digests and their router.
-    `say` gets a line for every trial that is done. Raises TrainingError with the trial's error if a trial fails.
+    `log` gets a line for every trial that is done. Raises TrainingError with the trial's error if a trial fails.
     """
     at_once, threads = _together(spec, len(space.ranks))
     spec = spec.model_copy(update={"training": spec.training.model_copy(update={"cpus_per_worker": threads})})
@@ -80,7 +80,7 @@ def sweep(
         holding=TOKEN,
         folder=folder / "tune",
         name="ranks",
-        say=say,
+        log=log,
     )
     trainings = {result.config["rank"]: dict(result.metrics) for result in trained}
     evaluated = _run(
@@ -104,7 +104,7 @@ def sweep(
         holding=TOKEN | ({"gpu": workers.gpus} if workers.gpus else {}),
         folder=folder / "tune",
         name="temperatures",
-        say=say,
+        log=log,
     )
     trials = [
         Trial(
@@ -128,7 +128,7 @@ def _run(
     holding: dict[str, float],
     folder: Path,
     name: str,
-    say: Callable[[str], None],
+    log: Callable[[str], None],
 ) -> ResultGrid:
     """Runs every point of a grid, `at_once` of them together, each `holding` resources.
 
@@ -143,7 +143,7 @@ def _run(
             storage_path=str(folder),
             verbose=0,
             checkpoint_config=CheckpointConfig(checkpoint_at_end=False),
-            callbacks=[_Progress(say)],
+            callbacks=[_Progress(log)],
         ),
     ).fit()
     if results.errors:
@@ -154,8 +154,8 @@ def _run(
 class _Progress(Callback):
     """Says of every trial that is done what came out."""
 
-    def __init__(self, say: Callable[[str], None]) -> None:
-        self._say = say
+    def __init__(self, log: Callable[[str], None]) -> None:
+        self._log = log
 
     def __getstate__(self) -> dict[str, Any]:
         """What Tune stores of it: nothing, a terminal cannot be stored."""
@@ -166,7 +166,7 @@ class _Progress(Callback):
         point = ", ".join(f"{name} {value:g}" for name, value in trial.config.items())
         result = trial.last_result
         metrics = [f"{name} {result[name]:.3f}" for name in ("expert_loss", "accuracy", "others") if name in result]
-        self._say(f"  {point}: {', '.join(metrics)} ({result['seconds']:.0f} s)")
+        self._log(f"  {point}: {', '.join(metrics)} ({result['seconds']:.0f} s)")
 
 
 def _together(spec: TrainSpec, ranks: int) -> tuple[int, int]:

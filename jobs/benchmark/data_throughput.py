@@ -97,7 +97,7 @@ def _measure(rows: int, rounds: int, gigabytes: float, tiles: int, output: Path)
     }
     write_json(output / "summary.json", summary | metrics)
     _show(terminal, metrics)
-    terminal.say(f"summary    {output / 'summary.json'}")
+    terminal.log(f"summary    {output / 'summary.json'}")
 
 
 def processor_folder(folder: Path, tiles: int) -> BaseModelConfig:
@@ -298,14 +298,14 @@ def _show(terminal: Terminal, metrics: dict[str, Any]) -> None:
     ]
     terminal.console.print(table("Reading and preprocessing", ["path", "rows per second", "ratio"], body))
     malformed = metrics["malformed"]
-    terminal.say(
+    terminal.log(
         f"malformed  {malformed['cases']} cases: {malformed['handled']} handled, {malformed['quarantined']} set aside, "
         f"{malformed['lost']} told as lost files, {malformed['crashed']} crashed"
         + "".join(f"; {name}: {what}" for name, what in malformed["not_as_expected"].items())
     )
-    terminal.say(f"plan       at most {metrics['plan']['max_relative_error']:.1%} from measured memory")
+    terminal.log(f"plan       at most {metrics['plan']['max_relative_error']:.1%} from measured memory")
     if "peak_growth_bytes" in data_:
-        terminal.say(
+        terminal.log(
             f"memory     {data_['peak_growth_bytes'] / 1e9:.2f} GB above the start over {data_['corpus_bytes'] / 1e9:.2f} GB "
             f"({data_['corpus_rows_per_second']:.1f} rows per second)"
         )

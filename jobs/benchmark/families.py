@@ -86,7 +86,7 @@ def prove(names: Sequence[str], cached: Sequence[str], output: Path, *, tasks: i
         "families": proofs,
     }
     for name in dict.fromkeys((*names, *cached)):
-        terminal.say(f"family {name}", "bold")
+        terminal.log(f"family {name}", "bold")
         plain = None
         if name in names:
             plain, proofs[name] = _proof(stream(name, output, tasks=tasks, steps=steps))
@@ -98,7 +98,7 @@ def prove(names: Sequence[str], cached: Sequence[str], output: Path, *, tasks: i
             proofs[f"{name} (kept)"] = proof
         write_json(output / "summary.json", summary)
     _show(terminal, proofs)
-    terminal.say(f"summary    {output / 'summary.json'}")
+    terminal.log(f"summary    {output / 'summary.json'}")
     return proofs
 
 
@@ -230,7 +230,7 @@ def _show(terminal: Terminal, proofs: Mapping[str, Mapping[str, Any]]) -> None:
         rows.append([name, f"{proof['learning_seconds']:.0f}", apart, effect, equal, weights])
     header = ["family", "learn s", "logits", "effect", "choices", "weights"]
     terminal.console.print(table("Families: learned, registered, reloaded in another process", header, rows))
-    terminal.say(
+    terminal.log(
         "logits: largest difference between the processes; effect: what the experts change in them; weights: largest "
         "difference of the experts from those that learned without kept image features"
     )

@@ -101,7 +101,7 @@ def gpu(
     """Measure one GPU: memory of every moment against the plan, tokens per second, routed against a single LoRA."""
     terminal = Terminal()
     if device == "cuda" and not torch.cuda.is_available():
-        terminal.say("skipped: PyTorch finds no GPU here; the same code without one: --size tiny --device cpu")
+        terminal.log("skipped: PyTorch finds no GPU here; the same code without one: --size tiny --device cpu")
         return
     with user_errors():
         if size == "2b" and device == "cpu":
@@ -121,10 +121,10 @@ def gpu(
     (output / "report.md").write_text(page(summary))
     rows = moment_rows(summary)
     terminal.console.print(table("Memory by moment", ["moment", "GB measured", "planned", "ratio", "seconds"], rows))
-    terminal.say(f"{summary['tokens_per_second']:.0f} tokens per second in training; routed answers take "
+    terminal.log(f"{summary['tokens_per_second']:.0f} tokens per second in training; routed answers take "
                  f"{summary['routed_ratio']:.2f} of a single LoRA's time")  # fmt: skip
-    terminal.say(f"report     {output / 'report.md'}")
-    terminal.say(f"summary    {output / 'summary.json'}")
+    terminal.log(f"report     {output / 'report.md'}")
+    terminal.log(f"summary    {output / 'summary.json'}")
 
 
 def write_base(size: Size, folder: Path) -> Path:

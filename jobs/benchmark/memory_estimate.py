@@ -395,4 +395,4 @@ def plan(
     rows.append(["worst", "", "", *(f"{worst[part]:.1%}" for part in parts)])
     header = ["case", "MB measured", "planned", *parts]
     terminal.console.print(table("Peak beyond the frozen weights, and relative errors by part", header, rows))
-    terminal.say(f"summary    {file}")
+    terminal.log(f"summary    {file}")

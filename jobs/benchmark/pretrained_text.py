@@ -104,7 +104,7 @@ def measure(session: StreamSession, learned: LearnResult, *, sequential: bool) -
         results[name] = {column: value for column, (value, _) in read.items()}
         to_base[name] = {column: share for column, (_, share) in read.items()}
         metrics = "  ".join(f"{column} {value:.3f}" for column, value in results[name].items())
-        session.progress.say(f"  perplexity, {name}: {metrics}   ({monotonic() - started:.0f} s)")
+        session.progress.log(f"  perplexity, {name}: {metrics}   ({monotonic() - started:.0f} s)")
 
     with routed.forced(None):
         note("base")
@@ -171,7 +171,7 @@ def _sequential(session: StreamSession, learned: LearnResult) -> Expert:
     key = learned.pool.experts[first.name].card.config_digest
     adapter = session.experts.ensure(session.reference(first.name, key))
     for task in others:
-        session.progress.say(f"sequential fine-tuning: {task.name} after {first.name}", "bold")
+        session.progress.log(f"sequential fine-tuning: {task.name} after {first.name}", "bold")
         key = digest("sequential", key, session.identity.expert(task))
         spec = session.spec(task, key, task=f"sequential_{task.name}", start=str(adapter), router_stage=False)
         adapter = session.train(*spec).adapter
@@ -198,4 +198,4 @@ def _show(session: StreamSession, results: Mapping[str, Any]) -> None:
     session.progress.show(table("Perplexity of general text, and how much of it the base answers", header, rows))
     if "sequential" in results:
         values = "  ".join(f"{name} {value:.3f}" for name, value in results["sequential"].items())
-        session.progress.say(f"accuracy of sequential fine-tuning at the end: {values}")
+        session.progress.log(f"accuracy of sequential fine-tuning at the end: {values}")

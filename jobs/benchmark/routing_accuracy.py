@@ -58,12 +58,12 @@ def routers(config: ConfigFile, overrides: Overrides = None, many: Many = 50) ->
             write_json(file, summary)
             _show_stream(session, summary)
             if many:
-                session.progress.say(f"learning {many} synthetic tasks")
+                session.progress.log(f"learning {many} synthetic tasks")
                 empty = Pool(settings.base.label, session.fingerprint, settings.router, **session.null_expert())
-                summary["many"] = among_many(load_base(settings.base), empty, settings, many, say=session.progress.say)
+                summary["many"] = among_many(load_base(settings.base), empty, settings, many, log=session.progress.log)
                 write_json(file, summary)
                 _show_many(session, summary["many"])
-            session.progress.say(f"summary    {file}")
+            session.progress.log(f"summary    {file}")
 
 
 def _on_the_stream(session: StreamSession, learned: LearnResult) -> dict[str, Any]:
@@ -72,7 +72,7 @@ def _on_the_stream(session: StreamSession, learned: LearnResult) -> dict[str, An
     benchmarks = [task.name for task in session.config.stream.benchmarks]
 
     def measured(pool: Pool | None, name: str, mode: Any = "routed") -> dict[str, Any]:
-        session.progress.say(f"  {name}")
+        session.progress.log(f"  {name}")
         folder = pool.save(session.folder / "routers" / name) if pool else None
         if pool is None:
             key = "base"
@@ -127,7 +127,7 @@ def _text(value: float | None) -> str:
 
 
 def among_many(
-    base: Base, empty: Pool, config: LearnConfig, many: int, *, say: Callable[[str], None] = lambda text: None
+    base: Base, empty: Pool, config: LearnConfig, many: int, *, log: Callable[[str], None] = lambda text: None
 ) -> dict[str, Any]:
     """Trains `many` synthetic experts and measures each alone (told) and in a pool of all.
 
@@ -139,7 +139,7 @@ def among_many(
         experts.append(_synthetic_expert(base, config, number))
         if (number + 1) % 10 == 0:
             left = (monotonic() - started) / (number + 1) * (many - number - 1)
-            say(f"  {number + 1} of {many} synthetic tasks learned, {left:.0f} s left")
+            log(f"  {number + 1} of {many} synthetic tasks learned, {left:.0f} s left")
     pool = Pool(
         empty.base_label, empty.base_fingerprint, empty.router, experts, empty.null, empty.null_layer_statistics
     )

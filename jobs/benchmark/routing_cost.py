@@ -130,12 +130,12 @@ def routing(
     for size in chosen:
         for tokens in PHASES:
             _show(terminal, results, size, tokens)
-    terminal.say(f"summary    {file}")
+    terminal.log(f"summary    {file}")
     model = next((size for size in (*MODELS, *chosen) if size in MODELS and size in chosen), None)
     if model is not None:
         file = output / "routing.png"
         ratios_over_experts(results, model).savefig(file, dpi=100)
-        terminal.say(f"plot       {file}")
+        terminal.log(f"plot       {file}")
 
 
 def _names(text: str) -> list[str]:
@@ -308,7 +308,7 @@ def _shown(cells: Sequence[Cell], terminal: Terminal) -> Iterator[Cell]:
             now_at = f"{size}, {experts} experts"
             progress.update(bar, description=f"{now_at}: {method}")
             if plain and now_at != last:
-                terminal.say(f"  {now_at} ...")
+                terminal.log(f"  {now_at} ...")
             last = now_at
             yield cell
             progress.advance(bar)
@@ -326,12 +326,12 @@ def _show(terminal: Terminal, results: Sequence[Result], size: str, tokens: int)
     for method in dict.fromkeys(method for method, _ in ratios):
         values = [ratios[method, number] for number in numbers]
         rows.append([method, *("-" if value is None else f"{value:.2f}" for value in values)])
-    terminal.say(f"{size}, {PHASES[tokens]}: time by number of experts, one LoRA = 1{floor}", "bold")
+    terminal.log(f"{size}, {PHASES[tokens]}: time by number of experts, one LoRA = 1{floor}", "bold")
     if rows:
         terminal.console.print(table("", ["method", *map(str, numbers)], rows))
     for r in here:
         if "skipped" in r:
-            terminal.say(f"  {r['method']}, {r['experts']} experts: {r['skipped']}")
+            terminal.log(f"  {r['method']}, {r['experts']} experts: {r['skipped']}")
 
 
 def ratios_over_experts(results: Sequence[Result], size: str) -> Figure:

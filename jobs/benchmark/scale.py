@@ -114,4 +114,4 @@ def _show(session: StreamSession, results: Mapping[str, Any]) -> None:
     ]
     session.progress.show(table(f"{results['tasks']} tasks", ["figure", "measured", "target", "reached"], rows))
     early, last = (f"{results['seconds'][when]:.1f}" for when in ("early", "last"))
-    session.progress.say(f"{early} s per task at first, {last} s at the end")
+    session.progress.log(f"{early} s per task at first, {last} s at the end")

@@ -55,7 +55,7 @@ def _training(session: StreamSession, rounds: int) -> None:
     features: list[float] = []
     waits: list[float] = []
     for number in range(rounds):
-        session.progress.say(f"round {number + 1}/{rounds}")
+        session.progress.log(f"round {number + 1}/{rounds}")
         with session.progress.working("plain PyTorch + PEFT loop"):
             plain.append(fmean(_plain_loop(session)[WARM_UP:]))
         for which, seconds in ((session, ours), (cached, features)):
@@ -98,7 +98,7 @@ def _training(session: StreamSession, rounds: int) -> None:
         ],
     ]
     session.progress.show(table(f"{steps} steps of {session.config.expert.batch_size} rows", header, body))
-    session.progress.say(f"summary    {file}")
+    session.progress.log(f"summary    {file}")
 
 
 def _with_features(config: LearnConfig) -> LearnConfig:

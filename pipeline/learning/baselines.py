@@ -147,7 +147,7 @@ def _sequential(session: StreamSession, seed: int) -> _Adapter:
     adapter, key, samples, seconds = None, name, 0, 0.0
     for number, task in enumerate(session.config.stream.tasks):
         what = _with_seed(session, "sequential fine-tuning", seed)
-        session.progress.say(f"{what} {number + 1}/{len(session.config.stream.tasks)}: {task.name}", "bold")
+        session.progress.log(f"{what} {number + 1}/{len(session.config.stream.tasks)}: {task.name}", "bold")
         key = digest(key, session.identity.expert(task))
         changes = {"task": f"{name}_{task.name}", "seed": seed, "router_stage": False, "validation": 0.0}
         trained = session.train(*session.spec(task, key, start=str(adapter) if adapter else None, **changes))
@@ -162,7 +162,7 @@ def _sequential(session: StreamSession, seed: int) -> _Adapter:
 def _multitask(session: StreamSession, seed: int) -> _Adapter:
     """One LoRA sees all tasks' rows, in as many steps as all experts together."""
     tasks, name = session.config.stream.tasks, _of_seed(session, "multitask", seed)
-    session.progress.say(f"{_with_seed(session, 'multi-task training', seed)} on all {len(tasks)} tasks", "bold")
+    session.progress.log(f"{_with_seed(session, 'multi-task training', seed)} on all {len(tasks)} tasks", "bold")
     key = digest(name, [session.identity.expert(task) for task in tasks])
     expert = session.config.expert.model_copy(update={"steps": session.config.expert.steps * len(tasks)})
     changes = {

@@ -65,7 +65,7 @@ def expert_wanted(session: StreamSession, task: TaskConfig) -> str:
     """
     digest, notice = _decide(session, task)
     if notice:
-        session.progress.say(notice)
+        session.progress.log(notice)
     return digest
 
 

@@ -41,7 +41,7 @@ class PoolEvaluations:
     def _note(self, names: Sequence[str], evaluation: Evaluation) -> None:
         accuracies = evaluation.accuracies()
         self._matrix.record(names[-1], accuracies)
-        self._session.log([(f"accuracy/{column}", value, len(names)) for column, value in accuracies.items()])
+        self._session.log_metrics([(f"accuracy/{column}", value, len(names)) for column, value in accuracies.items()])
         new, old = ([accuracies[name] for name in of] for of in (names, self._benchmarks))
         abilities = f", base abilities {fmean(old):.3f}" if old else ""
-        self._session.progress.say(f"  with {names[-1]}: tasks so far {fmean(new):.3f}{abilities}")
+        self._session.progress.log(f"  with {names[-1]}: tasks so far {fmean(new):.3f}{abilities}")

@@ -60,7 +60,7 @@ def learn_stream(session: StreamSession) -> LearnResult:
     matrix.record("base", last.accuracies())
     evaluations, trainings = PoolEvaluations(session, matrix), Trainings(session)
     for number, task in enumerate(config.stream.tasks):
-        session.progress.say(f"task {number + 1}/{len(names)}: {task.name}", "bold")
+        session.progress.log(f"task {number + 1}/{len(names)}: {task.name}", "bold")
         began = monotonic()
         try:
             trained = trainings.expert(task)
@@ -90,7 +90,7 @@ def learn_stream(session: StreamSession) -> LearnResult:
             overhead = {"overhead_seconds": beyond + monotonic() - ended}
             metrics[task.name] = with_metrics(trained.file, metrics[task.name], overhead)
         seconds = metrics[task.name]["seconds"]
-        session.progress.say(f"  pool version {version.version}   ({seconds:.0f} s to learn)")
+        session.progress.log(f"  pool version {version.version}   ({seconds:.0f} s to learn)")
         if config.is_evaluated(number + 1):
             evaluations.begin(pool, pool_key, pool_folder)
         if not trained.before:
@@ -128,7 +128,7 @@ def _registered(session: StreamSession, task: TaskConfig, trained: TrainedExpert
         kept=f"the trained expert is safe in {folder}; it will not be trained again",
     )
     if trained.before:
-        session.progress.say(f"  learned before, version {version.version} of {version.name}")
+        session.progress.log(f"  learned before, version {version.version} of {version.name}")
     remember(session, expert.expert.card)
     return _Registered(expert.registered_as(version.name, int(version.version)), version, metrics)
 
@@ -160,5 +160,5 @@ def publish(session: StreamSession, summary: dict[str, Any]) -> Path:
         partial(_upload, session.folder, report), "uploading summary and report", kept=f"both are in {session.folder}"
     )
     metrics = {key: value for key, value in summary["continual"].items() if value is not None}
-    session.log([(f"continual/{key}", value, 0) for key, value in metrics.items()])
+    session.log_metrics([(f"continual/{key}", value, 0) for key, value in metrics.items()])
     return report

@@ -73,7 +73,7 @@ def open_session(
             torch.set_num_threads(session.capacity.driver_threads)
         with progress.working("opening MLflow"):
             experiment = session.retry(
-                lambda: open_tracking(config.tracking_uri, config.registry.experiment, on_wait=progress.say),
+                lambda: open_tracking(config.tracking_uri, config.registry.experiment, on_wait=progress.log),
                 "opening MLflow",
             )
         with tracked_run(
@@ -89,7 +89,7 @@ def open_session(
                 yield session
             finally:
                 if not session.metrics.write():
-                    progress.say(f"  {session.metrics.waiting} points of metrics wait for the next run of this command")
+                    progress.log(f"  {session.metrics.waiting} points of metrics wait for the next run of this command")
 
 
 def _name_of(session: StreamSession, job: str) -> str:
@@ -105,7 +105,7 @@ def _saying_how_to_go_on(progress: Progress) -> Iterator[None]:
         yield
     except BaseException as error:
         if isinstance(error, KeyboardInterrupt):
-            progress.say("stopped; what is finished is kept, and the same command goes on from there")
+            progress.log("stopped; what is finished is kept, and the same command goes on from there")
         for name in ("ray", "ray.data"):  # what still reads is about to lose Ray, and would complain
             logging.getLogger(name).setLevel(logging.CRITICAL)
         raise

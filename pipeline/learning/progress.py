@@ -21,7 +21,7 @@ class StageProgress(Protocol):
 class Progress(Protocol):
     """Who shows what goes on; called from several threads."""
 
-    def say(self, text: str, style: str = "") -> None:
+    def log(self, text: str, style: str = "") -> None:
         """Tells what is done, or what is to be known; `style` is one of rich's."""
 
     def show(self, drawn: object) -> None:
@@ -37,7 +37,7 @@ class Progress(Protocol):
 class LoggedProgress:
     """Lines in the log `pointsman`, at INFO: what a notebook or another program gets that asks for nothing else."""
 
-    def say(self, text: str, style: str = "") -> None:
+    def log(self, text: str, style: str = "") -> None:
         """Logs a line."""
         _logger.info("%s", without_secrets(text).strip())
 
@@ -47,7 +47,7 @@ class LoggedProgress:
     @contextmanager
     def working(self, text: str) -> Iterator[None]:
         """Logs that something begins."""
-        self.say(text)
+        self.log(text)
         yield
 
     @contextmanager
@@ -59,4 +59,4 @@ class LoggedProgress:
         """Logs the last step of a stage."""
         for step in steps:
             if step.step == step.steps:
-                self.say(f"{step.task}: {step.stage} stage done, loss {step.loss:.3f}")
+                self.log(f"{step.task}: {step.stage} stage done, loss {step.loss:.3f}")

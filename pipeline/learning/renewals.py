@@ -66,9 +66,9 @@ def plan(session: StreamSession, old: TrainedPool, *, skip_missing: bool) -> lis
     if gone or (missing and not skip_missing) or not renewals:
         raise MissingError(_message(old, missing, gone))
     for name, reason in missing.items():
-        session.progress.say(f"  left out: {name}: {reason}")
+        session.progress.log(f"  left out: {name}: {reason}")
     if later := [name for name in tasks if name not in old.experts]:
-        session.progress.say(f"  not in the pool, so for `pointsman learn`: {', '.join(later)}")
+        session.progress.log(f"  not in the pool, so for `pointsman learn`: {', '.join(later)}")
     return renewals
 
 

@@ -72,14 +72,14 @@ class StreamSession:
         self.identity = Identity(config, self.fingerprint, Path(config.output).resolve() / "data" / "demo")
         self.data = StreamData(config, self.identity, self.capacity, progress, self._end_workers)
         self.mlflow_run_id = ""
-        self.retry = Retries(config.registry.retry_seconds, progress.say)
-        self.metrics = MetricBuffer(self.folder / "state" / "metrics.jsonl", progress.say)
+        self.retry = Retries(config.registry.retry_seconds, progress.log)
+        self.metrics = MetricBuffer(self.folder / "state" / "metrics.jsonl", progress.log)
         self._sessions: Sessions | None = None
         self._lock = threading.Lock()
         self.closed = False
         """Whether nothing is to be trained or evaluated any more."""
 
-    def log(self, points: Iterable[tuple[str, float, int]]) -> None:
+    def log_metrics(self, points: Iterable[tuple[str, float, int]]) -> None:
         """Logs (metric, value, step) points; where the registry is away they wait in the run's folder."""
         self.metrics.log(self.mlflow_run_id, points)
 
@@ -165,7 +165,7 @@ class StreamSession:
 
             def on_steps(steps: list[Step]) -> None:
                 bar.update(steps)
-                self.log([(f"{s.task}/{s.stage}_loss", s.loss, s.step) for s in steps])
+                self.log_metrics([(f"{s.task}/{s.stage}_loss", s.loss, s.step) for s in steps])
 
             if not self.capacity.side_by_side:  # no evaluation goes on in the background then
                 self._predictors.close()
@@ -179,7 +179,7 @@ class StreamSession:
                 sessions = self._sessions
             trained = sessions.train(spec, rows, on_steps)
             # Whole: some steps may be those of workers whose driver was killed before it had logged them.
-            self.log(loss_curves(spec.task, trained.metrics))
+            self.log_metrics(loss_curves(spec.task, trained.metrics))
             return trained
 
     def end_sessions(self, *, at_once: bool = False) -> None:

@@ -113,7 +113,7 @@ class StreamData:
     def tell_set_aside(self, name: str, aside: SetAside, split: str) -> None:
         """Shows how many rows of a task (`split` train or eval) were set aside, if any, and in which file."""
         if aside:
-            self._progress.say(f"  {name}: {aside}: {self.quarantine}/{split}/{name}.jsonl")
+            self._progress.log(f"  {name}: {aside}: {self.quarantine}/{split}/{name}.jsonl")
 
     def _begin_to_read(self, task: TaskConfig) -> None:
         assert task.train is not None

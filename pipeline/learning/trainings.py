@@ -38,20 +38,20 @@ class Trainings:
     def __init__(self, session: StreamSession) -> None:
         self._session, self._tasks = session, list(session.config.stream.tasks)
         self._begun: dict[str, Future[TrainedExpert]] = {}
-        self._next = self._running = self._asked = 0
+        self._next = self._running = self._wanted = 0
         self._failed, self._lock = False, threading.RLock()
 
     def expert(self, task: TaskConfig) -> TrainedExpert:
         """Waits for a task's training and returns its expert; raises the error of the training."""
         with self._lock:
-            self._asked = self._tasks.index(task) + self._session.capacity.trainings
+            self._wanted = self._tasks.index(task) + self._session.capacity.trainings
             self._begin()
         return self._begun.pop(task.name).result()
 
     def _begin(self) -> None:
         """Starts the next trainings in order, as many as there is room for."""
         at_once = self._session.capacity.trainings
-        end = len(self._tasks) if self._session.capacity.ahead else min(self._asked, len(self._tasks))
+        end = len(self._tasks) if self._session.capacity.ahead else min(self._wanted, len(self._tasks))
         while self._next < end and self._running < at_once and not self._failed:
             task, self._next, self._running = self._tasks[self._next], self._next + 1, self._running + 1
             following = next(iter(self._tasks[self._next + at_once - 1 :]), None)
@@ -66,7 +66,7 @@ class Trainings:
                 self._failed = True
                 if name in self._begun and not self._session.closed:  # others come first
                     reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-                    self._session.progress.say(f"  {name} has failed; the run ends when its turn comes: {reason}")
+                    self._session.progress.log(f"  {name} has failed; the run ends when its turn comes: {reason}")
             self._begin()
 
 
@@ -80,7 +80,7 @@ def _found_or_trained(session: StreamSession, task: TaskConfig, following: TaskC
     file = session.folder / "state" / f"task-{wanted.digest}.json"
     if (file.exists() or not session.has_trained(wanted)) and session.has_expert(wanted):
         if not file.exists():
-            session.progress.say(f"  {task.name}: another run has learned it; its expert is taken from there")
+            session.progress.log(f"  {task.name}: another run has learned it; its expert is taken from there")
             card = session.experts.load(wanted).card
             write_json(file, task_metrics(session, task.name, metrics_on_card(card)))
         session.data.release(task)  # rows that were read ahead for nothing
@@ -100,7 +100,7 @@ def _trained(
     assert wanted.digest is not None
     before = session.seconds_before(wanted)
     if before:
-        session.progress.say(f"  {task.name}: goes on at its last checkpoint")
+        session.progress.log(f"  {task.name}: goes on at its last checkpoint")
     with session.progress.working(f"reading {task.name}"):
         rows = session.data.training_rows(task)
     if following is not None and _to_be_trained(session, following):

@@ -12,15 +12,15 @@ class PreemptionNotice:
     """Asks Ray Train whether a node of the workers will be taken away."""
 
     def __init__(self) -> None:
-        self._asked = time.monotonic()
+        self._checked_at = time.monotonic()
         self._known: ray.train.PreemptionInfo | None = None
 
     def due(self) -> bool:
-        """Returns whether it is time to ask; ranks may differ, and then all of them ask."""
-        return time.monotonic() - self._asked >= CHECK_EVERY
+        """Returns whether it is time to check; ranks may differ, and then all of them check."""
+        return time.monotonic() - self._checked_at >= CHECK_EVERY
 
     def given(self) -> bool:
         """Returns whether there is a notice that was not there before, the same on all ranks; all of them call it."""
-        self._asked = time.monotonic()
+        self._checked_at = time.monotonic()
         before, self._known = self._known, ray.train.get_preemption_info()
         return self._known is not None and self._known != before

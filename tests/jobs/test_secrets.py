@@ -18,7 +18,7 @@ ADDRESS = f"http://me:{SECRET}@mlflow:5000"
 
 
 def test_terminal_command_and_report(capsys, monkeypatch, tmp_path) -> None:
-    Terminal().say(f"registry   base.pool@champion at {ADDRESS}")
+    Terminal().log(f"registry   base.pool@champion at {ADDRESS}")
     monkeypatch.setattr(sys, "argv", ["learn", "a.yaml", f"registry.uri={ADDRESS}"])
     assert command_line() == "learn a.yaml registry.uri=http://mlflow:5000"
     earlier = make_summary(TASKS[:2], ABILITIES[:2]) | {"command": f"learn a.yaml registry.uri={ADDRESS}"}

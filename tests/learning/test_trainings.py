@@ -25,7 +25,7 @@ class Stage:
         run: Any = SimpleNamespace(
             config=SimpleNamespace(stream=SimpleNamespace(tasks=self.tasks)),
             capacity=SimpleNamespace(trainings=at_once, ahead=ahead),
-            progress=SimpleNamespace(say=self.said.append),
+            progress=SimpleNamespace(log=self.said.append),
             closed=False,
         )
         self.trainings = Trainings(run)

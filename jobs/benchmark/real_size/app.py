@@ -57,14 +57,14 @@ def real_size(only: Only = None, output: Output = Path("runs/benchmark-real-size
             **provenance("benchmark real-size", started),
         }
         for name in only or MEASUREMENTS:
-            terminal.say(f"{name}: {MEASUREMENTS[name]}", "bold")
+            terminal.log(f"{name}: {MEASUREMENTS[name]}", "bold")
             began = monotonic()
             with terminal.working(f"measuring {name}"):
                 measured = import_module(f"jobs.benchmark.real_size.{name}").measure()
             summary[name] = {**measured, "seconds": monotonic() - began}
             write_json(output / "summary.json", summary)
         show(terminal, summary)
-        terminal.say(f"summary    {output / 'summary.json'}")
+        terminal.log(f"summary    {output / 'summary.json'}")
 
 
 def show(terminal: Terminal, summary: dict[str, Any]) -> None:

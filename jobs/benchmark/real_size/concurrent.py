@@ -139,11 +139,11 @@ def observed(base: Base, paths: list[str], rows: list[Encoded]) -> tuple[Tensor,
     features: list[Tensor] = []
     layer_inputs = LayerInputHook(base.model, paths)
 
-    def listen(features_BF: Tensor, tokens_BT: Tensor) -> None:
+    def observe(features_BF: Tensor, tokens_BT: Tensor) -> None:
         features.append(features_BF)
         layer_inputs.tokens_BT = tokens_BT
 
-    reader = PromptFeatureHook(base.model, listen)
+    reader = PromptFeatureHook(base.model, observe)
     batch = collate_for(base.processor, rows, "left")
     del batch["labels"]
     base.model(**batch, use_cache=False)

@@ -65,11 +65,11 @@ def read(examples: Sequence[Example]) -> Tensor:
     """Returns the features (N, S) of prompts; of the base, only vision tower, projector and embeddings run."""
     base, observed = _base(), []
 
-    def listen(features_BS: Tensor, tokens_BT: Tensor) -> None:
+    def observe(features_BS: Tensor, tokens_BT: Tensor) -> None:
         observed.append(features_BS)
         raise _Observed
 
-    reader = PromptFeatureHook(base.model, listen)
+    reader = PromptFeatureHook(base.model, observe)
     rows = encode_examples(base.processor, list(examples), answer=False)
     for start in range(0, len(rows), 100):
         batch = collate(rows[start : start + 100], pad_token_id=base.processor.tokenizer.pad_token_id, side="left")

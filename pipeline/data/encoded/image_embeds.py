@@ -34,8 +34,8 @@ def with_image_embeds(
     """Returns encoded rows with image embeddings instead of pixels, read from `folder` or computed and written there."""
 
     def write(unfinished: Path) -> None:
-        embedded = on_workers(rows, ImageEncoder, base, workers=workers, rows_at_once=ROWS_AT_ONCE)
-        embedded.write_parquet(str(unfinished))
+        with_embeds = on_workers(rows, ImageEncoder, base, workers=workers, rows_at_once=ROWS_AT_ONCE)
+        with_embeds.write_parquet(str(unfinished))
 
     made_once(folder, write, why="which computes the same image embeddings", mark=DONE)
     return ray.data.read_parquet(str(folder))
