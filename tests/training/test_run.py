@@ -78,16 +78,16 @@ def session(worker_env, tmp_path_factory):
     storage = tmp_path_factory.mktemp("storage")
 
     def counted(settings):
-        from pipeline.training import worker
+        from pipeline.training import held_base
 
-        load = worker.load_base
+        load = held_base.load_base
 
         def noted(*args, **kwargs):
             with (storage / "loads").open("a") as file:
                 file.write("a base\n")
             return load(*args, **kwargs)
 
-        worker.load_base = noted
+        held_base.load_base = noted
         worker.train(settings)
 
     with pytest.MonkeyPatch.context() as patch:
