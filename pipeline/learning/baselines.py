@@ -146,13 +146,15 @@ def _sequential(session: StreamSession, seed: int) -> _Adapter:
     name = _of_seed(session, "sequential", seed)
     adapter, key, samples, seconds = None, name, 0, 0.0
     for number, task in enumerate(session.config.stream.tasks):
-        what = _with_seed(session, "sequential fine-tuning", seed)
-        session.progress.log(f"{what} {number + 1}/{len(session.config.stream.tasks)}: {task.name}", "bold")
         key = digest(key, session.identity.expert(task))
-        changes = {"task": f"{name}_{task.name}", "seed": seed, "router_stage": False, "validation": 0.0}
-        trained = session.train(*session.spec(task, key, start=str(adapter) if adapter else None, **changes))
+        trained = session.finished_training(f"{name}_{task.name}", key)
+        if trained is None:
+            what = _with_seed(session, "sequential fine-tuning", seed)
+            session.progress.log(f"{what} {number + 1}/{len(session.config.stream.tasks)}: {task.name}", "bold")
+            changes = {"task": f"{name}_{task.name}", "seed": seed, "router_stage": False, "validation": 0.0}
+            trained = session.train(*session.spec(task, key, start=str(adapter) if adapter else None, **changes))
+            session.data.release(task)
         adapter = trained.adapter
-        session.data.release(task)
         samples += trained.metrics["samples"]
         seconds += trained.metrics["expert_seconds"]
     assert adapter is not None, "a stream has tasks"
@@ -162,8 +164,10 @@ def _sequential(session: StreamSession, seed: int) -> _Adapter:
 def _multitask(session: StreamSession, seed: int) -> _Adapter:
     """One LoRA sees all tasks' rows, in as many steps as all experts together."""
     tasks, name = session.config.stream.tasks, _of_seed(session, "multitask", seed)
-    session.progress.log(f"{_with_seed(session, 'multi-task training', seed)} on all {len(tasks)} tasks", "bold")
     key = digest(name, [session.identity.expert(task) for task in tasks])
+    if (trained := session.finished_training(name, key)) is not None:
+        return _Adapter(trained.adapter, key, trained.metrics["samples"], trained.metrics["expert_seconds"])
+    session.progress.log(f"{_with_seed(session, 'multi-task training', seed)} on all {len(tasks)} tasks", "bold")
     expert = session.config.expert.model_copy(update={"steps": session.config.expert.steps * len(tasks)})
     changes = {
         "task": name,

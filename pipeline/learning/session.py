@@ -42,7 +42,7 @@ from pipeline.routing.null import read_null, write_null
 from pipeline.routing.pool import EXPERTS, Pool
 from pipeline.routing.store import ExpertReference, ExpertStore
 from pipeline.training.null_expert import null_statistics
-from pipeline.training.session import TrainResult
+from pipeline.training.session import TrainResult, finished_training
 from pipeline.training.sessions import Sessions
 from pipeline.training.spec import TrainSpec
 from pipeline.training.telemetry import Step
@@ -112,17 +112,19 @@ class StreamSession:
                 return False
         return True
 
-    def has_trained(self, reference: ExpertReference) -> bool:
-        """Whether this run has finished training an expert, even if its metrics are not written yet."""
-        return self._training_folder(reference.name, reference.digest).metrics() is not None
+    def finished_training(self, task: str, digest_: str) -> TrainResult | None:
+        """Returns the result of a training that this run has finished, registered or not."""
+        return finished_training(self._storage, task, digest_)
 
     def seconds_before(self, reference: ExpertReference) -> float:
         """Returns the training seconds of an interrupted expert up to its last checkpoint."""
-        folder = self._training_folder(reference.name, reference.digest)
+        assert reference.digest is not None
+        folder = TrainingFolder.of(self._storage, reference.name, reference.digest)
         return float(folder.progress().get("seconds", 0.0)) if folder.last() else 0.0
 
-    def _training_folder(self, task: str, digest_: str | None) -> TrainingFolder:
-        return TrainingFolder(self.folder / "training" / f"{task}-{digest_}")
+    @property
+    def _storage(self) -> Path:
+        return self.folder / "training"
 
     # Training
 
@@ -173,9 +175,8 @@ class StreamSession:
                 if self.closed:
                     raise RuntimeError(f"{spec.task}: the run has ended")
                 if self._sessions is None:
-                    storage = self.folder / "training"
                     count = self.capacity.trainings
-                    self._sessions = Sessions(count, spec.training, storage=storage, worker_env=worker_env)
+                    self._sessions = Sessions(count, spec.training, storage=self._storage, worker_env=worker_env)
                 sessions = self._sessions
             trained = sessions.train(spec, rows, on_steps)
             # Whole: some steps may be those of workers whose driver was killed before it had logged them.

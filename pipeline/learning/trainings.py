@@ -78,7 +78,9 @@ def _found_or_trained(session: StreamSession, task: TaskConfig, following: TaskC
     started = monotonic()
     wanted = session.reference(task.name, expert_wanted(session, task))
     file = session.folder / "state" / f"task-{wanted.digest}.json"
-    if (file.exists() or not session.has_trained(wanted)) and session.has_expert(wanted):
+    assert wanted.digest is not None
+    finished = session.finished_training(task.name, wanted.digest)
+    if (file.exists() or finished is None) and session.has_expert(wanted):
         if not file.exists():
             session.progress.log(f"  {task.name}: another run has learned it; its expert is taken from there")
             card = session.experts.load(wanted).card
@@ -99,7 +101,9 @@ def _trained(
     """Trains a task's expert into the store, then writes its metrics to `file`: the task counts as learned from then on."""
     assert wanted.digest is not None
     before = session.seconds_before(wanted)
-    if before:
+    if session.finished_training(task.name, wanted.digest) is not None:
+        session.progress.log(f"  {task.name}: its training was finished before, and is not repeated")
+    elif before:
         session.progress.log(f"  {task.name}: goes on at its last checkpoint")
     with session.progress.working(f"reading {task.name}"):
         rows = session.data.training_rows(task)

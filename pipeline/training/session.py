@@ -64,6 +64,13 @@ class TrainResult:
         return self.folder / ADAPTER
 
 
+def finished_training(storage: Path, task: str, digest: str) -> TrainResult | None:
+    """Returns the result of a training that was finished before, None if it was not."""
+    folder = TrainingFolder.of(storage, task, digest)
+    metrics = folder.metrics()
+    return None if metrics is None else TrainResult(folder.finished, metrics, already_finished=True)
+
+
 class Session:
     """Trains training after training on the same workers, which start with the first one."""
 
@@ -81,9 +88,8 @@ class Session:
         """
         if spec.training != self.training:
             raise ValueError("a session's workers are those of its first training: open another one for other workers")
-        folder = TrainingFolder(self._storage / f"{spec.task}-{spec.digest}")
-        if (metrics := folder.metrics()) is not None:
-            return TrainResult(folder.finished, metrics, already_finished=True)
+        if (finished := finished_training(self._storage, spec.task, spec.digest)) is not None:
+            return finished
         _check(spec, rows)
         with _as_training_error(spec.task):
             number = self._put(spec, rows)
@@ -92,6 +98,7 @@ class Session:
         if "failure" in metrics:
             raise TrainingError(f"task {spec.task!r}: {metrics['failure']}")
         already_finished = metrics.pop(ALREADY_FINISHED, False)
+        folder = TrainingFolder.of(self._storage, spec.task, spec.digest)
         return TrainResult(folder.finished, metrics, already_finished=already_finished)
 
     def close(self, *, at_once: bool = False) -> None:

@@ -66,6 +66,11 @@ class TrainingFolder:
         self.finished = folder / "finished"
         """What came out; there once the training is done."""
 
+    @classmethod
+    def of(cls, storage: Path, task: str, digest: str) -> "TrainingFolder":
+        """Returns a training's folder in a run's storage, as rank 0 sees it."""
+        return cls(storage / f"{task}-{digest}")
+
     def metrics(self) -> dict[str, Any] | None:
         """Returns the metrics of a training that is done, None of one that is not."""
         file = self.finished / METRICS

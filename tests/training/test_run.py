@@ -78,7 +78,7 @@ def session(worker_env, tmp_path_factory):
     storage = tmp_path_factory.mktemp("storage")
 
     def counted(settings):
-        from pipeline.training import held_base
+        from pipeline.training import held_base, worker
 
         load = held_base.load_base
 
