@@ -29,6 +29,7 @@ def local_ray() -> Iterator[ClusterInfo]:
     with pytest.MonkeyPatch.context() as patch:
         patch.delenv("OMP_NUM_THREADS", raising=False)
         patch.delenv("RAY_ADDRESS", raising=False)
+        ray.shutdown()  # another module's may still run
         yield connect()
         ray.shutdown()
 
