@@ -147,16 +147,22 @@ def _start(cpus: int) -> None:
     os.environ.setdefault("RAY_idle_worker_killing_time_threshold_ms", "10000")
     # Ray keeps some hundred series of metrics for every data set that was read, 5 MB a task; nothing fetches them here.
     os.environ.setdefault("RAY_enable_metrics_collection", "0")
-    ray.init(
-        address="local",  # without it, Ray would join any cluster that it finds on this machine
-        num_cpus=cpus,
-        # Costs 2 to 4 s and 150 MB, and is worth it: without it Ray Train warns every second, and placement groups of
-        # trials that were killed are never given back.
-        include_dashboard=True,
-        dashboard_host="127.0.0.1",
-        log_to_driver=False,
-        logging_level=logging.ERROR,
-    )
+    try:
+        ray.init(
+            address="local",  # without it, Ray would join any cluster that it finds on this machine
+            num_cpus=cpus,
+            # Costs 2 to 4 s and 150 MB, and is worth it: without it Ray Train warns every second, and placement groups of
+            # trials that were killed are never given back.
+            include_dashboard=True,
+            dashboard_host="127.0.0.1",
+            log_to_driver=False,
+            logging_level=logging.ERROR,
+        )
+    except Exception as error:  # Ray raises Exception itself where a process of it does not start in time
+        raise ClusterError(
+            f"Ray did not start on this machine: {str(error).splitlines()[0]}\n"
+            "    is the machine very busy, or short of memory? Run the same command again"
+        ) from error
     # Counts as said, that no CPU is free: preflight has counted those of this Ray, which nobody else uses, and who waits for
     # one waits for another reader.
     log_once("cpu_warning")

@@ -38,7 +38,7 @@ def main(
             summary = learned.summary | {
                 "methods": methods,
                 "seconds_total": learned.summary["seconds_total"] + watch.stop(),
-                "peak_memory_bytes": session.memory.bytes,
+                "peak_memory_bytes": session.peak_memory(),
             }
             session.log_metrics(
                 [

@@ -21,6 +21,7 @@ from jobs.options import Address, ConfigFile, Overrides, job_command, load, user
 from jobs.terminal import Terminal, table
 from pipeline.config import ConfigError, digest
 from pipeline.files import write_json
+from pipeline.learning.changes import check_source
 from pipeline.learning.opening import open_session
 from pipeline.learning.session import StreamSession
 from pipeline.learning.summary import session_provenance
@@ -84,9 +85,12 @@ def _sweep(session: StreamSession, space: SweepSpace, name: str) -> None:
             "`pointsman learn` first to sweep inside its pool"
         )
     check_target_modules(config.base, config.expert.target_modules)
+    assert task.train is not None, "checked where configurations are read"
+    check_source(session, task.train, f"task {name!r}, train")
+    for other in (name, *others):
+        check_source(session, tasks[other].eval, f"task {other!r}, eval")
     spec, rows = session.spec(task, f"sweep-{session.identity.expert(task)}")
     evaluated = [name, *others]
-    # Now, so that missing files end the sweep before anything is trained.
     prompts = session.data.prompts(evaluated).rows(evaluated)
     evaluation = config.evaluation.to_identity(exclude={"expert_memory"})
     learned = spec.to_identity(exclude={"training"})

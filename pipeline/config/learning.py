@@ -80,6 +80,7 @@ class ExpertConfig(Config):
     """Expert stage: one LoRA on every Linear of the language model."""
 
     ALIASES = {
+        "r": "rank",
         "lora_alpha": "alpha",
         "lora_dropout": "dropout",
         "max_steps": "steps",

@@ -1,7 +1,7 @@
 """From a YAML file and dotted overrides to a checked configuration; errors name file, field and remedy."""
 
 import difflib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar, get_args, get_origin
 
@@ -20,17 +20,21 @@ def load_config(path: str | Path, overrides: Sequence[str], config_class: type[C
     Raises ConfigError naming file, field and remedy.
     """
     path = Path(path)
-    values = _read(path, (), config_class)
+    sources: dict[str, str] = {}
+    values = _read(path, (), config_class, sources)
     for override in overrides:
-        _override(values, override, config_class)
+        sources[_override(values, override, config_class)] = f"override {override!r}"
     try:
         return config_class.model_validate(values)
     except ValidationError as error:
-        raise ConfigError("\n".join(_explain(path, config_class, e) for e in error.errors())) from None
+        raise ConfigError("\n".join(_explain(str(path), sources, config_class, e) for e in error.errors())) from None
 
 
-def _read(path: Path, extending: Sequence[Path], config_class: type[Config]) -> dict[str, Any]:
-    """Returns what a YAML file and those that it extends say; `extending` are the files that extend it."""
+def _read(path: Path, extending: Sequence[Path], config_class: type[Config], sources: dict[str, str]) -> dict[str, Any]:
+    """Returns what a YAML file and those that it extends say; `extending` are the files that extend it.
+
+    `sources` gets the file of each value, by dotted name.
+    """
     if path.resolve() in extending:
         raise ConfigError(f"{extending[0]}: `extends` leads back to {path.name}; remove one of them")
     try:
@@ -50,11 +54,23 @@ def _read(path: Path, extending: Sequence[Path], config_class: type[Config]) -> 
     except ValueError as error:
         raise ConfigError(f"{path}: {error}") from None
     other = values.pop("extends", None)
+    for name in _leaves(values):
+        sources.setdefault(name, str(path))
     if other is None:
         return values
     if not isinstance(other, str):
         raise ConfigError(f"{path}: extends: must be the path of one file, found {type(other).__name__}")
-    return _merged(_read(path.parent / other, (*extending, path.resolve()), config_class), values)
+    return _merged(_read(path.parent / other, (*extending, path.resolve()), config_class, sources), values)
+
+
+def _leaves(values: Any, prefix: str = "") -> Iterator[str]:
+    """Yields the dotted names of the values in groups and lists."""
+    entries = values.items() if isinstance(values, dict) else enumerate(values) if isinstance(values, list) else None
+    if not entries:
+        yield prefix.removesuffix(".")
+        return
+    for name, value in entries:
+        yield from _leaves(value, f"{prefix}{name}.")
 
 
 def _merged(before: dict[str, Any], now: dict[str, Any]) -> dict[str, Any]:
@@ -80,20 +96,26 @@ def _by_field_names(values: Any, config_class: type[Config], prefix: str = "") -
     return renamed
 
 
-def _override(values: dict[str, Any], override: str, config_class: type[Config]) -> None:
+def _override(values: dict[str, Any], override: str, config_class: type[Config]) -> str:
+    """Lays an override on values; returns the field's dotted name."""
     key, separator, text = override.partition("=")
     if not separator:
         raise ConfigError(f"override {override!r}: write it as field.sub=value, e.g. expert.rank=16")
     *path, last = field_path(key.strip(), config_class).split(".")
     group = values
     for part in path:
-        group = group.setdefault(part, {})
-        if not isinstance(group, dict):
-            raise ConfigError(f"override {override!r}: {part!r} is not a group of fields")
+        if group.get(part) is None:  # left empty in the file
+            group[part] = {}
+        elif isinstance(group[part], list):
+            raise ConfigError(f"override {override!r}: {part!r} is a list; change its entries in the file")
+        elif not isinstance(group[part], dict):
+            raise ConfigError(f"override {override!r}: {part!r} is not a group of fields but {group[part]!r}")
+        group = group[part]
     try:
         group[last] = yaml.safe_load(text)
     except yaml.YAMLError as error:
         raise ConfigError(f"override {override!r}: not valid YAML: {error}") from None
+    return ".".join((*path, last))
 
 
 def field_path(path: str, config_class: type[Config]) -> str:
@@ -108,26 +130,51 @@ def field_path(path: str, config_class: type[Config]) -> str:
     return ".".join(names)
 
 
-def _explain(path: Path, config_class: type[Config], error: Any) -> str:
-    """One readable line for a pydantic error: where, what, and what would be right."""
-    where = ".".join(str(part) for part in error["loc"])
+ELSEWHERE = {
+    "lr": "expert.learning_rate",
+    "bf16": "training.precision",
+    "fp16": "training.precision",
+    "deepspeed": "training.zero_stage",
+    "gradient_accumulation_steps": "training.micro_batch",
+    "num_train_epochs": "expert.steps",
+    "lora_r": "expert.rank",
+    "torch_dtype": "base.dtype",
+}
+"""Names of PEFT, the HF Trainer and DeepSpeed that mean something else here, and the field to look at."""
+
+UNION_TAGS = {"int", "str", "float"}
+"""What pydantic adds to the place of an error where a field has several types."""
+
+
+def _explain(path: str, sources: Mapping[str, str], config_class: type[Config], error: Any) -> str:
+    """One readable line for a pydantic error: which file or override, where, what, and what would be right."""
+    parts = [part for part in error["loc"] if part not in UNION_TAGS]
+    where = ".".join(str(part) for part in parts)
+    source = sources.get(where) or next((f for name, f in sources.items() if name.startswith(f"{where}.")), path)
     group = f"{where}: " if where else ""
-    key = ".".join(part for part in error["loc"] if isinstance(part, str))  # without the numbers of tasks
+    key = ".".join(part for part in parts if isinstance(part, str))  # without the numbers of tasks
     fields = dict(fields_of(config_class, everywhere=True))
     if error["type"] == "extra_forbidden":
-        names = {name: name for name in fields} | other_names_of(config_class)
-        near = difflib.get_close_matches(key, names, n=1, cutoff=0.4)
-        hint = f"did you mean `{names[near[0]]}`?" if near else "`pointsman learn --help` lists the fields"
-        return f"{path}: {group}no such field; {hint}"
+        return f"{source}: {group}no such field; {_hint(key, list(fields), config_class)}"
     former = {name: before for before, name in other_names_of(config_class, former_only=True).items()}
     if key in former:
         group = f"{where} (formerly {former[key]}): "
-    field = fields.get(key)
-    meaning = f"\n    {where}: {field.description}" if field is not None and field.description else ""
+    field = fields.get(key) if parts and isinstance(parts[-1], str) else None  # not of an entry of a list
+    meaning = f"\n    {where}: {' '.join(field.description.split())}" if field is not None and field.description else ""
     # Of a whole group all would be printed that is right, too.
     without_input = error["type"] == "missing" or isinstance(error["input"], (dict, Config))
     given = "" if without_input else f" (given: {error['input']!r})"
-    return f"{path}: {group}{error['msg'].removeprefix('Value error, ')}{given}{meaning}"
+    return f"{source}: {group}{error['msg'].removeprefix('Value error, ')}{given}{meaning}"
+
+
+def _hint(key: str, fields: Sequence[str], config_class: type[Config]) -> str:
+    """Returns which field may be meant by a name that is none."""
+    if (elsewhere := ELSEWHERE.get(key.rpartition(".")[2])) in fields:
+        return f"see `{elsewhere}`"
+    groups = {name.rpartition(".")[0] for name in fields}
+    names = {name: name for name in fields if name not in groups} | other_names_of(config_class)
+    near = difflib.get_close_matches(key, names, n=1, cutoff=0.6)
+    return f"did you mean `{names[near[0]]}`?" if near else "`pointsman learn --help` lists the fields"
 
 
 def aliases_of(config_class: type[Config], prefix: str = "") -> dict[str, str]:

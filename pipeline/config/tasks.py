@@ -90,7 +90,7 @@ class TaskConfig(Config):
     name: str = Field(pattern=r"^[a-z][a-z0-9_]{0,47}$")
     """Name of the task and of its expert: lower-case letters, digits, underscores."""
     train: Source | None = None
-    """Rows to learn from."""
+    """Rows to learn from; benchmarks have none."""
     eval: Source
     """Held-out rows; never seen in training."""
     prompt: str = "{question}"

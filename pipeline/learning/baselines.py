@@ -16,7 +16,6 @@ therefore given as mean and standard deviation over several seeds, where several
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
 
@@ -31,6 +30,7 @@ from pipeline.routing.adapters import load_adapters
 from pipeline.routing.expert import Expert, ExpertCard
 from pipeline.routing.pool import Pool
 from pipeline.routing.statistics import PromptStatistics
+from pipeline.training.session import TrainResult, reading_result
 
 ROUTERS: dict[str, dict[str, str]] = {
     "token_phatgoose": {"kind": "token", "token_scores": "phatgoose"},
@@ -122,7 +122,7 @@ def _of_seed(session: StreamSession, name: str, seed: int) -> str:
 class _Adapter:
     """A single adapter that answers everything, and what it took."""
 
-    folder: Path
+    trained: TrainResult
     key: str
     """Names what it was trained from."""
     samples: int
@@ -144,21 +144,22 @@ def _with_seed(session: StreamSession, what: str, seed: int) -> str:
 def _sequential(session: StreamSession, seed: int) -> _Adapter:
     """One LoRA goes from task to task."""
     name = _of_seed(session, "sequential", seed)
-    adapter, key, samples, seconds = None, name, 0, 0.0
+    trained, key, samples, seconds = None, name, 0, 0.0
     for number, task in enumerate(session.config.stream.tasks):
-        key = digest(key, session.identity.expert(task))
-        trained = session.finished_training(f"{name}_{task.name}", key)
-        if trained is None:
+        key, before = digest(key, session.identity.expert(task)), trained
+        if (trained := session.finished_training(f"{name}_{task.name}", key)) is not None:
+            session.log_curves(f"{name}_{task.name}", trained)
+        else:
             what = _with_seed(session, "sequential fine-tuning", seed)
             session.progress.log(f"{what} {number + 1}/{len(session.config.stream.tasks)}: {task.name}", "bold")
             changes = {"task": f"{name}_{task.name}", "seed": seed, "router_stage": False, "validation": 0.0}
-            trained = session.train(*session.spec(task, key, start=str(adapter) if adapter else None, **changes))
+            spec, rows = session.spec(task, key, start=str(before.adapter) if before else None, **changes)
+            trained = session.train(spec, rows)
             session.data.release(task)
-        adapter = trained.adapter
         samples += trained.metrics["samples"]
         seconds += trained.metrics["expert_seconds"]
-    assert adapter is not None, "a stream has tasks"
-    return _Adapter(adapter, key, samples, seconds)
+    assert trained is not None, "a stream has tasks"
+    return _Adapter(trained, key, samples, seconds)
 
 
 def _multitask(session: StreamSession, seed: int) -> _Adapter:
@@ -166,7 +167,8 @@ def _multitask(session: StreamSession, seed: int) -> _Adapter:
     tasks, name = session.config.stream.tasks, _of_seed(session, "multitask", seed)
     key = digest(name, [session.identity.expert(task) for task in tasks])
     if (trained := session.finished_training(name, key)) is not None:
-        return _Adapter(trained.adapter, key, trained.metrics["samples"], trained.metrics["expert_seconds"])
+        session.log_curves(name, trained)
+        return _Adapter(trained, key, trained.metrics["samples"], trained.metrics["expert_seconds"])
     session.progress.log(f"{_with_seed(session, 'multi-task training', seed)} on all {len(tasks)} tasks", "bold")
     expert = session.config.expert.model_copy(update={"steps": session.config.expert.steps * len(tasks)})
     changes = {
@@ -180,12 +182,13 @@ def _multitask(session: StreamSession, seed: int) -> _Adapter:
     with session.progress.working(f"reading {len(tasks)} tasks"):
         rows = session.data.all_training_rows()
     trained = session.train(session.spec_alone(tasks[0], key, **changes), rows)
-    return _Adapter(trained.adapter, key, trained.metrics["samples"], trained.metrics["expert_seconds"])
+    return _Adapter(trained, key, trained.metrics["samples"], trained.metrics["expert_seconds"])
 
 
 def _single(session: StreamSession, name: str, seed: int, trained: _Adapter) -> Evaluation:
     """Evaluates a single adapter that answers everything."""
-    config, adapters = load_adapters(trained.folder)
+    with reading_result(name, trained.trained):
+        config, adapters = load_adapters(trained.trained.adapter)
     card = ExpertCard(
         name=name,
         task=name,

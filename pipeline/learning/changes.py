@@ -40,17 +40,18 @@ def check_tasks(session: StreamSession) -> None:
     for task in stream.tasks:
         assert task.train is not None, "checked where configurations are read"
         if _remembered(session, task) is None:
-            _check_there(session, task.train, f"task {task.name!r}, train")
+            check_source(session, task.train, f"task {task.name!r}, train")
         else:
             _decide(session, task)
-        _check_there(session, task.eval, f"task {task.name!r}, eval")
+        check_source(session, task.eval, f"task {task.name!r}, eval")
     for benchmark in stream.benchmarks:
-        _check_there(session, benchmark.eval, f"benchmark {benchmark.name!r}, eval")
+        check_source(session, benchmark.eval, f"benchmark {benchmark.name!r}, eval")
     if stream.base_prompts is not None:
-        _check_there(session, stream.base_prompts, "stream.base_prompts")
+        check_source(session, stream.base_prompts, "stream.base_prompts")
 
 
-def _check_there(session: StreamSession, source: SourceConfig, whose: str) -> None:
+def check_source(session: StreamSession, source: SourceConfig, whose: str) -> None:
+    """Raises StreamError, which begins with `whose`, where a source has no files."""
     try:
         check_there(source, session.data.demo_folder)
     except StreamError as error:

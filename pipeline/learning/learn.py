@@ -103,7 +103,7 @@ def learn_stream(session: StreamSession) -> LearnResult:
     summary = {
         **session_provenance(session, started),
         "seconds_total": watch.stop(),
-        "peak_memory_bytes": session.memory.bytes,
+        "peak_memory_bytes": session.peak_memory(),
         **learned(session, matrix, last, metrics),
         "answers": answers(last, names, session.generated.count),
     }

@@ -1,6 +1,7 @@
 """Opens a session: locks the run's folder, joins Ray, checks that the cluster suffices, opens MLflow; and closes all of it."""
 
 import logging
+import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
@@ -19,6 +20,7 @@ from pipeline.learning.session import PREPARING, StreamSession
 from pipeline.locks import LockedError, file_lock
 from pipeline.memory import map_large_blocks
 from pipeline.registry.tracking import log_config, open_tracking, tracked_run
+from pipeline.training.session import RUN_PREFIX
 
 
 class BusyError(UserError):
@@ -58,6 +60,8 @@ def open_session(
     ):
         with tempfile.TemporaryFile(dir=config.folder):  # now, not after an hour of training
             pass
+        for left in (config.folder / "training").glob(f"{RUN_PREFIX}*"):  # of drivers that were killed
+            shutil.rmtree(left, ignore_errors=True)
         if trains and starts_here() and not config.training.gpu:
             # Before Ray's processes are there: the compiler takes 3 GB.
             with nullcontext() if op_is_built(extensions_folder()) else progress.working(PREPARING):

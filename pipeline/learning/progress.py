@@ -35,7 +35,10 @@ class Progress(Protocol):
 
 
 class LoggedProgress:
-    """Lines in the log `pointsman`, at INFO: what a notebook or another program gets that asks for nothing else."""
+    """Lines in the log `pointsman`, at INFO: what a notebook or another program gets that asks for nothing else.
+
+    A notebook shows them after `logging.basicConfig(level=logging.INFO)`.
+    """
 
     def log(self, text: str, style: str = "") -> None:
         """Logs a line."""
@@ -56,7 +59,9 @@ class LoggedProgress:
         yield self
 
     def update(self, steps: Sequence[Step]) -> None:
-        """Logs the last step of a stage."""
+        """Logs the last step of a stage, and every validation."""
         for step in steps:
-            if step.step == step.steps:
+            if step.stage == "validation":
+                self.log(f"{step.task}: held-out loss {step.loss:.3f} after step {step.step}")
+            elif step.step == step.steps:
                 self.log(f"{step.task}: {step.stage} stage done, loss {step.loss:.3f}")

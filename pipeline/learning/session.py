@@ -29,7 +29,7 @@ from pipeline.learning.background import begin
 from pipeline.learning.capacity import Capacity
 from pipeline.learning.identity import Identity
 from pipeline.learning.progress import Progress
-from pipeline.learning.state import REMADE, Tally
+from pipeline.learning.state import REMADE, Tally, keep_peak
 from pipeline.learning.stream_data import BASE_PROMPTS, StreamData
 from pipeline.models.bases import language_width
 from pipeline.models.checkpoints import checkpoint, fingerprint
@@ -179,9 +179,12 @@ class StreamSession:
                     self._sessions = Sessions(count, spec.training, storage=self._storage, worker_env=worker_env)
                 sessions = self._sessions
             trained = sessions.train(spec, rows, on_steps)
-            # Whole: some steps may be those of workers whose driver was killed before it had logged them.
-            self.log_metrics(loss_curves(spec.task, trained.metrics))
+            self.log_curves(spec.task, trained)
             return trained
+
+    def log_curves(self, task: str, trained: TrainResult) -> None:
+        """Logs a training's losses, whole: a driver may have been killed before it had logged all steps of its workers."""
+        self.log_metrics(loss_curves(task, trained.metrics))
 
     def end_sessions(self, *, at_once: bool = False) -> None:
         """Stops training workers, in the middle of a step if `at_once`; the next training starts new ones."""
@@ -207,6 +210,7 @@ class StreamSession:
         if "_predictors" in self.__dict__:
             self._predictors.close(for_good=True)
         self.end_sessions(at_once=at_once)
+        self.data.close()
 
     # Pools and their evaluation
 
@@ -252,6 +256,10 @@ class StreamSession:
             on_set_aside=partial(data.tell_set_aside, split="eval"),
             make_room=self.make_room,
         )
+
+    def peak_memory(self) -> int:
+        """Returns the largest memory of all processes here so far, over all restarts of the run, in bytes."""
+        return keep_peak(self._state("peak-memory.json"), self.memory.bytes)
 
     @cached_property
     def generated(self) -> Tally:

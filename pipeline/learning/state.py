@@ -51,6 +51,13 @@ class Stopwatch:
                 self.lap()
 
 
+def keep_peak(file: Path, now: int) -> int:
+    """Returns the largest of the numbers that were kept in a file over all restarts, and keeps it."""
+    peak = max(now, int(read_json(file)["peak"]) if file.exists() else 0)
+    write_json(file, {"peak": peak})
+    return peak
+
+
 class Tally:
     """A count over all restarts of a run, kept in a file."""
 

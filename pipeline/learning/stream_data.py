@@ -5,7 +5,7 @@ Rows are read, validated and encoded once, under a name derived from what they a
 
 import threading
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import Future
+from concurrent.futures import Future, wait
 from contextlib import nullcontext
 from functools import cached_property, partial
 from pathlib import Path
@@ -22,6 +22,10 @@ from pipeline.learning.progress import Progress
 
 BASE_PROMPTS = "base_prompts"
 """Name of the base prompts among the prompts."""
+
+
+CLOSING_SECONDS = 15.0
+"""Seconds for which closing waits for what is being read."""
 
 
 class StreamData:
@@ -73,6 +77,12 @@ class StreamData:
     def release(self, task: TaskConfig) -> None:
         """Frees a task's training rows: memory must not grow with the number of tasks."""
         self._training.pop(task.name, None)
+
+    def close(self) -> None:
+        """Waits a moment for what is being read: Ray ends a process that still reads when it is shut down with a crash."""
+        with self._lock:
+            reading = list(self._training.values())
+        wait(reading, timeout=CLOSING_SECONDS)
 
     def all_training_rows(self) -> TrainingRows:
         """Returns the training rows of all tasks at once, for multi-task training; `data.cache` applies to all of them."""

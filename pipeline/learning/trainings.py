@@ -16,6 +16,7 @@ from pipeline.learning.changes import expert_wanted
 from pipeline.learning.session import StreamSession
 from pipeline.learning.summary import metrics_on_card, task_metrics
 from pipeline.routing.store import ExpertReference
+from pipeline.training.session import reading_result
 
 
 @dataclass(frozen=True)
@@ -79,8 +80,8 @@ def _found_or_trained(session: StreamSession, task: TaskConfig, following: TaskC
     wanted = session.reference(task.name, expert_wanted(session, task))
     file = session.folder / "state" / f"task-{wanted.digest}.json"
     assert wanted.digest is not None
-    finished = session.finished_training(task.name, wanted.digest)
-    if (file.exists() or finished is None) and session.has_expert(wanted):
+    known = file.exists() or session.finished_training(task.name, wanted.digest) is None
+    if known and session.has_expert(wanted):
         if not file.exists():
             session.progress.log(f"  {task.name}: another run has learned it; its expert is taken from there")
             card = session.experts.load(wanted).card
@@ -112,7 +113,8 @@ def _trained(
     session.data.tell_set_aside(task.name, rows.aside[task.name], "train")
     aside = rows.aside[task.name]
     trained = session.train(*session.spec(task, wanted.digest))
-    session.experts.take(wanted, trained.expert)
+    with reading_result(task.name, trained):
+        session.experts.take(wanted, trained.expert)
     if trained.already_finished:
         before = trained.metrics["expert_seconds"] + trained.metrics["router_seconds"]
     metrics = trained.metrics | {

@@ -119,8 +119,12 @@ class ExpertStore:
 
         Raises ExpertError where that folder is incomplete, damaged, another expert's, or of one that was never trained.
         """
-        Expert.load(folder).check_trained()  # reads all of its files
-        self._make(reference, partial(_copy, current_folder(folder)), read=FILES)
+
+        def copy(made: Path) -> None:
+            Expert.load(folder).check_trained()  # reads all of its files
+            _copy(current_folder(folder), made)
+
+        self._make(reference, copy, read=FILES)
         return self.folder_of(reference)
 
     def ensure(self, reference: ExpertReference) -> Path:

@@ -22,15 +22,19 @@ from ray.train.torch import TorchConfig, TorchTrainer
 from pipeline.config import TrainingConfig
 from pipeline.data.loading.training_rows import TrainingRows, held_out
 from pipeline.errors import UserError
+from pipeline.routing.adapters import REMEDY, ExpertError
 from pipeline.training.failures import Failures
 from pipeline.training.spec import TrainSpec
 from pipeline.training.telemetry import Step, receiving_steps
-from pipeline.training.training_folder import ADAPTER, EXPERT, TrainingFolder
+from pipeline.training.training_folder import ADAPTER, EXPERT, TrainingFolder, begun_anew
 from pipeline.training.training_queue import TrainingQueue
 from pipeline.training.worker import ALREADY_FINISHED, train
 
 FEWEST_ROWS = 4
 """Rows that suffice for the spread of a task's prompts."""
+
+RUN_PREFIX = "session-"
+"""How the folders begin in which Ray Train keeps notes of a session's run."""
 
 PATIENCE = 30.0
 """Seconds for which closing a session waits for its workers."""
@@ -132,7 +136,7 @@ class Session:
         self._thread.start()
 
     def _run(self, queue: Any) -> None:
-        training, name = self.training, f"session-{uuid4().hex[:8]}"
+        training, name = self.training, f"{RUN_PREFIX}{uuid4().hex[:8]}"
         trainer = TorchTrainer(
             train,
             train_loop_config={"queue": queue, "storage": str(self._storage)},
@@ -204,6 +208,16 @@ def _check(spec: TrainSpec, rows: TrainingRows) -> None:
             f"task {spec.task!r}: {which} are too few for its statistics; at least {FEWEST_ROWS} are needed: bring more rows"
             + (", or lower the task's `validation`" if held else "")
         )
+
+
+@contextmanager
+def reading_result(task: str, result: TrainResult) -> Iterator[None]:
+    """Turns an ExpertError about damaged files of a finished training into a TrainingError with the remedy: train again."""
+    try:
+        yield
+    except ExpertError as error:
+        reason = str(error).removesuffix(f"; {REMEDY}")
+        raise TrainingError(f"task {task!r}: {reason}; {begun_anew(result.folder)}") from None
 
 
 @contextmanager

@@ -118,6 +118,33 @@ def test_a_doubled_field_in_a_list_is_named_with_its_place(file):
     assert "stream.tasks.0.train.layout and stream.tasks.0.train.preset are the same field" in error_of(file, tasks)
 
 
+def test_a_mistake_is_told_of_the_file_or_the_override_that_makes_it(file, tmp_path):
+    (tmp_path / "base.yaml").write_text(STREAM + "expert: {rnk: 2}\n")
+    assert error_of(file, "extends: base.yaml\n").startswith(f"{tmp_path / 'base.yaml'}: expert.rnk: no such field")
+    assert error_of(file, STREAM, "expert.rnk=2").startswith("override 'expert.rnk=2': expert.rnk: no such field")
+    assert error_of(file, STREAM, "expert.rank=0").startswith("override 'expert.rank=0': expert.rank: ")
+    (tmp_path / "base.yaml").write_text(STREAM + "expert: {rank: 0}\n")
+    assert "expert.rank: " not in error_of(file, "extends: base.yaml\nexpert: {rank: 2}\nsed: 1\n")
+
+
+def test_names_of_other_libraries_that_mean_something_else_are_answered(file):
+    assert "see `training.precision`" in error_of(file, STREAM, "training.bf16=true")
+    assert "see `expert.learning_rate`" in error_of(file, STREAM + "expert: {lr: 1}\n")
+    file.write_text(STREAM)
+    assert load_config(file, ["expert.r=16"], LearnConfig).expert.rank == 16
+
+
+def test_an_empty_group_can_be_overridden(file):
+    file.write_text(STREAM + "expert:\n")
+    assert load_config(file, ["expert.rank=4"], LearnConfig).expert.rank == 4
+
+
+def test_a_field_of_several_types_has_one_error(file):
+    message = error_of(file, STREAM, "evaluation.expert_memory=[1]")
+    assert ".str" not in message
+    assert ".int" not in message
+
+
 def test_help_has_every_field_of_every_group_once():
     names = [name for name, _ in documented_fields(LearnConfig)]
     assert len(names) == len(set(names))
@@ -219,8 +246,11 @@ def test_a_file_that_is_no_configuration_is_named(file):
     ("override", "message"),
     [
         ("expert.rank", "override 'expert.rank': write it as field.sub=value, e.g. expert.rank=16"),
-        ("name.first=x", "override 'name.first=x': 'name' is not a group of fields"),
-        ("stream.tasks.0.name=x", "override 'stream.tasks.0.name=x': 'tasks' is not a group of fields"),
+        ("name.first=x", "override 'name.first=x': 'name' is not a group of fields but 'demo'"),
+        (
+            "stream.tasks.0.name=x",
+            "override 'stream.tasks.0.name=x': 'tasks' is a list; change its entries in the file",
+        ),
         ("expert.rank=[1", "override 'expert.rank=[1': not valid YAML"),
         ("expert.rnk=1", "did you mean `expert.rank`?"),
     ],

@@ -336,3 +336,17 @@ def test_what_a_pool_continues(registry, tiny_base, tmp_path):
     assert not begun.card.continues(whole.card)
     assert not whole.card.continues(whole.remove("digits").card)
     assert not whole.card.continues(begun.routed_by(kind="token").card)
+
+
+def test_an_expert_that_is_here_is_not_read_elsewhere(experts, tmp_path):
+    store = ExpertStore(tmp_path / "store")
+    source = experts[0].save(tmp_path / "source")
+    reference = ExpertReference.of(source)
+    folder = store.take(reference, source)
+    os.truncate(source / ADAPTER_WEIGHTS, 100)
+    assert store.take(reference, source) == folder
+    read(store.load(reference))
+    shutil.rmtree(folder)
+    with pytest.raises(ExpertError, match=r"source/adapter_model\.safetensors: "):
+        store.take(reference, source)
+    assert not store.has(reference)
