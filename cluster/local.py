@@ -50,7 +50,7 @@ QUIET = {
     "TOKENIZERS_PARALLELISM": "false",
 }
 """Environment of the driver and of every worker; what the user has set stays. OMP_NUM_THREADS is not in it on purpose:
-Ray sets it in each worker to the CPUs that the worker has booked, so `threads` per worker is what torch gets."""
+Ray sets it in each worker to the CPUs that the worker has booked, so `training.cpus_per_worker` is what torch gets."""
 
 JOB_CONFIG = "RAY_JOB_CONFIG_JSON_ENV_VAR"
 """Where Ray hands a submitted job its runtime environment."""

@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
 
-import pyarrow as pa
 import pyarrow.fs as fs
 
 from pipeline.config import SourceConfig, without_secrets
@@ -35,7 +34,7 @@ def resolve(source: SourceConfig, folder: Path) -> tuple[fs.FileSystem, list[fs.
         infos = [info] if info.type == fs.FileType.File else []
         if info.type == fs.FileType.Directory:
             infos = filesystem.get_file_info(fs.FileSelector(root, recursive=True))
-    except (OSError, ValueError, pa.ArrowException) as error:
+    except Exception as error:  # noqa: BLE001 - the hub's filesystem (hf://) raises errors of its HTTP client
         raise unreachable(source.path, error) from None
     files = sorted((file for file in infos if file.type == fs.FileType.File), key=lambda file: file.path)
     if info.type == fs.FileType.Directory:
