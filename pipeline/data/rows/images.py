@@ -102,7 +102,10 @@ def decode(data: bytes, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
         raise BadRow("an image of 0 bytes")
     if what := next((what for pattern, what in _FOREIGN if pattern.match(data)), None):
         raise BadRow(f"an image is {what}")
-    Image.MAX_IMAGE_PIXELS = max_pixels  # for images inside images (icons); its own default is below our largest scans
+    # Pillow's own limit also holds for images inside images (icons). Its default is below our largest scans; it is never
+    # lowered, since it is the whole process's.
+    if Image.MAX_IMAGE_PIXELS is not None and max_pixels > Image.MAX_IMAGE_PIXELS:
+        Image.MAX_IMAGE_PIXELS = max_pixels
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Pillow's remarks on odd files would fill the logs of every reader

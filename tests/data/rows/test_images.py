@@ -160,6 +160,11 @@ def test_an_image_as_large_as_allowed_is_read(monkeypatch):
     assert load_image(encoded(Image.new("1", (100, 100))), Nowhere(), max_pixels=10_000).size == (100, 100)
 
 
+def test_a_small_limit_is_not_left_to_others():
+    reason(encoded(Image.new("1", (100, 100))), max_pixels=10)
+    assert Image.open(io.BytesIO(encoded(Image.new("1", (100, 100))))).size == (100, 100)
+
+
 @pytest.mark.parametrize(
     ("data", "message"),
     [
