@@ -2,8 +2,6 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 STREAM ?= jobs/configs/demo.yaml
-# Each has a Ray of its own: 4 GB and one or two cores.
-TEST_PROCESSES ?= 2
 
 .DEFAULT_GOAL := help
 .PHONY: help install demo test test-fast lint format
@@ -23,8 +21,8 @@ install: $(BIN)/.installed ## Environment in .venv (about 2 minutes)
 demo: install ## Learn six tasks, compare with the alternatives, say where to look
 	$(BIN)/pointsman compare $(STREAM)
 
-test: install ## All tests (real Ray, DeepSpeed, MLflow; no network), in TEST_PROCESSES processes
-	$(BIN)/python -m pytest -n $(TEST_PROCESSES) --dist loadfile
+test: install test-fast ## All tests (real Ray, DeepSpeed, MLflow; no network)
+	$(BIN)/python -m pytest -m ray
 
 test-fast: install ## Tests without Ray, what to run while editing (two minutes)
 	$(BIN)/python -m pytest -n logical -m 'not ray'
