@@ -24,7 +24,7 @@ demo: install ## Learn six tasks, compare with the alternatives, say where to lo
 test: install test-fast ## All tests (real Ray, DeepSpeed, MLflow; no network)
 	$(BIN)/python -m pytest -m ray
 
-test-fast: install ## Tests without Ray, what to run while editing (two minutes)
+test-fast: install ## Tests without Ray, what to run while editing (two to three minutes)
 	$(BIN)/python -m pytest -n logical -m 'not ray'
 
 lint: install ## ruff, mypy, import layers
