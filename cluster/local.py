@@ -158,9 +158,12 @@ def _start(cpus: int) -> None:
             log_to_driver=False,
             logging_level=logging.ERROR,
         )
-    except Exception as error:  # Ray raises Exception itself where a process of it does not start in time
+    except Exception as error:
+        if type(error) is not Exception:
+            raise
+        # What Ray raises where one of its processes does not start within its fixed 30 s.
         raise ClusterError(
-            f"Ray did not start on this machine: {str(error).splitlines()[0]}\n"
+            f"Ray did not start on this machine: {next(iter(str(error).splitlines()), 'no reason given')}\n"
             "    is the machine very busy, or short of memory? Run the same command again"
         ) from error
     # Counts as said, that no CPU is free: preflight has counted those of this Ray, which nobody else uses, and who waits for

@@ -6,7 +6,7 @@ import pytest
 import ray
 import ray.data
 
-from cluster.local import SPARE_CPUS, ClusterInfo, available_cpus, connect
+from cluster.local import SPARE_CPUS, ClusterError, ClusterInfo, available_cpus, connect
 
 pytestmark = pytest.mark.ray
 
@@ -48,3 +48,21 @@ def test_connecting_again_returns_the_same_cluster(local_ray: ClusterInfo) -> No
     again = connect()
     assert again.address == local_ray.address
     assert not again.started
+
+
+def test_a_start_that_takes_too_long_is_a_clear_error_and_others_pass(monkeypatch: pytest.MonkeyPatch) -> None:
+    ray.shutdown()
+
+    def start(error: Exception) -> None:
+        def init(**settings: object) -> None:
+            raise error
+
+        monkeypatch.setattr(ray, "init", init)
+        connect()
+
+    with pytest.raises(ClusterError, match="Ray did not start on this machine: The current node timed out"):
+        start(Exception("The current node timed out during startup."))
+    with pytest.raises(ClusterError, match="no reason given"):
+        start(Exception())
+    with pytest.raises(ValueError, match="ports"):
+        start(ValueError("ports"))
