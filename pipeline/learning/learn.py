@@ -53,12 +53,13 @@ def learn_stream(session: StreamSession) -> LearnResult:
     watch = Stopwatch(session.folder / "state" / "clock.json")
     names = [task.name for task in config.stream.tasks]
     benchmarks = [task.name for task in config.stream.benchmarks]
-    matrix = AccuracyMatrix(names, benchmarks)
+    matrix, trainings = AccuracyMatrix(names, benchmarks), Trainings(session)
+    trainings.start_workers()
     pool = Pool(config.base.label, session.fingerprint, config.router, **session.null_expert())
     pool_folder, metrics, versions = session.folder / "pool", {}, {}
     last = session.evaluate([*names, *benchmarks], None, "base", who="the base")
     matrix.record("base", last.accuracies())
-    evaluations, trainings = PoolEvaluations(session, matrix), Trainings(session)
+    evaluations = PoolEvaluations(session, matrix)
     for number, task in enumerate(config.stream.tasks):
         session.progress.log(f"task {number + 1}/{len(names)}: {task.name}", "bold")
         began = monotonic()

@@ -160,6 +160,15 @@ class StreamSession:
         with self.progress.working(PREPARING):
             return build_deepspeed_ops()
 
+    def start_workers(self, trainings: int) -> None:
+        """Starts the workers of so many trainings that will begin soon, if inference fits beside them; returns at once."""
+        if self._sessions is None and trainings and self.capacity.side_by_side:
+            self._sessions = self._new_sessions(self.worker_env)
+            self._sessions.start(trainings)
+
+    def _new_sessions(self, worker_env: dict[str, str]) -> Sessions:
+        return Sessions(self.capacity.trainings, self.config.training, storage=self._storage, worker_env=worker_env)
+
     def train(self, spec: TrainSpec, rows: TrainingRows) -> TrainResult:
         """Trains, or resumes from the last checkpoint; shows progress and logs loss curves."""
         worker_env = self.worker_env
@@ -174,10 +183,7 @@ class StreamSession:
             with self._lock:
                 if self.closed:
                     raise RuntimeError(f"{spec.task}: the run has ended")
-                if self._sessions is None:
-                    count = self.capacity.trainings
-                    self._sessions = Sessions(count, spec.training, storage=self._storage, worker_env=worker_env)
-                sessions = self._sessions
+                sessions = self._sessions = self._sessions or self._new_sessions(worker_env)
             trained = sessions.train(spec, rows, on_steps)
             self.log_curves(spec.task, trained)
             return trained

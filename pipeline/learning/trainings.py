@@ -4,6 +4,7 @@ import threading
 from concurrent.futures import Future
 from dataclasses import dataclass
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from time import monotonic
 from typing import Any
@@ -41,6 +42,11 @@ class Trainings:
         self._begun: dict[str, Future[TrainedExpert]] = {}
         self._next = self._running = self._wanted = 0
         self._failed, self._lock = False, threading.RLock()
+
+    def start_workers(self) -> None:
+        """Starts the workers of the first trainings: that takes as long as some evaluations, and can go on beside them."""
+        to_be_trained = (task for task in self._tasks if _to_be_trained(self._session, task))
+        self._session.start_workers(len(list(islice(to_be_trained, self._session.capacity.trainings))))
 
     def expert(self, task: TaskConfig) -> TrainedExpert:
         """Waits for a task's training and returns its expert; raises the error of the training."""

@@ -76,7 +76,7 @@ def finished_training(storage: Path, task: str, digest: str) -> TrainResult | No
 
 
 class Session:
-    """Trains training after training on the same workers, which start with the first one."""
+    """Trains training after training on the same workers, which start with the first one, or with `start` before it."""
 
     def __init__(self, training: TrainingConfig, *, storage: Path, worker_env: dict[str, str] | None = None) -> None:
         self.training, self._storage, self._env = training, storage, worker_env or {}
@@ -84,6 +84,15 @@ class Session:
         self._thread: threading.Thread | None = None
         self._error = ""
         """Why the workers' run has ended; as text, since the error's traceback would keep Ray Train's controller alive."""
+
+    def start(self) -> None:
+        """Starts the workers; returns at once, and they wait for their first training."""
+        self._error = ""
+        # Beside the driver, as Ray Train's controller: what does not outlive the driver need not outlive a node either.
+        node = {"ray.io/node-id": ray.get_runtime_context().get_node_id()}
+        self._queue = ray.remote(num_cpus=0, label_selector=node)(TrainingQueue).remote(self.training.max_failures)
+        self._thread = threading.Thread(target=self._run, args=(self._queue,), name="training session", daemon=True)
+        self._thread.start()
 
     def train(self, spec: TrainSpec, rows: TrainingRows, on_steps: OnSteps = lambda steps: None) -> TrainResult:
         """Trains `spec` on encoded rows; a training of the same task and digest goes on where it stopped, or is found finished.
@@ -123,17 +132,9 @@ class Session:
             number = ray.get(self._queue.put.remote(spec.model_dump(), boxed))
         if number is None:
             self.close()
-            self._start()
+            self.start()
             number = ray.get(self._queue.put.remote(spec.model_dump(), boxed))
         return number
-
-    def _start(self) -> None:
-        self._error = ""
-        # Beside the driver, as Ray Train's controller: what does not outlive the driver need not outlive a node either.
-        node = {"ray.io/node-id": ray.get_runtime_context().get_node_id()}
-        self._queue = ray.remote(num_cpus=0, label_selector=node)(TrainingQueue).remote(self.training.max_failures)
-        self._thread = threading.Thread(target=self._run, args=(self._queue,), name="training session", daemon=True)
-        self._thread.start()
 
     def _run(self, queue: Any) -> None:
         training, name = self.training, f"{RUN_PREFIX}{uuid4().hex[:8]}"

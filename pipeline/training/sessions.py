@@ -21,6 +21,11 @@ class Sessions:
         for session in self._all:
             self._free.put(session)
 
+    def start(self, count: int) -> None:
+        """Starts the workers of the `count` sessions that train first; before any training."""
+        for session in self._all[-count:]:
+            session.start()
+
     def train(self, spec: TrainSpec, rows: TrainingRows, on_steps: OnSteps = lambda steps: None) -> TrainResult:
         """Trains a training in the first session that is free, as `Session.train` does."""
         session = self._free.get()
