@@ -26,6 +26,7 @@ JOBS = {
         "jobs.recompute_statistics:main", "Recompute a pool's statistics, without training.", TeachingCommand
     ),
     "explain": Lazy("jobs.explain:main", "Explain an answer: candidates, distances, weights."),
+    "registry": Lazy("jobs.registry.app:app", "Browse the registry, decide which pool is in use."),
     "ui": Lazy("jobs.ui:main", "Browse experts, pools and runs in MLflow."),
     "convert-internvl2": Lazy("jobs.convert_internvl2:main", "Convert an InternVL2 checkpoint for transformers."),
     "pretrain-tiny": Lazy("jobs.pretrain_tiny:main", "Pretrain the demo's base."),

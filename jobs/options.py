@@ -47,7 +47,7 @@ def user_errors() -> Iterator[None]:
             typer.secho(f"error: {message_of(error)}", fg=typer.colors.RED, err=True)
             sys.exit(2)
         except KeyboardInterrupt:
-            sys.exit(stopped.exit_code)
+            stopped.end()
 
 
 def load(config: Path, overrides: list[str] | None) -> LearnConfig:

@@ -26,7 +26,8 @@ from pipeline.learning.renewals import Renewal, plan
 from pipeline.learning.session import StreamSession
 from pipeline.learning.summary import metrics_on_card, task_metrics
 from pipeline.registry.experts import register_expert
-from pipeline.registry.pools import CHAMPION, download_pool, find_pool, pool_name, register_pool
+from pipeline.registry.pools import download_pool, find_pool, register_pool
+from pipeline.registry.promotion import CHAMPION
 from pipeline.registry.versions import MODELS
 from pipeline.routing.pool import CARD, Pool
 from pipeline.routing.store import ExpertReference, StoredExpert
@@ -73,13 +74,13 @@ def recompute(session: StreamSession, old: TrainedPool, *, skip_missing: bool = 
         pool = pool.add(expert)
         pools.append(pool)
     key = session.pool_key(pool)
-    new, before = session.folder / "recomputed" / f"pool-{key}", find_pool(pool.base_label, key)
+    new, before = session.folder / "recomputed" / f"pool-{key}", find_pool(pool.base_label, session.config.pool, key)
     version = session.retry(
         partial(_register, session, pools, experts, new),
         "registering experts and pool",
         kept="nothing is computed again",
     )
-    outcome = "there already, its aliases are where they were" if before else f"now {CHAMPION}; the old versions stay"
+    outcome = "there already" if before else f"the old ones stay, and so does {CHAMPION}: `learn` lets the gate decide"
     session.progress.log(
         f"\n{len(experts)} of {len(old.experts)} experts, {read} prompts read in {monotonic() - began:.0f} s: version "
         f"{version.version} of {version.name} ({outcome}), in {new}"
@@ -145,7 +146,7 @@ def _register(
 ) -> ModelVersion:
     """Registers all experts, then the pools of the first of them, of the first two, ..., as learning does.
 
-    So `learn` finds each of them, and leaves `champion` at the last, which is written to `new`; returns its version.
+    So `learn` finds each of them. The last is written to `new`; returns its version.
     """
     label = session.config.base.label
     versions = {name: register_expert(label, session.experts.ensure(e.reference)) for name, e in experts.items()}
@@ -155,6 +156,7 @@ def _register(
         version = register_pool(
             pool,
             session.config.base,
+            name=session.config.pool,
             digest=session.pool_key(pool),
             experts=versions_of_pool,
             expert_memory=session.config.evaluation.expert_memory,
@@ -174,9 +176,9 @@ def main(
 
     CONFIG is the stream's own file: its tasks are found by the experts' names, their training rows are read again, at most
     router.statistics_rows of each, and its base prompts. LoRA and routing vectors stay as they are. Experts and pool
-    become new versions in the registry; the old ones stay, and `champion` can be moved back to them. Nothing is changed before
-    all rows are found; stopped at any moment, the same command goes on. `pointsman learn` with the same CONFIG goes on from
-    the recomputed experts.
+    become new versions in the registry; the old ones stay. Nothing is changed before all rows are found; stopped at any moment,
+    the same command goes on. `pointsman learn` with the same CONFIG goes on from the recomputed experts, evaluates the new pool
+    and lets the gate decide whether it becomes `champion`.
     """
     with user_errors():
         settings = load(config, overrides)
@@ -194,7 +196,7 @@ def _meant(session: StreamSession, pool: str | None, scratch: Path) -> TrainedPo
     """Returns the pool that is meant, copied to `scratch` if it comes from the registry."""
     own_pool = session.folder / "pool"
     if pool is None and not (own_pool / CARD).is_file():
-        pool = f"{MODELS}{pool_name(session.config.base.label)}@{CHAMPION}"
+        pool = f"{MODELS}{session.pool_model}@{CHAMPION}"
     if pool is None or not pool.startswith(MODELS):
         folder = own_pool if pool is None else Path(pool).expanduser().resolve()
         session.progress.log(f"pool {folder}")

@@ -1,11 +1,12 @@
 """What jobs over a stream print at their end: accuracies by task, and where to look."""
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from jobs.terminal import table
 from pipeline.learning.session import StreamSession
-from pipeline.registry.pools import pool_name
+from pipeline.registry.promotion import champion
 from pipeline.registry.tracking import ui_command
 
 
@@ -34,10 +35,11 @@ def print_next_steps(session: StreamSession, report: Path) -> None:
     """Prints where to look."""
     session.progress.log(f"\nreport     {report}")
     session.progress.log(f"summary    {session.folder / 'summary.json'}")
-    if session.config.registry.uri is None:
-        session.progress.log(f"registry   {pool_name(session.config.base.label)}@champion; browse it: pointsman ui")
+    name = session.pool_model
+    now = session.retry(partial(champion, name), "looking for the champion")
+    which = f"{name}@champion, version {now.version}" if now else f"{name}, which has no champion yet"
+    where = session.config.registry.uri
+    browse = "browse it: pointsman ui" if where is None else f"at {where}"
+    session.progress.log(f"registry   {which}; {browse}")
+    if where is None:
         session.progress.log(f"           (that is: {' '.join(ui_command(session.config.tracking_uri))})")
-    else:
-        session.progress.log(
-            f"registry   {pool_name(session.config.base.label)}@champion at {session.config.registry.uri}"
-        )

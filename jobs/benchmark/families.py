@@ -36,7 +36,6 @@ from pipeline.learning.opening import open_session
 from pipeline.learning.session import StreamSession
 from pipeline.models.bases import load_base
 from pipeline.provenance import now, provenance
-from pipeline.registry.pools import CHAMPION, pool_name
 from pipeline.routing import Pool, RoutedModel
 
 TOLERANCE = 1e-5
@@ -171,7 +170,7 @@ def _reloaded(session: StreamSession, learned: LearnResult) -> dict[str, Any]:
     with routed.forced(None):
         bare, _ = routed_logits(routed, base.processor, rows)
     write_json(folder / "prompts.json", rows)
-    model = f"models:/{pool_name(session.config.base.label)}@{CHAMPION}"
+    model = f"models:/{session.pool_model}/latest"
     started = monotonic()
     command = [sys.executable, "-m", "jobs.benchmark.tools.reload_pool", mlflow.get_tracking_uri(), model]
     subprocess.run([*command, str(folder / "prompts.json"), str(folder)], check=True)

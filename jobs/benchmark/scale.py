@@ -13,7 +13,6 @@ from typing import Annotated, Any
 from urllib.parse import urlparse
 
 import typer
-from mlflow import MlflowClient
 
 from jobs.options import user_errors
 from jobs.results import print_next_steps
@@ -22,8 +21,7 @@ from pipeline.config import ConfigError, LearnConfig
 from pipeline.learning.learn import learn_stream, publish
 from pipeline.learning.opening import open_session
 from pipeline.learning.session import StreamSession
-from pipeline.registry.pools import pool_name
-from pipeline.registry.versions import logged_model
+from pipeline.registry.versions import logged_model, number, versions_of
 
 EARLY, LAST = slice(10, 20), slice(-10, None)
 """The tasks that are compared, counted from 0."""
@@ -77,10 +75,10 @@ def _pair(values: Sequence[float]) -> dict[str, float]:
 
 def version_bytes(session: StreamSession) -> list[float]:
     """Returns the bytes of every version of the run's pools in the registry, in their order; artifacts lie in local files."""
-    client, sizes = MlflowClient(), {}
-    for version in client.search_model_versions(f"name = '{pool_name(session.config.base.label)}'"):
-        folder = Path(urlparse(client.get_logged_model(logged_model(version)).artifact_location).path)
-        sizes[int(version.version)] = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+    sizes = {}
+    for version in versions_of(session.pool_model):
+        folder = Path(urlparse(logged_model(version).artifact_location).path)
+        sizes[number(version)] = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
     return [float(sizes[number]) for number in sorted(sizes)]
 
 

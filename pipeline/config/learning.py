@@ -70,10 +70,16 @@ class BaseModelConfig(Config):
     trust_remote_code: bool = False
     """Run the Python code that comes with a checkpoint. Off: only classes of transformers are used."""
 
+    @model_validator(mode="after")
+    def _has_a_label(self) -> "BaseModelConfig":
+        if not re.fullmatch(r"[A-Za-z0-9_.-]+", self.label) or {"expert", "pool"} & set(self.label.split(".")[1:]):
+            raise ValueError(f"{self.label!r} cannot be the base's name in the registry; set base.name")
+        return self
+
     @property
     def label(self) -> str:
         """The base's name in the registry."""
-        return self.name or Path(without_secrets(self.path)).name.removesuffix(".gguf")
+        return self.name or Path(without_secrets(self.path).partition("?")[0]).name.removesuffix(".gguf")
 
 
 class ExpertConfig(Config):
@@ -252,6 +258,14 @@ class RegistryConfig(Config):
     """Tracking server, e.g. http://mlflow:5000; default: SQLite file `mlflow.db` in the output folder."""
     experiment: str = "pointsman"
     """MLflow experiment."""
+    pool: str | None = Field(default=None, pattern=r"^[A-Za-z0-9_-]+$")
+    """Name of the pool, whose versions are `<base>.pool.<pool>`; default: the run's name. Streams with the same pool write into
+    the same versions."""
+    promote: Literal["gate", "manual"] = "gate"
+    """Who makes a learned pool the `champion`: the gate, if it has every task of the present champion, none drops by more than
+    `tolerance` and 99 % of the base's accuracy on the base abilities is kept; or only `pointsman registry promote`."""
+    tolerance: float = Field(default=0.02, ge=0, le=1)
+    """How much lower than the champion's a task's accuracy may be for the gate, a difference of accuracies."""
     retry_seconds: float = Field(default=300.0, ge=0)
     """Seconds for which registering is retried while the registry does not answer. Nothing that is trained is lost if it stays
     away."""
@@ -295,6 +309,11 @@ class LearnConfig(Config):
     def folder(self) -> Path:
         """Absolute folder of this run (workers run elsewhere, so relative paths would not do)."""
         return Path(self.output).resolve() / self.name
+
+    @property
+    def pool(self) -> str:
+        """Name of the pool in the registry."""
+        return self.registry.pool or self.name
 
     @property
     def tracking_uri(self) -> str:

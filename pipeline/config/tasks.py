@@ -1,5 +1,6 @@
 """What is learned: sources of rows, tasks, the stream, and how rows are read."""
 
+import re
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Field, model_validator
@@ -107,6 +108,8 @@ class TaskConfig(Config):
         # PEFT looks for `lora_` in names of parameters, of which a letter of it would be a part.
         if self.name in {"null", "base", "general", "base_prompts", "default"} or self.name in "lora_":
             raise ValueError(f"{self.name!r} is reserved; choose another task name")
+        if self.name == "latest" or re.fullmatch(r"v\d+", self.name):
+            raise ValueError(f"{self.name!r} is a word of the model registry for a version; choose another task name")
         if "{question}" not in self.prompt:
             raise ValueError("the prompt template must contain {question}")
         return self

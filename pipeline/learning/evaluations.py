@@ -5,8 +5,11 @@ from concurrent.futures import Future
 from pathlib import Path
 from statistics import fmean
 
+from mlflow.entities.model_registry import ModelVersion
+
 from pipeline.evaluation.matrix import AccuracyMatrix
 from pipeline.evaluation.results import Evaluation
+from pipeline.learning.catalog import Catalog
 from pipeline.learning.session import StreamSession
 from pipeline.routing.pool import Pool
 
@@ -14,28 +17,30 @@ from pipeline.routing.pool import Pool
 class PoolEvaluations:
     """Evaluates growing pools into an accuracy matrix, at most one at a time, while the next task is learned."""
 
-    def __init__(self, session: StreamSession, matrix: AccuracyMatrix) -> None:
-        self._session, self._matrix = session, matrix
+    def __init__(self, session: StreamSession, matrix: AccuracyMatrix, catalog: Catalog) -> None:
+        self._session, self._matrix, self._catalog = session, matrix, catalog
         self._benchmarks = [task.name for task in session.config.stream.benchmarks]
-        self._waiting: tuple[list[str], Future[Evaluation]] | None = None
+        self._waiting: tuple[Pool, tuple[ModelVersion, ModelVersion], Future[Evaluation]] | None = None
         self._last: Evaluation | None = None
 
-    def begin(self, pool: Pool, key: str, folder: Path) -> None:
-        """Evaluates a pool on its tasks and on the base abilities, now or in the background; waits for the one before."""
+    def begin(self, pool: Pool, key: str, folder: Path, version: ModelVersion, expert: ModelVersion) -> None:
+        """Evaluates a pool on its tasks and on the base abilities, now or in the background; waits for the one before.
+
+        `version` is the pool's in the registry, `expert` that of its newest expert.
+        """
         self.end()
-        self._waiting = (
-            pool.names,
-            self._session.evaluate_soon([*pool.names, *self._benchmarks], pool, key, folder=folder),
-        )
-        if self._waiting[1].done():
+        going_on = self._session.evaluate_soon([*pool.names, *self._benchmarks], pool, key, folder=folder)
+        self._waiting = pool, (version, expert), going_on
+        if going_on.done():
             self.end()
 
     def end(self) -> Evaluation | None:
         """Waits for the running evaluation; returns the last one, or None."""
         if self._waiting is not None:
-            (names, going_on), self._waiting = self._waiting, None
+            (pool, (version, expert), going_on), self._waiting = self._waiting, None
             self._last = going_on.result()
-            self._note(names, self._last)
+            self._note(pool.names, self._last)
+            self._catalog.show(version, pool, self._last, expert)
         return self._last
 
     def _note(self, names: Sequence[str], evaluation: Evaluation) -> None:

@@ -71,6 +71,10 @@ class Identity:
         """Rows as this base reads them; rows that `metric` cannot score are set aside."""
         return digest(self.rows(source, prompt), self.base, answer, metric, *([] if answer else [PROMPT_COLUMNS]))
 
+    def scored_rows(self, task: TaskConfig) -> str:
+        """The evaluation prompts of a task and how they are scored: accuracies on the same can be compared."""
+        return digest(self.rows(task.eval, task.prompt), task.metric, self.config.evaluation.limit)
+
     def training_rows(self, task: TaskConfig) -> str:
         """The rows that a task's expert learns from."""
         assert task.train is not None, "checked where configurations are read"

@@ -20,6 +20,7 @@ from pipeline.errors import UserError
 from pipeline.evaluation.matrix import AccuracyMatrix
 from pipeline.evaluation.report import write_report
 from pipeline.files import write_json
+from pipeline.learning.catalog import Catalog
 from pipeline.learning.changes import check_tasks, remember
 from pipeline.learning.evaluations import PoolEvaluations
 from pipeline.learning.session import StreamSession
@@ -59,7 +60,8 @@ def learn_stream(session: StreamSession) -> LearnResult:
     pool_folder, metrics, versions = session.folder / "pool", {}, {}
     last = session.evaluate([*names, *benchmarks], None, "base", who="the base")
     matrix.record("base", last.accuracies())
-    evaluations = PoolEvaluations(session, matrix)
+    catalog = Catalog(session, last)
+    evaluations = PoolEvaluations(session, matrix, catalog)
     for number, task in enumerate(config.stream.tasks):
         session.progress.log(f"task {number + 1}/{len(names)}: {task.name}", "bold")
         began = monotonic()
@@ -79,6 +81,7 @@ def learn_stream(session: StreamSession) -> LearnResult:
                 register_pool,
                 pool,
                 config.base,
+                name=config.pool,
                 digest=pool_key,
                 experts=dict(versions),
                 expert_memory=config.evaluation.expert_memory,
@@ -93,7 +96,7 @@ def learn_stream(session: StreamSession) -> LearnResult:
         seconds = metrics[task.name]["seconds"]
         session.progress.log(f"  pool version {version.version}   ({seconds:.0f} s to learn)")
         if config.is_evaluated(number + 1):
-            evaluations.begin(pool, pool_key, pool_folder)
+            evaluations.begin(pool, pool_key, pool_folder, version, versions[task.name])
         if not trained.before:
             trim_memory()
             turn = {"turn_seconds": monotonic() - began, "memory_bytes": memory_bytes()}
@@ -101,6 +104,7 @@ def learn_stream(session: StreamSession) -> LearnResult:
         watch.lap()
     if evaluations.end() is not None:  # with samples now
         last = session.evaluate([*names, *benchmarks], pool, pool_key, folder=pool_folder, quietly=True)
+        catalog.close(version, pool, last, versions, metrics)
     summary = {
         **session_provenance(session, started),
         "seconds_total": watch.stop(),
@@ -139,12 +143,12 @@ def _register(
 ) -> ModelVersion:
     """Returns the registry version of a trained expert; creates it if there is none."""
     label = session.config.base.label
-    if (version := find_expert(label, card.config_digest)) is not None:
+    if (version := find_expert(label, card.task, card.config_digest)) is not None:
         return version
     if "rows" in metrics:  # which earlier releases did not write down
         assert task.train is not None
         log_dataset(session.mlflow_run_id, task.name, task.train.path, card.data_fingerprint, samples=metrics["rows"])
-    return register_expert(label, folder, card=card)
+    return register_expert(label, folder, card=card, rows=metrics.get("rows"))
 
 
 def _upload(folder: Path, report: Path) -> None:

@@ -5,6 +5,7 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -19,6 +20,7 @@ from pipeline.learning.progress import LoggedProgress, Progress
 from pipeline.learning.session import PREPARING, StreamSession
 from pipeline.locks import LockedError, file_lock
 from pipeline.memory import map_large_blocks
+from pipeline.registry.migration import check_names
 from pipeline.registry.tracking import log_config, open_tracking, tracked_run
 from pipeline.training.session import RUN_PREFIX
 
@@ -80,12 +82,13 @@ def open_session(
                 lambda: open_tracking(config.tracking_uri, config.registry.experiment, on_wait=progress.log),
                 "opening MLflow",
             )
+        session.retry(partial(check_names, config.base.label), "looking for experts of an earlier release")
         with tracked_run(
             experiment,
             f"{config.name} {job}",
             _name_of(session, job),
         ) as run_id:
-            session.mlflow_run_id = run_id
+            session.experiment, session.mlflow_run_id = experiment, run_id
             log_config(run_id, config)
             session.metrics.go_on(run_id)
             session.metrics.write()  # of an earlier run, if the registry was away then

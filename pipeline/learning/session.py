@@ -33,8 +33,9 @@ from pipeline.learning.state import REMADE, Tally, keep_peak
 from pipeline.learning.stream_data import BASE_PROMPTS, StreamData
 from pipeline.models.bases import language_width
 from pipeline.models.checkpoints import checkpoint, fingerprint
-from pipeline.registry.experts import MissingExpertError, experts_name, fetch_expert
+from pipeline.registry.experts import MissingExpertError, fetch_expert
 from pipeline.registry.metric_buffer import MetricBuffer
+from pipeline.registry.names import expert_name, pool_name
 from pipeline.registry.retries import Retries
 from pipeline.routing.adapters import ExpertError
 from pipeline.routing.features import feature_width
@@ -71,7 +72,7 @@ class StreamSession:
         self.fingerprint = fingerprint(checkpoint(config.base))
         self.identity = Identity(config, self.fingerprint, Path(config.output).resolve() / "data" / "demo")
         self.data = StreamData(config, self.identity, self.capacity, progress, self._end_workers)
-        self.mlflow_run_id = ""
+        self.experiment = self.mlflow_run_id = ""
         self.retry = Retries(config.registry.retry_seconds, progress.log)
         self.metrics = MetricBuffer(self.folder / "state" / "metrics.jsonl", progress.log)
         self._sessions: Sessions | None = None
@@ -96,7 +97,7 @@ class StreamSession:
 
     def reference(self, task: str, digest_: str) -> ExpertReference:
         """Returns the reference to a task's expert: its digest, and its place in the registry."""
-        return ExpertReference(name=task, digest=digest_, model=experts_name(self.config.base.label))
+        return ExpertReference(name=task, digest=digest_, model=expert_name(self.config.base.label, task))
 
     def has_expert(self, reference: ExpertReference) -> bool:
         """Whether an expert is in the store undamaged, or could be brought there; all of its files are read.
@@ -243,6 +244,11 @@ class StreamSession:
         with stored_file(file, REMADE):
             null, layer_statistics = read_null(file)
             return {"null": null, "null_layer_statistics": layer_statistics}
+
+    @property
+    def pool_model(self) -> str:
+        """The registered model of the stream's pool."""
+        return pool_name(self.config.base.label, self.config.pool)
 
     def pool_key(self, pool: Pool) -> str:
         """Returns the name of a pool with this run's base prompts."""

@@ -1,4 +1,4 @@
-"""Bases in the registry: `<base>.bases` holds one version per checkpoint that pools use.
+"""Bases in the registry: `<base>.base` holds one version per checkpoint that pools use.
 
 Pool versions refer to it. A copy in each of them would be 16 GB per task for an 8B base.
 """
@@ -13,32 +13,31 @@ from mlflow.exceptions import MlflowException
 
 from pipeline.config import BaseModelConfig, without_secrets
 from pipeline.models.checkpoints import checkpoint, files_of, fingerprint
+from pipeline.registry.names import base_name
 from pipeline.registry.retries import RegistryError
 from pipeline.registry.tracking import active_run
-from pipeline.registry.versions import DIGEST, create_version, find_finished, log_folder
-
-CURRENT = "current"
-"""Alias of the checkpoint that the newest pools use."""
-
-
-def bases_name(base_label: str) -> str:
-    """Returns the registered model that holds a base's checkpoints."""
-    return f"{base_label}.bases"
+from pipeline.registry.versions import DIGEST, create_version, find_version, log_folder
 
 
 def register_base(base: BaseModelConfig) -> ModelVersion:
     """Uploads a base's checkpoint as a new version, unless it is registered; needs an open run."""
-    run, folder, name = active_run(), checkpoint(base), bases_name(base.label)
+    run, folder, name = active_run(), checkpoint(base), base_name(base.label)
     base_fingerprint = fingerprint(folder)
-    if (version := find_finished(name, base_fingerprint)) is not None:
+    if (version := find_version(name, base_fingerprint)) is not None:
         return version
-    tags = {DIGEST: base_fingerprint, "base_label": base.label, "path": without_secrets(base.path)}
+    params = {DIGEST: base_fingerprint, "base": base.label, "path": without_secrets(base.path)}
     with tempfile.TemporaryDirectory() as scratch:
         for file in files_of(folder):  # a downloaded folder may hold other files
             (Path(scratch) / file.name).symlink_to(file.resolve())
-        model_id = log_folder(base.label, Path(scratch), tags, model_type="base")
-    about = f"Checkpoints of {base.label}, one version each; pools refer to them"
-    return create_version(name, model_id, run.info.run_id, tags, alias=CURRENT, about=about)
+        model_id = log_folder(base.label, Path(scratch), params, model_type="base")
+    return create_version(
+        name,
+        model_id,
+        run.info.run_id,
+        tags={"fingerprint": base_fingerprint[:12]},
+        description=f"The frozen checkpoint `{params['path']}` that pools of base `{base.label}` answer with.",
+        about=f"Checkpoints of base `{base.label}`, one version each; pools refer to them",
+    )
 
 
 def base_folder(model_id: str) -> Path:

@@ -1,4 +1,4 @@
-"""Experts in the registry: `<base>.experts` has a version per trained expert; aliases mark each task's current one.
+"""Experts in the registry: `<base>.expert.<task>` has a version per training of the task.
 
 Pools refer to these versions. Loading a pool from the registry takes its experts from the user's cache, or fetches them.
 """
@@ -14,71 +14,80 @@ from mlflow.exceptions import MlflowException
 
 from pipeline.config import without_secrets
 from pipeline.files import replace_folder
+from pipeline.registry.descriptions import expert_description
+from pipeline.registry.names import expert_name
 from pipeline.registry.retries import RegistryError, is_away
 from pipeline.registry.tracking import active_run
-from pipeline.registry.versions import DIGEST, create_version, find_finished, get_version, log_folder
+from pipeline.registry.versions import DIGEST, create_version, find_version, get_version, log_folder, logged_model
 from pipeline.routing.contents import Contents
 from pipeline.routing.expert import Expert, ExpertCard
 from pipeline.routing.store import ExpertReference, ExpertStore, cache_folder
 
 CONTENT = "content"
-"""Tag of a version: digest of the expert's files (`Contents.digest`); versions of earlier releases lack it."""
+"""Parameter of a logged model: digest of the expert's files (`Contents.digest`)."""
+
+REGISTERED, EVALUATED = "registered", "evaluated"
+"""Status of a version before and after its first evaluation."""
 
 
 class MissingExpertError(RegistryError):
     """An expert that the current registry lacks; the message names it, its version and the remedy."""
 
 
-def experts_name(base_label: str) -> str:
-    """Returns the registered model that holds the experts of a base."""
-    return f"{base_label}.experts"
+def register_expert(
+    base_label: str, folder: str | Path, *, card: ExpertCard | None = None, rows: int | None = None
+) -> ModelVersion:
+    """Registers an expert folder as a version of its task's model; needs an open run (`tracked_run`).
 
-
-def register_expert(base_label: str, folder: str | Path, *, card: ExpertCard | None = None) -> ModelVersion:
-    """Registers an expert folder and points the task's alias at it; needs an open run (`tracked_run`).
-
-    If an expert with the same configuration digest exists, it is returned and no alias moves. Raises ExpertError for a
-    folder that is incomplete or was never trained; not with the `card` of an expert that a store has checked, whose weights
-    are not read again.
+    If an expert with the same configuration digest exists, it is returned. `rows` is the number of rows that it learned from,
+    where that is known. Raises ExpertError for a folder that is incomplete or was never trained; not with the `card` of an
+    expert that a store has checked, whose weights are not read again.
     """
     run = active_run()
     if card is None:
         expert = Expert.load(folder)
         expert.check_trained()
         card = expert.card
-    name = experts_name(base_label)
-    if (version := find_finished(name, card.config_digest)) is not None:
+    if (version := find_expert(base_label, card.task, card.config_digest)) is not None:
         return version
-    described = card.model_dump(exclude={"name", "metrics", "identity", "trained_with"})
-    assert DIGEST in described, "the card and the registry name the digest alike"
-    tags = described | {f"metric.{key}": value for key, value in card.metrics.items()}
+    described = card.model_dump(exclude={"name", "metrics", "identity", "trained_with", "config_digest"})
+    params = {DIGEST: card.config_digest, "base": base_label, **described}
     if (contents := Contents.read(Path(folder))) is not None:
-        tags[CONTENT] = contents.digest
-    tags |= {f"trained_with.{key}": value for key, value in card.trained_with.items()}
-    model_id = log_folder(card.name, Path(folder), tags, model_type="expert")
-    about = f"LoRA experts over {base_label}, a version per training; aliases name each task's current one"
-    return create_version(name, model_id, run.info.run_id, tags, alias=card.task, about=about)
+        params[CONTENT] = contents.digest
+    params |= {f"metric.{key}": value for key, value in card.metrics.items()}
+    params |= {f"trained_with.{key}": value for key, value in card.trained_with.items()}
+    model_id = log_folder(card.name, Path(folder), params, model_type="expert")
+    tags: dict[str, object] = {"rank": card.rank, **({"rows": f"{rows:,}"} if rows else {}), "status": REGISTERED}
+    return create_version(
+        expert_name(base_label, card.task),
+        model_id,
+        run.info.run_id,
+        tags=tags,
+        description=expert_description(base_label, card, rows=rows),
+        about=f"LoRA experts of task `{card.task}` over base `{base_label}`: a version per training",
+    )
 
 
-def find_expert(base_label: str, digest: str) -> ModelVersion | None:
-    """Returns the finished expert made from `digest` (configuration, data, base), or None."""
-    return find_finished(experts_name(base_label), digest)
+def find_expert(base_label: str, task: str, digest: str) -> ModelVersion | None:
+    """Returns the expert of a task made from `digest` (configuration, data, base), or None."""
+    return find_version(expert_name(base_label, task), digest)
 
 
-def download_expert(base_label: str, task_or_version: int | str, into: str | Path) -> Path:
-    """Copies an expert, by task (its current version) or version number, to the folder `into`, replacing it.
+def download_expert(base_label: str, task: str, version: int | str, into: str | Path) -> Path:
+    """Copies a version of a task's expert (a number, an alias or `latest`) to the folder `into`, replacing it.
 
-    Raises RegistryError that lists the available experts.
+    Raises RegistryError that lists what there is.
     """
-    return _download(get_version(experts_name(base_label), task_or_version), Path(into))
+    return _download(get_version(expert_name(base_label, task), version), Path(into))
 
 
 def reference_to(name: str, version: ModelVersion) -> ExpertReference:
     """Returns a pool's reference to its expert `name`, registered as this version."""
+    params = logged_model(version).params
     return ExpertReference(
         name=name,
-        digest=version.tags[DIGEST],
-        content=version.tags.get(CONTENT),
+        digest=params[DIGEST],
+        content=params.get(CONTENT),
         model=version.name,
         version=int(version.version),
     )
@@ -92,10 +101,10 @@ def fetch_expert(reference: ExpertReference, folder: Path) -> None:
     assert reference.model is not None, "pools that do not name a registered model hold their experts"
     version = None
     if reference.version is not None:
-        with suppress(RegistryError):  # deleted, or never finished
+        with suppress(RegistryError):  # deleted
             version = get_version(reference.model, reference.version)
     if version is None and reference.digest is not None:
-        version = find_finished(reference.model, reference.digest)
+        version = find_version(reference.model, reference.digest) or _moved(reference, reference.digest)
     if version is None:
         raise MissingExpertError(_missing(reference))
     try:
@@ -108,6 +117,13 @@ def fetch_expert(reference: ExpertReference, folder: Path) -> None:
         raise MissingExpertError(f"{_missing(reference)} ({error})") from None
 
 
+def _moved(reference: ExpertReference, digest: str) -> ModelVersion | None:
+    """Returns the version of an expert whose pool refers to it by a name of an earlier release."""
+    assert reference.model is not None
+    base_label, _, former = reference.model.rpartition(".")
+    return find_expert(base_label, reference.name, digest) if former == "experts" else None
+
+
 def registered_experts() -> ExpertStore:
     """Returns the store of the experts of registered pools: the user's cache, filled from the current registry."""
     return ExpertStore(cache_folder(), fetch_expert)
@@ -117,8 +133,8 @@ def _missing(reference: ExpertReference) -> str:
     return (
         f"{reference}: {reference.model} at {without_secrets(mlflow.get_tracking_uri())} does not have it. Set "
         "MLFLOW_TRACKING_URI to the registry that the pool comes from; where the version was deleted, run the `pointsman "
-        "learn` that made it once more, which registers it anew, or use a version of the pool without this expert (alias "
-        "`champion` can be moved back)"
+        "learn` that made it once more, which registers it anew, or use a version of the pool without this expert (`pointsman "
+        "registry rollback` moves `champion` back)"
     )
 
 

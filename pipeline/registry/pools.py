@@ -1,8 +1,8 @@
-"""Pools in the registry: `<base>.pool` holds a version per pool, each a model that answers prompts by itself.
+"""Pools in the registry: `<base>.pool.<name>` holds a version per task learned, each a model that answers prompts by itself.
 
-`mlflow.pyfunc.load_model("models:/<base>.pool@champion").predict(...)` and `mlflow models serve` need only the registry: a
-version holds router settings, statistics of base prompts and code, and refers to its experts and its base, so its size does
-not grow with the number of experts. Alias `champion` marks the version in use; moving it rolls back.
+`mlflow.pyfunc.load_model("models:/<base>.pool.<name>@champion").predict(...)` and `mlflow models serve` need only the registry:
+a version holds router settings, statistics of base prompts and code, and refers to its experts and its base, so its size does
+not grow with the number of experts. Which version is in use says `promotion`.
 """
 
 import re
@@ -25,23 +25,23 @@ import pipeline
 from pipeline.config import BaseModelConfig
 from pipeline.registry import pyfunc_model
 from pipeline.registry.bases import register_base
-from pipeline.registry.experts import experts_name, reference_to
+from pipeline.registry.descriptions import pool_description
+from pipeline.registry.experts import REGISTERED, reference_to
+from pipeline.registry.names import pool_name, read_name
 from pipeline.registry.retries import RegistryError
 from pipeline.registry.tracking import active_run
 from pipeline.registry.versions import (
     DIGEST,
     MODELS,
     create_version,
-    find_finished,
+    find_version,
     get_version,
     log_lineage,
     log_model,
-    logged_model,
+    logged_model_id,
 )
 from pipeline.routing.pool import CARD, Pool
-
-CHAMPION = "champion"
-"""Alias of the pool version in use."""
+from pipeline.routing.store import ExpertReference, StoredExpert
 
 SIGNATURE = ModelSignature(
     inputs=Schema([
@@ -57,10 +57,10 @@ SIGNATURE = ModelSignature(
 )  # fmt: skip
 """`prompt` as text, `image` as encoded bytes, base64 text or null; answers and experts."""
 
-LISTED = 12
-"""Most experts in a version's tag; `pool.json` lists them all."""
+LISTED = 3
+"""Most tasks in a version's tag; its description has them all."""
 
-_ADDRESS = re.compile(rf"{MODELS}(?P<name>[^/@]+)(?:/(?P<version>\d+)|@(?P<alias>[^/@]+))")
+_ADDRESS = re.compile(rf"{MODELS}(?P<name>[^/@]+)(?:/(?P<version>\d+|latest)|@(?P<alias>[^/@]+))")
 
 _REQUIREMENTS = (
     "mlflow",
@@ -76,49 +76,41 @@ _REQUIREMENTS = (
 )
 
 
-def pool_name(base_label: str) -> str:
-    """Returns the registered model that holds the pools over a base."""
-    return f"{base_label}.pool"
-
-
 def register_pool(
     pool: Pool,
     base: BaseModelConfig,
     *,
+    name: str,
     digest: str,
     experts: Mapping[str, ModelVersion],
     expert_memory: int | None = None,
 ) -> ModelVersion:
-    """Registers a pool as a new version and makes it champion, with its base if that is new; needs an open run.
+    """Registers a pool as a new version of the pool `name`, with its base if that is new; needs an open run.
 
     `digest` identifies the pool; `experts` are the versions of its experts by name, to which `pool.json` refers; versions of
-    other runs become inputs of this run. No weights are read, and no tag grows with the number of experts. If a pool with the
-    same digest exists, it is returned and `champion` does not move: someone may have rolled back. `expert_memory` (bytes) is
-    the default limit of the experts' weights where the pool is loaded.
+    other runs become inputs of this run. No weights are read. If the pool has a version with the same digest, that is
+    returned. No alias moves. `expert_memory` (bytes) is the default limit of the experts' weights where the pool is loaded.
 
     Raises RegistryError where `experts` and the pool differ.
     """
     run = active_run()
-    _check_versions(pool, experts)
-    name = pool_name(pool.base_label)
-    if (version := find_pool(pool.base_label, digest)) is not None:
+    references = _references(pool, experts)
+    if (version := find_pool(pool.base_label, name, digest)) is not None:
         return version
-    tags = {
+    base_version = register_base(base)
+    params = {
         DIGEST: digest,
-        "base_label": pool.base_label,
+        "base": pool.base_label,
         "base_fingerprint": pool.base_fingerprint,
+        "base_version": base_version.version,
         "null_expert": bool(pool.null),
-        "experts": _listed([f"{expert} {experts[expert].version}" for expert in pool.names]),
-        "experts_model": experts_name(pool.base_label),
+        "experts": len(pool.names),
         **{f"router.{key}": value for key, value in pool.router.model_dump().items()},
     }
-    base_version = register_base(base)
-    tags["base_version"] = base_version.version
     log_lineage(run.info.run_id, experts.values())
     with tempfile.TemporaryDirectory() as scratch, warnings.catch_warnings():
         # An example would make MLflow load and run the whole model before it logs it; the signature is our own.
         warnings.filterwarnings("ignore", message=".*input example was not provided")
-        references = {expert: reference_to(expert, version) for expert, version in experts.items()}
         folder = pool.refer(Path(scratch) / "pool", references)
 
         def write(model: LoggedModel) -> Path:
@@ -133,16 +125,27 @@ def register_pool(
                 signature=SIGNATURE,
                 pip_requirements=pip_requirements(),
                 model_config={
-                    "base_model_id": logged_model(base_version),
+                    "base_model_id": logged_model_id(base_version),
                     "expert_memory": expert_memory,
                     **base.model_dump(include={"dtype", "max_tiles", "trust_remote_code"}),
                 },
             )
             return Path(scratch) / "model"
 
-        model_id = log_model("pool", write, tags, model_type="pool")
-    about = f"Pools of experts over {pool.base_label}; alias `{CHAMPION}` marks the one in use"
-    return create_version(name, model_id, run.info.run_id, tags, alias=CHAMPION, about=about)
+        model_id = log_model(name, write, params, model_type="pool")
+    return create_version(
+        pool_name(pool.base_label, name),
+        model_id,
+        run.info.run_id,
+        tags={"tasks": _listed(pool.names), "status": REGISTERED},
+        description=pool_description(pool.base_label, name, numbers_of(pool, references), pool.router.kind),
+        about=f"Pool `{name}` of experts over base `{pool.base_label}`: a version per task learned; `champion` is in use",
+    )
+
+
+def numbers_of(pool: Pool, references: Mapping[str, ExpertReference]) -> dict[str, int]:
+    """Returns the versions of a pool's experts by name, in the pool's order."""
+    return {name: references[name].version or 0 for name in pool.names}
 
 
 def _listed(experts: Sequence[str]) -> str:
@@ -151,61 +154,60 @@ def _listed(experts: Sequence[str]) -> str:
     return ", ".join(newest) + (f" and {more} more" if more > 0 else "")
 
 
-def _check_versions(pool: Pool, experts: Mapping[str, ModelVersion]) -> None:
-    """Raises RegistryError where versions are not those of a pool's experts."""
+def _references(pool: Pool, experts: Mapping[str, ModelVersion]) -> dict[str, ExpertReference]:
+    """Returns the references to a pool's experts; raises RegistryError where versions are not those of its experts."""
     if set(pool.names) != set(experts) or not experts:
         raise RegistryError(
             f"the pool holds {', '.join(pool.names) or 'no expert'}, versions are given for "
             f"{', '.join(experts) or 'none'}; register each of its experts first and pass those versions"
         )
+    references = {}
     for name, digest in zip(pool.names, pool.digests, strict=True):
-        version = experts[name]
-        if (registered := version.tags.get(DIGEST)) != digest:
+        version, entry = experts[name], pool.experts.entries[name]
+        reference = entry.reference if isinstance(entry, StoredExpert) else None
+        # What a stream has just registered says so itself; the registry is asked for others only.
+        if reference is None or (reference.model, reference.version) != (version.name, int(version.version)):
+            reference = reference_to(name, version)
+        if reference.digest != digest:
             raise RegistryError(
                 f"expert {name!r} of the pool has digest {digest}, version {version.version} of {version.name} has "
-                f"{registered}; pass the version that was registered of this expert"
+                f"{reference.digest}; pass the version that was registered of this expert"
             )
+        references[name] = reference
+    return references
 
 
-def find_pool(base_label: str, digest: str) -> ModelVersion | None:
-    """Returns the finished pool made from `digest`, or None."""
-    return find_finished(pool_name(base_label), digest)
+def find_pool(base_label: str, name: str, digest: str) -> ModelVersion | None:
+    """Returns the version of a pool made from `digest`, or None."""
+    return find_version(pool_name(base_label, name), digest)
 
 
-def download_pool(address: str, into: str | Path) -> Path:
-    """Copies the folder of a registered pool below `into`; returns it. An earlier release may have written it.
+def pool_version(address: str) -> ModelVersion:
+    """Returns the version at `models:/<name>/<version>`, `.../latest` or `models:/<name>@<alias>`.
 
-    The folder refers to its experts (see `experts.registered_experts`); pools of earlier releases contain them.
-
-    `address` is `models:/<name>/<version>` or `models:/<name>@<alias>`. Raises RegistryError for any other address, and for a
-    missing version, with the available ones.
+    Raises RegistryError for any other address, and for a missing version, with the available ones.
     """
     match = _ADDRESS.fullmatch(address)
     if match is None:
         raise RegistryError(
-            f"{address!r} is not a pool's address; write it like models:/tiny.pool/3 or models:/tiny.pool@{CHAMPION}"
+            f"{address!r} is not a pool's address; write it like models:/tiny.pool.demo/3 or models:/tiny.pool.demo@champion"
         )
-    version = get_version(match["name"], match["version"] or match["alias"])
-    location = MlflowClient().get_logged_model(logged_model(version)).artifact_location
+    return get_version(match["name"], match["version"] or match["alias"])
+
+
+def download_pool(address: str, into: str | Path) -> Path:
+    """Copies the folder of a registered pool (`pool_version`) below `into`; returns it. An earlier release may have written it.
+
+    The folder refers to its experts (see `experts.registered_experts`); pools of earlier releases contain them.
+    """
+    version = pool_version(address)
+    location = MlflowClient().get_logged_model(logged_model_id(version)).artifact_location
     if not any(Path(item.path).name == "artifacts" for item in mlflow.artifacts.list_artifacts(artifact_uri=location)):
-        raise RegistryError(f"{address}: {version.name!r} is no pool; pools are the versions of <base>.pool")
+        named = read_name(version.name)
+        what = f"the {named.kind}{f' {named.name}' * bool(named.name)}" if named else "no pool"
+        raise RegistryError(f"{address}: {version.name!r} is {what}; pools are the versions of <base>.pool.<name>")
     folder = mlflow.artifacts.download_artifacts(artifact_uri=f"{location}/artifacts", dst_path=str(into))
     return next(card.parent for card in Path(folder).rglob(CARD))
-
-
-def promote(base_label: str, version: int | str) -> ModelVersion:
-    """Makes a finished version, newer or older, the champion.
-
-    Raises RegistryError if there is none.
-    """
-    chosen = get_version(pool_name(base_label), version)
-    MlflowClient().set_registered_model_alias(pool_name(base_label), CHAMPION, chosen.version)
-    return chosen
-
-
-def champion(base_label: str) -> ModelVersion:
-    """Returns the pool version in use; raises RegistryError if there is none."""
-    return get_version(pool_name(base_label), CHAMPION)
 
 
 def pip_requirements() -> list[str]:

@@ -17,6 +17,7 @@ from urllib.parse import SplitResult, unquote, urlsplit, urlunsplit
 
 import mlflow
 import requests
+import yaml
 from alembic.util import CommandError
 from mlflow import MlflowClient
 from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param
@@ -26,7 +27,7 @@ from mlflow.utils.mlflow_tags import MLFLOW_DATASET_CONTEXT
 from mlflow.utils.validation import MAX_METRICS_PER_BATCH, MAX_PARAMS_TAGS_PER_BATCH
 from sqlalchemy.exc import SQLAlchemyError
 
-from pipeline.config import Config, without_secrets
+from pipeline.config import LearnConfig, without_secrets
 from pipeline.locks import file_lock
 from pipeline.registry.retries import RegistryError, check_server, fail_fast, is_away, is_silent, reason_of
 
@@ -84,6 +85,25 @@ def open_tracking(uri: str, experiment: str, *, on_wait: Callable[[str], None] =
                 f"registry.uri: {database} was written by another MLflow than {mlflow.__version__}; back it up and run "
                 f"`mlflow db upgrade {SQLITE}{database}` if that one was older, install it if it was newer, or {_RESTORE}"
             ) from None
+
+
+def use_registry(uri: str) -> None:
+    """Points MLflow at a registry that is there, to look at it; raises RegistryError where there is none."""
+    for chatty in _CHATTY:
+        logging.getLogger(chatty).setLevel(logging.WARNING)
+    database = database_path(uri)
+    if database is None:
+        fail_fast()
+        mlflow.set_tracking_uri(_with_credentials_aside(uri))
+        check_server()
+        return
+    if not database.is_file():
+        raise RegistryError(
+            f"{database} does not exist: `pointsman learn` makes it in its output folder; name the registry with --registry or "
+            "MLFLOW_TRACKING_URI"
+        )
+    check_database(database)
+    mlflow.set_tracking_uri(f"{SQLITE}{database}")
 
 
 def check_database(database: Path) -> None:
@@ -237,17 +257,43 @@ def active_run() -> mlflow.ActiveRun:
     return run
 
 
-def log_config(run_id: str, config: Config) -> None:
-    """Logs a configuration as parameters `group.field`, URIs without their keys.
+COMPARED: dict[str, Any] = {
+    "name": True,
+    "seed": True,
+    "base": {"path", "revision", "dtype", "max_tiles"},
+    "data": {"max_tokens", "max_pixels", "group_by_length"},
+    "expert": True,
+    "router": True,
+    "training": True,
+    "evaluation": {"limit", "max_new_tokens"},
+}
+"""The fields of a configuration by which runs are compared: parameters of a run. All are in its artifact `config.yaml`."""
+
+
+def log_config(run_id: str, config: LearnConfig) -> None:
+    """Logs a configuration: what one compares as parameters `group.field`, all of it as `config.yaml`; URIs without their keys.
 
     Parameters never change in MLflow. A restarted job leaves logged ones as they are: the run's digest covers all that
     affects the result.
     """
     client = MlflowClient()
     present = client.get_run(run_id).data.params
-    params = [Param(key, value) for key, value in flatten(config.model_dump(mode="json")) if key not in present]
+    compared = config.model_dump(mode="json", include=COMPARED)
+    compared["stream"] = {"tasks": len(config.stream.tasks), "benchmarks": len(config.stream.benchmarks)}
+    params = [Param(key, value) for key, value in flatten(compared) if key not in present]
     for batch in _batches(params, MAX_PARAMS_TAGS_PER_BATCH):
         client.log_batch(run_id, params=batch)
+    whole = yaml.safe_dump(_shown(config.model_dump(mode="json")), sort_keys=False, allow_unicode=True)
+    client.log_text(run_id, whole, "config.yaml")
+
+
+def _shown(value: Any) -> Any:
+    """Returns nested values with texts that are without secrets."""
+    if isinstance(value, Mapping):
+        return {key: _shown(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_shown(item) for item in value]
+    return without_secrets(value) if isinstance(value, str) else value
 
 
 def flatten(value: Any, prefix: str = "") -> Iterator[tuple[str, str]]:

@@ -1,5 +1,4 @@
 import threading
-import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -9,10 +8,10 @@ import pytest
 from mlflow import MlflowClient
 from safetensors.torch import load_file
 
-from pipeline.registry import experts, versions
+from pipeline.registry import experts
 from pipeline.registry.experts import download_expert, find_expert, register_expert
 from pipeline.registry.tracking import RegistryError, tracked_run
-from pipeline.registry.versions import logged_model
+from pipeline.registry.versions import logged_model, logged_model_id
 from pipeline.routing import Expert, ExpertError
 from tests.registry.conftest import MakeExpert
 
@@ -20,42 +19,46 @@ from tests.registry.conftest import MakeExpert
 def test_a_version_carries_its_expert(experiment: str, make_expert: MakeExpert, tmp_path: Path) -> None:
     folder = make_expert("digits", "aaa").save(tmp_path / "digits")
     with tracked_run(experiment, "demo", "run") as run:
-        version = register_expert("tiny", folder)
-    assert (version.name, int(version.version), version.run_id) == ("tiny.experts", 1, run)
-    assert {key: version.tags[key] for key in ("task", "rank", "alpha", "config_digest", "samples", "finished")} == {
-        "task": "digits", "rank": "2", "alpha": "4.0", "config_digest": "aaa", "samples": "640", "finished": "true",
+        version = register_expert("tiny", folder, rows=1500)
+    assert (version.name, int(version.version), version.run_id) == ("tiny.expert.digits", 1, run)
+    assert version.tags == {"rank": "2", "rows": "1,500", "status": "registered"}
+    assert version.description.startswith("**Expert for task `digits`** over base `tiny`: a LoRA of rank 2")
+    params = logged_model(version).params
+    assert {key: params[key] for key in ("task", "rank", "alpha", "digest", "samples", "metric.expert_loss")} == {
+        "task": "digits", "rank": "2", "alpha": "4.0", "digest": "aaa", "samples": "640", "metric.expert_loss": "0.25",
     }  # fmt: skip
-    assert version.tags["metric.expert_loss"] == "0.25"
-    assert {"base_fingerprint", "data_fingerprint", "seed"} <= set(version.tags)
-    assert [output.model_id for output in MlflowClient().get_run(run).outputs.model_outputs] == [logged_model(version)]
+    assert {"base_fingerprint", "data_fingerprint", "seed"} <= set(params)
+    (output,) = MlflowClient().get_run(run).outputs.model_outputs
+    assert output.model_id == logged_model_id(version)
 
 
 def test_registering_twice_makes_one_version(experiment: str, make_expert: MakeExpert, tmp_path: Path) -> None:
     folder = make_expert("digits", "aaa").save(tmp_path / "digits")
-    assert find_expert("tiny", "aaa") is None
+    assert find_expert("tiny", "digits", "aaa") is None
     with tracked_run(experiment, "demo", "run"):
         first = register_expert("tiny", folder)
         assert register_expert("tiny", folder).version == first.version
-    version = find_expert("tiny", "aaa")
+    version = find_expert("tiny", "digits", "aaa")
     assert version is not None
     assert version.version == first.version
-    assert len(MlflowClient().search_model_versions("name = 'tiny.experts'")) == 1
+    assert len(MlflowClient().search_model_versions("name = 'tiny.expert.digits'")) == 1
 
 
-def test_the_alias_is_the_tasks_current_version(experiment: str, make_expert: MakeExpert, tmp_path: Path) -> None:
+def test_every_task_has_its_own_model(experiment: str, make_expert: MakeExpert, tmp_path: Path) -> None:
     with tracked_run(experiment, "demo", "run"):
         for name, digest in (("digits", "aaa"), ("clock", "bbb"), ("digits", "ccc")):
             register_expert("tiny", make_expert(name, digest).save(tmp_path / name))
-    current = download_expert("tiny", "digits", tmp_path / "current")
-    former = download_expert("tiny", 1, tmp_path / "former")
-    assert Expert.load(current).card.config_digest == "ccc"
+    newest = download_expert("tiny", "digits", "latest", tmp_path / "newest")
+    former = download_expert("tiny", "digits", 1, tmp_path / "former")
+    assert Expert.load(newest).card.config_digest == "ccc"
     assert Expert.load(former).card.config_digest == "aaa"
-    with pytest.raises(RegistryError, match=r"no 'cloc' in 'tiny.experts'; .*versions 1, 2, 3 .*clock = 2, digits = 3"):
-        download_expert("tiny", "cloc", tmp_path / "none")
-    with pytest.raises(RegistryError, match="no '9' in"):
-        download_expert("tiny", 9, tmp_path / "none")
+    for version in ("9", "current"):
+        with pytest.raises(
+            RegistryError, match=rf"no '{version}' in 'tiny\.expert\.digits'; there are versions 1, 2 and"
+        ):
+            download_expert("tiny", "digits", version, tmp_path / "none")
     with pytest.raises(RegistryError, match="nothing is registered"):
-        download_expert("other", "digits", tmp_path / "none")
+        download_expert("other", "digits", 1, tmp_path / "none")
 
 
 def test_a_download_is_the_folder_that_was_registered(experiment: str, make_expert: MakeExpert, tmp_path: Path) -> None:
@@ -64,7 +67,7 @@ def test_a_download_is_the_folder_that_was_registered(experiment: str, make_expe
         register_expert("tiny", folder)
     into = tmp_path / "deep" / "copy"
     for _ in range(2):
-        assert download_expert("tiny", "digits", into) == into
+        assert download_expert("tiny", "digits", 1, into) == into
     assert sorted(p.name for p in into.iterdir()) == sorted(p.name for p in folder.iterdir())
     for file in folder.glob("*.safetensors"):
         ours, theirs = load_file(file), load_file(into / file.name)
@@ -79,26 +82,30 @@ def test_an_untrained_expert_leaves_no_trace(experiment: str, make_expert: MakeE
     assert MlflowClient().search_registered_models() == []
 
 
-def test_a_half_made_version_is_not_taken_for_finished(
+def test_what_a_killed_process_uploaded_is_not_found(
     experiment: str, make_expert: MakeExpert, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(versions, "SETTLING_SECONDS", 0.3)
     folder = make_expert("digits", "aaa").save(tmp_path / "digits")
     with tracked_run(experiment, "demo", "run"):
-        register_expert("tiny", folder)
-        MlflowClient().delete_model_version_tag("tiny.experts", "1", "finished")  # as after a kill before the last tag
-        assert find_expert("tiny", "aaa") is None
-        with pytest.raises(RegistryError, match="never finished"):
-            download_expert("tiny", "digits", tmp_path / "none")
-        assert int(register_expert("tiny", folder).version) == 2
-    assert [int(v.version) for v in MlflowClient().search_model_versions("name = 'tiny.experts'")] == [2]
-    assert Expert.load(download_expert("tiny", "digits", tmp_path / "copy")).card.config_digest == "aaa"
+        with monkeypatch.context() as patch:
+            patch.setattr(MlflowClient, "create_model_version", interrupted)
+            with pytest.raises(KeyboardInterrupt):
+                register_expert("tiny", folder)
+        assert find_expert("tiny", "digits", "aaa") is None
+        with pytest.raises(RegistryError, match=r"there are versions \(none\)"):
+            download_expert("tiny", "digits", "latest", tmp_path / "none")
+        assert int(register_expert("tiny", folder).version) == 1
+    assert Expert.load(download_expert("tiny", "digits", "latest", tmp_path / "copy")).card.config_digest == "aaa"
+
+
+def interrupted(*args: Any, **settings: Any) -> None:
+    raise KeyboardInterrupt
 
 
 def test_two_that_register_the_same_at_once_get_one_version(
     experiment: str, make_expert: MakeExpert, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Both have looked and found nothing; the first to make a version then takes its time."""
+    """Both have looked and found nothing."""
     folder, met = make_expert("digits", "aaa").save(tmp_path / "digits"), threading.Barrier(2)
     upload = experts.log_folder
 
@@ -106,9 +113,7 @@ def test_two_that_register_the_same_at_once_get_one_version(
         met.wait(timeout=30)
         return upload(*args, **settings)
 
-    alias = MlflowClient.set_registered_model_alias
     monkeypatch.setattr(experts, "log_folder", upload_together)
-    monkeypatch.setattr(MlflowClient, "set_registered_model_alias", lambda *args: (time.sleep(1.0), alias(*args)))
     with tracked_run(experiment, "demo", "run") as run, ThreadPoolExecutor(2) as pool:
 
         def register() -> int:
@@ -116,6 +121,5 @@ def test_two_that_register_the_same_at_once_get_one_version(
                 return int(register_expert("tiny", folder).version)
 
         numbers = [started.result(timeout=60) for started in [pool.submit(register) for _ in range(2)]]
-    (version,) = MlflowClient().search_model_versions("name = 'tiny.experts'")
+    (version,) = MlflowClient().search_model_versions("name = 'tiny.expert.digits'")
     assert numbers == [int(version.version)] * 2
-    assert version.tags["finished"] == "true"

@@ -15,12 +15,12 @@ from pipeline.config import BaseModelConfig, RouterConfig
 from pipeline.models.bases import Base
 from pipeline.models.checkpoints import fingerprint
 from pipeline.registry import pools as pools_module
-from pipeline.registry import versions as versions_module
 from pipeline.registry.bases import base_folder
 from pipeline.registry.experts import CONTENT, MissingExpertError, register_expert, registered_experts
-from pipeline.registry.pools import champion, download_pool, find_pool, pip_requirements, promote, register_pool
+from pipeline.registry.pools import download_pool, pip_requirements, pool_version, register_pool
+from pipeline.registry.promotion import champion, promote
 from pipeline.registry.tracking import RegistryError, tracked_run
-from pipeline.registry.versions import logged_model
+from pipeline.registry.versions import logged_model, logged_model_id
 from pipeline.routing import Pool
 from pipeline.routing.expert import FILES
 from pipeline.routing.pool import PoolCard
@@ -43,27 +43,28 @@ def learned(
             expert = make_expert(name, f"e{i}", centre)
             versions[name] = register_expert("untrained", expert.save(tmp_path / name))
             pool = pool.add(expert)
-            register_pool(pool, base, digest=f"p{i}", experts=versions)
+            register_pool(pool, base, name="demo", digest=f"p{i}", experts=versions)
             pools.append(pool)
     return run, versions, pools
 
 
 def test_a_version_names_its_parts(learned: Learned, tmp_path: Path) -> None:
     run, versions, _ = learned
-    version = champion("untrained")
-    assert (version.name, int(version.version), version.run_id) == ("untrained.pool", 2, run)
-    assert version.tags["experts"] == "clock 2, digits 1"
-    folder = download_pool("models:/untrained.pool@champion", tmp_path / "champion")
+    version = pool_version("models:/untrained.pool.demo/latest")
+    assert (version.name, int(version.version), version.run_id) == ("untrained.pool.demo", 2, run)
+    assert version.tags == {"tasks": "clock, digits", "status": "registered"}
+    assert "2 experts behind router `prompt`" in version.description
+    folder = download_pool("models:/untrained.pool.demo/latest", tmp_path / "newest")
     references = PoolCard.read(folder).experts
     assert [(r.name, r.version, r.model) for r in references] == [
-        ("digits", 1, "untrained.experts"),
-        ("clock", 2, "untrained.experts"),
+        ("digits", 1, "untrained.expert.digits"),
+        ("clock", 1, "untrained.expert.clock"),
     ]
-    assert version.tags["router.kind"] == "prompt"
-    assert version.tags["null_expert"] == "False"
+    params = logged_model(version).params
+    assert (params["router.kind"], params["null_expert"], params["experts"]) == ("prompt", "False", "2")
     logged = MlflowClient().get_run(run)
     outputs = {entry.model_id for entry in logged.outputs.model_outputs}
-    assert outputs >= {logged_model(v) for v in versions.values()}
+    assert outputs >= {logged_model_id(v) for v in versions.values()}
     assert not logged.inputs.model_inputs, "its own experts"
 
 
@@ -71,82 +72,76 @@ def test_experts_of_other_runs_are_inputs(learned: Learned, experiment: str, tin
     _, versions, pools = learned
     with tracked_run(experiment, "another", "another") as run:
         register_pool(
-            pools[0], BaseModelConfig(path=str(tiny_folder)), digest="p9", experts={"digits": versions["digits"]}
+            pools[0],
+            BaseModelConfig(path=str(tiny_folder)),
+            name="demo",
+            digest="p9",
+            experts={"digits": versions["digits"]},
         )
     (entry,) = MlflowClient().get_run(run).inputs.model_inputs
-    assert entry.model_id == logged_model(versions["digits"])
+    assert entry.model_id == logged_model_id(versions["digits"])
 
 
 def test_tags_do_not_grow_with_the_pool() -> None:
-    names = [f"task_{number} {number}" for number in range(1000)]
-    assert pools_module._listed(names[:2]) == "task_1 1, task_0 0"
-    assert pools_module._listed(names).startswith("task_999 999, ")
-    assert pools_module._listed(names).endswith("task_988 988 and 988 more")
+    names = [f"task_{number}" for number in range(1000)]
+    assert pools_module._listed(names[:2]) == "task_1, task_0"
+    assert pools_module._listed(names) == "task_999, task_998, task_997 and 997 more"
 
 
 def test_the_base_is_stored_once(learned: Learned, experiment: str, tiny_folder: Path) -> None:
     """However many pools stand on it, and loading one copies nothing."""
-    (version,) = MlflowClient().search_model_versions("name = 'untrained.bases'")
-    folder = base_folder(logged_model(version))
-    assert folder == base_folder(logged_model(version))
-    assert fingerprint(folder) == fingerprint(tiny_folder) == version.tags["config_digest"]
-    assert champion("untrained").tags["base_version"] == str(version.version)
-    pool = Path(mlflow.artifacts.download_artifacts("models:/untrained.pool@champion"))
+    (version,) = MlflowClient().search_model_versions("name = 'untrained.base'")
+    folder = base_folder(logged_model_id(version))
+    assert folder == base_folder(logged_model_id(version))
+    assert fingerprint(folder) == fingerprint(tiny_folder) == logged_model(version).params["digest"]
+    newest = pool_version("models:/untrained.pool.demo/latest")
+    assert logged_model(newest).params["base_version"] == str(version.version)
+    pool = Path(mlflow.artifacts.download_artifacts("models:/untrained.pool.demo/latest"))
     assert not list(pool.rglob("*.safetensors")), "neither base nor experts"
 
 
-def test_rolling_back_is_moving_the_alias(learned: Learned) -> None:
-    assert int(champion("untrained").version) == 2
-    assert int(promote("untrained", 1).version) == 1
-    assert int(champion("untrained").version) == 1
-    assert mlflow.models.get_model_info("models:/untrained.pool@champion").model_id == logged_model(
-        champion("untrained")
-    )
-    with pytest.raises(RegistryError, match="versions 1, 2 and aliases champion = 1"):
-        promote("untrained", 7)
+def test_no_alias_moves_by_registering(learned: Learned) -> None:
+    assert champion("untrained.pool.demo") is None
+    assert pool_version("models:/untrained.pool.demo/latest").aliases == []
+
+
+def test_streams_over_one_base_do_not_touch_each_others_pool(
+    learned: Learned, experiment: str, tiny_folder: Path
+) -> None:
+    """Though they may share experts."""
+    base, (_, versions, pools) = BaseModelConfig(path=str(tiny_folder)), learned
+    promote("untrained.pool.demo", 2)
+    with tracked_run(experiment, "another", "another"):
+        version = register_pool(pools[0], base, name="other", digest="p1", experts={"digits": versions["digits"]})
+    assert (version.name, int(version.version)) == ("untrained.pool.other", 1)
+    in_use = champion("untrained.pool.demo")
+    assert in_use is not None
+    assert int(in_use.version) == 2
 
 
 def test_a_registered_pool_can_be_fetched(learned: Learned, tmp_path: Path) -> None:
     for address, names in (
-        ("models:/untrained.pool/1", ["digits"]),
-        ("models:/untrained.pool@champion", ["digits", "clock"]),
+        ("models:/untrained.pool.demo/1", ["digits"]),
+        ("models:/untrained.pool.demo/latest", ["digits", "clock"]),
     ):
         folder = download_pool(address, tmp_path / "fetched" / str(len(address)))
         assert folder.is_relative_to(tmp_path / "fetched")
         assert Pool.load(folder).names == names
         assert Pool.load(folder, registered_experts()).experts["digits"].card.config_digest == "e1"
-    with pytest.raises(RegistryError, match=r"no '7' in 'untrained\.pool'; there are versions 1, 2"):
-        download_pool("models:/untrained.pool/7", tmp_path)
-    with pytest.raises(RegistryError, match=r"'untrained\.experts' is no pool; pools are"):
-        download_pool("models:/untrained.experts/1", tmp_path / "expert")
-    for address in ("models:/untrained.pool", "untrained.pool/1", "models:/untrained.pool/one"):
-        with pytest.raises(RegistryError, match="is not a pool's address; write it like models:/tiny.pool/3"):
+    with pytest.raises(RegistryError, match=r"no '7' in 'untrained\.pool\.demo'; there are versions 1, 2"):
+        download_pool("models:/untrained.pool.demo/7", tmp_path)
+    with pytest.raises(RegistryError, match=r"'untrained\.expert\.digits' is the expert digits; pools are"):
+        download_pool("models:/untrained.expert.digits/1", tmp_path / "expert")
+    for address in ("models:/untrained.pool.demo", "untrained.pool.demo/1", "models:/untrained.pool.demo/one"):
+        with pytest.raises(RegistryError, match=r"is not a pool's address; write it like models:/tiny\.pool\.demo/3"):
             download_pool(address, tmp_path)
 
 
-def test_the_same_pool_twice_is_one_version_and_undoes_no_rollback(
-    learned: Learned, experiment: str, tiny_folder: Path
-) -> None:
-    promote("untrained", 1)
+def test_the_same_pool_twice_is_one_version(learned: Learned, experiment: str, tiny_folder: Path) -> None:
     base, (_, versions, pools) = BaseModelConfig(path=str(tiny_folder)), learned
     with tracked_run(experiment, "demo", "run"):
-        assert int(register_pool(pools[1], base, digest="p2", experts=versions).version) == 2
-    assert int(champion("untrained").version) == 1
-    assert len(MlflowClient().search_model_versions("name = 'untrained.pool'")) == 2
-
-
-def test_a_half_made_pool_is_made_again(
-    learned: Learned, experiment: str, tiny_folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(versions_module, "SETTLING_SECONDS", 0.3)
-    MlflowClient().delete_model_version_tag("untrained.pool", "2", "finished")  # as after a kill before the last tag
-    assert find_pool("untrained", "p2") is None
-    base, (_, versions, pools) = BaseModelConfig(path=str(tiny_folder)), learned
-    with tracked_run(experiment, "demo", "run"):
-        assert int(register_pool(pools[1], base, digest="p2", experts=versions).version) == 3
-    assert int(champion("untrained").version) == 3
-    versions = MlflowClient().search_model_versions("name = 'untrained.pool'")
-    assert sorted(int(version.version) for version in versions) == [1, 3]
+        assert int(register_pool(pools[1], base, name="demo", digest="p2", experts=versions).version) == 2
+    assert len(MlflowClient().search_model_versions("name = 'untrained.pool.demo'")) == 2
 
 
 def test_a_pool_needs_the_versions_of_its_experts(learned: Learned, experiment: str, tiny_folder: Path) -> None:
@@ -154,9 +149,9 @@ def test_a_pool_needs_the_versions_of_its_experts(learned: Learned, experiment: 
     swapped = {"digits": versions["clock"], "clock": versions["digits"]}
     with tracked_run(experiment, "demo", "run"):
         with pytest.raises(RegistryError, match="holds digits, versions are given"):
-            register_pool(pools[0], base, digest="new", experts=versions)
-        with pytest.raises(RegistryError, match=r"'digits' of the pool has digest e1, version 2 of .* has e2"):
-            register_pool(pools[1], base, digest="new", experts=swapped)
+            register_pool(pools[0], base, name="demo", digest="new", experts=versions)
+        with pytest.raises(RegistryError, match=r"'digits' of the pool has digest e1, version 1 of .*clock has e2"):
+            register_pool(pools[1], base, name="demo", digest="new", experts=swapped)
 
 
 def test_a_version_is_as_large_for_three_experts_as_for_one(
@@ -174,8 +169,8 @@ def test_a_version_is_as_large_for_three_experts_as_for_one(
             (folder / "adapter_model.safetensors").write_bytes(b"not read")
             versions[name] = register_expert("untrained", make_expert(name, digest).save(tmp_path / "own"))
             used = {name: versions[name] for name in pool.names}
-            version = register_pool(pool, base, digest=f"of {len(used)}", experts=used)
-            location = MlflowClient().get_logged_model(logged_model(version)).artifact_location
+            version = register_pool(pool, base, name="demo", digest=f"of {len(used)}", experts=used)
+            location = logged_model(version).artifact_location
             files = [file for file in Path(location.removeprefix("file://")).rglob("*") if file.is_file()]
             assert not any(file.name in FILES for file in files)
             sizes.append(sum(file.stat().st_size for file in files))
@@ -184,7 +179,7 @@ def test_a_version_is_as_large_for_three_experts_as_for_one(
 
 def test_what_is_fetched_is_fetched_once_and_checked(learned: Learned, cache: Path, tmp_path: Path) -> None:
     _, versions, pools = learned
-    folder = download_pool("models:/untrained.pool@champion", tmp_path / "fetched")
+    folder = download_pool("models:/untrained.pool.demo/latest", tmp_path / "fetched")
     store = registered_experts()
     for pool in (Pool.load(folder, store), Pool.load(folder, store)):
         for name, expert in pools[1].experts.items():
@@ -197,19 +192,19 @@ def test_what_is_fetched_is_fetched_once_and_checked(learned: Learned, cache: Pa
     assert len(Pool.load(folder, store).experts["digits"].adapters[LINEAR].b_OR)
     assert weights.read_bytes() == original
     assert [name for name, number in written.items() if (cache / name).stat().st_ino != number] == ["e1"]
-    assert versions["digits"].tags[CONTENT] == Pool.load(folder).card.experts[0].content
+    assert logged_model(versions["digits"]).params[CONTENT] == Pool.load(folder).card.experts[0].content
 
 
 def test_an_expert_that_was_deleted_is_named(
     learned: Learned, experiment: str, tmp_path: Path, make_expert: MakeExpert
 ) -> None:
     """Until it is registered again: its digest finds the new version."""
-    folder = download_pool("models:/untrained.pool@champion", tmp_path / "fetched")
-    MlflowClient().delete_model_version("untrained.experts", "2")
+    folder = download_pool("models:/untrained.pool.demo/latest", tmp_path / "fetched")
+    MlflowClient().delete_model_version("untrained.expert.clock", "1")
     with pytest.raises(
         MissingExpertError,
-        match=r"expert 'clock' \(digest e2, version 2 of untrained\.experts\): untrained\.experts at .* does not have it\. "
-        r"Set MLFLOW_TRACKING_URI .* run the `pointsman learn` that made it once more",
+        match=r"expert 'clock' \(digest e2, version 1 of untrained\.expert\.clock\): untrained\.expert\.clock at .* does not "
+        r"have it\. Set MLFLOW_TRACKING_URI .* run the `pointsman learn` that made it once more",
     ):
         _ = Pool.load(folder, registered_experts()).experts["clock"]
     with tracked_run(experiment, "demo", "run"):
@@ -221,7 +216,7 @@ def test_a_version_needs_nothing_but_the_registry(
     learned: Learned, cache: Path, tiny_base: Base, tmp_path: Path
 ) -> None:
     """It answers in another process, where neither project nor experts are to be found, with the very same logits."""
-    mlflow.artifacts.download_artifacts("models:/untrained.pool@champion", dst_path=str(tmp_path / "served"))
+    mlflow.artifacts.download_artifacts("models:/untrained.pool.demo/latest", dst_path=str(tmp_path / "served"))
     folder = next((tmp_path / "served").rglob("MLmodel")).parent
     code = f"""
 import sys, mlflow, pandas, torch

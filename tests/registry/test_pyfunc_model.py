@@ -25,7 +25,7 @@ from pipeline.registry.experts import register_expert
 from pipeline.registry.pools import register_pool
 from pipeline.registry.pyfunc_model import RoutedPool, RowError, read_image
 from pipeline.registry.tracking import RegistryError, tracked_run
-from pipeline.registry.versions import logged_model
+from pipeline.registry.versions import logged_model_id
 from pipeline.routing import Pool, RoutedModel
 from tests.helpers import CLAIMS, GENERAL
 from tests.registry.conftest import Created, MakeExpert, new_experiment
@@ -49,13 +49,13 @@ def pool_folder(
 
 @pytest.fixture(scope="module")
 def model(created: Created, tiny_folder: Path, pool_folder: Path) -> mlflow.pyfunc.PyFuncModel:
-    """The champion, as a user loads it."""
+    """The newest version, as a user loads it."""
     experiment = new_experiment(created, pool_folder.parent / "store")
     with tracked_run(experiment, "demo", "run"):
         pool = Pool.load(pool_folder)
         versions = {name: register_expert("untrained", pool_folder / "experts" / name) for name in pool.names}
-        register_pool(pool, BaseModelConfig(path=str(tiny_folder)), digest="p", experts=versions)
-    return mlflow.pyfunc.load_model("models:/untrained.pool@champion")
+        register_pool(pool, BaseModelConfig(path=str(tiny_folder)), name="demo", digest="p", experts=versions)
+    return mlflow.pyfunc.load_model("models:/untrained.pool.demo/latest")
 
 
 def test_answers_are_the_routed_models_own(
@@ -81,7 +81,7 @@ def test_answers_are_the_routed_models_own(
 
 def test_with_little_memory_for_experts_answers_are_the_same(model: mlflow.pyfunc.PyFuncModel) -> None:
     table = pd.DataFrame({"prompt": ["what color is it ?", "what shape is it ?"]})
-    paged = mlflow.pyfunc.load_model("models:/untrained.pool@champion", model_config={"expert_memory": "1KiB"})
+    paged = mlflow.pyfunc.load_model("models:/untrained.pool.demo/latest", model_config={"expert_memory": "1KiB"})
     assert paged.unwrap_python_model().routed.expert_memory == 1024
     assert model.unwrap_python_model().routed.expert_memory is None
     assert paged.predict(table, {"max_new_tokens": 3}).equals(model.predict(table, {"max_new_tokens": 3}))
@@ -144,7 +144,7 @@ def test_another_base_is_refused(experiment: str, tiny_folder: Path, pool_folder
         version = register_base(BaseModelConfig(path=str(tmp_path / "other")))
     context = mlflow.pyfunc.PythonModelContext(
         artifacts={"pool": str(pool_folder)},
-        model_config={"base_model_id": logged_model(version), "dtype": "float32", "trust_remote_code": False},
+        model_config={"base_model_id": logged_model_id(version), "dtype": "float32", "trust_remote_code": False},
     )
     with pytest.raises(ValueError, match="has the registered checkpoint changed"):
         RoutedPool().load_context(context)

@@ -1,0 +1,22 @@
+"""Looks at the registry and decides what is in use.
+
+pointsman registry list                              pools, experts, bases
+pointsman registry show tiny.pool.demo@champion      one version in full
+pointsman registry diff tiny.pool.demo/5 tiny.pool.demo/6
+pointsman registry promote tiny.pool.demo 6          this version is the champion now
+pointsman registry rollback tiny.pool.demo           the champion before it is, again
+pointsman registry migrate --dry-run                 what an earlier release registered gets its new names
+"""
+
+from jobs.lazy import Lazy, lazy_group
+
+COMMANDS = {
+    "list": Lazy("jobs.registry.browse:list_models", "List pools, experts and bases."),
+    "show": Lazy("jobs.registry.browse:show", "Show a version: accuracies, experts, origin."),
+    "diff": Lazy("jobs.registry.browse:diff", "Compare two versions of pools."),
+    "promote": Lazy("jobs.registry.decide:promote", "Make a version of a pool the champion."),
+    "rollback": Lazy("jobs.registry.decide:rollback", "Make the champion before it the champion again."),
+    "migrate": Lazy("jobs.registry.decide:migrate", "Give what an earlier release registered its new names."),
+}
+
+app = lazy_group(COMMANDS, "Browse the registry and decide which pool is in use.")

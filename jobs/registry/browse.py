@@ -1,0 +1,91 @@
+"""Looks at the registry."""
+
+from dataclasses import asdict
+from enum import StrEnum
+from typing import Annotated
+
+import typer
+
+from jobs.registry.options import Json, RegistryUri, Version, print_json, registry
+from jobs.terminal import table
+from pipeline.registry.browsing import difference, listed, meant, shown
+
+
+class ModelKind(StrEnum):
+    """What can be listed."""
+
+    POOL = "pool"
+    EXPERT = "expert"
+    BASE = "base"
+
+
+def list_models(
+    kind: Annotated[ModelKind | None, typer.Option(help="Only these.")] = None,
+    base: Annotated[str | None, typer.Option(help="Only those of this base.")] = None,
+    json: Json = False,
+    registry_uri: RegistryUri = None,
+) -> None:
+    """List pools, experts and bases with the accuracy of their newest version, and which pool version is in use."""
+    with registry(registry_uri) as terminal:
+        found = listed(kind.value if kind else None, base)
+        if json:
+            print_json([asdict(each) for each in found])
+            return
+        rows = [
+            [each.model, str(each.latest), str(each.champion or ""), *(each.tags.get(t, "") for t in _TAGS)]
+            for each in found
+        ]
+        terminal.show(table(f"{len(found)} models", ["model", "latest", "champion", *_TAGS], rows))
+
+
+_TAGS = ("accuracy", "base_kept", "rank", "rows", "status")
+
+
+def show(version: Version, json: Json = False, registry_uri: RegistryUri = None) -> None:
+    """Show a version: its tags, accuracies by task and base ability, experts, and what it was made from."""
+    with registry(registry_uri) as terminal:
+        found = shown(meant(version))
+        if json:
+            print_json(found.to_json())
+            return
+        aliases = "".join(f"  @{alias}" for alias in found.aliases)
+        terminal.log(f"{found.model} version {found.version}{aliases}", "bold")
+        for key, value in found.tags.items():
+            terminal.log(f"  {key:10} {value}")
+        if found.scores:
+            rows = [[s.dataset, _figure(s.base_accuracy), _figure(s.accuracy)] for s in found.scores]
+            terminal.show(table("Accuracy", ["task or base ability", "base", "this version"], rows))
+        if found.experts:
+            terminal.show(table("Experts", ["expert", "version"], [list(pair) for pair in found.experts.items()]))
+        for key, value in found.parameters.items():
+            terminal.log(f"  {key:32} {value}")
+        terminal.log(f"  {'run':32} {found.run_id}")
+
+
+def diff(before: Version, after: Version, json: Json = False, registry_uri: RegistryUri = None) -> None:
+    """Compare two versions of pools: which accuracies differ, and which experts came, went or were replaced."""
+    with registry(registry_uri) as terminal:
+        found = difference(meant(before), meant(after))
+        if json:
+            print_json(found.to_json())
+            return
+        terminal.log(f"{found.before} -> {found.after}", "bold")
+        changed = [row for row in found.scores if row[1] != row[2]]
+        rows = [
+            [name, _figure(old), _figure(new), f"{new - old:+.3f}" if old is not None and new is not None else ""]
+            for name, old, new in changed
+        ]
+        if rows:
+            terminal.show(table("Accuracies that differ", ["task or base ability", "before", "after", "change"], rows))
+        terminal.log(f"{len(found.scores) - len(changed)} of {len(found.scores)} accuracies are equal")
+        if found.incomparable:
+            terminal.log(f"other evaluation prompts, so not to be compared: {', '.join(found.incomparable)}")
+        for what, names in (("added", found.added), ("removed", found.removed)):
+            if names:
+                terminal.log(f"experts {what}: {', '.join(names)}")
+        for name, (old, new) in found.replaced.items():
+            terminal.log(f"expert {name} replaced: {old} -> {new}")
+
+
+def _figure(value: float | None) -> str:
+    return "-" if value is None else f"{value:.3f}"

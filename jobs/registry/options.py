@@ -1,0 +1,43 @@
+"""Options of the registry's commands, and how they reach the registry."""
+
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Annotated, Any
+
+import typer
+
+from jobs.options import user_errors
+from jobs.terminal import Terminal
+from pipeline.registry.tracking import use_registry
+
+DEFAULT = "sqlite:///runs/mlflow.db"
+
+RegistryUri = Annotated[
+    str | None,
+    typer.Option(
+        "--registry",
+        help=f"The registry: sqlite:///<file> or http(s)://<server>; default: $MLFLOW_TRACKING_URI, or {DEFAULT}.",
+    ),
+]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")]
+Version = Annotated[
+    str,
+    typer.Argument(
+        help="NAME, NAME/3, NAME/latest or NAME@champion; NAME alone: its champion, else its newest version."
+    ),
+]
+
+
+@contextmanager
+def registry(uri: str | None) -> Iterator[Terminal]:
+    """Opens the registry for a command; mistakes of the user end it with one line."""
+    with user_errors():
+        use_registry(uri or os.environ.get("MLFLOW_TRACKING_URI") or DEFAULT)
+        yield Terminal()
+
+
+def print_json(value: Any) -> None:
+    """Prints a result as JSON."""
+    typer.echo(json.dumps(value, indent=2))

@@ -1,0 +1,174 @@
+"""What a run tells the registry about its versions once they are evaluated: scores, tags, descriptions, the champion."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from datetime import UTC, datetime
+from typing import Any
+
+from mlflow.entities.model_registry import ModelVersion
+
+from pipeline.config import TaskConfig, without_secrets
+from pipeline.evaluation.matrix import BASE
+from pipeline.evaluation.results import Evaluation
+from pipeline.learning.session import StreamSession
+from pipeline.provenance import command_line, git_commit
+from pipeline.registry.descriptions import DESCRIBED, Answered, Measured, Origin, expert_description, pool_description
+from pipeline.registry.experts import EVALUATED, REGISTERED
+from pipeline.registry.promotion import champion, promote, reason_against
+from pipeline.registry.scores import Score, base_kept, log_scores, mean_accuracy, scores_of
+from pipeline.registry.versions import describe, get_version, number
+from pipeline.routing.pool import Pool
+
+SAMPLES = 1
+"""Sample prompts per task and base ability in a pool's description."""
+
+SAMPLES_OF_EXPERT = 5
+"""Sample prompts in an expert's description."""
+
+KEPT = "what was learned is safe; the same command tells the registry again"
+
+
+class Catalog:
+    """Tells the registry of one run's versions; `base` is the evaluation of the base alone."""
+
+    def __init__(self, session: StreamSession, base: Evaluation) -> None:
+        self._session, self._base = session, base
+        self._run = f"#/experiments/{session.experiment}/runs/{session.mlflow_run_id}"
+        self._origin = Origin(command_line(), git_commit(), self._run)
+
+    def show(self, version: ModelVersion, pool: Pool, evaluation: Evaluation, expert: ModelVersion) -> None:
+        """Tells the scores of a pool's version, and of the `expert` that it brings."""
+        scores, run_id = self._scores(pool, evaluation), self._session.mlflow_run_id
+        own = [score for score in scores if score.dataset == pool.names[-1]]
+
+        def tell() -> None:
+            log_scores(run_id, version, scores)
+            undecided = version.tags.get("status") == REGISTERED
+            describe(version, tags=_tags(scores) | ({"status": EVALUATED} if undecided else {}))
+            if own and "accuracy" not in expert.tags:  # what it had in the first pool that it joined stays
+                log_scores(run_id, expert, own)
+                describe(expert, tags={"accuracy": f"{own[0].accuracy:.3f}", "status": EVALUATED})
+
+        self._session.retry(tell, f"telling the scores of {version.name} {version.version}", kept=KEPT)
+
+    def close(
+        self,
+        version: ModelVersion,
+        pool: Pool,
+        evaluation: Evaluation,
+        experts: Mapping[str, ModelVersion],
+        metrics: Mapping[str, Mapping[str, Any]],
+    ) -> None:
+        """Describes the last pool and its experts with samples, and lets the gate decide whether it becomes champion.
+
+        `metrics` are those of the experts' trainings.
+        """
+
+        def tell() -> None:
+            scores = self._scores(pool, evaluation)
+            for task in self._session.config.stream.tasks:
+                self._describe_expert(
+                    task, experts[task.name], pool, evaluation, scores, metrics[task.name].get("rows")
+                )
+            self._describe_pool(version, pool, evaluation, experts, scores)
+
+        self._session.retry(tell, f"describing {version.name} {version.version}", kept=KEPT)
+
+    def _describe_expert(
+        self,
+        task: TaskConfig,
+        version: ModelVersion,
+        pool: Pool,
+        evaluation: Evaluation,
+        scores: Sequence[Score],
+        rows: int | None,
+    ) -> None:
+        if DESCRIBED in (version.description or ""):
+            return  # by the run that learned it
+        description = expert_description(
+            self._session.config.base.label,
+            pool.experts[task.name].card,
+            rows=rows,
+            score=next((score for score in scores if score.dataset == task.name), None),
+            samples=_samples(evaluation, [task.name], SAMPLES_OF_EXPERT),
+            origin=replace(self._origin, data=without_secrets(task.train.path) if task.train else ""),
+        )
+        describe(version, tags={}, description=description)
+
+    def _describe_pool(
+        self,
+        version: ModelVersion,
+        pool: Pool,
+        evaluation: Evaluation,
+        experts: Mapping[str, ModelVersion],
+        scores: Sequence[Score],
+    ) -> None:
+        verdict = self._decide(version, scores)
+        own = {
+            name: result.experts.get(name if name in pool.names else BASE, 0) / max(1, sum(result.experts.values()))
+            for name, result in evaluation.results.items()
+        }
+        numbers = {name: number(experts[name]) for name in pool.names}
+        describe(
+            version,
+            tags={},
+            description=pool_description(
+                self._session.config.base.label,
+                self._session.config.pool,
+                numbers,
+                pool.router.kind,
+                measured=Measured(scores, own, _samples(evaluation, list(evaluation.results), SAMPLES)),
+                verdict=verdict,
+                origin=self._origin,
+            ),
+        )
+
+    def _decide(self, version: ModelVersion, scores: Sequence[Score]) -> str:
+        """Promotes a version that the gate lets pass; returns what was decided, which a tag says too."""
+        settings, log = self._session.config.registry, self._session.progress.log
+        now = champion(version.name)
+        if now is not None and number(now) == number(version):
+            return "champion"
+        decided = get_version(version.name, str(version.version)).tags.get("status", "")
+        if decided.startswith("promoted"):
+            return f"{decided}, and no champion any more"  # someone has rolled back
+        if settings.promote == "manual":
+            return f"by hand: `pointsman registry promote {version.name} {version.version}`"
+        reason = reason_against(scores, scores_of(now) if now else (), tolerance=settings.tolerance)
+        if reason is not None:
+            describe(version, tags={"status": f"refused: {reason}"[:100]})
+            log(
+                f"  {version.name} {version.version} does not become champion: {reason}; "
+                f"`pointsman registry promote {version.name} {version.version}` makes it so"
+            )
+            return f"refused by the gate: {reason}"
+        promote(version.name, str(version.version))
+        verdict = f"promoted {datetime.now(UTC):%Y-%m-%d}"
+        describe(version, tags={"status": verdict})
+        return f"{verdict} by the gate" + (f", after version {now.version}" if now else "")
+
+    def _scores(self, pool: Pool, evaluation: Evaluation) -> list[Score]:
+        base, tasks = self._base.accuracies(), self._session.data.eval_tasks
+        return [
+            Score(
+                name, self._session.identity.scored_rows(tasks[name]), accuracy, base.get(name), name not in pool.names
+            )
+            for name, accuracy in evaluation.accuracies().items()
+        ]
+
+
+def _tags(scores: Sequence[Score]) -> dict[str, str]:
+    accuracy, kept = mean_accuracy(scores), base_kept(scores)
+    return {
+        **({"accuracy": f"{accuracy:.3f}"} if accuracy is not None else {}),
+        **({"base_kept": f"{kept:.1%}"} if kept is not None else {}),
+    }
+
+
+def _samples(evaluation: Evaluation, names: Sequence[str], count: int) -> list[Answered]:
+    return [
+        Answered(name, p.question, p.prediction, p.expert, p.score == 1.0)
+        for name in names
+        if name in evaluation.results
+        for p in evaluation.results[name].samples[:count]
+    ]

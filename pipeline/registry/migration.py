@@ -1,0 +1,137 @@
+"""Migration of a registry of earlier releases, where one model held all experts of a base and one all pools.
+
+Each former version becomes a version of its expert's or pool's own model that points to the same artifacts: nothing is copied,
+and the former models stay, since pools that are in use refer to them.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+from mlflow import MlflowClient
+from mlflow.entities.model_registry import ModelVersion
+from mlflow.exceptions import MlflowException
+from mlflow.protos.databricks_pb2 import RESOURCE_DOES_NOT_EXIST, ErrorCode
+
+from pipeline.registry.experts import REGISTERED
+from pipeline.registry.names import base_name, expert_name, former_names, pool_name
+from pipeline.registry.promotion import CHAMPION, champion, promote
+from pipeline.registry.retries import RegistryError
+from pipeline.registry.versions import DIGEST, create_version, find_version, logged_model_id, number, versions_of
+
+FORMER_DIGEST, FORMER_FINISHED = "config_digest", "finished"
+"""Tags of a version in earlier releases."""
+
+MIGRATED = "migrated"
+"""Tag of a former registered model: number of the last version that was migrated."""
+
+UNKNOWN = "former"
+"""Name of a pool whose run is gone."""
+
+
+@dataclass(frozen=True)
+class Step:
+    """A former version and where it goes."""
+
+    version: ModelVersion
+    target: str
+    """Its new registered model."""
+    is_champion: bool = False
+    """Whether it is the champion of its new model."""
+
+    @property
+    def digest(self) -> str:
+        """Digest of what it was made from."""
+        return self.version.tags[FORMER_DIGEST]
+
+    @property
+    def done(self) -> bool:
+        """Whether it is there already."""
+        return find_version(self.target, self.digest) is not None
+
+
+def steps(base_label: str) -> Iterator[Step]:
+    """Yields what a migration of a base's former models does, in its order: bases, experts, pools, each as they came."""
+    former = former_names(base_label)
+    for version in _finished(former.bases):
+        yield Step(version, base_name(base_label))
+    for version in _finished(former.experts):
+        yield Step(version, expert_name(base_label, version.tags["task"]))
+    pools = list(_finished(former.pools))
+    used = MlflowClient().search_registered_models(f"name = '{former.pools}'")
+    in_use = str(used[0].aliases.get(CHAMPION, "")) if used else ""
+    for version in pools:
+        yield Step(version, pool_name(base_label, _pool_of(version)), is_champion=str(version.version) == in_use)
+
+
+def bases_to_migrate() -> list[str]:
+    """Returns the labels of all bases with experts or pools of earlier releases."""
+    names = [model.name for model in MlflowClient().search_registered_models(max_results=1000)]
+    return sorted({name.removesuffix(".experts") for name in names if name.endswith(".experts")})
+
+
+def migrate(base_label: str, *, log: Callable[[str], None] = lambda text: None, dry: bool = False) -> int:
+    """Gives every former version of a base its new name; returns how many were to be moved. Safe to stop and repeat.
+
+    With `dry` nothing is changed. `champion` follows, unless its new model has one.
+    """
+    moved = 0
+    for step in steps(base_label):
+        if not step.done:
+            moved += 1
+            log(f"  {step.version.name} {step.version.version} -> {step.target}" + " (champion)" * step.is_champion)
+            if not dry:
+                _move(step)
+        if step.is_champion and not dry and champion(step.target) is None:
+            version = find_version(step.target, step.digest)
+            assert version is not None, "moved just now"
+            promote(step.target, str(version.version))
+    for name in () if dry else former_names(base_label):
+        if finished := _finished(name):
+            MlflowClient().set_registered_model_tag(name, MIGRATED, str(finished[-1].version))
+    return moved
+
+
+def check_names(base_label: str) -> None:
+    """Raises RegistryError where the registry has experts of an earlier release for this base that were not migrated."""
+    for name in former_names(base_label):
+        models = MlflowClient().search_registered_models(f"name = '{name}'")
+        moved = int(models[0].tags.get(MIGRATED, 0)) if models else 0
+        waiting = [version for version in (_finished(name) if models else ()) if number(version) > moved]
+        if waiting:
+            raise RegistryError(
+                f"{name} holds {len(waiting)} versions of an earlier release: run `pointsman registry migrate`, which gives "
+                "them their new names without copying anything (`--dry-run` shows them), or choose another registry.uri"
+            )
+
+
+def _finished(name: str) -> list[ModelVersion]:
+    return [v for v in reversed(versions_of(name)) if v.tags.get(FORMER_FINISHED) == "true" and FORMER_DIGEST in v.tags]
+
+
+def _pool_of(version: ModelVersion) -> str:
+    """Returns the name of a former version's stream, which its run knows."""
+    try:
+        return MlflowClient().get_run(version.run_id).data.params.get("name", UNKNOWN)
+    except MlflowException as error:
+        if error.error_code != ErrorCode.Name(RESOURCE_DOES_NOT_EXIST):
+            raise
+        return UNKNOWN
+
+
+def _move(step: Step) -> None:
+    client, version, model_id = MlflowClient(), step.version, logged_model_id(step.version)
+    if DIGEST not in client.get_logged_model(model_id).params:
+        settings = {key: value for key, value in version.tags.items() if key not in (FORMER_DIGEST, FORMER_FINISHED)}
+        client.log_model_params(model_id, {**settings, DIGEST: step.digest})
+    former = f"Moved from {version.name} {version.version}, of an earlier release."
+    tags: dict[str, object] = {"status": REGISTERED}
+    if "rank" in version.tags:
+        tags["rank"] = version.tags["rank"]
+    create_version(
+        step.target,
+        model_id,
+        version.run_id,
+        tags=tags,
+        description=former,
+        about=f"Moved from {version.name}",
+    )

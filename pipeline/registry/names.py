@@ -1,0 +1,59 @@
+"""Names of registered models: one per expert, one per pool, one per base.
+
+`<base>.expert.<task>` has a version per training of the task, `<base>.pool.<name>` a version per task learned into the pool,
+`<base>.base` a version per checkpoint of the base. Two streams over one base write into one pool only if they name the same.
+"""
+
+import re
+from typing import Literal, NamedTuple
+
+Kind = Literal["expert", "pool", "base"]
+
+_NAME = re.compile(r"(?P<base>.+?)\.(?:(?P<kind>expert|pool)\.(?P<own>[^.]+)|base)")
+
+
+class Named(NamedTuple):
+    """What a registered model is, as its name says."""
+
+    kind: Kind
+    base: str
+    """Label of the base."""
+    name: str
+    """Task of an expert, name of a pool; empty for a base."""
+
+
+def expert_name(base_label: str, task: str) -> str:
+    """Returns the registered model that holds the experts of a task."""
+    return f"{base_label}.expert.{task}"
+
+
+def pool_name(base_label: str, pool: str) -> str:
+    """Returns the registered model that holds a pool's versions."""
+    return f"{base_label}.pool.{pool}"
+
+
+def base_name(base_label: str) -> str:
+    """Returns the registered model that holds a base's checkpoints."""
+    return f"{base_label}.base"
+
+
+def read_name(model: str) -> Named | None:
+    """Returns what a registered model is; None for one that is not ours, or of an earlier release."""
+    match = _NAME.fullmatch(model)
+    if match is None:
+        return None
+    kind: Kind = "base" if match["kind"] is None else "expert" if match["kind"] == "expert" else "pool"
+    return Named(kind, match["base"], match["own"] or "")
+
+
+class FormerNames(NamedTuple):
+    """Registered models of a base in earlier releases: all experts in one, all pools in one."""
+
+    experts: str
+    pools: str
+    bases: str
+
+
+def former_names(base_label: str) -> FormerNames:
+    """Returns how a base's registered models were called in earlier releases."""
+    return FormerNames(f"{base_label}.experts", f"{base_label}.pool", f"{base_label}.bases")

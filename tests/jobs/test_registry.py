@@ -1,0 +1,135 @@
+"""The commands that look at the registry and decide what is in use, over a registry with two pool versions."""
+
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import mlflow
+import pytest
+from click.testing import Result
+from typer.testing import CliRunner
+
+from jobs.cli import app
+from pipeline.config import BaseModelConfig
+from pipeline.registry.experts import register_expert
+from pipeline.registry.pools import register_pool
+from pipeline.registry.scores import Score, log_scores
+from pipeline.registry.tracking import tracked_run
+from pipeline.routing import Pool
+from tests.registry.conftest import Created, MakeExpert, created, make_expert, make_pool, new_experiment
+
+__all__ = ["created", "make_expert", "make_pool"]
+
+
+@pytest.fixture(scope="module")
+def uri(
+    created: Created,
+    make_expert: MakeExpert,
+    make_pool: Callable[..., Pool],
+    tiny_folder: Path,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Iterator[str]:
+    """Version 1 of pool `demo` holds `digits`, version 2 `digits`, trained again, and `clock`; both have scores."""
+    folder = tmp_path_factory.mktemp("registry")
+    experiment = new_experiment(created, folder / "store")
+    base = BaseModelConfig(path=str(tiny_folder))
+    experts = [make_expert("digits", "e1"), make_expert("digits", "e2"), make_expert("clock", "e3")]
+    with tracked_run(experiment, "demo", "run") as run:
+        versions = [register_expert("untrained", e.save(folder / e.card.config_digest)) for e in experts]
+        first = register_pool(make_pool(experts[0]), base, name="demo", digest="p1", experts={"digits": versions[0]})
+        both = {"digits": versions[1], "clock": versions[2]}
+        second = register_pool(make_pool(*experts[1:]), base, name="demo", digest="p2", experts=both)
+        log_scores(run, first, [Score("digits", "d", 0.75, 0.28), Score("shape", "s", 0.9, 0.9, True)])
+        log_scores(run, second, [Score("digits", "d", 0.7, 0.28), Score("shape", "s", 0.9, 0.9, True)])
+    yield mlflow.get_tracking_uri()
+    mlflow.set_tracking_uri("")
+
+
+def pointsman(*words: str) -> Result:
+    return CliRunner().invoke(app, ["registry", *words])
+
+
+def read(uri: str, *words: str) -> Any:
+    outcome = pointsman(*words, "--json", "--registry", uri)
+    assert outcome.exit_code == 0, outcome.output
+    return json.loads(outcome.output)
+
+
+def test_the_list_has_pools_experts_and_bases(uri: str) -> None:
+    models = read(uri, "list")
+    assert [m["model"] for m in models] == [
+        "untrained.pool.demo", "untrained.expert.clock", "untrained.expert.digits", "untrained.base",
+    ]  # fmt: skip
+    assert [m["latest"] for m in models] == [2, 1, 2, 1]
+    assert [m["model"] for m in read(uri, "list", "--kind", "pool", "--base", "untrained")] == ["untrained.pool.demo"]
+    assert read(uri, "list", "--base", "other") == []
+    printed = pointsman("list", "--registry", uri).output
+    assert "untrained.expert.digits" in printed
+
+
+def test_a_version_is_shown_with_scores_and_experts(uri: str) -> None:
+    for address in ("untrained.pool.demo/1", "models:/untrained.pool.demo/1"):
+        version = read(uri, "show", address)
+        assert (version["model"], version["version"]) == ("untrained.pool.demo", 1)
+        assert version["scores"][0] == {
+            "dataset": "digits", "digest": "d", "accuracy": 0.75, "base_accuracy": 0.28, "ability": False,
+        }  # fmt: skip
+        assert version["experts"] == {"digits": "untrained.expert.digits/1"}
+        assert version["parameters"]["digest"] == "p1"
+    assert read(uri, "show", "untrained.expert.digits")["version"] == 2, "the newest where none is champion"
+    printed = pointsman("show", "untrained.pool.demo", "--registry", uri).output
+    for part in ("untrained.pool.demo version 2", "0.700", "untrained.expert.clock/1", "router.kind"):
+        assert part in printed
+
+
+def test_two_versions_side_by_side(uri: str) -> None:
+    between = read(uri, "diff", "untrained.pool.demo/1", "untrained.pool.demo/2")
+    assert between["scores"] == [["digits", 0.75, 0.7], ["shape", 0.9, 0.9]]
+    assert between["added"] == ["clock"]
+    assert between["replaced"] == {"digits": ["untrained.expert.digits/1", "untrained.expert.digits/2"]}
+    printed = pointsman("diff", "untrained.pool.demo/1", "untrained.pool.demo/2", "--registry", uri).output
+    assert "-0.050" in printed
+    assert "1 of 2 accuracies are equal" in printed
+    assert "experts added: clock" in printed
+
+
+def test_promoting_and_rolling_back(uri: str) -> None:
+    model = "untrained.pool.demo"
+    assert read(uri, "promote", model, "1") == {"model": model, "champion": 1, "before": None}
+    assert "champion is version 2 (was version 1)" in pointsman("promote", model, "--registry", uri).output
+    assert read(uri, "show", model)["aliases"] == ["champion"]
+    assert read(uri, "rollback", model) == {"model": model, "champion": 1, "before": 2}
+    assert read(uri, "show", model)["version"] == 1
+
+
+def test_there_is_nothing_to_migrate(uri: str) -> None:
+    assert "nothing to do" in pointsman("migrate", "--dry-run", "--registry", uri).output
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["show", "nothing"], "no model 'nothing' in the registry; there are"),
+        (["show", "untrained.pool.demo/9"], "no '9' in 'untrained.pool.demo'; there are versions 1, 2"),
+        (["show", "untrained.pool.demo@best"], "no 'best' in 'untrained.pool.demo'"),
+        (["diff", "untrained.pool.demo/1", "untrained.expert.digits/1"], "untrained.expert.digits/1 is no pool"),
+        (["promote", "untrained.expert.digits"], "'untrained.expert.digits' is no pool; pools are called"),
+        (["promote", "untrained.pool.other"], "nothing is registered under that name"),
+        (["rollback", "untrained.pool.other"], "had no other champion before"),
+    ],
+)
+def test_mistakes_are_one_line_and_exit_code_2(uri: str, words: list[str], message: str) -> None:
+    outcome = pointsman(*words, "--registry", uri)
+    assert outcome.exit_code == 2, outcome.output
+    assert message in outcome.output
+    assert len(outcome.output.strip().splitlines()) == 1
+
+
+def test_a_registry_that_is_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    monkeypatch.chdir(tmp_path)
+    outcome = pointsman("list")
+    assert outcome.exit_code == 2
+    assert f"{tmp_path}/runs/mlflow.db does not exist: `pointsman learn` makes it" in outcome.output
+    assert not (tmp_path / "runs").exists()
