@@ -7,10 +7,11 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from types import FrameType
 from typing import NoReturn
 
+import psutil
 from ray.exceptions import RayTaskError
 
 from pipeline.config import without_secrets
@@ -53,10 +54,14 @@ class Stopped:
     def end(self) -> NoReturn:
         """Ends the process with its exit code, at once after a signal: all that matters is closed.
 
-        Ray's own end, which Python would wait for, ends a process with 1 where a thread still reads. What Ray has started here
-        ends with this process.
+        Ray's own end, which Python would wait for, ends a process with 1 where a thread still reads. The kernel ends Ray's
+        processes with the one that has started them, but not those that they have started themselves.
         """
         if self.times:
+            for child in psutil.Process().children():
+                with suppress(psutil.Error):
+                    for below in child.children(recursive=True):
+                        below.kill()
             sys.stdout.flush()
             sys.stderr.flush()
             os._exit(self.exit_code)

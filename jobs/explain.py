@@ -28,7 +28,7 @@ PoolAddress = Annotated[
     str,
     typer.Option(
         "--pool",
-        help="A pool's folder, e.g. runs/demo/pool, or models:/<base>.pool@champion of the registry in MLFLOW_TRACKING_URI.",
+        help="A pool's folder, as runs/demo/pool, or models:/tiny.pool.demo@champion of the registry in MLFLOW_TRACKING_URI.",
     ),
 ]
 Images = Annotated[list[Path] | None, typer.Option("--image", help="An image of the prompt; may be given again.")]

@@ -1,6 +1,6 @@
 """Recomputes what routers know of each task's prompts, without training: the experts stay, a new pool stands beside the old.
 
-    python -m jobs.recompute_statistics jobs/configs/demo.yaml --pool models:/tiny.pool/3
+    python -m jobs.recompute_statistics jobs/configs/demo.yaml --pool models:/tiny.pool.demo/3
 
 For a pool that an older release wrote (this one refuses to route by it), or for other settings of CONFIG's `router`:
 feature_width, statistics_rows, quantile, shrinkage, null_components. Stopped at any moment, the same command goes on.

@@ -33,7 +33,7 @@ from pipeline.learning.state import REMADE, Tally, keep_peak
 from pipeline.learning.stream_data import BASE_PROMPTS, StreamData
 from pipeline.models.bases import language_width
 from pipeline.models.checkpoints import checkpoint, fingerprint
-from pipeline.registry.experts import MissingExpertError, fetch_expert
+from pipeline.registry.experts import MissingExpertError, fetch_expert, find_expert
 from pipeline.registry.metric_buffer import MetricBuffer
 from pipeline.registry.names import expert_name, pool_name
 from pipeline.registry.retries import Retries
@@ -98,6 +98,13 @@ class StreamSession:
     def reference(self, task: str, digest_: str) -> ExpertReference:
         """Returns the reference to a task's expert: its digest, and its place in the registry."""
         return ExpertReference(name=task, digest=digest_, model=expert_name(self.config.base.label, task))
+
+    def is_learned(self, task: TaskConfig) -> bool:
+        """Whether a run of this output folder or of this registry has learned a task; its files are not read."""
+        reference = self.reference(task.name, self.identity.expert(task))
+        assert reference.digest is not None
+        find = partial(find_expert, self.config.base.label, task.name, reference.digest)
+        return self.experts.has(reference) or self.retry(find, f"looking for expert {task.name}") is not None
 
     def has_expert(self, reference: ExpertReference) -> bool:
         """Whether an expert is in the store undamaged, or could be brought there; all of its files are read.

@@ -45,8 +45,9 @@ class Trainings:
 
     def start_workers(self) -> None:
         """Starts the workers of the first trainings: that takes as long as some evaluations, and can go on beside them."""
-        to_be_trained = (task for task in self._tasks if _to_be_trained(self._session, task))
-        self._session.start_workers(len(list(islice(to_be_trained, self._session.capacity.trainings))))
+        session = self._session
+        new = (t for t in self._tasks if _to_be_trained(session, t) and not session.is_learned(t))
+        session.start_workers(len(list(islice(new, session.capacity.trainings))))
 
     def expert(self, task: TaskConfig) -> TrainedExpert:
         """Waits for a task's training and returns its expert; raises the error of the training."""

@@ -25,7 +25,7 @@ from pipeline.routing.statistics import PromptStatistics
 from pipeline.routing.store import ExpertReference, ExpertStore, OwnExperts, StoredExpert, cache_folder
 
 CARD, NULL, EXPERTS = POOL_CARD, "null.safetensors", "experts"
-REMEDY = "copy the whole folder again, or load the pool from its registry (models:/<base>.pool@champion)"
+REMEDY = "copy the whole folder again, or load the pool from its registry (models:/<base>.pool.<name>@champion)"
 """What to do about a pool's damaged file."""
 POOL_FORMAT = 3
 """Version of what a pool's files hold. Version 2 had names in place of references, and always held the experts."""

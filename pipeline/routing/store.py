@@ -163,7 +163,7 @@ class ExpertStore:
             folder = self.folder_of(reference)
             raise ExpertError(
                 f"{reference}: missing or damaged in {folder}: {reference.damage(current_folder(folder))}; copy that folder "
-                "here, load the pool from its registry, which fetches it (models:/<base>.pool@champion), or run "
+                "here, load the pool from its registry, which fetches it (models:/<base>.pool.<name>@champion), or run "
                 "`pointsman learn` again"
             )
         self._make(reference, partial(self.fetch, reference), read=read)

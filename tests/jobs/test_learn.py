@@ -113,8 +113,8 @@ def test_summary_and_registry(undisturbed):
     assert 0 <= summary["data_wait_share"] < 1
     assert (summary["answers"]["prompts"], summary["answers"]["single_pass"]) == (48, 80)
     assert 48 < summary["answers"]["generated"] <= 3 * 48  # prompts whose expert changed are answered again
-    assert versions(config, "untrained.experts") == ["1", "2"]
-    assert versions(config, "untrained.pool") == ["1", "2"]
+    assert versions(config, "untrained.expert.digits") == versions(config, "untrained.expert.echo") == ["1"]
+    assert versions(config, "untrained.pool.mini") == ["1", "2"]
     assert (config.parent / "mini" / "report.html").exists()
     client = MlflowClient(f"sqlite:///{config.parent / 'mlflow.db'}")
     (run,) = client.search_runs(["1"])
@@ -136,11 +136,11 @@ def test_pools_refer_to_experts(undisturbed):
     assert not (run / "experts").exists()
     references = Pool.load(run / "pool").card.experts
     assert [(r.name, r.model, r.version) for r in references] == [
-        ("digits", "untrained.experts", 1),
-        ("echo", "untrained.experts", 2),
+        ("digits", "untrained.expert.digits", 1),
+        ("echo", "untrained.expert.echo", 1),
     ]
     mlflow.set_tracking_uri(f"sqlite:///{config.parent / 'mlflow.db'}")
-    folder = download_pool("models:/untrained.pool/2", config.parent / "fetched")
+    folder = download_pool("models:/untrained.pool.mini/2", config.parent / "fetched")
     assert Pool.load(folder).card.experts == references
     assert not list(folder.rglob("adapter_model.safetensors"))
 
@@ -157,8 +157,8 @@ def test_a_finished_run_changes_nothing(undisturbed):
     assert again["accuracy_matrix"] == summary["accuracy_matrix"]
     assert again["tasks"] == summary["tasks"]
     assert again["answers"] == summary["answers"]
-    assert versions(config, "untrained.experts") == ["1", "2"]
-    assert versions(config, "untrained.pool") == ["1", "2"]
+    assert versions(config, "untrained.expert.digits") == versions(config, "untrained.expert.echo") == ["1"]
+    assert versions(config, "untrained.pool.mini") == ["1", "2"]
 
 
 def test_what_another_run_has_registered_is_not_learned_again(undisturbed, tmp_path):
@@ -173,7 +173,7 @@ def test_what_another_run_has_registered_is_not_learned_again(undisturbed, tmp_p
     actual = json.loads((tmp_path / "colleague" / "summary.json").read_text())
     assert actual["accuracy_matrix"] == summary["accuracy_matrix"]
     assert actual["tasks"]["echo"]["samples"] == summary["tasks"]["echo"]["samples"]
-    assert versions(config, "untrained.experts") == ["1", "2"]
+    assert versions(config, "untrained.expert.digits") == versions(config, "untrained.expert.echo") == ["1"]
 
 
 def test_what_the_registry_does_not_have_is_only_registered(undisturbed):
@@ -184,7 +184,7 @@ def test_what_the_registry_does_not_have_is_only_registered(undisturbed):
     config, summary = undisturbed
     shutil.copyfile(config.parent / "mlflow.db", config.parent / "other.db")
     other = MlflowClient(f"sqlite:///{config.parent / 'other.db'}")
-    for model in ("untrained.experts", "untrained.pool"):
+    for model in ("untrained.expert.digits", "untrained.expert.echo", "untrained.pool.mini"):
         other.delete_registered_model(model)
     shutil.rmtree(config.parent / "mini" / "training")
     folder, earlier = expert_folder(config, "echo"), config.parent / "mini" / "experts" / "echo"
@@ -198,8 +198,8 @@ def test_what_the_registry_does_not_have_is_only_registered(undisturbed):
     again = finish(config, f"registry.uri=sqlite:///{config.parent / 'other.db'}")
     assert again["tasks"] == summary["tasks"]
     assert (folder / "adapter_model.safetensors").read_bytes() == whole
-    assert versions(config, "untrained.experts", "other.db") == ["1", "2"]
-    assert versions(config, "untrained.pool", "other.db") == ["1", "2"]
+    assert versions(config, "untrained.expert.echo", "other.db") == ["1"]
+    assert versions(config, "untrained.pool.mini", "other.db") == ["1", "2"]
     assert not (config.parent / "mini" / "training").exists()
     assert [point.value for point in other.get_metric_history(run.info.run_id, "digits/late")] == [0.5]
 
@@ -251,7 +251,7 @@ def test_stopped_and_killed_drivers_go_on_to_the_same_pool(undisturbed, tiny_fol
     assert log.read_text().count("the same command goes on from there") == 2
     assert "Traceback" not in log.read_text()
     assert_same_pool(Pool.load(config.parent / "mini" / "pool"), Pool.load(undisturbed[0].parent / "mini" / "pool"))
-    assert versions(config, "untrained.pool") == ["1", "2"]
+    assert versions(config, "untrained.pool.mini") == ["1", "2"]
 
 
 def assert_whole_curves(config: Path) -> None:

@@ -103,7 +103,7 @@ def test_rows_per_step_do_not_shrink(learned):
 def test_callers_at_once_get_their_own_answers(learned, monkeypatch):
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{learned / 'mlflow.db'}")
     mlflow.set_tracking_uri(os.environ["MLFLOW_TRACKING_URI"])
-    model = mlflow.pyfunc.load_model("models:/wide.pool/2")
+    model = mlflow.pyfunc.load_model("models:/wide.pool.wide/2")
     rows = [{"prompt": f"repeat : {n}", "image": None} for n in range(10)]
     images = pq.read_table(learned / "data" / "demo" / "clock" / "eval.parquet").slice(0, 10).to_pylist()
     rows += [{"prompt": "which hour does the clock show ?", "image": row["images"][0]["bytes"]} for row in images]

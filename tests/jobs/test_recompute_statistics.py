@@ -204,9 +204,12 @@ def test_one_line_says_what_was_done(aged: Aged, renewed: tuple[Pool, str]) -> N
     (folder,) = new_pools(aged.config)
     last = renewed[1].splitlines()[-1]
     assert last.startswith(f"2 of 2 experts, {sum(ROWS.values())} prompts read in ")
-    assert last.endswith(f"version 2 of untrained.pool (now champion; the old versions stay), in {folder}")
-    assert versions(aged.config, "untrained.experts") == [1, 2]
-    assert versions(aged.config, "untrained.pool") == [1, 2], "as learning makes them: of digits, of both"
+    assert last.endswith(
+        "version 2 of untrained.pool.mini (the old ones stay, and so does champion: `learn` lets the gate decide), in "
+        f"{folder}"
+    )
+    assert [versions(aged.config, f"untrained.expert.{task}") for task in ("digits", "echo")] == [[1], [1]]
+    assert versions(aged.config, "untrained.pool.mini") == [1, 2], "as learning makes them: of digits, of both"
 
 
 def test_learning_goes_on_from_the_recomputed_experts(
@@ -216,12 +219,12 @@ def test_learning_goes_on_from_the_recomputed_experts(
     settings = load_config(aged.config, ["stream.on_change=fail"], LearnConfig)
     with open_session(settings, job="test", trains=False) as session:
         begun = trainings.Trainings(session)
-        for number, task in enumerate(settings.stream.tasks, start=1):
+        for task in settings.stream.tasks:
             trained = begun.expert(task)
             assert trained.before
             actual = learn._registered(session, task, trained)
             assert_same(actual.expert.expert.statistics, renewed[0].experts[task.name].statistics)
-            assert int(actual.version.version) == number
+            assert (actual.version.name, int(actual.version.version)) == (f"untrained.expert.{task.name}", 1)
             assert actual.metrics["samples"] == 12 * 16
             assert actual.metrics["rows"] == ROWS[task.name]
             assert actual.metrics["quarantined"] == (task.name == "echo")
@@ -232,7 +235,7 @@ def test_a_registered_pool_explains_itself(
 ) -> None:
     """Its experts come from the registry: into the cache, not from the run that made them."""
     mlflow.set_tracking_uri(f"sqlite:///{aged.config.parent / 'mlflow.db'}")
-    words = ["--pool", "models:/untrained.pool@champion", "--prompt", "echo 3", "--base", str(tiny_folder)]
+    words = ["--pool", "models:/untrained.pool.mini/latest", "--prompt", "echo 3", "--base", str(tiny_folder)]
     outcome = CliRunner().invoke(app, ["explain", *words, "--plot", str(tmp_path / "why.png"), "--max-new-tokens", "2"])
     assert outcome.exit_code == 0, outcome.output
     assert "expert     echo" in outcome.output
@@ -270,7 +273,7 @@ def test_other_settings_of_the_router_make_a_second_version(
     """Stopped after the first expert, it goes on with the second; only then anything is registered."""
     known = new_pools(aged.config)
     settings = ["router.feature_width=64", "router.statistics_rows=16", "stream.base_prompts=null"]
-    words = [*settings, "--pool", "models:/untrained.pool@champion"]
+    words = [*settings, "--pool", "models:/untrained.pool.mini/latest"]
     compute, computed = recompute_statistics.recomputed, []
 
     def stopped_at_echo(expert: TrainedExpert, *arguments: Any, **settings: Any) -> Expert:
@@ -283,12 +286,12 @@ def test_other_settings_of_the_router_make_a_second_version(
     monkeypatch.setattr(recompute_statistics, "recomputed", stopped_at_echo)
     outcome = CliRunner().invoke(app, ["recompute-statistics", str(aged.config), *words])
     assert outcome.exit_code == 130, outcome.output
-    assert versions(aged.config, "untrained.experts") == [1, 2]
+    assert versions(aged.config, "untrained.expert.echo") == [1]
     output = run_command(aged.config, *words)
     assert computed == ["digits", "stopped", "echo"]
     assert "recomputed before" in output
-    assert versions(aged.config, "untrained.experts") == [1, 2, 3, 4]
-    assert versions(aged.config, "untrained.pool") == [1, 2, 3, 4]
+    assert versions(aged.config, "untrained.expert.echo") == [1, 2]
+    assert versions(aged.config, "untrained.pool.mini") == [1, 2, 3, 4]
     (folder,) = new_pools(aged.config) - known
     pool = Pool.load(folder)
     assert pool.router.feature_width == 64
@@ -299,7 +302,7 @@ def test_other_settings_of_the_router_make_a_second_version(
 
 def test_what_has_these_statistics_already_is_left_alone(aged: Aged, renewed: tuple[Pool, str]) -> None:
     (folder,) = (pool for pool in new_pools(aged.config) if Pool.load(pool).width == 384)
-    before = versions(aged.config, "untrained.pool")
+    before = versions(aged.config, "untrained.pool.mini")
     (aged.config.parent / "echo.jsonl").rename(aged.config.parent / "away.jsonl")  # of no use to it
     try:
         output = run_command(aged.config, "--pool", str(folder))
@@ -307,8 +310,8 @@ def test_what_has_these_statistics_already_is_left_alone(aged: Aged, renewed: tu
         (aged.config.parent / "away.jsonl").rename(aged.config.parent / "echo.jsonl")
     assert output.count("has these statistics already") == 2
     assert "0 prompts read" in output
-    assert "there already, its aliases are where they were" in output
-    assert versions(aged.config, "untrained.pool") == before
+    assert "of untrained.pool.mini (there already)" in output
+    assert versions(aged.config, "untrained.pool.mini") == before
 
 
 def test_all_that_is_missing_is_told_before_anything_is_done(aged: Aged, tmp_path: Path) -> None:
@@ -351,7 +354,7 @@ def test_experts_whose_rows_are_gone_can_be_left_out(aged: Aged, renewed: tuple[
         (tmp_path / "echo.jsonl").rename(aged.config.parent / "echo.jsonl")
     assert "left out: echo: " in output
     assert "1 of 2 experts, 0 prompts read" in output
-    assert "version 1 of untrained.pool (there already, its aliases are where they were)" in output
+    assert "version 1 of untrained.pool.mini (there already)" in output
     (folder,) = new_pools(aged.config) - known
     assert Pool.load(folder).names == ["digits"]
 
@@ -366,8 +369,8 @@ def test_wrong_pools_are_messages(aged: Aged, tmp_path: Path, tiny_base: Base) -
         str(stranger): "fingerprint 0123456789abcdef, base.path has",
         str(empty): "the pool holds no expert",
         str(newer): "format_version is 99, this code reads up to 3: a newer release wrote it; install that one",
-        "models:/untrained.pool": "is not a pool's address; write it like models:/tiny.pool/3",
-        "models:/untrained.pool/77": "no '77' in 'untrained.pool'; there are versions",
+        "models:/untrained.pool": "is not a pool's address; write it like models:/tiny.pool.demo/3",
+        "models:/untrained.pool.mini/77": "no '77' in 'untrained.pool.mini'; there are versions",
     }
     with open_session(load_config(aged.config, [], LearnConfig), job="test", trains=False) as session:
         for pool, words in wrong.items():

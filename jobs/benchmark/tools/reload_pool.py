@@ -1,6 +1,6 @@
 """The other process of `pointsman benchmark families`: loads a pool from the registry as anyone would, and answers.
 
-    python -m jobs.benchmark.tools.reload_pool sqlite:////runs/mlflow.db models:/internvl.pool@champion prompts.json answers
+    python -m jobs.benchmark.tools.reload_pool sqlite:////runs/mlflow.db models:/internvl.pool.demo/latest prompts.json answers
 
 Nothing of the project is imported before the pool is loaded: what answers is the code that the pool's version holds, not
 the code that lies here.
