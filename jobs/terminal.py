@@ -22,6 +22,9 @@ from rich.text import Text
 from pipeline.config import without_secrets
 from pipeline.training.telemetry import Step
 
+WIDTH = 160
+"""Columns of tables where the output is a file or a job's log."""
+
 
 class Terminal:
     """Progress bars on a terminal; plain lines where the output is a file or a job's log.
@@ -31,6 +34,8 @@ class Terminal:
 
     def __init__(self) -> None:
         self.console = Console(highlight=False)
+        if not self.console.is_terminal:
+            self.console.width = WIDTH
         self._progress: Progress | None = None
         self._shown = 0
         self._lock = threading.Lock()

@@ -60,9 +60,7 @@ def open_tracking(uri: str, experiment: str, *, on_wait: Callable[[str], None] =
     Raises RegistryError for an invalid address, a server that does not answer, a damaged database or one of a newer MLflow,
     a deleted experiment.
     """
-    for chatty in _CHATTY:
-        logging.getLogger(chatty).setLevel(logging.WARNING)
-    os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")  # a bar per copied file drowns the job's own
+    _calm()
     database = database_path(uri)
     if database is None:
         fail_fast()
@@ -87,10 +85,16 @@ def open_tracking(uri: str, experiment: str, *, on_wait: Callable[[str], None] =
             ) from None
 
 
-def use_registry(uri: str) -> None:
-    """Points MLflow at a registry that is there, to look at it; raises RegistryError where there is none."""
+def _calm() -> None:
+    """Keeps MLflow from reporting what nobody asked for."""
     for chatty in _CHATTY:
         logging.getLogger(chatty).setLevel(logging.WARNING)
+    os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")  # a bar per copied file drowns the job's own
+
+
+def use_registry(uri: str) -> None:
+    """Points MLflow at a registry that is there, to look at it; raises RegistryError where there is none."""
+    _calm()
     database = database_path(uri)
     if database is None:
         fail_fast()

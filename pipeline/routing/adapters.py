@@ -18,7 +18,7 @@ from torch import Tensor
 from pipeline.errors import UserError, stored_file
 
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
-REMEDY = "copy the folder again, or load the pool from its registry, which has every expert (models:/<base>.pool.<name>@champion)"
+REMEDY = "copy the folder again, or load the pool from its registry, which has them all (models:/<base>.pool.<name>@champion)"
 """What to do about an expert's damaged file."""
 _KEY = re.compile(r"^base_model\.model\.(?P<path>.+)\.lora_(?P<half>[AB])\.weight$")
 
