@@ -161,7 +161,7 @@ def _tags(scores: Sequence[Score]) -> dict[str, str]:
     accuracy, kept = mean_accuracy(scores), base_kept(scores)
     return {
         **({"accuracy": f"{accuracy:.3f}"} if accuracy is not None else {}),
-        **({"base_kept": f"{kept:.1%}"} if kept is not None else {}),
+        **({"base_kept": f"{kept:.2f}"} if kept is not None else {}),
     }
 
 

@@ -36,7 +36,6 @@ def register_base(base: BaseModelConfig) -> ModelVersion:
         run.info.run_id,
         tags={"fingerprint": base_fingerprint[:12]},
         description=f"The frozen checkpoint `{params['path']}` that pools of base `{base.label}` answer with.",
-        about=f"Checkpoints of base `{base.label}`, one version each; pools refer to them",
     )
 
 

@@ -13,6 +13,9 @@ LONGEST = 4900
 DESCRIBED = "Sample prompts:"
 """Words of a description that has samples: it was written after an evaluation."""
 
+GAP = "\u2003"
+"""An em space: MLflow's pages set tables without any space between columns."""
+
 _CELL = 160
 """Most characters of a question or an answer."""
 
@@ -112,7 +115,7 @@ def pool_description(
 def _table(base_label: str, experts: Mapping[str, int], measured: Measured, room: int) -> Iterator[str]:
     """Yields the lines of the table of accuracies that `room` characters hold, tasks first."""
     scores = sorted(measured.scores, key=lambda score: score.ability)
-    lines = ["| | base | this pool | routed as it should |", "|---|---|---|---|"]
+    lines = [f"| {GAP} | base{GAP} | this pool{GAP} | routed as it should |", "|---|---|---|---|"]
     yield from lines
     used = sum(len(line) + 1 for line in lines)
     for i, score in enumerate(scores):
@@ -121,7 +124,7 @@ def _table(base_label: str, experts: Mapping[str, int], measured: Measured, room
             name = f"[{name}](#/models/{expert_name(base_label, name)}/versions/{experts[name]})"
         base = "" if score.base_accuracy is None else f"{score.base_accuracy:.3f}"
         share = f"{measured.own[score.dataset]:.1%}" if score.dataset in measured.own else ""
-        line = f"| {name} | {base} | {score.accuracy:.3f} | {share} |"
+        line = f"| {name}{GAP} | {base}{GAP} | {score.accuracy:.3f}{GAP} | {share} |"
         used += len(line) + 1
         if used + 60 > room:
             yield f"| ... and {len(scores) - i} more, in the run's report | | | |"

@@ -64,7 +64,6 @@ def register_expert(
         run.info.run_id,
         tags=tags,
         description=expert_description(base_label, card, rows=rows),
-        about=f"LoRA experts of task `{card.task}` over base `{base_label}`: a version per training",
     )
 
 

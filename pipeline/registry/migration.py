@@ -133,5 +133,4 @@ def _move(step: Step) -> None:
         version.run_id,
         tags=tags,
         description=former,
-        about=f"Moved from {version.name}",
     )

@@ -46,6 +46,18 @@ def read_name(model: str) -> Named | None:
     return Named(kind, match["base"], match["own"] or "")
 
 
+def about(model: str) -> str:
+    """Returns what a registered model's page says of it."""
+    named = read_name(model)
+    if named is None:
+        return ""
+    return {
+        "expert": f"LoRA experts for task `{named.name}` over base `{named.base}`: a version per training.",
+        "pool": f"Pool `{named.name}` of experts over base `{named.base}`: a version per task learned. `champion` is in use.",
+        "base": f"Checkpoints of base `{named.base}`, one version each; pools refer to them.",
+    }[named.kind]
+
+
 class FormerNames(NamedTuple):
     """Registered models of a base in earlier releases: all experts in one, all pools in one."""
 

@@ -139,7 +139,6 @@ def register_pool(
         run.info.run_id,
         tags={"tasks": _listed(pool.names), "status": REGISTERED},
         description=pool_description(pool.base_label, name, numbers_of(pool, references), pool.router.kind),
-        about=f"Pool `{name}` of experts over base `{pool.base_label}`: a version per task learned; `champion` is in use",
     )
 
 

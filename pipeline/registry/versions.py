@@ -4,6 +4,7 @@ Order of writing: artifacts, logged model with its parameters, version. Only the
 with all that it says; what a killed process leaves behind is a logged model that nobody finds. Aliases move last, by decision.
 """
 
+import json
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,9 @@ from mlflow.protos.databricks_pb2 import (
     RESOURCE_DOES_NOT_EXIST,
     ErrorCode,
 )
+from mlflow.utils.mlflow_tags import MLFLOW_MODEL_VERSIONS
 
+from pipeline.registry.names import about
 from pipeline.registry.retries import RegistryError
 
 DIGEST = "digest"
@@ -91,16 +94,16 @@ def _inventory(client: MlflowClient, name: str) -> str:
 
 
 def create_version(
-    name: str, model_id: str, run_id: str, *, tags: Mapping[str, object], description: str, about: str
+    name: str, model_id: str, run_id: str, *, tags: Mapping[str, object], description: str
 ) -> ModelVersion:
-    """Makes the logged model `model_id`, which has a `digest`, the next version of `name`.
+    """Makes the logged model `model_id`, which has a `digest`, the next version of `name`, which is created if need be.
 
-    `about` describes the registered model when it is created. If another process has made a version of the same digest
-    meanwhile, that is returned.
+    If another process has made a version of the same digest meanwhile, that is returned.
     """
     client = MlflowClient()
-    digest = client.get_logged_model(model_id).params[DIGEST]
-    _ensure_model(name, about)
+    model = client.get_logged_model(model_id)
+    digest = model.params[DIGEST]
+    _ensure_model(name)
     texts = {key: str(value) for key, value in tags.items()}
     version = client.create_model_version(
         name, f"{MODELS}{model_id}", run_id, tags=texts, model_id=model_id, description=description
@@ -109,15 +112,19 @@ def create_version(
     first = min(_with_digest(name, digest), key=number)
     if number(first) < number(version):
         client.delete_model_version(name, version.version)
+    else:  # what MLflow's pages show on a logged model, and `mlflow.register_model` writes
+        registered = json.loads(model.tags.get(MLFLOW_MODEL_VERSIONS, "[]"))
+        registered.append({"name": name, "version": str(version.version)})
+        client.set_logged_model_tags(model_id, {MLFLOW_MODEL_VERSIONS: json.dumps(registered)})
     return first
 
 
-def _ensure_model(name: str, about: str) -> None:
+def _ensure_model(name: str) -> None:
     client = MlflowClient()
     if client.search_registered_models(f"name = '{name}'"):
         return
     try:
-        client.create_registered_model(name, description=about)
+        client.create_registered_model(name, description=about(name))
     except MlflowException as error:
         if error.error_code != ErrorCode.Name(RESOURCE_ALREADY_EXISTS):  # another process was faster
             raise
