@@ -39,7 +39,8 @@ def print_next_steps(session: StreamSession, report: Path) -> None:
     now = session.retry(partial(champion, name), "looking for the champion")
     which = f"{name}@champion, version {now.version}" if now else f"{name}, which has no champion yet"
     where = session.config.registry.uri
-    browse = "browse it: pointsman ui" if where is None else f"at {where}"
+    output = session.config.output
+    browse = f"at {where}" if where else "browse it: pointsman ui" + (f" --output {output}" if output != "runs" else "")
     session.progress.log(f"registry   {which}; {browse}")
     if where is None:
         session.progress.log(f"           (that is: {' '.join(ui_command(session.config.tracking_uri))})")

@@ -44,10 +44,13 @@ class Trainings:
         self._failed, self._lock = False, threading.RLock()
 
     def start_workers(self) -> None:
-        """Starts the workers of the first trainings: that takes as long as some evaluations, and can go on beside them."""
+        """Starts the workers of the first trainings and reads their rows: both can go on while the base is evaluated."""
         session = self._session
         new = (t for t in self._tasks if _to_be_trained(session, t) and not session.is_learned(t))
-        session.start_workers(len(list(islice(new, session.capacity.trainings))))
+        first = list(islice(new, session.capacity.trainings))
+        session.start_workers(len(first))
+        for task in first:
+            session.data.read_ahead(task)
 
     def expert(self, task: TaskConfig) -> TrainedExpert:
         """Waits for a task's training and returns its expert; raises the error of the training."""

@@ -199,8 +199,12 @@ def database_path(uri: str) -> Path | None:
     )
 
 
-def ui_command(uri: str) -> list[str]:
-    """Returns the command line that shows a SQLite database in the browser, at http://127.0.0.1:5000.
+LOOPBACK, UI_PORT = "127.0.0.1", 5000
+"""Where MLflow's pages are shown by default."""
+
+
+def ui_command(uri: str, *, host: str = LOOPBACK, port: int = UI_PORT) -> list[str]:
+    """Returns the command line that shows a SQLite database in the browser, at http://<host>:<port>.
 
     Raises RegistryError for a server: its pages are at its own address.
     """
@@ -209,7 +213,7 @@ def ui_command(uri: str) -> list[str]:
         raise RegistryError(
             f"{without_secrets(uri)} is a server that shows its own pages; open that address in a browser"
         )
-    address = ["--host", "127.0.0.1", "--port", "5000", "--workers", "1"]
+    address = ["--host", host, "--port", str(port), "--workers", "1"]
     return ["mlflow", "ui", "--backend-store-uri", f"{SQLITE}{database}", *address]
 
 
