@@ -5,6 +5,8 @@ pointsman registry show tiny.pool.demo@champion      one version in full
 pointsman registry diff tiny.pool.demo/5 tiny.pool.demo/6
 pointsman registry promote tiny.pool.demo 6          this version is the champion now
 pointsman registry rollback tiny.pool.demo           the champion before it is, again
+pointsman registry retire tiny.pool.demo clock       the base answers in place of an expert
+pointsman registry gc                                what no pool needs, and whether to delete it
 pointsman registry migrate --dry-run                 what an earlier release registered gets its new names
 """
 
@@ -16,6 +18,8 @@ COMMANDS = {
     "diff": Lazy("jobs.registry.browse:diff", "Compare two versions of pools."),
     "promote": Lazy("jobs.registry.decide:promote", "Make a version of a pool the champion."),
     "rollback": Lazy("jobs.registry.decide:rollback", "Make the champion before it the champion again."),
+    "retire": Lazy("jobs.registry.decide:retire", "Let the base answer in place of an expert."),
+    "gc": Lazy("jobs.registry.clean:gc", "Show what no pool needs, and delete it if confirmed."),
     "migrate": Lazy("jobs.registry.decide:migrate", "Give what an earlier release registered its new names."),
 }
 

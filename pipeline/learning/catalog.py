@@ -15,7 +15,7 @@ from pipeline.provenance import command_line, git_commit
 from pipeline.registry.descriptions import DESCRIBED, Answered, Measured, Origin, expert_description, pool_description
 from pipeline.registry.experts import EVALUATED, REGISTERED
 from pipeline.registry.promotion import champion, promote, reason_against
-from pipeline.registry.scores import Score, base_kept, log_scores, mean_accuracy, scores_of
+from pipeline.registry.scores import Score, log_scores, scores_of, tags_of
 from pipeline.registry.versions import describe, get_version, number
 from pipeline.routing.pool import Pool
 
@@ -44,7 +44,7 @@ class Catalog:
         def tell() -> None:
             log_scores(run_id, version, scores)
             undecided = version.tags.get("status") == REGISTERED
-            describe(version, tags=_tags(scores) | ({"status": EVALUATED} if undecided else {}))
+            describe(version, tags=tags_of(scores) | ({"status": EVALUATED} if undecided else {}))
             if own and "accuracy" not in expert.tags:  # what it had in the first pool that it joined stays
                 log_scores(run_id, expert, own)
                 describe(expert, tags={"accuracy": f"{own[0].accuracy:.3f}", "status": EVALUATED})
@@ -155,14 +155,6 @@ class Catalog:
             )
             for name, accuracy in evaluation.accuracies().items()
         ]
-
-
-def _tags(scores: Sequence[Score]) -> dict[str, str]:
-    accuracy, kept = mean_accuracy(scores), base_kept(scores)
-    return {
-        **({"accuracy": f"{accuracy:.3f}"} if accuracy is not None else {}),
-        **({"base_kept": f"{kept:.2f}"} if kept is not None else {}),
-    }
 
 
 def _samples(evaluation: Evaluation, names: Sequence[str], count: int) -> list[Answered]:

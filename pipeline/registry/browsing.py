@@ -122,7 +122,7 @@ def shown(version: ModelVersion) -> Shown:
     """Returns all that the registry says of a version."""
     model = logged_model(version)
     named = read_name(version.name)
-    experts = _experts(version) if named and named.kind == "pool" else {}
+    experts = experts_of(version) if named and named.kind == "pool" else {}
     return Shown(
         version.name,
         number(version),
@@ -152,7 +152,7 @@ def difference(before: ModelVersion, after: ModelVersion) -> Difference:
     incomparable = [n for n in names if n in first and n in second and first[n].digest != second[n].digest]
     rows = [(n, _accuracy(first.get(n)), _accuracy(second.get(n))) for n in names]
     rows.sort(key=lambda row: row[1] == row[2])
-    old, new = _experts(before), _experts(after)
+    old, new = experts_of(before), experts_of(after)
     return Difference(
         f"{before.name}/{before.version}",
         f"{after.name}/{after.version}",
@@ -168,8 +168,9 @@ def _accuracy(score: Score | None) -> float | None:
     return None if score is None else score.accuracy
 
 
-def _experts(version: ModelVersion) -> dict[str, str]:
+def experts_of(version: ModelVersion) -> dict[str, str]:
+    """Returns the experts of a pool's version by name, as `<model>/<version>`; those that it holds itself as `in the pool`."""
     location = logged_model(version).artifact_location
     text = mlflow.artifacts.load_text(f"{location}/{POOL_CARD_PATH}")
     references: Sequence[Any] = PoolCard.model_validate_json(text).experts
-    return {r.name: f"{r.model}/{r.version}" if r.model else "in the pool itself" for r in references}
+    return {r.name: f"{r.model}/{r.version}" if r.model else "in the pool" for r in references}

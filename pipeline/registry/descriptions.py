@@ -86,6 +86,7 @@ def pool_description(
     experts: Mapping[str, int],
     router: str,
     *,
+    retired: Sequence[str] = (),
     measured: Measured | None = None,
     verdict: str = "",
     origin: Origin | None = None,
@@ -96,6 +97,8 @@ def pool_description(
         f"**Pool `{name}`** over base `{base_label}`: {count} behind router `{router}`. A prompt is answered by the expert of "
         "the task that it resembles, or by the frozen base."
     ]
+    if retired:
+        parts.append(f"**Retired:** {', '.join(retired)}; the base answers in their place.")
     if verdict:
         parts.append(f"**Promotion:** {verdict}")
     tail = _origin(origin)

@@ -12,6 +12,7 @@ import warnings
 from collections.abc import Mapping, Sequence
 from importlib.metadata import version as installed
 from pathlib import Path
+from typing import Any
 
 import mlflow
 from mlflow import MlflowClient
@@ -23,10 +24,11 @@ from mlflow.types.schema import AnyType
 
 import pipeline
 from pipeline.config import BaseModelConfig
+from pipeline.config import digest as digest_of
 from pipeline.registry import pyfunc_model
 from pipeline.registry.bases import register_base
 from pipeline.registry.descriptions import pool_description
-from pipeline.registry.experts import REGISTERED, reference_to
+from pipeline.registry.experts import REGISTERED, reference_to, registered_experts
 from pipeline.registry.names import pool_name, read_name
 from pipeline.registry.retries import RegistryError
 from pipeline.registry.tracking import active_run
@@ -38,6 +40,7 @@ from pipeline.registry.versions import (
     get_version,
     log_lineage,
     log_model,
+    logged_model,
     logged_model_id,
 )
 from pipeline.routing.pool import CARD, Pool
@@ -93,21 +96,39 @@ def register_pool(
 
     Raises RegistryError where `experts` and the pool differ.
     """
-    run = active_run()
     references = _references(pool, experts)
     if (version := find_pool(pool.base_label, name, digest)) is not None:
         return version
     base_version = register_base(base)
+    served = {
+        "base_model_id": logged_model_id(base_version),
+        "expert_memory": expert_memory,
+        **base.model_dump(include={"dtype", "max_tiles", "trust_remote_code"}),
+    }
+    log_lineage(active_run().info.run_id, experts.values())
+    return _create(pool, name, digest, references, served, str(base_version.version))
+
+
+def _create(
+    pool: Pool,
+    name: str,
+    digest: str,
+    references: Mapping[str, ExpertReference],
+    served: Mapping[str, Any],
+    base_version: str,
+) -> ModelVersion:
+    """Makes a pool the next version of `name`; `served` is how its base is loaded (`model_config` of MLflow)."""
+    run = active_run()
     params = {
         DIGEST: digest,
         "base": pool.base_label,
         "base_fingerprint": pool.base_fingerprint,
-        "base_version": base_version.version,
+        "base_version": base_version,
         "null_expert": bool(pool.null),
         "experts": len(pool.names),
+        "retired": len(pool.retired),
         **{f"router.{key}": value for key, value in pool.router.model_dump().items()},
     }
-    log_lineage(run.info.run_id, experts.values())
     with tempfile.TemporaryDirectory() as scratch, warnings.catch_warnings():
         # An example would make MLflow load and run the whole model before it logs it; the signature is our own.
         warnings.filterwarnings("ignore", message=".*input example was not provided")
@@ -124,22 +145,49 @@ def register_pool(
                 code_paths=[str(_copy_code(Path(scratch) / "code"))],
                 signature=SIGNATURE,
                 pip_requirements=pip_requirements(),
-                model_config={
-                    "base_model_id": logged_model_id(base_version),
-                    "expert_memory": expert_memory,
-                    **base.model_dump(include={"dtype", "max_tiles", "trust_remote_code"}),
-                },
+                model_config=dict(served),
             )
             return Path(scratch) / "model"
 
         model_id = log_model(name, write, params, model_type="pool")
+    in_use = [expert for expert in pool.names if expert not in pool.retired]
     return create_version(
         pool_name(pool.base_label, name),
         model_id,
         run.info.run_id,
-        tags={"tasks": _listed(pool.names), "status": REGISTERED},
-        description=pool_description(pool.base_label, name, numbers_of(pool, references), pool.router.kind),
+        tags={"tasks": _listed(in_use), "status": REGISTERED},
+        description=pool_description(
+            pool.base_label, name, numbers_of(pool, references), pool.router.kind, retired=pool.retired
+        ),
     )
+
+
+def retire_expert(version: ModelVersion, expert: str) -> ModelVersion:
+    """Makes a version of the same pool in which the base answers in place of `expert`; needs an open run.
+
+    Who answers other prompts stays as it is (`Pool.retire`). If there is such a version, it is returned. Raises PoolError for
+    an expert that the pool lacks, RegistryError for a pool of an earlier release that holds its experts itself.
+    """
+    named, model = read_name(version.name), logged_model(version)
+    if named is None or named.kind != "pool":
+        raise RegistryError(f"{version.name}/{version.version} is no pool")
+    digest = digest_of(model.params[DIGEST], "retired", expert)
+    if (before := find_pool(named.base, named.name, digest)) is not None:
+        return before
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = download_pool(f"{MODELS}{version.name}/{version.version}", scratch)
+        pool = Pool.load(folder, registered_experts()).retire(expert)
+        references = {r.name: r for r in pool.card.experts}
+        if own := [name for name, reference in references.items() if reference.version is None]:
+            raise RegistryError(
+                f"{version.name}/{version.version} holds {own[0]} itself, as earlier releases wrote it: run its `pointsman "
+                "learn` again, which registers it anew"
+            )
+        card = mlflow.artifacts.download_artifacts(
+            artifact_uri=f"{model.artifact_location}/MLmodel", dst_path=str(Path(scratch) / "model card")
+        )
+        served = Model.load(card).flavors["python_function"]["config"]
+        return _create(pool, named.name, digest, references, served, model.params["base_version"])
 
 
 def numbers_of(pool: Pool, references: Mapping[str, ExpertReference]) -> dict[str, int]:

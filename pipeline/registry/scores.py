@@ -86,3 +86,12 @@ def base_kept(scores: Iterable[Score]) -> float | None:
     both = [(s.accuracy, s.base_accuracy) for s in scores if s.ability and s.base_accuracy is not None]
     total = sum(base for _, base in both)
     return sum(now for now, _ in both) / total if total > 0 else None
+
+
+def tags_of(scores: Sequence[Score]) -> dict[str, str]:
+    """Returns the tags of a pool's version that say how good it is."""
+    accuracy, kept = mean_accuracy(scores), base_kept(scores)
+    return {
+        **({"accuracy": f"{accuracy:.3f}"} if accuracy is not None else {}),
+        **({"base_kept": f"{kept:.2f}"} if kept is not None else {}),
+    }

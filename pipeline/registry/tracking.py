@@ -21,6 +21,7 @@ import yaml
 from alembic.util import CommandError
 from mlflow import MlflowClient
 from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param
+from mlflow.entities.model_registry import ModelVersion
 from mlflow.exceptions import MlflowException
 from mlflow.protos.databricks_pb2 import RESOURCE_ALREADY_EXISTS, ErrorCode
 from mlflow.utils.mlflow_tags import MLFLOW_DATASET_CONTEXT
@@ -241,6 +242,14 @@ def tracked_run(experiment_id: str, name: str, digest: str) -> Iterator[str]:
     finally:
         if mlflow.active_run() is not before:
             _end_run(status)
+
+
+@contextmanager
+def run_beside(version: ModelVersion, name: str) -> Iterator[str]:
+    """Opens a run of its own for a change to a version, in that version's experiment; yields its id."""
+    experiment = MlflowClient().get_run(version.run_id).info.experiment_id
+    with tracked_run(experiment, name, f"{version.name}/{version.version} {name}") as run_id:
+        yield run_id
 
 
 def _end_run(status: str) -> None:

@@ -5,7 +5,7 @@ with all that it says; what a killed process leaves behind is a logged model tha
 """
 
 import json
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -61,13 +61,18 @@ def number(version: ModelVersion) -> int:
 
 def versions_of(name: str) -> list[ModelVersion]:
     """Returns all versions of a registered model, the newest first; none where there is no such model."""
-    client, found, token = MlflowClient(), [], None
+    return sorted(all_versions(f"name = '{name}'"), key=number, reverse=True)
+
+
+def all_versions(where: str = "") -> Iterator[ModelVersion]:
+    """Yields the versions of the registry that `where` chooses, by default all."""
+    client, token = MlflowClient(), None
     while True:
-        page = client.search_model_versions(f"name = '{name}'", max_results=PAGE, page_token=token)
-        found += page
+        page = client.search_model_versions(where, max_results=PAGE, page_token=token)
+        yield from page
         token = page.token
         if not token:
-            return sorted(found, key=number, reverse=True)
+            return
 
 
 def get_version(name: str, version_or_alias: int | str) -> ModelVersion:

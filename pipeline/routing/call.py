@@ -48,7 +48,8 @@ def router_of(pool: Pool) -> Router:
 def prompt_router_of(pool: Pool) -> PromptRouter:
     """Returns the prompt router over a pool's experts."""
     statistics = [expert.statistics for expert in pool.experts.values()]
-    return PromptRouter(statistics, pool.null, shrinkage=pool.router.shrinkage)
+    retired = [pool.names.index(name) for name in pool.retired]
+    return PromptRouter(statistics, pool.null, shrinkage=pool.router.shrinkage, retired=retired)
 
 
 class Routers:

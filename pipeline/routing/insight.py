@@ -33,6 +33,8 @@ class Candidate:
     """Distance up to which a prompt counts as this task's, where no null expert stands for the rest."""
     weight: float
     """Share in the answer, over all Linears and prompt tokens."""
+    retired: bool = False
+    """Whether the base answers in its place."""
 
     @property
     def inside(self) -> bool | None:
@@ -58,6 +60,8 @@ class Explanation:
         """One sentence."""
         best, *others = self.candidates
         who = self.decision.expert or "the base"
+        if best.retired and self.decision.expert is None:
+            return f"the base: the prompt is {best.name}'s ({best.posterior:.1%} likely), which is retired"
         if self.decision.expert != best.name:
             return f"{who}, by the Linears' own choice: the prompt alone speaks for {best.name or 'the base'}"
         if best.name is None and best.score is None:
@@ -128,6 +132,7 @@ def rank_candidates(
                 distance=distances[row, e],
                 threshold=prompts.experts[e].threshold,
                 weight=weight.get(names[e], 0.0),
+                retired=e in prompts.retired,
             )
             for e in best
         ]

@@ -54,6 +54,8 @@ class PoolCard(Config):
     """Router settings."""
     experts: References = ()
     """The experts in order of arrival; each lies in `experts/<name>/`, or in a store."""
+    retired: tuple[str, ...] = ()
+    """Names of experts that answer no more: the base answers the prompts that resemble their tasks."""
     store: str | None = None
     """Folder of the store, relative to the pool's, where they lay when the folder was written."""
     width: int | None = None
@@ -121,6 +123,8 @@ class Pool:
         self.null = tuple(null)
         """Components of the base prompts; none where there is no base prompts."""
         self.null_layer_statistics = dict(null_layer_statistics or {})
+        self.retired: tuple[str, ...] = ()
+        """Experts whose prompts the base answers."""
         self._width: int | None = None
         self.experts = Experts({})
         for expert in experts:
@@ -174,6 +178,7 @@ class Pool:
             base_fingerprint=self.base_fingerprint,
             router=self.router,
             experts=tuple(references),
+            retired=self.retired,
             store=store,
             width=self.width,
             null=bool(self.null),
@@ -187,6 +192,7 @@ class Pool:
     def _with(self, entries: Mapping[str, Expert | StoredExpert]) -> "Pool":
         pool = copy(self)
         pool.experts = Experts(entries)
+        pool.retired = tuple(name for name in self.retired if entries.get(name) is self.experts.entries[name])
         return pool
 
     def add(self, expert: Expert | StoredExpert) -> "Pool":
@@ -205,10 +211,26 @@ class Pool:
         pool._width = expert_read.statistics.width
         return pool
 
-    def remove(self, name: str) -> "Pool":
-        """Returns the pool as if `name` had never been in it."""
+    def retire(self, name: str) -> "Pool":
+        """Returns the pool with the base in place of expert `name`; who answers other prompts stays as it is.
+
+        The prompt router goes on to tell the task's prompts from all others, so no other task gets them. Where every Linear
+        chooses (`token`) there is no such place to stand in, and the expert is removed.
+        """
+        self._check_has(name)
+        if self.router.kind == "token":
+            return self.remove(name)
+        pool = copy(self)
+        pool.retired = tuple(dict.fromkeys((*self.retired, name)))
+        return pool
+
+    def _check_has(self, name: str) -> None:
         if name not in self.experts:
             raise PoolError(f"no expert {name!r} in the pool; there are: {', '.join(self.names) or 'none'}")
+
+    def remove(self, name: str) -> "Pool":
+        """Returns the pool as if `name` had never been in it."""
+        self._check_has(name)
         return self._with({other: entry for other, entry in self.experts.entries.items() if other != name})
 
     def routed_by(self, **settings: object) -> "Pool":
@@ -255,7 +277,10 @@ class Pool:
         """Writes all of a pool's files but its experts."""
         if self.null:
             write_null(folder / NULL, self.null, self.null_layer_statistics)
-        (folder / CARD).write_text(self._card(references, store).model_dump_json(indent=2) + "\n")
+        card = self._card(references, store)
+        # Releases that know no retired experts read all other pools.
+        text = card.model_dump_json(indent=2, exclude=None if card.retired else {"retired"})
+        (folder / CARD).write_text(text + "\n")
 
     @classmethod
     def load(cls, folder: str | Path, store: ExpertStore | None = None) -> "Pool":
@@ -283,7 +308,7 @@ class Pool:
             reference.name: StoredExpert(reference, contained if _held(reference, contained) else store)
             for reference in card.experts
         })  # fmt: skip
-        pool._width = card.width
+        pool._width, pool.retired = card.width, card.retired
         return pool
 
 

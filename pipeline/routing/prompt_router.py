@@ -30,9 +30,16 @@ class PromptRouter:
     """Chooses one expert, or the base, for every prompt."""
 
     def __init__(
-        self, experts: Sequence[PromptStatistics], null: Sequence[PromptStatistics] = (), *, shrinkage: float = 0.05
+        self,
+        experts: Sequence[PromptStatistics],
+        null: Sequence[PromptStatistics] = (),
+        *,
+        shrinkage: float = 0.05,
+        retired: Sequence[int] = (),
     ) -> None:
         self.experts = list(experts)
+        self.retired = frozenset(retired)
+        """Indices of the experts whose prompts go to the base."""
         self.null = tuple(null)
         self.shrinkage = shrinkage
         if self.experts:
@@ -89,7 +96,14 @@ class PromptRouter:
     def choices(self, features_BF: Tensor) -> Tensor:
         """Returns each prompt's likeliest expert, or NULL_EXPERT (B,)."""
         experts_B1, _ = self.rank_candidates(features_BF, 1)
-        return experts_B1[:, 0]
+        return self.in_use(experts_B1)[:, 0]
+
+    def in_use(self, experts_BM: Tensor) -> Tensor:
+        """Puts NULL_EXPERT in the place of retired experts (B, M)."""
+        if not self.retired:
+            return experts_BM
+        retired_R = torch.tensor(sorted(self.retired), device=experts_BM.device)
+        return experts_BM.masked_fill(torch.isin(experts_BM, retired_R), NULL_EXPERT)
 
     def route(self, features_BF: Tensor) -> Route:
         """Sends every prompt to its likeliest expert, or to the base."""

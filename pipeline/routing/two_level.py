@@ -44,4 +44,5 @@ class TwoLevelRouter:
         The likeliest one always is: its own probability may be below MIN_WEIGHT where very many experts are alike.
         """
         experts_BM, prior_BM = self.prompts.rank_candidates(features_BF, self.candidates)
+        experts_BM = self.prompts.in_use(experts_BM)
         return experts_BM, prior_BM, prior_BM >= prior_BM[:, :1].clamp(max=math.log(MIN_WEIGHT))

@@ -16,6 +16,7 @@ from pipeline.registry.experts import register_expert
 from pipeline.registry.pools import register_pool
 from pipeline.registry.scores import Score, log_scores
 from pipeline.registry.tracking import tracked_run
+from pipeline.registry.versions import log_folder
 from pipeline.routing import Pool
 from tests.registry.conftest import Created, MakeExpert, created, make_expert, make_pool, new_experiment
 
@@ -101,6 +102,47 @@ def test_promoting_and_rolling_back(uri: str) -> None:
     assert read(uri, "show", model)["aliases"] == ["champion"]
     assert read(uri, "rollback", model) == {"model": model, "champion": 1, "before": 2}
     assert read(uri, "show", model)["version"] == 1
+
+
+def test_an_expert_retires(uri: str) -> None:
+    """The other tasks keep their scores; asked twice, it happens once."""
+    model = "untrained.pool.demo"
+    pointsman("promote", model, "2", "--registry", uri)
+    made = read(uri, "retire", model, "digits")
+    assert made == {"model": model, "version": 3, "before": 2, "champion": True}
+    version = read(uri, "show", model)
+    assert (version["version"], version["aliases"]) == (3, ["champion"])
+    assert version["tags"] == {"tasks": "clock", "status": "evaluated", "base_kept": "1.00"}
+    assert [score["dataset"] for score in version["scores"]] == ["shape"]
+    assert "**Retired:** digits; the base answers in their place." in version["description"]
+    loaded = mlflow.pyfunc.load_model(f"models:/{model}@champion").unwrap_python_model().routed
+    assert loaded.pool.retired == ("digits",)
+    assert read(uri, "rollback", model)["champion"] == 2
+    assert read(uri, "retire", model, "digits")["version"] == 3
+    outcome = pointsman("retire", model, "later", "--registry", uri)
+    assert outcome.exit_code == 2
+    assert "no expert 'later' in the pool; there are: digits, clock" in outcome.output
+
+
+def test_what_no_pool_needs_is_shown_before_it_is_deleted(uri: str, make_expert: MakeExpert, tmp_path: Path) -> None:
+    """An expert that no pool refers to, and what a killed process has uploaded; what is young stays."""
+    mlflow.set_tracking_uri(uri)
+    with mlflow.start_run(run_id=read(uri, "show", "untrained.base")["run_id"]):
+        register_expert("untrained", make_expert("later", "e9").save(tmp_path / "later"))
+        lost = log_folder("lost", tmp_path / "later", {"digest": "x"}, model_type="expert")
+    assert read(uri, "gc") == {"found": [], "deleted": False}
+    found = read(uri, "gc", "--older-than", "0")["found"]
+    assert [(each["name"], each["why"]) for each in found] == [
+        (lost, "upload of lost without a version"),
+        ("untrained.expert.later/1", "no pool refers to it"),
+    ]
+    assert all(each["bytes"] > 1000 for each in found)
+    declined = CliRunner().invoke(app, ["registry", "gc", "--older-than", "0", "--registry", uri], input="n\n")
+    assert "delete them?" in declined.output
+    assert len(read(uri, "gc", "--older-than", "0")["found"]) == 2
+    assert "2 deleted" in pointsman("gc", "--older-than", "0", "--yes", "--registry", uri).output
+    assert read(uri, "gc", "--older-than", "0")["found"] == []
+    assert read(uri, "show", "untrained.expert.digits/1")["version"] == 1, "pool version 1 refers to it"
 
 
 def test_there_is_nothing_to_migrate(uri: str) -> None:

@@ -9,8 +9,10 @@ from pipeline.config import RouterConfig
 from pipeline.errors import UserError
 from pipeline.routing import ExpertError, Pool, PoolError
 from pipeline.routing.adapters import Adapter
+from pipeline.routing.call import Routers
 from pipeline.routing.null import components
 from pipeline.routing.prompt_router import PromptRouter
+from pipeline.routing.routes import NULL_EXPERT
 from pipeline.routing.serialization import VERSIONS, OutdatedError
 from tests.helpers import make_expert
 
@@ -66,6 +68,33 @@ def test_removing_an_expert_is_never_having_had_it(experts, null):
     assert scores[0].equal(scores[1])
     with pytest.raises(PoolError, match="no expert 'clock' in the pool; there are: digits, later"):
         removed.remove("clock")
+
+
+def test_who_answers_other_prompts_does_not_change_when_an_expert_retires(experts, null, tmp_path):
+    """However near they are: the retired expert's class stays, and the base answers in its place."""
+    x_BF = torch.randn(400, 384, generator=torch.Generator().manual_seed(8))
+    for kind in ("prompt", "two_level"):
+        for base_prompts in (null, ()):
+            pool = make_pool(experts, base_prompts, kind=kind)
+            before, retired = Routers(pool).router.choices(x_BF), pool.retire("clock")
+            after = Routers(retired).router.choices(x_BF)
+            place = pool.names.index("clock")
+            assert (before == place).any()
+            assert after.equal(before.masked_fill(before == place, NULL_EXPERT)) or kind == "two_level"
+            assert after[(before >= 0) & (before != place)].equal(before[(before >= 0) & (before != place)])
+            assert not (after == place).any()
+            assert Pool.load(retired.save(tmp_path / f"{kind}{len(base_prompts)}")).retired == ("clock",)
+
+
+def test_a_retired_expert_comes_back_when_it_is_learned_again(experts, tiny_base, tmp_path):
+    retired = make_pool(experts).retire("clock")
+    assert retired.add(experts[0]).retired == ("clock",)
+    assert retired.add(make_expert(tiny_base, "clock", seed=9)).retired == ()
+    assert retired.remove("clock").retired == ()
+    assert "retired" not in (make_pool(experts).save(tmp_path / "pool") / "pool.json").read_text()
+    assert make_pool(experts, kind="token").retire("clock").names == ["digits", "later"]
+    with pytest.raises(PoolError, match="no expert 'shapes' in the pool; there are: digits, clock, later"):
+        retired.retire("shapes")
 
 
 def test_the_last_expert_can_go(experts):

@@ -1,0 +1,54 @@
+"""Deletes what no pool needs, after showing it."""
+
+from datetime import UTC, datetime
+from typing import Annotated
+
+import typer
+
+from jobs.registry.options import Json, RegistryUri, print_json, registry
+from jobs.terminal import table
+from pipeline.registry.garbage import find_garbage, remove
+
+
+def gc(
+    older_than: Annotated[
+        float, typer.Option(help="Hours; what is younger may be on its way into a pool.", min=0)
+    ] = 24.0,
+    yes: Annotated[bool, typer.Option("--yes", help="Delete without asking.")] = False,
+    json: Json = False,
+    registry_uri: RegistryUri = None,
+) -> None:
+    """Show uploads without a version and experts that no pool refers to, and delete them if confirmed.
+
+    MLflow keeps the files of what is deleted until `mlflow gc`.
+    """
+    with registry(registry_uri) as terminal:
+        found = find_garbage(hours=older_than)
+        rows = [(each, each.bytes) for each in found]
+        if json:
+            for each in found if yes else ():
+                remove(each)
+            shown = [{"name": each.name, "why": each.why, "bytes": size} for each, size in rows]
+            print_json({"found": shown, "deleted": yes})
+            return
+        if not found:
+            terminal.log(
+                f"nothing: every upload has a version, every expert is in a pool, or is younger than {older_than:g} h"
+            )
+            return
+        lines = [
+            [
+                each.name,
+                each.why,
+                f"{datetime.fromtimestamp(each.created, UTC):%Y-%m-%d %H:%M}",
+                f"{size / 2**20:.1f} MiB",
+            ]
+            for each, size in rows
+        ]
+        terminal.show(table(f"{len(found)} that no pool needs", ["what", "why", "created (UTC)", "size"], lines))
+        if yes or typer.confirm("delete them?"):
+            for each in found:
+                remove(each)
+            terminal.log(
+                f"{len(found)} deleted; `mlflow gc` frees their {sum(size for _, size in rows) / 2**20:.1f} MiB"
+            )

@@ -1,0 +1,111 @@
+"""What no pool needs: uploads without a version, which killed processes leave behind, and experts that no pool refers to."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from time import time
+
+import mlflow
+from mlflow import MlflowClient
+from mlflow.entities import LoggedModel
+from mlflow.entities.model_registry import ModelVersion
+from mlflow.exceptions import MlflowException
+
+from pipeline.registry.browsing import experts_of
+from pipeline.registry.names import former_names, read_name
+from pipeline.registry.retries import RegistryError, is_away
+from pipeline.registry.versions import MODELS, PAGE, all_versions, logged_model_id, number
+
+KINDS = {"expert", "pool", "base"}
+"""Types of logged models that are ours."""
+
+HOUR = 3600.0
+
+
+@dataclass(frozen=True)
+class Garbage:
+    """Something that no pool needs."""
+
+    name: str
+    """What it is: the version, or the upload's id."""
+    why: str
+    created: float
+    """Seconds since 1970."""
+    model_id: str
+    version: ModelVersion | None = None
+    """None for an upload without a version."""
+
+    @property
+    def bytes(self) -> int:
+        """Size of its files."""
+        return sum(_sizes(MlflowClient().get_logged_model(self.model_id).artifact_location, ""))
+
+
+def find_garbage(*, hours: float) -> list[Garbage]:
+    """Lists what no pool needs and is older than `hours`: what is younger may be on its way into a pool.
+
+    Raises RegistryError where a pool cannot be read, so that nobody knows what it needs.
+    """
+    before, versions = time() - hours * HOUR, list(all_versions())
+    found = [
+        Garbage(
+            model.model_id, f"upload of {model.name} without a version", model.creation_timestamp / 1000, model.model_id
+        )
+        for model in _uploads({logged_model_id(version) for version in versions})
+    ]
+    needed = {address for version in versions if _is_pool(version.name) for address in _needed(version)}
+    # Experts that pools name as an earlier release called them share their upload with the version of the new name.
+    uploads = {logged_model_id(version) for version in versions if f"{version.name}/{version.version}" in needed}
+    for version in versions:
+        named = read_name(version.name)
+        if named is not None and named.kind == "expert" and logged_model_id(version) not in uploads:
+            name = f"{version.name}/{version.version}"
+            created = version.creation_timestamp / 1000
+            found.append(Garbage(name, "no pool refers to it", created, logged_model_id(version), version))
+    return sorted((each for each in found if each.created < before), key=lambda each: each.name)
+
+
+def remove(garbage: Garbage) -> None:
+    """Deletes a version and its upload; MLflow keeps the files until `mlflow gc`."""
+    client = MlflowClient()
+    if garbage.version is not None:
+        client.delete_model_version(garbage.version.name, str(number(garbage.version)))
+    client.delete_logged_model(garbage.model_id)
+
+
+def _uploads(used: set[str]) -> Iterator[LoggedModel]:
+    client = MlflowClient()
+    experiments = [experiment.experiment_id for experiment in client.search_experiments(max_results=PAGE)]
+    token = None
+    while experiments:
+        page = client.search_logged_models(experiments, page_token=token)
+        yield from (model for model in page if model.model_type in KINDS and model.model_id not in used)
+        token = page.token
+        if not token:
+            return
+
+
+def _is_pool(name: str) -> bool:
+    named = read_name(name)
+    base, _, last = name.rpartition(".")
+    return (named is not None and named.kind == "pool") or (last == "pool" and name == former_names(base).pools)
+
+
+def _needed(version: ModelVersion) -> list[str]:
+    try:
+        return list(experts_of(version).values())
+    except (MlflowException, OSError, ValueError) as error:
+        if isinstance(error, MlflowException) and is_away(error):
+            raise
+        raise RegistryError(
+            f"{version.name}/{version.version} cannot be read, so that nobody knows which experts it needs: {error}; delete "
+            f"that version, or bring its files back ({MODELS}{logged_model_id(version)})"
+        ) from None
+
+
+def _sizes(location: str, path: str) -> Iterator[int]:
+    for item in mlflow.artifacts.list_artifacts(artifact_uri=f"{location}/{path}" if path else location):
+        below = f"{path}/{item.path.rsplit('/', 1)[-1]}" if path else item.path.rsplit("/", 1)[-1]
+        if item.is_dir:
+            yield from _sizes(location, below)
+        else:
+            yield item.file_size or 0
