@@ -7,7 +7,8 @@ from typing import Annotated
 
 import typer
 
-from jobs.options import Address, ConfigFile, Overrides, job_command, load, user_errors
+from jobs.endings import user_errors
+from jobs.options import Address, ConfigFile, Overrides, job_command, load
 from jobs.results import print_next_steps, show_tasks
 from jobs.terminal import Terminal, methods_table
 from pipeline.learning.baselines import compare_methods

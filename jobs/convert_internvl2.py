@@ -12,7 +12,7 @@ from typing import Annotated
 import typer
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
-from jobs.options import user_errors
+from jobs.endings import user_errors
 from jobs.terminal import Terminal
 from pipeline.models import internvl2
 

@@ -12,10 +12,11 @@ from types import FrameType
 from typing import NoReturn
 
 import psutil
-from ray.exceptions import RayTaskError
+import typer
 
 from pipeline.config import without_secrets
 from pipeline.errors import UserError
+from pipeline.learning.outside_errors import outside_errors
 
 MOMENT = 0.5
 """Seconds within which a second signal is the same one."""
@@ -86,4 +87,21 @@ def stoppable() -> Iterator[Stopped]:
 
 def message_of(error: UserError) -> str:
     """Returns the message of an error, without secrets and the traceback that Ray adds to one from another process."""
-    return without_secrets(str(error.cause) if isinstance(error, RayTaskError) else str(error))
+    return without_secrets(str(getattr(error, "cause", error)))
+
+
+@contextmanager
+def user_errors() -> Iterator[None]:
+    """Ends the job as its user needs it: a mistake is a message and exit code 2, a signal its own exit code.
+
+    The first SIGINT or SIGTERM unwinds the job, so that it can say and store where it stands; the second ends it at once.
+    """
+    with stoppable() as stopped:
+        try:
+            with outside_errors():
+                yield
+        except UserError as error:
+            typer.secho(f"error: {message_of(error)}", fg=typer.colors.RED, err=True)
+            sys.exit(2)
+        except KeyboardInterrupt:
+            stopped.end()

@@ -11,7 +11,7 @@ import mlflow
 import typer
 from PIL import Image
 
-from jobs.options import user_errors
+from jobs.endings import user_errors
 from jobs.terminal import Terminal, table
 from pipeline.config import BaseModelConfig, ConfigError
 from pipeline.evaluation.plots import routing_of_a_prompt

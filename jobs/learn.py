@@ -5,7 +5,8 @@ python -m jobs.learn jobs/configs/demo.yaml expert.rank=16
 
 from typing import Any
 
-from jobs.options import Address, ConfigFile, Overrides, job_command, load, user_errors
+from jobs.endings import user_errors
+from jobs.options import Address, ConfigFile, Overrides, job_command, load
 from jobs.results import print_next_steps, show_tasks
 from jobs.terminal import Terminal
 from pipeline.evaluation.former_summary import by_todays_names

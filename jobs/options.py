@@ -1,9 +1,7 @@
-"""Options that jobs share: the configuration file, overrides, the cluster's address; how errors of the user are shown."""
+"""Options that jobs share: the configuration file, overrides, the cluster's address."""
 
 import os
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, NoReturn
 
@@ -11,11 +9,8 @@ import typer
 
 from cluster.local import JOB_CONFIG
 from cluster.submit import submit
-from jobs.endings import message_of, stoppable
 from pipeline.config import Config, ConfigError, LearnConfig, holds_secrets, load_config, without_secrets
 from pipeline.config.loading import aliases_of, documented_fields
-from pipeline.errors import UserError
-from pipeline.learning.outside_errors import outside_errors
 
 DEMO = Path(__file__).parent / "configs" / "demo.yaml"
 """The stream that ships with the project."""
@@ -31,23 +26,6 @@ Address = Annotated[
         help="Submit to the Ray cluster with this dashboard, e.g. http://127.0.0.1:8265, instead of running here."
     ),
 ]
-
-
-@contextmanager
-def user_errors() -> Iterator[None]:
-    """Ends the job as its user needs it: a mistake is a message and exit code 2, a signal its own exit code.
-
-    The first SIGINT or SIGTERM unwinds the job, so that it can say and store where it stands; the second ends it at once.
-    """
-    with stoppable() as stopped:
-        try:
-            with outside_errors():
-                yield
-        except UserError as error:
-            typer.secho(f"error: {message_of(error)}", fg=typer.colors.RED, err=True)
-            sys.exit(2)
-        except KeyboardInterrupt:
-            stopped.end()
 
 
 def load(config: Path, overrides: list[str] | None) -> LearnConfig:

@@ -11,7 +11,8 @@ from typing import Annotated, Any
 
 import typer
 
-from jobs.options import ConfigFile, Overrides, load, user_errors
+from jobs.endings import user_errors
+from jobs.options import ConfigFile, Overrides, load
 from jobs.terminal import Terminal, table
 from pipeline.config import ConfigError
 from pipeline.files import write_json

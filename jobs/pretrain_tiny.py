@@ -18,7 +18,7 @@ import torch
 import typer
 from transformers import InternVLForConditionalGeneration
 
-from jobs.options import user_errors
+from jobs.endings import user_errors
 from pipeline.config import ConfigError
 from pipeline.data.demo.abilities import ABILITIES, BENCHMARKS, Example, vocabulary
 from pipeline.models.encoding import IGNORED, Encoded, chat, collate

@@ -17,7 +17,8 @@ from typing import Annotated
 import typer
 from mlflow.entities.model_registry import ModelVersion
 
-from jobs.options import Address, ConfigFile, Overrides, job_command, load, user_errors
+from jobs.endings import user_errors
+from jobs.options import Address, ConfigFile, Overrides, job_command, load
 from jobs.terminal import Terminal
 from pipeline.files import write_json
 from pipeline.learning.changes import remember

@@ -17,7 +17,8 @@ import mlflow
 import typer
 from mlflow import MlflowClient
 
-from jobs.options import Address, ConfigFile, Overrides, job_command, load, user_errors
+from jobs.endings import user_errors
+from jobs.options import Address, ConfigFile, Overrides, job_command, load
 from jobs.terminal import Terminal, table
 from pipeline.config import ConfigError, digest
 from pipeline.files import write_json

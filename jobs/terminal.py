@@ -3,7 +3,7 @@
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.progress import (
@@ -20,7 +20,9 @@ from rich.table import Table
 from rich.text import Text
 
 from pipeline.config import without_secrets
-from pipeline.training.telemetry import Step
+
+if TYPE_CHECKING:  # tables take no Ray
+    from pipeline.training.telemetry import Step
 
 WIDTH = 160
 """Columns of tables where the output is a file or a job's log."""
@@ -122,7 +124,7 @@ class TrainingBar:
         if progress is not None:
             self._bars["starting"] = progress.add_task(f"{task}: starting workers", total=None, detail="")
 
-    def update(self, steps: Sequence[Step]) -> None:
+    def update(self, steps: "Sequence[Step]") -> None:
         """Shows the latest of these steps."""
         for step in steps:
             if step.stage == "validation":

@@ -11,7 +11,7 @@ from typing import Annotated
 
 import typer
 
-from jobs.options import user_errors
+from jobs.endings import user_errors
 from pipeline.registry.retries import RegistryError
 from pipeline.registry.tracking import LOOPBACK, UI_PORT, ui_command, use_registry
 

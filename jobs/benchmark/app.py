@@ -9,6 +9,7 @@ python -m jobs.benchmark families                               every family of 
 python -m jobs.benchmark gpu                                    memory of a whole job on a GPU, against its plan
 python -m jobs.benchmark real-size                              width, resemblance, small tasks, streamed rows, threads
 python -m jobs.benchmark scale                                  what the hundredth task costs, beside the tenth
+python -m jobs.benchmark registry                               commands over hundreds of experts, one more version
 python -m jobs.benchmark text                                   two tasks on pretrained weights, and what was kept
 """
 
@@ -26,6 +27,7 @@ BENCHMARKS = {
         "jobs.benchmark.real_size.app:real_size", "What the small default hides, at the sizes that matter."
     ),
     "scale": Lazy("jobs.benchmark.scale:scale", "What the hundredth task costs, beside the tenth."),
+    "registry": Lazy("jobs.benchmark.registry:registry", "Commands over hundreds of experts, one more version."),
     "text": Lazy("jobs.benchmark.pretrained_text:text", "Two tasks on pretrained weights, and what was kept."),
 }
 

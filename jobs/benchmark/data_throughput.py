@@ -31,7 +31,7 @@ from cluster.local import available_cpus, connect
 from cluster.usage import PeakMemory, memory_bytes
 from jobs.benchmark.memory_estimate import PEAK, measure
 from jobs.benchmark.tools.malformed_corpus import Case, build
-from jobs.options import user_errors
+from jobs.endings import user_errors
 from jobs.terminal import Terminal, table
 from pipeline.config import BaseModelConfig, ConfigError, DataConfig, SourceConfig
 from pipeline.data.demo.abilities import vocabulary

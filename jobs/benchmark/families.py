@@ -25,7 +25,7 @@ from torch import Tensor
 import pipeline
 from jobs.benchmark.tools.reload_pool import TOKENS, routed_logits
 from jobs.benchmark.tools.small_models import SMALL, write_small
-from jobs.options import user_errors
+from jobs.endings import user_errors
 from jobs.terminal import Terminal, table
 from pipeline.config import ConfigError, LearnConfig
 from pipeline.data.demo import synthetic

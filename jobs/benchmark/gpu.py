@@ -24,7 +24,7 @@ from peft import PeftModel
 from transformers import InternVLForConditionalGeneration
 
 from cluster.usage import memory_bytes
-from jobs.options import user_errors
+from jobs.endings import user_errors
 from jobs.terminal import Terminal, table
 from pipeline.config import BaseModelConfig, ConfigError, LearnConfig
 from pipeline.data.demo.abilities import vocabulary

@@ -21,7 +21,8 @@ import typer
 from torch.nn.functional import cross_entropy
 
 from jobs.benchmark.tools.library_text import QUESTIONS, write_library
-from jobs.options import Overrides, load, user_errors
+from jobs.endings import user_errors
+from jobs.options import Overrides, load
 from jobs.results import print_next_steps, show_tasks
 from jobs.terminal import Terminal, table
 from pipeline.config import digest

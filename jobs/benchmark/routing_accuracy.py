@@ -18,7 +18,8 @@ import torch
 import typer
 
 from jobs.benchmark.tools.plain_loop import plain_steps, shuffled_batches
-from jobs.options import ConfigFile, Overrides, load, user_errors
+from jobs.endings import user_errors
+from jobs.options import ConfigFile, Overrides, load
 from jobs.pretrain_tiny import encode_examples
 from jobs.terminal import Terminal, table
 from pipeline.config import LearnConfig, digest

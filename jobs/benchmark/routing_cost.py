@@ -38,7 +38,7 @@ from jobs.benchmark.tools.methods import (
     build,
     linear_widths,
 )
-from jobs.options import user_errors
+from jobs.endings import user_errors
 from jobs.terminal import Terminal, table
 from pipeline.config import ConfigError
 from pipeline.evaluation.plots import CYCLE, MUTED, OURS

@@ -14,7 +14,7 @@ from urllib.parse import urlparse
 
 import typer
 
-from jobs.options import user_errors
+from jobs.endings import user_errors
 from jobs.results import print_next_steps
 from jobs.terminal import Terminal, table
 from pipeline.config import ConfigError, LearnConfig

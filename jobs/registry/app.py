@@ -18,7 +18,7 @@ COMMANDS = {
     "diff": Lazy("jobs.registry.browse:diff", "Compare two versions of pools."),
     "promote": Lazy("jobs.registry.decide:promote", "Make a version of a pool the champion."),
     "rollback": Lazy("jobs.registry.decide:rollback", "Make the champion before it the champion again."),
-    "retire": Lazy("jobs.registry.decide:retire", "Let the base answer in place of an expert."),
+    "retire": Lazy("jobs.registry.retire:retire", "Let the base answer in place of an expert."),
     "gc": Lazy("jobs.registry.clean:gc", "Show what no pool needs, and delete it if confirmed."),
     "migrate": Lazy("jobs.registry.decide:migrate", "Give what an earlier release registered its new names."),
 }

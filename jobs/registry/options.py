@@ -8,9 +8,12 @@ from typing import Annotated, Any
 
 import typer
 
-from jobs.options import user_errors
+from jobs.endings import user_errors
 from jobs.terminal import Terminal
+from pipeline.registry.names import read_name
+from pipeline.registry.retries import RegistryError
 from pipeline.registry.tracking import use_registry
+from pipeline.registry.versions import MODELS
 
 DEFAULT = "sqlite:///runs/mlflow.db"
 
@@ -29,6 +32,8 @@ Version = Annotated[
     ),
 ]
 
+Pool = Annotated[str, typer.Argument(help="Registered model of the pool, e.g. tiny.pool.demo.")]
+
 
 @contextmanager
 def registry(uri: str | None) -> Iterator[Terminal]:
@@ -41,3 +46,14 @@ def registry(uri: str | None) -> Iterator[Terminal]:
 def print_json(value: Any) -> None:
     """Prints a result as JSON."""
     typer.echo(json.dumps(value, indent=2))
+
+
+def pool_model(name: str) -> str:
+    """Returns the registered model of a pool; raises RegistryError for another one."""
+    model = name.removeprefix(MODELS)
+    named = read_name(model)
+    if named is None or named.kind != "pool":
+        raise RegistryError(
+            f"{name!r} is no pool; pools are called <base>.pool.<name>: pointsman registry list --kind pool"
+        )
+    return model

@@ -13,10 +13,9 @@ from pipeline.evaluation.results import Evaluation
 from pipeline.learning.session import StreamSession
 from pipeline.provenance import command_line, git_commit
 from pipeline.registry.descriptions import DESCRIBED, Answered, Measured, Origin, expert_description, pool_description
-from pipeline.registry.experts import EVALUATED, REGISTERED
 from pipeline.registry.promotion import champion, promote, reason_against
 from pipeline.registry.scores import Score, log_scores, scores_of, tags_of
-from pipeline.registry.versions import describe, get_version, number
+from pipeline.registry.versions import EVALUATED, REGISTERED, describe, get_version, number
 from pipeline.routing.pool import Pool
 
 SAMPLES = 1

@@ -6,15 +6,15 @@ Their traceback goes to a log file, for bug reports.
 import errno
 import os
 import re
+import sys
 import tempfile
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
-from mlflow.exceptions import MlflowException
-from ray.exceptions import RayError, RayTaskError
 from safetensors import SafetensorError
 
 from pipeline.config import without_secrets
@@ -54,29 +54,35 @@ def outside_errors(folder: Path | None = None) -> Iterator[None]:
     """
     try:
         yield
-    except (OSError, MlflowException, RayError, SafetensorError) as error:
+    except (OSError, SafetensorError, *_loaded("mlflow", "MlflowException"), *_loaded("ray", "RayError")) as error:
         if (mistake := _user_error_in(error)) is not None:
             raise mistake from error
         raise OutsideError(f"{_message(error)}\n    details    {_log(error, folder)}") from error
 
 
-def _user_error_in(error: BaseException | None) -> UserError | None:
+def _loaded(library: str, name: str) -> tuple[type[BaseException], ...]:
+    """Returns an error's class, if its library was imported: commands that need it not must not wait for it."""
+    module = sys.modules.get(f"{library}.exceptions")
+    return () if module is None else (getattr(module, name),)
+
+
+def _user_error_in(error: Any) -> UserError | None:
     """Returns the mistake of the user that an error of Ray was raised for, in whichever process."""
     while error is not None:
-        inner: BaseException = error.cause if isinstance(error, RayTaskError) else error
+        inner: Any = getattr(error, "cause", None) if isinstance(error, _loaded("ray", "RayTaskError")) else error
         if isinstance(inner, UserError):
             return inner
         error = inner.__cause__
     return None
 
 
-def _message(error: BaseException) -> str:
+def _message(error: Any) -> str:
     """Returns what is wrong and what to do, in one sentence or two."""
-    if isinstance(error, RayError):
+    if isinstance(error, _loaded("ray", "RayError")):
         mistake = _MISTAKE.search(str(error))  # of another process, which hands on its text alone
         return mistake[1] if mistake else f"{type(error).__name__}: {_first(str(error))}; see to it, {AGAIN}"
-    if isinstance(error, MlflowException):
-        return f"MLflow: {_first(error.message)}; is registry.uri right, and does the server run? {AGAIN.capitalize()}"
+    if isinstance(error, _loaded("mlflow", "MlflowException")):
+        return f"MLflow: {_first(getattr(error, 'message', ''))}; is registry.uri right, and does the server run? {AGAIN.capitalize()}"
     if isinstance(error, OSError):
         path = f"{error.filename}: " if error.filename is not None else ""
         remedy = _REMEDIES.get(error.errno or 0, f"see to it, {AGAIN}")

@@ -1,6 +1,7 @@
 """What the registry holds: lists of models, one version in full, two versions side by side. Reads only."""
 
-from collections.abc import Iterator, Sequence
+import json
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -9,14 +10,12 @@ from mlflow import MlflowClient
 from mlflow.entities.model_registry import ModelVersion, RegisteredModel
 
 from pipeline.registry.names import Kind, read_name
-from pipeline.registry.pools import pool_version
 from pipeline.registry.promotion import CHAMPION
 from pipeline.registry.retries import RegistryError
 from pipeline.registry.scores import Score, scores_of
-from pipeline.registry.versions import MODELS, NEWEST, PAGE, get_version, logged_model, number
-from pipeline.routing.pool import CARD, PoolCard
+from pipeline.registry.versions import MODELS, NEWEST, PAGE, get_version, logged_model, number, version_at
 
-POOL_CARD_PATH = f"artifacts/pool/{CARD}"
+POOL_CARD_PATH = "artifacts/pool/pool.json"
 """Where a pool's card lies among a version's artifacts."""
 
 
@@ -109,7 +108,7 @@ def meant(address: str) -> ModelVersion:
     """
     wanted = address.removeprefix(MODELS)
     if "/" in wanted or "@" in wanted:
-        return pool_version(MODELS + wanted)
+        return version_at(MODELS + wanted)
     models = MlflowClient().search_registered_models(f"name = '{wanted}'")
     if not models:
         names = [model.name for model in _models() if read_name(model.name)]
@@ -172,5 +171,6 @@ def experts_of(version: ModelVersion) -> dict[str, str]:
     """Returns the experts of a pool's version by name, as `<model>/<version>`; those that it holds itself as `in the pool`."""
     location = logged_model(version).artifact_location
     text = mlflow.artifacts.load_text(f"{location}/{POOL_CARD_PATH}")
-    references: Sequence[Any] = PoolCard.model_validate_json(text).experts
-    return {r.name: f"{r.model}/{r.version}" if r.model else "in the pool" for r in references}
+    # Read as it is: to check it as a pool does would take torch.
+    references = [{"name": r} if isinstance(r, str) else r for r in json.loads(text)["experts"]]
+    return {r["name"]: f"{r['model']}/{r['version']}" if r.get("model") else "in the pool" for r in references}

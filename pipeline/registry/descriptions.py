@@ -2,10 +2,13 @@
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from pipeline.registry.names import expert_name
 from pipeline.registry.scores import Score, base_kept, mean_accuracy
-from pipeline.routing.expert import ExpertCard
+
+if TYPE_CHECKING:  # looking at descriptions takes no torch
+    from pipeline.routing.expert import ExpertCard
 
 LONGEST = 4900
 """Most characters of a description: MLflow's databases keep 5,000."""
@@ -59,7 +62,7 @@ class Measured:
 
 def expert_description(
     base_label: str,
-    card: ExpertCard,
+    card: "ExpertCard",
     *,
     rows: int | None = None,
     score: Score | None = None,

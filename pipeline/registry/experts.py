@@ -18,16 +18,21 @@ from pipeline.registry.descriptions import expert_description
 from pipeline.registry.names import expert_name
 from pipeline.registry.retries import RegistryError, is_away
 from pipeline.registry.tracking import active_run
-from pipeline.registry.versions import DIGEST, create_version, find_version, get_version, log_folder, logged_model
+from pipeline.registry.versions import (
+    DIGEST,
+    REGISTERED,
+    create_version,
+    find_version,
+    get_version,
+    log_folder,
+    logged_model,
+)
 from pipeline.routing.contents import Contents
 from pipeline.routing.expert import Expert, ExpertCard
 from pipeline.routing.store import ExpertReference, ExpertStore, cache_folder
 
 CONTENT = "content"
 """Parameter of a logged model: digest of the expert's files (`Contents.digest`)."""
-
-REGISTERED, EVALUATED = "registered", "evaluated"
-"""Status of a version before and after its first evaluation."""
 
 
 class MissingExpertError(RegistryError):

@@ -12,11 +12,18 @@ from mlflow.entities.model_registry import ModelVersion
 from mlflow.exceptions import MlflowException
 from mlflow.protos.databricks_pb2 import RESOURCE_DOES_NOT_EXIST, ErrorCode
 
-from pipeline.registry.experts import REGISTERED
 from pipeline.registry.names import base_name, expert_name, former_names, pool_name
 from pipeline.registry.promotion import CHAMPION, champion, promote
 from pipeline.registry.retries import RegistryError
-from pipeline.registry.versions import DIGEST, create_version, find_version, logged_model_id, number, versions_of
+from pipeline.registry.versions import (
+    DIGEST,
+    REGISTERED,
+    create_version,
+    find_version,
+    logged_model_id,
+    number,
+    versions_of,
+)
 
 FORMER_DIGEST, FORMER_FINISHED = "config_digest", "finished"
 """Tags of a version in earlier releases."""

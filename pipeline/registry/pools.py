@@ -5,7 +5,6 @@ a version holds router settings, statistics of base prompts and code, and refers
 not grow with the number of experts. Which version is in use says `promotion`.
 """
 
-import re
 import shutil
 import tempfile
 import warnings
@@ -28,20 +27,21 @@ from pipeline.config import digest as digest_of
 from pipeline.registry import pyfunc_model
 from pipeline.registry.bases import register_base
 from pipeline.registry.descriptions import pool_description
-from pipeline.registry.experts import REGISTERED, reference_to, registered_experts
+from pipeline.registry.experts import reference_to, registered_experts
 from pipeline.registry.names import pool_name, read_name
 from pipeline.registry.retries import RegistryError
 from pipeline.registry.tracking import active_run
 from pipeline.registry.versions import (
     DIGEST,
     MODELS,
+    REGISTERED,
     create_version,
     find_version,
-    get_version,
     log_lineage,
     log_model,
     logged_model,
     logged_model_id,
+    version_at,
 )
 from pipeline.routing.pool import CARD, Pool
 from pipeline.routing.store import ExpertReference, StoredExpert
@@ -62,8 +62,6 @@ SIGNATURE = ModelSignature(
 
 LISTED = 3
 """Most tasks in a version's tag; its description has them all."""
-
-_ADDRESS = re.compile(rf"{MODELS}(?P<name>[^/@]+)(?:/(?P<version>\d+|latest)|@(?P<alias>[^/@]+))")
 
 _REQUIREMENTS = (
     "mlflow",
@@ -229,25 +227,13 @@ def find_pool(base_label: str, name: str, digest: str) -> ModelVersion | None:
     return find_version(pool_name(base_label, name), digest)
 
 
-def pool_version(address: str) -> ModelVersion:
-    """Returns the version at `models:/<name>/<version>`, `.../latest` or `models:/<name>@<alias>`.
-
-    Raises RegistryError for any other address, and for a missing version, with the available ones.
-    """
-    match = _ADDRESS.fullmatch(address)
-    if match is None:
-        raise RegistryError(
-            f"{address!r} is not a pool's address; write it like models:/tiny.pool.demo/3 or models:/tiny.pool.demo@champion"
-        )
-    return get_version(match["name"], match["version"] or match["alias"])
-
-
 def download_pool(address: str, into: str | Path) -> Path:
-    """Copies the folder of a registered pool (`pool_version`) below `into`; returns it. An earlier release may have written it.
+    """Copies the folder of a registered pool (`versions.version_at`) below `into`; returns it.
 
-    The folder refers to its experts (see `experts.registered_experts`); pools of earlier releases contain them.
+    An earlier release may have written it. The folder refers to its experts (see `experts.registered_experts`); pools of
+    earlier releases contain them.
     """
-    version = pool_version(address)
+    version = version_at(address)
     location = MlflowClient().get_logged_model(logged_model_id(version)).artifact_location
     if not any(Path(item.path).name == "artifacts" for item in mlflow.artifacts.list_artifacts(artifact_uri=location)):
         named = read_name(version.name)

@@ -5,6 +5,7 @@ with all that it says; what a killed process leaves behind is a logged model tha
 """
 
 import json
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,11 @@ MODELS = "models:/"
 
 NEWEST = "latest"
 """What MLflow calls the newest version of a registered model; nobody can set an alias of this name."""
+
+REGISTERED, EVALUATED = "registered", "evaluated"
+"""Status of a version before and after its first evaluation."""
+
+_ADDRESS = re.compile(rf"{MODELS}(?P<name>[^/@]+)(?:/(?P<version>\d+|latest)|@(?P<alias>[^/@]+))")
 
 PAGE = 1000
 """Most results of a search."""
@@ -87,6 +93,19 @@ def get_version(name: str, version_or_alias: int | str) -> ModelVersion:
         if error.error_code not in {ErrorCode.Name(RESOURCE_DOES_NOT_EXIST), ErrorCode.Name(INVALID_PARAMETER_VALUE)}:
             raise
         raise RegistryError(f"no {wanted!r} in {name!r}; {_inventory(client, name)}") from None
+
+
+def version_at(address: str) -> ModelVersion:
+    """Returns the version at `models:/<name>/<version>`, `.../latest` or `models:/<name>@<alias>`.
+
+    Raises RegistryError for any other address, and for a missing version, with the available ones.
+    """
+    match = _ADDRESS.fullmatch(address)
+    if match is None:
+        raise RegistryError(
+            f"{address!r} is not a pool's address; write it like models:/tiny.pool.demo/3 or models:/tiny.pool.demo@champion"
+        )
+    return get_version(match["name"], match["version"] or match["alias"])
 
 
 def _inventory(client: MlflowClient, name: str) -> str:

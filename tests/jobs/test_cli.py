@@ -8,6 +8,7 @@ from typer.testing import CliRunner
 
 from jobs.benchmark.app import BENCHMARKS
 from jobs.cli import JOBS, app
+from jobs.registry.app import COMMANDS
 
 LIST = """
 import sys
@@ -27,7 +28,30 @@ def test_the_list_of_commands_imports_none_of_them():
         assert command.summary in answer.stdout
 
 
-@pytest.mark.parametrize("words", [*([name] for name in JOBS), *(["benchmark", name] for name in BENCHMARKS)])
+LOOKING = """
+import sys
+from typer.testing import CliRunner
+from jobs.cli import app
+for words in (["list"], ["show", "x"], ["diff", "x", "y"], ["promote", "x"], ["migrate"], ["gc"]):
+    outcome = CliRunner().invoke(app, ["registry", *words, "--registry", "sqlite:///nowhere.db"])
+    assert (outcome.exit_code, "nowhere.db does not exist" in outcome.output) == (2, True), outcome.output
+assert not {"torch", "ray", "transformers"} & sys.modules.keys(), {"torch", "ray", "transformers"} & sys.modules.keys()
+"""
+
+
+def test_looking_at_the_registry_imports_neither_torch_nor_ray():
+    answer = subprocess.run([sys.executable, "-c", LOOKING], capture_output=True, text=True, check=False)
+    assert answer.returncode == 0, answer.stderr
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        *([name] for name in JOBS),
+        *(["benchmark", name] for name in BENCHMARKS),
+        *(["registry", name] for name in COMMANDS),
+    ],
+)
 def test_every_command_has_its_help(words):
     outcome = CliRunner().invoke(app, [*words, "--help"])
     assert outcome.exit_code == 0, outcome.output

@@ -14,8 +14,7 @@ from ray.exceptions import RayError
 from typer.testing import CliRunner
 
 from jobs.cli import app
-from jobs.endings import MOMENT
-from jobs.options import user_errors
+from jobs.endings import MOMENT, user_errors
 from jobs.terminal import Terminal, methods_table
 from pipeline.config import ConfigError
 from pipeline.errors import StoredFileError
@@ -24,7 +23,7 @@ from pipeline.learning.state import Stopwatch, read_json
 
 SLEEPER = """
 import os, signal, time
-from jobs.options import user_errors
+from jobs.endings import user_errors
 with user_errors():
     try:
         print("ready", flush=True)

@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from jobs.options import job_command, user_errors
+from jobs.endings import user_errors
+from jobs.options import job_command
 from jobs.terminal import Terminal
 from pipeline.config import BaseModelConfig, ConfigError, LearnConfig, load_config
 from pipeline.evaluation.report import write_report

@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 from mlflow import MlflowClient
 
+from jobs.benchmark.tools.synthetic_experts import former_registry
 from pipeline.registry.experts import fetch_expert, find_expert
 from pipeline.registry.migration import bases_to_migrate, check_names, migrate
 from pipeline.registry.pools import find_pool
@@ -14,35 +15,16 @@ from pipeline.registry.tracking import tracked_run
 from pipeline.registry.versions import versions_of
 from pipeline.routing import Expert
 from pipeline.routing.store import ExpertReference
-from tests.registry.conftest import MakeExpert
 
 
 @pytest.fixture
-def former(experiment: str, make_expert: MakeExpert, tmp_path: Path) -> None:
+def former(experiment: str) -> None:
     """Two experts, one of them half made a second time, and the pools of the first and of both; the first is champion."""
-    client = MlflowClient()
-
-    def register(name: str, folder: Path, alias: str, **tags: str) -> None:
-        model = client.create_logged_model(experiment, "x", run, tags=tags)
-        client.log_model_artifacts(model.model_id, str(folder))
-        client.finalize_logged_model(model.model_id, "READY")
-        version = client.create_model_version(
-            name, f"models:/{model.model_id}", run, tags=tags, model_id=model.model_id
-        )
-        client.set_registered_model_alias(name, alias, version.version)
-
-    for name in ("tiny.experts", "tiny.pool", "tiny.bases"):
-        client.create_registered_model(name)
     with tracked_run(experiment, "demo learn", "run") as run:
-        client.log_param(run, "name", "mine")
-        for task, digest in (("digits", "e1"), ("clock", "e2")):
-            folder = make_expert(task, digest).save(tmp_path / task)
-            register("tiny.experts", folder, task, config_digest=digest, task=task, rank="2", finished="true")
-        register("tiny.experts", folder, "half", config_digest="e3", task="clock", rank="2")
-        for digest in ("p1", "p2"):
-            register("tiny.pool", folder, "champion", config_digest=digest, finished="true")
-        client.set_registered_model_alias("tiny.pool", "champion", "1")
-        register("tiny.bases", folder, "current", config_digest="b", finished="true")
+        former_registry(experiment, run, "tiny", "mine")
+
+
+EXPERTS = {"digits": f"{1:012x}", "clock": f"{2:012x}"}
 
 
 @pytest.mark.usefixtures("former")
@@ -54,17 +36,17 @@ def test_everything_finished_gets_its_new_name_and_stays_where_it_was(tmp_path: 
     ):
         check_names("tiny")
     assert migrate("tiny", log=lines.append, dry=True) == 5
-    assert find_expert("tiny", "digits", "e1") is None
+    assert find_expert("tiny", "digits", EXPERTS["digits"]) is None
     assert migrate("tiny") == 5
     assert "  tiny.pool 1 -> tiny.pool.mine (champion)" in lines
     check_names("tiny")
     assert migrate("tiny") == 0
-    for task, digest in (("digits", "e1"), ("clock", "e2")):
+    for task, digest in EXPERTS.items():
         version = find_expert("tiny", task, digest)
         assert version is not None
         assert (version.name, version.tags) == (f"tiny.expert.{task}", {"status": "registered", "rank": "2"})
-    assert find_expert("tiny", "clock", "e3") is None, "it was never finished"
-    assert find_pool("tiny", "mine", "p2") is not None
+    assert find_expert("tiny", "clock", "half") is None, "it was never finished"
+    assert find_pool("tiny", "mine", "pool-2") is not None
     in_use = champion("tiny.pool.mine")
     assert in_use is not None
     assert int(in_use.version) == 1
@@ -78,8 +60,10 @@ def test_a_pool_that_names_a_former_model_finds_its_expert_without_it(tmp_path: 
     for version in versions_of("tiny.experts"):
         client.delete_model_version("tiny.experts", str(version.version))
     client.delete_registered_model("tiny.experts")
-    fetch_expert(ExpertReference(name="clock", digest="e2", model="tiny.experts", version=2), tmp_path / "fetched")
-    assert Expert.load(tmp_path / "fetched").card.config_digest == "e2"
+    fetch_expert(
+        ExpertReference(name="clock", digest=EXPERTS["clock"], model="tiny.experts", version=2), tmp_path / "fetched"
+    )
+    assert Expert.load(tmp_path / "fetched").card.config_digest == EXPERTS["clock"]
 
 
 @pytest.mark.usefixtures("former")

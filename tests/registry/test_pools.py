@@ -17,10 +17,10 @@ from pipeline.models.checkpoints import fingerprint
 from pipeline.registry import pools as pools_module
 from pipeline.registry.bases import base_folder
 from pipeline.registry.experts import CONTENT, MissingExpertError, register_expert, registered_experts
-from pipeline.registry.pools import download_pool, pip_requirements, pool_version, register_pool
+from pipeline.registry.pools import download_pool, pip_requirements, register_pool
 from pipeline.registry.promotion import champion, promote
 from pipeline.registry.tracking import RegistryError, tracked_run
-from pipeline.registry.versions import logged_model, logged_model_id
+from pipeline.registry.versions import logged_model, logged_model_id, version_at
 from pipeline.routing import Pool
 from pipeline.routing.expert import FILES
 from pipeline.routing.pool import PoolCard
@@ -50,7 +50,7 @@ def learned(
 
 def test_a_version_names_its_parts(learned: Learned, tmp_path: Path) -> None:
     run, versions, _ = learned
-    version = pool_version("models:/untrained.pool.demo/latest")
+    version = version_at("models:/untrained.pool.demo/latest")
     assert (version.name, int(version.version), version.run_id) == ("untrained.pool.demo", 2, run)
     assert version.tags == {"tasks": "clock, digits", "status": "registered"}
     assert "2 experts behind router `prompt`" in version.description
@@ -94,7 +94,7 @@ def test_the_base_is_stored_once(learned: Learned, experiment: str, tiny_folder:
     folder = base_folder(logged_model_id(version))
     assert folder == base_folder(logged_model_id(version))
     assert fingerprint(folder) == fingerprint(tiny_folder) == logged_model(version).params["digest"]
-    newest = pool_version("models:/untrained.pool.demo/latest")
+    newest = version_at("models:/untrained.pool.demo/latest")
     assert logged_model(newest).params["base_version"] == str(version.version)
     pool = Path(mlflow.artifacts.download_artifacts("models:/untrained.pool.demo/latest"))
     assert not list(pool.rglob("*.safetensors")), "neither base nor experts"
@@ -102,7 +102,7 @@ def test_the_base_is_stored_once(learned: Learned, experiment: str, tiny_folder:
 
 def test_no_alias_moves_by_registering(learned: Learned) -> None:
     assert champion("untrained.pool.demo") is None
-    assert pool_version("models:/untrained.pool.demo/latest").aliases == []
+    assert version_at("models:/untrained.pool.demo/latest").aliases == []
 
 
 def test_streams_over_one_base_do_not_touch_each_others_pool(

@@ -12,7 +12,7 @@ from typing import Annotated, Any
 
 import typer
 
-from jobs.options import user_errors
+from jobs.endings import user_errors
 from jobs.terminal import Terminal, table
 from pipeline.config import ConfigError
 from pipeline.files import write_json

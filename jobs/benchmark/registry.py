@@ -1,0 +1,130 @@
+"""A registry of five hundred experts: how long its commands take, what a new version costs, and what kills leave behind.
+
+python -m jobs.benchmark registry
+
+Every command runs in a process of its own, as a user runs it; its seconds are the median of three, start included. The new
+version is the pool with one more expert, registered as learning does.
+"""
+
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from statistics import median
+from time import monotonic
+from typing import Annotated, Any
+
+import typer
+
+from jobs.benchmark.registry_faults import faults
+from jobs.benchmark.tools.synthetic_experts import BASE, FEATURES, synthetic_expert
+from jobs.endings import user_errors
+from jobs.terminal import Terminal, table
+from pipeline.config import RouterConfig
+from pipeline.files import write_json
+from pipeline.models.checkpoints import checkpoint, fingerprint
+from pipeline.provenance import now, provenance
+from pipeline.registry.experts import register_expert, registered_experts
+from pipeline.registry.names import pool_name
+from pipeline.registry.pools import register_pool
+from pipeline.registry.scores import Score, log_scores
+from pipeline.registry.tracking import open_tracking, tracked_run
+from pipeline.registry.versions import logged_model
+from pipeline.routing import Pool
+from pipeline.routing.store import CACHE_VARIABLE, ExpertReference, StoredExpert
+
+TARGETS = {
+    "list_seconds": 2.0,
+    "show_seconds": 2.0,
+    "diff_seconds": 2.0,
+    "promote_seconds": 2.0,
+    "version_seconds": 5.0,
+    "version_bytes": 2.0**20,
+}
+"""Largest figure that counts as reached."""
+
+REPEATS = 3
+
+
+def registry(
+    experts: Annotated[int, typer.Option(help="How many experts, and how many the pool has.", min=3)] = 500,
+    output: Annotated[Path, typer.Option(help="Folder for the run.")] = Path("runs"),
+) -> None:
+    """Measure list, show, diff and promote over hundreds of experts, and what one more version of their pool costs."""
+    with user_errors():
+        terminal, started = Terminal(), now()
+        folder = (output / "benchmark-registry").resolve()
+        folder.mkdir(parents=True, exist_ok=True)
+        os.environ[CACHE_VARIABLE] = str(folder / "experts")  # not among the user's own
+        uri = f"sqlite:///{folder / 'mlflow.db'}"
+        experiment = open_tracking(uri, "pointsman")
+        with tracked_run(experiment, "benchmark-registry", "benchmark-registry") as run_id:
+            results = _version(terminal, run_id, experts)
+        results |= _commands(uri, pool_name(BASE.label, "benchmark"))
+        results |= _faults(terminal, folder / "faults")
+        summary = provenance("benchmark-registry", started) | {"registry": results}
+        write_json(folder / "summary.json", summary)
+        rows = [
+            [key, f"{results[key]:,.2f}", f"<= {most:,.0f}", "yes" if results[key] <= most else "NO"]
+            for key, most in TARGETS.items()
+        ]
+        survived, kills = results["survived"], results["faults"]
+        rows.append(["survived", str(survived), f"all {kills} kills", "yes" if survived == kills else "NO"])
+        terminal.show(table(f"{experts} experts", ["figure", "measured", "target", "reached"], rows))
+        terminal.log(f"summary    {folder / 'summary.json'}")
+
+
+def _faults(terminal: Terminal, folder: Path) -> dict[str, Any]:
+    """Returns how many kills there were and how many the registry survived; each takes some seconds."""
+    shutil.rmtree(folder, ignore_errors=True)
+    kills = []
+    for fault in faults(folder):
+        kills.append(fault)
+        terminal.log(f"  {fault.step}, killed before call {fault.call}: {fault.problem or 'survived'}")
+    problems = [f"{fault.step} {fault.call}: {fault.problem}" for fault in kills if fault.problem]
+    return {"faults": len(kills), "survived": len(kills) - len(problems), "problems": problems}
+
+
+def _version(terminal: Terminal, run_id: str, count: int) -> dict[str, Any]:
+    """Registers all experts, the pool without the last and the pool of all; returns what the last expert's part costs."""
+    base_fingerprint, store = fingerprint(checkpoint(BASE)), registered_experts()
+    pool, versions = Pool(BASE.label, base_fingerprint, RouterConfig(feature_width=FEATURES)), {}
+    for number in range(count):
+        if number % 100 == 0:
+            terminal.log(f"  expert {number} of {count}")
+        began = monotonic()
+        expert = synthetic_expert(f"task_{number:03d}", number, base_fingerprint)
+        folder = store.put(expert)
+        version = register_expert(BASE.label, folder, card=expert.card, rows=1000)
+        versions[expert.card.name] = version
+        stored = StoredExpert(ExpertReference.of(folder), store)
+        pool = pool.add(stored.registered_as(version.name, int(version.version)))
+        if number >= count - 2:
+            made = register_pool(pool, BASE, name="benchmark", digest=f"{number}", experts=versions)
+            log_scores(run_id, made, [Score(name, "d", 0.5 + i / 2000, 0.1) for i, name in enumerate(pool.names)])
+    seconds = monotonic() - began
+    location = Path(logged_model(made).artifact_location.removeprefix("file://"))
+    size = sum(file.stat().st_size for file in location.rglob("*") if file.is_file())
+    return {"experts": count, "version_seconds": seconds, "version_bytes": float(size)}
+
+
+def _commands(uri: str, pool: str) -> dict[str, float]:
+    """Returns the median seconds of every command."""
+    return {
+        "list_seconds": _seconds(uri, ["list"]),
+        "show_seconds": _seconds(uri, ["show", pool]),
+        "diff_seconds": _seconds(uri, ["diff", f"{pool}/1", f"{pool}/2"]),
+        "promote_seconds": _seconds(uri, ["promote", pool, "2"]),
+    }
+
+
+def _seconds(uri: str, words: Sequence[str]) -> float:
+    taken = []
+    for _ in range(REPEATS):
+        began = monotonic()
+        command = [sys.executable, "-m", "jobs.cli", "registry", *words, "--registry", uri]
+        subprocess.run(command, check=True, capture_output=True)
+        taken.append(monotonic() - began)
+    return median(taken)

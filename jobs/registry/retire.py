@@ -1,0 +1,43 @@
+"""Retires experts."""
+
+from typing import Annotated
+
+import typer
+
+from jobs.registry.options import Json, Pool, RegistryUri, pool_model, print_json, registry
+from pipeline.registry import promotion
+from pipeline.registry.browsing import meant
+from pipeline.registry.pools import retire_expert
+from pipeline.registry.scores import log_scores, scores_of, tags_of
+from pipeline.registry.tracking import run_beside
+from pipeline.registry.versions import EVALUATED, REGISTERED, describe
+
+
+def retire(
+    pool: Pool,
+    expert: Annotated[str, typer.Argument(help="Task of the expert.")],
+    json: Json = False,
+    registry_uri: RegistryUri = None,
+) -> None:
+    """Make a version of the pool in use in which the base answers in place of an expert, and make it the champion.
+
+    Who answers other prompts stays as it is. Without a champion, the newest version is the one that changes; nothing is
+    promoted then. `pointsman registry rollback` takes it back.
+    """
+    with registry(registry_uri) as terminal:
+        name = pool_model(pool)
+        before, in_use = meant(name), promotion.champion(name)
+        with run_beside(before, f"retire {expert}") as run_id:
+            now = retire_expert(before, expert)
+            kept = [score for score in scores_of(before) if score.dataset != expert]
+            log_scores(run_id, now, kept)
+            describe(now, tags={**tags_of(kept), "status": EVALUATED if kept else REGISTERED})
+        if in_use is not None:
+            promotion.promote(name, str(now.version))
+        if json:
+            print_json(
+                {"model": name, "version": int(now.version), "before": int(before.version), "champion": bool(in_use)}
+            )
+            return
+        place = "is champion now" if in_use is not None else "is the newest; there is no champion"
+        terminal.log(f"{name} version {now.version}, version {before.version} without {expert}, {place}")
