@@ -54,7 +54,9 @@ def outside_errors(folder: Path | None = None) -> Iterator[None]:
     """
     try:
         yield
-    except (OSError, SafetensorError, *_loaded("mlflow", "MlflowException"), *_loaded("ray", "RayError")) as error:
+    except Exception as error:
+        if not isinstance(error, _kinds()):
+            raise
         if (mistake := _user_error_in(error)) is not None:
             raise mistake from error
         raise OutsideError(f"{_message(error)}\n    details    {_log(error, folder)}") from error
@@ -64,6 +66,10 @@ def _loaded(library: str, name: str) -> tuple[type[BaseException], ...]:
     """Returns an error's class, if its library was imported: commands that need it not must not wait for it."""
     module = sys.modules.get(f"{library}.exceptions")
     return () if module is None else (getattr(module, name),)
+
+
+def _kinds() -> tuple[type[BaseException], ...]:
+    return OSError, SafetensorError, *_loaded("mlflow", "MlflowException"), *_loaded("ray", "RayError")
 
 
 def _user_error_in(error: Any) -> UserError | None:
