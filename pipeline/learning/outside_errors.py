@@ -88,7 +88,8 @@ def _message(error: Any) -> str:
         mistake = _MISTAKE.search(str(error))  # of another process, which hands on its text alone
         return mistake[1] if mistake else f"{type(error).__name__}: {_first(str(error))}; see to it, {AGAIN}"
     if isinstance(error, _loaded("mlflow", "MlflowException")):
-        return f"MLflow: {_first(getattr(error, 'message', ''))}; is registry.uri right, and does the server run? {AGAIN.capitalize()}"
+        reason = _first(getattr(error, "message", ""))
+        return f"MLflow: {reason}; is registry.uri right, and does the server run? {AGAIN.capitalize()}"
     if isinstance(error, OSError):
         path = f"{error.filename}: " if error.filename is not None else ""
         remedy = _REMEDIES.get(error.errno or 0, f"see to it, {AGAIN}")
