@@ -14,7 +14,7 @@ def promote(
     json: Json = False,
     registry_uri: RegistryUri = None,
 ) -> None:
-    """Make a version the champion, whatever the gate says; the champion before it stays as alias `previous`."""
+    """Make a version the champion, whatever the gate says; `rollback` takes it back."""
     with registry(registry_uri) as terminal:
         name = pool_model(pool)
         before, now = promotion.champion(name), promotion.promote(name, version)

@@ -1,7 +1,8 @@
 """Promotion: which version of a pool is its `champion`, the one in use.
 
-A new version is MLflow's `latest` at once. It becomes champion by decision: `promote`, or `gate`, which compares it with the
-champion. `previous` is the champion before, so that `rollback` is one step.
+A new version is MLflow's `latest` at once. It becomes champion by decision: `promote`, or the gate (`reason_against`), which
+compares it with the champion. Tag `champions` of the registered model lists them as they came, so that `rollback` is one
+step; it is written before the alias moves, and what follows the champion in it is a promotion that was cut off.
 """
 
 from collections.abc import Sequence
@@ -13,8 +14,14 @@ from pipeline.registry.retries import RegistryError
 from pipeline.registry.scores import Score, base_kept
 from pipeline.registry.versions import get_version, number
 
-CHAMPION, PREVIOUS = "champion", "previous"
-"""Aliases of the pool version in use, and of the one that was before it."""
+CHAMPION = "champion"
+"""Alias of the pool version in use."""
+
+CHAMPIONS = "champions"
+"""Tag of a registered model: numbers of its champions, the newest last."""
+
+REMEMBERED = 20
+"""Most champions in the tag."""
 
 KEPT = 0.99
 """Least share of the base's accuracy on the base abilities that a champion keeps."""
@@ -22,13 +29,20 @@ KEPT = 0.99
 
 def champion(name: str) -> ModelVersion | None:
     """Returns the champion of a pool's registered model; None if it has none."""
-    return _aliased(name, CHAMPION)
+    in_use, _ = _champions(name)
+    return None if in_use is None else get_version(name, in_use)
 
 
-def _aliased(name: str, alias: str) -> ModelVersion | None:
+def _champions(name: str) -> tuple[int | None, list[int]]:
+    """Returns the number of the champion, and those of all champions up to it."""
     models = MlflowClient().search_registered_models(f"name = '{name}'")
-    version = models[0].aliases.get(alias) if models else None
-    return None if version is None else get_version(name, str(version))
+    if not models or CHAMPION not in models[0].aliases:
+        return None, []
+    in_use, known = int(models[0].aliases[CHAMPION]), models[0].tags.get(CHAMPIONS, "")
+    numbers = [int(part) for part in known.split(",") if part.strip().isdigit()]
+    if in_use not in numbers:  # MLflow's own pages can move the alias too
+        return in_use, [*numbers, in_use]
+    return in_use, numbers[: len(numbers) - numbers[::-1].index(in_use)]
 
 
 def reason_against(candidate: Sequence[Score], champion: Sequence[Score], *, tolerance: float) -> str | None:
@@ -56,26 +70,29 @@ def reason_against(candidate: Sequence[Score], champion: Sequence[Score], *, tol
 
 
 def promote(name: str, version: int | str) -> ModelVersion:
-    """Makes a version, newer or older, the champion; the one before it becomes `previous`.
+    """Makes a version, newer or older, the champion.
 
     Raises RegistryError if there is no such version.
     """
-    chosen, before = get_version(name, version), champion(name)
-    if before is None or number(before) != number(chosen):
-        if before is not None:
-            MlflowClient().set_registered_model_alias(name, PREVIOUS, str(before.version))
-        MlflowClient().set_registered_model_alias(name, CHAMPION, str(chosen.version))
+    chosen, (in_use, numbers) = get_version(name, version), _champions(name)
+    if in_use != number(chosen):
+        client, numbers = MlflowClient(), [*numbers, number(chosen)][-REMEMBERED:]
+        client.set_registered_model_tag(name, CHAMPIONS, ",".join(map(str, numbers)))
+        client.set_registered_model_alias(name, CHAMPION, str(chosen.version))
     return chosen
 
 
 def rollback(name: str) -> ModelVersion:
-    """Makes the previous champion the champion again; a second call takes it back. Raises RegistryError if there is none."""
-    before, now = _aliased(name, PREVIOUS), champion(name)
-    if before is None or (now is not None and number(now) == number(before)):
+    """Makes the champion before the present one the champion again; a second call takes it back.
+
+    Raises RegistryError if there is none.
+    """
+    _, numbers = _champions(name)
+    if len(numbers) < 2:
         raise RegistryError(
             f"{name} had no other champion before; choose a version: pointsman registry promote {name} VERSION"
         )
-    return promote(name, int(before.version))
+    return promote(name, numbers[-2])
 
 
 def _listed(names: Sequence[str]) -> str:

@@ -16,6 +16,9 @@ from mlflow import MlflowClient
 
 from pipeline.learning.opening import alone_in
 from pipeline.registry.pools import download_pool
+from pipeline.registry.promotion import champion
+from pipeline.registry.scores import scores_of
+from pipeline.registry.versions import get_version
 from pipeline.routing.pool import Pool
 
 pytestmark = pytest.mark.ray
@@ -120,6 +123,26 @@ def test_summary_and_registry(undisturbed):
     (run,) = client.search_runs(["1"])
     assert len(client.get_metric_history(run.info.run_id, "digits/expert_loss")) == 12
     assert len(client.get_metric_history(run.info.run_id, "digits/router_loss")) == 4
+
+
+def test_the_registry_says_how_good_versions_are_and_which_is_in_use(undisturbed, monkeypatch):
+    config, summary = undisturbed
+    uri = f"sqlite:///{config.parent / 'mlflow.db'}"
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
+    mlflow.set_tracking_uri(uri)
+    version = champion("untrained.pool.mini")
+    assert int(version.version) == 2
+    assert set(version.tags) <= {"tasks", "accuracy", "base_kept", "status"}
+    assert version.tags["status"].startswith("promoted ")
+    accuracy = summary["accuracy_matrix"]["values"][-1]
+    assert [score.accuracy for score in scores_of(version)] == accuracy
+    for words in ("| [echo](#/models/untrained.expert.echo/versions/1)", "Sample prompts:", "**Promotion:** promoted "):
+        assert words in version.description
+    expert = get_version("untrained.expert.echo", 1)
+    assert expert.tags == {"rank": "2", "rows": "159", "status": "evaluated", "accuracy": f"{accuracy[1]:.3f}"}
+    assert "Sample prompts:" in expert.description
+    before = get_version("untrained.pool.mini", 1)
+    assert (before.tags["status"], before.aliases) == ("evaluated", [])
 
 
 def expert_folder(config: Path, task: str) -> Path:

@@ -73,13 +73,36 @@ def test_rolling_back_and_forth(versions: Callable[[int], str]) -> None:
     assert int(rollback(POOL).version) == 1
     assert int(rollback(POOL).version) == 3
     promote(POOL, 3)  # again: nothing moves
-    assert MlflowClient().get_registered_model(POOL).aliases == {"champion": "3", "previous": "1"} or (
-        MlflowClient().get_registered_model(POOL).aliases == {"champion": 3, "previous": 1}
-    )
+    model = MlflowClient().get_registered_model(POOL)
+    assert int(model.aliases["champion"]) == 3
+    assert model.tags["champions"] == "1,3,1,3"
+    MlflowClient().set_registered_model_alias(POOL, "champion", "2")  # as MLflow's pages do
+    assert int(rollback(POOL).version) == 3
     with pytest.raises(
         RegistryError, match="no '7' in 'tiny.pool.demo'; there are versions 1, 2, 3 and aliases champion = 3"
     ):
         promote(POOL, 7)
+
+
+def test_a_promotion_that_was_cut_off_is_none(versions: Callable[[int], str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """The champion stays, and so does what it took the place of."""
+
+    def cut_off(*arguments: object) -> None:
+        raise KeyboardInterrupt
+
+    versions(3)
+    for number in (1, 2):
+        promote(POOL, number)
+    for change in (lambda: promote(POOL, 3), lambda: rollback(POOL)):
+        with monkeypatch.context() as patch:
+            patch.setattr(MlflowClient, "set_registered_model_alias", cut_off)
+            with pytest.raises(KeyboardInterrupt):
+                change()
+        in_use = champion(POOL)
+        assert in_use is not None
+        assert int(in_use.version) == 2
+    assert int(rollback(POOL).version) == 1
+    assert int(rollback(POOL).version) == 2
 
 
 def test_scores_are_metrics_by_data_set(versions: Callable[[int], str], experiment: str) -> None:
