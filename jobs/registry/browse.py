@@ -9,6 +9,7 @@ import typer
 from jobs.registry.options import Json, RegistryUri, Version, print_json, registry
 from jobs.terminal import table
 from pipeline.registry.browsing import difference, listed, meant, shown
+from pipeline.registry.migration import bases_to_migrate, waiting_for_migration
 
 
 class ModelKind(StrEnum):
@@ -35,7 +36,11 @@ def list_models(
             [each.model, str(each.latest), str(each.champion or ""), *(each.tags.get(t, "") for t in _TAGS)]
             for each in found
         ]
-        terminal.show(table(f"{len(found)} models", ["model", "latest", "champion", *_TAGS], rows))
+        count = f"{len(found)} model" + "s" * (len(found) != 1)
+        terminal.show(table(count, ["model", "latest", "champion", *_TAGS], rows))
+        for label in bases_to_migrate():
+            if waiting := waiting_for_migration(label):
+                terminal.log(f"{waiting}, which `pointsman registry migrate` gives new names")
 
 
 _TAGS = ("accuracy", "base_kept", "rank", "rows", "status")
@@ -55,8 +60,11 @@ def show(version: Version, json: Json = False, registry_uri: RegistryUri = None)
         if found.scores:
             rows = [[s.dataset, _figure(s.base_accuracy), _figure(s.accuracy)] for s in found.scores]
             terminal.show(table("Accuracy", ["task or base ability", "base", "this version"], rows))
+        if found.damage:
+            terminal.log(f"  {found.damage}", "red")
         if found.experts:
-            terminal.show(table("Experts", ["expert", "version"], [list(pair) for pair in found.experts.items()]))
+            rows = [[name, "retired" if name in found.retired else where] for name, where in found.experts.items()]
+            terminal.show(table("Experts", ["expert", "version"], rows))
         for key, value in found.parameters.items():
             terminal.log(f"  {key:32} {value}")
         terminal.log(f"  {'run':32} {found.run_id}")
@@ -80,7 +88,7 @@ def diff(before: Version, after: Version, json: Json = False, registry_uri: Regi
         terminal.log(f"{len(found.scores) - len(changed)} of {len(found.scores)} accuracies are equal")
         if found.incomparable:
             terminal.log(f"other evaluation prompts, so not to be compared: {', '.join(found.incomparable)}")
-        for what, names in (("added", found.added), ("removed", found.removed)):
+        for what, names in (("added", found.added), ("removed", found.removed), ("retired", found.retired)):
             if names:
                 terminal.log(f"experts {what}: {', '.join(names)}")
         for name, (old, new) in found.replaced.items():

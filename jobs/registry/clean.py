@@ -29,7 +29,7 @@ def gc(
             for each in found if yes else ():
                 remove(each)
             shown = [{"name": each.name, "why": each.why, "bytes": size} for each, size in rows]
-            print_json({"found": shown, "deleted": yes})
+            print_json({"found": shown, "deleted": len(found) if yes else 0})
             return
         if not found:
             terminal.log(

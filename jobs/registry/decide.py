@@ -14,28 +14,35 @@ def promote(
     json: Json = False,
     registry_uri: RegistryUri = None,
 ) -> None:
-    """Make a version the champion, whatever the gate says; `rollback` takes it back."""
+    """Make a version the champion, whatever the gate says; `rollback` takes it back.
+
+    It is first looked at whether everything that it names is there.
+    """
     with registry(registry_uri) as terminal:
         name = pool_model(pool)
-        before, now = promotion.champion(name), promotion.promote(name, version)
+        with promotion.deciding(name):
+            before, now = promotion.champion(name), promotion.promote(name, version)
+        number = int(now.version)
         if json:
-            print_json({"model": name, "champion": int(now.version), "before": before and int(before.version)})
-            return
-        was = "" if before is None else f" (was version {before.version})"
-        terminal.log(f"{name}@champion is version {now.version}{was}")
+            print_json({"model": name, "champion": number, "before": before and int(before.version)})
+        elif before is not None and int(before.version) == number:
+            terminal.log(f"{name}@champion is version {number} already")
+        else:
+            was = "" if before is None else f" (was version {before.version})"
+            terminal.log(f"{name}@champion is version {number}{was}")
 
 
 def rollback(pool: Pool, json: Json = False, registry_uri: RegistryUri = None) -> None:
-    """Make the previous champion the champion again; a second rollback takes it back."""
+    """Make the champion before the present one the champion again; a second rollback takes it back."""
     with registry(registry_uri) as terminal:
         name = pool_model(pool)
-        before, now = promotion.champion(name), promotion.rollback(name)
+        with promotion.deciding(name):
+            before, now = promotion.champion(name), promotion.rollback(name)
         if json:
             print_json({"model": name, "champion": int(now.version), "before": before and int(before.version)})
             return
-        terminal.log(
-            f"{name}@champion is version {now.version}" + (f" (was version {before.version})" if before else "")
-        )
+        was = f" (was version {before.version})" if before else ""
+        terminal.log(f"{name}@champion is version {now.version}{was}")
 
 
 def migrate(
@@ -44,15 +51,19 @@ def migrate(
     json: Json = False,
     registry_uri: RegistryUri = None,
 ) -> None:
-    """Give experts and pools of an earlier release their new names; nothing is copied, the former models stay."""
+    """Give experts and pools of an earlier release their new names; nothing is copied, the former models stay.
+
+    Accuracies and samples come to their pages when `pointsman learn` runs again, which trains nothing for that.
+    """
     with registry(registry_uri) as terminal:
-        labels = [base] if base else migration.bases_to_migrate()
-        log = (lambda text: None) if json else terminal.log
-        moved = {label: migration.migrate(label, log=log, dry=dry_run) for label in labels}
+        moves = []
+        for label in migration.bases_to_migrate(base):
+            for step in migration.migrate(label, dry=dry_run):
+                moves.append(step.to_json())
+                if not json:
+                    terminal.log(f"  {step}")
         if json:
-            print_json({"moved": moved, "dry_run": dry_run})
+            print_json({"moves": moves, "dry_run": dry_run})
             return
-        total = sum(moved.values())
-        terminal.log(
-            f"{total} versions {'would get' if dry_run else 'got'} their new names" if total else "nothing to do"
-        )
+        done = "would get their new names" if dry_run else "got their new names"
+        terminal.log(f"{len(moves)} versions {done}" if moves else "nothing to do")

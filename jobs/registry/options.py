@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Annotated, Any
@@ -10,6 +11,7 @@ import typer
 
 from jobs.endings import user_errors
 from jobs.terminal import Terminal
+from pipeline.registry.browsing import find_model
 from pipeline.registry.names import read_name
 from pipeline.registry.retries import RegistryError
 from pipeline.registry.tracking import use_registry
@@ -49,11 +51,14 @@ def print_json(value: Any) -> None:
 
 
 def pool_model(name: str) -> str:
-    """Returns the registered model of a pool; raises RegistryError for another one."""
+    """Returns the registered model of a pool that is there; raises RegistryError for anything else."""
     model = name.removeprefix(MODELS)
+    if "/" in model or "@" in model:
+        raise RegistryError(f"{name!r} names a version; name the pool alone, like {re.split('[/@]', model)[0]}")
     named = read_name(model)
     if named is None or named.kind != "pool":
         raise RegistryError(
             f"{name!r} is no pool; pools are called <base>.pool.<name>: pointsman registry list --kind pool"
         )
+    find_model(model)
     return model

@@ -8,9 +8,7 @@ from jobs.registry.options import Json, Pool, RegistryUri, pool_model, print_jso
 from pipeline.registry import promotion
 from pipeline.registry.browsing import meant
 from pipeline.registry.pools import retire_expert
-from pipeline.registry.scores import log_scores, scores_of, tags_of
 from pipeline.registry.tracking import run_beside
-from pipeline.registry.versions import EVALUATED, REGISTERED, describe
 
 
 def retire(
@@ -26,14 +24,18 @@ def retire(
     """
     with registry(registry_uri) as terminal:
         name = pool_model(pool)
-        before, in_use = meant(name), promotion.champion(name)
-        with run_beside(before, f"retire {expert}") as run_id:
-            now = retire_expert(before, expert)
-            kept = [score for score in scores_of(before) if score.dataset != expert]
-            log_scores(run_id, now, kept)
-            describe(now, tags={**tags_of(kept), "status": EVALUATED if kept else REGISTERED})
-        if in_use is not None:
-            promotion.promote(name, str(now.version))
+        with promotion.deciding(name):
+            in_use = promotion.champion(name)
+            while True:
+                before = in_use or meant(name)
+                with run_beside(before, f"retire {expert}"):
+                    now = retire_expert(before, expert)
+                in_use = promotion.champion(name)
+                if in_use is None or int(in_use.version) in (int(before.version), int(now.version)):
+                    break
+                terminal.log(f"version {in_use.version} has become champion meanwhile: once more, from that")
+            if in_use is not None:
+                promotion.promote(name, str(now.version))
         if json:
             print_json(
                 {"model": name, "version": int(now.version), "before": int(before.version), "champion": bool(in_use)}

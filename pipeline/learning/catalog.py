@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from datetime import UTC, datetime
 from typing import Any
 
 from mlflow.entities.model_registry import ModelVersion
@@ -13,7 +12,7 @@ from pipeline.evaluation.results import Evaluation
 from pipeline.learning.session import StreamSession
 from pipeline.provenance import command_line, git_commit
 from pipeline.registry.descriptions import DESCRIBED, Answered, Measured, Origin, expert_description, pool_description
-from pipeline.registry.promotion import champion, promote, reason_against
+from pipeline.registry.promotion import champion, deciding, promote, reason_against
 from pipeline.registry.scores import Score, log_scores, scores_of, tags_of
 from pipeline.registry.versions import EVALUATED, REGISTERED, describe, get_version, number
 from pipeline.routing.pool import Pool
@@ -125,26 +124,25 @@ class Catalog:
     def _decide(self, version: ModelVersion, scores: Sequence[Score]) -> str:
         """Promotes a version that the gate lets pass; returns what was decided, which a tag says too."""
         settings, log = self._session.config.registry, self._session.progress.log
-        now = champion(version.name)
-        if now is not None and number(now) == number(version):
-            return "champion"
-        decided = get_version(version.name, str(version.version)).tags.get("status", "")
-        if decided.startswith("promoted"):
-            return f"{decided}, and no champion any more"  # someone has rolled back
-        if settings.promote == "manual":
-            return f"by hand: `pointsman registry promote {version.name} {version.version}`"
-        reason = reason_against(scores, scores_of(now) if now else (), tolerance=settings.tolerance)
-        if reason is not None:
-            describe(version, tags={"status": f"refused: {reason}"[:100]})
-            log(
-                f"  {version.name} {version.version} does not become champion: {reason}; "
-                f"`pointsman registry promote {version.name} {version.version}` makes it so"
-            )
-            return f"refused by the gate: {reason}"
-        promote(version.name, str(version.version))
-        verdict = f"promoted {datetime.now(UTC):%Y-%m-%d}"
-        describe(version, tags={"status": verdict})
-        return f"{verdict} by the gate" + (f", after version {now.version}" if now else "")
+        with deciding(version.name):
+            now = champion(version.name)
+            if now is not None and number(now) == number(version):
+                return "champion"
+            status = get_version(version.name, str(version.version)).tags.get("status", "")
+            if status.startswith("promoted"):
+                return f"{status}, and no champion any more"  # someone has rolled back
+            if settings.promote == "manual":
+                return f"by hand: `pointsman registry promote {version.name} {version.version}`"
+            reason = reason_against(scores, scores_of(now) if now else (), tolerance=settings.tolerance)
+            if reason is None:
+                promote(version.name, str(version.version))
+                return "by the gate" + (f", after version {now.version}" if now else ": there was no champion")
+        describe(version, tags={"status": f"refused: {reason}"[:100]})
+        log(
+            f"  {version.name} {version.version} does not become champion: {reason}; "
+            f"`pointsman registry promote {version.name} {version.version}` makes it so"
+        )
+        return f"refused by the gate: {reason}"
 
     def _scores(self, pool: Pool, evaluation: Evaluation) -> list[Score]:
         base, tasks = self._base.accuracies(), self._session.data.eval_tasks

@@ -1,22 +1,19 @@
 """What the registry holds: lists of models, one version in full, two versions side by side. Reads only."""
 
-import json
+import re
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
-import mlflow
 from mlflow import MlflowClient
 from mlflow.entities.model_registry import ModelVersion, RegisteredModel
 
+from pipeline.registry.contents import experts_of, retired_of
 from pipeline.registry.names import Kind, read_name
 from pipeline.registry.promotion import CHAMPION
 from pipeline.registry.retries import RegistryError
 from pipeline.registry.scores import Score, scores_of
-from pipeline.registry.versions import MODELS, NEWEST, PAGE, get_version, logged_model, number, version_at
-
-POOL_CARD_PATH = "artifacts/pool/pool.json"
-"""Where a pool's card lies among a version's artifacts."""
+from pipeline.registry.versions import MODELS, NEWEST, PAGE, get_version, is_ours, logged_model, number, version_at
 
 
 @dataclass(frozen=True)
@@ -49,6 +46,10 @@ class Shown:
     """What it was made from, and how."""
     experts: dict[str, str]
     """A pool's experts by name, as `<model>/<version>`."""
+    retired: list[str]
+    """Those of them in whose place the base answers."""
+    damage: str
+    """Why it cannot be loaded; empty where it can, as far as its own files tell."""
     run_id: str
 
     def to_json(self) -> dict[str, Any]:
@@ -70,6 +71,8 @@ class Difference:
     removed: list[str]
     replaced: dict[str, tuple[str, str]]
     """Experts that both have in other versions: before and after."""
+    retired: list[str]
+    """Experts that answered before and do not after."""
 
     def to_json(self) -> dict[str, Any]:
         """Returns the plain form."""
@@ -84,6 +87,8 @@ def listed(kind: Kind | None = None, base: str | None = None) -> list[Listed]:
         if named is None or (kind and named.kind != kind) or (base and named.base != base) or not model.latest_versions:
             continue
         newest = max(model.latest_versions, key=number)
+        if not is_ours(newest):
+            continue
         in_use = model.aliases.get(CHAMPION)
         champion = None if in_use is None else int(in_use)
         found.append(Listed(model.name, *named, latest=number(newest), champion=champion, tags=dict(newest.tags)))
@@ -108,20 +113,31 @@ def meant(address: str) -> ModelVersion:
     """
     wanted = address.removeprefix(MODELS)
     if "/" in wanted or "@" in wanted:
-        return version_at(MODELS + wanted)
-    models = MlflowClient().search_registered_models(f"name = '{wanted}'")
+        return version_at(address)
+    model = find_model(wanted)
+    return get_version(wanted, str(model.aliases.get(CHAMPION, NEWEST)))
+
+
+def find_model(name: str) -> RegisteredModel:
+    """Returns a registered model; raises RegistryError that lists some of those that there are."""
+    models = MlflowClient().search_registered_models(f"name = '{name}'") if re.fullmatch(r"[\w.-]+", name) else []
     if not models:
-        names = [model.name for model in _models() if read_name(model.name)]
+        names = [each.model for each in listed()]
         shown = ", ".join(names[:12]) + (f" and {len(names) - 12} more" if len(names) > 12 else "")
-        raise RegistryError(f"no model {wanted!r} in the registry; there are {shown or 'none'}")
-    return get_version(wanted, str(models[0].aliases.get(CHAMPION, NEWEST)))
+        raise RegistryError(f"no model {name!r} in the registry; there are {shown or 'none'}")
+    return models[0]
 
 
 def shown(version: ModelVersion) -> Shown:
     """Returns all that the registry says of a version."""
     model = logged_model(version)
     named = read_name(version.name)
-    experts = experts_of(version) if named and named.kind == "pool" else {}
+    experts, retired, damage = {}, [], ""
+    if named and named.kind == "pool":
+        try:
+            experts, retired = experts_of(version), retired_of(version)
+        except RegistryError as error:
+            damage = str(error)
     return Shown(
         version.name,
         number(version),
@@ -131,6 +147,8 @@ def shown(version: ModelVersion) -> Shown:
         scores_of(version),
         dict(sorted(model.params.items())),
         experts,
+        retired,
+        damage,
         version.run_id,
     )
 
@@ -160,17 +178,9 @@ def difference(before: ModelVersion, after: ModelVersion) -> Difference:
         added=[name for name in new if name not in old],
         removed=[name for name in old if name not in new],
         replaced={name: (old[name], new[name]) for name in new if name in old and old[name] != new[name]},
+        retired=[name for name in retired_of(after) if name not in retired_of(before)],
     )
 
 
 def _accuracy(score: Score | None) -> float | None:
     return None if score is None else score.accuracy
-
-
-def experts_of(version: ModelVersion) -> dict[str, str]:
-    """Returns the experts of a pool's version by name, as `<model>/<version>`; those that it holds itself as `in the pool`."""
-    location = logged_model(version).artifact_location
-    text = mlflow.artifacts.load_text(f"{location}/{POOL_CARD_PATH}")
-    # Read as it is: to check it as a pool does would take torch.
-    references = [{"name": r} if isinstance(r, str) else r for r in json.loads(text)["experts"]]
-    return {r["name"]: f"{r['model']}/{r['version']}" if r.get("model") else "in the pool" for r in references}

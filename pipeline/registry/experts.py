@@ -16,7 +16,7 @@ from pipeline.config import without_secrets
 from pipeline.files import replace_folder
 from pipeline.registry.descriptions import expert_description
 from pipeline.registry.names import expert_name
-from pipeline.registry.retries import RegistryError, is_away
+from pipeline.registry.retries import RegistryError, is_away, reason_of
 from pipeline.registry.tracking import active_run
 from pipeline.registry.versions import (
     DIGEST,
@@ -116,7 +116,7 @@ def fetch_expert(reference: ExpertReference, folder: Path) -> None:
     except MlflowException as error:
         if is_away(error):
             raise
-        raise MissingExpertError(f"{_missing(reference)} ({error.message})") from None
+        raise MissingExpertError(f"{_missing(reference)} ({reason_of(error)})") from None
     except OSError as error:  # MLflow raises it for an emptied artifact store on disk
         raise MissingExpertError(f"{_missing(reference)} ({error})") from None
 

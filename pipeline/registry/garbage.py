@@ -6,14 +6,12 @@ from time import time
 
 import mlflow
 from mlflow import MlflowClient
-from mlflow.entities import LoggedModel
 from mlflow.entities.model_registry import ModelVersion
-from mlflow.exceptions import MlflowException
 
-from pipeline.registry.browsing import experts_of
-from pipeline.registry.names import former_names, read_name
-from pipeline.registry.retries import RegistryError, is_away
-from pipeline.registry.versions import MODELS, PAGE, all_versions, logged_model_id, number
+from pipeline.registry.contents import experts_of
+from pipeline.registry.migration import FORMER_DIGEST
+from pipeline.registry.names import read_name
+from pipeline.registry.versions import DIGEST, all_logged_models, all_versions, is_ours, logged_model_id, number
 
 KINDS = {"expert", "pool", "base"}
 """Types of logged models that are ours."""
@@ -46,18 +44,26 @@ def find_garbage(*, hours: float) -> list[Garbage]:
     Raises RegistryError where a pool cannot be read, so that nobody knows what it needs.
     """
     before, versions = time() - hours * HOUR, list(all_versions())
+    used = {logged_model_id(version) for version in versions}
     found = [
         Garbage(
             model.model_id, f"upload of {model.name} without a version", model.creation_timestamp / 1000, model.model_id
         )
-        for model in _uploads({logged_model_id(version) for version in versions})
+        for model in all_logged_models()
+        if model.model_type in KINDS and DIGEST in model.params and model.model_id not in used
     ]
-    needed = {address for version in versions if _is_pool(version.name) for address in _needed(version)}
+    pools = [version for version in versions if _is_pool(version)]
+    needed = {address for version in pools for address in experts_of(version).values()}
     # Experts that pools name as an earlier release called them share their upload with the version of the new name.
     uploads = {logged_model_id(version) for version in versions if f"{version.name}/{version.version}" in needed}
     for version in versions:
         named = read_name(version.name)
-        if named is not None and named.kind == "expert" and logged_model_id(version) not in uploads:
+        if (
+            named is not None
+            and named.kind == "expert"
+            and is_ours(version)
+            and logged_model_id(version) not in uploads
+        ):
             name = f"{version.name}/{version.version}"
             created = version.creation_timestamp / 1000
             found.append(Garbage(name, "no pool refers to it", created, logged_model_id(version), version))
@@ -72,34 +78,11 @@ def remove(garbage: Garbage) -> None:
     client.delete_logged_model(garbage.model_id)
 
 
-def _uploads(used: set[str]) -> Iterator[LoggedModel]:
-    client = MlflowClient()
-    experiments = [experiment.experiment_id for experiment in client.search_experiments(max_results=PAGE)]
-    token = None
-    while experiments:
-        page = client.search_logged_models(experiments, page_token=token)
-        yield from (model for model in page if model.model_type in KINDS and model.model_id not in used)
-        token = page.token
-        if not token:
-            return
-
-
-def _is_pool(name: str) -> bool:
-    named = read_name(name)
-    base, _, last = name.rpartition(".")
-    return (named is not None and named.kind == "pool") or (last == "pool" and name == former_names(base).pools)
-
-
-def _needed(version: ModelVersion) -> list[str]:
-    try:
-        return list(experts_of(version).values())
-    except (MlflowException, OSError, ValueError) as error:
-        if isinstance(error, MlflowException) and is_away(error):
-            raise
-        raise RegistryError(
-            f"{version.name}/{version.version} cannot be read, so that nobody knows which experts it needs: {error}; delete "
-            f"that version, or bring its files back ({MODELS}{logged_model_id(version)})"
-        ) from None
+def _is_pool(version: ModelVersion) -> bool:
+    named = read_name(version.name)
+    if named is not None:
+        return named.kind == "pool" and is_ours(version)
+    return version.name.endswith(".pool") and FORMER_DIGEST in version.tags
 
 
 def _sizes(location: str, path: str) -> Iterator[int]:

@@ -4,19 +4,23 @@ Each former version becomes a version of its expert's or pool's own model that p
 and the former models stay, since pools that are in use refer to them.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
+import mlflow
 from mlflow import MlflowClient
 from mlflow.entities.model_registry import ModelVersion
 from mlflow.exceptions import MlflowException
 from mlflow.protos.databricks_pb2 import RESOURCE_DOES_NOT_EXIST, ErrorCode
 
+from pipeline.config import without_secrets
 from pipeline.registry.names import base_name, expert_name, former_names, pool_name
 from pipeline.registry.promotion import CHAMPION, champion, promote
 from pipeline.registry.retries import RegistryError
 from pipeline.registry.versions import (
     DIGEST,
+    PAGE,
     REGISTERED,
     create_version,
     find_version,
@@ -50,6 +54,17 @@ class Step:
         """Digest of what it was made from."""
         return self.version.tags[FORMER_DIGEST]
 
+    def __str__(self) -> str:
+        return f"{self.version.name} {self.version.version} -> {self.target}" + " (champion)" * self.is_champion
+
+    def to_json(self) -> dict[str, Any]:
+        """Returns the plain form."""
+        return {
+            "from": f"{self.version.name}/{self.version.version}",
+            "to": self.target,
+            "champion": self.is_champion,
+        }
+
     @property
     def done(self) -> bool:
         """Whether it is there already."""
@@ -70,45 +85,58 @@ def steps(base_label: str) -> Iterator[Step]:
         yield Step(version, pool_name(base_label, _pool_of(version)), is_champion=str(version.version) == in_use)
 
 
-def bases_to_migrate() -> list[str]:
-    """Returns the labels of all bases with experts or pools of earlier releases."""
-    names = [model.name for model in MlflowClient().search_registered_models(max_results=1000)]
-    return sorted({name.removesuffix(".experts") for name in names if name.endswith(".experts")})
+def bases_to_migrate(base_label: str | None = None) -> list[str]:
+    """Returns the labels of all bases with experts or pools of earlier releases, or the one that is asked for.
+
+    Raises RegistryError where that has none.
+    """
+    names = [model.name for model in MlflowClient().search_registered_models(max_results=PAGE)]
+    labels = sorted({name.removesuffix(".experts") for name in names if name.endswith(".experts")})
+    if base_label is None:
+        return labels
+    if base_label not in labels:
+        raise RegistryError(
+            f"no experts of an earlier release for base {base_label!r}; bases with some: {labels or 'none'}"
+        )
+    return [base_label]
 
 
-def migrate(base_label: str, *, log: Callable[[str], None] = lambda text: None, dry: bool = False) -> int:
-    """Gives every former version of a base its new name; returns how many were to be moved. Safe to stop and repeat.
+def migrate(base_label: str, *, dry: bool = False) -> Iterator[Step]:
+    """Gives every former version of a base its new name; yields each that was to be moved. Safe to stop and repeat.
 
     With `dry` nothing is changed. `champion` follows, unless its new model has one.
     """
-    moved = 0
     for step in steps(base_label):
         if not step.done:
-            moved += 1
-            log(f"  {step.version.name} {step.version.version} -> {step.target}" + " (champion)" * step.is_champion)
             if not dry:
                 _move(step)
+            yield step
         if step.is_champion and not dry and champion(step.target) is None:
             version = find_version(step.target, step.digest)
             assert version is not None, "moved just now"
-            promote(step.target, str(version.version))
+            promote(step.target, str(version.version), checked=False)
     for name in () if dry else former_names(base_label):
         if finished := _finished(name):
             MlflowClient().set_registered_model_tag(name, MIGRATED, str(finished[-1].version))
-    return moved
+
+
+def waiting_for_migration(base_label: str) -> str:
+    """Returns which former model of a base has versions that were not migrated; empty if none has."""
+    for name in former_names(base_label):
+        models = MlflowClient().search_registered_models(f"name = '{name}'")
+        moved = int(models[0].tags.get(MIGRATED, 0)) if models else 0
+        if waiting := [version for version in (_finished(name) if models else ()) if number(version) > moved]:
+            return f"{name} holds {len(waiting)} versions of an earlier release"
+    return ""
 
 
 def check_names(base_label: str) -> None:
     """Raises RegistryError where the registry has experts of an earlier release for this base that were not migrated."""
-    for name in former_names(base_label):
-        models = MlflowClient().search_registered_models(f"name = '{name}'")
-        moved = int(models[0].tags.get(MIGRATED, 0)) if models else 0
-        waiting = [version for version in (_finished(name) if models else ()) if number(version) > moved]
-        if waiting:
-            raise RegistryError(
-                f"{name} holds {len(waiting)} versions of an earlier release: run `pointsman registry migrate`, which gives "
-                "them their new names without copying anything (`--dry-run` shows them), or choose another registry.uri"
-            )
+    if waiting := waiting_for_migration(base_label):
+        raise RegistryError(
+            f"{waiting}: `pointsman registry migrate --registry {without_secrets(mlflow.get_tracking_uri())}` gives them their "
+            "new names without copying anything (`--dry-run` shows them); or choose another registry.uri"
+        )
 
 
 def _finished(name: str) -> list[ModelVersion]:

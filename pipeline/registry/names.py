@@ -9,7 +9,7 @@ from typing import Literal, NamedTuple
 
 Kind = Literal["expert", "pool", "base"]
 
-_NAME = re.compile(r"(?P<base>.+?)\.(?:(?P<kind>expert|pool)\.(?P<own>[^.]+)|base)")
+_NAME = re.compile(r"(?P<base>[A-Za-z0-9_.-]+?)\.(?:(?P<kind>expert|pool)\.(?P<own>[A-Za-z0-9_-]+)|base)")
 
 
 class Named(NamedTuple):

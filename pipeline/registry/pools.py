@@ -26,13 +26,15 @@ from pipeline.config import BaseModelConfig
 from pipeline.config import digest as digest_of
 from pipeline.registry import pyfunc_model
 from pipeline.registry.bases import register_base
-from pipeline.registry.descriptions import pool_description
+from pipeline.registry.descriptions import Measured, pool_description
 from pipeline.registry.experts import reference_to, registered_experts
 from pipeline.registry.names import pool_name, read_name
 from pipeline.registry.retries import RegistryError
+from pipeline.registry.scores import Score, log_scores, scores_of, tags_of
 from pipeline.registry.tracking import active_run
 from pipeline.registry.versions import (
     DIGEST,
+    EVALUATED,
     MODELS,
     REGISTERED,
     create_version,
@@ -114,6 +116,7 @@ def _create(
     references: Mapping[str, ExpertReference],
     served: Mapping[str, Any],
     base_version: str,
+    scores: Sequence[Score] = (),
 ) -> ModelVersion:
     """Makes a pool the next version of `name`; `served` is how its base is loaded (`model_config` of MLflow)."""
     run = active_run()
@@ -149,13 +152,19 @@ def _create(
 
         model_id = log_model(name, write, params, model_type="pool")
     in_use = [expert for expert in pool.names if expert not in pool.retired]
+    numbers = {expert: version for expert, version in numbers_of(pool, references).items() if expert in in_use}
     return create_version(
         pool_name(pool.base_label, name),
         model_id,
         run.info.run_id,
-        tags={"tasks": _listed(in_use), "status": REGISTERED},
+        tags={"tasks": _listed(in_use) or "none", "status": EVALUATED if scores else REGISTERED} | tags_of(scores),
         description=pool_description(
-            pool.base_label, name, numbers_of(pool, references), pool.router.kind, retired=pool.retired
+            pool.base_label,
+            name,
+            numbers,
+            pool.router.kind,
+            retired=pool.retired,
+            measured=Measured(scores) if scores else None,
         ),
     )
 
@@ -167,11 +176,11 @@ def retire_expert(version: ModelVersion, expert: str) -> ModelVersion:
     an expert that the pool lacks, RegistryError for a pool of an earlier release that holds its experts itself.
     """
     named, model = read_name(version.name), logged_model(version)
-    if named is None or named.kind != "pool":
-        raise RegistryError(f"{version.name}/{version.version} is no pool")
+    if named is None or named.kind != "pool" or DIGEST not in model.params:
+        raise RegistryError(f"{version.name}/{version.version} is no pool of this project")
     digest = digest_of(model.params[DIGEST], "retired", expert)
-    if (before := find_pool(named.base, named.name, digest)) is not None:
-        return before
+    if (made := find_pool(named.base, named.name, digest)) is not None:
+        return made
     with tempfile.TemporaryDirectory() as scratch:
         folder = download_pool(f"{MODELS}{version.name}/{version.version}", scratch)
         pool = Pool.load(folder, registered_experts()).retire(expert)
@@ -185,7 +194,10 @@ def retire_expert(version: ModelVersion, expert: str) -> ModelVersion:
             artifact_uri=f"{model.artifact_location}/MLmodel", dst_path=str(Path(scratch) / "model card")
         )
         served = Model.load(card).flavors["python_function"]["config"]
-        return _create(pool, named.name, digest, references, served, model.params["base_version"])
+        kept = [score for score in scores_of(version) if score.dataset != expert]
+        made = _create(pool, named.name, digest, references, served, model.params["base_version"], kept)
+        log_scores(active_run().info.run_id, made, kept)
+        return made
 
 
 def numbers_of(pool: Pool, references: Mapping[str, ExpertReference]) -> dict[str, int]:
@@ -240,7 +252,12 @@ def download_pool(address: str, into: str | Path) -> Path:
         what = f"the {named.kind}{f' {named.name}' * bool(named.name)}" if named else "no pool"
         raise RegistryError(f"{address}: {version.name!r} is {what}; pools are the versions of <base>.pool.<name>")
     folder = mlflow.artifacts.download_artifacts(artifact_uri=f"{location}/artifacts", dst_path=str(into))
-    return next(card.parent for card in Path(folder).rglob(CARD))
+    found = next((card.parent for card in Path(folder).rglob(CARD)), None)
+    if found is None:
+        raise RegistryError(
+            f"{address}: {CARD} is missing below {location}; bring its files back, or use another version"
+        )
+    return found
 
 
 def pip_requirements() -> list[str]:

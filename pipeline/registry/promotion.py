@@ -5,14 +5,29 @@ compares it with the champion. Tag `champions` of the registered model lists the
 step; it is written before the alias moves, and what follows the champion in it is a promotion that was cut off.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, nullcontext
+from datetime import UTC, datetime
 
+import mlflow
 from mlflow import MlflowClient
 from mlflow.entities.model_registry import ModelVersion
 
+from pipeline.locks import file_lock
+from pipeline.registry.contents import experts_of
 from pipeline.registry.retries import RegistryError
 from pipeline.registry.scores import Score, base_kept
-from pipeline.registry.versions import get_version, number
+from pipeline.registry.tracking import database_path
+from pipeline.registry.versions import (
+    all_logged_models,
+    all_versions,
+    describe,
+    get_version,
+    is_ours,
+    logged_model_id,
+    number,
+)
 
 CHAMPION = "champion"
 """Alias of the pool version in use."""
@@ -69,16 +84,61 @@ def reason_against(candidate: Sequence[Score], champion: Sequence[Score], *, tol
     return None
 
 
-def promote(name: str, version: int | str) -> ModelVersion:
+@contextmanager
+def deciding(name: str) -> Iterator[None]:
+    """Keeps other processes from deciding about the same pool meanwhile, where the registry is a file.
+
+    On a server the last decision counts; whoever makes a version of the champion looks again before promoting it.
+    """
+    database = database_path(mlflow.get_tracking_uri())
+    lock = nullcontext() if database is None else file_lock(database.with_name(f"{database.name}.{name}.lock"))
+    with lock:
+        yield
+
+
+def check_complete(version: ModelVersion) -> None:
+    """Raises RegistryError where a pool's version is not ours, or anything that it names is missing."""
+    what = f"{version.name}/{version.version}"
+    if not is_ours(version):
+        raise RegistryError(f"{what} was not registered by this project; it has no experts that could be looked at")
+    needed = set(experts_of(version).values())
+    models = {address.rpartition("/")[0] for address in needed if "/" in address}
+    uploads = {
+        f"{v.name}/{v.version}": logged_model_id(v)
+        for v in (all_versions() if len(models) > 1 else [v for m in models for v in all_versions(f"name = '{m}'")])
+        if v.name in models
+    }
+    if missing := sorted(address for address in needed if "/" in address and address not in uploads):
+        raise RegistryError(f"{what} needs {missing[0]}, which is not in the registry; {_again(what)}")
+    wanted = {uploads[address]: address for address in needed if address in uploads}
+    places = {wanted[m.model_id]: m.artifact_location for m in all_logged_models() if m.model_id in wanted}
+
+    def has_files(address: str) -> bool:
+        return bool(mlflow.artifacts.list_artifacts(artifact_uri=places[address])) if address in places else False
+
+    with ThreadPoolExecutor(16) as pool:
+        for address, there in zip(wanted.values(), pool.map(has_files, wanted.values()), strict=True):
+            if not there:
+                raise RegistryError(f"{what} needs {address}, whose files are missing; {_again(what)}")
+
+
+def _again(what: str) -> str:
+    return f"bring them back, or run the `pointsman learn` that made {what} again, which registers it anew"
+
+
+def promote(name: str, version: int | str, *, checked: bool = True) -> ModelVersion:
     """Makes a version, newer or older, the champion.
 
-    Raises RegistryError if there is no such version.
+    Raises RegistryError if there is no such version, or, if it is to be `checked`, if anything that it names is missing.
     """
     chosen, (in_use, numbers) = get_version(name, version), _champions(name)
+    if checked:
+        check_complete(chosen)
     if in_use != number(chosen):
         client, numbers = MlflowClient(), [*numbers, number(chosen)][-REMEMBERED:]
         client.set_registered_model_tag(name, CHAMPIONS, ",".join(map(str, numbers)))
         client.set_registered_model_alias(name, CHAMPION, str(chosen.version))
+        describe(chosen, tags={"status": f"promoted {datetime.now(UTC):%Y-%m-%d}"})
     return chosen
 
 

@@ -38,7 +38,9 @@ NEWEST = "latest"
 REGISTERED, EVALUATED = "registered", "evaluated"
 """Status of a version before and after its first evaluation."""
 
-_ADDRESS = re.compile(rf"{MODELS}(?P<name>[^/@]+)(?:/(?P<version>\d+|latest)|@(?P<alias>[^/@]+))")
+_ADDRESS = re.compile(
+    rf"(?:{MODELS})?(?P<name>[A-Za-z0-9_.-]+)(?:/(?P<version>[0-9]{{1,9}}|latest)|@(?P<alias>[A-Za-z0-9_.-]+))"
+)
 
 PAGE = 1000
 """Most results of a search."""
@@ -81,6 +83,18 @@ def all_versions(where: str = "") -> Iterator[ModelVersion]:
             return
 
 
+def all_logged_models() -> Iterator[LoggedModel]:
+    """Yields the logged models of all experiments."""
+    client, token = MlflowClient(), None
+    experiments = [experiment.experiment_id for experiment in client.search_experiments(max_results=PAGE)]
+    while experiments:
+        page = client.search_logged_models(experiments, max_results=PAGE, page_token=token)
+        yield from page
+        token = page.token
+        if not token:
+            return
+
+
 def get_version(name: str, version_or_alias: int | str) -> ModelVersion:
     """Returns a version by number or alias, or the newest as `latest`; raises RegistryError that lists what there is."""
     client, wanted = MlflowClient(), str(version_or_alias)
@@ -96,16 +110,21 @@ def get_version(name: str, version_or_alias: int | str) -> ModelVersion:
 
 
 def version_at(address: str) -> ModelVersion:
-    """Returns the version at `models:/<name>/<version>`, `.../latest` or `models:/<name>@<alias>`.
+    """Returns the version at `<name>/<version>`, `<name>/latest` or `<name>@<alias>`, with `models:/` before it or not.
 
     Raises RegistryError for any other address, and for a missing version, with the available ones.
     """
     match = _ADDRESS.fullmatch(address)
     if match is None:
         raise RegistryError(
-            f"{address!r} is not a pool's address; write it like models:/tiny.pool.demo/3 or models:/tiny.pool.demo@champion"
+            f"{address!r} names no version; write it like models:/tiny.pool.demo/3 or models:/tiny.pool.demo@champion"
         )
     return get_version(match["name"], match["version"] or match["alias"])
+
+
+def is_ours(version: ModelVersion) -> bool:
+    """Whether this project has registered a version, as far as its tags tell: others may have names like ours."""
+    return bool({"status", "fingerprint"} & version.tags.keys())
 
 
 def _inventory(client: MlflowClient, name: str) -> str:
@@ -114,7 +133,7 @@ def _inventory(client: MlflowClient, name: str) -> str:
         return "nothing is registered under that name"
     numbers = ", ".join(str(number(version)) for version in reversed(versions_of(name)))
     aliases = ", ".join(f"{alias} = {version}" for alias, version in sorted(models[0].aliases.items()))
-    return f"there are versions {numbers or '(none)'} and aliases {aliases or '(none)'}"
+    return f"there are versions {numbers} and aliases {aliases or '(none)'}" if numbers else "it has no versions"
 
 
 def create_version(

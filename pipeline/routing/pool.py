@@ -218,10 +218,12 @@ class Pool:
         chooses (`token`) there is no such place to stand in, and the expert is removed.
         """
         self._check_has(name)
+        if name in self.retired:
+            raise PoolError(f"expert {name!r} is retired already")
         if self.router.kind == "token":
             return self.remove(name)
         pool = copy(self)
-        pool.retired = tuple(dict.fromkeys((*self.retired, name)))
+        pool.retired = (*self.retired, name)
         return pool
 
     def _check_has(self, name: str) -> None:

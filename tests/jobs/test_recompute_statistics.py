@@ -369,7 +369,7 @@ def test_wrong_pools_are_messages(aged: Aged, tmp_path: Path, tiny_base: Base) -
         str(stranger): "fingerprint 0123456789abcdef, base.path has",
         str(empty): "the pool holds no expert",
         str(newer): "format_version is 99, this code reads up to 3: a newer release wrote it; install that one",
-        "models:/untrained.pool": "is not a pool's address; write it like models:/tiny.pool.demo/3",
+        "models:/untrained.pool": "names no version; write it like models:/tiny.pool.demo/3",
         "models:/untrained.pool.mini/77": "no '77' in 'untrained.pool.mini'; there are versions",
     }
     with open_session(load_config(aged.config, [], LearnConfig), job="test", trains=False) as session:

@@ -16,7 +16,7 @@ from pipeline.registry.experts import register_expert
 from pipeline.registry.pools import register_pool
 from pipeline.registry.scores import Score, log_scores
 from pipeline.registry.tracking import tracked_run
-from pipeline.registry.versions import log_folder
+from pipeline.registry.versions import get_version, log_folder, logged_model
 from pipeline.routing import Pool
 from tests.registry.conftest import Created, MakeExpert, created, make_expert, make_pool, new_experiment
 
@@ -112,16 +112,50 @@ def test_an_expert_retires(uri: str) -> None:
     assert made == {"model": model, "version": 3, "before": 2, "champion": True}
     version = read(uri, "show", model)
     assert (version["version"], version["aliases"]) == (3, ["champion"])
-    assert version["tags"] == {"tasks": "clock", "status": "evaluated", "base_kept": "1.00"}
+    assert version["tags"] == {"tasks": "clock", "status": version["tags"]["status"], "base_kept": "1.00"}
+    assert version["tags"]["status"].startswith("promoted ")
+    assert version["retired"] == ["digits"]
+    assert read(uri, "diff", f"{model}/2", f"{model}/3")["retired"] == ["digits"]
     assert [score["dataset"] for score in version["scores"]] == ["shape"]
     assert "**Retired:** digits; the base answers in their place." in version["description"]
     loaded = mlflow.pyfunc.load_model(f"models:/{model}@champion").unwrap_python_model().routed
     assert loaded.pool.retired == ("digits",)
     assert read(uri, "rollback", model)["champion"] == 2
     assert read(uri, "retire", model, "digits")["version"] == 3
-    outcome = pointsman("retire", model, "later", "--registry", uri)
-    assert outcome.exit_code == 2
-    assert "no expert 'later' in the pool; there are: digits, clock" in outcome.output
+    for expert, message in (
+        ("later", "no expert 'later' in the pool; there are: digits, clock"),
+        ("digits", "is retired"),
+    ):
+        outcome = pointsman("retire", model, expert, "--registry", uri)
+        assert outcome.exit_code == 2
+        assert message in outcome.output
+
+
+def test_what_lacks_something_does_not_become_champion(uri: str) -> None:
+    """A pool's card, or an expert's files; and what others have registered under a name like ours."""
+    mlflow.set_tracking_uri(uri)
+    model, client = "untrained.pool.demo", mlflow.MlflowClient()
+    pointsman("promote", model, "2", "--registry", uri)
+    for name, number, file, message in (
+        (model, 1, "artifacts/pool/pool.json", "untrained.pool.demo/1 is damaged: "),
+        ("untrained.expert.digits", 1, "", "needs untrained.expert.digits/1, whose files are missing; bring them back"),
+    ):
+        place = Path(logged_model(get_version(name, number)).artifact_location.removeprefix("file://")) / file
+        place.rename(place.with_name("away"))
+        outcome = pointsman("promote", model, "1", "--registry", uri)
+        shown = pointsman("show", f"{model}/1", "--registry", uri)
+        place.with_name("away").rename(place)
+        assert (outcome.exit_code, message in outcome.output) == (2, True), outcome.output
+        assert (shown.exit_code, "0.750" in shown.output) == (0, True), shown.output
+    run = read(uri, "show", model)["run_id"]
+    foreign = client.create_logged_model("1", "foreign", run)
+    client.create_registered_model("x.pool.y")
+    client.create_model_version("x.pool.y", f"models:/{foreign.model_id}", run, model_id=foreign.model_id)
+    outcome = pointsman("promote", "x.pool.y", "1", "--registry", uri)
+    assert (outcome.exit_code, "was not registered by this project" in outcome.output) == (2, True), outcome.output
+    assert "x.pool.y" not in [each["model"] for each in read(uri, "list")]
+    assert read(uri, "gc", "--older-than", "0")["found"] == [], "nor does it hinder"
+    assert read(uri, "show", model)["version"] == 2
 
 
 def test_what_no_pool_needs_is_shown_before_it_is_deleted(uri: str, make_expert: MakeExpert, tmp_path: Path) -> None:
@@ -130,7 +164,7 @@ def test_what_no_pool_needs_is_shown_before_it_is_deleted(uri: str, make_expert:
     with mlflow.start_run(run_id=read(uri, "show", "untrained.base")["run_id"]):
         register_expert("untrained", make_expert("later", "e9").save(tmp_path / "later"))
         lost = log_folder("lost", tmp_path / "later", {"digest": "x"}, model_type="expert")
-    assert read(uri, "gc") == {"found": [], "deleted": False}
+    assert read(uri, "gc") == {"found": [], "deleted": 0}
     found = read(uri, "gc", "--older-than", "0")["found"]
     assert [(each["name"], each["why"]) for each in found] == [
         (lost, "upload of lost without a version"),
@@ -157,8 +191,17 @@ def test_there_is_nothing_to_migrate(uri: str) -> None:
         (["show", "untrained.pool.demo@best"], "no 'best' in 'untrained.pool.demo'"),
         (["diff", "untrained.pool.demo/1", "untrained.expert.digits/1"], "untrained.expert.digits/1 is no pool"),
         (["promote", "untrained.expert.digits"], "'untrained.expert.digits' is no pool; pools are called"),
-        (["promote", "untrained.pool.other"], "nothing is registered under that name"),
-        (["rollback", "untrained.pool.other"], "had no other champion before"),
+        (
+            ["promote", "untrained.pool.other"],
+            "no model 'untrained.pool.other' in the registry; there are untrained.",
+        ),
+        (
+            ["rollback", "untrained.pool.demo/1"],
+            "'untrained.pool.demo/1' names a version; name the pool alone, like untrained",
+        ),
+        (["show", "x'y"], 'no model "x\'y" in the registry'),
+        (["show", "untrained.pool.demo/99999999999999999999"], "names no version; write it like"),
+        (["migrate", "--base", "other"], "no experts of an earlier release for base 'other'"),
     ],
 )
 def test_mistakes_are_one_line_and_exit_code_2(uri: str, words: list[str], message: str) -> None:

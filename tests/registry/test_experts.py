@@ -92,7 +92,7 @@ def test_what_a_killed_process_uploaded_is_not_found(
             with pytest.raises(KeyboardInterrupt):
                 register_expert("tiny", folder)
         assert find_expert("tiny", "digits", "aaa") is None
-        with pytest.raises(RegistryError, match=r"there are versions \(none\)"):
+        with pytest.raises(RegistryError, match="it has no versions"):
             download_expert("tiny", "digits", "latest", tmp_path / "none")
         assert int(register_expert("tiny", folder).version) == 1
     assert Expert.load(download_expert("tiny", "digits", "latest", tmp_path / "copy")).card.config_digest == "aaa"

@@ -29,18 +29,17 @@ EXPERTS = {"digits": f"{1:012x}", "clock": f"{2:012x}"}
 
 @pytest.mark.usefixtures("former")
 def test_everything_finished_gets_its_new_name_and_stays_where_it_was(tmp_path: Path) -> None:
-    lines: list[str] = []
-    assert bases_to_migrate() == ["tiny"]
-    with pytest.raises(
-        RegistryError, match=r"tiny\.experts holds 2 versions of an earlier release: run `pointsman registry"
-    ):
+    assert bases_to_migrate() == bases_to_migrate("tiny") == ["tiny"]
+    with pytest.raises(RegistryError, match="no experts of an earlier release for base 'other'; bases with some"):
+        bases_to_migrate("other")
+    message = r"tiny\.experts holds 2 versions of an earlier release: `pointsman registry migrate --registry sqlite:///"
+    with pytest.raises(RegistryError, match=message):
         check_names("tiny")
-    assert migrate("tiny", log=lines.append, dry=True) == 5
+    assert len(list(migrate("tiny", dry=True))) == 5
     assert find_expert("tiny", "digits", EXPERTS["digits"]) is None
-    assert migrate("tiny") == 5
-    assert "  tiny.pool 1 -> tiny.pool.mine (champion)" in lines
+    assert "tiny.pool 1 -> tiny.pool.mine (champion)" in [str(step) for step in migrate("tiny")]
     check_names("tiny")
-    assert migrate("tiny") == 0
+    assert list(migrate("tiny")) == []
     for task, digest in EXPERTS.items():
         version = find_expert("tiny", task, digest)
         assert version is not None
@@ -55,7 +54,7 @@ def test_everything_finished_gets_its_new_name_and_stays_where_it_was(tmp_path: 
 
 @pytest.mark.usefixtures("former")
 def test_a_pool_that_names_a_former_model_finds_its_expert_without_it(tmp_path: Path) -> None:
-    migrate("tiny")
+    list(migrate("tiny"))
     client = MlflowClient()
     for version in versions_of("tiny.experts"):
         client.delete_model_version("tiny.experts", str(version.version))
@@ -86,7 +85,7 @@ def test_stopped_anywhere_a_migration_goes_on(monkeypatch: pytest.MonkeyPatch) -
 
                 patch.setattr(MlflowClient, name, limited)
             try:
-                migrate("tiny")
+                list(migrate("tiny"))
                 break
             except KeyboardInterrupt:
                 calls += 1
@@ -101,9 +100,9 @@ def test_stopped_anywhere_a_migration_goes_on(monkeypatch: pytest.MonkeyPatch) -
 
 @pytest.mark.usefixtures("former")
 def test_a_champion_that_was_chosen_since_stays() -> None:
-    migrate("tiny")
-    promote("tiny.pool.mine", 2)
-    migrate("tiny")
+    list(migrate("tiny"))
+    promote("tiny.pool.mine", 2, checked=False)
+    list(migrate("tiny"))
     in_use = champion("tiny.pool.mine")
     assert in_use is not None
     assert int(in_use.version) == 2

@@ -132,8 +132,8 @@ def test_a_registered_pool_can_be_fetched(learned: Learned, tmp_path: Path) -> N
         download_pool("models:/untrained.pool.demo/7", tmp_path)
     with pytest.raises(RegistryError, match=r"'untrained\.expert\.digits' is the expert digits; pools are"):
         download_pool("models:/untrained.expert.digits/1", tmp_path / "expert")
-    for address in ("models:/untrained.pool.demo", "untrained.pool.demo/1", "models:/untrained.pool.demo/one"):
-        with pytest.raises(RegistryError, match=r"is not a pool's address; write it like models:/tiny\.pool\.demo/3"):
+    for address in ("models:/untrained.pool.demo", "untrained.pool.demo/-1", "models:/untrained.pool.demo/one"):
+        with pytest.raises(RegistryError, match=r"names no version; write it like models:/tiny\.pool\.demo/3"):
             download_pool(address, tmp_path)
 
 

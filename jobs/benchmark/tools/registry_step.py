@@ -22,7 +22,7 @@ from pipeline.registry.browsing import meant
 from pipeline.registry.experts import register_expert
 from pipeline.registry.names import pool_name
 from pipeline.registry.pools import register_pool, retire_expert
-from pipeline.registry.scores import Score, log_scores, scores_of, tags_of
+from pipeline.registry.scores import Score, log_scores, tags_of
 from pipeline.registry.tracking import open_tracking, tracked_run
 from pipeline.registry.versions import describe, version_at
 from pipeline.routing import Pool
@@ -65,7 +65,6 @@ def retire(run_id: str) -> None:
     """Retires an expert of the second pool and promotes what is left."""
     before = version_at(f"models:/{POOL}/2")
     now = retire_expert(before, "first")
-    log_scores(run_id, now, [score for score in scores_of(before) if score.dataset != "first"])
     promotion.promote(POOL, str(now.version))
 
 
@@ -77,7 +76,7 @@ def rollback(run_id: str) -> None:
 
 def migrate(run_id: str) -> None:
     """Migrates a registry of an earlier release."""
-    migration.migrate("former")
+    list(migration.migrate("former"))
 
 
 STEPS: dict[str, Callable[[str], None]] = {

@@ -1,0 +1,44 @@
+"""What a registered pool says of its experts, read without torch."""
+
+import json
+from typing import Any
+
+import mlflow
+from mlflow.entities.model_registry import ModelVersion
+from mlflow.exceptions import MlflowException
+
+from pipeline.registry.retries import RegistryError, is_away
+from pipeline.registry.versions import logged_model
+
+POOL_CARD = "artifacts/pool/pool.json"
+"""Where a pool's card lies among a version's artifacts."""
+
+INSIDE = "in the pool"
+"""In place of a version: earlier releases kept experts in the pool."""
+
+
+def experts_of(version: ModelVersion) -> dict[str, str]:
+    """Returns the experts of a pool's version by name, as `<model>/<version>`, or INSIDE."""
+    references = [{"name": r} if isinstance(r, str) else r for r in _card(version)["experts"]]
+    return {r["name"]: f"{r['model']}/{r['version']}" if r.get("model") else INSIDE for r in references}
+
+
+def retired_of(version: ModelVersion) -> list[str]:
+    """Returns the names of a pool's retired experts."""
+    return list(_card(version).get("retired", ()))
+
+
+def _card(version: ModelVersion) -> dict[str, Any]:
+    """Reads a pool's card as it is: to check it as a pool does would take torch. Raises RegistryError where it is missing."""
+    location = logged_model(version).artifact_location
+    try:
+        card: dict[str, Any] = json.loads(mlflow.artifacts.load_text(f"{location}/{POOL_CARD}"))
+        list(card["experts"])
+        return card
+    except (MlflowException, OSError, ValueError, LookupError, TypeError) as error:
+        if isinstance(error, MlflowException) and is_away(error):
+            raise
+        raise RegistryError(
+            f"{version.name}/{version.version} is damaged: {location}/{POOL_CARD} is missing or cannot be read; bring its "
+            "files back, or use another version"
+        ) from None
