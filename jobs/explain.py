@@ -20,6 +20,7 @@ from pipeline.models.encoding import IMAGE_PLACEHOLDER, collate_for, encode
 from pipeline.models.generation import generate_answers
 from pipeline.registry.experts import registered_experts
 from pipeline.registry.pools import download_pool
+from pipeline.registry.tracking import use_registry
 from pipeline.registry.versions import MODELS
 from pipeline.routing import Pool, PoolError, RoutedModel
 from pipeline.routing.insight import Candidate, Explanation, explain
@@ -88,6 +89,7 @@ def _registered(address: str, scratch: Path) -> Pool:
         raise ConfigError(
             f"--pool {address}: set MLFLOW_TRACKING_URI to the registry that has it, e.g. sqlite:///runs/mlflow.db"
         )
+    use_registry(mlflow.get_tracking_uri())
     return Pool.load(download_pool(address, scratch), registered_experts())
 
 

@@ -207,6 +207,28 @@ def test_the_reason_says_when_tokens_chose_otherwise(tiny_base, known_pool, mixe
     assert any(explanation.decision.expert != owner for explanation, owner in zip(actual, mixed[1], strict=True))
 
 
+@pytest.mark.parametrize("kind", ["prompt", "two_level"])
+def test_where_an_expert_is_retired_the_base_answers_and_all_others_as_before(tiny_base, known_pool, mixed, kind):
+    """The reason says so; every other answer is the same."""
+    rows, owners = mixed
+    pool = known_pool.routed_by(kind=kind)
+    gone = known_pool.names[0]
+    with attached(tiny_base, pool) as routed:
+        (before, _), decided = generate(tiny_base, rows), routed.decisions
+        with routed.forced(None):
+            bare, _ = generate(tiny_base, rows)
+    with attached(tiny_base, pool.retire(gone)) as routed:
+        (after, _), decisions = generate(tiny_base, rows), routed.decisions
+    for row, owner in enumerate(owners):
+        assert decisions[row].expert == (None if owner == gone else owner)
+        assert decisions[row] == decided[row] or owner == gone
+        assert after[row].equal((bare if owner == gone else before)[row])
+    for explanation, owner in zip(explained(tiny_base, pool.retire(gone), rows)[0], owners, strict=True):
+        if owner == gone:
+            assert explanation.reason.startswith(f"the base: the prompt is {gone}'s (")
+            assert explanation.reason.endswith("likely), which is retired")
+
+
 def test_one_expert_alone(tiny_base, known_pool, mixed):
     alone = Pool("tiny", tiny_base.fingerprint, RouterConfig(), [known_pool.experts["speaker"]])
     rows, owners = mixed
