@@ -102,6 +102,8 @@ class Catalog:
         scores: Sequence[Score],
     ) -> None:
         verdict = self._decide(version, scores)
+        if DESCRIBED in (version.description or ""):
+            return  # by the run that made it
         own = {
             name: result.experts.get(name if name in pool.names else BASE, 0) / max(1, sum(result.experts.values()))
             for name, result in evaluation.results.items()
@@ -136,7 +138,7 @@ class Catalog:
             reason = reason_against(scores, scores_of(now) if now else (), tolerance=settings.tolerance)
             if reason is None:
                 promote(version.name, str(version.version))
-                return "by the gate" + (f", after version {now.version}" if now else ": there was no champion")
+                return "promoted by the gate" + (f", after version {now.version}" if now else "")
         describe(version, tags={"status": f"refused: {reason}"[:100]})
         log(
             f"  {version.name} {version.version} does not become champion: {reason}; "
