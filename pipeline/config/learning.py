@@ -79,7 +79,8 @@ class BaseModelConfig(Config):
     @property
     def label(self) -> str:
         """The base's name in the registry."""
-        return self.name or Path(without_secrets(self.path).partition("?")[0]).name.removesuffix(".gguf")
+        last = Path(without_secrets(self.path).partition("?")[0]).name.removesuffix(".gguf")
+        return self.name or re.sub(r"[^A-Za-z0-9_.-]+", "-", last)
 
 
 class ExpertConfig(Config):

@@ -397,3 +397,26 @@ def test_what_is_wrong_between_fields_is_said_without_all_that_is_right(file) ->
     assert output.startswith(f"{file}: expert.batch_size is 2 and training.workers 4: ")
     assert "given" not in output
     assert "digits" not in output
+
+
+@pytest.mark.parametrize(
+    ("path", "label"),
+    [
+        ("OpenGVLab/InternVL3_5-8B", "InternVL3_5-8B"),
+        ("s3://bucket/models/tuned?endpoint_override=localhost:9000", "tuned"),
+        ("/models/my base (new)", "my-base-new-"),
+        ("weights/llava.Q4.gguf", "llava.Q4"),
+    ],
+)
+def test_a_base_is_called_in_the_registry_as_its_files_are(path: str, label: str) -> None:
+    assert BaseModelConfig(path=path).label == label
+    assert BaseModelConfig(path=path, name="mine").label == "mine"
+
+
+def test_names_that_the_registry_would_misread_are_refused() -> None:
+    for settings in ({"path": "a.pool.b"}, {"path": "x", "name": "a.expert"}):
+        with pytest.raises(ValueError, match="cannot be the base's name in the registry; set base.name"):
+            BaseModelConfig.model_validate(settings)
+    for name in ("latest", "v1"):
+        with pytest.raises(ValueError, match="is a word of the model registry"):
+            TaskConfig.model_validate({"name": name, "eval": "x.jsonl"})
