@@ -65,6 +65,9 @@ SIGNATURE = ModelSignature(
 LISTED = 3
 """Most tasks in a version's tag; its description has them all."""
 
+NOT_SERVED = {"data", "evaluation", "learning", "planning", "training"}
+"""Rooms whose code no answer takes; none below imports from them."""
+
 _REQUIREMENTS = (
     "mlflow",
     "torch",
@@ -266,9 +269,11 @@ def pip_requirements() -> list[str]:
 
 
 def _copy_code(scratch: Path) -> Path:
-    """Copies the package's Python files, without the shipped weights: the base artifact holds them."""
+    """Copies the Python files that answering takes, without the shipped weights: the base artifact holds them."""
     package = Path(pipeline.__file__).parent
     for source in package.rglob("*.py"):
+        if source.relative_to(package).parts[0] in NOT_SERVED:
+            continue
         target = scratch / package.name / source.relative_to(package)
         target.parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(source, target)
