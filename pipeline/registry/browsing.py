@@ -3,6 +3,7 @@
 import re
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
 from mlflow import MlflowClient
@@ -13,7 +14,17 @@ from pipeline.registry.names import Kind, read_name
 from pipeline.registry.promotion import CHAMPION
 from pipeline.registry.retries import RegistryError
 from pipeline.registry.scores import Score, scores_of
-from pipeline.registry.versions import MODELS, NEWEST, PAGE, get_version, is_ours, logged_model, number, version_at
+from pipeline.registry.versions import (
+    MODELS,
+    NEWEST,
+    PAGE,
+    get_version,
+    is_ours,
+    logged_model,
+    number,
+    paged,
+    version_at,
+)
 
 
 @dataclass(frozen=True)
@@ -97,13 +108,7 @@ def listed(kind: Kind | None = None, base: str | None = None) -> list[Listed]:
 
 
 def _models() -> Iterator[RegisteredModel]:
-    client, token = MlflowClient(), None
-    while True:
-        page = client.search_registered_models(max_results=PAGE, page_token=token)
-        yield from page
-        token = page.token
-        if not token:
-            return
+    return paged(partial(MlflowClient().search_registered_models, max_results=PAGE))
 
 
 def meant(address: str) -> ModelVersion:

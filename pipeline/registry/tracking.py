@@ -61,14 +61,9 @@ def open_tracking(uri: str, experiment: str, *, on_wait: Callable[[str], None] =
     Raises RegistryError for an invalid address, a server that does not answer, a damaged database or one of a newer MLflow,
     a deleted experiment.
     """
-    _calm()
-    database = database_path(uri)
+    database = _reach(uri)
     if database is None:
-        fail_fast()
-        mlflow.set_tracking_uri(_with_credentials_aside(uri))
-        check_server()
         return _experiment(experiment, None)
-    mlflow.set_tracking_uri(f"{SQLITE}{database}")
     with file_lock(database.with_name(database.name + ".lock"), on_wait=on_wait, why="which prepares the registry"):
         check_database(database)
         try:
@@ -86,21 +81,25 @@ def open_tracking(uri: str, experiment: str, *, on_wait: Callable[[str], None] =
             ) from None
 
 
-def _calm() -> None:
-    """Keeps MLflow from reporting what nobody asked for."""
+def _reach(uri: str) -> Path | None:
+    """Points MLflow, which from now on reports nothing that nobody asked for, at a server or a file; returns the file."""
     for chatty in _CHATTY:
         logging.getLogger(chatty).setLevel(logging.WARNING)
     os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")  # a bar per copied file drowns the job's own
+    database = database_path(uri)
+    if database is not None:
+        mlflow.set_tracking_uri(f"{SQLITE}{database}")
+        return database
+    fail_fast()
+    mlflow.set_tracking_uri(_with_credentials_aside(uri))
+    check_server()
+    return None
 
 
 def use_registry(uri: str) -> None:
     """Points MLflow at a registry that is there, to look at it; raises RegistryError where there is none."""
-    _calm()
-    database = database_path(uri)
+    database = _reach(uri)
     if database is None:
-        fail_fast()
-        mlflow.set_tracking_uri(_with_credentials_aside(uri))
-        check_server()
         return
     if not database.is_file():
         raise RegistryError(
@@ -108,7 +107,6 @@ def use_registry(uri: str) -> None:
             "MLFLOW_TRACKING_URI"
         )
     check_database(database)
-    mlflow.set_tracking_uri(f"{SQLITE}{database}")
 
 
 def check_database(database: Path) -> None:

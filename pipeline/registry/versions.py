@@ -7,6 +7,7 @@ with all that it says; what a killed process leaves behind is a logged model tha
 import json
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -74,21 +75,21 @@ def versions_of(name: str) -> list[ModelVersion]:
 
 def all_versions(where: str = "") -> Iterator[ModelVersion]:
     """Yields the versions of the registry that `where` chooses, by default all."""
-    client, token = MlflowClient(), None
-    while True:
-        page = client.search_model_versions(where, max_results=PAGE, page_token=token)
-        yield from page
-        token = page.token
-        if not token:
-            return
+    return paged(partial(MlflowClient().search_model_versions, where, max_results=PAGE))
 
 
 def all_logged_models() -> Iterator[LoggedModel]:
     """Yields the logged models of all experiments."""
-    client, token = MlflowClient(), None
+    client = MlflowClient()
     experiments = [experiment.experiment_id for experiment in client.search_experiments(max_results=PAGE)]
-    while experiments:
-        page = client.search_logged_models(experiments, max_results=PAGE, page_token=token)
+    return paged(partial(client.search_logged_models, experiments, max_results=PAGE)) if experiments else iter(())
+
+
+def paged(search: Callable[..., Any]) -> Iterator[Any]:
+    """Yields all results of a search of MLflow's client, page after page."""
+    token = None
+    while True:
+        page = search(page_token=token)
         yield from page
         token = page.token
         if not token:
