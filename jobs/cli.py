@@ -10,16 +10,25 @@ from jobs.lazy import Lazy, lazy_group
 class TeachingCommand(TyperCommand):
     """A command whose help ends with every field of its configuration."""
 
+    config_class = "LearnConfig"
+
     def format_epilog(self, ctx: Any, formatter: Any) -> None:
         """Writes the fields as they stand, one to a paragraph."""
         from jobs.options import fields_help  # with all that jobs need: not before a job is looked at
 
-        formatter.write("\n" + fields_help() + "\n")
+        formatter.write("\n" + fields_help(self.config_class) + "\n")
+
+
+class TeachingAdd(TeachingCommand):
+    """The command that adds a task."""
+
+    config_class = "AddConfig"
 
 
 JOBS = {
     "learn": Lazy("jobs.learn:main", "Learn a stream of tasks one after the other.", TeachingCommand),
     "compare": Lazy("jobs.compare:main", "Compare the learned pool with the alternatives.", TeachingCommand),
+    "add": Lazy("jobs.add:main", "Add one task to a registered pool, without any earlier data.", TeachingAdd),
     "sweep": Lazy("jobs.sweep:main", "Sweep LoRA rank x router temperature for one task.", TeachingCommand),
     "plan": Lazy("jobs.plan:main", "Plan a stream before any GPU is rented.", TeachingCommand),
     "recompute-statistics": Lazy(

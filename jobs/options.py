@@ -3,14 +3,17 @@
 import os
 import sys
 from pathlib import Path
-from typing import Annotated, NoReturn
+from typing import Annotated, NoReturn, TypeVar
 
 import typer
 
+import pipeline.config
 from cluster.local import JOB_CONFIG
 from cluster.submit import submit
-from pipeline.config import Config, ConfigError, LearnConfig, holds_secrets, load_config, without_secrets
+from pipeline.config import AddConfig, Config, ConfigError, LearnConfig, holds_secrets, load_config, without_secrets
 from pipeline.config.loading import aliases_of, documented_fields
+
+C = TypeVar("C", AddConfig, LearnConfig)
 
 DEMO = Path(__file__).parent / "configs" / "demo.yaml"
 """The stream that ships with the project."""
@@ -29,15 +32,20 @@ Address = Annotated[
 
 
 def load(config: Path, overrides: list[str] | None) -> LearnConfig:
-    """Reads the configuration of a stream with overrides.
+    """Reads the configuration of a stream with overrides (see `load_as`)."""
+    return load_as(config, overrides, LearnConfig)
+
+
+def load_as(config: Path, overrides: list[str] | None, config_class: type[C]) -> C:
+    """Reads a configuration with overrides.
 
     A submitted job runs in a copy of the working folder that Ray throws away; there, a relative `output` counts from
     `~/pointsman`, so that results last and a job that is submitted again finds them.
     """
-    settings = load_config(config, overrides or [], LearnConfig)
+    settings = load_config(config, overrides or [], config_class)
     if JOB_CONFIG in os.environ and not Path(settings.output).is_absolute():
         settings = settings.model_copy(update={"output": str(Path.home() / "pointsman" / settings.output)})
-        typer.echo(f"output goes to {settings.folder}")
+        typer.echo(f"output goes to {settings.output}")
     return settings
 
 
@@ -46,9 +54,9 @@ def job_command(module: str, config: Path, overrides: list[str] | None, address:
     root = Path.cwd()
     if not config.resolve().is_relative_to(root):
         raise ConfigError(f"{config}: must lie below {root}, which is what the cluster gets as working directory")
-    if exposed := next(filter(holds_secrets, overrides or []), None):
+    if exposed := next(filter(holds_secrets, [*(overrides or []), *more]), None):
         raise ConfigError(
-            f"override {without_secrets(exposed)!r}: it holds a key, which every user of the cluster could read in the list of "
+            f"{without_secrets(exposed)!r}: it holds a key, which every user of the cluster could read in the list of "
             f"jobs; write it into {config}"
         )
     relative = config.resolve().relative_to(root)
@@ -56,17 +64,18 @@ def job_command(module: str, config: Path, overrides: list[str] | None, address:
     sys.exit(outcome.exit_code)
 
 
-def fields_help() -> str:
-    """Returns every field of a stream's configuration with its default and meaning, for `--help`."""
+def fields_help(config_class: str) -> str:
+    """Returns every field of a configuration class with its default and meaning, for `--help`."""
+    fields: type[Config] = getattr(pipeline.config, config_class)
     lines = [
         "Fields of CONFIG. FIELD=VALUE overrides those that are not in a list ([]); `extends: other.yaml` takes the",
         "others from there. A source (train, eval, base_prompts) can be a plain path. Benchmarks are tasks without `train`.",
         "",
     ]
     aliases: dict[str, list[str]] = {}
-    for alias, name in aliases_of(LearnConfig).items():
+    for alias, name in aliases_of(fields).items():
         aliases.setdefault(name, []).append(f"also {alias}")
-    for name, field in documented_fields(LearnConfig):
+    for name, field in documented_fields(fields):
         if not field.description:
             continue
         default = field.get_default(call_default_factory=True)

@@ -7,7 +7,7 @@ import typer
 from jobs.registry.options import Json, Pool, RegistryUri, pool_model, print_json, registry
 from pipeline.registry import promotion
 from pipeline.registry.browsing import meant
-from pipeline.registry.pools import retire_expert
+from pipeline.registry.successors import retire_expert
 from pipeline.registry.tracking import run_beside
 
 

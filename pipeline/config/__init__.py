@@ -4,6 +4,7 @@ Every field says what it is, its unit and why its default is what it is; the sam
 messages show.
 """
 
+from pipeline.config.adding import AddConfig
 from pipeline.config.core import Config, ConfigError, digest, holds_secrets, without_secrets
 from pipeline.config.learning import (
     BaseModelConfig,
@@ -18,6 +19,7 @@ from pipeline.config.loading import fields_of, load_config
 from pipeline.config.tasks import ColumnsConfig, DataConfig, Source, SourceConfig, StreamConfig, TaskConfig
 
 __all__ = [
+    "AddConfig",
     "BaseModelConfig",
     "ColumnsConfig",
     "Config",

@@ -20,7 +20,7 @@ SHARED_FOLDERS = ("data", "experts")
 """Folders below `output` that belong to no single run: rows and answers, and the experts that pools refer to."""
 
 
-def _on_a_file_system(path: str) -> str:
+def on_a_file_system(path: str) -> str:
     """Returns the path of a folder; refuses URIs of object stores, where files cannot be renamed or locked."""
     scheme, separator, rest = path.partition("://")
     if separator and not (scheme == "file" and rest.startswith("/")):
@@ -28,7 +28,8 @@ def _on_a_file_system(path: str) -> str:
     return rest if separator else str(Path(path).expanduser()) if path.startswith("~") else path
 
 
-def _no_shared_folder(name: str) -> str:
+def no_shared_folder(name: str) -> str:
+    """Refuses the name of a folder that belongs to no single run."""
     if name in SHARED_FOLDERS:
         raise ValueError(f"<output>/{name} is what all runs of an output folder share; choose another name")
     return name
@@ -275,9 +276,9 @@ class RegistryConfig(Config):
 class LearnConfig(Config):
     """All settings of `pointsman learn`; one YAML file."""
 
-    name: Annotated[str, AfterValidator(_no_shared_folder)] = Field(default="demo", pattern=r"^[A-Za-z0-9_-]+$")
+    name: Annotated[str, AfterValidator(no_shared_folder)] = Field(default="demo", pattern=r"^[A-Za-z0-9_-]+$")
     """Name of the run; its folder is `<output>/<name>`."""
-    output: Annotated[str, AfterValidator(_on_a_file_system)] = "runs"
+    output: Annotated[str, AfterValidator(on_a_file_system)] = "runs"
     """Folder for results, checkpoints and, by default, MLflow's database. On a cluster: shared storage; an object store must be
     mounted."""
     seed: int = 0

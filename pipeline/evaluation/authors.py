@@ -48,6 +48,10 @@ class Authors:
         """Returns the name of an expert, or that of the base."""
         return BASE if choice == NULL_EXPERT or self.pool is None else self.pool.names[choice]
 
+    def own_of(self, task: str) -> str:
+        """Returns who should answer the prompts of a task, or of a base ability."""
+        return task if self.pool is not None and task in self.pool.names else BASE
+
     def work(self, request: PageRequest, location: Slices, max_new_tokens: int) -> Work:
         """Returns the actor call for a request."""
         rows = (request.prompts, max_new_tokens, location.rows, *location.blocks)

@@ -10,6 +10,7 @@
 So after task n only the answers of its expert are generated, and those to prompts whose expert has changed.
 """
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
@@ -26,10 +27,12 @@ from pipeline.evaluation.actors import PredictorActors
 from pipeline.evaluation.answers import AnswerStore
 from pipeline.evaluation.authors import Authors, PageRequest
 from pipeline.evaluation.choices import Mode, choices, reasons, routers_of
+from pipeline.evaluation.matrix import BASE
 from pipeline.evaluation.pages import Slices, blocks, slices
 from pipeline.evaluation.prompts import EvalTask, PromptTable
 from pipeline.evaluation.reading import PromptTables, compute_image_embeds, name_of
 from pipeline.evaluation.results import Evaluation, TaskResult, scored
+from pipeline.registry.evaluated_prompts import EvaluatedPrompts
 from pipeline.routing.pool import Pool
 from pipeline.routing.routes import MIXED
 
@@ -97,9 +100,26 @@ class Evaluator:
         why = iter(reasons(routers, mode, shown) if samples else ())
         results = {}
         for task, table, choice in zip(tasks, tables, chosen, strict=True):
-            result = self._result(name_of(task, width), task, table, choice, authors, samples)
+            own = authors.own_of(task.name) if mode == "routed" else None
+            result = self._result(name_of(task, width), task, table, choice, authors, samples, own)
             results[task.name] = replace(result, samples=tuple(replace(s, why=next(why)) for s in result.samples))
         return Evaluation(results)
+
+    def record(self, task: EvalTask, pool: Pool, actors: PredictorActors) -> EvaluatedPrompts:
+        """Returns a task's prompts with the scores of its expert in `pool` and of the base, as far as they have answered."""
+        (table,) = self.tables.of([task], pool.width or self.width, actors)
+        authors = [dict(zip(pool.names, pool.digests, strict=True)).get(task.name), BASE]
+        answers = [self.store.of(author, table.prompts.tolist()) if author else {} for author in authors]
+        ids, questions, groups, scores = [], [], [], []
+        for prompt, id, question, reference in table.rows(["prompt", "id", "question", "reference"]):
+            texts = [of[prompt].text if prompt in of else None for of in answers]
+            given = [scored(task.name, task.config.metric, id, question, reference, text or "", "") for text in texts]
+            ids.append(id)
+            questions.append(question)
+            groups.append(given[0].group)
+            scores.append([math.nan if text is None else p.score for text, p in zip(texts, given, strict=True)])
+        own_N, base_N = np.array(scores, np.float64).reshape(-1, 2).T
+        return EvaluatedPrompts(ids, questions, groups, table.features_NF.numpy(), own_N, base_N)
 
     def _generate(
         self,
@@ -169,11 +189,18 @@ class Evaluator:
             ) from None
 
     def _result(
-        self, name: str, task: EvalTask, table: PromptTable, choice: np.ndarray, authors: Authors, samples: int
+        self,
+        name: str,
+        task: EvalTask,
+        table: PromptTable,
+        choice: np.ndarray,
+        authors: Authors,
+        samples: int,
+        own: str | None,
     ) -> TaskResult:
         """Scores a task's answers; reuses the last result where the same authors answer."""
         keys = {value: authors.key_of(value) for value in np.unique(choice).tolist()}
-        metric, same = task.config.metric, (choice.tobytes(), tuple(keys.values()), samples)
+        metric, same = task.config.metric, (choice.tobytes(), tuple(keys.values()), samples, own)
         before = self._results.get((name, metric))
         if before is not None and before[0] == same:
             return before[1]
@@ -183,6 +210,6 @@ class Evaluator:
             answer = self.store.of(keys[value], [])[prompt]
             expert = answer.expert if value == MIXED else authors.name_of(value)
             predictions.append(scored(task.name, metric, id, question, reference, answer.text, expert))
-        result = TaskResult.of(predictions, samples)
+        result = TaskResult.of(predictions, samples, own=own)
         self._results[name, metric] = same, result
         return result

@@ -47,6 +47,16 @@ def scored(
 
 
 @dataclass(frozen=True)
+class Stray:
+    """A prompt that was not routed to its task's expert (of a base ability: not to the base)."""
+
+    id: str
+    question: str
+    expert: str
+    """Who answered: an expert, or `base`."""
+
+
+@dataclass(frozen=True)
 class TaskResult:
     """Result on one task or benchmark."""
 
@@ -58,10 +68,12 @@ class TaskResult:
     """Prompts by the expert that answered them, or `base`."""
     samples: tuple[Prediction, ...] = ()
     """The first predictions."""
+    strays: tuple[Stray, ...] = ()
+    """With routing: the prompts that went elsewhere than they should."""
 
     @classmethod
-    def of(cls, predictions: Sequence[Prediction], samples: int = 0) -> "TaskResult":
-        """Aggregates a task's predictions, and keeps the first `samples` of them.
+    def of(cls, predictions: Sequence[Prediction], samples: int = 0, *, own: str | None = None) -> "TaskResult":
+        """Aggregates a task's predictions, and keeps the first `samples` of them; `own` is who should have answered.
 
             A = 1/|Q| · Σ_{q in Q} min_{p in q} score(p)
 
@@ -80,6 +92,7 @@ class TaskResult:
             row_accuracy=fmean(p.score for p in predictions) if grouped else None,
             experts=dict(Counter(p.expert for p in predictions)),
             samples=tuple(predictions[:samples]),
+            strays=tuple(Stray(p.id, p.question, p.expert) for p in predictions if own not in (None, p.expert)),
         )
 
 
@@ -136,5 +149,6 @@ class Evaluation:
                 Prediction(**{"task" if key == "column" else key: value for key, value in sample.items()})
                 for sample in result["samples"]
             )
-            results[name] = TaskResult(**(result | {"samples": samples}))
+            strays = tuple(Stray(**stray) for stray in result.get("strays", ()))
+            results[name] = TaskResult(**(result | {"samples": samples, "strays": strays}))
         return cls(results)

@@ -12,8 +12,12 @@ from pipeline.evaluation.results import Evaluation
 from pipeline.learning.session import StreamSession
 from pipeline.provenance import command_line, git_commit
 from pipeline.registry.descriptions import DESCRIBED, Answered, Measured, Origin, expert_description, pool_description
-from pipeline.registry.promotion import champion, deciding, promote, reason_against
+from pipeline.registry.evaluated_prompts import has_prompts, keep_prompts
+from pipeline.registry.names import read_name
+from pipeline.registry.promotion import REFUSED, champion, deciding, promote, reason_against
 from pipeline.registry.scores import Score, log_scores, scores_of, tags_of
+from pipeline.registry.strays import RoutedPrompt, Strays, keep_strays, strays_of
+from pipeline.registry.successors import base_of, contains
 from pipeline.registry.versions import EVALUATED, REGISTERED, describe, get_version, number
 from pipeline.routing.pool import Pool
 
@@ -27,20 +31,29 @@ KEPT = "what was learned is safe; the same command tells the registry again"
 
 
 class Catalog:
-    """Tells the registry of one run's versions; `base` is the evaluation of the base alone."""
+    """Tells the registry of one run's versions.
 
-    def __init__(self, session: StreamSession, base: Evaluation) -> None:
-        self._session, self._base = session, base
+    `base` are the base's accuracies by task and base ability, `digests` name their evaluation prompts.
+    """
+
+    def __init__(self, session: StreamSession, base: Mapping[str, float], digests: Mapping[str, str]) -> None:
+        self._session, self._base, self._digests = session, base, digests
+        self._abilities = [task.name for task in session.config.stream.benchmarks]
+        """Base abilities whose prompts are to be looked after."""
         self._run = f"#/experiments/{session.experiment}/runs/{session.mlflow_run_id}"
         self._origin = Origin(command_line(), git_commit(), self._run)
 
     def show(self, version: ModelVersion, pool: Pool, evaluation: Evaluation, expert: ModelVersion) -> None:
         """Tells the scores of a pool's version, and of the `expert` that it brings."""
         scores, run_id = self._scores(pool, evaluation), self._session.mlflow_run_id
-        own = [score for score in scores if score.dataset == pool.names[-1]]
+        named = read_name(expert.name)
+        own = [score for score in scores if named is not None and score.dataset == named.name]
 
         def tell() -> None:
             log_scores(run_id, version, scores)
+            if strays_of(version) is None:
+                keep_strays(version, _strays(pool, scores, evaluation))
+            self._keep_prompts(version, pool, own, expert)
             undecided = version.tags.get("status") == REGISTERED
             describe(version, tags=tags_of(scores) | ({"status": EVALUATED} if undecided else {}))
             if own and "accuracy" not in expert.tags:  # what it had in the first pool that it joined stays
@@ -48,6 +61,14 @@ class Catalog:
                 describe(expert, tags={"accuracy": f"{own[0].accuracy:.3f}", "status": EVALUATED})
 
         self._session.retry(tell, f"telling the scores of {version.name} {version.version}", kept=KEPT)
+
+    def _keep_prompts(self, version: ModelVersion, pool: Pool, own: Sequence[Score], expert: ModelVersion) -> None:
+        """Keeps the evaluation prompts of a task beside its expert, those of the base abilities beside the base."""
+        base = base_of(version) if self._abilities else None
+        for name, holder in [*((s.dataset, expert) for s in own), *((name, base) for name in self._abilities)]:
+            if holder is not None and not has_prompts(holder, self._digests[name]):
+                keep_prompts(holder, self._digests[name], self._session.evaluated_prompts(name, pool))
+        self._abilities = []  # of all versions of this run
 
     def close(
         self,
@@ -68,7 +89,7 @@ class Catalog:
                 self._describe_expert(
                     task, experts[task.name], pool, evaluation, scores, metrics[task.name].get("rows")
                 )
-            self._describe_pool(version, pool, evaluation, experts, scores)
+            self._describe_pool(version, pool, evaluation, scores)
 
         self._session.retry(tell, f"describing {version.name} {version.version}", kept=KEPT)
 
@@ -98,7 +119,6 @@ class Catalog:
         version: ModelVersion,
         pool: Pool,
         evaluation: Evaluation,
-        experts: Mapping[str, ModelVersion],
         scores: Sequence[Score],
     ) -> None:
         verdict = self._decide(version, scores)
@@ -108,7 +128,7 @@ class Catalog:
             name: result.experts.get(name if name in pool.names else BASE, 0) / max(1, sum(result.experts.values()))
             for name, result in evaluation.results.items()
         }
-        numbers = {name: number(experts[name]) for name in pool.names}
+        numbers = {r.name: r.version or 0 for r in pool.card.experts if r.name not in pool.retired}
         describe(
             version,
             tags={},
@@ -117,6 +137,7 @@ class Catalog:
                 self._session.config.pool,
                 numbers,
                 pool.router.kind,
+                retired=pool.retired,
                 measured=Measured(scores, own, _samples(evaluation, list(evaluation.results), SAMPLES)),
                 verdict=verdict,
                 origin=self._origin,
@@ -133,13 +154,15 @@ class Catalog:
             status = get_version(version.name, str(version.version)).tags.get("status", "")
             if status.startswith("promoted"):
                 return f"{status}, and no champion any more"  # someone has rolled back
+            if now is not None and number(now) > number(version) and contains(now, version):
+                return f"part of version {now.version}, the champion"  # others have added to it meanwhile
             if settings.promote == "manual":
                 return f"by hand: `pointsman registry promote {version.name} {version.version}`"
             reason = reason_against(scores, scores_of(now) if now else (), tolerance=settings.tolerance)
             if reason is None:
                 promote(version.name, str(version.version))
                 return "promoted by the gate" + (f", after version {now.version}" if now else "")
-        describe(version, tags={"status": f"refused: {reason}"[:100]})
+        describe(version, tags={"status": f"{REFUSED}: {reason}"[:100]})
         log(
             f"  {version.name} {version.version} does not become champion: {reason}; "
             f"`pointsman registry promote {version.name} {version.version}` makes it so"
@@ -147,13 +170,21 @@ class Catalog:
         return f"refused by the gate: {reason}"
 
     def _scores(self, pool: Pool, evaluation: Evaluation) -> list[Score]:
-        base, tasks = self._base.accuracies(), self._session.data.eval_tasks
         return [
-            Score(
-                name, self._session.identity.scored_rows(tasks[name]), accuracy, base.get(name), name not in pool.names
-            )
+            Score(name, self._digests[name], accuracy, self._base.get(name), name not in pool.names)
             for name, accuracy in evaluation.accuracies().items()
         ]
+
+
+def _strays(pool: Pool, scores: Sequence[Score], evaluation: Evaluation) -> dict[str, Strays]:
+    return {
+        score.dataset: Strays(
+            score.digest,
+            BASE if score.ability or score.dataset in pool.retired else score.dataset,
+            [RoutedPrompt(s.id, s.question, s.expert) for s in evaluation.results[score.dataset].strays],
+        )
+        for score in scores
+    }
 
 
 def _samples(evaluation: Evaluation, names: Sequence[str], count: int) -> list[Answered]:

@@ -4,37 +4,31 @@ For each task: train an expert and its routing vectors from this task's data alo
 evaluate the pool on all tasks seen and on the base abilities. Stopped at any moment, the same call goes on.
 """
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from time import monotonic
-from typing import Any, NamedTuple
+from typing import Any
 
 import mlflow
-from mlflow.entities.model_registry import ModelVersion
 
 from cluster.usage import memory_bytes
-from pipeline.config import TaskConfig
 from pipeline.errors import UserError
 from pipeline.evaluation.matrix import AccuracyMatrix
 from pipeline.evaluation.report import write_report
 from pipeline.files import write_json
 from pipeline.learning.catalog import Catalog
-from pipeline.learning.changes import check_tasks, remember
+from pipeline.learning.changes import check_tasks
 from pipeline.learning.evaluations import PoolEvaluations
+from pipeline.learning.registering import registered_expert
 from pipeline.learning.session import StreamSession
-from pipeline.learning.state import Stopwatch, read_json
+from pipeline.learning.state import Stopwatch
 from pipeline.learning.summary import answers, learned, session_provenance
-from pipeline.learning.trainings import TrainedExpert, Trainings, with_metrics
+from pipeline.learning.trainings import Trainings, with_metrics
 from pipeline.memory import trim_memory
 from pipeline.provenance import now
-from pipeline.registry.experts import find_expert, register_expert
 from pipeline.registry.pools import register_pool
-from pipeline.registry.tracking import log_dataset
-from pipeline.routing.expert import ExpertCard
 from pipeline.routing.pool import Pool
-from pipeline.routing.store import ExpertReference, StoredExpert
 
 
 @dataclass(frozen=True)
@@ -60,7 +54,7 @@ def learn_stream(session: StreamSession) -> LearnResult:
     pool_folder, metrics, versions = session.folder / "pool", {}, {}
     last = session.evaluate([*names, *benchmarks], None, "base", who="the base")
     matrix.record("base", last.accuracies())
-    catalog = Catalog(session, last)
+    catalog = Catalog(session, last.accuracies(), session.scored_rows)
     evaluations = PoolEvaluations(session, matrix, catalog)
     for number, task in enumerate(config.stream.tasks):
         session.progress.log(f"task {number + 1}/{len(names)}: {task.name}", "bold")
@@ -71,7 +65,7 @@ def learn_stream(session: StreamSession) -> LearnResult:
             evaluations.end()  # of the pool before, which is whole
             raise
         ended = monotonic()
-        registered = _registered(session, task, trained)
+        registered = registered_expert(session, task, trained)
         versions[task.name], metrics[task.name] = registered.version, registered.metrics
         pool = pool.add(registered.expert)
         pool.save(pool_folder)
@@ -113,42 +107,6 @@ def learn_stream(session: StreamSession) -> LearnResult:
         "answers": answers(last, names, session.generated.count),
     }
     return LearnResult(pool, pool_folder, pool_key, summary)
-
-
-class _Registered(NamedTuple):
-    """A registered expert, ready for the pool."""
-
-    expert: StoredExpert
-    version: ModelVersion
-    metrics: dict[str, Any]
-
-
-def _registered(session: StreamSession, task: TaskConfig, trained: TrainedExpert) -> _Registered:
-    """Registers a task's expert, unless it is registered already."""
-    metrics, folder = read_json(trained.file), session.experts.ensure(trained.reference)
-    expert = StoredExpert(ExpertReference.of(folder), session.experts)
-    version = session.retry(
-        partial(_register, session, task, expert.expert.card, folder, metrics),
-        f"registering expert {task.name}",
-        kept=f"the trained expert is safe in {folder}; it will not be trained again",
-    )
-    if trained.before:
-        session.progress.log(f"  learned before, version {version.version} of {version.name}")
-    remember(session, expert.expert.card)
-    return _Registered(expert.registered_as(version.name, int(version.version)), version, metrics)
-
-
-def _register(
-    session: StreamSession, task: TaskConfig, card: ExpertCard, folder: Path, metrics: Mapping[str, Any]
-) -> ModelVersion:
-    """Returns the registry version of a trained expert; creates it if there is none."""
-    label = session.config.base.label
-    if (version := find_expert(label, card.task, card.config_digest)) is not None:
-        return version
-    if "rows" in metrics:  # which earlier releases did not write down
-        assert task.train is not None
-        log_dataset(session.mlflow_run_id, task.name, task.train.path, card.data_fingerprint, samples=metrics["rows"])
-    return register_expert(label, folder, card=card, rows=metrics.get("rows"))
 
 
 def _upload(folder: Path, report: Path) -> None:

@@ -33,6 +33,7 @@ from pipeline.learning.state import REMADE, Tally, keep_peak
 from pipeline.learning.stream_data import BASE_PROMPTS, StreamData
 from pipeline.models.bases import language_width
 from pipeline.models.checkpoints import checkpoint, fingerprint
+from pipeline.registry.evaluated_prompts import EvaluatedPrompts
 from pipeline.registry.experts import MissingExpertError, fetch_expert, find_expert
 from pipeline.registry.metric_buffer import MetricBuffer
 from pipeline.registry.names import expert_name, pool_name
@@ -347,6 +348,15 @@ class StreamSession:
             write_json(file, result.to_json())
         with stored_file(file, REMADE):
             return Evaluation.from_json(json.loads(file.read_text()))
+
+    @cached_property
+    def scored_rows(self) -> dict[str, str]:
+        """Digests of the evaluation prompts by task and benchmark."""
+        return {name: self.identity.scored_rows(task) for name, task in self.data.eval_tasks.items()}
+
+    def evaluated_prompts(self, name: str, pool: Pool) -> EvaluatedPrompts:
+        """Returns the evaluation prompts of a task or benchmark that `pool` was evaluated on, with their scores."""
+        return self.evaluator.record(self.data.eval_task(name), pool, self._predictors)
 
     def _state(self, name: str) -> Path:
         folder = self.folder / "state"

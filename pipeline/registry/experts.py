@@ -28,7 +28,7 @@ from pipeline.registry.versions import (
     logged_model,
 )
 from pipeline.routing.contents import Contents
-from pipeline.routing.expert import Expert, ExpertCard
+from pipeline.routing.expert import CARD, Expert, ExpertCard
 from pipeline.routing.store import ExpertReference, ExpertStore, cache_folder
 
 CONTENT = "content"
@@ -95,6 +95,19 @@ def reference_to(name: str, version: ModelVersion) -> ExpertReference:
         model=version.name,
         version=int(version.version),
     )
+
+
+def card_of(version: ModelVersion) -> ExpertCard:
+    """Reads an expert's card without its weights; raises RegistryError where it is missing or damaged."""
+    address = f"{logged_model(version).artifact_location}/{CARD}"
+    try:
+        return ExpertCard.model_validate_json(mlflow.artifacts.load_text(address))
+    except (MlflowException, OSError, ValueError) as error:
+        if isinstance(error, MlflowException) and is_away(error):
+            raise
+        raise RegistryError(
+            f"{version.name}/{version.version} is damaged: {address} is missing or cannot be read; bring its files back"
+        ) from None
 
 
 def fetch_expert(reference: ExpertReference, folder: Path) -> None:

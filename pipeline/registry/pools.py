@@ -23,25 +23,22 @@ from mlflow.types.schema import AnyType
 
 import pipeline
 from pipeline.config import BaseModelConfig
-from pipeline.config import digest as digest_of
 from pipeline.registry import pyfunc_model
 from pipeline.registry.bases import register_base
 from pipeline.registry.descriptions import Measured, pool_description
-from pipeline.registry.experts import reference_to, registered_experts
+from pipeline.registry.experts import reference_to
 from pipeline.registry.names import pool_name, read_name
 from pipeline.registry.retries import RegistryError
-from pipeline.registry.scores import Score, log_scores, scores_of, tags_of
+from pipeline.registry.scores import Score, tags_of
 from pipeline.registry.tracking import active_run
 from pipeline.registry.versions import (
     DIGEST,
     EVALUATED,
-    MODELS,
     REGISTERED,
     create_version,
     find_version,
     log_lineage,
     log_model,
-    logged_model,
     logged_model_id,
     version_at,
 )
@@ -109,10 +106,10 @@ def register_pool(
         **base.model_dump(include={"dtype", "max_tiles", "trust_remote_code"}),
     }
     log_lineage(active_run().info.run_id, experts.values())
-    return _create(pool, name, digest, references, served, str(base_version.version))
+    return create_pool_version(pool, name, digest, references, served, str(base_version.version))
 
 
-def _create(
+def create_pool_version(
     pool: Pool,
     name: str,
     digest: str,
@@ -121,7 +118,10 @@ def _create(
     base_version: str,
     scores: Sequence[Score] = (),
 ) -> ModelVersion:
-    """Makes a pool the next version of `name`; `served` is how its base is loaded (`model_config` of MLflow)."""
+    """Makes a pool the next version of `name`; needs an open run. No weights are read.
+
+    `served` is how its base is loaded (`model_config` of MLflow), `base_version` the version of the registered base.
+    """
     run = active_run()
     params = {
         DIGEST: digest,
@@ -170,37 +170,6 @@ def _create(
             measured=Measured(scores) if scores else None,
         ),
     )
-
-
-def retire_expert(version: ModelVersion, expert: str) -> ModelVersion:
-    """Makes a version of the same pool in which the base answers in place of `expert`; needs an open run.
-
-    Who answers other prompts stays as it is (`Pool.retire`). If there is such a version, it is returned. Raises PoolError for
-    an expert that the pool lacks, RegistryError for a pool of an earlier release that holds its experts itself.
-    """
-    named, model = read_name(version.name), logged_model(version)
-    if named is None or named.kind != "pool" or DIGEST not in model.params:
-        raise RegistryError(f"{version.name}/{version.version} is no pool of this project")
-    digest = digest_of(model.params[DIGEST], "retired", expert)
-    if (made := find_pool(named.base, named.name, digest)) is not None:
-        return made
-    with tempfile.TemporaryDirectory() as scratch:
-        folder = download_pool(f"{MODELS}{version.name}/{version.version}", scratch)
-        pool = Pool.load(folder, registered_experts()).retire(expert)
-        references = {r.name: r for r in pool.card.experts}
-        if own := [name for name, reference in references.items() if reference.version is None]:
-            raise RegistryError(
-                f"{version.name}/{version.version} holds {own[0]} itself, as earlier releases wrote it: run its `pointsman "
-                "learn` again, which registers it anew"
-            )
-        card = mlflow.artifacts.download_artifacts(
-            artifact_uri=f"{model.artifact_location}/MLmodel", dst_path=str(Path(scratch) / "model card")
-        )
-        served = Model.load(card).flavors["python_function"]["config"]
-        kept = [score for score in scores_of(version) if score.dataset != expert]
-        made = _create(pool, named.name, digest, references, served, model.params["base_version"], kept)
-        log_scores(active_run().info.run_id, made, kept)
-        return made
 
 
 def numbers_of(pool: Pool, references: Mapping[str, ExpertReference]) -> dict[str, int]:

@@ -35,6 +35,9 @@ CHAMPION = "champion"
 CHAMPIONS = "champions"
 """Tag of a registered model: numbers of its champions, the newest last."""
 
+REFUSED = "refused"
+"""Begin of the status of a version that the gate has refused; the reason follows."""
+
 REMEMBERED = 20
 """Most champions in the tag."""
 

@@ -21,8 +21,9 @@ from pipeline.registry import migration, promotion
 from pipeline.registry.browsing import meant
 from pipeline.registry.experts import register_expert
 from pipeline.registry.names import pool_name
-from pipeline.registry.pools import register_pool, retire_expert
+from pipeline.registry.pools import register_pool
 from pipeline.registry.scores import Score, log_scores, tags_of
+from pipeline.registry.successors import retire_expert
 from pipeline.registry.tracking import open_tracking, tracked_run
 from pipeline.registry.versions import describe, version_at
 from pipeline.routing import Pool

@@ -1,0 +1,110 @@
+"""The strays of a pool's version: evaluation prompts that were not routed to their own expert, or to the base.
+
+`evaluation/strays.json` among its artifacts. All other prompts are answered by whom they belong to, so two versions are
+compared prompt by prompt without routing any of them again, whatever the number of experts.
+"""
+
+import json
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import mlflow
+from mlflow import MlflowClient
+from mlflow.entities.model_registry import ModelVersion
+from mlflow.exceptions import MlflowException
+
+from pipeline.registry.evaluated_prompts import FOLDER, SHOWN
+from pipeline.registry.retries import is_away
+from pipeline.registry.versions import logged_model, logged_model_id
+
+FILE = "strays.json"
+
+BASE = "base"
+"""Who answers where no expert does."""
+
+
+class RoutedPrompt(NamedTuple):
+    """A prompt and who answers it."""
+
+    id: str
+    question: str
+    expert: str
+    """An expert, or `base`."""
+
+
+@dataclass(frozen=True)
+class Strays:
+    """The strays among the evaluation prompts of one task or base ability."""
+
+    digest: str
+    """Digest of the evaluation prompts (`Score.digest`)."""
+    own: str
+    """Who answers all others: the task's expert, or `base`."""
+    prompts: Sequence[RoutedPrompt]
+
+    def retiring(self, expert: str) -> "Strays":
+        """Returns what becomes of them when the base answers in the place of an expert."""
+        moved = [p._replace(expert=BASE) if p.expert == expert else p for p in self.prompts]
+        own = BASE if self.own == expert else self.own
+        return Strays(self.digest, own, [p for p in moved if p.expert != own])
+
+
+@dataclass(frozen=True)
+class Moved:
+    """A prompt that changes hands from one version to another."""
+
+    dataset: str
+    """Task or base ability."""
+    id: str
+    question: str
+    before: str
+    """Who answers it in the one version: an expert, or `base`."""
+    after: str
+    """Who answers it in the other."""
+
+
+def keep_strays(version: ModelVersion, strays: Mapping[str, Strays]) -> None:
+    """Uploads the strays of a version by task and base ability."""
+    plain = {
+        name: {"digest": s.digest, "own": s.own, "prompts": [[p.id, p.question[:SHOWN], p.expert] for p in s.prompts]}
+        for name, s in strays.items()
+    }
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch) / FOLDER
+        folder.mkdir()
+        (folder / FILE).write_text(json.dumps(plain, ensure_ascii=False))
+        MlflowClient().log_model_artifacts(logged_model_id(version), scratch)
+
+
+def strays_of(version: ModelVersion) -> dict[str, Strays] | None:
+    """Returns the strays of a version by task and base ability; None where it has none noted: not evaluated, or earlier."""
+    try:
+        location = logged_model(version).artifact_location
+        plain = json.loads(mlflow.artifacts.load_text(f"{location}/{FOLDER}/{FILE}"))
+        return {
+            name: Strays(of["digest"], of["own"], [RoutedPrompt(*prompt) for prompt in of["prompts"]])
+            for name, of in plain.items()
+        }
+    except MlflowException as error:
+        if is_away(error):
+            raise
+        return None
+
+
+def moved_prompts(before: Mapping[str, Strays], after: Mapping[str, Strays]) -> list[Moved]:
+    """Returns the prompts that change hands, of the evaluation prompts that both versions were evaluated on."""
+    moved = []
+    for name, old in before.items():
+        new = after.get(name)
+        if new is None or new.digest != old.digest:
+            continue
+        first, second = ({p.id: p for p in strays.prompts} for strays in (old, new))
+        for prompt in (first | second).values():
+            hands = [strays[prompt.id].expert if prompt.id in strays else own
+                     for strays, own in ((first, old.own), (second, new.own))]  # fmt: skip
+            if hands[0] != hands[1]:
+                moved.append(Moved(name, prompt.id, prompt.question, *hands))
+    return moved

@@ -1,0 +1,208 @@
+"""A pool's version made of another one, from the registry alone: an expert comes, takes another's place, or is retired.
+
+The statistics of base prompts, the base and how it is loaded stay those of the version before; no data are needed.
+"""
+
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import mlflow
+from mlflow.entities.model_registry import ModelVersion
+from mlflow.models import Model
+
+from pipeline.config import digest
+from pipeline.registry.contents import experts_of
+from pipeline.registry.evaluated_prompts import EvaluatedPrompts, kept_prompts
+from pipeline.registry.experts import reference_to, registered_experts
+from pipeline.registry.names import base_name, read_name
+from pipeline.registry.pools import create_pool_version, download_pool, find_pool
+from pipeline.registry.promotion import REFUSED
+from pipeline.registry.retries import RegistryError
+from pipeline.registry.scores import Score, log_scores, scores_of
+from pipeline.registry.strays import keep_strays, strays_of
+from pipeline.registry.tracking import active_run
+from pipeline.registry.versions import DIGEST, MODELS, get_version, log_lineage, logged_model, number, versions_of
+from pipeline.routing.pool import Pool
+from pipeline.routing.store import ExpertReference, ExpertStore, StoredExpert
+
+
+class Evaluated(NamedTuple):
+    """What an expert, or the base, was evaluated on."""
+
+    score: Score
+    prompts: EvaluatedPrompts
+
+
+@dataclass(frozen=True)
+class Registered:
+    """A pool's version with what its successors take over."""
+
+    version: ModelVersion
+    pool: Pool
+    name: str
+    """Name of the pool."""
+    digest: str
+    served: dict[str, Any]
+    """How its base is loaded (`model_config` of MLflow)."""
+    base_version: str
+    """Version of its base in the registry."""
+
+    @property
+    def references(self) -> dict[str, ExpertReference]:
+        """References to its experts by name."""
+        return {reference.name: reference for reference in self.pool.card.experts}
+
+    @property
+    def experts(self) -> dict[str, ModelVersion]:
+        """The versions of its experts in use, by name."""
+        return {
+            name: get_version(r.model, r.version)
+            for name, r in self.references.items()
+            if name not in self.pool.retired and r.model is not None and r.version is not None
+        }
+
+    def evaluated_on(self, *others: ModelVersion) -> dict[str, Evaluated]:
+        """Returns what its experts, and its base, are evaluated on by task and base ability, as far as the registry knows.
+
+        Its own scores name the evaluation prompts, else those of `others`, else those of the expert alone.
+        """
+        known = {score.dataset: score for version in (*others, self.version) for score in scores_of(version)}
+        abilities, base = [score for score in known.values() if score.ability], base_of(self.version)
+        found = {score.dataset: (base, score) for score in abilities}
+        for name, version in self.experts.items():
+            score = known.get(name) or next((s for s in scores_of(version) if s.dataset == name), None)
+            if score is not None:
+                found[name] = version, score
+        prompts = kept_prompts({name: (version, score.digest) for name, (version, score) in found.items()})
+        return {name: Evaluated(score, prompts[name]) for name, (_, score) in found.items() if name in prompts}
+
+
+def base_of(version: ModelVersion) -> ModelVersion:
+    """Returns the registered base of a pool's version."""
+    params = logged_model(version).params
+    return get_version(base_name(params["base"]), params["base_version"])
+
+
+def open_pool(version: ModelVersion, store: ExpertStore | None = None) -> Registered:
+    """Reads a pool's version; its experts are read from `store` (default: the user's cache) when they are looked up.
+
+    Raises RegistryError for another model, and for a pool of an earlier release that holds its experts itself.
+    """
+    named, model, address = read_name(version.name), logged_model(version), f"{version.name}/{version.version}"
+    if named is None or named.kind != "pool" or DIGEST not in model.params:
+        raise RegistryError(f"{address} is no pool of this project")
+    with tempfile.TemporaryDirectory() as scratch:
+        pool = Pool.load(download_pool(f"{MODELS}{address}", scratch), store or registered_experts())
+        if own := [reference.name for reference in pool.card.experts if reference.version is None]:
+            raise RegistryError(
+                f"{address} holds {own[0]} itself, as earlier releases wrote it: run its `pointsman learn` again, which "
+                "registers it anew"
+            )
+        card = mlflow.artifacts.download_artifacts(
+            artifact_uri=f"{model.artifact_location}/MLmodel", dst_path=str(Path(scratch) / "model card")
+        )
+        served = Model.load(card).flavors["python_function"]["config"]
+    return Registered(version, pool, named.name, model.params[DIGEST], served, model.params["base_version"])
+
+
+def register_successor(
+    before: Registered,
+    pool: Pool,
+    change: Sequence[str],
+    *,
+    experts: Sequence[ModelVersion] = (),
+    scores: Sequence[Score] = (),
+) -> ModelVersion:
+    """Registers `pool` as the successor of a version; needs an open run. No alias moves.
+
+    `change` names what makes it differ: of the same version and the same change there is one successor, and that is returned.
+    `experts` are the versions of those that are new in it.
+    """
+    name = digest(before.digest, *change)
+    if (made := find_pool(pool.base_label, before.name, name)) is not None:
+        return made
+    references = {reference.name: reference for reference in pool.card.experts}
+    for version in experts:
+        named = read_name(version.name)
+        assert named is not None, "callers pass versions of experts"
+        references[named.name] = reference_to(named.name, version)
+    log_lineage(active_run().info.run_id, experts)
+    return create_pool_version(pool, before.name, name, references, before.served, before.base_version, scores)
+
+
+def retire_expert(version: ModelVersion, expert: str) -> ModelVersion:
+    """Makes a version of the same pool in which the base answers in place of `expert`; needs an open run.
+
+    Who answers other prompts stays as it is (`Pool.retire`). If there is such a version, it is returned. Raises PoolError for
+    an expert that the pool lacks, RegistryError as `open_pool` does.
+    """
+    before = open_pool(version)
+    kept = [score for score in scores_of(version) if score.dataset != expert]
+    made = register_successor(before, before.pool.retire(expert), ["retired", expert], scores=kept)
+    log_scores(active_run().info.run_id, made, kept)
+    strays = strays_of(version)
+    if strays is not None and strays_of(made) is None:
+        keep_strays(made, {name: of.retiring(expert) for name, of in strays.items()})
+    return made
+
+
+def replacement(before: Registered, version: ModelVersion) -> Pool:
+    """Returns the pool with this version of an expert in the place of that which it holds.
+
+    Raises RegistryError where the version is no expert over the pool's base, the pool has none of its task, or holds it
+    already; PoolError where it does not fit.
+    """
+    named, address = read_name(version.name), f"{version.name}/{version.version}"
+    label, pool = before.pool.base_label, f"{before.version.name}/{before.version.version}"
+    if named is None or named.kind != "expert" or named.base != label:
+        raise RegistryError(f"{address} is no expert over base {label!r}; those are called {label}.expert.<task>")
+    if named.name not in before.pool.names:
+        raise RegistryError(
+            f"{pool} has no expert {named.name!r} whose place {address} could take; there are: "
+            f"{', '.join(before.pool.names) or 'none'}"
+        )
+    reference = reference_to(named.name, version)
+    if reference.digest == before.references[named.name].digest and named.name not in before.pool.retired:
+        raise RegistryError(f"{pool} holds {address} already")
+    return before.pool.add(StoredExpert(reference, registered_experts()))
+
+
+def newest_with(version: ModelVersion) -> ModelVersion:
+    """Returns the newest version of a pool that goes on from `version`, or that itself."""
+    return next(_continuations(version), version)
+
+
+def overtaken_by(version: ModelVersion, before: ModelVersion) -> ModelVersion | None:
+    """Returns the newest version that goes on from `before` and came before `version`, made of it, without being part of it.
+
+    Whoever made `version` did not see it, and makes theirs again from that.
+    """
+    between = (other for other in _continuations(before) if number(other) < number(version))
+    mine = experts_of(version).keys()
+    return next((other for other in between if not experts_of(other).keys() <= mine), None)
+
+
+def contains(version: ModelVersion, other: ModelVersion) -> bool:
+    """Whether a version has every expert of another one, in the same version."""
+    return experts_of(version).items() >= experts_of(other).items()
+
+
+def _continuations(version: ModelVersion) -> Iterator[ModelVersion]:
+    """Yields the versions that go on from `version`, the newest first.
+
+    They have experts of all of its tasks, and the gate has not refused them: what others have added is not to be lost, but
+    what nobody wants is not to be built upon.
+    """
+    tasks = experts_of(version).keys()
+    for newer in versions_of(version.name):
+        if number(newer) <= number(version):
+            return
+        if newer.tags.get("status", "").startswith(REFUSED):
+            continue
+        with suppress(RegistryError):  # damaged
+            if experts_of(newer).keys() >= tasks:
+                yield newer
