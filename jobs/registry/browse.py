@@ -43,6 +43,9 @@ def list_models(
                 terminal.log(f"{waiting}, which `pointsman registry migrate` gives new names")
 
 
+MOVED = 20
+"""Most prompts that change hands in a table."""
+
 _TAGS = ("accuracy", "base_kept", "rank", "rows", "status")
 
 
@@ -71,7 +74,7 @@ def show(version: Version, json: Json = False, registry_uri: RegistryUri = None)
 
 
 def diff(before: Version, after: Version, json: Json = False, registry_uri: RegistryUri = None) -> None:
-    """Compare two versions of pools: which accuracies differ, and which experts came, went or were replaced."""
+    """Compare two versions of pools: accuracies that differ, experts that came or went, prompts that change hands."""
     with registry(registry_uri) as terminal:
         found = difference(meant(before), meant(after))
         if json:
@@ -93,6 +96,14 @@ def diff(before: Version, after: Version, json: Json = False, registry_uri: Regi
                 terminal.log(f"experts {what}: {', '.join(names)}")
         for name, (old, new) in found.replaced.items():
             terminal.log(f"expert {name} replaced: {old} -> {new}")
+        if found.moved is None:
+            terminal.log("which prompts change hands is not known: one of the two has not noted who answered them")
+            return
+        rows = [[m.dataset, m.id, m.question, m.before, m.after] for m in found.moved[:MOVED]]
+        if rows:
+            terminal.show(table("Prompts that change hands", ["of", "id", "question", "before", "after"], rows))
+        more = f", {MOVED} of them above; --json has all" if len(found.moved) > MOVED else ""
+        terminal.log(f"{len(found.moved)} evaluation prompts change hands{more}")
 
 
 def _figure(value: float | None) -> str:

@@ -14,11 +14,11 @@ from pipeline.provenance import command_line, git_commit
 from pipeline.registry.descriptions import DESCRIBED, Answered, Measured, Origin, expert_description, pool_description
 from pipeline.registry.evaluated_prompts import has_prompts, keep_prompts
 from pipeline.registry.names import read_name
-from pipeline.registry.promotion import REFUSED, champion, deciding, promote, reason_against
-from pipeline.registry.scores import Score, log_scores, scores_of, tags_of
+from pipeline.registry.promotion import decide
+from pipeline.registry.scores import Score, log_scores, tags_of
 from pipeline.registry.strays import RoutedPrompt, Strays, keep_strays, strays_of
-from pipeline.registry.successors import base_of, contains
-from pipeline.registry.versions import EVALUATED, REGISTERED, describe, get_version, number
+from pipeline.registry.successors import base_of
+from pipeline.registry.versions import EVALUATED, REGISTERED, describe
 from pipeline.routing.pool import Pool
 
 SAMPLES = 1
@@ -52,7 +52,7 @@ class Catalog:
         def tell() -> None:
             log_scores(run_id, version, scores)
             if strays_of(version) is None:
-                keep_strays(version, _strays(pool, scores, evaluation))
+                keep_strays(version, strays_from(pool, evaluation, scores))
             self._keep_prompts(version, pool, own, expert)
             undecided = version.tags.get("status") == REGISTERED
             describe(version, tags=tags_of(scores) | ({"status": EVALUATED} if undecided else {}))
@@ -145,38 +145,32 @@ class Catalog:
         )
 
     def _decide(self, version: ModelVersion, scores: Sequence[Score]) -> str:
-        """Promotes a version that the gate lets pass; returns what was decided, which a tag says too."""
-        settings, log = self._session.config.registry, self._session.progress.log
-        with deciding(version.name):
-            now = champion(version.name)
-            if now is not None and number(now) == number(version):
-                return "champion"
-            status = get_version(version.name, str(version.version)).tags.get("status", "")
-            if status.startswith("promoted"):
-                return f"{status}, and no champion any more"  # someone has rolled back
-            if now is not None and number(now) > number(version) and contains(now, version):
-                return f"part of version {now.version}, the champion"  # others have added to it meanwhile
-            if settings.promote == "manual":
-                return f"by hand: `pointsman registry promote {version.name} {version.version}`"
-            reason = reason_against(scores, scores_of(now) if now else (), tolerance=settings.tolerance)
-            if reason is None:
-                promote(version.name, str(version.version))
-                return "promoted by the gate" + (f", after version {now.version}" if now else "")
-        describe(version, tags={"status": f"{REFUSED}: {reason}"[:100]})
-        log(
-            f"  {version.name} {version.version} does not become champion: {reason}; "
-            f"`pointsman registry promote {version.name} {version.version}` makes it so"
-        )
-        return f"refused by the gate: {reason}"
+        """Lets the gate decide about a version; returns what was decided."""
+        settings = self._session.config.registry
+        verdict = decide(version, scores, gate=settings.promote == "gate", tolerance=settings.tolerance)
+        if verdict.reason is not None:
+            self._session.progress.log(
+                f"  {version.name} {version.version} does not become champion: {verdict.reason}; "
+                f"`pointsman registry promote {version.name} {version.version}` makes it so"
+            )
+        return verdict.text
 
     def _scores(self, pool: Pool, evaluation: Evaluation) -> list[Score]:
-        return [
-            Score(name, self._digests[name], accuracy, self._base.get(name), name not in pool.names)
-            for name, accuracy in evaluation.accuracies().items()
-        ]
+        return scores_from(pool, evaluation, self._base, self._digests)
 
 
-def _strays(pool: Pool, scores: Sequence[Score], evaluation: Evaluation) -> dict[str, Strays]:
+def scores_from(
+    pool: Pool, evaluation: Evaluation, base: Mapping[str, float], digests: Mapping[str, str]
+) -> list[Score]:
+    """Returns the scores of a pool; `base` are the base's accuracies, `digests` name the evaluation prompts."""
+    return [
+        Score(name, digests[name], accuracy, base.get(name), name not in pool.names)
+        for name, accuracy in evaluation.accuracies().items()
+    ]
+
+
+def strays_from(pool: Pool, evaluation: Evaluation, scores: Sequence[Score]) -> dict[str, Strays]:
+    """Returns the strays of a pool's evaluation."""
     return {
         score.dataset: Strays(
             score.digest,

@@ -14,6 +14,7 @@ from pipeline.registry.names import Kind, read_name
 from pipeline.registry.promotion import CHAMPION
 from pipeline.registry.retries import RegistryError
 from pipeline.registry.scores import Score, scores_of
+from pipeline.registry.strays import Moved, moved_prompts, strays_of
 from pipeline.registry.versions import (
     MODELS,
     NEWEST,
@@ -84,6 +85,8 @@ class Difference:
     """Experts that both have in other versions: before and after."""
     retired: list[str]
     """Experts that answered before and do not after."""
+    moved: list[Moved] | None
+    """Evaluation prompts that change hands; None where one of the two has not noted who answered them."""
 
     def to_json(self) -> dict[str, Any]:
         """Returns the plain form."""
@@ -159,7 +162,8 @@ def shown(version: ModelVersion) -> Shown:
 
 
 def difference(before: ModelVersion, after: ModelVersion) -> Difference:
-    """Compares two versions of pools: accuracies by data set, and which experts came, went or were replaced.
+    """Compares two versions of pools: accuracies by data set, experts that came, went or were replaced, prompts that change
+    hands.
 
     Raises RegistryError for a version of another kind.
     """
@@ -175,6 +179,7 @@ def difference(before: ModelVersion, after: ModelVersion) -> Difference:
     rows = [(n, _accuracy(first.get(n)), _accuracy(second.get(n))) for n in names]
     rows.sort(key=lambda row: row[1] == row[2])
     old, new = experts_of(before), experts_of(after)
+    routed = strays_of(before), strays_of(after)
     return Difference(
         f"{before.name}/{before.version}",
         f"{after.name}/{after.version}",
@@ -184,6 +189,7 @@ def difference(before: ModelVersion, after: ModelVersion) -> Difference:
         removed=[name for name in old if name not in new],
         replaced={name: (old[name], new[name]) for name in new if name in old and old[name] != new[name]},
         retired=[name for name in retired_of(after) if name not in retired_of(before)],
+        moved=None if routed[0] is None or routed[1] is None else moved_prompts(routed[0], routed[1]),
     )
 
 

@@ -28,6 +28,11 @@ def retired_of(version: ModelVersion) -> list[str]:
     return list(_card(version).get("retired", ()))
 
 
+def contains(version: ModelVersion, other: ModelVersion) -> bool:
+    """Whether a pool's version has every expert of another one, in the same version."""
+    return experts_of(version).items() >= experts_of(other).items()
+
+
 def _card(version: ModelVersion) -> dict[str, Any]:
     """Reads a pool's card as it is: to check it as a pool does would take torch. Raises RegistryError where it is missing."""
     location = logged_model(version).artifact_location

@@ -5,8 +5,7 @@ each prompt's features, by which every router can choose again, and its score wh
 """
 
 import tempfile
-from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,14 +18,9 @@ from mlflow.entities.model_registry import ModelVersion
 from mlflow.exceptions import MlflowException
 
 from pipeline.registry.retries import RegistryError, is_away
+from pipeline.registry.strays import FOLDER, SHOWN
 from pipeline.registry.versions import logged_model, logged_model_id
 from pipeline.routing.features import FEATURE_RULE
-
-FOLDER = "evaluation"
-"""Folder of a version's artifacts."""
-
-SHOWN = 160
-"""Most characters of a question that are kept."""
 
 _RULE = b"feature_rule"
 
@@ -87,14 +81,8 @@ def keep_prompts(version: ModelVersion, digest: str, prompts: EvaluatedPrompts) 
         MlflowClient().log_model_artifacts(logged_model_id(version), scratch)
 
 
-def kept_prompts(wanted: Mapping[str, tuple[ModelVersion, str]]) -> dict[str, EvaluatedPrompts]:
-    """Returns the evaluation prompts by task or base ability, of those that are kept; `wanted` are versions and digests."""
-    with ThreadPoolExecutor(16) as pool:
-        found = pool.map(lambda entry: _prompts_of(*entry), wanted.values())
-        return {name: prompts for name, prompts in zip(wanted, found, strict=True) if prompts is not None}
-
-
-def _prompts_of(version: ModelVersion, digest: str) -> EvaluatedPrompts | None:
+def kept_prompts(version: ModelVersion, digest: str) -> EvaluatedPrompts | None:
+    """Returns the evaluation prompts of this digest that a version keeps; None where it has none that this code can use."""
     if not has_prompts(version, digest):
         return None
     address = f"{logged_model(version).artifact_location}/{FOLDER}/{digest}.parquet"

@@ -8,6 +8,7 @@ step; it is written before the alias moves, and what follows the champion in it 
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
 from datetime import UTC, datetime
 
 import mlflow
@@ -15,9 +16,9 @@ from mlflow import MlflowClient
 from mlflow.entities.model_registry import ModelVersion
 
 from pipeline.locks import file_lock
-from pipeline.registry.contents import experts_of
+from pipeline.registry.contents import contains, experts_of
 from pipeline.registry.retries import RegistryError
-from pipeline.registry.scores import Score, base_kept
+from pipeline.registry.scores import Score, base_kept, scores_of
 from pipeline.registry.tracking import database_path
 from pipeline.registry.versions import (
     all_logged_models,
@@ -35,8 +36,8 @@ CHAMPION = "champion"
 CHAMPIONS = "champions"
 """Tag of a registered model: numbers of its champions, the newest last."""
 
-REFUSED = "refused"
-"""Begin of the status of a version that the gate has refused; the reason follows."""
+PROMOTED, REFUSED = "promoted", "refused"
+"""Begin of the status of a version that became champion, or that the gate has refused; date, or reason, follows."""
 
 REMEMBERED = 20
 """Most champions in the tag."""
@@ -85,6 +86,41 @@ def reason_against(candidate: Sequence[Score], champion: Sequence[Score], *, tol
         more = f" and {len(drops) - 1} more drop" if len(drops) > 1 else ""
         return f"{before.dataset} drops from {before.accuracy:.3f} to {after.accuracy:.3f}{more}"
     return None
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """Whether a version became champion, and why not."""
+
+    text: str
+    """For its description."""
+    reason: str | None = None
+    """Why the gate has refused it."""
+
+
+def decide(version: ModelVersion, scores: Sequence[Score], *, gate: bool, tolerance: float) -> Verdict:
+    """Promotes a version that the gate lets pass (see `reason_against`), and notes on it if it does not.
+
+    What has been decided already stays: a version that is champion, was champion, or is a part of the champion. Without a
+    `gate` it is left to `pointsman registry promote`.
+    """
+    with deciding(version.name):
+        now = champion(version.name)
+        if now is not None and number(now) == number(version):
+            return Verdict("champion")
+        status = get_version(version.name, str(version.version)).tags.get("status", "")
+        if status.startswith(PROMOTED):
+            return Verdict(f"{status}, and no champion any more")  # someone has rolled back
+        if now is not None and number(now) > number(version) and contains(now, version):
+            return Verdict(f"part of version {now.version}, the champion")  # others have added to it meanwhile
+        if not gate:
+            return Verdict(f"by hand: `pointsman registry promote {version.name} {version.version}`")
+        reason = reason_against(scores, scores_of(now) if now else (), tolerance=tolerance)
+        if reason is None:
+            promote(version.name, str(version.version))
+            return Verdict("promoted by the gate" + (f", after version {now.version}" if now else ""))
+    describe(version, tags={"status": f"{REFUSED}: {reason}"[:100]})
+    return Verdict(f"refused by the gate: {reason}", reason)
 
 
 @contextmanager
@@ -141,7 +177,7 @@ def promote(name: str, version: int | str, *, checked: bool = True) -> ModelVers
         client, numbers = MlflowClient(), [*numbers, number(chosen)][-REMEMBERED:]
         client.set_registered_model_tag(name, CHAMPIONS, ",".join(map(str, numbers)))
         client.set_registered_model_alias(name, CHAMPION, str(chosen.version))
-        describe(chosen, tags={"status": f"promoted {datetime.now(UTC):%Y-%m-%d}"})
+        describe(chosen, tags={"status": f"{PROMOTED} {datetime.now(UTC):%Y-%m-%d}"})
     return chosen
 
 

@@ -16,11 +16,16 @@ from mlflow import MlflowClient
 from mlflow.entities.model_registry import ModelVersion
 from mlflow.exceptions import MlflowException
 
-from pipeline.registry.evaluated_prompts import FOLDER, SHOWN
 from pipeline.registry.retries import is_away
 from pipeline.registry.versions import logged_model, logged_model_id
 
+FOLDER = "evaluation"
+"""Folder of what an evaluation leaves among a version's artifacts."""
+
 FILE = "strays.json"
+
+SHOWN = 160
+"""Most characters of a question that are kept."""
 
 BASE = "base"
 """Who answers where no expert does."""
@@ -101,10 +106,9 @@ def moved_prompts(before: Mapping[str, Strays], after: Mapping[str, Strays]) -> 
         new = after.get(name)
         if new is None or new.digest != old.digest:
             continue
-        first, second = ({p.id: p for p in strays.prompts} for strays in (old, new))
-        for prompt in (first | second).values():
-            hands = [strays[prompt.id].expert if prompt.id in strays else own
-                     for strays, own in ((first, old.own), (second, new.own))]  # fmt: skip
+        first, second = ({(p.id, p.question): p.expert for p in strays.prompts} for strays in (old, new))
+        for prompt in first | second:
+            hands = first.get(prompt, old.own), second.get(prompt, new.own)
             if hands[0] != hands[1]:
-                moved.append(Moved(name, prompt.id, prompt.question, *hands))
+                moved.append(Moved(name, *prompt, *hands))
     return moved

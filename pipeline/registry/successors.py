@@ -5,6 +5,7 @@ The statistics of base prompts, the base and how it is loaded stay those of the 
 
 import tempfile
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +21,7 @@ from pipeline.registry.evaluated_prompts import EvaluatedPrompts, kept_prompts
 from pipeline.registry.experts import reference_to, registered_experts
 from pipeline.registry.names import base_name, read_name
 from pipeline.registry.pools import create_pool_version, download_pool, find_pool
-from pipeline.registry.promotion import REFUSED
+from pipeline.registry.promotion import PROMOTED, REFUSED, champion
 from pipeline.registry.retries import RegistryError
 from pipeline.registry.scores import Score, log_scores, scores_of
 from pipeline.registry.strays import keep_strays, strays_of
@@ -66,19 +67,25 @@ class Registered:
         }
 
     def evaluated_on(self, *others: ModelVersion) -> dict[str, Evaluated]:
-        """Returns what its experts, and its base, are evaluated on by task and base ability, as far as the registry knows.
+        """Returns what its experts, and its base, are evaluated on by task and base ability, as far as the registry keeps it.
 
         Its own scores name the evaluation prompts, else those of `others`, else those of the expert alone.
         """
         known = {score.dataset: score for version in (*others, self.version) for score in scores_of(version)}
-        abilities, base = [score for score in known.values() if score.ability], base_of(self.version)
-        found = {score.dataset: (base, score) for score in abilities}
+        base, abilities = base_of(self.version), [score for score in known.values() if score.ability]
+        found = {score.dataset: (base, [score]) for score in abilities}
         for name, version in self.experts.items():
-            score = known.get(name) or next((s for s in scores_of(version) if s.dataset == name), None)
-            if score is not None:
-                found[name] = version, score
-        prompts = kept_prompts({name: (version, score.digest) for name, (version, score) in found.items()})
-        return {name: Evaluated(score, prompts[name]) for name, (_, score) in found.items() if name in prompts}
+            alone = [score for score in scores_of(version) if score.dataset == name]
+            found[name] = version, [*([known[name]] if name in known else []), *alone]
+        with ThreadPoolExecutor(16) as pool:
+            kept = pool.map(_first_kept, found.values())
+            return {name: evaluated for name, evaluated in zip(found, kept, strict=True) if evaluated is not None}
+
+
+def _first_kept(wanted: tuple[ModelVersion, Sequence[Score]]) -> Evaluated | None:
+    version, scores = wanted
+    found = ((score, kept_prompts(version, score.digest)) for score in scores)
+    return next((Evaluated(score, prompts) for score, prompts in found if prompts is not None), None)
 
 
 def base_of(version: ModelVersion) -> ModelVersion:
@@ -186,22 +193,19 @@ def overtaken_by(version: ModelVersion, before: ModelVersion) -> ModelVersion | 
     return next((other for other in between if not experts_of(other).keys() <= mine), None)
 
 
-def contains(version: ModelVersion, other: ModelVersion) -> bool:
-    """Whether a version has every expert of another one, in the same version."""
-    return experts_of(version).items() >= experts_of(other).items()
-
-
 def _continuations(version: ModelVersion) -> Iterator[ModelVersion]:
     """Yields the versions that go on from `version`, the newest first.
 
-    They have experts of all of its tasks, and the gate has not refused them: what others have added is not to be lost, but
-    what nobody wants is not to be built upon.
+    They have experts of all of its tasks; the gate has not refused them, and nobody has rolled back from them: what others
+    have added is not to be lost, but what nobody wants is not to be built upon.
     """
-    tasks = experts_of(version).keys()
+    tasks, in_use = experts_of(version).keys(), champion(version.name)
     for newer in versions_of(version.name):
         if number(newer) <= number(version):
             return
-        if newer.tags.get("status", "").startswith(REFUSED):
+        status = newer.tags.get("status", "")
+        rolled_back = in_use is not None and number(newer) > number(in_use) and status.startswith(PROMOTED)
+        if rolled_back or status.startswith(REFUSED):
             continue
         with suppress(RegistryError):  # damaged
             if experts_of(newer).keys() >= tasks:

@@ -1,0 +1,79 @@
+"""Puts another version of an expert into a registered pool, and measures it without any data."""
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from mlflow.entities.model_registry import ModelVersion
+
+from pipeline.config import RegistryConfig
+from pipeline.evaluation.recorded import evaluate_recorded
+from pipeline.learning.catalog import scores_from, strays_from
+from pipeline.registry.descriptions import Measured, pool_description
+from pipeline.registry.promotion import champion, decide, deciding, promote
+from pipeline.registry.scores import log_scores, tags_of
+from pipeline.registry.strays import keep_strays, strays_of
+from pipeline.registry.successors import open_pool, register_successor, replacement
+from pipeline.registry.tracking import run_beside
+from pipeline.registry.versions import EVALUATED, REGISTERED, describe, number
+
+
+@dataclass(frozen=True)
+class Replaced:
+    """A pool's version with another version of an expert."""
+
+    model: str
+    version: int
+    before: int
+    """The version that it was made of."""
+    verdict: str
+    """What was decided about it."""
+    unknown: dict[str, int]
+    """Prompts by task that an expert answers now whose answer nobody knows; they count as wrong."""
+    unmeasured: list[str]
+    """Tasks whose evaluation prompts the registry does not keep."""
+
+    def to_json(self) -> dict[str, Any]:
+        """Returns the plain form."""
+        return asdict(self)
+
+
+def replace_expert(before: ModelVersion, expert: ModelVersion, *, force: bool = False) -> Replaced:
+    """Makes a version of the pool in which `expert` takes the place of the pool's expert of its task.
+
+    It becomes champion if the gate lets it pass, or by `force`. Raises RegistryError and PoolError as `replacement` does.
+    """
+    opened = open_pool(before)
+    pool, address = replacement(opened, expert), f"{expert.name}/{expert.version}"
+    with run_beside(before, f"replace by {address}") as run_id:
+        made = register_successor(opened, pool, ["replaced", address], experts=[expert])
+        now = open_pool(made)
+        kept = now.evaluated_on(before)
+        recorded = evaluate_recorded(pool, {name: evaluated.prompts for name, evaluated in kept.items()})
+        digests = {name: evaluated.score.digest for name, evaluated in kept.items()}
+        scores = scores_from(pool, recorded.evaluation, recorded.base, digests)
+        log_scores(run_id, made, scores)
+        if strays_of(made) is None:
+            keep_strays(made, strays_from(pool, recorded.evaluation, scores))
+        status = {"status": EVALUATED} if made.tags.get("status") == REGISTERED else {}
+        describe(made, tags=tags_of(scores) | status)
+        settings = RegistryConfig()
+        verdict = decide(made, scores, gate=settings.promote == "gate", tolerance=settings.tolerance).text
+        in_use = champion(made.name)
+        if force and (in_use is None or number(in_use) != number(made)):
+            with deciding(made.name):
+                promote(made.name, str(made.version))
+            verdict = "promoted by hand"
+        numbers = {name: number(version) for name, version in now.experts.items()}
+        measured = Measured(scores)
+        description = pool_description(
+            pool.base_label,
+            now.name,
+            numbers,
+            pool.router.kind,
+            retired=pool.retired,
+            measured=measured,
+            verdict=verdict,
+        )
+        describe(made, tags={}, description=description)
+    unmeasured = [name for name in pool.names if name not in recorded.evaluation.results and name not in pool.retired]
+    return Replaced(made.name, number(made), number(before), verdict, recorded.unknown, unmeasured)
