@@ -160,6 +160,12 @@ def _download(version: ModelVersion, into: Path) -> Path:
     with tempfile.TemporaryDirectory(dir=into.parent) as scratch:
         # Not `models:/<name>/<version>`: that download adds a file of MLflow's own to the folder.
         source = MlflowClient().get_model_version_download_uri(version.name, str(version.version))
-        complete = mlflow.artifacts.download_artifacts(artifact_uri=source, dst_path=scratch)
-        replace_folder(Path(complete), into)
+        files = [item for item in mlflow.artifacts.list_artifacts(artifact_uri=source) if not item.is_dir]
+        if not files:
+            raise FileNotFoundError(f"{source} holds no files")
+        complete = Path(scratch) / "expert"
+        for item in files:  # not what evaluations have left beside them
+            address = f"{source}/{Path(item.path).name}"
+            mlflow.artifacts.download_artifacts(artifact_uri=address, dst_path=str(complete))
+        replace_folder(complete, into)
     return into

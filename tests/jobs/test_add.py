@@ -1,0 +1,98 @@
+"""One more task for a registered pool, as a user adds it: elsewhere, with nothing but the registry, two people at once."""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import mlflow
+import pytest
+import yaml
+
+from pipeline.evaluation.recorded import evaluate_recorded
+from pipeline.registry.promotion import champion
+from pipeline.registry.scores import scores_of
+from pipeline.registry.strays import strays_of
+from pipeline.registry.successors import open_pool
+from pipeline.registry.versions import get_version, versions_of
+from tests.jobs.test_learn import ROOT, finish, stream
+
+pytestmark = pytest.mark.ray
+
+POOL = "untrained.pool.mini"
+
+TASKS = {
+    name: {
+        "name": name,
+        "train": {"path": f"demo://{name}/train", "limit": 64},
+        "eval": {"path": f"demo://{name}/eval", "limit": 16},
+    }
+    for name in ("clock", "later")
+}
+
+
+def add(folder: Path, task: dict, *words: str) -> subprocess.Popen[str]:
+    file = folder / f"{task['name']}.yaml"
+    file.write_text(yaml.safe_dump({"task": task, "output": str(folder)}))
+    pool = ["--pool", f"models:/{POOL}@champion", "--registry", mlflow.get_tracking_uri()]
+    command = [sys.executable, "-m", "jobs.add", str(file), *pool, "training.cpus_per_worker=1", *words]
+    return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def end(process: subprocess.Popen[str], code: int = 0) -> str:
+    output, _ = process.communicate(timeout=400)
+    assert process.returncode == code, output[-3000:]
+    return output
+
+
+def test_a_task_is_added_from_the_registry_alone(
+    tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two people at once; the run's folder, its data and the base's folder are gone before."""
+    base = tmp_path / "base"
+    shutil.copytree(tiny_folder, base)
+    config = stream(base, tmp_path / "first")
+    settings = yaml.safe_load(config.read_text())
+    del settings["stream"]["tasks"][1]
+    config.write_text(yaml.safe_dump(settings))
+    finish(config)
+    for name in ("mini", "data", "experts"):
+        shutil.rmtree(config.parent / name)
+    shutil.rmtree(base)
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    mlflow.set_tracking_uri(f"sqlite:///{config.parent / 'mlflow.db'}")
+    before = champion(POOL)
+    assert before is not None
+
+    folders = [tmp_path / "ann", tmp_path / "bob"]
+    for folder in folders:
+        folder.mkdir()
+    both = [add(folder, task) for folder, task in zip(folders, TASKS.values(), strict=True)]
+    printed = [end(process) for process in both]
+    assert all("registry   untrained.pool.mini/" in text for text in printed), printed
+    newest = versions_of(POOL)[0]
+    made = open_pool(newest)
+    assert made.pool.names[0] == "digits"
+    assert set(made.pool.names) == {"digits", "clock", "later"}
+    assert made.references["digits"] == open_pool(before).references["digits"]
+    learned = json.loads((folders[0] / "mini-clock" / "summary.json").read_text())
+    card = made.pool.experts["clock"].card
+    assert (card.rank, learned["expert"]) == (4, "untrained.expert.clock/1"), "as the pool's other experts"
+    assert card.base_fingerprint == made.pool.base_fingerprint
+
+    kept = made.evaluated_on(before)
+    assert set(kept) == {"digits", "clock", "later", "repeat"}, "the next one is measured on all of them"
+    recorded = evaluate_recorded(made.pool, {name: evaluated.prompts for name, evaluated in kept.items()})
+    scores = {score.dataset: score.accuracy for score in scores_of(newest)}
+    assert {"digits", "repeat"} <= set(scores), "nobody had their data"
+    assert {name: recorded.evaluation.accuracies()[name] for name in scores} == pytest.approx(scores)
+    assert set(strays_of(newest) or {}) == set(scores)
+
+    again = end(add(folders[0], TASKS["clock"]))
+    assert "expert stage" not in again
+    assert int(versions_of(POOL)[0].version) == int(newest.version), "nothing is made twice"
+    refused = end(add(folders[1], TASKS["clock"] | {"prompt": "tell me: {question}"}), 2)
+    assert "has an expert of that name already, untrained.expert.clock version 1, learned otherwise" in refused
+    assert "--replace" in refused
+    assert get_version("untrained.expert.clock", "latest").version in (1, "1"), "nothing was trained for it"

@@ -1,0 +1,188 @@
+"""Pools made of registered ones: what they take over, whom they are built upon, and who was overtaken."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from mlflow.entities.model_registry import ModelVersion
+
+from pipeline.config import BaseModelConfig
+from pipeline.evaluation.recorded import evaluate_recorded
+from pipeline.registry.evaluated_prompts import EvaluatedPrompts, has_prompts, keep_prompts, kept_prompts
+from pipeline.registry.experts import card_of, register_expert
+from pipeline.registry.pools import register_pool
+from pipeline.registry.promotion import promote
+from pipeline.registry.retries import RegistryError
+from pipeline.registry.scores import Score, log_scores
+from pipeline.registry.strays import Moved, RoutedPrompt, Strays, keep_strays, moved_prompts, strays_of
+from pipeline.registry.successors import (
+    base_of,
+    newest_with,
+    open_pool,
+    overtaken_by,
+    register_successor,
+    replacement,
+    retire_expert,
+)
+from pipeline.registry.tracking import tracked_run
+from pipeline.registry.versions import describe, get_version, number
+from pipeline.routing import Pool
+from tests.registry.conftest import WIDTH, MakeExpert
+
+POOL = "untrained.pool.demo"
+
+Start = Callable[[], ModelVersion]
+
+
+@pytest.fixture
+def start(
+    experiment: str, make_expert: MakeExpert, make_pool: Callable[..., Pool], tiny_folder: Path, tmp_path: Path
+) -> ModelVersion:
+    """Version 1 of a pool, which holds `digits`."""
+    expert = make_expert("digits", "e1")
+    with tracked_run(experiment, "demo", "run"):
+        version = register_expert("untrained", expert.save(tmp_path / "digits"), rows=64)
+        base = BaseModelConfig(path=str(tiny_folder))
+        return register_pool(make_pool(expert), base, name="demo", digest="p1", experts={"digits": version})
+
+
+@pytest.fixture
+def extend(experiment: str, make_expert: MakeExpert, tmp_path: Path) -> Callable[..., ModelVersion]:
+    """Makes the successor of a version with one more expert."""
+
+    def extend(before: ModelVersion, name: str, digest: str = "", centre: float = 0.0) -> ModelVersion:
+        expert = make_expert(name, digest or f"of {name}".replace(" ", "_"), centre)
+        with tracked_run(experiment, name, name):
+            version = register_expert("untrained", expert.save(tmp_path / name))
+            opened = open_pool(before)
+            return register_successor(opened, opened.pool.add(expert), ["added", name, digest], experts=[version])
+
+    return extend
+
+
+def prompts(own: list[float], base: list[float], features_NF: np.ndarray | None = None) -> EvaluatedPrompts:
+    count = len(own)
+    features_NF = np.zeros((count, 3 * WIDTH), np.float32) if features_NF is None else features_NF
+    names = [f"row {i}" for i in range(count)]
+    return EvaluatedPrompts(names, names, [""] * count, features_NF, np.array(own), np.array(base))
+
+
+def test_a_successor_takes_over_base_and_experts(start: ModelVersion, extend: Callable[..., ModelVersion]) -> None:
+    made = extend(start, "clock")
+    before, after = open_pool(start), open_pool(made)
+    assert (number(made), after.pool.names) == (2, ["digits", "clock"])
+    assert after.served == before.served
+    assert base_of(made).name == "untrained.base"
+    assert {name: v.name for name, v in after.experts.items()} == {
+        "digits": "untrained.expert.digits", "clock": "untrained.expert.clock",
+    }  # fmt: skip
+    assert after.references["digits"] == before.references["digits"]
+    assert number(extend(start, "clock")) == 2, "of the same version and change there is one"
+    assert card_of(after.experts["clock"]).task == "clock"
+
+
+def test_additions_go_on_from_each_other(start: ModelVersion, extend: Callable[..., ModelVersion]) -> None:
+    """From the newest that has all tasks; not from what was refused, nor from what was rolled back."""
+    assert number(newest_with(start)) == 1
+    promote(POOL, 1)
+    second = extend(start, "clock")
+    assert number(newest_with(start)) == 2
+    other = extend(start, "later")  # by somebody who has not seen version 2
+    behind = overtaken_by(other, start)
+    assert behind is not None
+    assert number(behind) == 2
+    third = extend(behind, "later")
+    assert overtaken_by(third, behind) is None or set(open_pool(third).pool.names) >= {"digits", "clock", "later"}
+    assert number(newest_with(start)) == number(third)
+    describe(third, tags={"status": "refused: clock drops"})
+    assert number(newest_with(second)) == 2
+    promote(POOL, number(second))
+    promote(POOL, 1)
+    assert number(newest_with(start)) == number(other), "version 2 was rolled back from"
+
+
+def test_another_version_of_an_expert_takes_its_place(
+    start: ModelVersion, extend: Callable[..., ModelVersion], make_expert: MakeExpert, experiment: str, tmp_path: Path
+) -> None:
+    with tracked_run(experiment, "again", "again"):
+        second = register_expert("untrained", make_expert("digits", "e2").save(tmp_path / "again"))
+        other = register_expert("untrained", make_expert("far", "e3").save(tmp_path / "far"))
+    opened = open_pool(start)
+    assert replacement(opened, second).card.experts[0].digest == "e2"
+    for version, message in (
+        (get_version("untrained.expert.digits", 1), "untrained.pool.demo/1 holds untrained.expert.digits/1 already"),
+        (other, "has no expert 'far' whose place"),
+        (start, "is no expert over base 'untrained'"),
+    ):
+        with pytest.raises(RegistryError, match=message):
+            replacement(opened, version)
+
+
+def test_prompts_are_kept_beside_the_expert(start: ModelVersion, tmp_path: Path) -> None:
+    """They do not come with the expert when a pool is loaded."""
+    expert = open_pool(start).experts["digits"]
+    assert not has_prompts(expert, "d")
+    assert kept_prompts(expert, "d") is None
+    given = prompts([1.0, float("nan")], [0.0, 0.5])
+    keep_prompts(expert, "d", given)
+    kept = kept_prompts(expert, "d")
+    assert kept is not None
+    np.testing.assert_array_equal(kept.own_N, given.own_N)
+    np.testing.assert_array_equal(kept.features_NF, given.features_NF)
+    assert (kept.ids, kept.questions) == (given.ids, given.questions)
+    store = open_pool(start).pool.experts.entries["digits"].store  # type: ignore[union-attr]
+    folder = store.ensure(open_pool(start).references["digits"])
+    assert not (folder / "evaluation").exists()
+
+
+def test_a_pool_is_measured_on_kept_prompts(
+    start: ModelVersion, extend: Callable[..., ModelVersion], experiment: str
+) -> None:
+    """Own and base's scores are known; what goes to another expert counts as wrong, and is said."""
+    of_digits, of_clock = np.zeros(3 * WIDTH), np.full(3 * WIDTH, 40.0)  # where their prompts have their centres
+    features_NF = np.stack([of_digits, of_digits, of_clock]).astype(np.float32)
+    expert = open_pool(start).experts["digits"]
+    keep_prompts(expert, "d", prompts([1.0, 0.5, 1.0], [0.0, 0.0, 0.25], features_NF))
+    with tracked_run(experiment, "demo", "run") as run:
+        log_scores(run, start, [Score("digits", "d", 0.8, 0.1)])
+    kept = open_pool(start).evaluated_on()
+    assert kept["digits"].score.accuracy == 0.8
+    alone = evaluate_recorded(open_pool(start).pool, {"digits": kept["digits"].prompts})
+    assert alone.evaluation.accuracies()["digits"] == pytest.approx((1.0 + 0.5 + 1.0) / 3)
+    assert (alone.unknown, alone.base["digits"]) == ({}, pytest.approx(0.25 / 3))
+    retired = evaluate_recorded(open_pool(start).pool.retire("digits"), {"digits": kept["digits"].prompts})
+    assert retired.evaluation.accuracies()["digits"] == pytest.approx(0.25 / 3)
+    made = extend(start, "clock", centre=40.0)
+    kept = open_pool(made).evaluated_on(start)
+    with_clock = evaluate_recorded(open_pool(made).pool, {"digits": kept["digits"].prompts})
+    assert with_clock.unknown == {"digits": 1}
+    assert with_clock.evaluation.accuracies()["digits"] == pytest.approx((1.0 + 0.5) / 3)
+    assert [s.expert for s in with_clock.evaluation.results["digits"].strays] == ["clock"]
+    token = evaluate_recorded(open_pool(made).pool.routed_by(kind="token"), {"digits": kept["digits"].prompts})
+    assert token.evaluation.results == {}, "where Linears choose nothing can be said"
+
+
+def test_prompts_change_hands() -> None:
+    def strays(digest: str = "d", own: str = "digits", **experts: str) -> Strays:
+        return Strays(digest, own, [RoutedPrompt(id, f"what is {id}", expert) for id, expert in experts.items()])
+
+    before = {"digits": strays(a="base", b="clock"), "shape": strays(own="base"), "gone": strays()}
+    after = {"digits": strays(b="clock", c="clock"), "shape": strays("other", "base", a="digits")}
+    assert moved_prompts(before, after) == [
+        Moved("digits", "a", "what is a", "base", "digits"),
+        Moved("digits", "c", "what is c", "digits", "clock"),
+    ], "of prompts that both were evaluated on"
+    assert moved_prompts(after, after) == []
+    assert strays(a="clock", b="later").retiring("clock") == strays(a="base", b="later")
+    assert strays(a="clock", b="base").retiring("digits") == strays(own="base", a="clock")
+
+
+def test_strays_survive_retiring(start: ModelVersion, extend: Callable[..., ModelVersion], experiment: str) -> None:
+    version = extend(start, "clock")
+    assert strays_of(version) is None
+    keep_strays(version, {"digits": Strays("d", "digits", [RoutedPrompt("a", "q", "clock")])})
+    with tracked_run(experiment, "retire", "retire"):
+        made = retire_expert(version, "clock")
+    noted = strays_of(made)
+    assert noted == {"digits": Strays("d", "digits", [RoutedPrompt("a", "q", "base")])}
