@@ -4,6 +4,8 @@ Pool versions refer to it. A copy in each of them would be 16 GB per task for an
 """
 
 import tempfile
+from collections.abc import Sequence
+from fnmatch import fnmatch
 from pathlib import Path
 
 import mlflow
@@ -16,7 +18,7 @@ from pipeline.models.checkpoints import checkpoint, files_of, fingerprint
 from pipeline.registry.names import base_name
 from pipeline.registry.retries import RegistryError
 from pipeline.registry.tracking import active_run
-from pipeline.registry.versions import DIGEST, create_version, find_version, log_folder
+from pipeline.registry.versions import DIGEST, create_version, find_version, log_folder, logged_model
 
 
 def register_base(base: BaseModelConfig) -> ModelVersion:
@@ -52,3 +54,32 @@ def base_folder(model_id: str) -> Path:
             f"this pool needs the base {model_id}, which {mlflow.get_tracking_uri()} does not have: {error.message}. "
             "Set MLFLOW_TRACKING_URI to the registry that the pool comes from"
         ) from None
+
+
+def find_base(base_label: str, base_fingerprint: str) -> ModelVersion:
+    """Returns the version of a base that has a fingerprint; raises RegistryError where there is none."""
+    if (version := find_version(base_name(base_label), base_fingerprint)) is not None:
+        return version
+    raise RegistryError(
+        f"{base_name(base_label)} has no version with fingerprint {base_fingerprint}: it is registered with the first pool "
+        "over it; let the `pointsman learn` that made the expert end, or run it again"
+    )
+
+
+def public_name(version: ModelVersion) -> str:
+    """Returns what others call a registered base: its hub id, or the name that it was given, never a path of some machine."""
+    params = logged_model(version).params
+    path = params["path"]
+    is_hub_id = path.count("/") == 1 and "://" not in path and not path.startswith((".", "/", "~"))
+    return path if is_hub_id or path == "tiny" else str(params["base"])
+
+
+def download_base_files(version: ModelVersion, patterns: Sequence[str], into: Path) -> list[Path]:
+    """Copies the files of a registered base whose names match to the folder `into`; its weights are not fetched for that."""
+    location = logged_model(version).artifact_location
+    names = [Path(item.path).name for item in mlflow.artifacts.list_artifacts(artifact_uri=location)]
+    wanted = [name for name in names if any(fnmatch(name, pattern) for pattern in patterns)]
+    into.mkdir(parents=True, exist_ok=True)
+    for name in wanted:
+        mlflow.artifacts.download_artifacts(artifact_uri=f"{location}/{name}", dst_path=str(into))
+    return [into / name for name in wanted]
