@@ -69,9 +69,13 @@ def find_base(base_label: str, base_fingerprint: str) -> ModelVersion:
 def public_name(version: ModelVersion) -> str:
     """Returns what others call a registered base: its hub id, or the name that it was given, never a path of some machine."""
     params = logged_model(version).params
-    path = params["path"]
+    return hub_id(params["path"]) or str(params["base"])
+
+
+def hub_id(path: str) -> str | None:
+    """Returns the `path` of a base if others know it by that: a hub id, or `tiny`; None for folders and URIs."""
     is_hub_id = path.count("/") == 1 and "://" not in path and not path.startswith((".", "/", "~"))
-    return path if is_hub_id or path == "tiny" else str(params["base"])
+    return path if is_hub_id or path == "tiny" else None
 
 
 def download_base_files(version: ModelVersion, patterns: Sequence[str], into: Path) -> list[Path]:
