@@ -64,6 +64,12 @@ def checkpoint(config: BaseModelConfig) -> Path:
     return folder
 
 
+def hub_id(path: str) -> str | None:
+    """Returns the `path` of a base if others know it by that: a hub id, or `tiny`; None for folders and URIs."""
+    is_hub_id = path.count("/") == 1 and "://" not in path and not path.startswith((".", "/", "~"))
+    return path if is_hub_id or path == "tiny" else None
+
+
 def _downloaded(name: str, revision: str | None) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HFValidationError

@@ -6,7 +6,9 @@ from torch import nn
 
 from pipeline.config import BaseModelConfig, ConfigError
 from pipeline.models.bases import Base, empty_model
+from pipeline.models.checkpoints import hub_id
 from pipeline.models.families import Family
+from pipeline.routing.foreign_names import BaseLinears
 
 AUTO = "auto"
 """The regular expression of the base's family: every Linear in the language model's layers."""
@@ -41,3 +43,14 @@ def check_target_modules(base: BaseModelConfig, pattern: str) -> None:
     """Raises ConfigError if a pattern matches nothing in a base; no weights are read, an 8B base takes two seconds."""
     if pattern != AUTO:
         adapted_paths(*empty_model(base), pattern)
+
+
+def base_linears(base: BaseModelConfig) -> BaseLinears:
+    """Returns the Linears of a base, for adapters that others have trained; no weights are read."""
+    model, family = empty_model(base)
+    shapes = {n: (m.out_features, m.in_features) for n, m in model.named_modules() if isinstance(m, nn.Linear)}
+    routable = frozenset(adapted_paths(model, family, AUTO))
+    public = hub_id(base.path)
+    return BaseLinears(
+        shapes, family.language, routable, (public or base.label, base.label), is_public=public is not None
+    )

@@ -14,7 +14,7 @@ from mlflow.entities.model_registry import ModelVersion
 from mlflow.exceptions import MlflowException
 
 from pipeline.config import BaseModelConfig, without_secrets
-from pipeline.models.checkpoints import checkpoint, files_of, fingerprint
+from pipeline.models.checkpoints import checkpoint, files_of, fingerprint, hub_id
 from pipeline.registry.names import base_name
 from pipeline.registry.retries import RegistryError
 from pipeline.registry.tracking import active_run
@@ -70,12 +70,6 @@ def public_name(version: ModelVersion) -> str:
     """Returns what others call a registered base: its hub id, or the name that it was given, never a path of some machine."""
     params = logged_model(version).params
     return hub_id(params["path"]) or str(params["base"])
-
-
-def hub_id(path: str) -> str | None:
-    """Returns the `path` of a base if others know it by that: a hub id, or `tiny`; None for folders and URIs."""
-    is_hub_id = path.count("/") == 1 and "://" not in path and not path.startswith((".", "/", "~"))
-    return path if is_hub_id or path == "tiny" else None
 
 
 def download_base_files(version: ModelVersion, patterns: Sequence[str], into: Path) -> list[Path]:

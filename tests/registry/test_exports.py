@@ -16,9 +16,10 @@ from torch import Tensor
 from jobs.benchmark.tools.small_models import SMALL
 from pipeline.config import BaseModelConfig, RouterConfig
 from pipeline.models.bases import Base, load_base
+from pipeline.models.checkpoints import hub_id
 from pipeline.models.families import TEXT, family_of
 from pipeline.models.target_modules import adapted_paths
-from pipeline.registry.bases import hub_id, public_name
+from pipeline.registry.bases import public_name
 from pipeline.registry.experts import register_expert
 from pipeline.registry.export_record import ExportError
 from pipeline.registry.exports import VLLM_RANKS, ExportFormat, prepare_export, vllm_rank
