@@ -71,9 +71,14 @@ def expert_description(
 ) -> str:
     """Describes an expert: what it is, how well it does its task, what it has learned from."""
     learned = f"{card.samples:,} samples" + (f" of {rows:,} rows" if rows else "")
+    trained = f"Trained on {learned}, with seed {card.seed}."
+    if (source := card.trained_with.get("adapter")) is not None:
+        trained = f"Its LoRA was trained elsewhere: {_text(str(source))}; the rest" + (
+            f" on {rows:,} rows." if rows else "."
+        )
     parts = [
         f"**Expert for task `{card.task}`** over base `{base_label}`: a LoRA of rank {card.rank}, its routing vectors and the "
-        f"statistics of its prompts. Trained on {learned}, with seed {card.seed}."
+        f"statistics of its prompts. {trained}"
     ]
     if score is not None:
         base = "" if score.base_accuracy is None else f"; the base alone has {score.base_accuracy:.3f}"

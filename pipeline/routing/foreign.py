@@ -42,12 +42,7 @@ class ForeignAdapter:
     @cached_property
     def content(self) -> str:
         """Digest (64 hex digits) of what it computes: the same weights in other files, types or names have the same."""
-        digest = hashlib.sha256(json.dumps([self.rank, self.alpha]).encode())
-        for path, adapter in sorted(self.adapters.items()):
-            digest.update(path.encode())
-            for tensor in (adapter.a_RD, adapter.b_OR):
-                digest.update(tensor.contiguous().numpy().tobytes())
-        return digest.hexdigest()
+        return content_of(self.adapters, self.rank, self.alpha)
 
     def save(self, folder: Path) -> None:
         """Writes it as a stock PEFT folder that is not there yet."""
@@ -83,6 +78,16 @@ def foreign_adapter(folder: str | Path, linears: BaseLinears) -> ForeignAdapter:
     return ForeignAdapter(
         canonical, rank, scaling * rank, f"{folder.absolute().name} (base {config.base_name or 'not named'})"
     )
+
+
+def content_of(adapters: Mapping[str, Adapter], rank: int, alpha: float) -> str:
+    """Returns the digest (64 hex digits) of adapters of one rank and alpha."""
+    digest = hashlib.sha256(json.dumps([rank, alpha]).encode())
+    for path, adapter in sorted(adapters.items()):
+        digest.update(path.encode())
+        for tensor in (adapter.a_RD, adapter.b_OR):
+            digest.update(tensor.contiguous().numpy().tobytes())
+    return digest.hexdigest()
 
 
 def _file(folder: Path, name: str) -> Path:

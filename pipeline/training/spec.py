@@ -2,7 +2,22 @@
 
 from typing import Any
 
+from pydantic import model_validator
+
 from pipeline.config import BaseModelConfig, Config, ExpertConfig, RouterConfig, TrainingConfig
+
+
+class GivenAdapter(Config):
+    """A LoRA that was trained elsewhere (`given.give`)."""
+
+    content: str
+    """Digest of what it computes (`foreign.ForeignAdapter.content`)."""
+    source: str
+    """What it was called where it came from."""
+    rank: int
+    """Its rank, in place of `expert.rank`."""
+    alpha: float
+    """Its alpha."""
 
 
 class TrainSpec(Config):
@@ -38,3 +53,11 @@ class TrainSpec(Config):
     """Adapter folder to go on from, instead of a fresh LoRA (sequential fine-tuning, the method we compare with)."""
     router_stage: bool = True
     """False trains the adapter only."""
+    adapter: GivenAdapter | None = None
+    """This LoRA is the expert's: there is no expert stage, the router stage alone sees the rows. `digest` must depend on it."""
+
+    @model_validator(mode="after")
+    def _a_given_adapter_is_not_trained(self) -> "TrainSpec":
+        if self.adapter is not None and (self.start is not None or not self.router_stage):
+            raise ValueError("an adapter that is given is not trained further, and has a router stage")
+        return self

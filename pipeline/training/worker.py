@@ -23,13 +23,14 @@ from pipeline.routing.expert import Expert, ExpertCard
 from pipeline.routing.features import feature_width
 from pipeline.routing.statistics import PromptStatistics
 from pipeline.training.expert_stage import save_lora, warm_up_cosine, with_lora, without_lora
+from pipeline.training.given import given_folder
 from pipeline.training.held_base import HeldBase
 from pipeline.training.loop import Divergence, StageClock, run_steps
 from pipeline.training.loss import checkpoint_activations, without_dropout
 from pipeline.training.preemption import PreemptionNotice
 from pipeline.training.randomness import seed_all
 from pipeline.training.router_stage import with_gates, without_gates
-from pipeline.training.spec import TrainSpec
+from pipeline.training.spec import GivenAdapter, TrainSpec
 from pipeline.training.statistics_collector import LayerInputCollector, collect_features
 from pipeline.training.training_folder import ADAPTER, EXPERT, STATE, TrainingFolder, load_state, save_state
 from pipeline.training.validation import BestAdapter, ValidationPoint, held_out_loss
@@ -124,6 +125,7 @@ class Worker:
         if spec.validation:
             self.rows, self.held_out = rows.split(spec.validation, spec.seed)
         self.rank, self.world = context.get_world_rank(), context.get_world_size()
+        self.storage = folder.parent
         self.folder, self.best = TrainingFolder(folder, self.rank), BestAdapter(folder, write=self.rank == 0)
         share = -(-spec.expert.batch_size // self.world)
         micro_batch = min(spec.training.micro_batch or share, share)
@@ -145,7 +147,9 @@ class Worker:
         settings = self._zero_config()
         base = self.base.get(spec, settings)
         adapted_paths(base.model, base.family, spec.expert.target_modules)
-        if progress["stage"] == "expert":
+        if spec.adapter is not None:
+            adapter = self._given(spec.adapter)
+        elif progress["stage"] == "expert":
             adapter = self._expert_stage(base, settings, checkpoint, progress)
             free_memory()
         else:
@@ -226,6 +230,13 @@ class Worker:
             )
         return adapter
 
+    def _given(self, given: GivenAdapter) -> Path:
+        """Returns the folder of an adapter that was trained elsewhere, in place of an expert stage that takes no time."""
+        folder = given_folder(given, self.storage)
+        self.metrics |= {"samples": 0, "expert_seconds": 0.0, "expert_wait_seconds": 0.0}
+        self.metrics |= {"expert_losses": [], "expert_step_seconds": []}
+        return folder
+
     def _validate(self, engine: Any, base: Base, peft: Any, step: int) -> bool:
         """Computes the held-out loss every `validate_every` steps and keeps the best adapter; returns whether to stop."""
         config, rows = self.spec.expert, self.held_out
@@ -281,13 +292,14 @@ class Worker:
             name=spec.task,
             task=spec.task,
             base_fingerprint=base.fingerprint,
-            rank=spec.expert.rank,
-            alpha=spec.expert.lora_alpha,
+            rank=spec.adapter.rank if spec.adapter else spec.expert.rank,
+            alpha=spec.adapter.alpha if spec.adapter else spec.expert.lora_alpha,
             seed=spec.seed,
             data_fingerprint=spec.data_fingerprint,
             config_digest=spec.digest,
-            identity=spec.identity,
-            trained_with=spec.training.model_dump(include=HOW),
+            identity=spec.identity | ({"adapter": spec.adapter.content} if spec.adapter else {}),
+            trained_with=spec.training.model_dump(include=HOW)
+            | ({"adapter": spec.adapter.source} if spec.adapter else {}),
             samples=self.metrics["samples"],
             metrics={key: value for key, value in self.metrics.items() if isinstance(value, float)},
         )
