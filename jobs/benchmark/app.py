@@ -10,6 +10,7 @@ python -m jobs.benchmark gpu                                    memory of a whol
 python -m jobs.benchmark real-size                              width, resemblance, small tasks, streamed rows, threads
 python -m jobs.benchmark scale                                  what the hundredth task costs, beside the tenth
 python -m jobs.benchmark registry                               commands over hundreds of experts, one more version
+python -m jobs.benchmark fresh-environment                      exports and the registered pool, elsewhere
 python -m jobs.benchmark text                                   two tasks on pretrained weights, and what was kept
 """
 
@@ -28,6 +29,9 @@ BENCHMARKS = {
     ),
     "scale": Lazy("jobs.benchmark.scale:scale", "What the hundredth task costs, beside the tenth."),
     "registry": Lazy("jobs.benchmark.registry:registry", "Commands over hundreds of experts, one more version."),
+    "fresh-environment": Lazy(
+        "jobs.benchmark.fresh_environment:fresh_environment", "What is exported and registered, without this project."
+    ),
     "text": Lazy("jobs.benchmark.pretrained_text:text", "Two tasks on pretrained weights, and what was kept."),
 }
 
