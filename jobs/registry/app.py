@@ -8,6 +8,7 @@ pointsman registry rollback tiny.pool.demo           the champion before it is, 
 pointsman registry retire tiny.pool.demo clock       the base answers in place of an expert
 pointsman registry replace tiny.pool.demo tiny.expert.clock/1    another version of an expert takes its place
 pointsman registry export tiny.pool.demo@champion --format peft --out experts   for stock PEFT, vLLM, or another machine
+pointsman registry import FOLDER task.yaml --pool tiny.pool.demo      a PEFT LoRA of somebody else becomes an expert
 pointsman registry gc                                what no pool needs, and whether to delete it
 pointsman registry migrate --dry-run                 what an earlier release registered gets its new names
 """
@@ -23,6 +24,7 @@ COMMANDS = {
     "retire": Lazy("jobs.registry.retire:retire", "Let the base answer in place of an expert."),
     "replace": Lazy("jobs.registry.replace:replace", "Put another version of an expert in its place."),
     "export": Lazy("jobs.registry.export:export", "Write a pool or an expert for PEFT, vLLM or another machine."),
+    "import": Lazy("jobs.registry.import_adapter:import_adapter", "Make somebody's PEFT LoRA an expert of a pool."),
     "gc": Lazy("jobs.registry.clean:gc", "Show what no pool needs, and delete it if confirmed."),
     "migrate": Lazy("jobs.registry.decide:migrate", "Give what an earlier release registered its new names."),
 }

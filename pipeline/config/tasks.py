@@ -99,6 +99,9 @@ class TaskConfig(Config):
     validation: float = Field(default=0.0, ge=0, lt=1)
     """Share of the training rows (at most 2,048) that is held out for validation every `expert.validate_every` steps: the best
     adapter becomes the expert, and training can stop early. 0: every row is learned, and the last adapter is the expert."""
+    adapter: str | None = None
+    """Folder of a PEFT LoRA that somebody has trained for this task on this base: it becomes the expert as it is, and only its
+    routing vectors and statistics come from `train`, for which a few hundred rows are enough."""
     metric: Literal["exact_match", "relaxed_accuracy", "anls", "mmbench", "vqa_accuracy", "token_f1"] = "exact_match"
     """Metric: exact match, ChartQA's relaxed accuracy (5 %), DocVQA's ANLS, MMBench's option letter (all rotations of a
     question must be correct, where the source is circular), VQA's agreement with ten people, token F1."""
@@ -112,6 +115,12 @@ class TaskConfig(Config):
             raise ValueError(f"{self.name!r} is a word of the model registry for a version; choose another task name")
         if "{question}" not in self.prompt:
             raise ValueError("the prompt template must contain {question}")
+        return self
+
+    @model_validator(mode="after")
+    def _what_is_given_is_not_trained(self) -> "TaskConfig":
+        if self.adapter is not None and self.validation:
+            raise ValueError("`adapter` is given, so there is nothing to validate; leave `validation` out")
         return self
 
 

@@ -14,11 +14,12 @@ from pipeline.data.errors import StreamError
 from pipeline.data.sources.files import check_there
 from pipeline.errors import UserError
 from pipeline.files import write_json
-from pipeline.learning.identity import DATA, is_of_statistics
+from pipeline.learning.identity import ADAPTER, DATA, is_of_statistics
 from pipeline.learning.session import StreamSession
 from pipeline.learning.state import read_json
 from pipeline.models.target_modules import check_target_modules
 from pipeline.routing.expert import CARD, ExpertCard
+from pipeline.routing.foreign_config import ForeignAdapterError
 from pipeline.routing.pool import EXPERTS
 
 SHOWN = 40
@@ -32,8 +33,9 @@ class ChangedError(UserError):
 def check_tasks(session: StreamSession) -> None:
     """Checks all tasks before anything is trained or evaluated: what would end the stream at a later task is raised now.
 
-    ConfigError where `expert.target_modules` matches nothing, StreamError where data are missing that are needed, ChangedError
-    where a task has changed and `stream.on_change` is `fail`.
+    ConfigError where `expert.target_modules` matches nothing, ForeignAdapterError where a given LoRA cannot be an expert of the
+    base, StreamError where data are missing that are needed, ChangedError where a task has changed and `stream.on_change` is
+    `fail`.
     """
     stream = session.config.stream
     check_target_modules(session.config.base, session.config.expert.target_modules)
@@ -41,6 +43,8 @@ def check_tasks(session: StreamSession) -> None:
         assert task.train is not None, "checked where configurations are read"
         if _remembered(session, task) is None:
             check_source(session, task.train, f"task {task.name!r}, train")
+            if task.adapter is not None:
+                session.identity.given_adapter(task.adapter)
         else:
             _decide(session, task)
         check_source(session, task.eval, f"task {task.name!r}, eval")
@@ -75,7 +79,7 @@ def _decide(session: StreamSession, task: TaskConfig) -> tuple[str, str]:
     remembered = _remembered(session, task)
     try:
         key = session.identity.expert(task)
-    except StreamError as error:
+    except (StreamError, ForeignAdapterError) as error:
         return _without_data(session, task, remembered, error)
     if remembered is None or remembered["config_digest"] in {key, session.identity.expert_before(task)}:
         return str(remembered["config_digest"]) if remembered else key, ""
@@ -114,6 +118,8 @@ def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
             continue
         if name == DATA:
             changes.append("its data have changed")
+        elif name == ADAPTER:
+            changes.append("the LoRA that it is given has changed")
         elif name == "base":
             changes.append("the base or how it is loaded has changed (base.path, dtype, attention)")
         else:
@@ -124,19 +130,24 @@ def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
 
 
 def _without_data(
-    session: StreamSession, task: TaskConfig, remembered: dict[str, Any] | None, error: StreamError
+    session: StreamSession,
+    task: TaskConfig,
+    remembered: dict[str, Any] | None,
+    error: StreamError | ForeignAdapterError,
 ) -> tuple[str, str]:
     """Returns the name of the expert that was learned from data that are gone, or raises the error of reading them."""
     if remembered is None:
         raise error
     now, before = session.identity.settings(task), dict(remembered.get("identity", {}))
-    before.pop(DATA, None)
+    for part in (DATA, ADAPTER):
+        before.pop(part, None)
     if before and (changes := differences(before, now)) and session.config.stream.on_change != "keep":
         raise StreamError(
             f"{error}; its expert was learned with other settings ({'; '.join(changes)}), so that the data are needed again: "
             "bring them back, undo the change, or set stream.on_change=keep"
         ) from None
-    notice = f"  {task.name}: its training data are gone ({error}); the expert that was learned from them is kept"
+    gone = "its training data are" if isinstance(error, StreamError) else "training data or adapter are"
+    notice = f"  {task.name}: {gone} gone ({error}); the expert that was learned from them is kept"
     return str(remembered["config_digest"]), notice
 
 

@@ -13,6 +13,8 @@ from typing import Any
 from pipeline.config import LearnConfig, RouterConfig, SourceConfig, TaskConfig, digest
 from pipeline.data.encoded.encoding import PROMPT_COLUMNS
 from pipeline.data.sources import reader
+from pipeline.models.target_modules import base_linears
+from pipeline.routing.foreign import foreign_adapter
 from pipeline.routing.serialization import VERSIONS
 
 BASE_PROMPT = "{question}"
@@ -23,6 +25,14 @@ DATA = "data"
 
 CHOOSING = {"kind", "token_scores", "top_k", "candidates", "temperature", "null_components"}
 """Router settings that say how experts are chosen; all others are part of an expert's identity."""
+
+ADAPTER = "adapter"
+"""Key of a LoRA that was given among the parts of its expert's identity."""
+
+OF_EXPERT_STAGE = {
+    "rank", "alpha", "dropout", "steps", "learning_rate", "warmup_ratio", "weight_decay", "validate_every", "patience",
+}  # fmt: skip
+"""Settings without effect where the LoRA is given."""
 
 FORMER_MODES = {"oracle": "told", "single": "only"}
 """How modes of evaluation were called when results were first named by them."""
@@ -48,6 +58,7 @@ class Identity:
     data_folder: Path
     """Folder of the demo's data."""
     _fingerprints: dict[SourceConfig, str] = field(default_factory=dict, repr=False, compare=False)
+    _adapters: dict[str, str] = field(default_factory=dict, repr=False, compare=False)
 
     @cached_property
     def base(self) -> str:
@@ -85,6 +96,7 @@ class Identity:
         config, held_out = self.config, bool(task.validation)
         # Settings of validation are parts of experts that are validated; the names of all others are as they were before it.
         unused = set() if held_out else set(VALIDATED)
+        unused |= OF_EXPERT_STAGE if task.adapter is not None else set()
         return {
             "task": task.name,
             "base": self.base,
@@ -98,7 +110,14 @@ class Identity:
 
     def parts(self, task: TaskConfig) -> dict[str, Any]:
         """Everything that a task's expert depends on, by name; kept on its card, to show later what has changed."""
-        return self.settings(task) | {DATA: self.training_rows(task)}
+        given = {ADAPTER: self.given_adapter(task.adapter)} if task.adapter is not None else {}
+        return self.settings(task) | given | {DATA: self.training_rows(task)}
+
+    def given_adapter(self, folder: str) -> str:
+        """The LoRA in somebody's folder: what it computes. Read once per session; raises ForeignAdapterError."""
+        if folder not in self._adapters:
+            self._adapters[folder] = foreign_adapter(folder, base_linears(self.config.base)).content
+        return self._adapters[folder]
 
     def expert(self, task: TaskConfig) -> str:
         """The expert of a task."""

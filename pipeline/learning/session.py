@@ -33,6 +33,7 @@ from pipeline.learning.state import REMADE, Tally, keep_peak
 from pipeline.learning.stream_data import BASE_PROMPTS, StreamData
 from pipeline.models.bases import language_width
 from pipeline.models.checkpoints import checkpoint, fingerprint
+from pipeline.models.target_modules import base_linears
 from pipeline.registry.evaluated_prompts import EvaluatedPrompts
 from pipeline.registry.experts import MissingExpertError, fetch_expert, find_expert
 from pipeline.registry.metric_buffer import MetricBuffer
@@ -40,13 +41,15 @@ from pipeline.registry.names import expert_name, pool_name
 from pipeline.registry.retries import Retries
 from pipeline.routing.adapters import ExpertError
 from pipeline.routing.features import feature_width
+from pipeline.routing.foreign import foreign_adapter
 from pipeline.routing.null import read_null, write_null
 from pipeline.routing.pool import EXPERTS, Pool
 from pipeline.routing.store import ExpertReference, ExpertStore
+from pipeline.training.given import give
 from pipeline.training.null_expert import null_statistics
 from pipeline.training.session import TrainResult, finished_training
 from pipeline.training.sessions import Sessions
-from pipeline.training.spec import TrainSpec
+from pipeline.training.spec import GivenAdapter, TrainSpec
 from pipeline.training.telemetry import Step
 from pipeline.training.training_folder import TrainingFolder
 
@@ -156,8 +159,15 @@ class StreamSession:
             vision=self.data.vision,
             group_by_length=self.config.data.group_by_length,
             validation=task.validation,
+            adapter=self._given(task),
         )
         return spec.model_copy(update=changes)
+
+    def _given(self, task: TaskConfig) -> GivenAdapter | None:
+        """Puts the LoRA that a task is given, if it is, where its workers find it."""
+        if task.adapter is None:
+            return None
+        return give(foreign_adapter(task.adapter, base_linears(self.config.base)), self._storage)
 
     @cached_property
     def worker_env(self) -> dict[str, str]:

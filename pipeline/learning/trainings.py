@@ -16,6 +16,7 @@ from pipeline.learning.background import begin
 from pipeline.learning.changes import expert_wanted
 from pipeline.learning.session import StreamSession
 from pipeline.learning.summary import metrics_on_card, task_metrics
+from pipeline.routing.foreign_config import ForeignAdapterError
 from pipeline.routing.store import ExpertReference
 from pipeline.training.session import reading_result
 
@@ -152,5 +153,5 @@ def _to_be_trained(session: StreamSession, task: TaskConfig) -> bool:
     """Whether a later task is not learned yet, as far as its state file tells."""
     try:
         return not (session.folder / "state" / f"task-{session.identity.expert(task)}.json").exists()
-    except StreamError:  # said when its turn comes
+    except (StreamError, ForeignAdapterError):  # said when its turn comes
         return False

@@ -101,7 +101,8 @@ def _file(folder: Path, name: str) -> Path:
                 f"python -c \"import torch, safetensors.torch as s; s.save_file(torch.load('{pickled[0]}', map_location='cpu', "
                 f"weights_only=True), '{ADAPTER_WEIGHTS}')\""
             )
-        raise ForeignAdapterError(f"{folder}: {name} is missing; name a PEFT adapter's folder, or {COPY}")
+        below = next((f", such as {other.parent}" for other in sorted(folder.glob(f"*/{name}"))), "")
+        raise ForeignAdapterError(f"{folder}: {name} is missing; name a PEFT adapter's folder{below}, or {COPY}")
     if not file.resolve().is_relative_to(folder.resolve()):
         raise ForeignAdapterError(
             f"{file}: is a link to a file outside the folder; copy the folder with its files (cp -rL)"

@@ -1,0 +1,91 @@
+"""What the commands share that bring one more expert into a registered pool: `add`, and `registry import`."""
+
+import os
+from typing import Annotated, Any
+
+import typer
+
+from jobs.terminal import Terminal, table
+from pipeline.config import AddConfig
+from pipeline.files import write_json
+from pipeline.learning.adding import Added, add_task, stream_of
+from pipeline.learning.opening import open_session
+from pipeline.learning.progress import Progress
+from pipeline.learning.session import StreamSession
+from pipeline.learning.summary import session_provenance
+from pipeline.models.target_modules import base_linears
+from pipeline.provenance import now
+from pipeline.registry.browsing import meant
+from pipeline.registry.scores import scores_of
+from pipeline.registry.successors import open_pool
+from pipeline.registry.tracking import use_registry
+from pipeline.routing.foreign import foreign_adapter
+
+PoolAddress = Annotated[
+    str,
+    typer.Option(
+        "--pool",
+        help="The pool's version: models:/NAME@champion, NAME/3, or NAME: its champion, else its newest version.",
+    ),
+]
+Replace = Annotated[
+    bool, typer.Option("--replace", help="Let the new expert take the place of the pool's expert of that name.")
+]
+
+
+def add_to_pool(
+    settings: AddConfig, pool: str, registry: str | None, *, replaces: bool, progress: Progress | None = None
+) -> dict[str, Any]:
+    """Adds a task to a pool of a registry; shows accuracies before and after, and returns the summary.
+
+    The registry is the one that is named, else the configuration's, else $MLFLOW_TRACKING_URI, else the output folder's.
+    """
+    began, progress = now(), progress or Terminal()
+    uri = registry or settings.registry.uri or os.environ.get("MLFLOW_TRACKING_URI")
+    uri = uri or f"sqlite:///{settings.output}/mlflow.db"
+    use_registry(uri)
+    start = meant(pool)
+    config = stream_of(settings, open_pool(start), uri)
+    if settings.task.adapter is not None:  # now, not when Ray has started
+        foreign_adapter(settings.task.adapter, base_linears(config.base))
+    with open_session(config, job="add", progress=progress) as session:
+        added = add_task(session, start, replaces=replaces)
+        summary = _summary(session, added, session_provenance(session, began))
+        write_json(session.folder / "summary.json", summary)
+        _show(session, added)
+    return summary
+
+
+def _summary(session: StreamSession, added: Added, provenance: dict[str, Any]) -> dict[str, Any]:
+    return provenance | {
+        "pool": added.version.name,
+        "version": int(added.version.version),
+        "before": int(added.before.version),
+        "expert": f"{added.expert.name}/{added.expert.version}",
+        "status": added.version.tags.get("status", ""),
+        "accuracies": added.evaluation.accuracies(),
+        "base_accuracies": added.base,
+        "unknown_answers": added.unknown,
+        "unmeasured": added.unmeasured,
+        "peak_memory_bytes": session.peak_memory(),
+    }
+
+
+def _show(session: StreamSession, added: Added) -> None:
+    """Prints accuracies before and after, what could not be measured, and where to look."""
+    before = {score.dataset: score.accuracy for score in scores_of(added.before)}
+    rows = [
+        [name, *("-" if value is None else f"{value:.3f}" for value in (added.base.get(name), before.get(name), now))]
+        for name, now in added.evaluation.accuracies().items()
+    ]
+    columns = ["task or base ability", "base", f"version {added.before.version}", f"version {added.version.version}"]
+    log = session.progress.log
+    session.progress.show(table("Accuracy", columns, rows))
+    for name, count in added.unknown.items():
+        log(f"  {name}: {count} prompts go to experts whose answers to them are not known; they count as wrong")
+    if added.unmeasured:
+        log(f"  not measured, since the registry keeps no evaluation prompts of them: {', '.join(added.unmeasured)}")
+    name, number = added.version.name, added.version.version
+    log(f"\nregistry   {name}/{number}, {added.version.tags.get('status', '')}")
+    log(f"           pointsman registry diff {name}/{added.before.version} {name}/{number}")
+    log(f"summary    {session.folder / 'summary.json'}")
