@@ -28,7 +28,7 @@ class TeachingAdd(TeachingCommand):
 JOBS = {
     "learn": Lazy("jobs.learn:main", "Learn a stream of tasks one after the other.", TeachingCommand),
     "compare": Lazy("jobs.compare:main", "Compare the learned pool with the alternatives.", TeachingCommand),
-    "add": Lazy("jobs.add:main", "Add one task to a registered pool, without any earlier data.", TeachingAdd),
+    "add": Lazy("jobs.add:main", "Add one task to a registered pool.", TeachingAdd),
     "sweep": Lazy("jobs.sweep:main", "Sweep LoRA rank x router temperature for one task.", TeachingCommand),
     "plan": Lazy("jobs.plan:main", "Plan a stream before any GPU is rented.", TeachingCommand),
     "recompute-statistics": Lazy(
