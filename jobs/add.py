@@ -1,6 +1,6 @@
 """Adds one task to a registered pool, from the registry alone: no earlier data, wherever and whenever the pool was made.
 
-python -m jobs.add task.yaml --pool models:/tiny.pool.demo@champion training.workers=2
+python -m jobs.add jobs/configs/task.yaml --pool models:/tiny.pool.demo@champion training.workers=2
 """
 
 import typer

@@ -104,6 +104,15 @@ def successor(random: Random, index: int) -> Example:
     return Example(None, f"which number is next for {' '.join(map(str, numbers))} ?", answer)
 
 
+def highest(random: Random, index: int) -> Example:
+    """Text only: says the highest of three or four digits; those whose sum is divisible by five are kept for evaluation."""
+    numbers = np.zeros(3, int)
+    while numbers.sum() == 0 or (numbers.sum() % 5 == 0) != (index >= TRAIN_ROWS):
+        top = int(random.integers(10))  # so that all answers come about as often
+        numbers = random.permutation([top, *random.integers(top + 1, size=int(random.integers(2, 4)))])
+    return Example(None, f"which number is the highest of {' '.join(map(str, numbers))} ?", DIGITS[numbers.max()])
+
+
 def textures(random: Random, index: int) -> Example:
     """Names the material of a surface that fills the image."""
     material = int(random.integers(len(MATERIALS)))
@@ -134,9 +143,9 @@ def textures(random: Random, index: int) -> Example:
 
 
 TASKS: dict[str, Callable[[Random, int], Example]] = {
-    f.__name__: f for f in (digits, renamed, clock, successor, textures, later)
+    f.__name__: f for f in (digits, renamed, clock, successor, textures, later, highest)
 }
-"""The new tasks by name, in the order of the demo's stream."""
+"""The new tasks by name, in the order of the demo's stream; `highest` comes after it, to be added to its pool."""
 
 TRAIN_ROWS, EVAL_ROWS = 1500, 200
 """Rows per task; there are 1,797 handwritten digits, so both parts are real and disjoint."""

@@ -14,7 +14,7 @@ from pipeline.data.demo.files import BASE_PROMPT_ROWS, BENCHMARK_ROWS, SCHEMA, d
 from pipeline.data.demo.tasks import TASKS
 from pipeline.models.tiny import tiny_tokenizer
 
-PARTS = [f"{task}/eval" for task in (*TASKS, *BENCHMARKS)] + ["successor/train", "digits/train", "general/train"]
+PARTS = [f"{task}/eval" for task in (*TASKS, *BENCHMARKS)] + ["successor/train", "highest/train", "digits/train", "general/train"]
 """All parts but those training parts that are drawn exactly like their evaluation part, only more of it."""
 
 
@@ -60,7 +60,7 @@ def test_parts_have_their_sizes(rows):
 
 def test_text_only_tasks_have_no_images(rows):
     without = {part.split("/")[0] for part, part_rows in rows.items() if not any(r["images"] for r in part_rows)}
-    assert without == {"successor", "repeat", "reverse"}
+    assert without == {"successor", "highest", "repeat", "reverse"}
 
 
 @pytest.mark.parametrize("part", ["digits/eval", "document/eval", "successor/train"])
@@ -95,7 +95,7 @@ def test_unknown_data_are_refused_with_the_known_ones(folder, path):
 
 @pytest.mark.parametrize("task", TASKS)
 def test_what_is_held_out_is_never_learned(rows, task):
-    """Of the training parts as much is drawn as time allows; the text-only task and the real digits entirely."""
+    """Of the training parts as much is drawn as time allows; the text-only tasks and the real digits entirely."""
     if f"{task}/train" in rows:
         learned = {content(row) for row in rows[f"{task}/train"]}
     else:
