@@ -4,7 +4,7 @@
 
 Two tasks are learned on the demo's base, one with images and one without. Then:
 
-- an environment with torch, transformers, peft, pillow and torchvision loads the base and each exported expert, and answers
+- an environment with torch, transformers, peft and pillow loads the base and each exported expert, and answers
   (`tools/stock_peft.py`); answers and logits are compared with those of the same expert here.
 - an environment with the requirements that the registered pool names loads it (`tools/served_pool.py`), and serves it with
   `mlflow models serve`; answers are compared with those here, accuracies with the registered ones.
@@ -55,7 +55,7 @@ QUESTIONS = 40
 TOLERANCE = 1e-4
 """Largest difference of two logits that counts as none: stock PEFT adds up in another order."""
 STOCK = ("torch", "transformers", "peft", "safetensors", "pillow")
-"""Packages that using an exported expert takes, at the versions that are here; torchvision comes with them."""
+"""Packages that using an exported expert takes, at the versions that are here."""
 
 
 @dataclass(frozen=True)
@@ -84,6 +84,9 @@ class Prompt:
 
 def fresh_environment(
     steps: Annotated[int, typer.Option(help="Steps of the expert stage.", min=1)] = 150,
+    torchvision: Annotated[
+        bool, typer.Option("--torchvision", help="Install it too: stock AutoProcessor takes it for this base.")
+    ] = False,
     output: Annotated[Path, typer.Option(help="Folder for runs, registry, environments and summary.")] = Path(
         "runs/benchmark-fresh-environment"
     ),
@@ -97,7 +100,7 @@ def fresh_environment(
             prompts = _answered(session, pool)
             uri = mlflow.get_tracking_uri()
             results = {
-                "stock_peft": _stock(terminal, version, prompts, folder),
+                "stock_peft": _stock(terminal, version, prompts, folder, torchvision=torchvision),
                 **_required(terminal, version, prompts, folder, uri),
             }
         proven = all(result["proven"] for result in results.values())
@@ -158,7 +161,9 @@ def _answered(session: StreamSession, pool: Pool) -> list[Prompt]:
     return answered
 
 
-def _stock(terminal: Terminal, version: ModelVersion, prompts: Sequence[Prompt], folder: Path) -> dict[str, Any]:
+def _stock(
+    terminal: Terminal, version: ModelVersion, prompts: Sequence[Prompt], folder: Path, *, torchvision: bool
+) -> dict[str, Any]:
     """Answers with exported experts in an environment of stock packages."""
     exported = prepare_export(version, ExportFormat.PEFT, folder / "scratch")
     exported.write(folder / "exported")
@@ -166,7 +171,7 @@ def _stock(terminal: Terminal, version: ModelVersion, prompts: Sequence[Prompt],
     with terminal.working("an environment with stock PEFT"):
         requirements = [f"{package}=={installed(package).partition('+')[0]}" for package in STOCK]
         made = environments.new_environment(
-            folder / "env-stock", [*requirements, "torchvision"], folder / "env-stock.log"
+            folder / "env-stock", [*requirements, *["torchvision"] * torchvision], folder / "env-stock.log"
         )
     apart, equal, importable, processors = 0.0, 0, False, set()
     for task in TASKS:

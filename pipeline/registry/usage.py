@@ -217,7 +217,8 @@ def _use(shared: Shared, name: str, max_tiles: int | None) -> str:
 
 def _note(shared: Shared) -> str:
     needs = (
-        f"`{shared.processor_class}` has a video processor, for which transformers needs torchvision. "
+        f"`{shared.processor_class}` has a video processor, for which transformers needs torchvision; without, AutoTokenizer "
+        "and AutoImageProcessor load from the same folder. "
         if shared.processor_class in WITH_VIDEO
         else ""
     )
