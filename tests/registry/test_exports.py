@@ -12,6 +12,7 @@ from mlflow.entities.model_registry import ModelVersion
 from peft import PeftModel
 from safetensors.torch import load_file
 from torch import Tensor
+from transformers import AutoImageProcessor, AutoTokenizer
 
 from jobs.benchmark.tools.small_models import SMALL
 from pipeline.config import BaseModelConfig, RouterConfig
@@ -24,6 +25,7 @@ from pipeline.registry.experts import register_expert
 from pipeline.registry.export_record import ExportError
 from pipeline.registry.exports import VLLM_RANKS, ExportFormat, prepare_export, vllm_rank
 from pipeline.registry.pools import register_pool
+from pipeline.registry.successors import retire_expert
 from pipeline.registry.tracking import tracked_run
 from pipeline.registry.versions import get_version
 from pipeline.routing import Pool
@@ -200,8 +202,6 @@ def test_an_expert_s_page_says_how_to_prompt_it(version, tmp_path) -> None:
 
 
 def test_the_base_s_processor_is_one_that_stock_classes_load(version, tiny_base, tmp_path) -> None:
-    from transformers import AutoImageProcessor, AutoTokenizer
-
     export(version, "peft", tmp_path / "out")
     folder = tmp_path / "out" / "processor"
     tokenizer, images = AutoTokenizer.from_pretrained(folder), AutoImageProcessor.from_pretrained(folder, backend="pil")
@@ -275,8 +275,6 @@ def test_no_more_than_one_expert_s_weights_are_held(version, tmp_path) -> None:
 
 
 def test_a_retired_expert_is_the_base_s(version, pool, tmp_path) -> None:
-    from pipeline.registry.pools import retire_expert
-
     later = retire_expert(version, "clock")
     export(later, "vllm", tmp_path / "out")
     tasks = json.loads((tmp_path / "out" / "router.json").read_text())["tasks"]
