@@ -88,11 +88,9 @@ class Export:
         assert self.pool is not None, "checked when it was looked up"
         pool = self.pool
         for name in pool.names:
-            if name in self.experts:
-                on_expert(name)
-            else:
+            if name not in self.experts:
                 pool = pool.remove(name)
-        pool.export(folder)
+        pool.export(folder, on_expert)
         (folder / "README.md").write_text(usage.pool_page(self._shared(None), pool))
 
     def _write_peft(self, folder: Path, on_expert: Callable[[str], None]) -> None:

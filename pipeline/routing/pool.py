@@ -6,7 +6,7 @@ an expert that lies in none, it holds itself. `Pool.export` writes a folder that
 
 import json
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from copy import copy
 from functools import cached_property
 from pathlib import Path
@@ -245,9 +245,12 @@ class Pool:
         """Writes the pool, all of it or nothing: references to experts in a store, and the experts that lie in none."""
         return self._write(Path(folder), next(filter(None, map(_store_of, self.experts.entries.values())), None))
 
-    def export(self, folder: str | Path) -> Path:
-        """Writes a folder that holds the experts too, and checks all of their files: nothing else is needed to use it."""
-        return self._write(Path(folder), None)
+    def export(self, folder: str | Path, on_expert: Callable[[str], None] = lambda name: None) -> Path:
+        """Writes a folder that holds the experts too, and checks all of their files: nothing else is needed to use it.
+
+        `on_expert` hears the name of each expert when its turn comes.
+        """
+        return self._write(Path(folder), None, on_expert)
 
     def refer(self, folder: str | Path, references: Mapping[str, ExpertReference]) -> Path:
         """Writes a folder that holds no expert: `references` give their places by name. Reads none of them."""
@@ -255,11 +258,14 @@ class Pool:
             self._describe(staging, [references[name] for name in self.names])
         return Path(folder)
 
-    def _write(self, folder: Path, store: ExpertStore | None) -> Path:
+    def _write(
+        self, folder: Path, store: ExpertStore | None, on_expert: Callable[[str], None] = lambda name: None
+    ) -> Path:
         """Writes the folder with all experts but those that lie in `store`."""
         with atomic_folder(folder) as staging:
             references = []
             for name, entry in self.experts.entries.items():
+                on_expert(name)
                 own_folder = staging / EXPERTS / name
                 if isinstance(entry, Expert):
                     references.append(ExpertReference.of(entry.save(own_folder)))
