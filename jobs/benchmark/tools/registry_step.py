@@ -12,18 +12,23 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+import numpy as np
 from mlflow import MlflowClient
 
 from jobs.benchmark.tools.synthetic_experts import BASE, synthetic_expert
 from pipeline.config import RouterConfig
+from pipeline.learning.replacing import replace_expert
 from pipeline.models.checkpoints import checkpoint, fingerprint
 from pipeline.registry import migration, promotion
 from pipeline.registry.browsing import meant
+from pipeline.registry.contents import experts_of
+from pipeline.registry.evaluated_prompts import EvaluatedPrompts, has_prompts, keep_prompts
 from pipeline.registry.experts import register_expert
 from pipeline.registry.names import pool_name
 from pipeline.registry.pools import register_pool
-from pipeline.registry.scores import Score, log_scores, tags_of
-from pipeline.registry.successors import retire_expert
+from pipeline.registry.scores import Score, log_scores, scores_of, tags_of
+from pipeline.registry.strays import RoutedPrompt, Strays, keep_strays, strays_of
+from pipeline.registry.successors import newest_with, open_pool, register_successor, retire_expert
 from pipeline.registry.tracking import open_tracking, tracked_run
 from pipeline.registry.versions import describe, version_at
 from pipeline.routing import Pool
@@ -75,13 +80,45 @@ def rollback(run_id: str) -> None:
         promotion.rollback(POOL)
 
 
+def add(run_id: str) -> None:
+    """Adds a third expert to the second pool, with its evaluation prompts, and lets the gate decide."""
+    before = open_pool(newest_with(version_at(f"models:/{POOL}/2")))
+    expert = synthetic_expert("third", 3, before.pool.base_fingerprint)
+    with TemporaryDirectory() as scratch:
+        version = register_expert(BASE.label, expert.save(Path(scratch) / "third"))
+    if "third" in before.pool.names:
+        made = before.version
+    else:
+        made = register_successor(before, before.pool.add(expert), ["added", "third"], experts=[version])
+    if not has_prompts(version, "d"):
+        features_NF = np.zeros((4, before.pool.width or 0), np.float32)
+        rows = [f"row {number}" for number in range(4)]
+        keep_prompts(version, "d", EvaluatedPrompts(rows, rows, [""] * 4, features_NF, np.ones(4), np.zeros(4)))
+    scores = [*scores_of(version_at(f"models:/{POOL}/2")), Score("third", "d", 0.9, 0.1)]
+    log_scores(run_id, made, scores)
+    if strays_of(made) is None:
+        keep_strays(made, {"third": Strays("d", "third", [RoutedPrompt("row 1", "row 1", "first")])})
+    describe(made, tags=tags_of(scores), description="measured")
+    promotion.decide(made, scores, gate=True, tolerance=0.02)
+
+
+def replace(run_id: str) -> None:
+    """Puts another training of an expert in its place."""
+    again = synthetic_expert("second", 22, fingerprint(checkpoint(BASE)))
+    with TemporaryDirectory() as scratch:
+        version = register_expert(BASE.label, again.save(Path(scratch) / "second"))
+    pool = meant(POOL)
+    if experts_of(pool)["second"] != f"{version.name}/{version.version}":
+        replace_expert(pool, version, force=True)
+
+
 def migrate(run_id: str) -> None:
     """Migrates a registry of an earlier release."""
     list(migration.migrate("former"))
 
 
 STEPS: dict[str, Callable[[str], None]] = {
-    step.__name__: step for step in (register, promote, rollback, retire, migrate)
+    step.__name__: step for step in (register, promote, rollback, retire, add, replace, migrate)
 }
 
 

@@ -14,7 +14,8 @@ from pipeline.data.demo.files import BASE_PROMPT_ROWS, BENCHMARK_ROWS, SCHEMA, d
 from pipeline.data.demo.tasks import TASKS
 from pipeline.models.tiny import tiny_tokenizer
 
-PARTS = [f"{task}/eval" for task in (*TASKS, *BENCHMARKS)] + ["successor/train", "highest/train", "digits/train", "general/train"]
+PARTS = [f"{task}/eval" for task in (*TASKS, *BENCHMARKS)]
+PARTS += [f"{task}/train" for task in ("successor", "highest", "digits", "general")]
 """All parts but those training parts that are drawn exactly like their evaluation part, only more of it."""
 
 
