@@ -102,6 +102,6 @@ def user_errors() -> Iterator[None]:
                 yield
         except UserError as error:
             typer.secho(f"error: {message_of(error)}", fg=typer.colors.RED, err=True)
-            sys.exit(2)
+            sys.exit(error.exit_code)
         except KeyboardInterrupt:
             stopped.end()

@@ -89,7 +89,7 @@ def _registered(address: str, scratch: Path) -> Pool:
         raise ConfigError(
             f"--pool {address}: set MLFLOW_TRACKING_URI to the registry that has it, e.g. sqlite:///runs/mlflow.db"
         )
-    use_registry(mlflow.get_tracking_uri())
+    use_registry(mlflow.get_tracking_uri(), "MLFLOW_TRACKING_URI")
     return Pool.load(download_pool(address, scratch), registered_experts())
 
 

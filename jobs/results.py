@@ -6,8 +6,8 @@ from typing import Any
 
 from jobs.terminal import table
 from pipeline.learning.session import StreamSession
+from pipeline.registry.addresses import ui_command
 from pipeline.registry.promotion import champion
-from pipeline.registry.tracking import ui_command
 
 
 def show_tasks(session: StreamSession, summary: dict[str, Any]) -> None:

@@ -12,14 +12,20 @@ from typing import Annotated
 import typer
 
 from jobs.endings import user_errors
+from pipeline.config import without_secrets
+from pipeline.registry.addresses import LOOPBACK, SERVERS, UI_PORT, UI_URI, ui_command
+from pipeline.registry.databases import is_database
 from pipeline.registry.retries import RegistryError
-from pipeline.registry.tracking import LOOPBACK, UI_PORT, ui_command, use_registry
+from pipeline.registry.tracking import use_registry
 
 
 def main(
     output: Annotated[Path, typer.Option(help="Folder of the runs, with mlflow.db in it.")] = Path("runs"),
     registry: Annotated[
-        str | None, typer.Option(help="A registry elsewhere: sqlite:///<file>. Default: that of --output.")
+        str | None, typer.Option(
+            help="A registry elsewhere: sqlite:///<file>, a database (postgresql://, mysql+pymysql://), or a server, whose "
+            "address is printed. Default: that of --output."
+        ),
     ] = None,
     host: Annotated[str, typer.Option(help="Address to listen on; others than loopback reach the network.")] = LOOPBACK,
     port: Annotated[int, typer.Option(help="Port to listen on.", min=1, max=65535)] = UI_PORT,
@@ -27,12 +33,17 @@ def main(
     """Browse experts, pools and runs in MLflow, by default at http://127.0.0.1:5000 (loopback only)."""
     with user_errors():
         uri = registry or f"sqlite:///{output.resolve() / 'mlflow.db'}"
+        use_registry(uri, "--registry")
+        if uri.startswith(SERVERS):
+            typer.echo(f"open {without_secrets(uri)} in a browser: a server shows its own pages")
+            return
         command = ui_command(uri, host=host, port=port)
-        use_registry(uri)
         _check_address(host, port)
         if not host.startswith("127.") and host not in ("localhost", "::1"):
             typer.echo(f"whoever reaches {host}:{port} can change this registry: it asks for no password")
         typer.echo(f"{' '.join(command)}")
+        if is_database(uri):
+            os.environ[UI_URI] = uri
         # By this environment's Python: the environment need not be activated.
         os.execv(sys.executable, [sys.executable, "-m", *command])
 

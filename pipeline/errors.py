@@ -10,6 +10,9 @@ from safetensors import SafetensorError
 class UserError(ValueError):
     """What a user can mend; the message names file or field, and the remedy. Jobs show it without a traceback."""
 
+    exit_code = 2
+    """With which a command ends."""
+
 
 class StoredFileError(UserError):
     """A file of a run that is missing, damaged or of another version; the message names it and what to do."""

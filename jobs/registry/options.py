@@ -12,6 +12,7 @@ import typer
 from jobs.endings import user_errors
 from jobs.terminal import Terminal
 from pipeline.registry.browsing import find_model
+from pipeline.registry.failures import registry_failures
 from pipeline.registry.names import read_name
 from pipeline.registry.retries import RegistryError
 from pipeline.registry.tracking import use_registry
@@ -19,11 +20,15 @@ from pipeline.registry.versions import MODELS
 
 DEFAULT = "sqlite:///runs/mlflow.db"
 
+TRACKING_URI = "MLFLOW_TRACKING_URI"
+"""Environment variable of MLflow that names the registry where no option does."""
+
 RegistryUri = Annotated[
     str | None,
     typer.Option(
         "--registry",
-        help=f"The registry: sqlite:///<file> or http(s)://<server>; default: $MLFLOW_TRACKING_URI, or {DEFAULT}.",
+        help="The registry: sqlite:///<file>, a database (postgresql://, mysql+pymysql://) or http(s)://<server>; default: "
+        f"$MLFLOW_TRACKING_URI, or {DEFAULT}.",
     ),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")]
@@ -39,9 +44,10 @@ Pool = Annotated[str, typer.Argument(help="Registered model of the pool, e.g. ti
 
 @contextmanager
 def registry(uri: str | None) -> Iterator[Terminal]:
-    """Opens the registry for a command; mistakes of the user end it with one line."""
-    with user_errors():
-        use_registry(uri or os.environ.get("MLFLOW_TRACKING_URI") or DEFAULT)
+    """Opens the registry for a command; mistakes of the user, and failures of the registry, end it with one line."""
+    with user_errors(), registry_failures():
+        elsewhere = os.environ.get(TRACKING_URI)
+        use_registry(uri or elsewhere or DEFAULT, TRACKING_URI if elsewhere and not uri else "--registry")
         yield Terminal()
 
 

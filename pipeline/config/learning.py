@@ -257,9 +257,13 @@ class RegistryConfig(Config):
     FORMER_NAMES = {"retry_seconds": "patience"}
 
     uri: str | None = None
-    """Tracking server, e.g. http://mlflow:5000; default: SQLite file `mlflow.db` in the output folder."""
+    """Tracking server, e.g. http://mlflow:5000, or database, e.g. postgresql://pointsman@db/mlflow; default: SQLite file
+    `mlflow.db` in the output folder."""
     experiment: str = "pointsman"
     """MLflow experiment."""
+    artifacts: str | None = None
+    """Where a new experiment keeps its artifacts, a folder or an address like s3://bucket/mlflow; the experiment remembers it.
+    Default: what a server decides; for a file or a database `mlartifacts` beside the file, or in the output folder."""
     pool: str | None = Field(default=None, pattern=r"^[A-Za-z0-9_-]+$")
     """Name of the pool, whose versions are `<base>.pool.<pool>`; default: the run's name. Streams with the same pool write into
     the same versions."""

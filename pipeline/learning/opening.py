@@ -79,7 +79,13 @@ def open_session(
             torch.set_num_threads(session.capacity.driver_threads)
         with progress.working("opening MLflow"):
             experiment = session.retry(
-                lambda: open_tracking(config.tracking_uri, config.registry.experiment, on_wait=progress.log),
+                lambda: open_tracking(
+                    config.tracking_uri,
+                    config.registry.experiment,
+                    artifacts=config.registry.artifacts,
+                    output=config.output,
+                    on_wait=progress.log,
+                ),
                 "opening MLflow",
             )
         session.retry(partial(check_names, config.base.label), "looking for experts of an earlier release")

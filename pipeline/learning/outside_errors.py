@@ -59,7 +59,10 @@ def outside_errors(folder: Path | None = None) -> Iterator[None]:
             raise
         if (mistake := _user_error_in(error)) is not None:
             raise mistake from error
-        raise OutsideError(f"{_message(error)}\n    details    {_log(error, folder)}") from error
+        details = f"\n    details    {_log(error, folder)}"
+        if (failure := _registry_failure(error)) is not None:
+            raise type(failure)(f"{failure}{details}") from error
+        raise OutsideError(f"{_message(error)}{details}") from error
 
 
 def _loaded(library: str, name: str) -> tuple[type[BaseException], ...]:
@@ -70,6 +73,15 @@ def _loaded(library: str, name: str) -> tuple[type[BaseException], ...]:
 
 def _kinds() -> tuple[type[BaseException], ...]:
     return OSError, SafetensorError, *_loaded("mlflow", "MlflowException"), *_loaded("ray", "RayError")
+
+
+def _registry_failure(error: Exception) -> UserError | None:
+    """Returns what it means if the registry is away, fails or refuses."""
+    if not isinstance(error, (*_loaded("mlflow", "MlflowException"), *_loaded("requests", "RequestException"))):
+        return None
+    from pipeline.registry.failures import failure_of  # it imports MLflow, which commands without a registry must not wait for
+
+    return failure_of(error)
 
 
 def _user_error_in(error: Any) -> UserError | None:
@@ -89,7 +101,7 @@ def _message(error: Any) -> str:
         return mistake[1] if mistake else f"{type(error).__name__}: {_first(str(error))}; see to it, {AGAIN}"
     if isinstance(error, _loaded("mlflow", "MlflowException")):
         reason = _first(getattr(error, "message", ""))
-        return f"MLflow: {reason}; is registry.uri right, and does the server run? {AGAIN.capitalize()}"
+        return f"MLflow: {reason}; is the registry's address (registry.uri, or --registry) right, and does its server run? {AGAIN.capitalize()}"
     if isinstance(error, OSError):
         path = f"{error.filename}: " if error.filename is not None else ""
         remedy = _REMEDIES.get(error.errno or 0, f"see to it, {AGAIN}")

@@ -51,7 +51,7 @@ def base_folder(model_id: str) -> Path:
         return Path(mlflow.artifacts.download_artifacts(artifact_uri=location))
     except MlflowException as error:
         raise RegistryError(
-            f"this pool needs the base {model_id}, which {mlflow.get_tracking_uri()} does not have: {error.message}. "
+            f"this pool needs the base {model_id}, which {without_secrets(mlflow.get_tracking_uri())} does not have: {error.message}. "
             "Set MLFLOW_TRACKING_URI to the registry that the pool comes from"
         ) from None
 

@@ -7,7 +7,9 @@ import mlflow
 from mlflow.entities.model_registry import ModelVersion
 from mlflow.exceptions import MlflowException
 
-from pipeline.registry.retries import RegistryError, is_away
+from pipeline.registry.artifacts import not_here
+from pipeline.registry.failures import failure_of
+from pipeline.registry.retries import RegistryError
 from pipeline.registry.versions import logged_model
 
 POOL_CARD = "artifacts/pool/pool.json"
@@ -41,9 +43,12 @@ def _card(version: ModelVersion) -> dict[str, Any]:
         list(card["experts"])
         return card
     except (MlflowException, OSError, ValueError, LookupError, TypeError) as error:
-        if isinstance(error, MlflowException) and is_away(error):
+        if failure_of(error) is not None:
             raise
+        what = f"{version.name}/{version.version}"
+        if elsewhere := not_here(location):
+            raise RegistryError(f"{what}: {elsewhere}") from None
         raise RegistryError(
-            f"{version.name}/{version.version} is damaged: {location}/{POOL_CARD} is missing or cannot be read; bring its "
-            "files back, or use another version"
+            f"{what} is damaged: {location}/{POOL_CARD} is missing or cannot be read; bring its files back, or use another "
+            "version"
         ) from None

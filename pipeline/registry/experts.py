@@ -14,6 +14,7 @@ from mlflow.exceptions import MlflowException
 
 from pipeline.config import without_secrets
 from pipeline.files import replace_folder
+from pipeline.registry.artifacts import not_here
 from pipeline.registry.descriptions import expert_description
 from pipeline.registry.names import expert_name
 from pipeline.registry.retries import RegistryError, is_away, reason_of
@@ -131,7 +132,10 @@ def fetch_expert(reference: ExpertReference, folder: Path) -> None:
             raise
         raise MissingExpertError(f"{_missing(reference)} ({reason_of(error)})") from None
     except OSError as error:  # MLflow raises it for an emptied artifact store on disk
-        raise MissingExpertError(f"{_missing(reference)} ({error})") from None
+        if is_away(error):
+            raise
+        why = not_here(logged_model(version).artifact_location) or error
+        raise MissingExpertError(f"{_missing(reference)} ({why})") from None
 
 
 def _moved(reference: ExpertReference, digest: str) -> ModelVersion | None:

@@ -7,7 +7,7 @@ step; it is written before the alias moves, and what follows the champion in it 
 
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import UTC, datetime
 
@@ -16,10 +16,11 @@ from mlflow import MlflowClient
 from mlflow.entities.model_registry import ModelVersion
 
 from pipeline.locks import file_lock
+from pipeline.registry.addresses import database_path
 from pipeline.registry.contents import contains, experts_of
+from pipeline.registry.databases import database_lock, is_database
 from pipeline.registry.retries import RegistryError
 from pipeline.registry.scores import Score, base_kept, scores_of
-from pipeline.registry.tracking import database_path
 from pipeline.registry.versions import (
     all_logged_models,
     all_versions,
@@ -125,14 +126,20 @@ def decide(version: ModelVersion, scores: Sequence[Score], *, gate: bool, tolera
 
 @contextmanager
 def deciding(name: str) -> Iterator[None]:
-    """Keeps other processes from deciding about the same pool meanwhile, where the registry is a file.
+    """Keeps other processes from deciding about the same pool meanwhile, where the registry is a file or a database.
 
-    On a server the last decision counts; whoever makes a version of the champion looks again before promoting it.
+    On a server, which has no locks, the last decision counts; whoever makes a version of the champion looks again before
+    promoting it.
     """
-    database = database_path(mlflow.get_tracking_uri())
-    lock = nullcontext() if database is None else file_lock(database.with_name(f"{database.name}.{name}.lock"))
-    with lock:
+    with _lock(mlflow.get_tracking_uri(), name):
         yield
+
+
+def _lock(uri: str, name: str) -> AbstractContextManager[None]:
+    if is_database(uri):
+        return database_lock(uri, name)
+    database = database_path(uri)
+    return nullcontext() if database is None else file_lock(database.with_name(f"{database.name}.{name}.lock"))
 
 
 def check_complete(version: ModelVersion) -> None:

@@ -1,4 +1,4 @@
-"""Retries while the registry does not answer: detection, waiting and messages."""
+"""Retries while the registry, a server or a database, does not answer: detection, waiting and messages."""
 
 import os
 import re
@@ -12,9 +12,11 @@ import requests
 from mlflow.exceptions import MlflowException
 from mlflow.utils.credentials import get_default_host_creds
 from mlflow.utils.rest_utils import http_request
+from sqlalchemy.exc import SQLAlchemyError
 
 from pipeline.config import without_secrets
 from pipeline.errors import UserError
+from pipeline.registry.databases import database_silence, is_database, without_driver
 
 CHECK_SECONDS = 10.0
 """Seconds that a job waits for a server at its start: enough for one that starts beside it, short enough for a mistyped
@@ -27,6 +29,9 @@ _SERVER_ERRORS = {"TEMPORARILY_UNAVAILABLE", "DEADLINE_EXCEEDED", "REQUEST_LIMIT
 _UNREACHED = "INTERNAL_ERROR"
 """MLflow's error code for a server that it could not reach; for a database it is a permanent error."""
 
+REGISTRY_URI = "registry.uri"
+"""Where jobs are told about their registry: a field of their configuration."""
+
 T = TypeVar("T")
 
 
@@ -34,40 +39,58 @@ class RegistryError(UserError):
     """A wrong tracking address, name or version, or an unreachable server; the message names the remedy."""
 
 
+class RegistryFailedError(RegistryError):
+    """A registry that does not answer, fails or refuses: no mistake in the command, which may succeed later."""
+
+    exit_code = 1
+
+
 def fail_fast() -> None:
     """Keeps MLflow's client from retrying silently for minutes; an environment variable that is set stays."""
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
 
 
-def check_server() -> None:
-    """Raises RegistryError if MLflow's server does not answer within about CHECK_SECONDS."""
+def check_answers(setting: str = REGISTRY_URI) -> None:
+    """Raises RegistryFailedError if MLflow's server or database does not answer within about CHECK_SECONDS.
+
+    `setting` is where its address was given.
+    """
     until = time.monotonic() + CHECK_SECONDS
     while (reason := _silence()) is not None:
         if time.monotonic() > until:
-            raise RegistryError(
-                f"registry.uri: {_shown_uri()} does not answer: {reason}; start that server or correct the address "
-                "(without one, the registry is a file beside the output folder). Nothing that is finished is lost"
+            what = "database" if is_database(mlflow.get_tracking_uri()) else "server"
+            other = "without one, the registry is a file beside the output folder" if setting == REGISTRY_URI else ""
+            raise RegistryFailedError(
+                f"{setting}: {shown_uri()} does not answer: {reason}; start that {what} or correct the address"
+                f"{f' ({other})' if other else ''}. Nothing that is finished is lost"
             )
         time.sleep(0.5)
 
 
-def is_away(error: MlflowException | requests.RequestException) -> bool:
+def is_away(error: Exception) -> bool:
     """Returns whether an error means that the registry does not answer now, so that the same call may succeed later."""
     if isinstance(error, MlflowException):
         return error.error_code in _SERVER_ERRORS or (error.error_code == _UNREACHED and _is_server())
+    if not isinstance(error, requests.RequestException):
+        return False
     return error.response is None or error.response.status_code in {429, 500, *_GATEWAY}
 
 
 _SYSTEM = re.compile(r"\[Errno -?\d+\] ([A-Za-z ]+)")
+_STATUS = re.compile(r"failed with error code (\d{3})|too many (\d{3}) error responses|^(\d{3}) \w+ Error")
 
 
 def reason_of(error: Exception) -> str:
     """Returns the first line of an error's text, without secrets from addresses.
 
-    For a failed connection it is the system's message, without urllib3's details.
+    For a failed connection it is the system's message, without urllib3's details, for a server's error its number.
     """
     if failed := _SYSTEM.search(str(error)):
         return failed[1].lower()
+    if status := _STATUS.search(str(error)):
+        return f"it answers {next(filter(None, status.groups()))}"
+    if isinstance(error, SQLAlchemyError):
+        return without_driver(error)
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return without_secrets(lines[0])[:300] if lines else type(error).__name__
 
@@ -96,8 +119,8 @@ class Retries:
                     reason = reason_of(error)
             passed = time.monotonic() - began
             if passed >= self.seconds:
-                raise RegistryError(
-                    f"{what}: {_shown_uri()} did not answer {attempt} times in {passed:.0f} s "
+                raise RegistryFailedError(
+                    f"{what}: {shown_uri()} did not answer {attempt} times in {passed:.0f} s "
                     f"(registry.retry_seconds): {reason}"
                     + (f"\n    {kept}" if kept else "")
                     + "\n    repair the registry, then run the same command again: it goes on from here"
@@ -112,12 +135,14 @@ class Retries:
 
 
 def _silence() -> str | None:
-    """Returns why MLflow's server does not answer; None if it does, or if the registry is a file."""
+    """Returns why MLflow's server or database does not answer; None if it does, or if the registry is a file."""
+    if is_database(uri := mlflow.get_tracking_uri()):
+        return database_silence(uri)
     if not _is_server():
         return None
     try:
         answer = http_request(
-            get_default_host_creds(mlflow.get_tracking_uri()),
+            get_default_host_creds(uri),
             "/health",
             "GET",
             max_retries=0,
@@ -131,7 +156,7 @@ def _silence() -> str | None:
 
 
 def is_silent() -> bool:
-    """Returns whether MLflow's server does not answer now."""
+    """Returns whether MLflow's server or database does not answer now."""
     return _silence() is not None
 
 
@@ -139,5 +164,6 @@ def _is_server() -> bool:
     return mlflow.get_tracking_uri().startswith(("http://", "https://"))
 
 
-def _shown_uri() -> str:
+def shown_uri() -> str:
+    """Returns the address of the registry in use, without secrets."""
     return without_secrets(mlflow.get_tracking_uri())

@@ -7,13 +7,11 @@ database in the current directory of every process, and a new run at every resta
 import json
 import logging
 import os
-import sqlite3
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import closing, contextmanager
+from contextlib import contextmanager
 from pathlib import Path
 from time import time
 from typing import Any, TypeVar
-from urllib.parse import SplitResult, unquote, urlsplit, urlunsplit
 
 import mlflow
 import requests
@@ -30,75 +28,116 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from pipeline.config import LearnConfig, without_secrets
 from pipeline.locks import file_lock
-from pipeline.registry.retries import RegistryError, check_server, fail_fast, is_away, is_silent, reason_of
-
-SQLITE = "sqlite:///"
-
-SQLITE_HEADER = b"SQLite format 3\0"
-"""First bytes of every SQLite database."""
+from pipeline.registry.addresses import RESTORE, SQLITE, check_sqlite, database_path, with_credentials_aside
+from pipeline.registry.artifacts import ARTIFACTS, absolute, check_length, check_reached, make_experiment
+from pipeline.registry.databases import database_lock, is_database, lossy_charset
+from pipeline.registry.retries import (
+    REGISTRY_URI,
+    RegistryError,
+    check_answers,
+    fail_fast,
+    is_away,
+    is_silent,
+    reason_of,
+    shown_uri,
+)
 
 RUN_TAG = "pointsman.run"
 """Tag of a run: digest of its job. A restarted job finds its run by it."""
 
-_CHATTY = ("alembic", "mlflow.store.db.utils", "mlflow.store.model_registry.abstract_store", "mlflow.tracking.fluent")
+_CHATTY = ("alembic", "mlflow.store.model_registry.abstract_store", "mlflow.tracking.fluent")
 """Loggers that report every table of a new database and every wait for a version at INFO."""
-
-_RESTORE = "restore the file from a copy, or move it away: the next start makes a new one"
 
 _logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
 
-def open_tracking(uri: str, experiment: str, *, on_wait: Callable[[str], None] = _logger.warning) -> str:
+def open_tracking(
+    uri: str,
+    experiment: str,
+    *,
+    artifacts: str | None = None,
+    output: str | Path = ".",
+    on_wait: Callable[[str], None] = _logger.warning,
+) -> str:
     """Points MLflow at `uri` and returns the id of `experiment`, created on first use (with the database if necessary).
 
-    For a SQLite file the artifacts lie in `mlartifacts/` beside it, by absolute path: the experiment's location is
-    stored once and read from any directory. Of several processes one creates the database; the others wait and
-    report it to `on_wait`. A server decides about its own artifacts; user and password in its address go into MLflow's own
-    environment variables, since MLflow prints the address.
+    A new experiment keeps its artifacts in `artifacts`, a folder or an address; by default in `mlartifacts/` beside a SQLite
+    file, or, where the registry is another database, in the folder `output`. The location is absolute and stored once; a
+    server decides about its own. Of several processes one creates the database; the others wait and report it to `on_wait`.
+    User and password in a server's address go into MLflow's own environment variables, since MLflow prints the address.
 
-    Raises RegistryError for an invalid address, a server that does not answer, a damaged database or one of a newer MLflow,
-    a deleted experiment.
+    Raises RegistryError for an invalid address, a damaged database or one of another MLflow, a deleted experiment, artifacts
+    that this machine does not reach; RegistryFailedError for a server or a database that does not answer.
     """
     database = _reach(uri)
+    if database is None and not is_database(uri):
+        return _experiment(experiment, artifacts and absolute(artifacts), artifacts)
     if database is None:
-        return _experiment(experiment, None)
-    with file_lock(database.with_name(database.name + ".lock"), on_wait=on_wait, why="which prepares the registry"):
-        check_database(database)
+        if (charset := lossy_charset(uri)) is not None:
+            raise RegistryError(
+                f"{REGISTRY_URI}: {shown_uri()} keeps text in {charset}, which lacks characters of descriptions; before MLflow "
+                "makes its tables there: ALTER DATABASE ... CHARACTER SET utf8mb4"
+            )
+        prepares, beside, remedy = database_lock(uri, "mlflow", on_wait=on_wait), Path(output), "have it restored"
+    else:
+        file = database.with_name(database.name + ".lock")
+        prepares = file_lock(file, on_wait=on_wait, why="which prepares the registry")
+        beside, remedy = database.parent, RESTORE
+    with prepares:
+        if database is not None:
+            check_sqlite(database)
         try:
-            return _experiment(experiment, (database.parent / "mlartifacts").as_uri())
+            location = absolute(artifacts or str(beside / ARTIFACTS))
+            if database is None:
+                check_length(location)
+            identity = _experiment(experiment, location, artifacts)
+            if database is None:
+                check_reached(MlflowClient().get_experiment(identity))
+            return identity
         except SQLAlchemyError as error:
             raise RegistryError(
-                f"registry.uri: {database} is damaged, or cannot be written: {reason_of(error)}; {_RESTORE}"
+                f"{REGISTRY_URI}: {database or shown_uri()} is damaged, or cannot be written: {reason_of(error)}; {remedy}"
             ) from None
         except (CommandError, MlflowException) as error:
             if isinstance(error, MlflowException) and "database schema" not in str(error):
                 raise
-            raise RegistryError(
-                f"registry.uri: {database} was written by another MLflow than {mlflow.__version__}; back it up and run "
-                f"`mlflow db upgrade {SQLITE}{database}` if that one was older, install it if it was newer, or {_RESTORE}"
-            ) from None
+            raise RegistryError(_other_mlflow(REGISTRY_URI, remedy)) from None
 
 
-def _reach(uri: str) -> Path | None:
-    """Points MLflow, which from now on reports nothing that nobody asked for, at a server or a file; returns the file."""
+def _other_mlflow(setting: str, remedy: str) -> str:
+    return (
+        f"{setting}: {shown_uri()} was written by another MLflow than {mlflow.__version__}; back it up and run "
+        f"`mlflow db upgrade {shown_uri()}` if that one was older, install it if it was newer, or {remedy}"
+    )
+
+
+def _reach(uri: str, setting: str = REGISTRY_URI) -> Path | None:
+    """Points MLflow, which from now on reports nothing that nobody asked for, at a registry; returns its file, if it is one."""
     for chatty in _CHATTY:
         logging.getLogger(chatty).setLevel(logging.WARNING)
+    logging.getLogger("mlflow.store.db.utils").setLevel(logging.CRITICAL)  # tracebacks of what is raised as well
     os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")  # a bar per copied file drowns the job's own
-    database = database_path(uri)
+    database = database_path(uri, setting)
     if database is not None:
         mlflow.set_tracking_uri(f"{SQLITE}{database}")
         return database
-    fail_fast()
-    mlflow.set_tracking_uri(_with_credentials_aside(uri))
-    check_server()
+    if is_database(uri):
+        mlflow.set_tracking_uri(uri)
+    else:
+        fail_fast()
+        mlflow.set_tracking_uri(with_credentials_aside(uri, setting))
+    check_answers(setting)
     return None
 
 
-def use_registry(uri: str) -> None:
-    """Points MLflow at a registry that is there, to look at it; raises RegistryError where there is none."""
-    database = _reach(uri)
+def use_registry(uri: str, setting: str) -> None:
+    """Points MLflow at a registry that is there, to look at it; raises RegistryError where there is none.
+
+    `setting` is where its address was given: an option or an environment variable.
+    """
+    database = _reach(uri, setting)
     if database is None:
         return
     if not database.is_file():
@@ -106,66 +145,16 @@ def use_registry(uri: str) -> None:
             f"{database} does not exist: `pointsman learn` makes it in its output folder; name the registry with --registry or "
             "MLFLOW_TRACKING_URI"
         )
-    check_database(database)
+    check_sqlite(database, setting)
 
 
-def check_database(database: Path) -> None:
-    """Raises RegistryError for a file that is not a SQLite database; a missing or empty file passes."""
-    try:
-        with database.open("rb") as file:
-            head = file.read(len(SQLITE_HEADER))
-    except FileNotFoundError:
-        return
-    except OSError as error:
-        raise RegistryError(f"registry.uri: {database} cannot be read: {error.strerror}; {_RESTORE}") from None
-    damaged = bool(head) and head != SQLITE_HEADER
-    if not damaged:
-        try:  # MLflow would retry a damaged one for minutes
-            with closing(sqlite3.connect(f"{database.as_uri()}?mode=ro", uri=True)) as opened:
-                opened.execute("SELECT count(*) FROM sqlite_master").fetchone()
-        except sqlite3.OperationalError:  # such as one that is locked: MLflow's own matter
-            return
-        except sqlite3.DatabaseError:
-            damaged = True
-    if damaged:
-        raise RegistryError(f"registry.uri: {database} is no SQLite database, or damaged; {_RESTORE}")
-
-
-def _with_credentials_aside(uri: str) -> str:
-    """Returns a server's address without user and password, which MLflow then finds in its environment variables."""
-    parts = _server(uri)
-    if parts.username:
-        password = unquote(parts.password or "") or os.environ.get("MLFLOW_TRACKING_PASSWORD")
-        if not password:
-            raise RegistryError(
-                "registry.uri names a user without a password; set MLFLOW_TRACKING_PASSWORD in the environment, or leave "
-                "the user out"
-            )
-        os.environ["MLFLOW_TRACKING_USERNAME"] = unquote(parts.username)
-        os.environ["MLFLOW_TRACKING_PASSWORD"] = password
-    return urlunsplit(parts._replace(netloc=parts.netloc.rpartition("@")[2]))
-
-
-def _server(uri: str) -> SplitResult:
-    """Returns the parts of a server's address; raises RegistryError if it names no host, or a port that is none."""
-    example = "write it like http://mlflow.example.com:5000"
-    try:
-        parts = urlsplit(uri)
-        host, _ = parts.hostname, parts.port  # asking for the port checks it
-    except ValueError:
-        raise RegistryError(f"registry.uri: host or port of {without_secrets(uri)!r} is none; {example}") from None
-    if not host:
-        raise RegistryError(f"registry.uri: {without_secrets(uri)!r} names no host; {example}")
-    return parts
-
-
-def _experiment(name: str, location: str | None) -> str:
-    """Returns the id of an experiment, made on first use."""
+def _experiment(name: str, location: str | None, wanted: str | None) -> str:
+    """Returns the id of an experiment, made on first use; raises RegistryError if it keeps its artifacts elsewhere than `wanted`."""
     client = MlflowClient()
     experiment = client.get_experiment_by_name(name)
     if experiment is None:
         try:
-            return client.create_experiment(name, artifact_location=location)
+            return make_experiment(name, location)
         except MlflowException as error:
             if error.error_code != ErrorCode.Name(RESOURCE_ALREADY_EXISTS):
                 raise
@@ -173,47 +162,15 @@ def _experiment(name: str, location: str | None) -> str:
         assert experiment is not None
     if experiment.lifecycle_stage == "deleted":
         raise RegistryError(
-            f"experiment {name!r} at {without_secrets(mlflow.get_tracking_uri())} is deleted; restore it with "
+            f"experiment {name!r} at {shown_uri()} is deleted; restore it with "
             f"`mlflow experiments restore --experiment-id {experiment.experiment_id}` or choose another registry.experiment"
         )
-    return experiment.experiment_id
-
-
-def database_path(uri: str) -> Path | None:
-    """Returns the absolute path of a SQLite tracking database; None for a server. Raises RegistryError for the rest."""
-    if uri.startswith(SQLITE):
-        name = uri.removeprefix(SQLITE)
-        if not name or Path(name).is_dir():
-            raise RegistryError(
-                f"registry.uri: {uri!r} names {'a folder' if name else 'no file'}; "
-                f"name the database's file, like {SQLITE}{Path(name) / 'mlflow.db'}"
-            )
-        return Path(name).resolve()
-    if uri.startswith(("http://", "https://")):
-        _server(uri)
-        return None
-    raise RegistryError(
-        f"registry.uri: {without_secrets(uri)!r} is neither {SQLITE}<file> nor http(s)://<server>; "
-        "MLflow 3 has no other store for this"
-    )
-
-
-LOOPBACK, UI_PORT = "127.0.0.1", 5000
-"""Where MLflow's pages are shown by default."""
-
-
-def ui_command(uri: str, *, host: str = LOOPBACK, port: int = UI_PORT) -> list[str]:
-    """Returns the command line that shows a SQLite database in the browser, at http://<host>:<port>.
-
-    Raises RegistryError for a server: its pages are at its own address.
-    """
-    database = database_path(uri)
-    if database is None:
+    if wanted is not None and experiment.artifact_location.rstrip("/") != str(location).rstrip("/"):
         raise RegistryError(
-            f"{without_secrets(uri)} is a server that shows its own pages; open that address in a browser"
+            f"registry.artifacts: experiment {name!r} keeps its artifacts in {without_secrets(experiment.artifact_location)} "
+            "since it was made; leave registry.artifacts out, or choose another registry.experiment"
         )
-    address = ["--host", host, "--port", str(port), "--workers", "1"]
-    return ["mlflow", "ui", "--backend-store-uri", f"{SQLITE}{database}", *address]
+    return experiment.experiment_id
 
 
 @contextmanager

@@ -17,7 +17,7 @@ from mlflow.exceptions import MlflowException
 
 from pipeline.registry import metric_buffer, retries
 from pipeline.registry.metric_buffer import MetricBuffer
-from pipeline.registry.retries import RegistryError, Retries, check_server
+from pipeline.registry.retries import RegistryError, Retries, check_answers
 from pipeline.registry.tracking import tracked_run
 
 
@@ -79,12 +79,12 @@ def values(received: list[dict[str, Any]]) -> list[float]:
 def test_a_server_that_is_away_at_the_start_is_a_clear_error(port: int) -> None:
     began = time.monotonic()
     with pytest.raises(RegistryError, match=rf"registry\.uri: http://127.0.0.1:{port} does not answer: .*start that"):
-        check_server()
+        check_answers()
     assert time.monotonic() - began < 5
     with server(port, [], status=503), pytest.raises(RegistryError, match="it answers 503"):
-        check_server()
+        check_answers()
     with server(port, [], status=401):
-        check_server()  # it is there, and asks for a password
+        check_answers()  # it is there, and asks for a password
 
 
 def test_metrics_wait_in_a_file_until_the_server_is_back(port: int, tmp_path: Path) -> None:

@@ -12,17 +12,16 @@ from mlflow import MlflowClient
 
 from pipeline.config import LearnConfig, RegistryConfig, StreamConfig, TaskConfig
 from pipeline.registry import retries
+from pipeline.registry.addresses import database_path, ui_command
 from pipeline.registry.metric_buffer import MetricBuffer
+from pipeline.registry.retries import RegistryError
 from pipeline.registry.tracking import (
-    RegistryError,
     active_run,
-    database_path,
     log_batch,
     log_config,
     log_dataset,
     open_tracking,
     tracked_run,
-    ui_command,
 )
 from tests.registry.conftest import Created
 
@@ -216,5 +215,5 @@ def test_the_command_for_the_browser(tmp_path: Path) -> None:
     command = ui_command(f"sqlite:///{tmp_path}/a b.db")
     assert command[:4] == ["mlflow", "ui", "--backend-store-uri", f"sqlite:///{tmp_path}/a b.db"]
     assert command[command.index("--host") + 1] == "127.0.0.1"
-    with pytest.raises(RegistryError, match="open that address"):
-        ui_command("http://mlflow:5000")
+    pytest.importorskip("psycopg")
+    assert ui_command(f"postgresql://me:{SECRET}@db/mlflow")[:3] == ["mlflow", "ui", "--host"], "no password to be read"
