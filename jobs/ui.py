@@ -22,7 +22,8 @@ from pipeline.registry.tracking import use_registry
 def main(
     output: Annotated[Path, typer.Option(help="Folder of the runs, with mlflow.db in it.")] = Path("runs"),
     registry: Annotated[
-        str | None, typer.Option(
+        str | None,
+        typer.Option(
             help="A registry elsewhere: sqlite:///<file>, a database (postgresql://, mysql+pymysql://), or a server, whose "
             "address is printed. Default: that of --output."
         ),

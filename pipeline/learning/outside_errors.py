@@ -79,7 +79,9 @@ def _registry_failure(error: Exception) -> UserError | None:
     """Returns what it means if the registry is away, fails or refuses."""
     if not isinstance(error, (*_loaded("mlflow", "MlflowException"), *_loaded("requests", "RequestException"))):
         return None
-    from pipeline.registry.failures import failure_of  # it imports MLflow, which commands without a registry must not wait for
+    from pipeline.registry.failures import (
+        failure_of,
+    )  # it imports MLflow, which commands without a registry must not wait for
 
     return failure_of(error)
 

@@ -28,6 +28,10 @@ from pipeline.registry.versions import (
 )
 
 
+NAMED = 12
+"""Most models that are named where one is missing."""
+
+
 @dataclass(frozen=True)
 class Listed:
     """A registered model in a list."""
@@ -131,8 +135,9 @@ def find_model(name: str) -> RegisteredModel:
     models = MlflowClient().search_registered_models(f"name = '{name}'") if re.fullmatch(r"[\w.-]+", name) else []
     if not models:
         names = [each.model for each in listed()]
-        shown = ", ".join(names[:12]) + (f" and {len(names) - 12} more" if len(names) > 12 else "")
-        raise RegistryError(f"no model {name!r} in the registry; there are {shown or 'none'}")
+        left = len(names) - NAMED
+        more = f" and {left} more: `pointsman registry list` has all" if left > 0 else ""
+        raise RegistryError(f"no model {name!r} in the registry; there are {', '.join(names[:NAMED]) or 'none'}{more}")
     return models[0]
 
 

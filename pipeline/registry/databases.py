@@ -79,7 +79,9 @@ def database_lock(uri: str, name: str, *, on_wait: Callable[[str], None] = _logg
     """
     digest, database = hashlib.sha256(name.encode()).digest(), make_url(uri).database
     # MySQL's locks are those of the whole server and have names; PostgreSQL's are the database's, and 64-bit numbers.
-    key = int.from_bytes(digest[:8], signed=True) if _dialect(uri) == "postgresql" else f"{database}.{digest.hex()}"[:64]
+    key = (
+        int.from_bytes(digest[:8], signed=True) if _dialect(uri) == "postgresql" else f"{database}.{digest.hex()}"[:64]
+    )
     began, reported = time.monotonic(), False
     with _engine(uri).connect() as connection:
         while not connection.execute(text(_TRY[_dialect(uri)]), {"key": key}).scalar():

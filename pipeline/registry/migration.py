@@ -4,8 +4,10 @@ Each former version becomes a version of its expert's or pool's own model that p
 and the former models stay, since pools that are in use refer to them.
 """
 
+import json
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import lru_cache, partial
 from typing import Any
 
 import mlflow
@@ -26,6 +28,7 @@ from pipeline.registry.versions import (
     find_version,
     logged_model_id,
     number,
+    paged,
     versions_of,
 )
 
@@ -90,7 +93,7 @@ def bases_to_migrate(base_label: str | None = None) -> list[str]:
 
     Raises RegistryError where that has none.
     """
-    names = [model.name for model in MlflowClient().search_registered_models(max_results=PAGE)]
+    names = [model.name for model in paged(partial(MlflowClient().search_registered_models, max_results=PAGE))]
     labels = sorted({name.removesuffix(".experts") for name in names if name.endswith(".experts")})
     if base_label is None:
         return labels
@@ -153,6 +156,23 @@ def _pool_of(version: ModelVersion) -> str:
         return UNKNOWN
 
 
+@lru_cache(maxsize=8)
+def _rows(run_id: str) -> dict[tuple[str, str], int]:
+    """Returns the numbers of rows that a run has read, by task and fingerprint; a run has learned many tasks."""
+    try:
+        inputs = MlflowClient().get_run(run_id).inputs.dataset_inputs
+    except MlflowException as error:
+        if error.error_code != ErrorCode.Name(RESOURCE_DOES_NOT_EXIST):
+            raise
+        return {}
+    rows = {}
+    for each in inputs:
+        count = json.loads(each.dataset.profile or "{}").get("num_rows")
+        if count is not None:
+            rows[each.dataset.name, each.dataset.digest] = int(count)
+    return rows
+
+
 def _move(step: Step) -> None:
     client, version, model_id = MlflowClient(), step.version, logged_model_id(step.version)
     if DIGEST not in client.get_logged_model(model_id).params:
@@ -162,6 +182,9 @@ def _move(step: Step) -> None:
     tags: dict[str, object] = {"status": REGISTERED}
     if "rank" in version.tags:
         tags["rank"] = version.tags["rank"]
+    learned_from = version.tags.get("task", ""), version.tags.get("data_fingerprint", "")[:36]
+    if (rows := _rows(version.run_id).get(learned_from)) is not None:
+        tags["rows"] = f"{rows:,}"
     create_version(
         step.target,
         model_id,

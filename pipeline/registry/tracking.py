@@ -126,6 +126,7 @@ def _reach(uri: str, setting: str = REGISTRY_URI) -> Path | None:
     if is_database(uri):
         mlflow.set_tracking_uri(uri)
     else:
+        os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")  # where commands print their JSON
         fail_fast()
         mlflow.set_tracking_uri(with_credentials_aside(uri, setting))
     check_answers(setting)

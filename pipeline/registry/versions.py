@@ -8,7 +8,9 @@ import json
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
+from math import inf
 from pathlib import Path
+from time import monotonic
 from typing import Any
 
 import mlflow
@@ -46,21 +48,41 @@ _ADDRESS = re.compile(
 PAGE = 1000
 """Most results of a search."""
 
+EXPERIMENTS_SECONDS = 60.0
+"""How long the list of experiments, which versions are searched in, is not asked for again."""
+
+_known: dict[str, tuple[float, list[str]]] = {}
+"""When each registry's experiments were listed, and their ids."""
+
 
 def find_version(name: str, digest: str) -> ModelVersion | None:
-    """Returns the newest version of registered model `name` made from `digest`, or None."""
-    return max(_with_digest(name, digest), key=number, default=None)
+    """Returns the newest version of registered model `name` made from `digest`, or None.
+
+    What another process registers in an experiment that it has made within EXPERIMENTS_SECONDS may be missed; `create_version`
+    misses nothing.
+    """
+    return max(_with_digest(name, digest, experiment_ids(anew=False)), key=number, default=None)
 
 
-def _with_digest(name: str, digest: str) -> list[ModelVersion]:
+def _with_digest(name: str, digest: str, experiments: list[str]) -> list[ModelVersion]:
     client = MlflowClient()
-    experiments = [experiment.experiment_id for experiment in client.search_experiments(max_results=PAGE)]
     models = client.search_logged_models(experiments, f"params.{DIGEST} = '{digest}'") if experiments else []
     return [
         version
         for model in models
         for version in client.search_model_versions(f"name = '{name}' and source_path = '{MODELS}{model.model_id}'")
     ]
+
+
+def experiment_ids(*, anew: bool = True) -> list[str]:
+    """Returns the ids of all experiments; unless `anew`, those of a moment ago, if the active run's is one of them."""
+    uri, run = mlflow.get_tracking_uri(), mlflow.active_run()
+    when, known = _known.get(uri, (-inf, []))
+    fresh = monotonic() - when < EXPERIMENTS_SECONDS and (run is None or run.info.experiment_id in known)
+    if anew or not fresh:
+        known = [each.experiment_id for each in paged(partial(MlflowClient().search_experiments, max_results=PAGE))]
+        _known[uri] = (monotonic(), known)
+    return known
 
 
 def number(version: ModelVersion) -> int:
@@ -80,9 +102,10 @@ def all_versions(where: str = "") -> Iterator[ModelVersion]:
 
 def all_logged_models() -> Iterator[LoggedModel]:
     """Yields the logged models of all experiments."""
-    client = MlflowClient()
-    experiments = [experiment.experiment_id for experiment in client.search_experiments(max_results=PAGE)]
-    return paged(partial(client.search_logged_models, experiments, max_results=PAGE)) if experiments else iter(())
+    experiments = experiment_ids()
+    return (
+        paged(partial(MlflowClient().search_logged_models, experiments, max_results=PAGE)) if experiments else iter(())
+    )
 
 
 def paged(search: Callable[..., Any]) -> Iterator[Any]:
@@ -153,7 +176,7 @@ def create_version(
         name, f"{MODELS}{model_id}", run_id, tags=texts, model_id=model_id, description=description
     )
     # Numbers rise in the order of creation: of two processes that register the same digest, the later one sees both.
-    first = min(_with_digest(name, digest), key=number)
+    first = min(_with_digest(name, digest, experiment_ids()), key=number)
     if number(first) < number(version):
         client.delete_model_version(name, version.version)
     else:  # what MLflow's pages show on a logged model, and `mlflow.register_model` writes

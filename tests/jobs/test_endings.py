@@ -68,7 +68,10 @@ def test_handlers_are_as_before() -> None:
         (OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "/runs/x"), "/runs/x: No space left .*make room or choose"),
         (PermissionError(errno.EACCES, "Permission denied", "/runs/x"), "/runs/x: Permission denied; .*permissions"),
         (OSError(errno.EROFS, "Read-only file system", "/runs/x"), "/runs/x: Read-only.*another `output`"),
-        (MlflowException("API request failed\nwith a stack"), r"MLflow: API request failed; is the registry.s address .registry\.uri, or --registry. right"),
+        (
+            MlflowException("API request failed\nwith a stack"),
+            r"MLflow: API request failed; is the registry.s address .registry\.uri, or --registry. right",
+        ),
     ],
 )
 def test_errors_from_outside_are_one_message_with_a_log(tmp_path: Path, error: Exception, output: str) -> None:

@@ -44,7 +44,10 @@ def test_what_is_in_the_way_is_one_line(monkeypatch: pytest.MonkeyPatch, created
         port = str(taken.getsockname()[1])
         for words, message in (
             (["--output", str(tmp_path)], f"{tmp_path}/mlflow.db does not exist: `pointsman learn` makes it"),
-            (["--registry", "http://127.0.0.1:9"], "--registry: http://127.0.0.1:9 does not answer: connection refused"),
+            (
+                ["--registry", "http://127.0.0.1:9"],
+                "--registry: http://127.0.0.1:9 does not answer: connection refused",
+            ),
             (["--output", str(created.path.parent), "--port", port], f"127.0.0.1:{port}: Address already in use"),
             (
                 ["--output", str(created.path.parent), "--host", "no.such.host.invalid"],

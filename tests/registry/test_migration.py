@@ -43,7 +43,8 @@ def test_everything_finished_gets_its_new_name_and_stays_where_it_was(tmp_path: 
     for task, digest in EXPERTS.items():
         version = find_expert("tiny", task, digest)
         assert version is not None
-        assert (version.name, version.tags) == (f"tiny.expert.{task}", {"status": "registered", "rank": "2"})
+        tags = {"status": "registered", "rank": "2", "rows": "1,000"}
+        assert (version.name, version.tags) == (f"tiny.expert.{task}", tags)
     assert find_expert("tiny", "clock", "half") is None, "it was never finished"
     assert find_pool("tiny", "mine", "pool-2") is not None
     in_use = champion("tiny.pool.mine")

@@ -9,6 +9,7 @@ from mlflow import MlflowClient
 from pipeline.config import BaseModelConfig
 from pipeline.models.checkpoints import checkpoint, fingerprint
 from pipeline.registry.names import former_names
+from pipeline.registry.tracking import log_dataset
 from pipeline.routing import Expert, ExpertCard, PromptStatistics
 from pipeline.routing.adapters import Adapter
 
@@ -60,7 +61,10 @@ def former_registry(experiment: str, run_id: str, label: str, stream: str) -> No
             expert = synthetic_expert(task, seed, base_fingerprint)
             folder = expert.save(Path(scratch) / task)
             digest = expert.card.config_digest
-            register(names.experts, folder, task, config_digest=digest, task=task, rank="2", finished="true")
+            data = expert.card.data_fingerprint
+            log_dataset(run_id, task, f"{task}.jsonl", data, samples=1000)
+            tags = {"task": task, "rank": "2", "data_fingerprint": data}
+            register(names.experts, folder, task, config_digest=digest, finished="true", **tags)
         register(names.experts, folder, "half", config_digest="half", task="clock", rank="2")
         for digest in ("pool-1", "pool-2"):
             register(names.pools, folder, "champion", config_digest=digest, finished="true")
