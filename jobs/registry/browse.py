@@ -32,15 +32,15 @@ def list_models(
         if json:
             print_json([asdict(each) for each in found])
             return
+        waiting = [waiting_for_migration(label) for label in bases_to_migrate()]
         rows = [
             [each.model, str(each.latest), str(each.champion or ""), *(each.tags.get(t, "") for t in _TAGS)]
             for each in found
         ]
         count = f"{len(found)} model" + "s" * (len(found) != 1)
         terminal.show(table(count, ["model", "latest", "champion", *_TAGS], rows))
-        for label in bases_to_migrate():
-            if waiting := waiting_for_migration(label):
-                terminal.log(f"{waiting}, which `pointsman registry migrate` gives new names")
+        for what in filter(None, waiting):
+            terminal.log(f"{what}, which `pointsman registry migrate` gives new names")
 
 
 MOVED = 20

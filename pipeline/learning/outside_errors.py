@@ -103,7 +103,8 @@ def _message(error: Any) -> str:
         return mistake[1] if mistake else f"{type(error).__name__}: {_first(str(error))}; see to it, {AGAIN}"
     if isinstance(error, _loaded("mlflow", "MlflowException")):
         reason = _first(getattr(error, "message", ""))
-        return f"MLflow: {reason}; is the registry's address (registry.uri, or --registry) right, and does its server run? {AGAIN.capitalize()}"
+        where = "is the registry's address (registry.uri, or --registry) right, and does its server run?"
+        return f"MLflow: {reason}; {where} {AGAIN.capitalize()}"
     if isinstance(error, OSError):
         path = f"{error.filename}: " if error.filename is not None else ""
         remedy = _REMEDIES.get(error.errno or 0, f"see to it, {AGAIN}")

@@ -43,8 +43,8 @@ def check_reached(experiment: Experiment) -> None:
     folder = _folder(experiment.artifact_location)
     if folder is not None and not folder.exists():
         raise RegistryError(
-            f"experiment {experiment.name!r} of {shown_uri()} keeps its artifacts in {folder}, which this machine does not have: "
-            "mount it there, or choose another registry.experiment, with registry.artifacts where all machines reach it"
+            f"experiment {experiment.name!r} of {shown_uri()} keeps its artifacts in {folder}, which this machine does not "
+            "have: mount it there, or choose another registry.experiment, with registry.artifacts where all machines reach it"
         )
 
 

@@ -16,7 +16,7 @@ from mlflow.exceptions import MlflowException
 from pipeline.config import BaseModelConfig, without_secrets
 from pipeline.models.checkpoints import checkpoint, files_of, fingerprint, hub_id
 from pipeline.registry.names import base_name
-from pipeline.registry.retries import RegistryError
+from pipeline.registry.retries import RegistryError, shown_uri
 from pipeline.registry.tracking import active_run
 from pipeline.registry.versions import DIGEST, create_version, find_version, log_folder, logged_model
 
@@ -51,7 +51,7 @@ def base_folder(model_id: str) -> Path:
         return Path(mlflow.artifacts.download_artifacts(artifact_uri=location))
     except MlflowException as error:
         raise RegistryError(
-            f"this pool needs the base {model_id}, which {without_secrets(mlflow.get_tracking_uri())} does not have: {error.message}. "
+            f"this pool needs the base {model_id}, which {shown_uri()} does not have: {error.message}. "
             "Set MLFLOW_TRACKING_URI to the registry that the pool comes from"
         ) from None
 

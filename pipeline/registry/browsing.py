@@ -27,7 +27,6 @@ from pipeline.registry.versions import (
     version_at,
 )
 
-
 NAMED = 12
 """Most models that are named where one is missing."""
 

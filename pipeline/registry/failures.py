@@ -8,9 +8,7 @@ import requests
 from mlflow.exceptions import MlflowException
 from sqlalchemy.exc import SQLAlchemyError
 
-from pipeline.registry.retries import RegistryFailedError, is_away, reason_of, shown_uri
-
-_STATUS = {"UNAUTHENTICATED": 401, "CUSTOMER_UNAUTHORIZED": 401, "PERMISSION_DENIED": 403}
+from pipeline.registry.retries import RegistryFailedError, is_away, reason_of, shown_uri, status_of
 
 
 @contextmanager
@@ -28,7 +26,7 @@ def failure_of(error: Exception) -> RegistryFailedError | None:
     """Returns what a user needs to know of an error; None if it is not the registry that fails or refuses."""
     if isinstance(error, requests.RequestException) and not _is_of_registry(error):
         return None
-    status = _status(error)
+    status = status_of(error)
     if status == 401:
         return RegistryFailedError(
             f"{shown_uri()} asks for a user and a password, or knows not those given (401); set MLFLOW_TRACKING_USERNAME and "
@@ -50,10 +48,3 @@ def failure_of(error: Exception) -> RegistryFailedError | None:
 def _is_of_registry(error: requests.RequestException) -> bool:
     asked = getattr(error.request, "url", None) or getattr(error.response, "url", None) or ""
     return str(asked).startswith(mlflow.get_tracking_uri())
-
-
-def _status(error: Exception) -> int | None:
-    if isinstance(error, MlflowException):
-        return _STATUS.get(error.error_code)
-    response = getattr(error, "response", None)
-    return None if response is None else response.status_code

@@ -69,15 +69,39 @@ def check_answers(setting: str = REGISTRY_URI) -> None:
 
 def is_away(error: Exception) -> bool:
     """Returns whether an error means that the registry does not answer now, so that the same call may succeed later."""
+    status = status_of(error)
     if isinstance(error, MlflowException):
+        if status is not None and not _passes(status):
+            return False
         return error.error_code in _SERVER_ERRORS or (error.error_code == _UNREACHED and _is_server())
-    if not isinstance(error, requests.RequestException):
-        return False
-    return error.response is None or error.response.status_code in {429, 500, *_GATEWAY}
+    return isinstance(error, requests.RequestException) and (status is None or _passes(status))
+
+
+def _passes(status: int) -> bool:
+    """Returns whether another attempt may be answered otherwise."""
+    return status in {429, 500, *_GATEWAY}
+
+
+def status_of(error: Exception) -> int | None:
+    """Returns the HTTP status with which a server has answered; None where an error does not tell one."""
+    if isinstance(error, MlflowException) and error.error_code in _REFUSALS:
+        return _REFUSALS[error.error_code]
+    if (response := getattr(error, "response", None)) is not None:
+        return int(response.status_code)
+    found = _STATUS.search(str(error))  # of several files, which MLflow gets side by side, the first
+    return int(next(filter(None, found.groups()))) if found else None
 
 
 _SYSTEM = re.compile(r"\[Errno -?\d+\] ([A-Za-z ]+)")
-_STATUS = re.compile(r"failed with error code (\d{3})|too many (\d{3}) error responses|^(\d{3}) \w+ Error")
+_BROKEN = {
+    "Remote end closed connection": "it closed the connection",
+    "Read timed out": "it did not answer in time",
+    "SSLError": "it speaks no TLS, or its certificate is not trusted",
+}
+_STATUS = re.compile(
+    r"failed with error code (\d{3})|too many (\d{3}) error responses|\b(\d{3}) (?:Client|Server) Error"
+)
+_REFUSALS = {"UNAUTHENTICATED": 401, "CUSTOMER_UNAUTHORIZED": 401, "PERMISSION_DENIED": 403}
 
 
 def reason_of(error: Exception) -> str:
@@ -87,8 +111,10 @@ def reason_of(error: Exception) -> str:
     """
     if failed := _SYSTEM.search(str(error)):
         return failed[1].lower()
-    if status := _STATUS.search(str(error)):
-        return f"it answers {next(filter(None, status.groups()))}"
+    if (status := status_of(error)) is not None and status not in _REFUSALS.values():
+        return f"it answers {status}"
+    if broken := next((words for said, words in _BROKEN.items() if said in str(error)), None):
+        return broken
     if isinstance(error, SQLAlchemyError):
         return without_driver(error)
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]

@@ -150,7 +150,10 @@ def use_registry(uri: str, setting: str) -> None:
 
 
 def _experiment(name: str, location: str | None, wanted: str | None) -> str:
-    """Returns the id of an experiment, made on first use; raises RegistryError if it keeps its artifacts elsewhere than `wanted`."""
+    """Returns the id of an experiment, made on first use.
+
+    Raises RegistryError for one that is deleted, or that keeps its artifacts elsewhere than `wanted`.
+    """
     client = MlflowClient()
     experiment = client.get_experiment_by_name(name)
     if experiment is None:

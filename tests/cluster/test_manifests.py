@@ -1,14 +1,18 @@
 """The manifests agree with one another, with the configuration they run, and with Ray's own schema."""
 
+import configparser
 import json
 import re
 from pathlib import Path
 from typing import Any
 
 import jsonschema
+import mlflow.cli
 import pytest
 import ray
 import yaml
+from mlflow.server.auth.config import AuthConfig
+from sqlalchemy import make_url
 
 from pipeline.config import LearnConfig, load_config
 
@@ -18,6 +22,7 @@ DOCKERFILE = (ROOT / "cluster" / "Dockerfile").read_text()
 AWS = yaml.safe_load((ROOT / "cluster" / "ray-cluster.yaml").read_text())
 CLAIM, JOB = yaml.safe_load_all((ROOT / "cluster" / "kuberay-rayjob.yaml").read_text())
 CLUSTER = JOB["spec"]["rayClusterSpec"]
+COMPOSE = yaml.safe_load((ROOT / "cluster" / "mlflow-compose.yaml").read_text())
 PODS = [CLUSTER["headGroupSpec"]["template"]["spec"], CLUSTER["workerGroupSpecs"][0]["template"]["spec"]]
 
 
@@ -86,3 +91,27 @@ def test_aws_dashboard_is_on_loopback_with_a_token() -> None:
     for command in (start, AWS["worker_start_ray_commands"][-1]):
         assert "RAY_AUTH_MODE=token" in command
     assert "/home/ray/.ray/auth_token" in AWS["file_mounts"]
+
+
+def test_the_mlflow_file_starts_the_installed_release_with_options_that_it_has() -> None:
+    server = COMPOSE["services"]["mlflow"]
+    assert f"mlflow[auth]=={mlflow.__version__}" in server["build"]["dockerfile_inline"]
+    job, *options = server["command"]
+    known = {name for option in mlflow.cli.cli.commands[job].params for name in (*option.opts, *option.secondary_opts)}
+    assert {option.partition("=")[0] for option in options} <= known
+    settings = configparser.ConfigParser()
+    settings.read_string(COMPOSE["configs"]["basic_auth"]["content"])
+    assert settings["mlflow"].keys() <= set(AuthConfig._fields)
+
+
+def test_the_mlflow_file_listens_on_loopback_and_holds_no_password() -> None:
+    services = COMPOSE["services"]
+    assert [port for each in services.values() for port in each.get("ports", ())] == ["127.0.0.1:5000:5000"]
+    assert any(option.startswith("--allowed-hosts=") for option in services["mlflow"]["command"])
+    secrets = {name for each in services.values() for name in each["secrets"]}
+    assert secrets == COMPOSE["secrets"].keys()
+    assert all(secret.keys() == {"environment"} for secret in COMPOSE["secrets"].values())
+    address = next(option for option in services["mlflow"]["command"] if option.startswith("--backend-store-uri="))
+    assert make_url(address.partition("=")[2]).password is None
+    mounted = {volume.partition(":")[0] for each in services.values() for volume in each["volumes"]}
+    assert mounted == COMPOSE["volumes"].keys()
