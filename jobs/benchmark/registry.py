@@ -55,6 +55,14 @@ START = "from mlflow import MlflowClient; MlflowClient('{uri}').search_registere
 def registry(
     experts: Annotated[int, typer.Option(help="How many experts, and how many the pool has.", min=3)] = 500,
     output: Annotated[Path, typer.Option(help="Folder for the run.")] = Path("runs"),
+    faults_at: Annotated[
+        str | None,
+        typer.Option(
+            envvar="POINTSMAN_TEST_POSTGRESQL",
+            help="Address of a PostgreSQL server, e.g. postgresql://me@127.0.0.1/postgres: kills are tried there, in databases "
+            "that it makes and drops, instead of in a file.",
+        ),
+    ] = None,
 ) -> None:
     """Measure list, show, diff and promote over hundreds of experts, and what one more version of their pool costs."""
     with user_errors():
@@ -67,7 +75,7 @@ def registry(
         with tracked_run(experiment, "benchmark-registry", "benchmark-registry") as run_id:
             results = _version(terminal, run_id, experts)
         results |= _commands(uri, pool_name(BASE.label, "benchmark"))
-        results |= _faults(terminal, folder / "faults")
+        results |= _faults(terminal, folder / "faults", faults_at)
         summary = provenance("benchmark-registry", started) | {"registry": results}
         write_json(folder / "summary.json", summary)
         rows = [
@@ -81,11 +89,11 @@ def registry(
         terminal.log(f"summary    {folder / 'summary.json'}")
 
 
-def _faults(terminal: Terminal, folder: Path) -> dict[str, Any]:
+def _faults(terminal: Terminal, folder: Path, server: str | None) -> dict[str, Any]:
     """Returns how many kills there were and how many the registry survived; each takes some seconds."""
     shutil.rmtree(folder, ignore_errors=True)
     kills = []
-    for fault in faults(folder):
+    for fault in faults(folder, server):
         kills.append(fault)
         terminal.log(f"  {fault.step}, killed before call {fault.call}: {fault.problem or 'survived'}")
     problems = [f"{fault.step} {fault.call}: {fault.problem}" for fault in kills if fault.problem]

@@ -4,7 +4,7 @@ After the kill everything that is registered must be whole: its upload complete 
 a version that exists. After the same command again the registry must be what it is without a kill: nothing lost or doubled.
 """
 
-import shutil
+import os
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -16,6 +16,7 @@ from tempfile import TemporaryDirectory
 import mlflow
 from mlflow import MlflowClient
 
+from jobs.benchmark.tools.registry_copies import copied, new_registry
 from jobs.benchmark.tools.registry_step import DIED, STEPS
 from jobs.benchmark.tools.synthetic_experts import former_registry
 from pipeline.registry.experts import download_expert, registered_experts
@@ -39,22 +40,26 @@ class Fault:
     """What was not whole afterwards, or what the same command did not mend; empty where all is well."""
 
 
-def faults(folder: Path) -> Iterator[Fault]:
-    """Yields every fault of every step, in a registry below `folder`."""
+def faults(folder: Path, server: str | None = None) -> Iterator[Fault]:
+    """Yields every fault of every step, in a registry in `folder`, or in databases of a PostgreSQL server."""
     folder.mkdir(parents=True)
-    whole = folder / "mlflow.db"
-    experiment = open_tracking(_uri(whole), "pointsman")
-    with tracked_run(experiment, "former", "former") as run_id:
-        former_registry(experiment, run_id, "former", "mine")
+    with new_registry(server, folder) as whole:
+        experiment = open_tracking(whole, "pointsman", output=folder)
+        with tracked_run(experiment, "former", "former") as run_id:
+            former_registry(experiment, run_id, "former", "mine")
+        yield from _faults(whole)
+
+
+def _faults(whole: str) -> Iterator[Fault]:
     for step in STEPS:
-        before = shutil.copyfile(whole, folder / f"before-{step}.db")
+        before = copied(whole, f"before_{step}")
         assert _run(whole, step, 0) == 0, f"{step} fails without a kill"
         wanted = _state(whole)
         call, dying = 1, True
         while dying:
             with ThreadPoolExecutor(2) as pool:
                 calls = [call, call + 1]
-                copies = [shutil.copyfile(before, folder / f"{step}-{n}.db") for n in calls]
+                copies = [copied(before, f"{step}_{n}") for n in calls]
                 codes = list(pool.map(_run, copies, [step] * 2, calls))
                 problems = [_problem(copy) if code == DIED else "" for copy, code in zip(copies, codes, strict=True)]
                 again = list(pool.map(_run, copies, [step] * 2, [0] * 2))
@@ -67,25 +72,22 @@ def faults(folder: Path) -> Iterator[Fault]:
             call += 2
 
 
-def _uri(database: Path) -> str:
-    return f"sqlite:///{database}"
+def _run(uri: str, step: str, call: int) -> int:
+    command = [sys.executable, "-m", "jobs.benchmark.tools.registry_step", step, str(call)]
+    environment = os.environ | {"MLFLOW_TRACKING_URI": uri}
+    return subprocess.run(command, env=environment, capture_output=True, check=False).returncode
 
 
-def _run(database: Path, step: str, call: int) -> int:
-    command = [sys.executable, "-m", "jobs.benchmark.tools.registry_step", _uri(database), step, str(call)]
-    return subprocess.run(command, capture_output=True, check=False).returncode
-
-
-def _difference(database: Path, wanted: State, code: int) -> str:
+def _difference(uri: str, wanted: State, code: int) -> str:
     if code != 0:
         return f"the same command ends with {code}"
-    state = _state(database)
+    state = _state(uri)
     wrong = [name for name in sorted({*state, *wanted}) if state.get(name) != wanted.get(name)]
     return f"{wrong[0]} is {state.get(wrong[0])}, not {wanted.get(wrong[0])}" if wrong else ""
 
 
-def _state(database: Path) -> State:
-    mlflow.set_tracking_uri(_uri(database))
+def _state(uri: str) -> State:
+    mlflow.set_tracking_uri(uri)
     state = {}
     for model in MlflowClient().search_registered_models():
         if read_name(model.name) is not None:
@@ -97,9 +99,9 @@ def _state(database: Path) -> State:
     return state
 
 
-def _problem(database: Path) -> str:
+def _problem(uri: str) -> str:
     """Returns what is not whole in a registry; empty where all is."""
-    mlflow.set_tracking_uri(_uri(database))
+    mlflow.set_tracking_uri(uri)
     for model in MlflowClient().search_registered_models():
         named = read_name(model.name)
         if named is None:

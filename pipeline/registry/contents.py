@@ -19,9 +19,12 @@ INSIDE = "in the pool"
 """In place of a version: earlier releases kept experts in the pool."""
 
 
-def experts_of(version: ModelVersion) -> dict[str, str]:
-    """Returns the experts of a pool's version by name, as `<model>/<version>`, or INSIDE."""
-    references = [{"name": r} if isinstance(r, str) else r for r in _card(version)["experts"]]
+def experts_of(version: ModelVersion, location: str | None = None) -> dict[str, str]:
+    """Returns the experts of a pool's version by name, as `<model>/<version>`, or INSIDE.
+
+    Whoever knows the `location` of its logged model saves asking for it.
+    """
+    references = [{"name": r} if isinstance(r, str) else r for r in _card(version, location)["experts"]]
     return {r["name"]: f"{r['model']}/{r['version']}" if r.get("model") else INSIDE for r in references}
 
 
@@ -35,9 +38,9 @@ def contains(version: ModelVersion, other: ModelVersion) -> bool:
     return experts_of(version).items() >= experts_of(other).items()
 
 
-def _card(version: ModelVersion) -> dict[str, Any]:
+def _card(version: ModelVersion, location: str | None = None) -> dict[str, Any]:
     """Reads a pool's card as it is: to check it as a pool does would take torch. Raises RegistryError where it is missing."""
-    location = logged_model(version).artifact_location
+    location = location or logged_model(version).artifact_location
     try:
         card: dict[str, Any] = json.loads(mlflow.artifacts.load_text(f"{location}/{POOL_CARD}"))
         list(card["experts"])

@@ -1,6 +1,7 @@
 """What no pool needs: uploads without a version, which killed processes leave behind, and experts that no pool refers to."""
 
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from time import time
 
@@ -44,16 +45,19 @@ def find_garbage(*, hours: float) -> list[Garbage]:
     Raises RegistryError where a pool cannot be read, so that nobody knows what it needs.
     """
     before, versions = time() - hours * HOUR, list(all_versions())
-    used = {logged_model_id(version) for version in versions}
+    used, models = {logged_model_id(version) for version in versions}, list(all_logged_models())
     found = [
         Garbage(
             model.model_id, f"upload of {model.name} without a version", model.creation_timestamp / 1000, model.model_id
         )
-        for model in all_logged_models()
+        for model in models
         if model.model_type in KINDS and DIGEST in model.params and model.model_id not in used
     ]
     pools = [version for version in versions if _is_pool(version)]
-    needed = {address for version in pools for address in experts_of(version).values()}
+    locations = {model.model_id: model.artifact_location for model in models}
+    with ThreadPoolExecutor(16) as threads:
+        experts = threads.map(experts_of, pools, [locations.get(logged_model_id(version)) for version in pools])
+        needed = {address for each in experts for address in each.values()}
     # Experts that pools name as an earlier release called them share their upload with the version of the new name.
     uploads = {logged_model_id(version) for version in versions if f"{version.name}/{version.version}" in needed}
     for version in versions:

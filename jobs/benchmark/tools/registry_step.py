@@ -1,6 +1,6 @@
 """One change of a registry in a process of its own, which dies before its n-th writing call to MLflow.
 
-python -m jobs.benchmark.tools.registry_step sqlite:///runs/mlflow.db promote 1
+MLFLOW_TRACKING_URI=sqlite:///runs/mlflow.db python -m jobs.benchmark.tools.registry_step promote 1
 
 Exit code: 9 where it died, 0 where it was done before.
 """
@@ -140,8 +140,8 @@ def _dying_before(call: int) -> None:
 
 
 if __name__ == "__main__":
-    uri, step, call = sys.argv[1:]
-    experiment = open_tracking(uri, "pointsman")
+    step, call = sys.argv[1:]
+    experiment = open_tracking(os.environ["MLFLOW_TRACKING_URI"], "pointsman")
     with tracked_run(experiment, step, step) as run:
         if int(call):
             _dying_before(int(call))
