@@ -101,6 +101,8 @@ _BROKEN = {
 _STATUS = re.compile(
     r"failed with error code (\d{3})|too many (\d{3}) error responses|\b(\d{3}) (?:Client|Server) Error"
 )
+_DRIVER = re.compile(r"^\([\w.]+Error\) ")
+"""What SQLAlchemy writes before the words of a database."""
 _REFUSALS = {"UNAUTHENTICATED": 401, "CUSTOMER_UNAUTHORIZED": 401, "PERMISSION_DENIED": 403}
 
 
@@ -117,7 +119,7 @@ def reason_of(error: Exception) -> str:
         return broken
     if isinstance(error, SQLAlchemyError):
         return without_driver(error)
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    lines = [line.strip() for line in _DRIVER.sub("", str(error)).splitlines() if line.strip()]
     return without_secrets(lines[0])[:300] if lines else type(error).__name__
 
 
