@@ -5,6 +5,7 @@ MLflow itself tries a database that it cannot open ten times, for almost two min
 
 import hashlib
 import logging
+import re
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -55,13 +56,16 @@ def database_silence(uri: str) -> str | None:
         return without_driver(error)
 
 
-def lossy_charset(uri: str) -> str | None:
-    """Returns the character set of a MySQL database that does not keep all text; None for one that does, and for PostgreSQL."""
+def blurring_collation(uri: str) -> str | None:
+    """Returns the collation of a MySQL database that loses characters or takes `a` for `A`; None for one that does neither.
+
+    PostgreSQL does neither.
+    """
     if _dialect(uri) != "mysql":
         return None
     with _engine(uri).connect() as connection:
-        charset = str(connection.execute(text("SELECT @@character_set_database")).scalar())
-    return None if charset == "utf8mb4" else charset
+        collation = str(connection.execute(text("SELECT @@collation_database")).scalar())
+    return None if re.fullmatch(r"utf8mb4_(\w+_)?(bin|cs)", collation) else collation
 
 
 def without_driver(error: SQLAlchemyError) -> str:

@@ -30,7 +30,7 @@ from pipeline.config import LearnConfig, without_secrets
 from pipeline.locks import file_lock
 from pipeline.registry.addresses import RESTORE, SQLITE, check_sqlite, database_path, with_credentials_aside
 from pipeline.registry.artifacts import ARTIFACTS, absolute, check_length, check_reached, make_experiment
-from pipeline.registry.databases import database_lock, is_database, lossy_charset
+from pipeline.registry.databases import database_lock, is_database, blurring_collation
 from pipeline.registry.retries import (
     REGISTRY_URI,
     RegistryError,
@@ -75,10 +75,10 @@ def open_tracking(
     if database is None and not is_database(uri):
         return _experiment(experiment, artifacts and absolute(artifacts), artifacts)
     if database is None:
-        if (charset := lossy_charset(uri)) is not None:
+        if (collation := blurring_collation(uri)) is not None:
             raise RegistryError(
-                f"{REGISTRY_URI}: {shown_uri()} keeps text in {charset}, which lacks characters of descriptions; before MLflow "
-                "makes its tables there: ALTER DATABASE ... CHARACTER SET utf8mb4"
+                f"{REGISTRY_URI}: {shown_uri()} has collation {collation}, which loses characters of descriptions or takes one "
+                "name for another; make the database with CHARACTER SET utf8mb4 COLLATE utf8mb4_bin"
             )
         prepares, beside, remedy = database_lock(uri, "mlflow", on_wait=on_wait), Path(output), "have it restored"
     else:
