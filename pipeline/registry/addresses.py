@@ -26,7 +26,7 @@ RESTORE = "restore the file from a copy, or move it away: the next start makes a
 
 SERVERS = ("http://", "https://")
 
-KINDS = f"{SQLITE}<file>, postgresql://<user>@<host>/<database>, mysql+pymysql://<user>@<host>/<database> or http(s)://<server>"
+KINDS = f"{SQLITE}<file>, postgresql://<host>/<database>, mysql+pymysql://<host>/<database> or http(s)://<server>"
 
 
 def database_path(uri: str, setting: str = REGISTRY_URI) -> Path | None:

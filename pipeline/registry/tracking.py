@@ -30,7 +30,7 @@ from pipeline.config import LearnConfig, without_secrets
 from pipeline.locks import file_lock
 from pipeline.registry.addresses import RESTORE, SQLITE, check_sqlite, database_path, with_credentials_aside
 from pipeline.registry.artifacts import ARTIFACTS, absolute, check_length, check_reached, make_experiment
-from pipeline.registry.databases import database_lock, is_database, blurring_collation
+from pipeline.registry.databases import blurring_collation, database_lock, is_database
 from pipeline.registry.retries import (
     REGISTRY_URI,
     RegistryError,
