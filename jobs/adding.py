@@ -41,9 +41,14 @@ def add_to_pool(
     The registry is the one that is named, else the configuration's, else $MLFLOW_TRACKING_URI, else the output folder's.
     """
     began, progress = now(), progress or Terminal()
-    uri = registry or settings.registry.uri or os.environ.get("MLFLOW_TRACKING_URI")
-    uri = uri or f"sqlite:///{settings.output}/mlflow.db"
-    use_registry(uri)
+    given = {
+        "--registry": registry,
+        "registry.uri": settings.registry.uri,
+        "MLFLOW_TRACKING_URI": os.environ.get("MLFLOW_TRACKING_URI"),
+        "output": f"sqlite:///{settings.output}/mlflow.db",
+    }
+    setting, uri = next((setting, uri) for setting, uri in given.items() if uri)
+    use_registry(uri, setting)
     start = meant(pool)
     config = stream_of(settings, open_pool(start), uri)
     if settings.task.adapter is not None:  # now, not when Ray has started

@@ -1,6 +1,7 @@
 """The commands that look at the registry and decide what is in use, over a registry with two pool versions."""
 
 import json
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from typer.testing import CliRunner
 
 from jobs.cli import app
 from pipeline.config import BaseModelConfig
+from pipeline.registry import browsing
 from pipeline.registry.experts import register_expert
 from pipeline.registry.pools import register_pool
 from pipeline.registry.scores import Score, log_scores
@@ -181,6 +183,12 @@ def test_what_no_pool_needs_is_shown_before_it_is_deleted(uri: str, make_expert:
 
 def test_there_is_nothing_to_migrate(uri: str) -> None:
     assert "nothing to do" in pointsman("migrate", "--dry-run", "--registry", uri).output
+
+
+def test_of_many_models_some_are_named(uri: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(browsing, "NAMED", 1)
+    outcome = pointsman("show", "nothing", "--registry", uri)
+    assert re.search(r"there are \S+ and \d+ more: `pointsman registry list` has all", outcome.output), outcome.output
 
 
 @pytest.mark.parametrize(

@@ -44,6 +44,19 @@ def test_registering_twice_makes_one_version(experiment: str, make_expert: MakeE
     assert len(MlflowClient().search_model_versions("name = 'tiny.expert.digits'")) == 1
 
 
+def test_versions_are_found_in_experiments_that_came_later(
+    experiment: str, make_expert: MakeExpert, tmp_path: Path
+) -> None:
+    """The list of experiments is kept for a while: one's own is always in it, and another's never doubles a version."""
+    folder = make_expert("digits", "aaa").save(tmp_path / "digits")
+    assert find_expert("tiny", "digits", "aaa") is None
+    with tracked_run(MlflowClient().create_experiment("another's"), "demo", "run"):
+        first = register_expert("tiny", folder)
+        assert find_expert("tiny", "digits", "aaa") is not None
+    with tracked_run(experiment, "demo", "run"):
+        assert register_expert("tiny", folder).version == first.version
+
+
 def test_every_task_has_its_own_model(experiment: str, make_expert: MakeExpert, tmp_path: Path) -> None:
     with tracked_run(experiment, "demo", "run"):
         for name, digest in (("digits", "aaa"), ("clock", "bbb"), ("digits", "ccc")):

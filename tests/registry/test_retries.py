@@ -12,12 +12,14 @@ from typing import Any
 
 import mlflow
 import pytest
+import requests
 from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
 
 from pipeline.registry import metric_buffer, retries
+from pipeline.registry.failures import registry_failures
 from pipeline.registry.metric_buffer import MetricBuffer
-from pipeline.registry.retries import RegistryError, Retries, check_answers
+from pipeline.registry.retries import RegistryError, RegistryFailedError, Retries, check_answers
 from pipeline.registry.tracking import tracked_run
 
 
@@ -57,7 +59,7 @@ def server(port: int, received: list[dict[str, Any]], status: int = 200) -> Iter
             self.send_response(status)
             self.send_header("Content-Length", "2")
             self.end_headers()
-            self.wfile.write(b"{}")
+            self.wfile.write(b"{}" if status == 200 else b"no")
 
         def log_message(self, *_: Any) -> None:
             pass
@@ -166,3 +168,24 @@ def test_a_mistake_is_not_repeated(experiment: str) -> None:
 
 def refuse() -> None:
     raise AssertionError("never called: nobody answers")
+
+
+@pytest.mark.parametrize(
+    ("status", "said"),
+    [
+        (401, "asks for a user and a password"),
+        (403, "does not permit this to this user"),
+        (500, "fails: it answers 500; when it answers again"),
+        (502, "fails: it answers 502; when it answers again"),
+    ],
+)
+def test_what_a_server_answers_is_said_with_its_address(port: int, status: int, said: str) -> None:
+    with server(port, [], status), pytest.raises(RegistryFailedError, match=said) as error, registry_failures():
+        MlflowClient().search_experiments()
+    assert str(error.value).startswith(f"http://127.0.0.1:{port} ")
+    assert error.value.exit_code == 1
+
+
+def test_what_another_server_answers_is_not_the_registrys_failure(port: int) -> None:
+    with pytest.raises(requests.ConnectionError), registry_failures():
+        requests.get("http://127.0.0.1:9/weights", timeout=1)
