@@ -4,6 +4,7 @@ import pytest
 from pydantic import ValidationError
 
 from pipeline.config import (
+    AddConfig,
     BaseModelConfig,
     ConfigError,
     EvaluationConfig,
@@ -26,7 +27,8 @@ stream:
   tasks:
     - {name: digits, train: data/train, eval: data/eval}
 """
-SHIPPED = sorted((Path(__file__).parents[2] / "jobs" / "configs").glob("*.yaml"))
+TASK = Path(__file__).parents[2] / "jobs" / "configs" / "task.yaml"
+SHIPPED = sorted(set((Path(__file__).parents[2] / "jobs" / "configs").glob("*.yaml")) - {TASK})
 
 
 @pytest.fixture
@@ -70,6 +72,10 @@ def test_what_the_file_says_is_in_force(file):
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
 def test_shipped_configurations_load(path):
     assert load_config(path, [], LearnConfig).stream.tasks
+
+
+def test_the_shipped_task_loads():
+    assert load_config(TASK, [], AddConfig).task.name == "highest"
 
 
 def test_overrides_lie_on_top_of_the_file(file):
