@@ -50,7 +50,9 @@ def test_versions_are_found_in_experiments_that_came_later(
     """The list of experiments is kept for a while: one's own is always in it, and another's never doubles a version."""
     folder = make_expert("digits", "aaa").save(tmp_path / "digits")
     assert find_expert("tiny", "digits", "aaa") is None
-    with tracked_run(MlflowClient().create_experiment("another's"), "demo", "run"):
+    with tracked_run(
+        MlflowClient().create_experiment("another's", artifact_location=(tmp_path / "another").as_uri()), "demo", "run"
+    ):
         first = register_expert("tiny", folder)
         assert find_expert("tiny", "digits", "aaa") is not None
     with tracked_run(experiment, "demo", "run"):
