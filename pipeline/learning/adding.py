@@ -220,6 +220,9 @@ def _evaluated(
     evaluation = Evaluation({**earlier.evaluation.results, **now.results})
     accuracies = {**earlier.base, **base}
     digests = {name: evaluated.score.digest for name, evaluated in kept.items()} | session.scored_rows
+    session.log_metrics(
+        [(f"accuracy/{name}", value, len(pool.names)) for name, value in evaluation.accuracies().items()]
+    )
     catalog = Catalog(session, accuracies, digests)
     catalog.show(version, pool, evaluation, expert.version)
     catalog.close(version, pool, evaluation, {task.name: expert.version}, {task.name: expert.metrics})

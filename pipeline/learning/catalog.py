@@ -121,13 +121,9 @@ class Catalog:
         evaluation: Evaluation,
         scores: Sequence[Score],
     ) -> None:
-        verdict = self._decide(version, scores)
+        verdict, samples = self._decide(version, scores), _samples(evaluation, list(evaluation.results), SAMPLES)
         if DESCRIBED in (version.description or ""):
             return  # by the run that made it
-        own = {
-            name: result.experts.get(name if name in pool.names else BASE, 0) / max(1, sum(result.experts.values()))
-            for name, result in evaluation.results.items()
-        }
         numbers = {r.name: r.version or 0 for r in pool.card.experts if r.name not in pool.retired}
         describe(
             version,
@@ -138,7 +134,7 @@ class Catalog:
                 numbers,
                 pool.router.kind,
                 retired=pool.retired,
-                measured=Measured(scores, own, _samples(evaluation, list(evaluation.results), SAMPLES)),
+                measured=Measured(scores, own_shares(pool, evaluation), samples),
                 verdict=verdict,
                 origin=self._origin,
             ),
@@ -167,6 +163,14 @@ def scores_from(
         Score(name, digests[name], accuracy, base.get(name), name not in pool.names)
         for name, accuracy in evaluation.accuracies().items()
     ]
+
+
+def own_shares(pool: Pool, evaluation: Evaluation) -> dict[str, float]:
+    """Returns the share of each data set's prompts that its own expert, or the base, answered."""
+    return {
+        name: result.experts.get(name if name in pool.names else BASE, 0) / max(1, sum(result.experts.values()))
+        for name, result in evaluation.results.items()
+    }
 
 
 def strays_from(pool: Pool, evaluation: Evaluation, scores: Sequence[Score]) -> dict[str, Strays]:

@@ -3,12 +3,14 @@
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from mlflow import MlflowClient
 from mlflow.entities.model_registry import ModelVersion
 
 from pipeline.config import RegistryConfig
 from pipeline.evaluation.recorded import evaluate_recorded
-from pipeline.learning.catalog import scores_from, strays_from
-from pipeline.registry.descriptions import Measured, pool_description
+from pipeline.learning.catalog import own_shares, scores_from, strays_from
+from pipeline.provenance import command_line, git_commit
+from pipeline.registry.descriptions import Measured, Origin, pool_description
 from pipeline.registry.promotion import champion, decide, deciding, promote
 from pipeline.registry.scores import log_scores, tags_of
 from pipeline.registry.strays import keep_strays, strays_of
@@ -64,15 +66,16 @@ def replace_expert(before: ModelVersion, expert: ModelVersion, *, force: bool = 
                 promote(made.name, str(made.version))
             verdict = "promoted by hand"
         numbers = {name: number(version) for name, version in now.experts.items()}
-        measured = Measured(scores)
+        experiment = MlflowClient().get_run(run_id).info.experiment_id
         description = pool_description(
             pool.base_label,
             now.name,
             numbers,
             pool.router.kind,
             retired=pool.retired,
-            measured=measured,
+            measured=Measured(scores, own_shares(pool, recorded.evaluation)),
             verdict=verdict,
+            origin=Origin(command_line(), git_commit(), f"#/experiments/{experiment}/runs/{run_id}"),
         )
         describe(made, tags={}, description=description)
     unmeasured = [name for name in pool.names if name not in recorded.evaluation.results and name not in pool.retired]

@@ -16,8 +16,8 @@ LONGEST = 4900
 DESCRIBED = "Sample prompts:"
 """Words of a description that has samples: it was written after an evaluation."""
 
-GAP = "\u2003"
-"""An em space: MLflow's pages set tables without any space between columns."""
+GAP = "&emsp;"
+"""An em space: MLflow's pages set tables without any space between columns, and cut off the character itself."""
 
 _CELL = 160
 """Most characters of a question or an answer."""

@@ -1,7 +1,8 @@
 """Scores of pools and experts in the registry: accuracies on data sets, as metrics of the logged model behind a version.
 
 A model's page and `search_logged_models(order_by=...)` show them by data set. Of a task the metric is `accuracy`, of a base
-ability `base_ability`; `base_accuracy` is what the frozen base alone has on either.
+ability `base_ability`; `base_accuracy` is what the frozen base alone has on either. Their means have no data set, and come
+last: MLflow's pages compare runs by the last value of each metric.
 """
 
 from collections.abc import Iterable, Sequence
@@ -57,6 +58,15 @@ def log_scores(run_id: str, version: ModelVersion, scores: Sequence[Score]) -> N
             for key, value in values.items()
             if value is not None
         ]
+    if metrics and len(scores) > 1:
+        means = {
+            ACCURACY: mean_accuracy(scores),
+            ABILITY: _mean([score.accuracy for score in scores if score.ability]),
+            BASE_ACCURACY: _mean([s.base_accuracy for s in scores if s.base_accuracy is not None and not s.ability]),
+        }
+        metrics += [
+            Metric(key, value, now, len(scores), model_id=model_id) for key, value in means.items() if value is not None
+        ]
     for start in range(0, len(metrics), MAX_METRICS_PER_BATCH):
         MlflowClient().log_batch(run_id, metrics=metrics[start : start + MAX_METRICS_PER_BATCH])
 
@@ -77,7 +87,10 @@ def scores_of(version: ModelVersion) -> list[Score]:
 
 def mean_accuracy(scores: Iterable[Score]) -> float | None:
     """Returns the mean accuracy over tasks; None without any."""
-    values = [score.accuracy for score in scores if not score.ability]
+    return _mean([score.accuracy for score in scores if not score.ability])
+
+
+def _mean(values: Sequence[float]) -> float | None:
     return fmean(values) if values else None
 
 

@@ -30,7 +30,7 @@ def test_a_pool_shows_accuracies_and_routing() -> None:
         "tiny", "demo", {"digits": 3}, "prompt", measured=measured, verdict="champion", origin=ORIGIN
     )
     assert "Mean accuracy on its tasks **0.750**, base abilities kept **100.0%**." in text
-    rows = [line.replace("\u2003", "") for line in text.splitlines() if line.startswith("| ")][1:]
+    rows = [line.replace("&emsp;", "") for line in text.splitlines() if line.startswith("| ")][1:]
     assert rows == [
         "| [digits](#/models/tiny.expert.digits/versions/3) | 0.280 | 0.750 | 99.5% |",
         "| shape | 0.980 | 0.980 | 100.0% |",

@@ -117,5 +117,9 @@ def test_scores_are_metrics_by_data_set(versions: Callable[[int], str], experime
         assert scores_of(version) == scores
     order = [{"field_name": "metrics.accuracy", "dataset_name": "digits", "ascending": False}]
     best = MlflowClient().search_logged_models([experiment], order_by=order)[0]
-    assert len(best.metrics) == 6, "two of each of three data sets, once"
+    assert len([m for m in best.metrics if m.dataset_name]) == 6, "two of each of three data sets, once"
+    assert {m.key: m.value for m in best.metrics if not m.dataset_name} == {
+        "accuracy": pytest.approx((0.9 + 0.94) / 2), "base_ability": 0.98, "base_accuracy": pytest.approx(0.14),
+    }  # fmt: skip
+    assert MlflowClient().get_run(run).data.metrics["accuracy"] == pytest.approx(0.92), "by which runs are compared"
     assert best.model_id == get_version(POOL, 2).source.removeprefix("models:/")
