@@ -10,12 +10,14 @@ from pipeline.config.learning import (
     BaseModelConfig,
     EvaluationConfig,
     ExpertConfig,
+    InferenceConfig,
     LearnConfig,
     RegistryConfig,
     RouterConfig,
     TrainingConfig,
 )
 from pipeline.config.loading import fields_of, load_config
+from pipeline.config.prediction import PredictConfig
 from pipeline.config.tasks import ColumnsConfig, DataConfig, Source, SourceConfig, StreamConfig, TaskConfig
 
 __all__ = [
@@ -27,7 +29,9 @@ __all__ = [
     "DataConfig",
     "EvaluationConfig",
     "ExpertConfig",
+    "InferenceConfig",
     "LearnConfig",
+    "PredictConfig",
     "RegistryConfig",
     "RouterConfig",
     "Source",

@@ -223,14 +223,31 @@ class TrainingConfig(Config):
         return self
 
 
-class EvaluationConfig(Config):
-    """Inference: evaluation after every task, statistics of base prompts, image features."""
+class InferenceConfig(Config):
+    """How prompts are answered."""
 
     batch_size: int = Field(default=64, ge=1)
     """Maximum number of prompts per batch."""
     tokens_per_batch: int = Field(default=16384, ge=16)
     """Maximum number of tokens per batch, padding included: long prompts come in smaller batches. 16,384 keep a GPU busy, and
     take 4 of 24 GB beside an 8B base; a longer prompt is a batch of its own."""
+    max_new_tokens: int = Field(default=64, ge=1)
+    """Maximum length of an answer in tokens."""
+    workers: int = Field(default=1, ge=1)
+    """Parallel workers, each with the base and the pool."""
+    gpus_per_worker: int = Field(default=1, ge=1)
+    """GPUs of each worker, if there are GPUs for them; 1 unless the base is larger than one GPU. With more, each holds a part of
+    the base's layers."""
+    expert_memory: ByteSize | None = Field(default=None, gt=0)
+    """Maximum memory of the experts' weights on the devices of one worker, or of one process that serves the pool; e.g.
+    `2GiB`. Experts that a batch is routed to are read when they are needed and replace those that were used longest ago; a
+    batch that needs more at once still gets them. Default: all experts are in memory. Not for router.kind token, where every
+    Linear chooses from all experts."""
+
+
+class EvaluationConfig(InferenceConfig):
+    """Inference: evaluation after every task, statistics of base prompts, image features."""
+
     max_new_tokens: int = Field(default=12, ge=1)
     """Maximum length of an answer in tokens."""
     workers: int = Field(default=1, ge=1)
@@ -238,11 +255,6 @@ class EvaluationConfig(Config):
     gpus_per_worker: int = Field(default=1, ge=1)
     """GPUs of each evaluator, if `training.gpu`; 1 unless the base is larger than one GPU. With more, each holds a part of
     the base's layers."""
-    expert_memory: ByteSize | None = Field(default=None, gt=0)
-    """Maximum memory of the experts' weights on the devices of one evaluator, or of one process that serves the pool; e.g.
-    `2GiB`. Experts that a batch is routed to are read when they are needed and replace those that were used longest ago; a
-    batch that needs more at once still gets them. Default: all experts are in memory. Not for router.kind token, where every
-    Linear chooses from all experts."""
     limit: int | None = Field(default=None, ge=1)
     """At most this many prompts per task."""
     every: int = Field(default=1, ge=1)

@@ -13,21 +13,25 @@ from pipeline.config.core import Config, ConfigError
 C = TypeVar("C", bound=Config)
 
 
-def load_config(path: str | Path, overrides: Sequence[str], config_class: type[C]) -> C:
-    """Reads a YAML file into `config_class` and lays `field.sub=value` overrides on top (values are YAML).
+COMMAND_LINE = "command line"
+"""What errors name as the source of values that stand in no file."""
+
+
+def load_config(path: str | Path | None, overrides: Sequence[str], config_class: type[C]) -> C:
+    """Reads a YAML file, if any, into `config_class` and lays `field.sub=value` overrides on top (values are YAML).
 
     A file that says `extends: other.yaml`, relative to itself, holds only what differs from that one; lists are replaced.
     Raises ConfigError naming file, field and remedy.
     """
-    path = Path(path)
     sources: dict[str, str] = {}
-    values = _read(path, (), config_class, sources)
+    values = {} if path is None else _read(Path(path), (), config_class, sources)
     for override in overrides:
         sources[_override(values, override, config_class)] = f"override {override!r}"
     try:
         return config_class.model_validate(values)
     except ValidationError as error:
-        raise ConfigError("\n".join(_explain(str(path), sources, config_class, e) for e in error.errors())) from None
+        where = COMMAND_LINE if path is None else str(path)
+        raise ConfigError("\n".join(_explain(where, sources, config_class, e) for e in error.errors())) from None
 
 
 def _read(path: Path, extending: Sequence[Path], config_class: type[Config], sources: dict[str, str]) -> dict[str, Any]:

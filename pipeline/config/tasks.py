@@ -29,12 +29,6 @@ class ColumnsConfig(Config):
     """Column whose value is shared by rows that count as one question, correct only if all of them are; for the metric
     `mmbench`."""
 
-    @model_validator(mode="after")
-    def _questions_have_answers(self) -> "ColumnsConfig":
-        if self.question is not None and self.answer is None:
-            raise ValueError("`question` without `answer`; name the column of the answers too")
-        return self
-
 
 def _by_its_scheme(path: str) -> str:
     """The demo's data had another scheme in earlier releases."""
@@ -82,7 +76,16 @@ def _as_source(value: Any) -> Any:
     return {"path": value} if isinstance(value, str) else value
 
 
-Source = Annotated[SourceConfig, BeforeValidator(_as_source)]
+def _with_answers(source: SourceConfig) -> SourceConfig:
+    if source.columns.question is not None and source.columns.answer is None:
+        raise ValueError("columns: `question` without `answer`; name the column of the answers too")
+    return source
+
+
+Source = Annotated[SourceConfig, BeforeValidator(_as_source), AfterValidator(_with_answers)]
+"""Rows with answers: to learn from, or to score answers by."""
+Questions = Annotated[SourceConfig, BeforeValidator(_as_source)]
+"""Rows with or without answers."""
 
 
 class TaskConfig(Config):

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from pipeline.config import BaseModelConfig, EvaluationConfig, TrainingConfig
+from pipeline.config import BaseModelConfig, InferenceConfig, TrainingConfig
 from pipeline.models.bases import load_base
 from pipeline.models.encoding import Encoded, collate_for, to_device
 from pipeline.models.generation import generate_answers
@@ -40,7 +40,7 @@ class InferenceWorkers:
     """Most bytes of experts' weights on a worker's devices together; None: all experts stay there."""
 
     @classmethod
-    def of(cls, training: TrainingConfig, evaluation: EvaluationConfig) -> "InferenceWorkers":
+    def of(cls, training: TrainingConfig, evaluation: InferenceConfig) -> "InferenceWorkers":
         """Returns the workers of a configuration."""
         return cls(
             count=evaluation.workers,

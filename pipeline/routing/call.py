@@ -5,14 +5,14 @@ Shapes: B rows, T tokens, E experts, F features.
 
 import weakref
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 
 from torch import Tensor
 
 from pipeline.routing.pool import Pool
 from pipeline.routing.prompt_router import PromptRouter
-from pipeline.routing.routes import Route, Router, RoutingState
+from pipeline.routing.routes import BaseOnly, PromptRoute, Route, Router, RoutingState
 from pipeline.routing.token_router import TokenRouter
 from pipeline.routing.two_level import TwoLevelRouter
 
@@ -26,6 +26,9 @@ class Decision:
     weights: dict[str, float]
     """Weight of each expert; where tokens decide, its mean over the prompt's tokens and all Linears. The remainder
     to 1 is the base's weight."""
+    posterior: float | None = field(default=None, compare=False)
+    """Probability of this choice by the prompt router (of a retired expert, in whose place the base answers, that expert's);
+    None where the Linears decide, the caller does, or the pool is empty."""
 
 
 def router_of(pool: Pool) -> Router:
@@ -121,13 +124,17 @@ class Call:
         if self.features_BF is None:
             return []
         rows, weights_BE = len(self.features_BF), self.state.weights_BE
+        posteriors: list[float | None] = [None] * rows
+        match self.state.route:
+            case BaseOnly(posterior_B=Tensor() as posterior_B) | PromptRoute(posterior_B=Tensor() as posterior_B):
+                posteriors = posterior_B.tolist()
         if weights_BE is None:
-            return [Decision(None, {})] * rows
+            return [Decision(None, {}, posterior) for posterior in posteriors]
         decisions = []
-        for row in weights_BE.expand(rows, -1).tolist():
+        for row, posterior in zip(weights_BE.expand(rows, -1).tolist(), posteriors, strict=True):
             weights = {name: weight for name, weight in zip(self.names, row, strict=True) if weight > 0}
             best = max(weights, key=weights.__getitem__, default=None)
             if best is not None and weights[best] < 1 - sum(weights.values()):
                 best = None
-            decisions.append(Decision(best, weights))
+            decisions.append(Decision(best, weights, posterior))
         return decisions

@@ -107,8 +107,10 @@ class PromptRouter:
 
     def route(self, features_BF: Tensor) -> Route:
         """Sends every prompt to its likeliest expert, or to the base."""
-        experts_B1 = self.choices(features_BF).unsqueeze(-1)
-        return prompt_route(experts_B1, torch.ones(experts_B1.shape), features_BF.device)
+        experts_B1, log_posterior_B1 = self.rank_candidates(features_BF, 1)
+        return prompt_route(
+            self.in_use(experts_B1), torch.ones(experts_B1.shape), features_BF.device, log_posterior_B1[:, 0].exp()
+        )
 
 
 def _largest(scores_BC: Tensor, count: int) -> Tensor:
@@ -117,10 +119,12 @@ def _largest(scores_BC: Tensor, count: int) -> Tensor:
     return torch.zeros_like(scores_BC, dtype=torch.bool).scatter(-1, best_BK, True)
 
 
-def prompt_route(experts_BM: Tensor, weights_BM: Tensor, device: torch.device) -> Route:
+def prompt_route(
+    experts_BM: Tensor, weights_BM: Tensor, device: torch.device, posterior_B: Tensor | None = None
+) -> Route:
     """Returns the route with these weights; in its cheap forms where nobody takes part, or all rows agree."""
     if (experts_BM == NULL_EXPERT).all():
-        return BaseOnly()
+        return BaseOnly(posterior_B)
     if len(experts_BM) > 1 and (experts_BM == experts_BM[0]).all() and (weights_BM == weights_BM[0]).all():
         experts_BM, weights_BM = experts_BM[:1], weights_BM[:1]
-    return PromptRoute(experts_BM.to(device), weights_BM.to(device))
+    return PromptRoute(experts_BM.to(device), weights_BM.to(device), posterior_B)

@@ -23,6 +23,9 @@ MIN_WEIGHT = 1e-3
 class BaseOnly:
     """The base answers every row."""
 
+    posterior_B: Tensor | None = field(default=None, compare=False)
+    """As in PromptRoute."""
+
 
 @dataclass(frozen=True)
 class PromptRoute:
@@ -32,6 +35,8 @@ class PromptRoute:
     """Candidates of each row (B, M), or (1, M) where all rows agree: indices into the pool, or NULL_EXPERT."""
     weights_BM: Tensor
     """Their weights, of the same shape."""
+    posterior_B: Tensor | None = None
+    """Probability of each row's choice by the prompt router, where that alone has chosen."""
 
 
 @dataclass(frozen=True)

@@ -28,7 +28,8 @@ class TwoLevelRouter:
         experts_BM, prior_BM, likely_BM = self._ranked(features_BF)
         most = int(likely_BM.sum(-1).max())
         if most == 1:
-            return prompt_route(experts_BM[:, :1], torch.ones(len(experts_BM), 1), features_BF.device)
+            weights_B1, posterior_B = torch.ones(len(experts_BM), 1), prior_BM[:, 0].exp()
+            return prompt_route(experts_BM[:, :1], weights_B1, features_BF.device, posterior_B)
         experts_BM = experts_BM[:, :most].to(features_BF.device)
         prior_BM = prior_BM[:, :most].masked_fill(~likely_BM[:, :most], -torch.inf).float()
         return LayerRoute(experts_BM, prior_BM.to(features_BF.device), most, self.temperature)

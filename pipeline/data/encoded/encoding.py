@@ -38,6 +38,10 @@ class TaskRows:
     """Digest of all that the encoded rows depend on; needed where they are kept on disk."""
     metric: str | None = None
     """Metric of the answers; rows that it cannot score are set aside."""
+    answered: bool = True
+    """Whether rows must have answers."""
+    task_column: str | None = None
+    """Column that names each row's task; encoded rows have it as `task`."""
 
 
 @dataclass(frozen=True)
@@ -67,10 +71,16 @@ class Encoder:
         row |= {"reason": "", "excerpt": "", "source": raw.path, "rows": 1, "lost": ""}
         if not self.answer:
             row |= {"prompt": "", NUMBER: raw.number}
+        if self.part.task_column is not None:
+            row |= {"task": ""}
         if POSITION in columns:
             row |= {POSITION: columns[POSITION]}
         try:
-            record = raw.record(self.part.source, self.part.prompt, max_pixels=self.data.max_pixels)
+            record = raw.record(
+                self.part.source, self.part.prompt, max_pixels=self.data.max_pixels, answered=self.part.answered
+            )
+            if self.part.task_column is not None:
+                row |= {"task": raw.task(self.part.task_column)}
             encoded = encode(processor_of(self.base), record.messages, record.images, answer=self.answer)
             check_metric(record.reference, self.part.metric)
             if len(encoded.input_ids) > self.data.max_tokens:

@@ -24,7 +24,7 @@ from pipeline.data.encoded.image_embeds import with_image_embeds
 from pipeline.data.loading.streamed_part import StreamedPart, streamed_image_embeds, streamed_part
 from pipeline.data.loading.training_rows import TrainingRows
 from pipeline.data.rows.quarantine import NOTES, SetAside, set_aside
-from pipeline.data.sources.reader import count_rows, first_records, read
+from pipeline.data.sources.reader import Place, count_rows, first_records, read
 from pipeline.models.encoding import PromptError, encode
 from pipeline.models.inference import InferenceWorkers
 
@@ -149,12 +149,15 @@ def encoded_rows(
     data_folder: Path,
     answer: bool,
     chosen: Any = None,
+    since: Place | None = None,
 ) -> ray.data.Dataset:
     """Returns a part's rows, encoded when they are read; bad ones have a `reason`.
 
-    `chosen`, an expression on raw rows (see `sources`), selects the rows to encode; by default all.
+    `chosen`, an expression on raw rows (see `sources`), selects the rows to encode, and `since` leaves those before a place
+    out; by default all.
     """
-    raw = read(part.source, data_folder, readers=data.num_readers)
+    also = () if part.task_column is None else (part.task_column,)
+    raw = read(part.source, data_folder, readers=data.num_readers, also=also, since=since)
     work = partial(encode_batch, encoders=[Encoder(part, name, base, data, answer)])
     return (raw if chosen is None else raw.filter(expr=chosen)).map_batches(
         work, batch_size=64, batch_format="pyarrow", compute=TaskPoolStrategy(data.num_readers)

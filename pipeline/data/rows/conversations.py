@@ -33,10 +33,17 @@ class Conversation:
     """Images that came inside the messages, by the number of their placeholder."""
 
 
-def conversation_of(row: Mapping[str, Any], columns: ColumnsConfig) -> Conversation:
-    """Returns the conversation of a row; raises BadRow with the reason where it cannot be used."""
-    if columns.answer is not None:
-        answers = _answers(row, columns.answer)
+UNANSWERED = ("",)
+"""Answers of a row that is only to be answered."""
+
+
+def conversation_of(row: Mapping[str, Any], columns: ColumnsConfig, *, answered: bool = True) -> Conversation:
+    """Returns the conversation of a row; raises BadRow with the reason where it cannot be used.
+
+    `answered=False`: rows need no answer, and one that is there is left out.
+    """
+    if columns.answer is not None or (not answered and columns.question is not None):
+        answers = _answers(row, columns.answer) if answered and columns.answer is not None else UNANSWERED
         question = "" if columns.question is None else _question(row, columns.question)
         messages = [{"role": "user", "content": question}, {"role": "assistant", "content": answers[0]}]
         return Conversation(messages, answers)
@@ -46,6 +53,11 @@ def conversation_of(row: Mapping[str, Any], columns: ColumnsConfig) -> Conversat
         raise BadRow(f"{what} (if your columns are named otherwise, set `columns` or a `preset`)")
     inline: dict[int, Any] = {}
     messages = _messages(row[column], column, inline)
+    if not answered:
+        if messages and messages[-1]["role"] == "assistant":
+            messages.pop()
+        _check_order([*messages, {"role": "assistant", "content": "-"}])
+        return Conversation([*messages, {"role": "assistant", "content": ""}], UNANSWERED, inline)
     _check_order(messages)
     return Conversation(messages, (messages[-1]["content"],), inline)
 

@@ -62,13 +62,14 @@ def to_record(
     prompt: str,
     folder: Folder,
     max_pixels: int = MAX_PIXELS,
+    answered: bool = True,
 ) -> Record:
     """Turns a user's row into a record; raises BadRow with the reason where that is impossible.
 
     `name` is the row's id where the file has none; `prompt` the task's template; image paths are read from `folder`; images
-    of more than `max_pixels` are refused undecoded. The row itself is left as it is.
+    of more than `max_pixels` are refused undecoded. Without `answered` it needs no answer. The row itself is left as it is.
     """
-    conversation = conversation_of(row, columns)
+    conversation = conversation_of(row, columns, answered=answered)
     items = _items(row, columns, conversation)
     messages = _with_template(conversation.messages, prompt)
     reference = Reference(answers=conversation.answers, choices=_choices(row, columns), group=_group(row, columns))

@@ -11,6 +11,7 @@ from typing import Any
 from pipeline.config import SourceConfig
 from pipeline.data.demo.files import SCHEME
 from pipeline.data.errors import SHOWN, BadRow, UnreadableRow, printable
+from pipeline.data.rows.conversations import text_of
 from pipeline.data.rows.images import MAX_PIXELS
 from pipeline.data.rows.records import Record, identity, to_record
 from pipeline.data.sources.files import split_glob
@@ -51,8 +52,10 @@ class RawRow:
         )
         return given or f"{PurePosixPath(self.path).name}#{self.number}"
 
-    def record(self, source: SourceConfig, prompt: str, *, max_pixels: int = MAX_PIXELS) -> Record:
-        """Turns the row into a record; raises BadRow."""
+    def record(
+        self, source: SourceConfig, prompt: str, *, max_pixels: int = MAX_PIXELS, answered: bool = True
+    ) -> Record:
+        """Turns the row into a record, without `answered` one that needs no answer; raises BadRow."""
         if isinstance(self.content, UnreadableRow):
             raise BadRow(self.content.reason)
         columns = columns_of(source, self.content)
@@ -66,8 +69,22 @@ class RawRow:
             where = "/" if source.path.startswith(SCHEME) else split_glob(source.path)[0]
             folder = ImageFolder(_folder(where).filesystem, str(PurePosixPath(self.path).parent))
         return to_record(
-            self.content, columns, name=self.id(source), prompt=prompt, folder=folder, max_pixels=max_pixels
+            self.content,
+            columns,
+            name=self.id(source),
+            prompt=prompt,
+            folder=folder,
+            max_pixels=max_pixels,
+            answered=answered,
         )
+
+    def task(self, column: str) -> str:
+        """Returns the name of the row's task, which is in `column`; raises BadRow where it has none."""
+        assert not isinstance(self.content, UnreadableRow), "`record` has refused it"
+        name = text_of(self.content.get(column), f"column {column!r}")
+        if not name:
+            raise BadRow(f"column {column!r}, which names the task, is missing or empty")
+        return name
 
     @property
     def excerpt(self) -> str:

@@ -7,7 +7,7 @@
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from functools import partial
 from itertools import islice
 from pathlib import Path, PurePosixPath
@@ -20,6 +20,7 @@ import ray
 from ray.data import TaskPoolStrategy
 from ray.data.block import BlockMetadata
 from ray.data.datasource import Datasource, ReadTask
+from ray.data.expressions import col
 
 from pipeline.config import SourceConfig, without_secrets
 from pipeline.data.errors import BadRow
@@ -45,24 +46,45 @@ _COMPRESSION = 4
 """Assumed ratio of a text's size to its compressed size."""
 
 
-def read(source: SourceConfig, folder: Path, *, readers: int | None = None) -> ray.data.Dataset:
+Place = tuple[str, int]
+"""File, and number of a row in it: rows come in the order of their places."""
+
+
+def read(
+    source: SourceConfig,
+    folder: Path,
+    *,
+    readers: int | None = None,
+    also: Collection[str] = (),
+    since: Place | None = None,
+) -> ray.data.Dataset:
     """Returns the raw rows of a source as a lazy Ray Dataset. Raises StreamError where `resolve` does.
 
     `readers` is the number of tasks that will process the rows in parallel. A quarter as many read: reading is faster than
-    processing, and raw rows would pile up in the object store.
+    processing, and raw rows would pile up in the object store. `also` are columns that are read beside those that the source
+    names; rows before the place `since` are left out.
     """
     compute = None if readers is None else TaskPoolStrategy(max(1, readers // 4))
-    return ray.data.read_datasource(_Rows(source, folder), compute=compute)
+    rows = ray.data.read_datasource(_Rows(source, folder, also, since), compute=compute)
+    if since is None:
+        return rows
+    file, number = since
+    return rows.filter(expr=(col(PATH) > file) | ((col(PATH) == file) & (col(NUMBER) >= number)))
 
 
 class _Rows(Datasource):
     """Reads one file per task; all files in one task where rows depend on earlier rows (a limit, MMBench's rotations)."""
 
-    def __init__(self, source: SourceConfig, folder: Path) -> None:
+    def __init__(
+        self, source: SourceConfig, folder: Path, also: Collection[str] = (), since: Place | None = None
+    ) -> None:
         super().__init__()
         self._filesystem, files, self._format = resolve(source, folder)
         self._files = [(file.path, file.size or 0) for file in files]  # pyarrow's own entries cannot be pickled
-        self._source = source
+        self._together = source.limit is not None or source.preset == "mmbench"
+        if since is not None and not self._together:
+            self._files = [(path, size) for path, size in self._files if path >= since[0]]
+        self._source, self._columns = source, wanted_columns(source) | frozenset(also)
         self._root = image_root(source)
 
     def get_name(self) -> str:
@@ -77,8 +99,7 @@ class _Rows(Datasource):
         self, parallelism: int, per_task_row_limit: int | None = None, data_context: Any = None
     ) -> list[ReadTask]:
         """Returns the tasks, at most `parallelism`."""
-        together = self._source.limit is not None or self._source.preset == "mmbench"
-        count = 1 if together else max(1, min(parallelism, len(self._files)))
+        count = 1 if self._together else max(1, min(parallelism, len(self._files)))
         edges = [len(self._files) * i // count for i in range(count + 1)]
         tasks = []
         for start, end in zip(edges, edges[1:], strict=False):
@@ -86,7 +107,7 @@ class _Rows(Datasource):
             paths = [path for path, _ in files]
             size = sum(size for _, size in files)
             metadata = BlockMetadata(num_rows=None, size_bytes=size, exec_stats=None, input_files=tuple(paths))
-            work = partial(_tables, self._filesystem, paths, self._format, self._source, self._root)
+            work = partial(_tables, self._filesystem, paths, self._format, self._source, self._columns, self._root)
             tasks.append(ReadTask(work, metadata, _SCHEMA, per_task_row_limit))
         return tasks
 
@@ -98,12 +119,17 @@ def image_root(source: SourceConfig) -> str:
 
 
 def _tables(
-    filesystem: fs.FileSystem, paths: Sequence[str], file_format: str, source: SourceConfig, root: str
+    filesystem: fs.FileSystem,
+    paths: Sequence[str],
+    file_format: str,
+    source: SourceConfig,
+    columns: Collection[str],
+    root: str,
 ) -> Iterator[pa.Table]:
     """Yields the raw rows of these files in tables."""
     rows: list[dict[str, Any]] = []
     size = 0
-    for row in _raw_rows(filesystem, paths, file_format, source, root):
+    for row in _raw_rows(filesystem, paths, file_format, source, columns, root):
         rows.append(row)
         size += len(row[RAW])
         if len(rows) == _BLOCK_ROWS or size >= _BLOCK_BYTES:
@@ -113,10 +139,13 @@ def _tables(
 
 
 def _raw_rows(
-    filesystem: fs.FileSystem, paths: Sequence[str], file_format: str, source: SourceConfig, root: str
+    filesystem: fs.FileSystem,
+    paths: Sequence[str],
+    file_format: str,
+    source: SourceConfig,
+    columns: Collection[str],
+    root: str,
 ) -> Iterator[dict[str, Any]]:
-    columns = wanted_columns(source)
-
     def numbered() -> Iterable[mmbench.Numbered]:
         return (
             (path, number, row) for path in paths for number, row in rows_of(filesystem, path, file_format, columns)
@@ -134,7 +163,8 @@ def first_records(source: SourceConfig, folder: Path, prompt: str, count: int) -
     filesystem, files, file_format = resolve(source, folder)
     root = image_root(source)
     good = 0
-    for row in islice(_raw_rows(filesystem, [file.path for file in files], file_format, source, root), 4 * count):
+    paths, columns = [file.path for file in files], wanted_columns(source)
+    for row in islice(_raw_rows(filesystem, paths, file_format, source, columns, root), 4 * count):
         try:
             yield RawRow.of(row).record(source, prompt)
         except BadRow:

@@ -9,7 +9,7 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from pipeline.config import ColumnsConfig, SourceConfig
+from pipeline.config import ColumnsConfig, SourceConfig, TaskConfig
 from pipeline.data.sources.reader import count_rows, first_records
 
 
@@ -111,4 +111,4 @@ def test_a_layout_and_columns_exclude_each_other():
     with pytest.raises(ValueError, match="preset 'docvqa' names the columns itself; give either"):
         SourceConfig(path="a", preset="docvqa", columns=ColumnsConfig(id="number"))
     with pytest.raises(ValueError, match="`question` without `answer`"):
-        ColumnsConfig(question="q")
+        TaskConfig.model_validate({"name": "a", "eval": {"path": "a", "columns": {"question": "q"}}})
