@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from logging import getLogger
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +17,14 @@ from transformers import (
     PreTrainedModel,
     ProcessorMixin,
 )
-from transformers.utils import logging
+from transformers.utils import is_flash_attn_2_available, logging
 
 from pipeline.config import BaseModelConfig
 from pipeline.models.checkpoints import BaseError, checkpoint, fingerprint
 from pipeline.models.families import TEXT, Family, FamilyError, family_of
 from pipeline.models.placement import CPU, device_map
+
+_logger = getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -39,6 +42,22 @@ class Base:
     def width(self) -> int:
         """Width D of the language model."""
         return self.model.config.get_text_config().hidden_size
+
+
+FLASH = "flash_attention_2"
+
+
+def flash_is_here() -> bool:
+    """Whether this process can use flash attention."""
+    return torch.cuda.is_available() and is_flash_attn_2_available()
+
+
+def as_loadable_here(config: BaseModelConfig) -> BaseModelConfig:
+    """Returns a base that was registered on another machine as this one can load it, with a warning where that differs."""
+    if config.attention != FLASH or flash_is_here():
+        return config
+    _logger.warning("%s is not available on this machine: attention sdpa is used, answers differ by rounding", FLASH)
+    return config.model_copy(update={"attention": "sdpa"})
 
 
 def family_at(folder: Path, *, trust_remote_code: bool = False) -> Family:
@@ -85,6 +104,11 @@ def load_base(config: BaseModelConfig, *, vision: bool = True, devices: Sequence
     each hold a part of the layers (see `placement`); inputs go to the first, and outputs come from it.
     """
     folder = checkpoint(config)
+    if config.attention == FLASH and not flash_is_here():
+        raise BaseError(
+            f"base.attention: {FLASH} needs the package flash-attn and a GPU, and this machine has not both; set "
+            "base.attention to sdpa, whose answers are the same up to rounding"
+        )
     family = family_at(folder, trust_remote_code=config.trust_remote_code)
     logging.disable_progress_bar()  # every worker would show one
     placed = _placed(folder, config, family, vision, devices) if tuple(devices) != (CPU,) else None

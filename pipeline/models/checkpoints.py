@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from fnmatch import fnmatch
 from functools import lru_cache
 from pathlib import Path
@@ -19,6 +19,9 @@ from pipeline.models.tiny import TINY_BASE
 
 NEEDED = ("*.json", "*.safetensors", "*.jinja", "*.model", "*.txt")
 """Files that loading needs: no pickled weights, no code."""
+
+CODE = "*.py"
+"""A checkpoint's own code, which loading needs with `base.trust_remote_code`."""
 
 DECISIVE = (
     "config.json", "generation_config.json", "*.safetensors",
@@ -50,13 +53,13 @@ def checkpoint(config: BaseModelConfig) -> Path:
     if path == "tiny":
         folder = TINY_BASE
     elif "://" in path:
-        folder = _fetched(path)
+        folder = _fetched(path, needed(code=config.trust_remote_code))
     elif Path(path).expanduser().is_dir():
         folder = Path(path).expanduser().resolve()
     elif Path(path).expanduser().is_file():
         folder = _unpacked(Path(path).expanduser().resolve())
     elif path.count("/") == 1 and not path.startswith((".", "/", "~")):
-        folder = _downloaded(path, config.revision)
+        folder = _downloaded(path, config.revision, needed(code=config.trust_remote_code))
     else:
         raise BaseError(f"base.path: {path} does not exist; give a checkpoint folder, a hub id, a URI, or `tiny`")
     if not (folder / "config.json").is_file() or not list(folder.glob("*.safetensors")):
@@ -70,18 +73,23 @@ def hub_id(path: str) -> str | None:
     return path if is_hub_id or path == "tiny" else None
 
 
-def _downloaded(name: str, revision: str | None) -> Path:
+def needed(*, code: bool) -> tuple[str, ...]:
+    """Returns the patterns of the files that loading needs, with or without a checkpoint's own code."""
+    return (*NEEDED, CODE) if code else NEEDED
+
+
+def _downloaded(name: str, revision: str | None, patterns: Sequence[str]) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HFValidationError
 
     try:
-        return Path(snapshot_download(name, revision=revision, allow_patterns=list(NEEDED)))
+        return Path(snapshot_download(name, revision=revision, allow_patterns=list(patterns)))
     except (OSError, HFValidationError) as error:
         raise BaseError(f"base.path: {name} is not a local folder, and not found on the hub: {error}") from None
 
 
-def _fetched(uri: str) -> Path:
-    """Copies a folder from an object store into the cache, once; changed files are copied again.
+def _fetched(uri: str, patterns: Sequence[str]) -> Path:
+    """Copies the files of a folder that match `patterns` from an object store into the cache, once; changed files are copied again.
 
     Of several processes on a machine one copies and the others wait. A file gets its name when its copy is complete.
     """
@@ -91,7 +99,7 @@ def _fetched(uri: str) -> Path:
         filesystem, root = fsspec.core.url_to_fs(uri)
         root = root.rstrip("/")
         filesystem.invalidate_cache()  # an older listing in this process would hide changes
-        remote_files = {Path(file).name: file for pattern in NEEDED for file in filesystem.glob(f"{root}/{pattern}")}
+        remote_files = {Path(file).name: file for pattern in patterns for file in filesystem.glob(f"{root}/{pattern}")}
         if not remote_files:
             raise BaseError(f"base.path: {shown} holds no checkpoint: no config.json with *.safetensors")
         with staging(folder, why="which fetches the base") as unfinished:
@@ -172,9 +180,17 @@ def _write_checkpoint(file: Path, folder: Path) -> None:
         raise BaseError(f"base.path: {file} cannot be read: {error}") from None
 
 
-def files_of(folder: Path) -> list[Path]:
-    """Returns the files of a checkpoint folder that loading needs."""
-    return sorted({file for pattern in NEEDED for file in folder.glob(pattern)})
+def files_of(folder: Path, *, code: bool = False) -> list[Path]:
+    """Returns the files of a checkpoint folder that loading needs, with its own `code` or without."""
+    return sorted({file for pattern in needed(code=code) for file in folder.glob(pattern)})
+
+
+def code_digest(folder: Path) -> str:
+    """Returns 16 hex digits over a checkpoint's own code, which `fingerprint` leaves out: by default it does not run."""
+    digest = hashlib.sha256()
+    for file in sorted(folder.glob(CODE)):
+        digest.update(file.name.encode() + hashlib.sha256(file.read_bytes()).digest())
+    return digest.hexdigest()[:16]
 
 
 def fingerprint(folder: Path) -> str:

@@ -1,58 +1,76 @@
 """Bases in the registry: `<base>.base` holds one version per checkpoint that pools use.
 
-Pool versions refer to it. A copy in each of them would be 16 GB per task for an 8B base.
+Pool versions refer to it. A copy in each of them would be 16 GB per task for an 8B base. Where the registry's files are on
+this machine, a base is used in place; from elsewhere it is fetched once, to the user's cache.
 """
 
 import tempfile
 from collections.abc import Sequence
 from fnmatch import fnmatch
 from pathlib import Path
+from urllib.parse import urlsplit
+from urllib.request import url2pathname
 
 import mlflow
 from mlflow import MlflowClient
+from mlflow.entities import LoggedModel
 from mlflow.entities.model_registry import ModelVersion
 from mlflow.exceptions import MlflowException
 
 from pipeline.config import BaseModelConfig, without_secrets
-from pipeline.models.checkpoints import checkpoint, files_of, fingerprint, hub_id
+from pipeline.files import current_folder, replace_folder
+from pipeline.locks import staging
+from pipeline.models import checkpoints
+from pipeline.models.checkpoints import BaseError, checkpoint, code_digest, files_of, fingerprint, hub_id
 from pipeline.registry.names import base_name
-from pipeline.registry.retries import RegistryError, shown_uri
+from pipeline.registry.retries import RegistryError, reason_of, shown_uri
 from pipeline.registry.tracking import active_run
 from pipeline.registry.versions import DIGEST, create_version, find_version, log_folder, logged_model
 
+SERVED = {"dtype", "max_tiles", "trust_remote_code", "attention"}
+"""The settings of a base that are registered with a pool: elsewhere it is loaded as here."""
+
 
 def register_base(base: BaseModelConfig) -> ModelVersion:
-    """Uploads a base's checkpoint as a new version, unless it is registered; needs an open run."""
+    """Uploads a base's checkpoint as a new version, unless it is registered; needs an open run.
+
+    With `base.trust_remote_code` the checkpoint's own code is a part of it.
+    """
     run, folder, name = active_run(), checkpoint(base), base_name(base.label)
-    base_fingerprint = fingerprint(folder)
-    if (version := find_version(name, base_fingerprint)) is not None:
+    digest = _digest(folder, code=base.trust_remote_code)
+    if (version := find_version(name, digest)) is not None:
         return version
-    params = {DIGEST: base_fingerprint, "base": base.label, "path": without_secrets(base.path)}
+    params = {DIGEST: digest, "base": base.label, "path": without_secrets(base.path)}
+    params |= {"revision": base.revision} if base.revision is not None else {}
     with tempfile.TemporaryDirectory() as scratch:
-        for file in files_of(folder):  # a downloaded folder may hold other files
+        for file in files_of(folder, code=base.trust_remote_code):  # a downloaded folder may hold other files
             (Path(scratch) / file.name).symlink_to(file.resolve())
         model_id = log_folder(base.label, Path(scratch), params, model_type="base")
     return create_version(
         name,
         model_id,
         run.info.run_id,
-        tags={"fingerprint": base_fingerprint[:12]},
+        tags={"fingerprint": digest[:12]},
         description=f"The frozen checkpoint `{params['path']}` that pools of base `{base.label}` answer with.",
     )
 
 
 def base_folder(model_id: str) -> Path:
-    """Returns the folder of a registered base: its location on this machine, or a download.
+    """Returns the folder of a registered base: its location on this machine, or in the user's cache, fetched if need be.
 
-    Raises RegistryError where the current registry does not have it.
+    Of several processes one fetches and the others wait; all files are read and checked. Raises RegistryError where the
+    current registry does not have it, or where it is not what was registered.
     """
     try:
-        location = MlflowClient().get_logged_model(model_id).artifact_location
-        return Path(mlflow.artifacts.download_artifacts(artifact_uri=location))
-    except MlflowException as error:
+        model = MlflowClient().get_logged_model(model_id)
+        place = urlsplit(model.artifact_location)
+        if place.scheme in ("", "file"):
+            return Path(mlflow.artifacts.download_artifacts(artifact_uri=url2pathname(place.path)))
+        return _cached(model)
+    except (MlflowException, OSError) as error:
         raise RegistryError(
-            f"this pool needs the base {model_id}, which {shown_uri()} does not have: {error.message}. "
-            "Set MLFLOW_TRACKING_URI to the registry that the pool comes from"
+            f"this pool needs the base {model_id}, which {shown_uri()} does not have: "
+            f"{reason_of(error)}. Set MLFLOW_TRACKING_URI to the registry that the pool comes from"
         ) from None
 
 
@@ -81,3 +99,38 @@ def download_base_files(version: ModelVersion, patterns: Sequence[str], into: Pa
     for name in wanted:
         mlflow.artifacts.download_artifacts(artifact_uri=f"{location}/{name}", dst_path=str(into))
     return [into / name for name in wanted]
+
+
+def _cached(model: LoggedModel) -> Path:
+    """Returns the folder of a base that lies elsewhere, in the user's cache."""
+    wanted = model.params.get(DIGEST)
+    folder = checkpoints.CACHE / "registered" / (wanted or model.model_id)
+    if not _holds(current_folder(folder), wanted):
+        with staging(folder, why="which fetches the base") as scratch:
+            if not _holds(current_folder(folder), wanted):
+                made = scratch / folder.name
+                made.mkdir()
+                fetched = Path(
+                    mlflow.artifacts.download_artifacts(artifact_uri=model.artifact_location, dst_path=str(made))
+                )
+                if not _holds(fetched, wanted):
+                    raise RegistryError(
+                        f"the base {model.model_id} at {without_secrets(model.artifact_location)} is not the one that was "
+                        f"registered (digest {wanted}): its files have changed; bring them back, or register the pool again"
+                    )
+                replace_folder(fetched, folder)
+    return current_folder(folder)
+
+
+def _digest(folder: Path, *, code: bool) -> str:
+    return f"{fingerprint(folder)}.{code_digest(folder)}" if code else fingerprint(folder)
+
+
+def _holds(folder: Path, wanted: str | None) -> bool:
+    """Whether a folder holds the base of this digest; of earlier releases, which recorded none, whether it is there."""
+    if not (folder / "config.json").is_file():
+        return False
+    try:
+        return wanted is None or _digest(folder, code="." in wanted) == wanted
+    except BaseError:
+        return False

@@ -24,7 +24,7 @@ from mlflow.types.schema import AnyType
 import pipeline
 from pipeline.config import BaseModelConfig
 from pipeline.registry import pyfunc_model
-from pipeline.registry.bases import register_base
+from pipeline.registry.bases import SERVED, register_base
 from pipeline.registry.descriptions import Measured, pool_description
 from pipeline.registry.experts import reference_to
 from pipeline.registry.names import pool_name, read_name
@@ -103,7 +103,7 @@ def register_pool(
     served = {
         "base_model_id": logged_model_id(base_version),
         "expert_memory": expert_memory,
-        **base.model_dump(include={"dtype", "max_tiles", "trust_remote_code"}),
+        **base.model_dump(include=SERVED),
     }
     log_lineage(active_run().info.run_id, experts.values())
     return create_pool_version(pool, name, digest, references, served, str(base_version.version))
@@ -170,6 +170,14 @@ def create_pool_version(
             measured=Measured(scores) if scores else None,
         ),
     )
+
+
+def served_settings(version: ModelVersion) -> dict[str, Any]:
+    """Returns how a registered pool is loaded: `base_model_id`, `expert_memory`, and settings of its base (`bases.SERVED`)."""
+    location = logged_model(version).artifact_location
+    with tempfile.TemporaryDirectory() as scratch:
+        card = mlflow.artifacts.download_artifacts(artifact_uri=f"{location}/MLmodel", dst_path=scratch)
+        return dict(Model.load(card).flavors["python_function"]["config"])
 
 
 def numbers_of(pool: Pool, references: Mapping[str, ExpertReference]) -> dict[str, int]:
