@@ -107,10 +107,17 @@ READER_CPUS = 1
 """CPUs that reading rows takes beside inference: Ray Data starts workers first, and then waits for rows."""
 
 
-def check_inference(*, workers: int, cpus_per_worker: float, gpus_per_worker: float = 0) -> None:
+def check_inference(
+    *,
+    workers: int,
+    cpus_per_worker: float,
+    gpus_per_worker: float = 0,
+    cpus_field: str = "training.cpus_per_worker",
+) -> None:
     """Raises PreflightError if the connected cluster can never run this many evaluators.
 
     Ray Data would wait for the missing ones for ever. Image features and base prompts are read by the same number.
+    `cpus_field` is the setting that gives `cpus_per_worker`.
     """
     nodes = _nodes()
     cpus = sum(node.get("CPU", 0.0) for node in nodes)
@@ -123,7 +130,7 @@ def check_inference(*, workers: int, cpus_per_worker: float, gpus_per_worker: fl
         fewer = "or evaluation.gpus_per_worker, " if gpus_per_worker > 1 else ""
         raise PreflightError(
             f"{demand}, and {READER_CPUS} CPU for reading rows: only {max(fitting, 0)} of them fit; {supply}\n"
-            f"    lower evaluation.workers to {max(fitting, 1)}, {fewer}or training.cpus_per_worker, or take a larger cluster "
+            f"    lower evaluation.workers to {max(fitting, 1)}, {fewer}or {cpus_field}, or take a larger cluster "
             "(--address)"
         )
 

@@ -1,5 +1,6 @@
 """The console command `pointsman`: every job is a subcommand; `--address` submits the same job to a cluster."""
 
+from collections.abc import Sequence
 from typing import Any
 
 from typer.core import TyperCommand
@@ -11,18 +12,30 @@ class TeachingCommand(TyperCommand):
     """A command whose help ends with every field of its configuration."""
 
     config_class = "LearnConfig"
+    intro: Sequence[str] = (
+        "Fields of CONFIG. FIELD=VALUE overrides those that are not in a list ([]); `extends: other.yaml` takes the",
+        "others from there. A source (train, eval, base_prompts) can be a plain path. Benchmarks are tasks without `train`.",
+        "",
+    )
 
     def format_epilog(self, ctx: Any, formatter: Any) -> None:
         """Writes the fields as they stand, one to a paragraph."""
         from jobs.options import fields_help  # with all that jobs need: not before a job is looked at
 
-        formatter.write("\n" + fields_help(self.config_class) + "\n")
+        formatter.write("\n" + fields_help(self.config_class, self.intro) + "\n")
 
 
 class TeachingAdd(TeachingCommand):
     """The command that adds a task."""
 
     config_class = "AddConfig"
+
+
+class TeachingPredict(TeachingCommand):
+    """The command that answers rows in bulk."""
+
+    config_class = "PredictConfig"
+    intro = ("Settings for FIELD=VALUE.", "")
 
 
 JOBS = {
@@ -34,6 +47,7 @@ JOBS = {
     "recompute-statistics": Lazy(
         "jobs.recompute_statistics:main", "Recompute a pool's statistics, without training.", TeachingCommand
     ),
+    "predict": Lazy("jobs.predict:main", "Answer rows in bulk: files in, files out.", TeachingPredict),
     "explain": Lazy("jobs.explain:main", "Explain an answer: candidates, distances, weights."),
     "registry": Lazy("jobs.registry.app:app", "Browse the registry, decide which pool is in use."),
     "ui": Lazy("jobs.ui:main", "Browse experts, pools and runs in MLflow."),

@@ -2,6 +2,7 @@
 
 import os
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, NoReturn, TypeVar
 
@@ -43,35 +44,51 @@ def load_as(config: Path, overrides: list[str] | None, config_class: type[C]) ->
     `~/pointsman`, so that results last and a job that is submitted again finds them.
     """
     settings = load_config(config, overrides or [], config_class)
-    if JOB_CONFIG in os.environ and not Path(settings.output).is_absolute():
-        settings = settings.model_copy(update={"output": str(Path.home() / "pointsman" / settings.output)})
+    if (output := lasting(settings.output)) != settings.output:
+        settings = settings.model_copy(update={"output": output})
         typer.echo(f"output goes to {settings.output}")
     return settings
 
 
+def lasting(folder: str) -> str:
+    """Returns a folder for results as it is, or, where it is relative in a submitted job, below `~/pointsman`."""
+    submitted = JOB_CONFIG in os.environ and not Path(folder).is_absolute()
+    return str(Path.home() / "pointsman" / folder) if submitted else folder
+
+
 def job_command(module: str, config: Path, overrides: list[str] | None, address: str, *more: str) -> NoReturn:
     """Submits a job to a cluster: the same module, configuration and overrides; ends with the job's exit code."""
-    root = Path.cwd()
-    if not config.resolve().is_relative_to(root):
-        raise ConfigError(f"{config}: must lie below {root}, which is what the cluster gets as working directory")
-    if exposed := next(filter(holds_secrets, [*(overrides or []), *more]), None):
-        raise ConfigError(
-            f"{without_secrets(exposed)!r}: it holds a key, which every user of the cluster could read in the list of "
-            f"jobs; write it into {config}"
-        )
-    relative = config.resolve().relative_to(root)
-    outcome = submit(["python", "-m", module, str(relative), *(overrides or []), *more], address, root)
+    check_exposed([*(overrides or []), *more], f"write it into {config}")
+    submit_job(module, [below_here(config), *(overrides or []), *more], address)
+
+
+def submit_job(module: str, words: Sequence[str], address: str) -> NoReturn:
+    """Submits a job to a cluster: a module and the words of its command line; ends with the job's exit code."""
+    outcome = submit(["python", "-m", module, *words], address, Path.cwd())
     sys.exit(outcome.exit_code)
 
 
-def fields_help(config_class: str) -> str:
-    """Returns every field of a configuration class with its default and meaning, for `--help`."""
+def below_here(config: Path) -> str:
+    """Returns the path of a configuration as a submitted job finds it; raises ConfigError where it will not."""
+    root = Path.cwd()
+    if not config.resolve().is_relative_to(root):
+        raise ConfigError(f"{config}: must lie below {root}, which is what the cluster gets as working directory")
+    return str(config.resolve().relative_to(root))
+
+
+def check_exposed(words: Sequence[str], remedy: str) -> None:
+    """Raises ConfigError where a word of a command line that is submitted holds a key."""
+    if exposed := next(filter(holds_secrets, words), None):
+        raise ConfigError(
+            f"{without_secrets(exposed)!r}: it holds a key, which every user of the cluster could read in the list of "
+            f"jobs; {remedy}"
+        )
+
+
+def fields_help(config_class: str, intro: Sequence[str]) -> str:
+    """Returns `intro`, then every field of a configuration class with its default and meaning, for `--help`."""
     fields: type[Config] = getattr(pipeline.config, config_class)
-    lines = [
-        "Fields of CONFIG. FIELD=VALUE overrides those that are not in a list ([]); `extends: other.yaml` takes the",
-        "others from there. A source (train, eval, base_prompts) can be a plain path. Benchmarks are tasks without `train`.",
-        "",
-    ]
+    lines = [*intro]
     aliases: dict[str, list[str]] = {}
     for alias, name in aliases_of(fields).items():
         aliases.setdefault(name, []).append(f"also {alias}")

@@ -3,6 +3,8 @@
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from datetime import timedelta
+from time import monotonic
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
@@ -23,6 +25,9 @@ from pipeline.config import without_secrets
 
 if TYPE_CHECKING:  # tables take no Ray
     from pipeline.training.telemetry import Step
+
+LINE_SECONDS = 10.0
+"""Seconds between two lines on rows, where the output is a file or a job's log."""
 
 WIDTH = 160
 """Columns of tables where the output is a file or a job's log."""
@@ -70,6 +75,16 @@ class Terminal:
         """Shows the stages of one task."""
         with self._bars() as progress:
             bar = TrainingBar(self, task, progress)
+            try:
+                yield bar
+            finally:
+                bar.close()
+
+    @contextmanager
+    def rows(self, text: str, total: int | None) -> Iterator["RowBar"]:
+        """Shows how many rows of about `total` (None: unknown) are done."""
+        with self._bars() as progress:
+            bar = RowBar(self, text, total, progress)
             try:
                 yield bar
             finally:
@@ -148,6 +163,35 @@ class TrainingBar:
         """Takes the bars away."""
         while self._progress is not None and self._bars:
             self._progress.remove_task(self._bars.popitem()[1])
+
+
+class RowBar:
+    """Turns numbers of rows into a bar, or into a line every LINE_SECONDS."""
+
+    def __init__(self, terminal: Terminal, text: str, total: int | None, progress: Progress | None) -> None:
+        self._terminal, self._text, self._total, self._progress = terminal, text, total, progress
+        self._shown = monotonic()
+        self._bar = None if progress is None else progress.add_task(f"{text}: starting workers", total=None, detail="")
+
+    def update(self, done: int, per_second: float | None) -> None:
+        """Shows how many rows are done, at which speed, and how long the others take."""
+        of_all = f"{done:,}" + (f" of {max(done, self._total):,}" if self._total else "")
+        speed = "" if per_second is None else f", {per_second:.1f} rows/s"
+        if self._progress is not None and self._bar is not None:
+            if per_second is not None:
+                self._progress.update(self._bar, description=self._text, total=self._total)
+            self._progress.update(self._bar, completed=done, detail=of_all + speed)
+        elif monotonic() - self._shown > LINE_SECONDS:
+            self._shown = monotonic()
+            left = ""
+            if per_second and self._total:
+                left = f", {timedelta(seconds=round(max(0, self._total - done) / per_second))} left"
+            self._terminal.log(f"  {self._text} {of_all}{speed}{left}")
+
+    def close(self) -> None:
+        """Takes the bar away."""
+        if self._progress is not None and self._bar is not None:
+            self._progress.remove_task(self._bar)
 
 
 def table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:

@@ -27,7 +27,7 @@ class PredictConfig(Config):
     prompt: str = "{question}"
     """Template around the text of the first user message; `{question}` is that text."""
     told: str | None = None
-    """Oracle routing: an expert of the pool, or `base`, which answers everything; or the column that names it for each row."""
+    """Oracle routing: an expert of the pool or `base`, which answers all rows, or the column that names it for each."""
     base: BaseModelConfig | None = None
     """The base of a pool's folder. Of a registered pool the registry says it; dtype, attention and max_tiles may differ here."""
     data: DataConfig = DataConfig()

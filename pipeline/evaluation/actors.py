@@ -1,4 +1,4 @@
-"""Pool of predictor actors that hold the base, and the calls that they work off."""
+"""Actors that hold the base, and the calls that they work off."""
 
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -8,8 +8,6 @@ from typing import Any, TypeVar
 import ray
 from ray.data import ExecutionResources
 
-from pipeline.config import BaseModelConfig
-from pipeline.evaluation.predictor import PagePredictor
 from pipeline.models.inference import InferenceWorkers
 
 Tag = TypeVar("Tag")
@@ -29,20 +27,19 @@ class Work:
 
 
 class PredictorActors:
-    """`workers.count` predictors; they start with the first call and free their resources at the end.
+    """`workers.count` predictors, each `actor(*arguments)`; they start with the first call and free their resources at the end.
 
     `make_room` is called before they start. A failed call ends them all; later calls start new ones.
     """
 
     def __init__(
         self,
-        base: BaseModelConfig,
+        actor: type[Any],
+        *arguments: Any,
         workers: InferenceWorkers,
-        *,
-        vision: bool,
         make_room: Callable[[], None] = lambda: None,
     ) -> None:
-        self._base, self._workers, self._vision = base, workers, vision
+        self._actor, self._arguments, self._workers = actor, arguments, workers
         self.make_room = make_room
         self._actors: list[Any] = []
         self._ended = False
@@ -69,9 +66,8 @@ class PredictorActors:
             num_gpus=self._workers.gpus or None,
             max_restarts=FAILURES,
             max_task_retries=FAILURES,
-        )(PagePredictor)
-        count = self._workers.count
-        self._actors = [actor_class.remote(self._base, self._workers, self._vision) for _ in range(count)]
+        )(self._actor)
+        self._actors = [actor_class.remote(*self._arguments) for _ in range(self._workers.count)]
 
     def run(self, pieces: Iterable[tuple[Tag, Work]]) -> Iterator[tuple[Tag, Any]]:
         """Yields the result of each call with its tag, in order of completion.

@@ -29,6 +29,7 @@ from pipeline.evaluation.authors import Authors, PageRequest
 from pipeline.evaluation.choices import Mode, choices, reasons, routers_of
 from pipeline.evaluation.matrix import BASE
 from pipeline.evaluation.pages import Slices, blocks, slices
+from pipeline.evaluation.predictor import PagePredictor
 from pipeline.evaluation.prompts import EvalTask, PromptTable
 from pipeline.evaluation.reading import PromptTables, compute_image_embeds, name_of
 from pipeline.evaluation.results import Evaluation, TaskResult, scored
@@ -71,7 +72,9 @@ class Evaluator:
         """Returns predictors for a `with` around several evaluations: the base is loaded once for all."""
         source = self.source
         vision = source.data.vision_cache == "off"
-        return PredictorActors(source.base, source.workers, vision=vision, make_room=self._make_room)
+        return PredictorActors(
+            PagePredictor, source.base, source.workers, vision, workers=source.workers, make_room=self._make_room
+        )
 
     def evaluate(
         self,

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -15,6 +14,7 @@ from pipeline.data.errors import StreamError
 from pipeline.evaluation.answers import Answer
 from pipeline.evaluation.matrix import BASE
 from pipeline.evaluation.prompts import kept_columns
+from pipeline.models.answering import routed_answers
 from pipeline.models.encoding import Encoded
 from pipeline.models.inference import FrozenBase, InferenceWorkers
 from pipeline.routing.expert import Expert
@@ -53,13 +53,8 @@ class Predictor(FrozenBase):
     def by_router(self, rows: Sequence[Encoded], max_new_tokens: int) -> list[Answer]:
         """Answers with the attached pool's router."""
         assert self.routed is not None, "routers belong to pools"
-        answers: list[Any] = [None] * len(rows)
-        for members, batch in self.batches(rows):
-            with self.routed.call() as call:
-                texts = self.answer(batch, max_new_tokens)
-            for i, text, decision in zip(members, texts, call.decisions, strict=True):
-                answers[i] = Answer(text, decision.expert or BASE)
-        return answers
+        answers = routed_answers(self, self.routed, rows, max_new_tokens)
+        return [Answer(answer.text, answer.expert or BASE) for answer in answers]
 
     def _texts(self, rows: Sequence[Encoded], max_new_tokens: int) -> list[str]:
         texts = [""] * len(rows)

@@ -89,7 +89,7 @@ def _downloaded(name: str, revision: str | None, patterns: Sequence[str]) -> Pat
 
 
 def _fetched(uri: str, patterns: Sequence[str]) -> Path:
-    """Copies the files of a folder that match `patterns` from an object store into the cache, once; changed files are copied again.
+    """Copies the files of a folder in an object store that match `patterns` into the cache, once; changed ones again.
 
     Of several processes on a machine one copies and the others wait. A file gets its name when its copy is complete.
     """

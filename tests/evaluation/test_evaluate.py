@@ -22,7 +22,7 @@ from pipeline.data.loading.prompts import PromptSource
 from pipeline.evaluation.actors import PredictorActors
 from pipeline.evaluation.choices import SHOWN, format_candidates
 from pipeline.evaluation.evaluate import Evaluator
-from pipeline.evaluation.predictor import Predictor
+from pipeline.evaluation.predictor import PagePredictor, Predictor
 from pipeline.evaluation.prompts import EvalTask
 from pipeline.evaluation.results import Evaluation
 from pipeline.models.encoding import Encoded
@@ -41,7 +41,8 @@ ALL = 1000
 @pytest.fixture(scope="module")
 def actors(tiny_folder: Path) -> Iterator[PredictorActors]:
     connect()
-    with PredictorActors(BaseModelConfig(path=str(tiny_folder)), WORKERS, vision=True) as actors:
+    base = BaseModelConfig(path=str(tiny_folder))
+    with PredictorActors(PagePredictor, base, WORKERS, True, workers=WORKERS) as actors:
         yield actors
 
 

@@ -1,0 +1,95 @@
+"""Answers rows in bulk with a pool: files in, files of answers out.
+
+python -m jobs.predict rows.parquet answers --pool models:/tiny.pool.demo@champion source.columns.question=query
+"""
+
+import json
+import os
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from cluster.local import connect
+from jobs.endings import user_errors
+from jobs.options import Address, check_exposed, lasting, submit_job
+from jobs.registry.options import DEFAULT, RegistryUri
+from jobs.terminal import Terminal
+from pipeline.config import PredictConfig, load_config, without_secrets
+from pipeline.data.sources.reader import count_rows
+from pipeline.prediction.identity import DEMO
+from pipeline.prediction.pool_source import PoolFolder, PoolSource, RegisteredPool
+from pipeline.prediction.predict import predict
+from pipeline.registry.versions import MODELS
+
+Rows = Annotated[
+    str, typer.Argument(help="File, folder, glob or URI of parquet, jsonl, json, tsv or csv.", metavar="ROWS")
+]
+Out = Annotated[str, typer.Argument(help="Folder for the answers; the same command goes on there.", metavar="OUT")]
+PoolAddress = Annotated[
+    str, typer.Option("--pool", help="A pool's folder, as runs/demo/pool, or models:/tiny.pool.demo@champion.")
+]
+Told = Annotated[
+    str | None,
+    typer.Option(help="Oracle routing: an expert that answers everything, or the column that names each row's."),
+]
+Fields = Annotated[
+    list[str] | None,
+    typer.Argument(
+        help="Settings, e.g. source.columns.question=query evaluation.workers=4.", metavar="[FIELD=VALUE]..."
+    ),
+]
+
+
+def main(
+    rows: Rows,
+    out: Out,
+    pool: PoolAddress,
+    fields: Fields = None,
+    told: Told = None,
+    registry_uri: RegistryUri = None,
+    address: Address = None,
+) -> None:
+    """Answer every row of files with a pool: each with answer, expert and posterior, in parquet files.
+
+    Rows that cannot be answered are set aside in OUT/quarantine with the reason, and counted: rows in are rows out and rows
+    set aside. Stopped at any moment, the same command goes on after the last file.
+    """
+    with user_errors():
+        options = {"source.path": rows, "told": told}
+        words = [
+            f"{name}={json.dumps(value)}" for name, value in options.items() if value is not None
+        ]  # not YAML's to read
+        words += fields or []
+        config = load_config(None, words, PredictConfig)
+        registry = registry_uri or os.environ.get("MLFLOW_TRACKING_URI") or DEFAULT
+        if address:
+            check_exposed([*words, registry], "put it into the environment of the cluster's nodes")
+            words = ["--pool", pool, "--registry", registry, *(["--told", told] if told is not None else [])]
+            submit_job("jobs.predict", [rows, out, *(fields or []), *words], address)
+        terminal, folder = Terminal(), Path(lasting(out)).expanduser().resolve()
+        with terminal.working("looking the pool up"):
+            source = _source(pool, registry, config)
+        with terminal.working("starting Ray"):
+            connect()
+        total = count_rows(config.source, folder / DEMO)
+        with terminal.rows("answering rows", total) as bar:
+            summary = predict(config, source, folder, bar)
+        terminal.log(
+            f"{summary['rows_in']:,} rows in, {summary['rows_out']:,} answered, {summary['set_aside']:,} set aside in "
+            f"{summary['seconds']:.0f} s"
+            + (f" ({summary['rows_per_second']:.1f} rows/s)" if summary["rows_per_second"] else "")
+        )
+        terminal.log("experts    " + ", ".join(f"{name} {count:,}" for name, count in summary["by_expert"].items()))
+        terminal.log(f"pool       {without_secrets(source.address)}, digest {source.digest}")
+        terminal.log(f"answers    {folder}")
+
+
+def _source(pool: str, registry: str, config: PredictConfig) -> PoolSource:
+    if pool.startswith(MODELS):
+        return RegisteredPool.of(pool, registry, config.base)
+    return PoolFolder.of(Path(pool), config.base)
+
+
+if __name__ == "__main__":
+    typer.run(main)
