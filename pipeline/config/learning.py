@@ -236,7 +236,7 @@ class InferenceConfig(Config):
     workers: int = Field(default=1, ge=1)
     """Parallel workers, each with the base and the pool."""
     gpus_per_worker: int = Field(default=1, ge=1)
-    """GPUs of each worker, if it gets GPUs; 1 unless the base is larger than one GPU. With more, each holds a part of the base's
+    """GPUs of each worker, if it gets any; 1 unless the base is larger than one GPU. With more, each holds a part of the base's
     layers."""
     expert_memory: ByteSize | None = Field(default=None, gt=0)
     """Maximum memory of the experts' weights on the devices of one worker, or of one process that serves the pool; e.g.

@@ -29,7 +29,7 @@ class PredictConfig(Config):
     told: str | None = None
     """Oracle routing: an expert of the pool or `base`, which answers all rows, or the column that names it for each."""
     base: BaseModelConfig | None = None
-    """The base of a pool's folder. Of a registered pool the registry says it; dtype, attention and max_tiles may differ here."""
+    """The base of a pool's folder. Of a registered pool the registry says it; dtype, attention and max_tiles may differ."""
     data: DataConfig = DataConfig()
     evaluation: AnsweringConfig = AnsweringConfig()
     rows_per_part: int = Field(default=1024, ge=1)

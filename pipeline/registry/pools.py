@@ -5,7 +5,6 @@ a version holds router settings, statistics of base prompts and code, and refers
 not grow with the number of experts. Which version is in use says `promotion`.
 """
 
-import shutil
 import tempfile
 import warnings
 from collections.abc import Mapping, Sequence
@@ -21,7 +20,6 @@ from mlflow.models import Model, ModelSignature
 from mlflow.types import ColSpec, DataType, ParamSchema, ParamSpec, Schema
 from mlflow.types.schema import AnyType
 
-import pipeline
 from pipeline.config import BaseModelConfig
 from pipeline.registry import pyfunc_model
 from pipeline.registry.bases import SERVED, register_base
@@ -30,6 +28,7 @@ from pipeline.registry.experts import reference_to
 from pipeline.registry.names import pool_name, read_name
 from pipeline.registry.retries import RegistryError
 from pipeline.registry.scores import Score, tags_of
+from pipeline.registry.served_code import copy_code
 from pipeline.registry.tracking import active_run
 from pipeline.registry.versions import (
     DIGEST,
@@ -51,19 +50,16 @@ SIGNATURE = ModelSignature(
         # Not `binary`: MLflow's JSON reader cannot decode a null there, and text-only rows are normal.
         ColSpec(AnyType(), "image", required=False),
     ]),
-    outputs=Schema([ColSpec(DataType.string, "answer"), ColSpec(DataType.string, "expert")]),
+    outputs=Schema([ColSpec(DataType.string, name, required=False) for name in pyfunc_model.OUTPUTS]),
     params=ParamSchema([
         ParamSpec("max_new_tokens", DataType.long, pyfunc_model.MAX_NEW_TOKENS),
         ParamSpec("batch_size", DataType.long, pyfunc_model.BATCH_SIZE),
     ]),
 )  # fmt: skip
-"""`prompt` as text, `image` as encoded bytes, base64 text or null; answers and experts."""
+"""`prompt` as text, `image` as encoded bytes, base64 text or null; answers and experts, or why a row has none."""
 
 LISTED = 3
 """Most tasks in a version's tag; its description has them all."""
-
-NOT_SERVED = {"data", "evaluation", "learning", "planning", "training"}
-"""Rooms whose code no answer takes; none below imports from them."""
 
 _REQUIREMENTS = (
     "mlflow",
@@ -139,18 +135,20 @@ def create_pool_version(
         folder = pool.refer(Path(scratch) / "pool", references)
 
         def write(model: LoggedModel) -> Path:
-            mlflow.pyfunc.save_model(
-                Path(scratch) / "model",
-                mlflow_model=Model(
-                    model.artifact_location, run.info.run_id, model_uuid=model.model_id, model_id=model.model_id
-                ),
-                python_model=pyfunc_model.__file__,
-                artifacts={"pool": str(folder)},
-                code_paths=[str(_copy_code(Path(scratch) / "code"))],
-                signature=SIGNATURE,
-                pip_requirements=pip_requirements(),
-                model_config=dict(served),
-            )
+            code = copy_code(Path(scratch) / "code")
+            with code.importable():
+                mlflow.pyfunc.save_model(
+                    Path(scratch) / "model",
+                    mlflow_model=Model(
+                        model.artifact_location, run.info.run_id, model_uuid=model.model_id, model_id=model.model_id
+                    ),
+                    python_model=str(code.script),
+                    artifacts={"pool": str(folder)},
+                    code_paths=[str(code.package)],
+                    signature=SIGNATURE,
+                    pip_requirements=pip_requirements(),
+                    model_config=dict(served),
+                )
             return Path(scratch) / "model"
 
         model_id = log_model(name, write, params, model_type="pool")
@@ -243,15 +241,3 @@ def download_pool(address: str, into: str | Path) -> Path:
 def pip_requirements() -> list[str]:
     """Returns requirements of prediction at the installed versions (without local parts such as `+cpu`, which PyPI lacks)."""
     return [f"{package}=={installed(package).partition('+')[0]}" for package in _REQUIREMENTS]
-
-
-def _copy_code(scratch: Path) -> Path:
-    """Copies the Python files that answering takes, without the shipped weights: the base artifact holds them."""
-    package = Path(pipeline.__file__).parent
-    for source in package.rglob("*.py"):
-        if source.relative_to(package).parts[0] in NOT_SERVED:
-            continue
-        target = scratch / package.name / source.relative_to(package)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(source, target)
-    return scratch / package.name

@@ -224,8 +224,10 @@ from safetensors.torch import save_file
 torch.set_num_threads(1)
 model = mlflow.pyfunc.load_model({str(folder)!r})
 answers = model.predict(pandas.DataFrame({{"prompt": ["which digit is it ?"]}}), {{"max_new_tokens": 2}})
-import pipeline; assert pipeline.__file__.startswith({str(folder)!r}), pipeline.__file__
-assert list(answers.columns) == ["answer", "expert"]
+assert "pipeline" not in sys.modules
+(package,) = [name for name in sys.modules if name.startswith("pointsman_") and "." not in name]
+assert sys.modules[package].__file__.startswith({str(folder)!r})
+assert list(answers.columns) == ["answer", "expert", "error"]
 routed = model.unwrap_python_model().routed
 ids = torch.arange(4, 12)[None]
 with routed.forced("clock"), torch.inference_mode():

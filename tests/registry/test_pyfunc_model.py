@@ -11,7 +11,8 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from mlflow.pyfunc.scoring_server import _split_data_and_params, infer_and_parse_data
+from fastapi.testclient import TestClient
+from mlflow.pyfunc.scoring_server import _split_data_and_params, infer_and_parse_data, init
 from PIL import Image
 
 from pipeline.config import BaseModelConfig
@@ -20,10 +21,11 @@ from pipeline.models.bases import load_base
 from pipeline.models.encoding import encode
 from pipeline.models.generation import generate_answers
 from pipeline.models.inference import FrozenBase, InferenceWorkers
+from pipeline.registry import pyfunc_model
 from pipeline.registry.bases import register_base
 from pipeline.registry.experts import register_expert
 from pipeline.registry.pools import register_pool
-from pipeline.registry.pyfunc_model import RoutedPool, RowError, read_image
+from pipeline.registry.pyfunc_model import RequestError, RoutedPool, RowError, read_image
 from pipeline.registry.tracking import RegistryError, tracked_run
 from pipeline.registry.versions import logged_model_id
 from pipeline.routing import Pool, RoutedModel
@@ -126,12 +128,60 @@ def test_the_image_column_may_be_missing(model: mlflow.pyfunc.PyFuncModel) -> No
     assert len(model.predict(pd.DataFrame({"prompt": ["repeat : red", "repeat : blue"]}), {"max_new_tokens": 2})) == 2
 
 
-def test_a_bad_row_is_named(model: mlflow.pyfunc.PyFuncModel) -> None:
-    for value in (b"no image", "no base64!", base64.b64encode(b"no image").decode()):
-        with pytest.raises(RowError, match="row 3, column image"):
-            read_image(value, 3)
-    with pytest.raises(ValueError, match=r"row 0, column prompt: 1 x <image>, but 0 image"):
-        model.predict(pd.DataFrame({"prompt": ["<image>what is it ?"]}))
+def test_a_bad_row_costs_no_other_its_answer(model: mlflow.pyfunc.PyFuncModel) -> None:
+    for value in (b"no image", "no base64!", base64.b64encode(b"no image").decode(), 7):
+        with pytest.raises(RowError, match="column image"):
+            read_image(value)
+    good = pd.DataFrame({"prompt": ["what color is it ?", "repeat : red"], "image": [png("red"), None]}, index=[1, 4])
+    bad = pd.DataFrame({"prompt": ["<image>what is it ?", "what ?"], "image": [None, b"no image"]}, index=[2, 3])
+    predicted = model.predict(pd.concat([good, bad]).sort_index(), {"max_new_tokens": 3})
+    assert list(predicted.columns) == ["answer", "expert", "error"]
+    assert predicted.loc[[1, 4]].equals(model.predict(good, {"max_new_tokens": 3}))
+    assert predicted.loc[[2, 3], ["answer", "expert"]].isna().all(axis=None)
+    assert predicted.loc[2, "error"] == "column prompt: 1 x <image>, but 0 image"
+    assert predicted.loc[3, "error"].startswith("column image: neither an encoded image")
+    assert predicted.loc[[1, 4], "error"].isna().all()
+
+
+def test_a_server_sends_null_for_a_bad_row_and_no_traceback(model: mlflow.pyfunc.PyFuncModel) -> None:
+    with TestClient(init(model)) as client:
+        rows = [{"prompt": "repeat : red", "image": None}, {"prompt": "what ?", "image": "no image"}]
+        answer = client.post("/invocations", json={"dataframe_records": rows, "params": {"max_new_tokens": 2}})
+        first, second = answer.json()["predictions"]
+        assert first["expert"] in ("digits", "clock", "base")
+        assert (first["error"], second["answer"], second["expert"]) == (None, None, None)
+        assert "neither an encoded image" in second["error"]
+        for request in ({"dataframe_records": [{"question": "?"}]},
+                        {"dataframe_records": rows, "params": {"batch_size": 0}}):  # fmt: skip
+            answer = client.post("/invocations", json=request)
+            assert answer.status_code == 400
+            assert "Traceback" not in answer.text
+            assert str(Path(__file__).parents[2]) not in answer.text
+
+
+def test_what_goes_wrong_inside_is_told_without_a_traceback(model: mlflow.pyfunc.PyFuncModel) -> None:
+    pool = RoutedPool()
+    with pytest.raises(RequestError, match="AttributeError while answering; the server's log says more"):
+        pool.predict(None, pd.DataFrame({"prompt": ["?"]}))
+
+
+def test_images_are_read_window_by_window(
+    model: mlflow.pyfunc.PyFuncModel, monkeypatch: pytest.MonkeyPatch, tiny_folder: Path, known_pool: Pool
+) -> None:
+    """The first answers do not wait for all images, and a window ends at its bytes."""
+    pool, log = RoutedPool(), []
+    pool.frozen = FrozenBase(BaseModelConfig(path=str(tiny_folder)), InferenceWorkers(cpus_per_worker=1))
+    pool.processor, pool.routed = pool.frozen.base.processor, RoutedModel(pool.frozen.base.model, known_pool)
+    read, answer = pyfunc_model.read_image, pool.frozen.answer
+    monkeypatch.setattr(pyfunc_model, "read_image", lambda value: (log.append("read"), read(value))[1])
+    monkeypatch.setattr(pool.frozen, "answer", lambda rows, most: (log.append(len(rows)), answer(rows, most))[1])
+    table = pd.DataFrame({"prompt": ["what color is it ?"] * 10, "image": [png("red")] * 10})
+    whole = pool.predict(None, table, {"max_new_tokens": 2, "batch_size": 1})
+    assert log == ["read"] * 4 + [1] * 4 + ["read"] * 4 + [1] * 4 + ["read"] * 2 + [1] * 2
+    log.clear()
+    monkeypatch.setattr(pyfunc_model, "WINDOW_BYTES", 1)
+    assert pool.predict(None, table, {"max_new_tokens": 2, "batch_size": 8}).equals(whole)
+    assert log == ["read", 1] * 10
 
 
 def test_another_base_is_refused(experiment: str, tiny_folder: Path, pool_folder: Path, tmp_path: Path) -> None:
