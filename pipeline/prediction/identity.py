@@ -23,12 +23,12 @@ DEMO = "data"
 
 def identity_of(config: PredictConfig, pool: PoolSource, folder: Path) -> dict[str, Any]:
     """Returns what the answers depend on: not by how many workers, on which devices, in how large batches."""
-    shown = config.source.model_copy(update={"path": without_secrets(config.source.path)})
+    source = config.source.model_dump(exclude_defaults=True, exclude={"cache"})
     identity = {
         "pool": pool.digest,
         "base settings": pool.settings(),
         "rows": fingerprint(config.source, folder / DEMO),
-        "source": shown.to_identity(exclude={"cache"}),
+        "source": source | {"path": without_secrets(config.source.path)},
         "prompt": config.prompt,
         "told": config.told,
         "data": config.data.model_dump(include={"max_tokens", "max_pixels"}),

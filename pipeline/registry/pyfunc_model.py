@@ -68,8 +68,8 @@ class RoutedPool(mlflow.pyfunc.PythonModel):
     def load_context(self, context: Any) -> None:
         """Loads the artifact `pool` and its base, on a GPU if available, on several if the base needs them.
 
-        Experts come from the user's cache and are fetched on first use; a base on this machine is used where it lies, another comes
-        from that cache too. `model_config` limits the memory of experts' weights:
+        Experts come from the user's cache and are fetched on first use; a base is used where it lies on this machine, another
+        comes from that cache too. `model_config` limits the memory of experts' weights:
         `load_model(address, model_config={"expert_memory": "2GiB"})`. Raises RegistryError where base or an expert is
         missing, ValueError if the base does not match.
         """
