@@ -27,15 +27,17 @@ from pipeline.evaluation.actors import PredictorActors, Work
 from pipeline.evaluation.matrix import BASE
 from pipeline.evaluation.pages import blocks
 from pipeline.files import write_json
+from pipeline.models.checkpoints import checkpoint, fingerprint
 from pipeline.models.inference import InferenceWorkers
 from pipeline.prediction.errors import PredictError
 from pipeline.prediction.figures import check_bad_share, figures
 from pipeline.prediction.identity import DEMO, alone_in, claim, identity_of
 from pipeline.prediction.pages import cut, page_lengths, tags
 from pipeline.prediction.parts import Parts
-from pipeline.prediction.pool_source import PoolSource
+from pipeline.prediction.pool_source import PoolSource, check_base
 from pipeline.prediction.predictor import PoolPredictor
 from pipeline.provenance import now, provenance
+from pipeline.routing.pool import Pool
 
 SUMMARY = "summary.json"
 
@@ -108,12 +110,14 @@ class Answering:
         end = self.parts.end(first - 1) if first else None
         skip = end.same_place if end else 0
         self.read = (first - 1) * self.config.rows_per_part + end.rows if end else 0
-        expert, column = self._told()
+        base, pool = self.pool.base(), self.pool.pool()
+        check_base(base, fingerprint(checkpoint(base)), pool, self.pool.address)  # before workers load it
+        expert, column = self._told(pool)
         rows = encoded_rows(
             TaskRows(self.config.source, self.config.prompt, answered=False, task_column=column),
             "predict",
             self.config.data,
-            base=self.pool.base(),
+            base=base,
             data_folder=self.parts.folder / DEMO,
             answer=False,
             since=(end.source, end.number) if end else None,
@@ -166,9 +170,9 @@ class Answering:
             )
         self.parts.write(part, table)
 
-    def _told(self) -> tuple[str | None, str | None]:
+    def _told(self, pool: Pool) -> tuple[str | None, str | None]:
         """Returns who is told to answer all rows, and the column that names who answers each."""
         told = self.config.told
         if told is None:
             return None, None
-        return (told, None) if told in (BASE, *self.pool.pool().names) else (None, told)
+        return (told, None) if told in (BASE, *pool.names) else (None, told)

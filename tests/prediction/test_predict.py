@@ -147,7 +147,9 @@ def test_who_answers_can_be_told(run: Run, tmp_path: Path) -> None:
 
 def test_a_folder_holds_answers_of_one_kind(run: Run, source: PoolFolder, tmp_path: Path) -> None:
     run("source.limit=4")
-    with pytest.raises(PredictError, match="holds answers with another rows and another source: .*'limit': 4"):
+    with pytest.raises(
+        PredictError, match=r"holds answers with another rows and another source: .*'limit': 4\}, now .*'limit': 5\}"
+    ):
         run("source.limit=5")
     with pytest.raises(
         PredictError, match=r"another max_new_tokens: 3, now 4; choose another folder, or empty this one"
@@ -174,7 +176,7 @@ def test_too_many_bad_rows_end_with_a_mistake_when_all_else_is_answered(run: Run
 
 def test_columns_that_are_not_named_end_it_at_once(run: Run, tmp_path: Path) -> None:
     with pytest.raises(
-        PredictError, match=r"none of the first 8 rows can be answered: .*question.* name the columns with"
+        PredictError, match=r"none of the first 8 rows can be answered: column 'query' is missing or null; name the"
     ):
         run("source.columns.question=query")
     assert run()["rows_in"] == 30, "the same folder, since nothing was written"
@@ -183,6 +185,6 @@ def test_columns_that_are_not_named_end_it_at_once(run: Run, tmp_path: Path) -> 
 def test_another_base_is_refused(run: Run, source: PoolFolder) -> None:
     other = PoolFolder.of(Path(source.address), BaseModelConfig())
     with pytest.raises(
-        Exception, match=r"made for base 'tiny' with fingerprint .*; name the pool's base with base\.path"
+        PredictError, match=r"made for base 'tiny' with fingerprint .*; name the pool's base with base\.path"
     ):
         run(pool=other)
