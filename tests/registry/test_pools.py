@@ -1,4 +1,5 @@
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -15,6 +16,7 @@ from pipeline.config import BaseModelConfig, RouterConfig
 from pipeline.models.bases import Base
 from pipeline.models.checkpoints import fingerprint
 from pipeline.registry import pools as pools_module
+from pipeline.registry import served_code
 from pipeline.registry.bases import base_folder
 from pipeline.registry.experts import CONTENT, MissingExpertError, register_expert, registered_experts
 from pipeline.registry.pools import download_pool, pip_requirements, register_pool
@@ -245,3 +247,39 @@ with routed.forced("clock"), torch.inference_mode():
     assert requirements == pip_requirements()
     assert not any("+" in line for line in requirements)
     assert not list((folder / "code").rglob("*.safetensors"))
+
+
+def test_versions_of_two_releases_answer_in_one_process(
+    learned: Learned, experiment: str, tiny_folder: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Each with its own code, whichever is loaded first, and the project beside them."""
+    _, versions, pools = learned
+    copy = served_code.copy_code
+
+    def newer(folder: Path) -> served_code.ServedCode:
+        """The code of a release that has something new, which its model needs."""
+        project = folder / "project" / "pipeline"
+        shutil.copytree(Path(served_code.__file__).parents[1], project, ignore=shutil.ignore_patterns("tiny_base"))
+        model = project / "registry" / "pyfunc_model.py"
+        (project / "models" / "novelty.py").write_text('"""New."""\n\nNEW = "new"\n')
+        model.write_text(model.read_text() + "\nfrom pipeline.models.novelty import NEW\n\nBASE = NEW\n")
+        monkeypatch.setattr(served_code.pipeline, "__file__", str(project / "__init__.py"))
+        return copy(folder)
+
+    monkeypatch.setattr(pools_module, "copy_code", newer)
+    with tracked_run(experiment, "demo", "run"):
+        register_pool(pools[1], BaseModelConfig(path=str(tiny_folder)), name="demo", digest="p3", experts=versions)
+    code = """
+import sys, mlflow
+for version, project in ((int(sys.argv[1]), False), (int(sys.argv[2]), True)):
+    model = mlflow.pyfunc.load_model(f"models:/untrained.pool.demo/{version}").unwrap_python_model()
+    assert (sys.modules[type(model).__module__].BASE == "new") == (version == 3), version
+    assert "pipeline" not in sys.modules
+sys.path.append(sys.argv[3])
+import pipeline.registry.pyfunc_model as own
+assert own.__file__.startswith(sys.argv[3]) and own.BASE == "base", own.__file__
+"""
+    environment = os.environ | {"MLFLOW_TRACKING_URI": mlflow.get_tracking_uri()}
+    for order in (("2", "3"), ("3", "2")):
+        command = [sys.executable, "-I", "-c", code, *order, str(Path(__file__).parents[2])]
+        subprocess.run(command, check=True, env=environment, cwd=tmp_path)
