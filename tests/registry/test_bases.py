@@ -1,10 +1,16 @@
 """Bases of a registry: in place where they lie here, fetched once where not, with what they need to be loaded as here."""
 
+import os
 import shutil
-from collections.abc import Callable
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from pathlib import Path
-from typing import Any
 
 import mlflow
 import pytest
@@ -16,50 +22,63 @@ from pipeline.registry.bases import base_folder, register_base
 from pipeline.registry.experts import register_expert
 from pipeline.registry.pools import register_pool, served_settings
 from pipeline.registry.retries import RegistryError
-from pipeline.registry.tracking import tracked_run
+from pipeline.registry.tracking import open_tracking, tracked_run
 from pipeline.registry.versions import logged_model, logged_model_id
 from pipeline.routing import Pool
-from tests.registry.conftest import MakeExpert
+from tests.registry.conftest import Created, MakeExpert
 
 
-@pytest.fixture
-def elsewhere(experiment: str, tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
-    """Id of a registered base whose files a server hands out, and the downloads so far."""
-    with tracked_run(experiment, "demo", "run"):
-        model = logged_model(register_base(BaseModelConfig(path=str(tiny_folder))))
+@pytest.fixture(scope="module")
+def server(created: Created, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A server that hands out its files itself, in place of the database; yields where they lie."""
+    folder = tmp_path_factory.mktemp("server")
+    shutil.copyfile(created.path, folder / "mlflow.db")
+    with closing(socket.socket()) as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, "-m", "mlflow", "server", "--backend-store-uri", f"sqlite:///{folder}/mlflow.db"]
+    command += ["--artifacts-destination", str(folder / "files"), "--port", str(port), "--workers", "1"]
+    with (folder / "log").open("w") as log:
+        process = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
+    before = mlflow.get_tracking_uri()
+    try:
+        until = time.monotonic() + 120
+        while True:
+            try:
+                open_tracking(f"http://127.0.0.1:{port}", "elsewhere")
+                break
+            except RegistryError:
+                assert time.monotonic() < until, (folder / "log").read_text()
+        yield folder / "files"
+    finally:
+        mlflow.set_tracking_uri(before)
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+
+@pytest.mark.ray  # not Ray, but a server that takes its time to start
+def test_a_base_elsewhere_is_fetched_once_and_checked(
+    server: Path, tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(checkpoints, "CACHE", tmp_path / "bases")
-    stored = Path(model.artifact_location.removeprefix("file://"))
-    downloads: list[str] = []
-
-    def download(artifact_uri: str, dst_path: str) -> str:
-        downloads.append(artifact_uri)
-        return str(shutil.copytree(stored, dst_path, dirs_exist_ok=True))
-
-    served = {"artifact_location": property(lambda self: "mlflow-artifacts:/base")}
-    monkeypatch.setattr(type(model), "artifact_location", served["artifact_location"])
-    monkeypatch.setattr(mlflow.artifacts, "download_artifacts", download)
-    return model.model_id, stored, downloads
-
-
-def test_a_base_elsewhere_is_fetched_once(elsewhere: Any, tiny_folder: Path, tmp_path: Path) -> None:
-    model_id, _, downloads = elsewhere
+    with tracked_run(open_tracking(mlflow.get_tracking_uri(), "elsewhere"), "demo", "run"):
+        model_id = logged_model_id(register_base(BaseModelConfig(path=str(tiny_folder))))
     with ThreadPoolExecutor(4) as pool:
-        folders = set(pool.map(lambda _: base_folder(model_id), range(4)))
-    (folder,) = folders
-    assert len(downloads) == 1
+        (folder,) = set(pool.map(lambda _: base_folder(model_id), range(4)))
     assert folder.is_relative_to(tmp_path / "bases")
     assert fingerprint(folder) == fingerprint(tiny_folder)
-    assert [entry for entry in folder.parent.iterdir() if "staging" in entry.name] == []
-
-
-def test_a_damaged_copy_is_fetched_again_and_a_damaged_original_refused(elsewhere: Any, tiny_folder: Path) -> None:
-    model_id, stored, downloads = elsewhere
-    (base_folder(model_id) / "model.safetensors").write_bytes(b"cut off")
-    assert fingerprint(base_folder(model_id)) == fingerprint(tiny_folder)
-    assert len(downloads) == 2
-    (base_folder(model_id) / "config.json").unlink()
-    (stored / "config.json").write_text("{}")
+    assert not [entry for entry in folder.parent.iterdir() if "staging" in entry.name]
+    fetched = folder.stat().st_ino
+    assert base_folder(model_id).stat().st_ino == fetched
+    (folder / "model.safetensors").write_bytes(b"cut off")
+    assert fingerprint(base_folder(model_id)) == fingerprint(tiny_folder), "a damaged copy is fetched again"
+    (folder / "config.json").unlink()
+    (original,) = server.rglob("config.json")
+    original.write_text("{}")
     with pytest.raises(RegistryError, match="is not the one that was registered"):
+        base_folder(model_id)
+    shutil.rmtree(original.parent)
+    with pytest.raises(RegistryError, match="this pool needs the base .*, which http://.* does not have"):
         base_folder(model_id)
 
 
