@@ -3,38 +3,40 @@
 python -m jobs.explain --pool runs/demo/pool --image digit.png --prompt "which digit is this ?"
 """
 
-import tempfile
 from pathlib import Path
 from typing import Annotated
 
-import mlflow
 import typer
 from PIL import Image
 
 from jobs.endings import user_errors
+from jobs.registry.options import RegistryUri, registry_address
 from jobs.terminal import Terminal, table
 from pipeline.config import BaseModelConfig, ConfigError
 from pipeline.evaluation.plots import routing_of_a_prompt
 from pipeline.models.bases import load_base
 from pipeline.models.encoding import IMAGE_PLACEHOLDER, collate_for, encode
 from pipeline.models.generation import generate_answers
-from pipeline.registry.experts import registered_experts
-from pipeline.registry.pools import download_pool
-from pipeline.registry.tracking import use_registry
-from pipeline.registry.versions import MODELS
-from pipeline.routing import Pool, PoolError, RoutedModel
+from pipeline.prediction.pool_source import pool_source
+from pipeline.routing import PoolError, RoutedModel
 from pipeline.routing.insight import Candidate, Explanation, explain
 
 PoolAddress = Annotated[
     str,
     typer.Option(
         "--pool",
-        help="A pool's folder, as runs/demo/pool, or models:/tiny.pool.demo@champion of the registry in MLFLOW_TRACKING_URI.",
+        help="A pool's folder, as runs/demo/pool, or models:/tiny.pool.demo@champion of --registry.",
     ),
 ]
 Images = Annotated[list[Path] | None, typer.Option("--image", help="An image of the prompt; may be given again.")]
 Prompt = Annotated[str, typer.Option(help="The question; images go before it unless it says <image> itself.")]
-BasePath = Annotated[str, typer.Option("--base", help="The pool's base: checkpoint folder, hub id, or `tiny`.")]
+BasePath = Annotated[
+    str | None,
+    typer.Option(
+        "--base",
+        help="The pool's base: checkpoint folder, hub id, or `tiny`; default: the registered one, of a folder `tiny`.",
+    ),
+]
 Plot = Annotated[Path, typer.Option("--plot", help="PNG file for the plot of weights per Linear and token.")]
 RouterName = Annotated[str | None, typer.Option("--router", help="Another router: token, prompt or two_level.")]
 
@@ -43,23 +45,25 @@ def main(
     pool: PoolAddress,
     prompt: Prompt,
     image: Images = None,
-    base: BasePath = "tiny",
+    base: BasePath = None,
     router: RouterName = None,
     plot: Plot = Path("explanation.png"),
     max_new_tokens: Annotated[int, typer.Option(help="Longest answer in tokens.", min=1)] = 64,
+    registry_uri: RegistryUri = None,
 ) -> None:
     """Explain an answer: candidate experts with posterior and distance, and a plot of the weights per token."""
-    with user_errors(), tempfile.TemporaryDirectory() as scratch:
-        loaded = _registered(pool, Path(scratch)) if pool.startswith(MODELS) else Pool.load(pool)
+    with user_errors():
+        source = pool_source(pool, registry_address(registry_uri))
+        loaded = source.pool()
         if router is not None:
             if router not in ("token", "prompt", "two_level"):
                 raise ConfigError(f"--router {router!r}: choose token, prompt or two_level")
             loaded = loaded.routed_by(kind=router)
-        model = load_base(BaseModelConfig(path=base))
+        model = load_base(source.base() if base is None else BaseModelConfig(path=base))
         if model.fingerprint != loaded.base_fingerprint:
             raise PoolError(
                 f"{pool}: made for base {loaded.base_label!r} with fingerprint {loaded.base_fingerprint}; "
-                f"--base {base} has {model.fingerprint}"
+                f"--base {base or model.folder} has {model.fingerprint}"
             )
         images = [_open(path) for path in image or []]
         if IMAGE_PLACEHOLDER not in prompt:
@@ -81,16 +85,6 @@ def main(
         routing_of_a_prompt(explanation, tokens).savefig(plot, format="png", dpi=150, facecolor="white")
     show(Terminal(), answer, explanation)
     typer.echo(f"plot       {plot.resolve()}")
-
-
-def _registered(address: str, scratch: Path) -> Pool:
-    """Returns a registered pool, downloaded to `scratch`; its experts come from the user's cache, or are fetched to it."""
-    if not mlflow.is_tracking_uri_set():
-        raise ConfigError(
-            f"--pool {address}: set MLFLOW_TRACKING_URI to the registry that has it, e.g. sqlite:///runs/mlflow.db"
-        )
-    use_registry(mlflow.get_tracking_uri(), "MLFLOW_TRACKING_URI")
-    return Pool.load(download_pool(address, scratch), registered_experts())
 
 
 def _open(path: Path) -> Image.Image:

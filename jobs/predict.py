@@ -4,7 +4,6 @@ python -m jobs.predict rows.parquet answers --pool models:/tiny.pool.demo@champi
 """
 
 import json
-import os
 from pathlib import Path
 from typing import Annotated
 
@@ -13,14 +12,13 @@ import typer
 from cluster.local import connect
 from jobs.endings import user_errors
 from jobs.options import Address, check_exposed, lasting, submit_job
-from jobs.registry.options import DEFAULT, RegistryUri
+from jobs.registry.options import RegistryUri, registry_address
 from jobs.terminal import Terminal
 from pipeline.config import PredictConfig, load_config, without_secrets
 from pipeline.data.sources.reader import count_rows
 from pipeline.prediction.identity import DEMO
-from pipeline.prediction.pool_source import PoolFolder, PoolSource, RegisteredPool
+from pipeline.prediction.pool_source import pool_source
 from pipeline.prediction.predict import predict
-from pipeline.registry.versions import MODELS
 
 Rows = Annotated[
     str, typer.Argument(help="File, folder, glob or URI of parquet, jsonl, json, tsv or csv.", metavar="ROWS")
@@ -62,14 +60,14 @@ def main(
         ]  # not YAML's to read
         words += fields or []
         config = load_config(None, words, PredictConfig)
-        registry = registry_uri or os.environ.get("MLFLOW_TRACKING_URI") or DEFAULT
+        registry = registry_address(registry_uri)
         if address:
             check_exposed([*words, registry], "put it into the environment of the cluster's nodes")
             words = ["--pool", pool, "--registry", registry, *(["--told", told] if told is not None else [])]
             submit_job("jobs.predict", [rows, out, *(fields or []), *words], address)
         terminal, folder = Terminal(), Path(lasting(out)).expanduser().resolve()
         with terminal.working("looking the pool up"):
-            source = _source(pool, registry, config)
+            source = pool_source(pool, registry, config.base)
         with terminal.working("starting Ray"):
             connect()
         total = count_rows(config.source, folder / DEMO)
@@ -83,12 +81,6 @@ def main(
         terminal.log("experts    " + ", ".join(f"{name} {count:,}" for name, count in summary["by_expert"].items()))
         terminal.log(f"pool       {without_secrets(source.address)}, digest {source.digest}")
         terminal.log(f"answers    {folder}")
-
-
-def _source(pool: str, registry: str, config: PredictConfig) -> PoolSource:
-    if pool.startswith(MODELS):
-        return RegisteredPool.of(pool, registry, config.base)
-    return PoolFolder.of(Path(pool), config.base)
 
 
 if __name__ == "__main__":

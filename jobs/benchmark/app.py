@@ -11,6 +11,7 @@ python -m jobs.benchmark real-size                              width, resemblan
 python -m jobs.benchmark scale                                  what the hundredth task costs, beside the tenth
 python -m jobs.benchmark registry                               commands over hundreds of experts, one more version
 python -m jobs.benchmark fresh-environment                      exports and the registered pool, elsewhere
+python -m jobs.benchmark predict                                answering in bulk against a plain loop
 python -m jobs.benchmark text                                   two tasks on pretrained weights, and what was kept
 """
 
@@ -32,6 +33,7 @@ BENCHMARKS = {
     "fresh-environment": Lazy(
         "jobs.benchmark.fresh_environment:fresh_environment", "What is exported and registered, without this project."
     ),
+    "predict": Lazy("jobs.benchmark.predict_speed:predict", "Answering in bulk against a plain loop."),
     "text": Lazy("jobs.benchmark.pretrained_text:text", "Two tasks on pretrained weights, and what was kept."),
 }
 

@@ -42,12 +42,17 @@ Version = Annotated[
 Pool = Annotated[str, typer.Argument(help="Registered model of the pool, e.g. tiny.pool.demo.")]
 
 
+def registry_address(uri: str | None) -> str:
+    """Returns the address of the registry that a command means, given or not."""
+    return uri or os.environ.get(TRACKING_URI) or DEFAULT
+
+
 @contextmanager
 def registry(uri: str | None) -> Iterator[Terminal]:
     """Opens the registry for a command; mistakes of the user, and failures of the registry, end it with one line."""
     with user_errors(), registry_failures():
         elsewhere = os.environ.get(TRACKING_URI)
-        use_registry(uri or elsewhere or DEFAULT, TRACKING_URI if elsewhere and not uri else "--registry")
+        use_registry(registry_address(uri), TRACKING_URI if elsewhere and not uri else "--registry")
         yield Terminal()
 
 

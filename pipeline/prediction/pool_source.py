@@ -117,6 +117,13 @@ PoolSource = PoolFolder | RegisteredPool
 """A pool that stays the same while it answers."""
 
 
+def pool_source(address: str, registry: str, base: BaseModelConfig | None = None) -> PoolSource:
+    """Returns the source of a pool in a folder, or, at `models:/...`, in a registry."""
+    if address.startswith(MODELS):
+        return RegisteredPool.of(address, registry, base)
+    return PoolFolder.of(Path(address), base)
+
+
 def check_base(base: BaseModelConfig, fingerprint: str, pool: Pool, address: str) -> None:
     """Raises PredictError where a pool was made for another base."""
     if fingerprint != pool.base_fingerprint:

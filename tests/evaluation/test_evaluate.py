@@ -108,7 +108,7 @@ class Nobody(PredictorActors):
 
 
 def nobody(tiny_folder: Path) -> PredictorActors:
-    return Nobody(BaseModelConfig(path=str(tiny_folder)), WORKERS, vision=True)
+    return Nobody(PagePredictor, BaseModelConfig(path=str(tiny_folder)), WORKERS, True, workers=WORKERS)
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,114 @@
+"""Answering in bulk against a plain loop over the routed model: the same rows, batches and threads.
+
+python -m jobs.benchmark predict
+"""
+
+import shutil
+from collections.abc import Iterator
+from itertools import islice
+from pathlib import Path
+from statistics import median
+from time import perf_counter
+from typing import Annotated, Any
+
+import torch
+import typer
+
+from cluster.local import connect
+from jobs.benchmark.tools.synthetic_experts import BASE, FEATURES, synthetic_expert
+from jobs.endings import user_errors
+from jobs.terminal import Terminal, table
+from pipeline.config import PredictConfig, RouterConfig
+from pipeline.data.sources.reader import first_records
+from pipeline.files import write_json
+from pipeline.models.answering import routed_answers
+from pipeline.models.bases import load_processor
+from pipeline.models.checkpoints import checkpoint, fingerprint
+from pipeline.models.encoding import encode
+from pipeline.models.inference import FrozenBase, InferenceWorkers
+from pipeline.prediction.pool_source import PoolFolder
+from pipeline.prediction.predict import predict as predict_rows
+from pipeline.provenance import now, provenance
+from pipeline.routing import Pool, RoutedModel
+
+TARGET = 0.9
+"""Least part of the plain loop's rows per second."""
+
+EXPERTS = 3
+
+
+def predict(
+    rows: Annotated[int, typer.Option(help="Rows per round, of the demo's base prompts.", min=128)] = 1024,
+    rounds: Annotated[int, typer.Option(help="Rounds of plain loop and `predict`, in turn; medians count.", min=1)] = 3,
+    threads: Annotated[int, typer.Option(help="Threads of torch, in the loop and in the worker.", min=1)] = 2,
+    output: Annotated[Path, typer.Option(help="Folder for the run.")] = Path("runs"),
+) -> None:
+    """Measure the rows per second of `pointsman predict` with one worker, and of a plain loop.
+
+    Both read, decode, encode and answer the same rows in batches of 64. Rows count from the second batch on: neither the start
+    of Ray and the worker nor loading the base is measured. While its worker starts, `predict` has encoded some batches ahead,
+    which a plain loop cannot.
+    """
+    with user_errors():
+        terminal, started = Terminal(), now()
+        folder = (output / "benchmark-predict").resolve()
+        shutil.rmtree(folder, ignore_errors=True)
+        source = PoolFolder.of(_pool().save(folder / "pool"), BASE)
+        config = PredictConfig.model_validate({
+            "source": {"path": "demo://general/train", "limit": rows},
+            "evaluation": {"cpus_per_worker": threads, "max_new_tokens": 12},
+        })  # fmt: skip
+        connect()
+        plain: list[float] = []
+        ours: list[float] = []
+        for number in range(rounds):
+            terminal.log(f"round {number + 1}/{rounds}")
+            with terminal.working("plain loop"):
+                plain.append(_plain_loop(config, source, folder / "data"))
+            with terminal.rows("predict", rows) as bar:
+                ours.append(predict_rows(config, source, folder / f"round-{number}", bar)["rows_per_second"])
+        ratio = median(ours) / median(plain)
+        results: dict[str, Any] = {
+            "rows": rows,
+            "batch_size": config.evaluation.batch_size,
+            "plain_rows_per_second": plain,
+            "predict_rows_per_second": ours,
+            "ratio": ratio,
+        }
+        write_json(folder / "summary.json", provenance("benchmark-predict", started) | {"predict": results})
+        body = [
+            ["plain loop", f"{median(plain):.1f}", "1.00", ""],
+            ["predict", f"{median(ours):.1f}", f"{ratio:.2f}", "yes" if ratio >= TARGET else "NO"],
+        ]
+        terminal.show(table(f"{rows} rows", ["", "rows/s (median)", "throughput", f">= {TARGET}"], body))
+        terminal.log(f"summary    {folder / 'summary.json'}")
+
+
+def _pool() -> Pool:
+    base_fingerprint = fingerprint(checkpoint(BASE))
+    experts = [synthetic_expert(f"task_{number}", number, base_fingerprint) for number in range(EXPERTS)]
+    return Pool(BASE.label, base_fingerprint, RouterConfig(feature_width=FEATURES), experts)
+
+
+def _plain_loop(config: PredictConfig, source: PoolFolder, data: Path) -> float:
+    """Returns the rows per second of a loop that reads, encodes and answers batch by batch, without the first."""
+    settings, limit = config.evaluation, config.source.limit or 0
+    before = torch.get_num_threads()
+    try:
+        frozen = FrozenBase(BASE, InferenceWorkers(cpus_per_worker=settings.cpus_per_worker))
+        routed, processor = RoutedModel(frozen.base.model, source.pool()), load_processor(BASE)
+
+        def encoded() -> Iterator[Any]:
+            for record in first_records(config.source, data, config.prompt, limit):
+                yield encode(processor, record.messages, record.images, answer=False)
+
+        began, counted, prompts = 0.0, 0, encoded()
+        while page := list(islice(prompts, settings.batch_size)):
+            routed_answers(frozen, routed, page, settings.max_new_tokens)
+            if began:
+                counted += len(page)
+            else:
+                began = perf_counter()
+        return counted / (perf_counter() - began)
+    finally:
+        torch.set_num_threads(before)
