@@ -8,10 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import pyarrow as pa
 import pyarrow.dataset as ds
 import pyarrow.parquet as pq
 import pytest
+import ray
 
 from cluster.local import connect
 from pipeline.config import BaseModelConfig, PredictConfig, load_config
@@ -128,6 +130,33 @@ def test_neither_workers_nor_a_stop_change_an_answer(run: Run, tmp_path: Path) -
     (tmp_path / "out/summary.json").unlink()
     run()
     assert answers(tmp_path / "out") == answers(tmp_path / "whole"), "also a part between others"
+
+
+@dataclass
+class Killing(Progress):
+    """Kills a worker's process when the first page is back."""
+
+    killed: list[int] = field(default_factory=list)
+
+    def update(self, done: int, per_second: float | None) -> None:
+        if done and not self.killed:
+            workers = [p for p in psutil.process_iter(["cmdline"]) if "ray::PoolPredictor" in str(p.info["cmdline"])]
+            mine = [p for p in workers if _of_this_ray(p)]
+            mine[0].kill()
+            self.killed.append(mine[0].pid)
+
+
+def _of_this_ray(process: psutil.Process) -> bool:
+    session = ray._private.worker._global_node.get_session_dir_path()
+    return any(session in " ".join(parent.cmdline()) for parent in process.parents())
+
+
+def test_a_worker_that_dies_loses_nothing(run: Run, tmp_path: Path) -> None:
+    run(out="whole")
+    killing = Killing()
+    assert run(progress=killing)["rows_out"] == 28
+    assert killing.killed
+    assert answers(tmp_path / "out") == answers(tmp_path / "whole")
 
 
 def test_who_answers_can_be_told(run: Run, tmp_path: Path) -> None:

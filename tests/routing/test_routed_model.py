@@ -68,6 +68,25 @@ def test_every_prompt_goes_to_its_expert_and_base_prompts_to_the_base(tiny_base,
         assert changed is (owner is not None)
 
 
+def test_a_decision_of_the_prompt_router_has_its_posterior(tiny_base, pool, mixed):
+    """Also where the base answers; none where the caller or the Linears decide."""
+    rows, owners = mixed
+    with attached(tiny_base, pool) as routed:
+        generate(tiny_base, rows, tokens=1)
+        experts_B1, log_posterior_B1 = routed.last.routers.prompts.rank_candidates(routed.last.features_BF, 1)
+        names = [None if e < 0 else pool.names[e] for e in experts_B1[:, 0].tolist()]
+        assert [d.expert for d in routed.decisions] == names == owners
+        assert [d.posterior for d in routed.decisions] == log_posterior_B1[:, 0].exp().tolist()
+        generate(tiny_base, rows[-2:], tokens=1)
+        assert all(0.5 < d.posterior <= 1 for d in routed.decisions), "the base alone"
+        with routed.forced("reader"):
+            generate(tiny_base, rows, tokens=1)
+            assert [d.posterior for d in routed.decisions] == [None] * len(rows)
+    with attached(tiny_base, pool.routed_by(kind="token")) as routed:
+        generate(tiny_base, rows, tokens=1)
+        assert [d.posterior for d in routed.decisions] == [None] * len(rows)
+
+
 def test_a_base_prompt_is_answered_by_the_base_alone(tiny_base, pool, mixed):
     rows = mixed[0][-2:]
     plain = generate(tiny_base, rows)

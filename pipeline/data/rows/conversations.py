@@ -57,7 +57,9 @@ def conversation_of(row: Mapping[str, Any], columns: ColumnsConfig, *, answered:
         if messages and messages[-1]["role"] == "assistant":
             messages.pop()
         _check_order([*messages, {"role": "assistant", "content": "-"}])
-        return Conversation([*messages, {"role": "assistant", "content": ""}], UNANSWERED, inline)
+        asked = sum(message["content"].count(IMAGE_PLACEHOLDER) for message in messages)
+        images = {number: image for number, image in inline.items() if number < asked}
+        return Conversation([*messages, {"role": "assistant", "content": ""}], UNANSWERED, images)
     _check_order(messages)
     return Conversation(messages, (messages[-1]["content"],), inline)
 

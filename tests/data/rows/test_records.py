@@ -340,3 +340,31 @@ def test_the_longest_text_is_told_of_without_being_shown(monkeypatch):
         reason({"messages": turns("what ?", "x" * 21)})
         == "the assistant's content has 21 characters, 20 are read at most"
     )
+
+
+@pytest.mark.parametrize(
+    "messages", [turns("<image>what ?"), turns("<image>what ?", "red"), turns("a", "b", "<image>c")]
+)
+def test_rows_to_be_answered_need_no_answer(messages):
+    """And one that is there is not a part of the prompt."""
+    parsed = record({"messages": messages, "images": [encoded()]}, answered=False)
+    asked = messages if messages[-1]["role"] == "user" else messages[:-1]
+    assert parsed.messages == [*asked, {"role": "assistant", "content": ""}]
+    assert len(parsed.images) == 1
+    for row in ({"q": "what ?"}, {"q": "what ?", "a": None}, {"q": "what ?", "a": "red"}):
+        parsed = record(row, ColumnsConfig(question="q", answer="a"), answered=False)
+        assert [m["content"] for m in parsed.messages] == ["what ?", ""]
+    assert record({"q": "what ?"}, ColumnsConfig(question="q"), answered=False).question == "what ?"
+
+
+def test_images_of_an_answer_are_left_out_with_it():
+    picture = {"type": "image", "image": encoded()}
+    answer = {"role": "assistant", "content": [picture, {"type": "text", "text": "that"}]}
+    user = {"role": "user", "content": [picture, {"type": "text", "text": "which ?"}]}
+    assert len(record({"messages": [user, answer]}, answered=False).images) == 1
+
+
+def test_rows_to_be_answered_must_ask():
+    for messages, why in (([], "no message of the user"), (turns(""), "the question is empty")):
+        assert why in reason({"messages": messages}, answered=False)
+    assert "column 'q' is missing or null" in reason({"a": "red"}, columns=ColumnsConfig(question="q"), answered=False)
