@@ -176,7 +176,7 @@ def _reloaded(session: StreamSession, learned: LearnResult) -> dict[str, Any]:
     subprocess.run([*command, str(folder / "prompts.json"), str(folder)], check=True)
     seconds = monotonic() - started
     there, answers = load_file(folder / "logits.safetensors"), json.loads((folder / "answers.json").read_text())
-    own_code = Path(answers["code"]) != Path(str(pipeline.__file__))
+    own_code = not Path(answers["code"]).is_relative_to(Path(str(pipeline.__file__)).parent)
     apart, effect = _largest(here, there), _largest(here, bare)
     equal = answers["expert"] == chosen
     return {

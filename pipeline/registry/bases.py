@@ -25,7 +25,7 @@ from pipeline.models.checkpoints import BaseError, checkpoint, code_digest, file
 from pipeline.registry.names import base_name
 from pipeline.registry.retries import RegistryError, reason_of, shown_uri
 from pipeline.registry.tracking import active_run
-from pipeline.registry.versions import DIGEST, create_version, find_version, log_folder, logged_model
+from pipeline.registry.versions import DIGEST, create_version, find_version, log_folder, logged_model, versions_of
 
 SERVED = {"dtype", "max_tiles", "trust_remote_code", "attention"}
 """The settings of a base that are registered with a pool: elsewhere it is loaded as here."""
@@ -78,6 +78,9 @@ def find_base(base_label: str, base_fingerprint: str) -> ModelVersion:
     """Returns the version of a base that has a fingerprint; raises RegistryError where there is none."""
     if (version := find_version(base_name(base_label), base_fingerprint)) is not None:
         return version
+    for version in versions_of(base_name(base_label)):  # with its own code, which is a part of its digest
+        if logged_model(version).params.get(DIGEST, "").startswith(f"{base_fingerprint}."):
+            return version
     raise RegistryError(
         f"{base_name(base_label)} has no version with fingerprint {base_fingerprint}: it is registered with the first pool "
         "over it; let the `pointsman learn` that made the expert end, or run it again"

@@ -38,6 +38,7 @@ from pipeline.registry.versions import (
     find_version,
     log_lineage,
     log_model,
+    logged_model,
     logged_model_id,
     version_at,
 )

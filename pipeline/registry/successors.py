@@ -8,19 +8,16 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, NamedTuple
 
-import mlflow
 from mlflow.entities.model_registry import ModelVersion
-from mlflow.models import Model
 
 from pipeline.config import digest
 from pipeline.registry.contents import experts_of
 from pipeline.registry.evaluated_prompts import EvaluatedPrompts, kept_prompts
 from pipeline.registry.experts import reference_to, registered_experts
 from pipeline.registry.names import base_name, read_name
-from pipeline.registry.pools import create_pool_version, download_pool, find_pool
+from pipeline.registry.pools import create_pool_version, download_pool, find_pool, served_settings
 from pipeline.registry.promotion import PROMOTED, REFUSED, champion
 from pipeline.registry.retries import RegistryError
 from pipeline.registry.scores import Score, log_scores, scores_of
@@ -109,11 +106,9 @@ def open_pool(version: ModelVersion, store: ExpertStore | None = None) -> Regist
                 f"{address} holds {own[0]} itself, as earlier releases wrote it: run its `pointsman learn` again, which "
                 "registers it anew"
             )
-        card = mlflow.artifacts.download_artifacts(
-            artifact_uri=f"{model.artifact_location}/MLmodel", dst_path=str(Path(scratch) / "model card")
-        )
-        served = Model.load(card).flavors["python_function"]["config"]
-    return Registered(version, pool, named.name, model.params[DIGEST], served, model.params["base_version"])
+    return Registered(
+        version, pool, named.name, model.params[DIGEST], served_settings(version), model.params["base_version"]
+    )
 
 
 def register_successor(

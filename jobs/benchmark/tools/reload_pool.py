@@ -57,7 +57,7 @@ def main(uri: str, model: str, prompts: str, answers: str) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     logits, _ = routed_logits(pool.routed, pool.processor, rows)
     save_file(logits, folder / "logits.safetensors")
-    answers = predicted.to_dict("list") | {"code": sys.modules["pipeline"].__file__}
+    answers = predicted.to_dict("list") | {"code": sys.modules[type(pool).__module__].__file__}
     (folder / "answers.json").write_text(json.dumps(answers, indent=1) + "\n")
 
 
