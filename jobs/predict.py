@@ -71,8 +71,12 @@ def main(
         with terminal.working("starting Ray"):
             connect()
         total = count_rows(config.source, folder / DEMO)
-        with terminal.rows("answering rows", total) as bar:
-            summary = predict(config, source, folder, bar)
+        try:
+            with terminal.rows("answering rows", total) as bar:
+                summary = predict(config, source, folder, bar)
+        except KeyboardInterrupt:
+            terminal.log("stopped; what is written is kept, and the same command goes on from there")
+            raise
         terminal.log(
             f"{summary['rows_in']:,} rows in, {summary['rows_out']:,} answered, {summary['set_aside']:,} set aside in "
             f"{summary['seconds']:.0f} s"

@@ -18,6 +18,9 @@ from pipeline.registry.tracking import use_registry
 from pipeline.registry.versions import DIGEST, MODELS, logged_model, version_at
 from pipeline.routing.pool import Pool
 
+_FOLDERS: dict[str, Path] = {}
+"""Folders of registered bases on this machine, by the id of their logged model, which never changes."""
+
 _CREDENTIALS = ("MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_PASSWORD", "MLFLOW_TRACKING_TOKEN")
 
 
@@ -94,9 +97,11 @@ class RegisteredPool:
         )
 
     def base(self) -> BaseModelConfig:
-        """Returns the base as it was registered, its files on this machine."""
-        self._connect()
-        return as_loadable_here(BaseModelConfig(path=str(base_folder(self.base_model_id)), **self.base_settings))
+        """Returns the base as it was registered, its files on this machine; the registry is asked once per process."""
+        if self.base_model_id not in _FOLDERS:
+            self._connect()
+            _FOLDERS[self.base_model_id] = base_folder(self.base_model_id)
+        return as_loadable_here(BaseModelConfig(path=str(_FOLDERS[self.base_model_id]), **self.base_settings))
 
     def pool(self) -> Pool:
         """Reads the pool; its experts come from the user's cache, or are fetched to it."""

@@ -121,6 +121,7 @@ class Answering:
             data_folder=self.parts.folder / DEMO,
             answer=False,
             since=(end.source, end.number) if end else None,
+            ready=self.pool.base,
         )
         arguments = self.pool, workers, self.config.evaluation.max_new_tokens, expert
         with PredictorActors(PoolPredictor, *arguments, workers=workers) as actors:

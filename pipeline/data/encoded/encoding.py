@@ -1,6 +1,6 @@
 """From a raw row to an encoded one, or to the reason why it is bad. Runs in tasks of Ray Data."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -95,11 +95,14 @@ class Encoder:
         return row | packed
 
 
-def encode_batch(batch: pa.Table, *, encoders: Sequence[Encoder]) -> Iterator[dict[str, Any]]:
-    """Encodes a batch of raw rows, each by the encoder of its part.
+def encode_batch(
+    batch: pa.Table, *, encoders: Sequence[Encoder], ready: Callable[[], object] = lambda: None
+) -> Iterator[dict[str, Any]]:
+    """Encodes a batch of raw rows, each by the encoder of its part, after calling `ready`.
 
     Yields after every `_AT_ONCE` bytes: twelve tiles of one image are 29 MB.
     """
+    ready()
     rows: list[dict[str, Any]] = []
     size = 0
     for raw in batch.to_pylist():

@@ -5,7 +5,7 @@ object store over the epochs; large ones are streamed in pieces, shuffled anew f
 """
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
@@ -150,15 +150,16 @@ def encoded_rows(
     answer: bool,
     chosen: Any = None,
     since: Place | None = None,
+    ready: Callable[[], object] = lambda: None,
 ) -> ray.data.Dataset:
     """Returns a part's rows, encoded when they are read; bad ones have a `reason`.
 
     `chosen`, an expression on raw rows (see `sources`), selects the rows to encode, and `since` leaves those before a place
-    out; by default all.
+    out; by default all. `ready` is called where rows are encoded, before each batch: it may bring the base's files there.
     """
     also = () if part.task_column is None else (part.task_column,)
     raw = read(part.source, data_folder, readers=data.num_readers, also=also, since=since)
-    work = partial(encode_batch, encoders=[Encoder(part, name, base, data, answer)])
+    work = partial(encode_batch, encoders=[Encoder(part, name, base, data, answer)], ready=ready)
     return (raw if chosen is None else raw.filter(expr=chosen)).map_batches(
         work, batch_size=64, batch_format="pyarrow", compute=TaskPoolStrategy(data.num_readers)
     )
