@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from logging import getLogger
 from pathlib import Path
 from typing import Any
@@ -52,6 +53,7 @@ def flash_is_here() -> bool:
     return torch.cuda.is_available() and is_flash_attn_2_available()
 
 
+@lru_cache(maxsize=8)  # one warning per process
 def as_loadable_here(config: BaseModelConfig) -> BaseModelConfig:
     """Returns a base that was registered on another machine as this one can load it, with a warning where that differs."""
     if config.attention != FLASH or flash_is_here():

@@ -226,3 +226,16 @@ def test_a_registry_that_is_not_there(tmp_path: Path, monkeypatch: pytest.Monkey
     assert outcome.exit_code == 2
     assert f"{tmp_path}/runs/mlflow.db does not exist: `pointsman learn` makes it" in outcome.output
     assert not (tmp_path / "runs").exists()
+
+
+def test_a_registered_pool_is_explained_with_its_own_base(
+    uri: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    ask = ["explain", "--prompt", "repeat : red", "--max-new-tokens", "2", "--pool"]
+    outcome = CliRunner().invoke(app, [*ask, "models:/untrained.pool.demo/2", "--registry", uri])
+    assert outcome.exit_code == 0, outcome.output
+    assert "clock" in outcome.output
+    outcome = CliRunner().invoke(app, [*ask, "models:/untrained.pool.demo/9", "--registry", uri])
+    assert (outcome.exit_code, outcome.output.count("\n")) == (2, 1)
+    assert "no '9' in 'untrained.pool.demo'" in outcome.output

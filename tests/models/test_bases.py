@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from pipeline.config import BaseModelConfig
-from pipeline.models.bases import load_base
+from pipeline.models.bases import as_loadable_here, load_base
 from pipeline.models.checkpoints import BaseError, checkpoint, fingerprint
 from tests.helpers import checksum
 
@@ -105,3 +105,13 @@ def test_weights_without_a_configuration_are_refused(folder):
     (folder / "config.json").unlink()
     with pytest.raises(BaseError, match=r"mine holds no config\.json"):
         load_base(BaseModelConfig(path=str(folder)))
+
+
+def test_flash_attention_that_is_not_here_is_an_error_or_of_another_machines_base_sdpa(tiny_folder, caplog):
+    config = BaseModelConfig(path=str(tiny_folder), attention="flash_attention_2")
+    with pytest.raises(BaseError, match=r"base\.attention: flash_attention_2 needs .*; set base\.attention to sdpa"):
+        load_base(config)
+    assert as_loadable_here(config).attention == "sdpa"
+    assert "flash_attention_2 is not available on this machine" in caplog.text
+    eager = config.model_copy(update={"attention": "eager"})
+    assert as_loadable_here(eager) is eager

@@ -1,5 +1,6 @@
 """Bases of a registry: in place where they lie here, fetched once where not, with what they need to be loaded as here."""
 
+import json
 import os
 import shutil
 import signal
@@ -17,8 +18,9 @@ import pytest
 
 from pipeline.config import BaseModelConfig
 from pipeline.models import checkpoints
+from pipeline.models.bases import load_base
 from pipeline.models.checkpoints import files_of, fingerprint
-from pipeline.registry.bases import base_folder, register_base
+from pipeline.registry.bases import base_folder, find_base, register_base
 from pipeline.registry.experts import register_expert
 from pipeline.registry.pools import register_pool, served_settings
 from pipeline.registry.retries import RegistryError
@@ -117,3 +119,22 @@ def test_a_pool_is_loaded_elsewhere_as_here(
     assert settings == {
         "expert_memory": None, "dtype": "bfloat16", "attention": "eager", "max_tiles": 3, "trust_remote_code": True,
     }  # fmt: skip
+
+
+def test_a_base_with_its_own_code_runs_it_elsewhere(experiment: str, tiny_folder: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(tiny_folder, tmp_path / "own"))
+    (folder / "modeling_own.py").write_text(
+        "from transformers import InternVLForConditionalGeneration\n\n\n"
+        "class Own(InternVLForConditionalGeneration):\n    own = True\n"
+    )
+    config = json.loads((folder / "config.json").read_text())
+    config["auto_map"] = {"AutoModelForImageTextToText": "modeling_own.Own"}
+    (folder / "config.json").write_text(json.dumps(config))
+    trusted = BaseModelConfig(path=str(folder), trust_remote_code=True)
+    with tracked_run(experiment, "demo", "run"):
+        version = register_base(trusted)
+    shutil.rmtree(folder)
+    there = trusted.model_copy(update={"path": str(base_folder(logged_model_id(version)))})
+    assert load_base(there).model.own
+    assert not hasattr(load_base(there.model_copy(update={"trust_remote_code": False})).model, "own")
+    assert find_base("own", fingerprint(Path(there.path))).version == version.version
