@@ -165,9 +165,10 @@ class Answering:
         table = pa.concat_tables([pages[number] for number in sorted(pages)])
         reasons = table["reason"].to_pylist()
         if part == 0 and all(reasons):
+            told = "" if self.config.told is None else ", an expert of the pool or the column of its name with told=..."
             raise PredictError(
                 f"none of the first {len(table)} rows can be answered: {reasons[0]}; name the columns with "
-                "source.columns.question=..., source.columns.images=..., or correct the rows"
+                f"source.columns.question=..., source.columns.images=...{told}, or correct the rows"
             )
         self.parts.write(part, table)
 
