@@ -158,7 +158,7 @@ def encoded_rows(
     out; by default all. `ready` is called where rows are encoded, before each batch: it may bring the base's files there.
     """
     also = () if part.task_column is None else (part.task_column,)
-    raw = read(part.source, data_folder, readers=data.num_readers, also=also, since=since)
+    raw = read(part.source, data_folder, readers=data.num_readers, also=also, since=since, answered=part.answered)
     work = partial(encode_batch, encoders=[Encoder(part, name, base, data, answer)], ready=ready)
     return (raw if chosen is None else raw.filter(expr=chosen)).map_batches(
         work, batch_size=64, batch_format="pyarrow", compute=TaskPoolStrategy(data.num_readers)

@@ -31,11 +31,14 @@ Numbered = tuple[str, int, Row]
 """File, number in it, row."""
 
 
-def questions(read_rows: Callable[[], Iterable[Numbered]], limit: int | None) -> Iterator[Numbered]:
+def questions(
+    read_rows: Callable[[], Iterable[Numbered]], limit: int | None, *, answered: bool = True
+) -> Iterator[Numbered]:
     """Yields rows with `index`, `question` (the whole prompt), `answer` (a letter), `choices`, `image` and `group`.
 
     `read_rows` reads all rows of a source anew: first to find rotations and shared images, then for the rows. `limit` counts
-    rows, but takes whole questions with all their rotations, at least one.
+    rows, but takes whole questions with all their rotations, at least one. Without `answered`, those without an answer (test
+    splits) have None.
     """
     sizes, shared = Counter[int](), set[str]()
     rotated = False
@@ -64,7 +67,11 @@ def questions(read_rows: Callable[[], Iterable[Numbered]], limit: int | None) ->
         else:
             seen.add(index)
             row = row | {"image": images.get(_reference(row), row.get("image"))}
-            turns = [render_question(row, index, 0)] if rotated else rotations(row, index)
+            turns = (
+                [render_question(row, index, 0, answered=answered)]
+                if rotated
+                else rotations(row, index, answered=answered)
+            )
         group = number if index is None else index % _ROTATION
         if limit is not None and group not in chosen:
             size = sizes[group] if rotated else len(turns)
@@ -75,15 +82,15 @@ def questions(read_rows: Callable[[], Iterable[Numbered]], limit: int | None) ->
         yield from ((file, number, turn) for turn in turns)
 
 
-def rotations(row: dict[str, Any], index: int) -> list[Row]:
+def rotations(row: dict[str, Any], index: int, *, answered: bool = True) -> list[Row]:
     """Returns a question once per rotation of its options; one UnreadableRow where it cannot be used."""
-    first = render_question(row, index, 0)
+    first = render_question(row, index, 0, answered=answered)
     if isinstance(first, UnreadableRow):
         return [first]
-    return [first, *(render_question(row, index, by) for by in range(1, len(first["choices"])))]
+    return [first, *(render_question(row, index, by, answered=answered) for by in range(1, len(first["choices"])))]
 
 
-def render_question(row: dict[str, Any], index: int, by: int) -> Row:
+def render_question(row: dict[str, Any], index: int, by: int, *, answered: bool = True) -> Row:
     """Returns a question with its options rotated by `by` places, with answer, choices and group."""
     options = _options(row)
     letters, texts = list(options), list(options.values())
@@ -92,13 +99,13 @@ def render_question(row: dict[str, Any], index: int, by: int) -> Row:
         return UnreadableRow(f"question {index} shares the image of row {reference}, which has none")
     if not options:
         return UnreadableRow(f"question {index} has no options (columns A, B, ...)")
-    if not letter:
+    if answered and not letter:
         return UnreadableRow(f"question {index} has no answer (a test split, whose answers are not public?)")
-    if letter not in options:
+    if letter and letter not in options:
         return UnreadableRow(
             f"question {index}: its answer {letter[:20]!r} is not the letter of an option ({', '.join(letters)})"
         )
-    right = letters[(letters.index(letter) - by) % len(letters)]
+    right = letters[(letters.index(letter) - by) % len(letters)] if letter else None
     choices = dict(zip(letters, texts[by:] + texts[:by], strict=True))
     parts = [_text(row.get("hint")), _text(row.get("question"))]
     if not parts[1]:

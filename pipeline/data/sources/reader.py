@@ -7,7 +7,7 @@
 
 import hashlib
 import json
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from functools import partial
 from itertools import islice
 from pathlib import Path, PurePosixPath
@@ -57,15 +57,16 @@ def read(
     readers: int | None = None,
     also: Collection[str] = (),
     since: Place | None = None,
+    answered: bool = True,
 ) -> ray.data.Dataset:
     """Returns the raw rows of a source as a lazy Ray Dataset. Raises StreamError where `resolve` does.
 
     `readers` is the number of tasks that will process the rows in parallel. A quarter as many read: reading is faster than
     processing, and raw rows would pile up in the object store. `also` are columns that are read beside those that the source
-    names; rows before the place `since` are left out.
+    names; rows before the place `since` are left out. Without `answered` rows need no answers.
     """
     compute = None if readers is None else TaskPoolStrategy(max(1, readers // 4))
-    rows = ray.data.read_datasource(_Rows(source, folder, also, since), compute=compute)
+    rows = ray.data.read_datasource(_Rows(source, folder, also, since, answered), compute=compute)
     if since is None:
         return rows
     file, number = since
@@ -76,7 +77,12 @@ class _Rows(Datasource):
     """Reads one file per task; all files in one task where rows depend on earlier rows (a limit, MMBench's rotations)."""
 
     def __init__(
-        self, source: SourceConfig, folder: Path, also: Collection[str] = (), since: Place | None = None
+        self,
+        source: SourceConfig,
+        folder: Path,
+        also: Collection[str] = (),
+        since: Place | None = None,
+        answered: bool = True,
     ) -> None:
         super().__init__()
         self._filesystem, files, self._format = resolve(source, folder)
@@ -84,7 +90,7 @@ class _Rows(Datasource):
         self._together = source.limit is not None or source.preset == "mmbench"
         if since is not None and not self._together:
             self._files = [(path, size) for path, size in self._files if path >= since[0]]
-        self._source, self._columns = source, wanted_columns(source) | frozenset(also)
+        self._source, self._columns, self._answered = source, wanted_columns(source) | frozenset(also), answered
         self._root = image_root(source)
 
     def get_name(self) -> str:
@@ -107,7 +113,8 @@ class _Rows(Datasource):
             paths = [path for path, _ in files]
             size = sum(size for _, size in files)
             metadata = BlockMetadata(num_rows=None, size_bytes=size, exec_stats=None, input_files=tuple(paths))
-            work = partial(_tables, self._filesystem, paths, self._format, self._source, self._columns, self._root)
+            rows = partial(_raw_rows, self._filesystem, paths, self._format, self._source, self._columns, self._root)
+            work = partial(_tables, partial(rows, answered=self._answered))
             tasks.append(ReadTask(work, metadata, _SCHEMA, per_task_row_limit))
         return tasks
 
@@ -118,18 +125,11 @@ def image_root(source: SourceConfig) -> str:
     return path if "://" in path or not path else str(Path(path).expanduser().resolve())
 
 
-def _tables(
-    filesystem: fs.FileSystem,
-    paths: Sequence[str],
-    file_format: str,
-    source: SourceConfig,
-    columns: Collection[str],
-    root: str,
-) -> Iterator[pa.Table]:
-    """Yields the raw rows of these files in tables."""
+def _tables(raw_rows: Callable[[], Iterable[dict[str, Any]]]) -> Iterator[pa.Table]:
+    """Yields raw rows in tables."""
     rows: list[dict[str, Any]] = []
     size = 0
-    for row in _raw_rows(filesystem, paths, file_format, source, columns, root):
+    for row in raw_rows():
         rows.append(row)
         size += len(row[RAW])
         if len(rows) == _BLOCK_ROWS or size >= _BLOCK_BYTES:
@@ -145,6 +145,8 @@ def _raw_rows(
     source: SourceConfig,
     columns: Collection[str],
     root: str,
+    *,
+    answered: bool = True,
 ) -> Iterator[dict[str, Any]]:
     def numbered() -> Iterable[mmbench.Numbered]:
         return (
@@ -153,7 +155,7 @@ def _raw_rows(
 
     circular = source.preset == "mmbench"
     for path, number, row in (
-        mmbench.questions(numbered, source.limit) if circular else islice(numbered(), source.limit)
+        mmbench.questions(numbered, source.limit, answered=answered) if circular else islice(numbered(), source.limit)
     ):
         yield {PATH: path, NUMBER: number, ROOT: root, RAW: packed_row(row)}
 

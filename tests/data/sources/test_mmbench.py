@@ -100,3 +100,13 @@ def test_a_limit_takes_whole_questions():
     assert [turn["group"] for turn in turns_of(rows, 1)] == ["0"] * 3
     with_rotations = [*rows, *(row(n + 1_000_000, "x", "y", "z") for n in range(4))]
     assert [turn["index"] for turn in turns_of(with_rotations, 5)] == [0, 1, 1_000_000, 1_000_001]
+
+
+def test_questions_of_a_test_split_are_asked_without_their_answers():
+    rows = [("a.tsv", 1, row(7, "red", "blue", answer=None)), ("a.tsv", 2, row(8, "red", "blue", answer="C"))]
+    *asked, bad = [turn for _, _, turn in questions(lambda: iter(rows), None, answered=False)]
+    assert [(turn["answer"], list(turn["choices"].values())) for turn in asked] == [
+        (None, ["red", "blue"]),
+        (None, ["blue", "red"]),
+    ]
+    assert "its answer 'C' is not the letter of an option" in bad.reason
