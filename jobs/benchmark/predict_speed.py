@@ -45,9 +45,9 @@ def predict(
 ) -> None:
     """Measure the rows per second of `pointsman predict` with one worker, and of a plain loop.
 
-    Both read, decode, encode and answer the same rows in batches of 64. Rows count from the second batch on: neither the start
-    of Ray and the worker nor loading the base is measured. While its worker starts, `predict` has encoded some batches ahead,
-    which a plain loop cannot.
+    Both read, decode, encode and answer the same rows in batches of 64, and no row is read before the clock runs. The start of
+    Ray and of the worker, and loading the base, are not measured. `predict` encodes beside the worker, in other processes, the
+    loop in between.
     """
     with user_errors():
         terminal, started = Terminal(), now()
@@ -91,7 +91,7 @@ def _pool() -> Pool:
 
 
 def _plain_loop(config: PredictConfig, source: PoolFolder, data: Path) -> float:
-    """Returns the rows per second of a loop that reads, encodes and answers batch by batch, without the first."""
+    """Returns the rows per second of a loop that reads, encodes and answers batch by batch."""
     settings, limit = config.evaluation, config.source.limit or 0
     before = torch.get_num_threads()
     try:
@@ -102,13 +102,10 @@ def _plain_loop(config: PredictConfig, source: PoolFolder, data: Path) -> float:
             for record in first_records(config.source, data, config.prompt, limit):
                 yield encode(processor, record.messages, record.images, answer=False)
 
-        began, counted, prompts = 0.0, 0, encoded()
+        began, counted, prompts = perf_counter(), 0, encoded()
         while page := list(islice(prompts, settings.batch_size)):
             routed_answers(frozen, routed, page, settings.max_new_tokens)
-            if began:
-                counted += len(page)
-            else:
-                began = perf_counter()
+            counted += len(page)
         return counted / (perf_counter() - began)
     finally:
         torch.set_num_threads(before)

@@ -69,6 +69,16 @@ class PredictorActors:
         )(self._actor)
         self._actors = [actor_class.remote(*self._arguments) for _ in range(self._workers.count)]
 
+    def start(self) -> None:
+        """Starts the actors, unless they have started, and waits until they have loaded what they hold."""
+        try:
+            if not self._actors:
+                self._start()
+            ray.get([actor.__ray_ready__.remote() for actor in self._actors])
+        except BaseException:
+            self.close()
+            raise
+
     def run(self, pieces: Iterable[tuple[Tag, Work]]) -> Iterator[tuple[Tag, Any]]:
         """Yields the result of each call with its tag, in order of completion.
 

@@ -80,9 +80,9 @@ class Answering:
     read: int = 0
     """Rows that came from the source, earlier runs' included, counted as they arrive."""
     answered: int = 0
-    """Rows that this run has answered or set aside, from the second page that came back: workers have started then."""
+    """Rows that this run has answered or set aside."""
     seconds: float = 0.0
-    """Time for these."""
+    """Time for these, from the moment that all workers were there: the first rows are read then."""
 
     @property
     def per_second(self) -> float | None:
@@ -134,6 +134,7 @@ class Answering:
                         yield (part, number), Work("answer", (page.rows, *page.blocks))
 
             progress.update(self.read, None)
+            actors.start()  # before rows are read: loading a large base takes minutes
             self._write(actors.run(work()), progress)
 
     def _counted(
@@ -148,13 +149,10 @@ class Answering:
     def _write(self, pages: Iterator[tuple[tuple[int, int], pa.Table]], progress: RowProgress) -> None:
         """Writes parts as soon as all of their answered pages are there."""
         filling: dict[int, dict[int, pa.Table]] = {}
-        before, began = self.read, 0.0
+        before, began = self.read, monotonic()
         for (part, number), page in pages:
             filling.setdefault(part, {})[number] = page
-            if began:
-                self.answered, self.seconds = self.answered + len(page), monotonic() - began
-            else:
-                before, began = before + len(page), monotonic()
+            self.answered, self.seconds = self.answered + len(page), monotonic() - began
             progress.update(before + self.answered, self.per_second)
             if sum(map(len, filling[part].values())) == self.config.rows_per_part:
                 self._finish(part, filling.pop(part))
