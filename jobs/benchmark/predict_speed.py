@@ -36,18 +36,42 @@ TARGET = 0.9
 
 EXPERTS = 3
 
+WARM_UP = 4
+"""Batches that do not count: processes that read and encode start with the first rows."""
+
+
+class _Clock:
+    """Times how many rows are done, from the end of the warm-up on."""
+
+    def __init__(self, warm_up: int) -> None:
+        self._warm_up = warm_up
+        self._first: tuple[int, float] | None = None
+        self._last = 0, 0.0
+
+    def update(self, done: int, per_second: float | None = None) -> None:
+        """Notes the rows that are done."""
+        self._last = done, perf_counter()
+        if self._first is None and done >= self._warm_up:
+            self._first = self._last
+
+    @property
+    def per_second(self) -> float:
+        """Rows per second."""
+        assert self._first is not None, "more rows than the warm-up takes"
+        return (self._last[0] - self._first[0]) / (self._last[1] - self._first[1])
+
 
 def predict(
-    rows: Annotated[int, typer.Option(help="Rows per round, of the demo's base prompts.", min=128)] = 1024,
+    rows: Annotated[int, typer.Option(help="Rows per round, of the demo's base prompts.", min=512)] = 2048,
     rounds: Annotated[int, typer.Option(help="Rounds of plain loop and `predict`, in turn; medians count.", min=1)] = 3,
     threads: Annotated[int, typer.Option(help="Threads of torch, in the loop and in the worker.", min=1)] = 2,
     output: Annotated[Path, typer.Option(help="Folder for the run.")] = Path("runs"),
 ) -> None:
     """Measure the rows per second of `pointsman predict` with one worker, and of a plain loop.
 
-    Both read, decode, encode and answer the same rows in batches of 64, and no row is read before the clock runs. The start of
-    Ray and of the worker, and loading the base, are not measured. `predict` encodes beside the worker, in other processes, the
-    loop in between.
+    Both read, decode, encode and answer the same rows in batches of 64. The first four batches do not count: neither the start
+    of Ray's processes nor loading the base is measured. `predict` encodes beside the worker, in other processes, the loop in
+    between.
     """
     with user_errors():
         terminal, started = Terminal(), now()
@@ -65,12 +89,15 @@ def predict(
             terminal.log(f"round {number + 1}/{rounds}")
             with terminal.working("plain loop"):
                 plain.append(_plain_loop(config, source, folder / "data"))
-            with terminal.rows("predict", rows) as bar:
-                ours.append(predict_rows(config, source, folder / f"round-{number}", bar)["rows_per_second"])
+            with terminal.working("predict"):
+                clock = _Clock(WARM_UP * config.evaluation.batch_size)
+                predict_rows(config, source, folder / f"round-{number}", clock)
+                ours.append(clock.per_second)
         ratio = median(ours) / median(plain)
         results: dict[str, Any] = {
             "rows": rows,
             "batch_size": config.evaluation.batch_size,
+            "warm_up_batches": WARM_UP,
             "plain_rows_per_second": plain,
             "predict_rows_per_second": ours,
             "ratio": ratio,
@@ -91,7 +118,7 @@ def _pool() -> Pool:
 
 
 def _plain_loop(config: PredictConfig, source: PoolFolder, data: Path) -> float:
-    """Returns the rows per second of a loop that reads, encodes and answers batch by batch."""
+    """Returns the rows per second of a loop that reads, encodes and answers batch by batch, after the warm-up."""
     settings, limit = config.evaluation, config.source.limit or 0
     before = torch.get_num_threads()
     try:
@@ -102,10 +129,11 @@ def _plain_loop(config: PredictConfig, source: PoolFolder, data: Path) -> float:
             for record in first_records(config.source, data, config.prompt, limit):
                 yield encode(processor, record.messages, record.images, answer=False)
 
-        began, counted, prompts = perf_counter(), 0, encoded()
+        clock, done, prompts = _Clock(WARM_UP * settings.batch_size), 0, encoded()
         while page := list(islice(prompts, settings.batch_size)):
             routed_answers(frozen, routed, page, settings.max_new_tokens)
-            counted += len(page)
-        return counted / (perf_counter() - began)
+            done += len(page)
+            clock.update(done)
+        return clock.per_second
     finally:
         torch.set_num_threads(before)
