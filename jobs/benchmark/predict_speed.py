@@ -11,6 +11,7 @@ from statistics import median
 from time import perf_counter
 from typing import Annotated, Any
 
+import ray
 import torch
 import typer
 
@@ -88,7 +89,9 @@ def predict(
         for number in range(rounds):
             terminal.log(f"round {number + 1}/{rounds}")
             with terminal.working("plain loop"):
-                plain.append(_plain_loop(config, source, folder / "data"))
+                # In a process of Ray's, as the worker is: these run at a lower priority, which shows on a busy machine.
+                loop = ray.remote(num_cpus=threads, max_retries=0)(_plain_loop)
+                plain.append(ray.get(loop.remote(config, source, folder / "data")))
             with terminal.working("predict"):
                 clock = _Clock(WARM_UP * config.evaluation.batch_size)
                 predict_rows(config, source, folder / f"round-{number}", clock)
