@@ -21,6 +21,9 @@ from pipeline.routing.pool import Pool
 _FOLDERS: dict[str, Path] = {}
 """Folders of registered bases on this machine, by the id of their logged model, which never changes."""
 
+SETTING = "--registry"
+"""Where the address of a registry was given, for messages."""
+
 _CREDENTIALS = ("MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_PASSWORD", "MLFLOW_TRACKING_TOKEN")
 
 
@@ -74,7 +77,7 @@ class RegisteredPool:
 
         `base` has the settings of the base that are not to be as registered.
         """
-        use_registry(registry)
+        use_registry(registry, SETTING)
         version = version_at(address)
         served = served_settings(version)
         changes = {} if base is None else base.model_dump(include=base.model_fields_set)
@@ -115,7 +118,7 @@ class RegisteredPool:
 
     def _connect(self) -> None:
         os.environ.update(self.credentials)
-        use_registry(self.registry)
+        use_registry(self.registry, SETTING)
 
 
 PoolSource = PoolFolder | RegisteredPool
