@@ -6,6 +6,7 @@ registry keeps (`evaluated_prompts`): the new pool's router chooses again, the a
 """
 
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -42,6 +43,9 @@ from pipeline.registry.successors import Registered, base_of, newest_with, open_
 from pipeline.registry.versions import get_version, logged_model
 from pipeline.routing.pool import Pool
 from pipeline.routing.store import ExpertReference
+
+FETCHES = 8
+"""Experts that are fetched at the same time."""
 
 
 class AddError(UserError):
@@ -210,9 +214,9 @@ def _evaluated(
     (task,), benchmarks = session.config.stream.tasks, [task.name for task in session.config.stream.benchmarks]
     pool, version = made.pool, made.version
     pool.save(session.folder / "pool")
-    with session.progress.working(f"fetching what is missing of {len(pool.names)} experts"):
-        for name in pool.names:
-            pool.experts[name]
+    fetching = session.progress.working(f"fetching what is missing of {len(pool.names)} experts")
+    with fetching, ThreadPoolExecutor(FETCHES) as threads:
+        list(threads.map(pool.experts.__getitem__, pool.names))
     now = session.evaluate([task.name, *benchmarks], pool, made.digest, folder=session.folder / "pool")
     with session.progress.working("evaluating earlier tasks on the prompts that the registry keeps"):
         kept = session.retry(partial(made.evaluated_on, before), "reading evaluation prompts")

@@ -65,7 +65,7 @@ def replace_expert(before: ModelVersion, expert: ModelVersion, *, force: bool = 
             with deciding(made.name):
                 promote(made.name, str(made.version))
             verdict = "promoted by hand"
-        numbers = {name: number(version) for name, version in now.experts.items()}
+        numbers = {name: reference.version or 0 for name, reference in now.in_use.items()}
         experiment = MlflowClient().get_run(run_id).info.experiment_id
         description = pool_description(
             pool.base_label,

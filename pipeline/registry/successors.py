@@ -27,6 +27,9 @@ from pipeline.registry.versions import DIGEST, MODELS, get_version, log_lineage,
 from pipeline.routing.pool import Pool
 from pipeline.routing.store import ExpertReference, ExpertStore, StoredExpert
 
+REQUESTS = 16
+"""Requests to the registry at the same time, where each of many experts is asked for."""
+
 
 class Evaluated(NamedTuple):
     """What an expert, or the base, was evaluated on."""
@@ -55,13 +58,9 @@ class Registered:
         return {reference.name: reference for reference in self.pool.card.experts}
 
     @property
-    def experts(self) -> dict[str, ModelVersion]:
-        """The versions of its experts in use, by name."""
-        return {
-            name: get_version(r.model, r.version)
-            for name, r in self.references.items()
-            if name not in self.pool.retired and r.model is not None and r.version is not None
-        }
+    def in_use(self) -> dict[str, ExpertReference]:
+        """References to its experts that are not retired, by name."""
+        return {name: r for name, r in self.references.items() if name not in self.pool.retired}
 
     def evaluated_on(self, *others: ModelVersion) -> dict[str, Evaluated]:
         """Returns what its experts, and its base, are evaluated on by task and base ability, as far as the registry keeps it.
@@ -69,18 +68,23 @@ class Registered:
         Its own scores name the evaluation prompts, else those of `others`, else those of the expert alone.
         """
         known = {score.dataset: score for version in (*others, self.version) for score in scores_of(version)}
-        base, abilities = base_of(self.version), [score for score in known.values() if score.ability]
-        found = {score.dataset: (base, [score]) for score in abilities}
-        for name, version in self.experts.items():
-            alone = [score for score in scores_of(version) if score.dataset == name]
-            found[name] = version, [*([known[name]] if name in known else []), *alone]
-        with ThreadPoolExecutor(16) as pool:
-            kept = pool.map(_first_kept, found.values())
-            return {name: evaluated for name, evaluated in zip(found, kept, strict=True) if evaluated is not None}
+        base = base_of(self.version)
+
+        def of_expert(reference: ExpertReference) -> Evaluated | None:
+            with suppress(RegistryError):  # a version that was deleted: its expert may be there under another one
+                version = get_version(reference.model or "", reference.version or 0)
+                alone = [score for score in scores_of(version) if score.dataset == reference.name]
+                return _first_kept(version, [*([known[reference.name]] if reference.name in known else []), *alone])
+            return None
+
+        with ThreadPoolExecutor(REQUESTS) as pool:
+            of_base = {s.dataset: pool.submit(_first_kept, base, [s]) for s in known.values() if s.ability}
+            of_task = {name: pool.submit(of_expert, reference) for name, reference in self.in_use.items()}
+            found = {name: asked.result() for name, asked in (of_base | of_task).items()}
+            return {name: evaluated for name, evaluated in found.items() if evaluated is not None}
 
 
-def _first_kept(wanted: tuple[ModelVersion, Sequence[Score]]) -> Evaluated | None:
-    version, scores = wanted
+def _first_kept(version: ModelVersion, scores: Sequence[Score]) -> Evaluated | None:
     found = ((score, kept_prompts(version, score.digest)) for score in scores)
     return next((Evaluated(score, prompts) for score, prompts in found if prompts is not None), None)
 

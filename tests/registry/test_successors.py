@@ -74,12 +74,12 @@ def test_a_successor_takes_over_base_and_experts(start: ModelVersion, extend: Ca
     assert (number(made), after.pool.names) == (2, ["digits", "clock"])
     assert after.served == before.served
     assert base_of(made).name == "untrained.base"
-    assert {name: v.name for name, v in after.experts.items()} == {
-        "digits": "untrained.expert.digits", "clock": "untrained.expert.clock",
-    }  # fmt: skip
+    assert [(r.model, r.version) for r in after.in_use.values()] == [
+        ("untrained.expert.digits", 1), ("untrained.expert.clock", 1),
+    ]  # fmt: skip
     assert after.references["digits"] == before.references["digits"]
     assert number(extend(start, "clock")) == 2, "of the same version and change there is one"
-    assert card_of(after.experts["clock"]).task == "clock"
+    assert card_of(get_version("untrained.expert.clock", 1)).task == "clock"
 
 
 def test_additions_go_on_from_each_other(start: ModelVersion, extend: Callable[..., ModelVersion]) -> None:
@@ -121,7 +121,7 @@ def test_another_version_of_an_expert_takes_its_place(
 
 def test_prompts_are_kept_beside_the_expert(start: ModelVersion, tmp_path: Path) -> None:
     """They do not come with the expert when a pool is loaded."""
-    expert = open_pool(start).experts["digits"]
+    expert = get_version("untrained.expert.digits", 1)
     assert not has_prompts(expert, "d")
     assert kept_prompts(expert, "d") is None
     given = prompts([1.0, float("nan")], [0.0, 0.5])
@@ -142,7 +142,7 @@ def test_a_pool_is_measured_on_kept_prompts(
     """Own and base's scores are known; what goes to another expert counts as wrong, and is said."""
     of_digits, of_clock = np.zeros(3 * WIDTH), np.full(3 * WIDTH, 40.0)  # where their prompts have their centres
     features_NF = np.stack([of_digits, of_digits, of_clock]).astype(np.float32)
-    expert = open_pool(start).experts["digits"]
+    expert = get_version("untrained.expert.digits", 1)
     keep_prompts(expert, "d", prompts([1.0, 0.5, 1.0], [0.0, 0.0, 0.25], features_NF))
     with tracked_run(experiment, "demo", "run") as run:
         log_scores(run, start, [Score("digits", "d", 0.8, 0.1)])
