@@ -1,7 +1,7 @@
 """Adds one task to a registered pool: months later, on another machine, from the registry alone and without earlier data.
 
-Experts are independent, so several people may add to one pool at the same time: whoever registers second makes the version
-again from the one that came between. Earlier tasks and base abilities are measured on the evaluation prompts that the
+Experts are independent, so several people may add to one pool at the same time: whoever registers second takes in what came
+between (`registry.merging`). Earlier tasks and base abilities are measured on the evaluation prompts that the
 registry keeps (`evaluated_prompts`): the new pool's router chooses again, the answers are known.
 """
 
@@ -37,10 +37,11 @@ from pipeline.learning.session import StreamSession
 from pipeline.learning.trainings import Trainings
 from pipeline.models.checkpoints import BaseError, checkpoint, fingerprint
 from pipeline.registry.bases import base_folder
-from pipeline.registry.experts import card_of
-from pipeline.registry.promotion import deciding
-from pipeline.registry.successors import Registered, base_of, newest_with, open_pool, overtaken_by, register_successor
-from pipeline.registry.versions import get_version, logged_model
+from pipeline.registry.experts import card_of, reference_to
+from pipeline.registry.merging import merged, unseen_changes
+from pipeline.registry.promotion import REFUSED, deciding
+from pipeline.registry.successors import Registered, base_of, newest_with, open_pool, register_successor
+from pipeline.registry.versions import describe, get_version, logged_model, version_at
 from pipeline.routing.pool import Pool
 from pipeline.routing.store import ExpertReference
 
@@ -188,19 +189,20 @@ def _join(
     """Makes the pool's next version with the expert; returns it, and the version that it was made of."""
     reference = expert.expert.reference
     with deciding(start.name):
-        while True:
-            before = open_pool(newest_with(start), session.experts)
-            if (there := before.references.get(reference.name)) is not None:
-                if there.digest == reference.digest and reference.name not in before.pool.retired:
-                    return before.version, open_pool(start, session.experts)
-                if not replaces:
-                    _check_same(session, before.version, there)
+        before = open_pool(newest_with(start), session.experts)
+        there = before.references.get(reference.name)
+        if there is not None and there.digest == reference.digest and reference.name not in before.pool.retired:
+            version, before = before.version, open_pool(start, session.experts)  # made by an earlier call
+        else:
+            if there is not None and not replaces:
+                _check_same(session, before.version, there)
             pool, change = before.pool.add(expert.expert), ["added", reference.name, str(reference.digest)]
             version = register_successor(before, pool, change, experts=[expert.version])
-            if overtaken_by(version, before.version) is None:
-                return version, before
-            # Registered by somebody else between reading and writing: once more, from that.
-            MlflowClient().delete_model_version(version.name, str(version.version))
+        theirs = unseen_changes(version, start).get(reference.name)
+        if theirs is not None and not replaces:
+            describe(version, tags={"status": f"{REFUSED}: {reference.name} came from {theirs.address} meanwhile"})
+            _check_same(session, version, reference_to(reference.name, version_at(theirs.address)))
+        return merged(version, start, session.experts, own=reference.name), before
 
 
 def _evaluated(

@@ -11,6 +11,9 @@ from pipeline.evaluation.recorded import evaluate_recorded
 from pipeline.learning.catalog import own_shares, scores_from, strays_from
 from pipeline.provenance import command_line, git_commit
 from pipeline.registry.descriptions import Measured, Origin, pool_description
+from pipeline.registry.experts import registered_experts
+from pipeline.registry.merging import merged
+from pipeline.registry.names import read_name
 from pipeline.registry.promotion import champion, decide, deciding, promote
 from pipeline.registry.scores import log_scores, tags_of
 from pipeline.registry.strays import keep_strays, strays_of
@@ -44,11 +47,15 @@ def replace_expert(before: ModelVersion, expert: ModelVersion, *, force: bool = 
 
     It becomes champion if the gate lets it pass, or by `force`. Raises RegistryError and PoolError as `replacement` does.
     """
-    opened = open_pool(before)
-    pool, address = replacement(opened, expert), f"{expert.name}/{expert.version}"
+    opened, address = open_pool(before), f"{expert.name}/{expert.version}"
+    changed, named = replacement(opened, expert), read_name(expert.name)
+    assert named is not None, "else there is no replacement"
     with run_beside(before, f"replace by {address}") as run_id:
-        made = register_successor(opened, pool, ["replaced", address], experts=[expert])
+        with deciding(before.name):
+            made = register_successor(opened, changed, ["replaced", address], experts=[expert])
+            made = merged(made, before, registered_experts(), own=named.name)
         now = open_pool(made)
+        pool = now.pool
         kept = now.evaluated_on(before)
         recorded = evaluate_recorded(pool, {name: evaluated.prompts for name, evaluated in kept.items()})
         digests = {name: evaluated.score.digest for name, evaluated in kept.items()}

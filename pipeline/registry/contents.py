@@ -1,7 +1,7 @@
 """What a registered pool says of its experts, read without torch."""
 
 import json
-from typing import Any
+from typing import Any, NamedTuple
 
 import mlflow
 from mlflow.entities.model_registry import ModelVersion
@@ -31,6 +31,20 @@ def experts_of(version: ModelVersion, location: str | None = None) -> dict[str, 
 def retired_of(version: ModelVersion) -> list[str]:
     """Returns the names of a pool's retired experts."""
     return list(_card(version).get("retired", ()))
+
+
+class Place(NamedTuple):
+    """Which expert a pool has of a task."""
+
+    address: str
+    """`<model>/<version>`, or INSIDE."""
+    retired: bool
+
+
+def places_of(version: ModelVersion) -> dict[str, Place]:
+    """Returns the experts of a pool's version by name, with those that are retired."""
+    retired = set(retired_of(version))
+    return {name: Place(address, name in retired) for name, address in experts_of(version).items()}
 
 
 def contains(version: ModelVersion, other: ModelVersion) -> bool:

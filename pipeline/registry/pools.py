@@ -59,6 +59,9 @@ SIGNATURE = ModelSignature(
 )  # fmt: skip
 """`prompt` as text, `image` as encoded bytes, base64 text or null; answers and experts, or why a row has none."""
 
+MADE_OF = "made_of"
+"""Parameter of a pool: number of the version of which it is a change."""
+
 LISTED = 3
 """Most tasks in a version's tag; its description has them all."""
 
@@ -114,10 +117,13 @@ def create_pool_version(
     served: Mapping[str, Any],
     base_version: str,
     scores: Sequence[Score] = (),
+    *,
+    made_of: int | None = None,
 ) -> ModelVersion:
     """Makes a pool the next version of `name`; needs an open run. No weights are read.
 
-    `served` is how its base is loaded (`model_config` of MLflow), `base_version` the version of the registered base.
+    `served` is how its base is loaded (`model_config` of MLflow), `base_version` the version of the registered base,
+    `made_of` the number of the version of which this is a change.
     """
     run = active_run()
     params = {
@@ -128,6 +134,7 @@ def create_pool_version(
         "null_expert": bool(pool.null),
         "experts": len(pool.names),
         "retired": len(pool.retired),
+        **({MADE_OF: made_of} if made_of is not None else {}),
         **{f"router.{key}": value for key, value in pool.router.model_dump().items()},
     }
     with tempfile.TemporaryDirectory() as scratch, warnings.catch_warnings():

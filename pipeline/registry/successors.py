@@ -137,7 +137,16 @@ def register_successor(
         assert named is not None, "callers pass versions of experts"
         references[named.name] = reference_to(named.name, version)
     log_lineage(active_run().info.run_id, experts)
-    return create_pool_version(pool, before.name, name, references, before.served, before.base_version, scores)
+    return create_pool_version(
+        pool,
+        before.name,
+        name,
+        references,
+        before.served,
+        before.base_version,
+        scores,
+        made_of=number(before.version),
+    )
 
 
 def retire_expert(version: ModelVersion, expert: str) -> ModelVersion:
@@ -179,20 +188,10 @@ def replacement(before: Registered, version: ModelVersion) -> Pool:
 
 def newest_with(version: ModelVersion) -> ModelVersion:
     """Returns the newest version of a pool that goes on from `version`, or that itself."""
-    return next(_continuations(version), version)
+    return next(continuations(version), version)
 
 
-def overtaken_by(version: ModelVersion, before: ModelVersion) -> ModelVersion | None:
-    """Returns the newest version that goes on from `before` and came before `version`, made of it, without being part of it.
-
-    Whoever made `version` did not see it, and makes theirs again from that.
-    """
-    between = (other for other in _continuations(before) if number(other) < number(version))
-    mine = experts_of(version).keys()
-    return next((other for other in between if not experts_of(other).keys() <= mine), None)
-
-
-def _continuations(version: ModelVersion) -> Iterator[ModelVersion]:
+def continuations(version: ModelVersion) -> Iterator[ModelVersion]:
     """Yields the versions that go on from `version`, the newest first.
 
     They have experts of all of its tasks; the gate has not refused them, and nobody has rolled back from them: what others
