@@ -28,6 +28,8 @@ class AddConfig(Config):
     `router` is the pool's.
     """
 
+    COMMAND = "add"
+
     task: TaskConfig
     """The task to learn."""
     benchmarks: tuple[TaskConfig, ...] = ()

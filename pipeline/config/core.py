@@ -20,6 +20,8 @@ class Config(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, protected_namespaces=())
 
+    COMMAND: ClassVar[str] = "learn"
+    """The command of `pointsman` whose `--help` lists the fields."""
     ALIASES: ClassVar[Mapping[str, str]] = {}
     """Names from PEFT, the HF Trainer and Ray that are accepted for fields."""
     FORMER_NAMES: ClassVar[Mapping[str, str]] = {}

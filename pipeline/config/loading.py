@@ -49,6 +49,9 @@ def _read(path: Path, extending: Sequence[Path], config_class: type[Config], sou
         raise ConfigError(f"{path}: no such configuration file{hint}") from None
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read: {error.strerror}") from None
+    except yaml.MarkedYAMLError as error:
+        where = f"line {error.problem_mark.line + 1}: " if error.problem_mark is not None else ""
+        raise ConfigError(f"{path}: not valid YAML: {where}{error.problem}") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: not valid YAML: {error}") from None
     if not isinstance(values, dict):
@@ -176,9 +179,12 @@ def _hint(key: str, fields: Sequence[str], config_class: type[Config]) -> str:
     if (elsewhere := ELSEWHERE.get(key.rpartition(".")[2])) in fields:
         return f"see `{elsewhere}`"
     groups = {name.rpartition(".")[0] for name in fields}
-    names = {name: name for name in fields if name not in groups} | other_names_of(config_class)
+    kept = [name for name in fields if name not in groups or ("." not in key and "." not in name)]
+    names = {name: name for name in kept} | other_names_of(config_class)
     near = difflib.get_close_matches(key, names, n=1, cutoff=0.6)
-    return f"did you mean `{names[near[0]]}`?" if near else "`pointsman learn --help` lists the fields"
+    return (
+        f"did you mean `{names[near[0]]}`?" if near else f"`pointsman {config_class.COMMAND} --help` lists the fields"
+    )
 
 
 def aliases_of(config_class: type[Config], prefix: str = "") -> dict[str, str]:

@@ -21,6 +21,8 @@ class AnsweringConfig(InferenceConfig):
 class PredictConfig(Config):
     """All settings of `pointsman predict`; the command line names `source.path`."""
 
+    COMMAND = "predict"
+
     source: Questions
     """The rows. They need no answers: of `columns`, `question` may stand alone, a conversation may end with the user, and an
     answer that is there is left out."""

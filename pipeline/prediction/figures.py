@@ -33,6 +33,12 @@ def figures(config: PredictConfig, pool: PoolSource, parts: Parts, rows_in: int)
     }
 
 
+def is_complete(parts: Parts, summary: dict[str, Any]) -> bool:
+    """Whether all answers are there that a summary counts; raises StoredFileError where a part is damaged."""
+    totals = parts.totals()
+    return (totals.rows_out, totals.set_aside) == (summary["rows_out"], summary["set_aside"])
+
+
 def check_bad_share(data: DataConfig, summary: dict[str, Any], parts: Parts) -> None:
     """Raises PredictError where more rows were set aside, or more files lost, than the configuration allows."""
     rows, aside, lost = summary["rows_in"], summary["set_aside"], summary["lost_files"]

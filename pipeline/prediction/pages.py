@@ -1,6 +1,7 @@
 """Cuts the rows of a source into pages, whose prompts are answered together, and pages into parts, which are files.
 
-Both are cut by number alone, so batches, and with them answers to the last digit, depend on neither workers nor restarts.
+Both are cut by number alone, so batches, and with them answers to the last digit, depend on neither workers nor restarts, but
+on `evaluation.batch_size`.
 """
 
 from collections.abc import Iterable, Iterator, Sequence

@@ -30,7 +30,7 @@ from pipeline.files import write_json
 from pipeline.models.checkpoints import checkpoint, fingerprint
 from pipeline.models.inference import InferenceWorkers
 from pipeline.prediction.errors import PredictError
-from pipeline.prediction.figures import check_bad_share, figures
+from pipeline.prediction.figures import check_bad_share, figures, is_complete
 from pipeline.prediction.identity import DEMO, alone_in, claim, identity_of
 from pipeline.prediction.pages import cut, page_lengths, tags
 from pipeline.prediction.parts import Parts
@@ -59,14 +59,22 @@ def predict(config: PredictConfig, pool: PoolSource, folder: Path, progress: Row
     file, parts = folder / SUMMARY, Parts(folder)
     with alone_in(folder):
         claim(folder, identity_of(config, pool, folder), begun=bool(parts.done()) or file.exists())
+        if file.exists() and not is_complete(parts, read_summary(file)):
+            file.unlink()  # of parts that are gone, which are answered again
         if not file.exists():
             answering = Answering(config, pool, parts)
             answering.run(progress)
             speed = {"seconds": monotonic() - began, "rows_per_second": answering.per_second}
             write_json(file, provenance("predict", started) | figures(config, pool, parts, answering.read) | speed)
-        with stored_file(file, "delete it, and it is made anew"):
-            summary: dict[str, Any] = json.loads(file.read_text())
+        summary = read_summary(file)
         check_bad_share(config.data, summary, parts)
+        return summary
+
+
+def read_summary(file: Path) -> dict[str, Any]:
+    """Reads what `predict` wrote; raises StoredFileError where it is damaged."""
+    with stored_file(file, "delete it, and it is made anew"):
+        summary: dict[str, Any] = json.loads(file.read_text())
         return summary
 
 
@@ -162,7 +170,7 @@ class Answering:
     def _finish(self, part: int, pages: dict[int, pa.Table]) -> None:
         table = pa.concat_tables([pages[number] for number in sorted(pages)])
         reasons = table["reason"].to_pylist()
-        if part == 0 and all(reasons):
+        if part == 0 and all(reasons) and self.config.data.max_bad_share < 1:
             told = "" if self.config.told is None else ", an expert of the pool or the column of its name with told=..."
             raise PredictError(
                 f"none of the first {len(table)} rows can be answered: {reasons[0]}; name the columns with "

@@ -58,14 +58,17 @@ def register_base(base: BaseModelConfig) -> ModelVersion:
 def base_folder(model_id: str) -> Path:
     """Returns the folder of a registered base: its location on this machine, or in the user's cache, fetched if need be.
 
-    Of several processes one fetches and the others wait; all files are read and checked. Raises RegistryError where the
-    current registry does not have it, or where it is not what was registered.
+    Of several processes one fetches and the others wait; all fetched files are read and checked. Of a base in place its own
+    code is checked, which runs when it is loaded; weights are compared by who loads it. Raises RegistryError where the current
+    registry does not have it, or where it is not what was registered.
     """
     try:
         model = MlflowClient().get_logged_model(model_id)
         place = urlsplit(model.artifact_location)
         if place.scheme in ("", "file"):
-            return Path(mlflow.artifacts.download_artifacts(artifact_uri=url2pathname(place.path)))
+            folder = Path(mlflow.artifacts.download_artifacts(artifact_uri=url2pathname(place.path)))
+            _check_code(folder, model.params.get(DIGEST, ""))
+            return folder
         return _cached(model)
     except (MlflowException, OSError) as error:
         raise RegistryError(
@@ -123,6 +126,16 @@ def _cached(model: LoggedModel) -> Path:
                     )
                 replace_folder(fetched, folder)
     return current_folder(folder)
+
+
+def _check_code(folder: Path, registered: str) -> None:
+    """Raises RegistryError where the Python files of a base with code of its own are not those that were registered."""
+    _, has_code, code = registered.partition(".")
+    if has_code and code_digest(folder) != code:
+        raise RegistryError(
+            f"{folder}: the Python files of this base are not those that were registered, and are not run; bring them back, or "
+            "register the base again"
+        )
 
 
 def _digest(folder: Path, *, code: bool) -> str:

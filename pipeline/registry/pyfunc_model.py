@@ -6,6 +6,7 @@ Every pool version carries a copy of this file (`served_code`), which answers th
 import base64
 import io
 import logging
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -171,14 +172,18 @@ def _encode(processor: Any, prompt: Any, value: Any) -> Encoded:
 
 def read_image(value: Any) -> Image.Image | None:
     """Decodes an image from encoded bytes or base64 text (None or NaN: no image); raises RowError."""
-    if value is None or isinstance(value, float):
+    if value is None or (isinstance(value, float) and math.isnan(value)):
         return None
     if not isinstance(value, (str, bytes, bytearray, memoryview)):
         raise RowError(f"column image: must be bytes or base64 text, found {type(value).__name__}")
     try:
-        encoded = base64.b64decode(value, validate=True) if isinstance(value, str) else bytes(value)
+        if isinstance(value, str):
+            text = value.partition(",")[2] if value.startswith("data:") else value  # a data URL, as browsers make them
+            encoded = base64.b64decode(text, validate=True)
+        else:
+            encoded = bytes(value)
         return Image.open(io.BytesIO(encoded)).convert("RGB")
-    except (ValueError, OSError, SyntaxError, Image.DecompressionBombError):
+    except Exception:  # noqa: BLE001  Pillow's decoders raise whatever damaged bytes lead them to: struct.error, IndexError, ...
         raise RowError(
             "column image: neither an encoded image (PNG, JPEG, ...) that can be read nor base64 text of one"
         ) from None

@@ -16,7 +16,9 @@ TASK = "task: {name: clock, train: train.parquet, eval: eval.parquet}\n"
         ("task: {name: clock, eval: eval.parquet}\n", "task 'clock' has no `train` source"),
         (TASK + "router: {feature_width: 64}\n", "router.feature_width is the pool's"),
         (TASK + "registry: {pool: mine}\n", "registry.pool: the pool is what --pool names"),
-        (TASK + "stream: {}\n", "stream: no such field"),
+        (TASK + "stream: {}\n", "stream: no such field; `pointsman add --help` lists the fields"),
+        ("tasks: {}\n", "tasks: no such field; did you mean `task`"),
+        ("task: {name: clock\n", "not valid YAML: line 2: expected"),
         (TASK + "name: data\n", "is what all runs of an output folder share"),
     ],
 )

@@ -138,3 +138,6 @@ def test_a_base_with_its_own_code_runs_it_elsewhere(experiment: str, tiny_folder
     assert load_base(there).model.own
     assert not hasattr(load_base(there.model_copy(update={"trust_remote_code": False})).model, "own")
     assert find_base("own", fingerprint(Path(there.path))).version == version.version
+    (Path(there.path) / "modeling_own.py").write_text("raise SystemExit('not what was registered')\n")
+    with pytest.raises(RegistryError, match="the Python files of this base are not those that were registered"):
+        base_folder(logged_model_id(version))

@@ -129,9 +129,11 @@ def test_the_image_column_may_be_missing(model: mlflow.pyfunc.PyFuncModel) -> No
 
 
 def test_a_bad_row_costs_no_other_its_answer(model: mlflow.pyfunc.PyFuncModel) -> None:
-    for value in (b"no image", "no base64!", base64.b64encode(b"no image").decode(), 7):
+    cut = [png("red")[:length] for length in (20, 40, 60)]
+    for value in (b"no image", "no base64!", base64.b64encode(b"no image").decode(), 7, 0.5, "data:image/png,x", *cut):
         with pytest.raises(RowError, match="column image"):
             read_image(value)
+    assert read_image("data:image/png;base64," + base64.b64encode(png("red")).decode()) is not None
     good = pd.DataFrame({"prompt": ["what color is it ?", "repeat : red"], "image": [png("red"), None]}, index=[1, 4])
     bad = pd.DataFrame({"prompt": ["<image>what is it ?", "what ?"], "image": [None, b"no image"]}, index=[2, 3])
     predicted = model.predict(pd.concat([good, bad]).sort_index(), {"max_new_tokens": 3})
