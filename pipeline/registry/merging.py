@@ -6,12 +6,14 @@ top, in a further version. Nothing is locked for that and nothing deleted, so it
 """
 
 from collections.abc import Mapping
+from contextlib import suppress
 
 from mlflow.entities.model_registry import ModelVersion
 
 from pipeline.registry.contents import Place, places_of
 from pipeline.registry.experts import reference_to
 from pipeline.registry.pools import MADE_OF
+from pipeline.registry.retries import RegistryError
 from pipeline.registry.successors import continuations, open_pool, register_successor
 from pipeline.registry.versions import get_version, logged_model, number, version_at
 from pipeline.routing.store import ExpertStore, StoredExpert
@@ -40,8 +42,11 @@ def unseen_changes(version: ModelVersion, start: ModelVersion) -> dict[str, Plac
 
 
 def _made_of(version: ModelVersion) -> ModelVersion | None:
+    """Returns the version of which this one is a change; None where a stream has learned it, or that one was deleted."""
     parent = logged_model(version).params.get(MADE_OF)
-    return None if parent is None else get_version(version.name, parent)
+    with suppress(RegistryError):
+        return None if parent is None else get_version(version.name, parent)
+    return None
 
 
 def _change(version: ModelVersion) -> dict[str, Place]:

@@ -1,4 +1,4 @@
-"""Pools made of registered ones: what they take over, whom they are built upon, and who was overtaken."""
+"""Pools made of registered ones: what they take over, and which ones they are built upon."""
 
 from collections.abc import Callable
 from pathlib import Path
