@@ -183,7 +183,7 @@ def read_image(value: Any) -> Image.Image | None:
         else:
             encoded = bytes(value)
         return Image.open(io.BytesIO(encoded)).convert("RGB")
-    except Exception:  # noqa: BLE001  Pillow's decoders raise whatever damaged bytes lead them to: struct.error, IndexError, ...
+    except Exception:  # noqa: BLE001 - decoders raise anything on broken data (IndexError, struct.error, ...)
         raise RowError(
             "column image: neither an encoded image (PNG, JPEG, ...) that can be read nor base64 text of one"
         ) from None

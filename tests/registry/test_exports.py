@@ -4,6 +4,7 @@ import json
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import mlflow
 import pytest
@@ -61,9 +62,9 @@ def version(
     mlflow.set_tracking_uri("")
 
 
-def export(version: ModelVersion, format: str, folder: Path, **more: object) -> bool:
+def export(version: ModelVersion, format: str, folder: Path, **more: Any) -> bool:
     scratch = folder.with_name(folder.name + " scratch")
-    return prepare_export(version, ExportFormat(format), scratch, **more).write(folder)  # type: ignore[arg-type]
+    return prepare_export(version, ExportFormat(format), scratch, **more).write(folder)
 
 
 @torch.inference_mode()

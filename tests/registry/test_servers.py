@@ -14,6 +14,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -377,7 +378,7 @@ def test_a_server_that_comes_back_gets_what_is_registered(
     for left in (2, 5, 9):
         with gate(server, requests_left=left, status=502, failures=2) as (uri, asked):
             use_registry(uri, "--registry")
-            Retries(30, messages.append)(lambda address=uri: register(address), "registering")  # type: ignore[misc]
+            Retries(30, messages.append)(partial(register, uri), "registering")
             assert len(asked) > left + 2
     assert "  registering: the registry does not answer (attempt 1: it answers 502); again in 0 s" in messages[0]
     assert read(server, "list") == before

@@ -10,7 +10,7 @@ from mlflow.entities.model_registry import ModelVersion
 from pipeline.config import BaseModelConfig
 from pipeline.evaluation.recorded import evaluate_recorded
 from pipeline.registry.evaluated_prompts import EvaluatedPrompts, has_prompts, keep_prompts, kept_prompts
-from pipeline.registry.experts import card_of, register_expert
+from pipeline.registry.experts import card_of, register_expert, registered_experts
 from pipeline.registry.pools import register_pool
 from pipeline.registry.promotion import promote
 from pipeline.registry.retries import RegistryError
@@ -125,8 +125,7 @@ def test_prompts_are_kept_beside_the_expert(start: ModelVersion, tmp_path: Path)
     np.testing.assert_array_equal(kept.own_N, given.own_N)
     np.testing.assert_array_equal(kept.features_NF, given.features_NF)
     assert (kept.ids, kept.questions) == (given.ids, given.questions)
-    store = open_pool(start).pool.experts.entries["digits"].store  # type: ignore[union-attr]
-    folder = store.ensure(open_pool(start).references["digits"])
+    folder = registered_experts().ensure(open_pool(start).references["digits"])
     assert not (folder / "evaluation").exists()
 
 
