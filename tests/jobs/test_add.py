@@ -1,6 +1,6 @@
-"""One more task for a registered pool, as users add it: elsewhere, with nothing but the registry, two of them.
+"""One more task for a registered pool, as users add it: elsewhere, with nothing but the registry.
 
-What happens where they register at the same moment: `tests/registry/test_merging.py`.
+What happens where two people add: `tests/registry/test_merging.py`.
 """
 
 import json
@@ -25,13 +25,10 @@ pytestmark = pytest.mark.ray
 
 POOL = "untrained.pool.mini"
 
-TASKS = {
-    name: {
-        "name": name,
-        "train": {"path": f"demo://{name}/train", "limit": 64},
-        "eval": {"path": f"demo://{name}/eval", "limit": 16},
-    }
-    for name in ("clock", "later")
+CLOCK = {
+    "name": "clock",
+    "train": {"path": "demo://clock/train", "limit": 64},
+    "eval": {"path": "demo://clock/eval", "limit": 16},
 }
 
 
@@ -52,7 +49,7 @@ def end(process: subprocess.Popen[str], code: int = 0) -> str:
 def test_a_task_is_added_from_the_registry_alone(
     tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """By two people who name the same champion; the run's folder, its data and the base's folder are gone before."""
+    """The run's folder, its data and the base's folder are gone before."""
     base = tmp_path / "base"
     shutil.copytree(tiny_folder, base)
     config = stream(base, tmp_path / "first")
@@ -68,32 +65,29 @@ def test_a_task_is_added_from_the_registry_alone(
     before = champion(POOL)
     assert before is not None
 
-    folders = [tmp_path / "ann", tmp_path / "bob"]
-    for folder in folders:
-        folder.mkdir()
-    waits = end(add(folders[0], TASKS["clock"], "registry.promote=manual"))
+    folder = tmp_path / "elsewhere"
+    folder.mkdir()
+    waits = end(add(folder, CLOCK, "registry.promote=manual"))
     assert "registry   untrained.pool.mini/2, evaluated" in waits
     assert champion(POOL).version == before.version, "nobody has decided"
-    end(add(folders[1], TASKS["later"]))
     newest = versions_of(POOL)[0]
     made = open_pool(newest)
-    assert made.pool.names[0] == "digits"
-    assert set(made.pool.names) == {"digits", "clock", "later"}
+    assert made.pool.names == ["digits", "clock"]
     assert made.references["digits"] == open_pool(before).references["digits"]
-    learned = json.loads((folders[0] / "mini-clock" / "summary.json").read_text())
+    learned = json.loads((folder / "mini-clock" / "summary.json").read_text())
     card = made.pool.experts["clock"].card
     assert (card.rank, learned["expert"]) == (4, "untrained.expert.clock/1"), "as the pool's other experts"
     assert card.base_fingerprint == made.pool.base_fingerprint
 
     kept = made.evaluated_on(before)
-    assert set(kept) == {"digits", "clock", "later", "repeat"}, "the next one is measured on all of them"
+    assert set(kept) == {"digits", "clock", "repeat"}, "the next one is measured on all of them"
     recorded = evaluate_recorded(made.pool, {name: evaluated.prompts for name, evaluated in kept.items()})
     scores = {score.dataset: score.accuracy for score in scores_of(newest)}
     assert {"digits", "repeat"} <= set(scores), "nobody had their data"
     assert {name: recorded.evaluation.accuracies()[name] for name in scores} == pytest.approx(scores)
     assert set(strays_of(newest) or {}) == set(scores)
 
-    refused = end(add(folders[1], TASKS["clock"] | {"prompt": "tell me: {question}"}), 2)
+    refused = end(add(folder, CLOCK | {"prompt": "tell me: {question}"}), 2)
     assert "has an expert of that name already, untrained.expert.clock version 1, learned otherwise" in refused
     assert "--replace" in refused
     assert get_version("untrained.expert.clock", "latest").version in (1, "1"), "nothing was trained for it"

@@ -253,13 +253,10 @@ def statuses(config: Path) -> list[str]:
 def test_stopped_and_killed_drivers_go_on_to_the_same_pool(undisturbed, tiny_folder, tmp_path):
     config = stream(tiny_folder, tmp_path / "killed")
     training, log = config.parent / "mini" / "training", config.parent / "log.txt"
-    # Ctrl-C in the middle of the first task's training, `ray job stop` soon after, a kill once the task was registered.
+    # `ray job stop` in the middle of the first task's training, a kill once the task was registered.
     stopped = kill_when(
-        start(config), lambda: any(training.glob("digits-*/checkpoint/progress.json")), by=signal.SIGINT
+        start(config), lambda: any(training.glob("digits-*/checkpoint/progress.json")), by=signal.SIGTERM
     )
-    assert stopped == 130
-    assert statuses(config) == ["KILLED"]
-    stopped = kill_when(start(config), lambda: statuses(config) == ["RUNNING"], by=signal.SIGTERM)
     assert stopped == 143
     assert statuses(config) == ["KILLED"]
     kill_when(start(config), lambda: any((config.parent / "mini" / "state").glob("task-*.json")))
@@ -271,7 +268,7 @@ def test_stopped_and_killed_drivers_go_on_to_the_same_pool(undisturbed, tiny_fol
     assert all(
         task.get("overhead_seconds", 1) > 0 for task in summary["tasks"].values()
     )  # digits was noted, then killed
-    assert log.read_text().count("the same command goes on from there") == 2
+    assert log.read_text().count("the same command goes on from there") == 1
     assert "Traceback" not in log.read_text()
     assert_same_pool(Pool.load(config.parent / "mini" / "pool"), Pool.load(undisturbed[0].parent / "mini" / "pool"))
     assert versions(config, "untrained.pool.mini") == ["1", "2"]

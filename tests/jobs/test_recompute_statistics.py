@@ -21,8 +21,9 @@ from pipeline.config import BaseModelConfig, LearnConfig, RouterConfig, load_con
 from pipeline.data.loading.batch_loader import distinct_batches
 from pipeline.data.loading.training_rows import CachedRows, TrainingRows
 from pipeline.errors import UserError
-from pipeline.learning import learn, trainings
+from pipeline.learning import trainings
 from pipeline.learning.opening import open_session
+from pipeline.learning.registering import registered_expert
 from pipeline.learning.session import StreamSession
 from pipeline.models.bases import Base, load_base
 from pipeline.models.encoding import Encoded, collate_for, without_answer
@@ -222,7 +223,7 @@ def test_learning_goes_on_from_the_recomputed_experts(
         for task in settings.stream.tasks:
             trained = begun.expert(task)
             assert trained.before
-            actual = learn._registered(session, task, trained)
+            actual = registered_expert(session, task, trained)
             assert_same(actual.expert.expert.statistics, renewed[0].experts[task.name].statistics)
             assert (actual.version.name, int(actual.version.version)) == (f"untrained.expert.{task.name}", 1)
             assert actual.metrics["samples"] == 12 * 16
