@@ -9,7 +9,6 @@
 Knows nothing of models, data or MLflow.
 """
 
-import json
 import logging
 import os
 import re
@@ -26,6 +25,7 @@ import ray.data
 from ray._private import auto_init_hook, ray_constants, ray_logging
 from ray.util.debug import log_once
 
+from cluster.submitted import runtime_env
 from pipeline.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -51,9 +51,6 @@ QUIET = {
 }
 """Environment of the driver and of every worker; what the user has set stays. OMP_NUM_THREADS is not in it on purpose:
 Ray sets it in each worker to the CPUs that the worker has booked, so `training.cpus_per_worker` is what torch gets."""
-
-JOB_CONFIG = "RAY_JOB_CONFIG_JSON_ENV_VAR"
-"""Where Ray hands a submitted job its runtime environment."""
 
 
 class ClusterError(UserError):
@@ -183,8 +180,7 @@ def _join(address: str) -> None:
         )
     use_token()
     # A key that the job already has must not be given again: Ray calls even equal values a conflict.
-    job = json.loads(os.environ.get(JOB_CONFIG, "{}")).get("runtime_env") or {}
-    job_variables = job.get("env_vars", {})
+    job_variables = runtime_env().get("env_vars", {})
     settings = {name: os.environ[name] for name in QUIET if name not in job_variables}
     try:
         if address != "auto":

@@ -5,18 +5,18 @@ python -m jobs.add jobs/configs/task.yaml --pool models:/tiny.pool.demo@champion
 
 import typer
 
-from jobs.adding import PoolAddress, Replace, add_to_pool
 from jobs.endings import user_errors
 from jobs.options import Address, ConfigFile, Overrides, job_command, load_as
-from jobs.registry.options import RegistryUri
+from jobs.registry.options import AddTo, Json, RegistryUri, Replace
 from pipeline.config import AddConfig
 
 
 def main(
     task: ConfigFile,
-    pool: PoolAddress,
+    pool: AddTo,
     overrides: Overrides = None,
     replace: Replace = False,
+    json: Json = False,
     registry: RegistryUri = None,
     address: Address = None,
 ) -> None:
@@ -28,9 +28,17 @@ def main(
     with user_errors():
         settings = load_as(task, overrides, AddConfig)
         if address:
-            more = ["--pool", pool, *(["--registry", registry] if registry else []), *["--replace"] * replace]
+            more = [
+                "--pool",
+                pool,
+                *(["--registry", registry] if registry else []),
+                *["--replace"] * replace,
+                *["--json"] * json,
+            ]
             job_command("jobs.add", task, overrides, address, *more)
-        add_to_pool(settings, pool, registry, replaces=replace)
+        from jobs.adding import add_to_pool
+
+        add_to_pool(settings, pool, registry, replaces=replace, as_json=json)
 
 
 if __name__ == "__main__":

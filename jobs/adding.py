@@ -1,16 +1,14 @@
 """What the commands share that bring one more expert into a registered pool: `add`, and `registry import`."""
 
 import os
-from typing import Annotated, Any
+from typing import Any
 
-import typer
-
-from jobs.terminal import Terminal, table
+from jobs.terminal import Terminal, print_json, table
 from pipeline.config import AddConfig
 from pipeline.files import write_json
 from pipeline.learning.adding import Added, add_task, stream_of
 from pipeline.learning.opening import open_session
-from pipeline.learning.progress import Progress
+from pipeline.learning.progress import LoggedProgress, Progress
 from pipeline.learning.session import StreamSession
 from pipeline.learning.summary import session_provenance
 from pipeline.models.target_modules import base_linears
@@ -21,26 +19,14 @@ from pipeline.registry.successors import open_pool
 from pipeline.registry.tracking import use_registry
 from pipeline.routing.foreign import foreign_adapter
 
-PoolAddress = Annotated[
-    str,
-    typer.Option(
-        "--pool",
-        help="The pool's version: models:/NAME@champion, NAME/3, or NAME: its champion, else its newest version.",
-    ),
-]
-Replace = Annotated[
-    bool, typer.Option("--replace", help="Let the new expert take the place of the pool's expert of that name.")
-]
 
-
-def add_to_pool(
-    settings: AddConfig, pool: str, registry: str | None, *, replaces: bool, progress: Progress | None = None
-) -> dict[str, Any]:
-    """Adds a task to a pool of a registry; shows accuracies before and after, and returns the summary.
+def add_to_pool(settings: AddConfig, pool: str, registry: str | None, *, replaces: bool, as_json: bool = False) -> None:
+    """Adds a task to a pool of a registry; shows accuracies before and after, or prints the summary as JSON.
 
     The registry is the one that is named, else the configuration's, else $MLFLOW_TRACKING_URI, else the output folder's.
     """
-    began, progress = now(), progress or Terminal()
+    began = now()
+    progress: Progress = LoggedProgress() if as_json else Terminal()
     given = {
         "--registry": registry,
         "registry.uri": settings.registry.uri,
@@ -58,7 +44,8 @@ def add_to_pool(
         summary = _summary(session, added, session_provenance(session, began))
         write_json(session.folder / "summary.json", summary)
         _show(session, added)
-    return summary
+    if as_json:
+        print_json(summary)
 
 
 def _summary(session: StreamSession, added: Added, provenance: dict[str, Any]) -> dict[str, Any]:

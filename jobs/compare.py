@@ -9,11 +9,7 @@ import typer
 
 from jobs.endings import user_errors
 from jobs.options import Address, ConfigFile, Overrides, job_command, load
-from jobs.results import print_next_steps, show_tasks
 from jobs.terminal import Terminal, methods_table
-from pipeline.learning.baselines import compare_methods
-from pipeline.learning.learn import learn_stream, publish
-from pipeline.learning.opening import open_session
 from pipeline.learning.state import Stopwatch
 
 
@@ -32,6 +28,11 @@ def main(
         settings = load(config, overrides)
         if address:
             job_command("jobs.compare", config, overrides, address, "--seeds", str(seeds))
+        from jobs.results import print_next_steps, show_tasks
+        from pipeline.learning.baselines import compare_methods
+        from pipeline.learning.learn import learn_stream, publish
+        from pipeline.learning.opening import open_session
+
         with open_session(settings, job="compare", progress=Terminal()) as session:
             learned = learn_stream(session)
             watch = Stopwatch(session.folder / "state" / "clock-compare.json")

@@ -4,7 +4,7 @@ python -m jobs.explain --pool runs/demo/pool --image digit.png --prompt "which d
 """
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from PIL import Image
@@ -13,13 +13,9 @@ from jobs.endings import user_errors
 from jobs.registry.options import RegistryUri, registry_address
 from jobs.terminal import Terminal, table
 from pipeline.config import BaseModelConfig, ConfigError
-from pipeline.evaluation.plots import routing_of_a_prompt
-from pipeline.models.bases import load_base
-from pipeline.models.encoding import IMAGE_PLACEHOLDER, collate_for, encode
-from pipeline.models.generation import generate_answers
-from pipeline.prediction.pool_source import pool_source
-from pipeline.routing import PoolError, RoutedModel
-from pipeline.routing.insight import Candidate, Explanation, explain
+
+if TYPE_CHECKING:
+    from pipeline.routing.insight import Candidate, Explanation
 
 PoolAddress = Annotated[
     str,
@@ -53,11 +49,21 @@ def main(
 ) -> None:
     """Explain an answer: candidate experts with posterior and distance, and a plot of the weights per token."""
     with user_errors():
+        if router is not None and router not in ("token", "prompt", "two_level"):
+            raise ConfigError(f"--router {router!r}: choose token, prompt or two_level")
+        images = [_open(path) for path in image or []]
+
+        from pipeline.evaluation.plots import routing_of_a_prompt
+        from pipeline.models.bases import load_base
+        from pipeline.models.encoding import IMAGE_PLACEHOLDER, collate_for, encode
+        from pipeline.models.generation import generate_answers
+        from pipeline.prediction.pool_source import pool_source
+        from pipeline.routing import PoolError, RoutedModel
+        from pipeline.routing.insight import explain
+
         source = pool_source(pool, registry_address(registry_uri))
         loaded = source.pool()
         if router is not None:
-            if router not in ("token", "prompt", "two_level"):
-                raise ConfigError(f"--router {router!r}: choose token, prompt or two_level")
             loaded = loaded.routed_by(kind=router)
         model = load_base(source.base() if base is None else BaseModelConfig(path=base))
         if model.fingerprint != loaded.base_fingerprint:
@@ -65,7 +71,6 @@ def main(
                 f"{pool}: made for base {loaded.base_label!r} with fingerprint {loaded.base_fingerprint}; "
                 f"--base {base or model.folder} has {model.fingerprint}"
             )
-        images = [_open(path) for path in image or []]
         if IMAGE_PLACEHOLDER not in prompt:
             prompt = IMAGE_PLACEHOLDER * len(images) + prompt
         if prompt.count(IMAGE_PLACEHOLDER) != len(images):
@@ -96,7 +101,7 @@ def _open(path: Path) -> Image.Image:
         raise ConfigError(f"--image {path}: not an image that can be read: {error}") from None
 
 
-def show(terminal: Terminal, answer: str, explanation: Explanation) -> None:
+def show(terminal: Terminal, answer: str, explanation: "Explanation") -> None:
     """Prints the answer, the reason and the table of candidates."""
     terminal.log(f"answer     {answer}")
     terminal.log(f"expert     {explanation.decision.expert or 'base'}")
@@ -110,7 +115,7 @@ def show(terminal: Terminal, answer: str, explanation: Explanation) -> None:
     )
 
 
-def _row(candidate: Candidate) -> list[str]:
+def _row(candidate: "Candidate") -> list[str]:
     within = {True: "yes", False: "no", None: "-"}[candidate.inside]
     values = [candidate.score, candidate.distance, candidate.threshold]
     score, distance, threshold = ("-" if value is None else _figure(value) for value in values)

@@ -3,17 +3,16 @@
 python -m jobs.learn jobs/configs/demo.yaml expert.rank=16
 """
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from jobs.endings import user_errors
 from jobs.options import Address, ConfigFile, Overrides, job_command, load
-from jobs.results import print_next_steps, show_tasks
 from jobs.terminal import Terminal
 from pipeline.evaluation.former_summary import by_todays_names
-from pipeline.learning.learn import learn_stream, publish
-from pipeline.learning.opening import open_session
-from pipeline.learning.session import StreamSession
 from pipeline.learning.state import read_json
+
+if TYPE_CHECKING:
+    from pipeline.learning.session import StreamSession
 
 
 def main(config: ConfigFile, overrides: Overrides = None, address: Address = None) -> None:
@@ -22,6 +21,10 @@ def main(config: ConfigFile, overrides: Overrides = None, address: Address = Non
         settings = load(config, overrides)
         if address:
             job_command("jobs.learn", config, overrides, address)
+        from jobs.results import print_next_steps, show_tasks
+        from pipeline.learning.learn import learn_stream, publish
+        from pipeline.learning.opening import open_session
+
         with open_session(settings, job="learn", progress=Terminal()) as session:
             result = learn_stream(session)
             report = publish(session, _with_comparison(session, result.summary))
@@ -29,7 +32,7 @@ def main(config: ConfigFile, overrides: Overrides = None, address: Address = Non
             print_next_steps(session, report)
 
 
-def _with_comparison(session: StreamSession, summary: dict[str, Any]) -> dict[str, Any]:
+def _with_comparison(session: "StreamSession", summary: dict[str, Any]) -> dict[str, Any]:
     """Keeps the comparison that an earlier `compare` of the same pool has written into the summary."""
     file = session.folder / "summary.json"
     if not file.exists():

@@ -1,6 +1,5 @@
 """Options that jobs share: the configuration file, overrides, the cluster's address."""
 
-import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -9,8 +8,7 @@ from typing import Annotated, NoReturn, TypeVar
 import typer
 
 import pipeline.config
-from cluster.local import JOB_CONFIG
-from cluster.submit import submit
+from cluster.submitted import is_submitted
 from pipeline.config import AddConfig, Config, ConfigError, LearnConfig, holds_secrets, load_config, without_secrets
 from pipeline.config.loading import aliases_of, documented_fields
 
@@ -52,8 +50,8 @@ def load_as(config: Path, overrides: list[str] | None, config_class: type[C]) ->
 
 def lasting(folder: str) -> str:
     """Returns a folder for results as it is, or, where it is relative in a submitted job, below `~/pointsman`."""
-    submitted = JOB_CONFIG in os.environ and not Path(folder).is_absolute()
-    return str(Path.home() / "pointsman" / folder) if submitted else folder
+    moves = is_submitted() and not Path(folder).is_absolute()
+    return str(Path.home() / "pointsman" / folder) if moves else folder
 
 
 def job_command(module: str, config: Path, overrides: list[str] | None, address: str, *more: str) -> NoReturn:
@@ -64,6 +62,8 @@ def job_command(module: str, config: Path, overrides: list[str] | None, address:
 
 def submit_job(module: str, words: Sequence[str], address: str) -> NoReturn:
     """Submits a job to a cluster: a module and the words of its command line; ends with the job's exit code."""
+    from cluster.submit import submit  # with Ray
+
     outcome = submit(["python", "-m", module, *words], address, Path.cwd())
     sys.exit(outcome.exit_code)
 

@@ -9,16 +9,11 @@ from typing import Annotated
 
 import typer
 
-from cluster.local import connect
 from jobs.endings import user_errors
 from jobs.options import Address, check_exposed, lasting, submit_job
 from jobs.registry.options import RegistryUri, registry_address
 from jobs.terminal import Terminal
 from pipeline.config import PredictConfig, load_config, without_secrets
-from pipeline.data.sources.reader import count_rows
-from pipeline.prediction.identity import DEMO
-from pipeline.prediction.pool_source import pool_source
-from pipeline.prediction.predict import predict
 
 Rows = Annotated[
     str, typer.Argument(help="File, folder, glob or URI of parquet, jsonl, json, tsv or csv.", metavar="ROWS")
@@ -65,6 +60,12 @@ def main(
             check_exposed([*words, registry], "put it into the environment of the cluster's nodes")
             words = ["--pool", pool, "--registry", registry, *(["--told", told] if told is not None else [])]
             submit_job("jobs.predict", [rows, out, *(fields or []), *words], address)
+        from cluster.local import connect
+        from pipeline.data.sources.reader import count_rows
+        from pipeline.prediction.identity import DEMO
+        from pipeline.prediction.pool_source import pool_source
+        from pipeline.prediction.predict import predict
+
         terminal, folder = Terminal(), Path(lasting(out)).expanduser().resolve()
         with terminal.working("looking the pool up"):
             source = pool_source(pool, registry, config.base)

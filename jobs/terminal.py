@@ -1,5 +1,6 @@
 """What a job shows in the terminal: progress with task, stage, loss and time left; lines of what is done; closing tables."""
 
+import json
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -7,6 +8,7 @@ from datetime import timedelta
 from time import monotonic
 from typing import TYPE_CHECKING, Any
 
+import typer
 from rich.console import Console
 from rich.progress import (
     BarColumn,
@@ -225,3 +227,8 @@ def _accuracy(method: Mapping[str, Any], key: str) -> str:
         return "-"
     spread = method.get("spread", {}).get(key)
     return f"{method[key]:.3f}" if spread is None else f"{method[key]:.3f} ± {spread:.3f}"
+
+
+def print_json(value: Any) -> None:
+    """Prints a result as JSON, to be read by programs."""
+    typer.echo(json.dumps(value, indent=2))

@@ -1,12 +1,18 @@
 """Files and folders that are replaced as a whole: written beside their place, put there by renaming."""
 
 import json
+import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
+
+
+def user_cache(name: str) -> Path:
+    """Returns this user's folder for copies that can be fetched again: $XDG_CACHE_HOME/pointsman/<name>, or in ~/.cache."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "pointsman" / name
 
 
 @contextmanager

@@ -38,8 +38,8 @@ from pipeline.models.encoding import IGNORED, Encoded
 from pipeline.models.generation import generate_answers
 from pipeline.models.tiny import build_tiny, tiny_processor
 from pipeline.planning.architecture import architecture_of, base_configuration
+from pipeline.planning.assumptions import Assumptions
 from pipeline.planning.job import EXPERT_STAGE, ROUTER_STAGE, job_moments
-from pipeline.planning.plan import Assumptions
 from pipeline.planning.summary import make_plan
 from pipeline.provenance import now, provenance
 from pipeline.routing.expert import Expert

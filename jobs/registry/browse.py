@@ -6,8 +6,9 @@ from typing import Annotated
 
 import typer
 
-from jobs.registry.options import Json, RegistryUri, Version, print_json, registry
-from jobs.terminal import table
+from jobs.registry.options import Json, RegistryUri, Version
+from jobs.registry.reaching import registry
+from jobs.terminal import print_json, table
 from pipeline.registry.browsing import difference, listed, meant, shown
 from pipeline.registry.migration import bases_to_migrate, waiting_for_migration
 

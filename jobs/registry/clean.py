@@ -5,8 +5,9 @@ from typing import Annotated
 
 import typer
 
-from jobs.registry.options import Json, RegistryUri, print_json, registry
-from jobs.terminal import table
+from jobs.registry.options import Json, RegistryUri
+from jobs.registry.reaching import registry
+from jobs.terminal import print_json, table
 from pipeline.registry.garbage import find_garbage, remove
 
 

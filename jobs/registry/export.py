@@ -6,7 +6,9 @@ from typing import Annotated
 
 import typer
 
-from jobs.registry.options import Json, RegistryUri, Version, print_json, registry
+from jobs.registry.options import Json, RegistryUri, Version
+from jobs.registry.reaching import registry
+from jobs.terminal import print_json
 from pipeline.registry.browsing import meant
 from pipeline.registry.exports import ExportFormat, model_id, prepare_export
 

@@ -6,18 +6,16 @@ from typing import Annotated
 
 import typer
 
-from jobs.adding import PoolAddress, Replace, add_to_pool
 from jobs.endings import user_errors
 from jobs.options import ConfigFile, Overrides, load_as
-from jobs.registry.options import Json, RegistryUri, print_json
+from jobs.registry.options import AddTo, Json, RegistryUri, Replace
 from pipeline.config import AddConfig
-from pipeline.learning.progress import LoggedProgress
 
 
 def import_adapter(
     adapter: Annotated[Path, typer.Argument(help="PEFT folder: adapter_config.json, adapter_model.safetensors.")],
     task: ConfigFile,
-    pool: PoolAddress,
+    pool: AddTo,
     overrides: Overrides = None,
     replace: Replace = False,
     json: Json = False,
@@ -31,7 +29,6 @@ def import_adapter(
     with user_errors():
         given = f"task.adapter={json_text.dumps(str(adapter.absolute()))}"
         settings = load_as(task, [*(overrides or []), given], AddConfig)
-        progress = LoggedProgress() if json else None
-        summary = add_to_pool(settings, pool, registry_uri, replaces=replace, progress=progress)
-        if json:
-            print_json(summary)
+        from jobs.adding import add_to_pool
+
+        add_to_pool(settings, pool, registry_uri, replaces=replace, as_json=json)

@@ -4,7 +4,9 @@ from typing import Annotated
 
 import typer
 
-from jobs.registry.options import Json, Pool, RegistryUri, pool_model, print_json, registry
+from jobs.registry.options import Json, Pool, RegistryUri
+from jobs.registry.reaching import pool_model, registry
+from jobs.terminal import print_json
 from pipeline.learning.replacing import replace_expert
 from pipeline.registry.browsing import meant
 from pipeline.registry.versions import version_at

@@ -4,7 +4,9 @@ from typing import Annotated
 
 import typer
 
-from jobs.registry.options import Json, Pool, RegistryUri, pool_model, print_json, registry
+from jobs.registry.options import Json, Pool, RegistryUri
+from jobs.registry.reaching import pool_model, registry
+from jobs.terminal import print_json
 from pipeline.registry import promotion
 from pipeline.registry.browsing import meant
 from pipeline.registry.successors import retire_expert

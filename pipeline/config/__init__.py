@@ -18,7 +18,15 @@ from pipeline.config.learning import (
 )
 from pipeline.config.loading import fields_of, load_config
 from pipeline.config.prediction import PredictConfig
-from pipeline.config.tasks import ColumnsConfig, DataConfig, Source, SourceConfig, StreamConfig, TaskConfig
+from pipeline.config.tasks import (
+    ColumnsConfig,
+    DataConfig,
+    ReadingConfig,
+    Source,
+    SourceConfig,
+    StreamConfig,
+    TaskConfig,
+)
 
 __all__ = [
     "AddConfig",
@@ -33,6 +41,7 @@ __all__ = [
     "LearnConfig",
     "PredictConfig",
     "RegistryConfig",
+    "ReadingConfig",
     "RouterConfig",
     "Source",
     "SourceConfig",

@@ -2,9 +2,9 @@
 
 from typing import Annotated
 
-from pydantic import AfterValidator, Field, model_validator
+from pydantic import AfterValidator, model_validator
 
-from pipeline.config.core import Config
+from pipeline.config.core import RUN_NAME, Config
 from pipeline.config.learning import (
     BaseModelConfig,
     EvaluationConfig,
@@ -34,7 +34,7 @@ class AddConfig(Config):
     """The task to learn."""
     benchmarks: tuple[TaskConfig, ...] = ()
     """Benchmarks of the base's abilities, evaluated anew; without them, those that the registry remembers are looked at."""
-    name: Annotated[str, AfterValidator(no_shared_folder)] | None = Field(default=None, pattern=r"^[A-Za-z0-9_-]+$")
+    name: Annotated[str, RUN_NAME, AfterValidator(no_shared_folder)] | None = None
     """Name of the run; its folder is `<output>/<name>`. Default: <pool>-<task>."""
     output: Annotated[str, AfterValidator(on_a_file_system)] = "runs"
     """Folder for results and checkpoints. On a cluster: shared storage; an object store must be mounted."""

@@ -6,13 +6,28 @@ import re
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
-from pydantic import BaseModel, ConfigDict, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, model_validator
 
 from pipeline.errors import UserError
 
 
 class ConfigError(UserError):
     """A mistake in a configuration file or an override; the message names file, field and remedy."""
+
+
+def spelled(pattern: str, rule: str) -> AfterValidator:
+    """Returns a check that a text matches `pattern` as a whole; its error says `rule`: "use letters and digits"."""
+
+    def check(text: str) -> str:
+        if not re.fullmatch(pattern, text):
+            raise ValueError(rule)
+        return text
+
+    return AfterValidator(check)
+
+
+RUN_NAME = spelled("[A-Za-z0-9_-]+", "use letters, digits, `_` and `-` only")
+"""Check of names that become folders and parts of the registry's names."""
 
 
 class Config(BaseModel):

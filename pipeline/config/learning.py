@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import AfterValidator, ByteSize, Field, model_validator
 
-from pipeline.config.core import Config, without_secrets
+from pipeline.config.core import RUN_NAME, Config, spelled, without_secrets
 from pipeline.config.tasks import DataConfig, StreamConfig
 
 
@@ -59,7 +59,7 @@ class BaseModelConfig(Config):
     """Checkpoint folder, hub id, URI (s3://, gs://) or GGUF file; `tiny` is the base that ships with the project."""
     revision: str | None = None
     """Branch, tag or commit, for a hub id."""
-    name: str | None = Field(default=None, pattern=r"^[A-Za-z0-9_.-]+$")
+    name: Annotated[str, spelled("[A-Za-z0-9_.-]+", "use letters, digits, `_`, `.` and `-` only")] | None = None
     """Name in the registry; default: the last part of `path`."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Precision of the frozen weights; bfloat16 is for GPUs and slow on CPUs."""
@@ -276,7 +276,7 @@ class RegistryConfig(Config):
     artifacts: str | None = None
     """Where a new experiment keeps its artifacts, a folder or an address like s3://bucket/mlflow; the experiment remembers it.
     Default: what a server decides; for a file or a database `mlartifacts` beside the file, or in the output folder."""
-    pool: str | None = Field(default=None, pattern=r"^[A-Za-z0-9_-]+$")
+    pool: Annotated[str, RUN_NAME] | None = None
     """Name of the pool, whose versions are `<base>.pool.<pool>`; default: the run's name. Streams with the same pool write into
     the same versions."""
     promote: Literal["gate", "manual"] = "gate"
@@ -292,7 +292,7 @@ class RegistryConfig(Config):
 class LearnConfig(Config):
     """All settings of `pointsman learn`; one YAML file."""
 
-    name: Annotated[str, AfterValidator(no_shared_folder)] = Field(default="demo", pattern=r"^[A-Za-z0-9_-]+$")
+    name: Annotated[str, RUN_NAME, AfterValidator(no_shared_folder)] = "demo"
     """Name of the run; its folder is `<output>/<name>`."""
     output: Annotated[str, AfterValidator(on_a_file_system)] = "runs"
     """Folder for results, checkpoints and, by default, MLflow's database. On a cluster: shared storage; an object store must be

@@ -4,7 +4,7 @@ from pydantic import Field, model_validator
 
 from pipeline.config.core import Config
 from pipeline.config.learning import BaseModelConfig, InferenceConfig
-from pipeline.config.tasks import DataConfig, Questions
+from pipeline.config.tasks import Questions, ReadingConfig
 
 
 class AnsweringConfig(InferenceConfig):
@@ -32,7 +32,7 @@ class PredictConfig(Config):
     """Oracle routing: an expert of the pool or `base`, which answers all rows, or the column that names it for each."""
     base: BaseModelConfig | None = None
     """The base of a pool's folder. Of a registered pool the registry says it; dtype, attention and max_tiles may differ."""
-    data: DataConfig = DataConfig()
+    data: ReadingConfig = ReadingConfig()
     evaluation: AnsweringConfig = AnsweringConfig()
     rows_per_part: int = Field(default=1024, ge=1)
     """Rows of one file of answers; a command that was stopped goes on after the last file."""
@@ -41,6 +41,4 @@ class PredictConfig(Config):
     def _fits_prediction(self) -> "PredictConfig":
         if "{question}" not in self.prompt:
             raise ValueError("prompt: the template must contain {question}")
-        if self.data.vision_cache != "off":
-            raise ValueError("data.vision_cache: every image is read once here, so a cache saves nothing; leave it off")
         return self

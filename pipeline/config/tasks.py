@@ -5,7 +5,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
-from pipeline.config.core import Config
+from pipeline.config.core import Config, spelled
 
 
 class ColumnsConfig(Config):
@@ -91,7 +91,9 @@ Questions = Annotated[SourceConfig, BeforeValidator(_as_source)]
 class TaskConfig(Config):
     """One task of the stream, or one benchmark of base abilities (then without `train`)."""
 
-    name: str = Field(pattern=r"^[a-z][a-z0-9_]{0,47}$")
+    name: Annotated[
+        str, spelled("[a-z][a-z0-9_]{0,47}", "use a lower-case letter first, then letters, digits and `_`, 48 at most")
+    ]
     """Name of the task and of its expert: lower-case letters, digits, underscores."""
     train: Source | None = None
     """Rows to learn from; benchmarks have none."""
@@ -161,10 +163,10 @@ def _off(value: Any) -> Any:
     return "off" if value is False else value  # how YAML reads the word
 
 
-class DataConfig(Config):
+class ReadingConfig(Config):
     """How rows are read, checked and encoded."""
 
-    FORMER_NAMES = {"num_readers": "readers", "group_by_length": "by_length"}
+    FORMER_NAMES = {"num_readers": "readers"}
 
     max_bad_share: float = Field(default=0.05, ge=0, le=1)
     """Share of bad rows above which a task fails; up to it they are set aside in a quarantine file."""
@@ -178,6 +180,13 @@ class DataConfig(Config):
     fits."""
     num_readers: int = Field(default=2, ge=1)
     """Parallel preprocessing tasks, one CPU each; about one per core, fewer where training computes on the same cores."""
+
+
+class DataConfig(ReadingConfig):
+    """How rows are read, checked and encoded, and read again."""
+
+    FORMER_NAMES = ReadingConfig.FORMER_NAMES | {"group_by_length": "by_length"}
+
     cache: Literal["auto", "memory", "none"] = "auto"
     """Keep preprocessed rows in Ray's object store over the epochs. `auto`: if they fit into a quarter of the smallest node's
     store, since every node that trains comes to hold all of them. Other rows are streamed from their files; text files and

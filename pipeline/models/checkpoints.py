@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from pipeline.config import BaseModelConfig, without_secrets
 from pipeline.errors import UserError, stored_file
+from pipeline.files import user_cache
 from pipeline.locks import made_once, staging
 from pipeline.models.tiny import TINY_BASE
 
@@ -32,7 +33,7 @@ DECISIVE = (
 
 _ORIGIN = {"_name_or_path", "name_or_path", "transformers_version"}
 
-CACHE = Path.home() / ".cache" / "pointsman" / "bases"
+CACHE = user_cache("bases")
 """Cache of bases from URIs and GGUF files."""
 
 

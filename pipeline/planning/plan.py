@@ -11,14 +11,15 @@ from pipeline.config import LearnConfig
 from pipeline.data.loading.batch_loader import StepLayout
 from pipeline.planning.activations import Activations, Kernel, Pass, activations
 from pipeline.planning.architecture import PROJECTOR, VISION, Architecture
+from pipeline.planning.assumptions import Assumptions
 from pipeline.planning.compute import (
-    Gpu,
     Operations,
     answering_seconds,
     gathering_seconds,
     operations,
     vision_operations,
 )
+from pipeline.planning.gpus import Gpu
 from pipeline.planning.sizes import Sizes, sizes
 from pipeline.planning.states import States, states
 from pipeline.training.zero import zero_config
@@ -32,25 +33,6 @@ FRAGMENTATION = 0.08
 
 TILES = 12
 """Most tiles per image of InternVL's processor, unless `base.max_tiles` is less; a thumbnail comes on top."""
-
-
-@dataclass(frozen=True)
-class Assumptions:
-    """Quantities that a configuration does not hold."""
-
-    tiles: int = 6
-    """Tiles of a typical row, thumbnail included."""
-    text_tokens: int = 200
-    """Text tokens of a typical row: template, question and answer."""
-    answer_tokens: int = 64
-    """Answer tokens of a typical row."""
-    longest_answer: int = 512
-    """Answer tokens of the longest row; at least `answer_tokens`. Mostly images and documents make a row long, but captions and
-    explanations have hundreds of tokens."""
-    utilisation: float = 0.35
-    """Share of the GPU's operations that training reaches."""
-    prompts: int = 1000
-    """Evaluation prompts per task or benchmark without `evaluation.limit`."""
 
 
 @dataclass(frozen=True)

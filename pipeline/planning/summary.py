@@ -10,9 +10,10 @@ from pipeline.config import ConfigError, LearnConfig
 from pipeline.planning import activations, compute, inference, sizes, states
 from pipeline.planning.advice import Change, largest_micro_batch
 from pipeline.planning.architecture import Architecture
-from pipeline.planning.compute import GPUS
+from pipeline.planning.assumptions import Assumptions
+from pipeline.planning.gpus import GPUS
 from pipeline.planning.job import job_fits, job_moments, served_pool, worst_moment
-from pipeline.planning.plan import CONTEXT, FRAGMENTATION, Assumptions, Plan
+from pipeline.planning.plan import CONTEXT, FRAGMENTATION, Plan
 
 POOLS = (10, 50, 100)
 """Numbers of experts for which the pool's size is reported beside the stream's own."""

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from pipeline.config import DataConfig, PredictConfig, without_secrets
+from pipeline.config import PredictConfig, ReadingConfig, without_secrets
 from pipeline.prediction.errors import PredictError
 from pipeline.prediction.parts import Parts
 from pipeline.prediction.pool_source import PoolSource
@@ -39,7 +39,7 @@ def is_complete(parts: Parts, summary: dict[str, Any]) -> bool:
     return (totals.rows_out, totals.set_aside) == (summary["rows_out"], summary["set_aside"])
 
 
-def check_bad_share(data: DataConfig, summary: dict[str, Any], parts: Parts) -> None:
+def check_bad_share(data: ReadingConfig, summary: dict[str, Any], parts: Parts) -> None:
     """Raises PredictError where more rows were set aside, or more files lost, than the configuration allows."""
     rows, aside, lost = summary["rows_in"], summary["set_aside"], summary["lost_files"]
     quarantine: Path = parts.quarantine(0).parent

@@ -19,7 +19,7 @@ import pyarrow as pa
 import ray
 
 from cluster.preflight import check_inference
-from pipeline.config import PredictConfig, TrainingConfig
+from pipeline.config import DataConfig, PredictConfig, TrainingConfig
 from pipeline.data.encoded.encoding import TaskRows
 from pipeline.data.loading.preprocess import encoded_rows
 from pipeline.errors import stored_file
@@ -124,7 +124,7 @@ class Answering:
         rows = encoded_rows(
             TaskRows(self.config.source, self.config.prompt, answered=False, task_column=column),
             "predict",
-            self.config.data,
+            DataConfig(**dict(self.config.data)),
             base=base,
             data_folder=self.parts.folder / DEMO,
             answer=False,

@@ -17,7 +17,7 @@ from pydantic import Field
 from safetensors import SafetensorError, safe_open
 
 from pipeline.config import Config
-from pipeline.files import current_folder, replace_folder
+from pipeline.files import current_folder, replace_folder, user_cache
 from pipeline.locks import staging
 from pipeline.routing.adapters import ADAPTER_WEIGHTS, ExpertError
 from pipeline.routing.contents import CONTENTS, Contents
@@ -243,5 +243,4 @@ def cache_folder() -> Path:
     """Returns the folder of experts that this user's registered pools share: $POINTSMAN_EXPERTS, or in the user's cache."""
     if given := os.environ.get(CACHE_VARIABLE):
         return Path(given).expanduser()
-    cache = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    return Path(cache).expanduser() / "pointsman" / "experts"
+    return user_cache("experts")

@@ -18,7 +18,7 @@ def test_overrides_lie_on_top_of_the_file(file):
     file.write_text(STREAM + "expert: {rank: 16}\n")
     overrides = ["expert.rank=4", "expert.learning_rate=1e-3", "training.gpu=true", "router.feature_width=null",
                  "stream.base_prompts=demo://general/train", "seed=7", "name=a=b"]  # fmt: skip
-    with pytest.raises(ConfigError, match="name: String should match"):
+    with pytest.raises(ConfigError, match="name: use letters, digits, `_` and `-` only"):
         load_config(file, overrides, LearnConfig)
     config = load_config(file, overrides[:-1], LearnConfig)
     assert (config.expert.rank, config.training.gpu, config.router.feature_width, config.seed) == (4, True, None, 7)

@@ -117,7 +117,7 @@ def test_mistakes_are_one_line_and_exit_code_2(uri: str, rows: Path, tmp_path: P
         "base.path: the registry says which base answers": words(rows, out, uri, "base.path=tiny"),
         "prompt: the template must contain {question}": words(rows, out, uri, "prompt=what"),
         "no such field; did you mean `evaluation.workers`": words(rows, out, uri, "evaluation.worker=2"),
-        "data.vision_cache: every image is read once here": words(rows, out, uri, "data.vision_cache=features"),
+        "data.vision_cache: no such field": words(rows, out, uri, "data.vision_cache=features"),
         "which every user of the cluster could read": words(
             rows, out, "http://user:secret@mlflow:5000", "--address", "http://127.0.0.1:1"
         ),

@@ -14,15 +14,14 @@ import yaml
 from mlflow import MlflowClient
 from typer.testing import CliRunner
 
-from jobs import recompute_statistics
 from jobs.cli import app
-from jobs.recompute_statistics import _meant, recompute
 from pipeline.config import BaseModelConfig, LearnConfig, RouterConfig, load_config
 from pipeline.data.loading.batch_loader import distinct_batches
 from pipeline.data.loading.training_rows import CachedRows, TrainingRows
 from pipeline.errors import UserError
-from pipeline.learning import trainings
+from pipeline.learning import recomputing, trainings
 from pipeline.learning.opening import open_session
+from pipeline.learning.recomputing import pool_to_renew, recompute
 from pipeline.learning.registering import registered_expert
 from pipeline.learning.session import StreamSession
 from pipeline.models.bases import Base, load_base
@@ -275,7 +274,7 @@ def test_other_settings_of_the_router_make_a_second_version(
     known = new_pools(aged.config)
     settings = ["router.feature_width=64", "router.statistics_rows=16", "stream.base_prompts=null"]
     words = [*settings, "--pool", "models:/untrained.pool.mini/latest"]
-    compute, computed = recompute_statistics.recomputed, []
+    compute, computed = recomputing.recomputed, []
 
     def stopped_at_echo(expert: TrainedExpert, *arguments: Any, **settings: Any) -> Expert:
         if expert.card.name == "echo" and "stopped" not in computed:
@@ -284,7 +283,7 @@ def test_other_settings_of_the_router_make_a_second_version(
         computed.append(expert.card.name)
         return compute(expert, *arguments, **settings)
 
-    monkeypatch.setattr(recompute_statistics, "recomputed", stopped_at_echo)
+    monkeypatch.setattr(recomputing, "recomputed", stopped_at_echo)
     outcome = CliRunner().invoke(app, ["recompute-statistics", str(aged.config), *words])
     assert outcome.exit_code == 130, outcome.output
     assert versions(aged.config, "untrained.expert.echo") == [1]
@@ -376,4 +375,4 @@ def test_wrong_pools_are_messages(aged: Aged, tmp_path: Path, tiny_base: Base) -
     with open_session(load_config(aged.config, [], LearnConfig), job="test", trains=False) as session:
         for pool, words in wrong.items():
             with pytest.raises(UserError, match=re.escape(words)):
-                recompute(session, _meant(session, pool, tmp_path))
+                recompute(session, pool_to_renew(session, pool, tmp_path))

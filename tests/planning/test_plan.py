@@ -10,8 +10,9 @@ import pytest
 from pipeline.config import BaseModelConfig, LearnConfig, load_config
 from pipeline.planning.advice import advice, changed, largest_micro_batch
 from pipeline.planning.architecture import Architecture, architecture_of, base_configuration
+from pipeline.planning.assumptions import Assumptions
 from pipeline.planning.job import job_fits, job_moments, served_pool, worst_inference, worst_moment
-from pipeline.planning.plan import Assumptions, Plan
+from pipeline.planning.plan import Plan
 from pipeline.planning.summary import make_plan
 from pipeline.routing import Pool
 from tests.helpers import make_expert

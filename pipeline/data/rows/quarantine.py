@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from pipeline.config import DataConfig, SourceConfig, without_secrets
+from pipeline.config import ReadingConfig, SourceConfig, without_secrets
 from pipeline.data.errors import StreamError
 
 NOTES = ("id", "reason", "excerpt", "source", "rows", "lost")
@@ -39,7 +39,7 @@ class SetAside:
 
 
 def set_aside(
-    task: str, source: SourceConfig, bad: Sequence[Mapping[str, Any]], good: int, file: Path, data: DataConfig
+    task: str, source: SourceConfig, bad: Sequence[Mapping[str, Any]], good: int, file: Path, data: ReadingConfig
 ) -> SetAside:
     """Writes the bad rows of a task's source (`NOTES`) to `file`, one JSON object per line; `good` rows are left.
 
