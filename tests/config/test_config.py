@@ -87,7 +87,7 @@ def test_reserved_task_names(file, name):
 
 @pytest.mark.parametrize("name", ["", "Digits", "7up", "a-b", "a/b", "x" * 49])
 def test_task_names_are_safe_as_folder_names(name):
-    with pytest.raises(ValueError, match="pattern"):
+    with pytest.raises(ValueError, match="use a lower-case letter first"):
         TaskConfig(name=name, eval="b")
 
 
