@@ -22,7 +22,10 @@ from pipeline.provenance import now, provenance
 
 Gpu = Annotated[
     str | None,
-    typer.Option(help=f"One of {', '.join(GPUS)}.", show_default="a10g; this machine's memory without training.gpu"),
+    typer.Option(
+        help=f"One of {', '.join(GPUS)}.",
+        show_default="the smallest that holds the job; this machine's memory without training.gpu",
+    ),
 ]
 BaseConfig = Annotated[
     Path | None,
@@ -72,19 +75,17 @@ def main(
         from jobs.plan_tables import show
         from pipeline.planning.advice import advice
         from pipeline.planning.architecture import architecture_of, base_configuration
-        from pipeline.planning.summary import formulas, gpu_name, make_plan, summary
+        from pipeline.planning.summary import check_gpu, formulas, make_plan, smallest_gpu, summary
 
-        plan = make_plan(
-            settings,
-            architecture_of(
-                base_configuration(settings.base, _config_json(base_config)), settings.expert.target_modules
-            ),
-            gpu=gpu,
-            assumptions=Assumptions(tiles, text_tokens, answer_tokens, longest_answer, utilisation),
-            link=link,
+        check_gpu(gpu)
+        architecture = architecture_of(
+            base_configuration(settings.base, _config_json(base_config)), settings.expert.target_modules
         )
+        assumptions = Assumptions(tiles, text_tokens, answer_tokens, longest_answer, utilisation)
+        planned = gpu or smallest_gpu(settings, architecture, assumptions)
+        plan = make_plan(settings, architecture, gpu=planned, assumptions=assumptions, link=link)
         changes = advice(plan)
-        values = summary(plan, gpu_name(settings, gpu), changes)
+        values = summary(plan, planned, changes)
         values = {
             **provenance(settings.name, started, seed=settings.seed),
             **values,
@@ -95,7 +96,11 @@ def main(
         typer.echo(json.dumps(values, indent=1))
         return
     terminal = Terminal()
-    show(terminal, plan, gpu_name(settings, gpu), changes)
+    show(terminal, plan, planned, changes)
+    if planned and not gpu:
+        terminal.log(
+            f"no --gpu was given: {planned} has the least memory of those that hold the job, or the most of all"
+        )
     if explain:
         typer.echo(formulas())
     terminal.log(f"summary    {file}")

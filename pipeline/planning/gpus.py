@@ -20,8 +20,8 @@ class Gpu:
 PCIE = 32e9
 
 GPUS = {
-    "a10": Gpu(24e9, 125e12, 600e9, PCIE),
     "a10g": Gpu(24e9, 70e12, 600e9, PCIE),
+    "a10": Gpu(24e9, 125e12, 600e9, PCIE),
     "l4": Gpu(24e9, 121e12, 300e9, PCIE),
     "rtx3090": Gpu(24e9, 71e12, 936e9, PCIE),
     "rtx4090": Gpu(24e9, 165e12, 1008e9, PCIE),
@@ -31,5 +31,5 @@ GPUS = {
     "h100": Gpu(80e9, 989e12, 3350e9, 450e9),
     "h200": Gpu(141e9, 989e12, 4800e9, 450e9),
 }
-"""GPUs by name: nvidia.com/en-us/data-center/{a10-gpu, l4, l40s, a100, h100, h200}, the Ampere GA102 and Ada architecture
+"""GPUs by name, of equal ones the most common in clouds first: nvidia.com/en-us/data-center/{a10-gpu, l4, l40s, a100, h100, h200}, the Ampere GA102 and Ada architecture
 whitepapers for the RTX cards, aws.amazon.com/ec2/instance-types/g5 for the A10G. SXM modules of A100, H100 and H200."""

@@ -36,11 +36,19 @@ EXPLAINED = {
 """Functions whose docstrings are the formulas, by module."""
 
 
-def gpu_name(config: LearnConfig, name: str | None) -> str | None:
-    """Returns the planned GPU, None for CPUs; raises ConfigError for an unknown one."""
+def check_gpu(name: str | None) -> None:
+    """Raises ConfigError for the name of an unknown GPU."""
     if name is not None and name not in GPUS:
         raise ConfigError(f"--gpu {name}: not known; choose one of {', '.join(GPUS)}")
-    return name or ("a10g" if config.training.gpu else None)
+
+
+def smallest_gpu(config: LearnConfig, architecture: Architecture, assumptions: Assumptions) -> str | None:
+    """Returns the GPU with the least memory that holds the job, the largest where none does; None for CPUs."""
+    if not config.training.gpu:
+        return None
+    by_memory = sorted(GPUS, key=lambda name: GPUS[name].memory)
+    plans = ((name, make_plan(config, architecture, gpu=name, assumptions=assumptions)) for name in by_memory)
+    return next((name for name, plan in plans if job_fits(plan)), by_memory[-1])
 
 
 def make_plan(
@@ -51,9 +59,11 @@ def make_plan(
     assumptions: Assumptions | None = None,
     link: float | None = None,
 ) -> Plan:
-    """Returns the plan of a stream over a base; `link` in GB/s between workers, if slower than the GPU's own."""
-    name = gpu_name(config, gpu)
-    spec = GPUS[name] if name else None
+    """Returns the plan of a stream over a base on CPUs, or on GPUs of that name.
+
+    `link` is in GB/s between workers, if that is slower than the GPU's own.
+    """
+    spec = GPUS[gpu] if gpu else None
     if spec and link is not None:
         spec = replace(spec, link=1e9 * link)
     capacity = spec.memory if spec else psutil.virtual_memory().total / config.training.workers

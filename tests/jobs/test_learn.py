@@ -13,7 +13,9 @@ import mlflow
 import pytest
 import yaml
 from mlflow import MlflowClient
+from typer.testing import CliRunner
 
+from jobs.cli import app
 from pipeline.learning.opening import alone_in
 from pipeline.registry.pools import download_pool
 from pipeline.registry.promotion import champion
@@ -81,6 +83,17 @@ def start(config: Path, *overrides: str) -> subprocess.Popen[str]:
 def finish(config: Path, *overrides: str) -> dict:
     process = start(config, *overrides)
     assert process.wait(timeout=400) == 0, (config.parent / "log.txt").read_text()[-3000:]
+    return summary_of(config)
+
+
+def again(config: Path, *overrides: str) -> str:
+    """Runs the job once more, in this process; returns what it prints."""
+    outcome = CliRunner().invoke(app, ["learn", str(config), *overrides])
+    assert outcome.exit_code == 0, outcome.output[-3000:]
+    return outcome.output
+
+
+def summary_of(config: Path) -> dict:
     return json.loads((config.parent / "mini" / "summary.json").read_text())
 
 
@@ -174,12 +187,11 @@ def test_a_finished_run_changes_nothing(undisturbed):
     whole = weights.read_bytes()
     weights.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))  # damaged: the registry has it still
     (config.parent / "echo.jsonl").rename(config.parent / "gone.jsonl")  # what was learned from it is learned
-    again = finish(config, "training.zero_stage=2", "training.micro_batch=4", "training.workers=2")
+    again(config, "training.zero_stage=2", "training.micro_batch=4", "training.workers=2")
     (config.parent / "gone.jsonl").rename(config.parent / "echo.jsonl")
     assert weights.read_bytes() == whole
-    assert again["accuracy_matrix"] == summary["accuracy_matrix"]
-    assert again["tasks"] == summary["tasks"]
-    assert again["answers"] == summary["answers"]
+    after = summary_of(config)
+    assert all(after[key] == summary[key] for key in ("accuracy_matrix", "tasks", "answers"))
     assert versions(config, "untrained.expert.digits") == versions(config, "untrained.expert.echo") == ["1"]
     assert versions(config, "untrained.pool.mini") == ["1", "2"]
 
@@ -188,10 +200,7 @@ def test_what_another_run_has_registered_is_not_learned_again(undisturbed, tmp_p
     """Nothing but the registry is shared."""
     config, summary = undisturbed
     registry = f"registry.uri=sqlite:///{config.parent / 'mlflow.db'}"
-    command = [sys.executable, "-m", "jobs.learn", str(config), registry, f"output={tmp_path}", "name=colleague"]
-    answer = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
-    assert answer.returncode == 0, answer.stderr[-3000:]
-    assert "digits: another run has learned it" in answer.stdout
+    assert "digits: another run has learned it" in again(config, registry, f"output={tmp_path}", "name=colleague")
     assert not (tmp_path / "colleague" / "training").exists()
     actual = json.loads((tmp_path / "colleague" / "summary.json").read_text())
     assert actual["accuracy_matrix"] == summary["accuracy_matrix"]
@@ -218,8 +227,8 @@ def test_what_the_registry_does_not_have_is_only_registered(undisturbed):
     with (config.parent / "mini" / "state" / "metrics.jsonl").open("a") as spool:  # as of a server that was away
         run = other.search_runs(["1"])[0]
         spool.write(json.dumps([run.info.run_id, "digits/late", 0.5, 1, 1000]))
-    again = finish(config, f"registry.uri=sqlite:///{config.parent / 'other.db'}")
-    assert again["tasks"] == summary["tasks"]
+    again(config, f"registry.uri=sqlite:///{config.parent / 'other.db'}")
+    assert summary_of(config)["tasks"] == summary["tasks"]
     assert (folder / "adapter_model.safetensors").read_bytes() == whole
     assert versions(config, "untrained.expert.echo", "other.db") == ["1"]
     assert versions(config, "untrained.pool.mini", "other.db") == ["1", "2"]

@@ -47,7 +47,8 @@ def test_json_is_the_file(run: Any, tmp_path: Path) -> None:
 
 
 def test_it_says_what_to_change(run: Any) -> None:
-    outcome = run(STREAM, *BASE, "data.vision_cache=off", "training.micro_batch=4", "data.max_tokens=8192")
+    larger = ["data.vision_cache=off", "training.micro_batch=4", "data.max_tokens=8192"]
+    outcome = run(STREAM, *BASE, "--gpu", "a10g", *larger)
     assert outcome.exit_code == 0, outcome.output
     output = [
         line.split("   ")[0] for line in outcome.output.splitlines() if "does not fit" in line or "  then" in line

@@ -13,7 +13,7 @@ from pipeline.planning.architecture import Architecture, architecture_of, base_c
 from pipeline.planning.assumptions import Assumptions
 from pipeline.planning.job import job_fits, job_moments, served_pool, worst_inference, worst_moment
 from pipeline.planning.plan import Plan
-from pipeline.planning.summary import make_plan
+from pipeline.planning.summary import make_plan, smallest_gpu
 from pipeline.routing import Pool
 from tests.helpers import make_expert
 
@@ -63,6 +63,17 @@ def test_shipped_configurations_fit_their_gpu_as_they_say(bases: dict[str, Archi
     assert command.groups() == (
         f"jobs/configs/{name}.yaml", SHIPPED[name][1], f"jobs/configs/bases/{SHIPPED[name][0]}/config.json"
     )  # fmt: skip
+
+
+def test_the_smallest_gpu_that_holds_the_job_is_meant_where_none_is_named(bases: dict[str, Architecture]) -> None:
+    for name, overrides, expected in (
+        ("internvl2_2b", [], "a10g"),
+        ("internvl2_8b", [], "a100-80"),
+        ("internvl2_8b", ["training.zero_stage=0", "training.micro_batch=32", "data.max_tokens=32768"], "h200"),
+        ("internvl2_2b", ["training.gpu=false"], None),
+    ):
+        config = load_config(CONFIGS / f"{name}.yaml", overrides, LearnConfig)
+        assert smallest_gpu(config, bases[SHIPPED[name][0]], Assumptions()) == expected
 
 
 def test_one_gpu_takes_the_same_steps(bases: dict[str, Architecture]) -> None:
