@@ -144,8 +144,8 @@ class TrainingBar:
     def update(self, steps: "Sequence[Step]") -> None:
         """Shows the latest of these steps."""
         for step in steps:
-            if step.stage == "validation":
-                self._terminal.log(f"  {step.task}: held-out loss {step.loss:.3f} after step {step.step}")
+            if step.remark:
+                self._terminal.log(f"  {step.remark}")
                 continue
             if self._progress is None:
                 if step.step % max(1, step.steps // 4) == 0 or step.step == step.steps:

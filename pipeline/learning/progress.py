@@ -59,9 +59,9 @@ class LoggedProgress:
         yield self
 
     def update(self, steps: Sequence[Step]) -> None:
-        """Logs the last step of a stage, and every validation."""
+        """Logs the last step of a stage, every validation and every restart."""
         for step in steps:
-            if step.stage == "validation":
-                self.log(f"{step.task}: held-out loss {step.loss:.3f} after step {step.step}")
+            if step.remark:
+                self.log(step.remark)
             elif step.step == step.steps:
                 self.log(f"{step.task}: {step.stage} stage done, loss {step.loss:.3f}")

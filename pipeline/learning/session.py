@@ -50,7 +50,7 @@ from pipeline.training.null_expert import null_statistics
 from pipeline.training.session import TrainResult, finished_training
 from pipeline.training.sessions import Sessions
 from pipeline.training.spec import GivenAdapter, TrainSpec
-from pipeline.training.telemetry import Step
+from pipeline.training.telemetry import RESTART, Step
 from pipeline.training.training_folder import TrainingFolder
 
 PREPARING = "preparing DeepSpeed (once on a machine, up to a minute)"
@@ -195,7 +195,8 @@ class StreamSession:
 
             def on_steps(steps: list[Step]) -> None:
                 bar.update(steps)
-                self.log_metrics([(f"{s.task}/{s.stage}_loss", s.loss, s.step) for s in steps])
+                losses = [s for s in steps if s.stage != RESTART]
+                self.log_metrics([(f"{s.task}/{s.stage}_loss", s.loss, s.step) for s in losses])
 
             if not self.capacity.side_by_side:  # no evaluation goes on in the background then
                 self._predictors.close()

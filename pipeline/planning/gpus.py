@@ -31,5 +31,6 @@ GPUS = {
     "h100": Gpu(80e9, 989e12, 3350e9, 450e9),
     "h200": Gpu(141e9, 989e12, 4800e9, 450e9),
 }
-"""GPUs by name, of equal ones the most common in clouds first: nvidia.com/en-us/data-center/{a10-gpu, l4, l40s, a100, h100, h200}, the Ampere GA102 and Ada architecture
-whitepapers for the RTX cards, aws.amazon.com/ec2/instance-types/g5 for the A10G. SXM modules of A100, H100 and H200."""
+"""GPUs by name, of equal ones the most common in clouds first: nvidia.com/en-us/data-center/{a10-gpu, l4, l40s, a100, h100,
+h200}, the Ampere GA102 and Ada architecture whitepapers for the RTX cards, aws.amazon.com/ec2/instance-types/g5 for the A10G.
+SXM modules of A100, H100 and H200."""

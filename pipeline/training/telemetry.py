@@ -20,32 +20,55 @@ ATTEMPTS = 3
 _logger = logging.getLogger(__name__)
 
 
+RESTART = "restart"
+"""In place of a stage: workers have failed and are started again."""
+
+Sent = tuple[str, str, int, int, float] | tuple[str, str, int, int, float, str]
+"""A step as it travels: its fields."""
+
+
 class Step(NamedTuple):
-    """One optimizer step of a task's stage; `step` counts from 1 to `steps`."""
+    """One optimizer step of a task's stage; `step` counts from 1 to `steps`.
+
+    Of a validation `step` is the last one before it, of a restart the number of failures so far, and `steps` the most allowed.
+    """
 
     task: str
     stage: str
     step: int
     steps: int
     loss: float
+    reason: str = ""
+    """Why workers were started again."""
+
+    @property
+    def remark(self) -> str | None:
+        """What there is to say of a validation or a restart; None of a step, which moves a bar."""
+        if self.stage == "validation":
+            return f"{self.task}: held-out loss {self.loss:.3f} after step {self.step}"
+        if self.stage == RESTART:
+            count = f"restart {self.step} of {self.steps}" if self.step else "a restart that does not count"
+            reason = next((line for line in reversed(self.reason.splitlines()) if line.strip()), "workers failed")
+            return f"{self.task}: {reason.strip()}; {count}, from the last checkpoint"
+        return None
 
 
 class Telemetry:
     """Keeps steps until the driver confirms that it has them: a lost answer is sent again."""
 
     def __init__(self) -> None:
-        self._steps: list[tuple[str, str, int, int, float]] = []
+        self._steps: list[Sent] = []
         self._dropped = 0
 
     def count(self) -> int:
         """Returns how many steps were ever pushed."""
         return self._dropped + len(self._steps)
 
-    def push(self, steps: list[tuple[str, str, int, int, float]]) -> None:
+    def push(self, steps: list[Sent]) -> None:
         """Adds steps."""
         self._steps += steps
 
-    def after(self, count: int) -> list[tuple[str, str, int, int, float]]:
+    def after(self, count: int) -> list[Sent]:
         """Drops the first `count` steps ever pushed, which the driver has, and returns the others."""
         self._steps = self._steps[count - self._dropped :]
         self._dropped = count

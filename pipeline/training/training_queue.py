@@ -6,9 +6,10 @@ rows on as they are boxed: to look at them it would have to import all that trai
 """
 
 import asyncio
+import math
 from typing import Any
 
-from pipeline.training.telemetry import Telemetry
+from pipeline.training.telemetry import RESTART, Telemetry
 
 
 class TrainingQueue(Telemetry):
@@ -86,6 +87,10 @@ class TrainingQueue(Telemetry):
                 await self.finish(number, {"failure": f"training failed: {reason}"})
             self._closed = True
             return False
+        if (number := len(self._outcomes)) < len(self._specs):
+            spec, _ = self._specs[number] or ({}, [])
+            failures = self._failures if counts else 0
+            self.push([(str(spec.get("task")), RESTART, failures, self._max_failures, math.nan, reason)])
         return True
 
     async def _tell(self) -> None:

@@ -32,6 +32,7 @@ from pipeline.training.randomness import seed_all
 from pipeline.training.router_stage import with_gates, without_gates
 from pipeline.training.spec import GivenAdapter, TrainSpec
 from pipeline.training.statistics_collector import LayerInputCollector, collect_features
+from pipeline.training.telemetry import Sent
 from pipeline.training.training_folder import ADAPTER, EXPERT, STATE, TrainingFolder, load_state, save_state
 from pipeline.training.validation import BestAdapter, ValidationPoint, held_out_loss
 from pipeline.training.zero import (
@@ -132,7 +133,7 @@ class Worker:
         self.layout = StepLayout(spec.expert.batch_size, self.world, micro_batch)
         self.dtype = torch.bfloat16 if spec.training.precision == "bf16" else torch.float32
         torch.set_num_threads(spec.training.cpus_per_worker)
-        self._pending: list[tuple[str, str, int, int, float]] = []
+        self._pending: list[Sent] = []
         self._reported_at, self._began, self._before = 0.0, time.monotonic(), 0.0
         self.metrics: dict[str, Any] = {"samples": spec.expert.steps * spec.expert.batch_size}
 

@@ -202,7 +202,7 @@ def test_a_job_that_is_interrupted_stops_its_workers(rows, tiny_folder, worker_e
 
 def _alive() -> list:
     alive = list_actors(address=connect().address, filters=[("state", "=", "ALIVE")], limit=1000)
-    return [actor for actor in alive if actor.class_name in {"TrainController", "JobQueue", "RayTrainWorker"}]
+    return [actor for actor in alive if actor.class_name in {"TrainController", "TrainingQueue", "RayTrainWorker"}]
 
 
 def kill(killed: list[int]) -> None:
@@ -215,9 +215,10 @@ def kill(killed: list[int]) -> None:
 
 
 def test_a_killed_worker_comes_back_and_ends_with_the_same_expert(trained, rows, tiny_folder, worker_env, tmp_path):
-    killed, kept = [], []
+    killed, kept, seen = [], [], []
 
     def kill_once(steps) -> None:
+        seen.extend(step.remark for step in steps if step.remark)
         if not killed and any(step.step >= 6 for step in steps):
             kept.extend((file, file.stat().st_size) for file in (tmp_path / "digits-killed").rglob("*.*"))
             kill(killed)
@@ -225,6 +226,9 @@ def test_a_killed_worker_comes_back_and_ends_with_the_same_expert(trained, rows,
     spec = make_spec(tiny_folder, "killed", training=ONE.model_copy(update={"max_failures": 1}))
     result = run_training(spec, rows, storage=tmp_path, on_steps=kill_once, worker_env=worker_env)
     assert killed
+    (told,) = seen
+    assert told.startswith("digits: the worker of rank 0 died (killed, or out of memory)")
+    assert told.endswith("; restart 1 of 1, from the last checkpoint")
     base_bytes = sum(f.stat().st_size for f in tiny_folder.glob("*.safetensors"))
     assert 0 < sum(size for _, size in kept) < base_bytes, "checkpoints hold adapters only"
     assert_same_expert(Expert.load(result.expert), Expert.load(trained[0].expert))
