@@ -102,10 +102,10 @@ def add(run_id: str) -> None:
     promotion.decide(made, scores, gate=True, tolerance=0.02)
 
 
-def replace(run_id: str) -> None:
-    """Puts another training of an expert in its place."""
+def replace(experiment: str) -> None:
+    """Puts another training of an expert in its place, in a run that this opens itself."""
     again = synthetic_expert("second", 22, fingerprint(checkpoint(BASE)))
-    with TemporaryDirectory() as scratch:
+    with TemporaryDirectory() as scratch, tracked_run(experiment, "training", "training"):
         version = register_expert(BASE.label, again.save(Path(scratch) / "second"))
     pool = meant(POOL)
     if experts_of(pool)["second"] != f"{version.name}/{version.version}":
@@ -117,9 +117,21 @@ def migrate(run_id: str) -> None:
     list(migration.migrate("former"))
 
 
+def _in_run(step: Callable[[str], None]) -> Callable[[str], None]:
+    """Returns the step in a run of its name."""
+
+    def run(experiment: str) -> None:
+        with tracked_run(experiment, step.__name__, step.__name__) as run_id:
+            step(run_id)
+
+    return run
+
+
 STEPS: dict[str, Callable[[str], None]] = {
-    step.__name__: step for step in (register, promote, rollback, retire, add, replace, migrate)
+    step.__name__: step if step is replace else _in_run(step)
+    for step in (register, promote, rollback, retire, add, replace, migrate)
 }
+"""Each takes the id of MLflow's experiment."""
 
 
 def _dying_before(call: int) -> None:
@@ -142,7 +154,6 @@ def _dying_before(call: int) -> None:
 if __name__ == "__main__":
     step, call = sys.argv[1:]
     experiment = open_tracking(os.environ["MLFLOW_TRACKING_URI"], "pointsman")
-    with tracked_run(experiment, step, step) as run:
-        if int(call):
-            _dying_before(int(call))
-        STEPS[step](run)
+    if int(call):
+        _dying_before(int(call))
+    STEPS[step](experiment)
