@@ -12,14 +12,16 @@ from pathlib import Path
 import mlflow
 import pytest
 import yaml
+from typer.testing import CliRunner
 
+from jobs.cli import app
 from pipeline.evaluation.recorded import evaluate_recorded
 from pipeline.registry.promotion import champion
 from pipeline.registry.scores import scores_of
 from pipeline.registry.strays import strays_of
 from pipeline.registry.successors import open_pool
 from pipeline.registry.versions import get_version, versions_of
-from tests.jobs.test_learn import ROOT, finish, stream
+from tests.jobs.test_learn import ROOT, learn_here, stream
 
 pytestmark = pytest.mark.ray
 
@@ -32,18 +34,12 @@ CLOCK = {
 }
 
 
-def add(folder: Path, task: dict, *words: str) -> subprocess.Popen[str]:
+def words(folder: Path, task: dict, *more: str) -> list[str]:
+    """Returns the command's words."""
     file = folder / f"{task['name']}.yaml"
     file.write_text(yaml.safe_dump({"task": task, "output": str(folder)}))
     pool = ["--pool", f"models:/{POOL}@champion", "--registry", mlflow.get_tracking_uri()]
-    command = [sys.executable, "-m", "jobs.add", str(file), *pool, "training.cpus_per_worker=1", *words]
-    return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-
-
-def end(process: subprocess.Popen[str], code: int = 0) -> str:
-    output, _ = process.communicate(timeout=400)
-    assert process.returncode == code, output[-3000:]
-    return output
+    return [str(file), *pool, "training.cpus_per_worker=1", *more]
 
 
 def test_a_task_is_added_from_the_registry_alone(
@@ -56,7 +52,7 @@ def test_a_task_is_added_from_the_registry_alone(
     settings = yaml.safe_load(config.read_text())
     del settings["stream"]["tasks"][1]
     config.write_text(yaml.safe_dump(settings))
-    finish(config)
+    learn_here(config)
     for name in ("mini", "data", "experts"):
         shutil.rmtree(config.parent / name)
     shutil.rmtree(base)
@@ -67,8 +63,10 @@ def test_a_task_is_added_from_the_registry_alone(
 
     folder = tmp_path / "elsewhere"
     folder.mkdir()
-    waits = end(add(folder, CLOCK, "registry.promote=manual"))
-    assert "registry   untrained.pool.mini/2, evaluated" in waits
+    command = [sys.executable, "-m", "jobs.add", *words(folder, CLOCK, "registry.promote=manual")]
+    added = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=400, check=False)
+    assert added.returncode == 0, added.stdout[-3000:] + added.stderr[-3000:]
+    assert "registry   untrained.pool.mini/2, evaluated" in added.stdout
     assert champion(POOL).version == before.version, "nobody has decided"
     newest = versions_of(POOL)[0]
     made = open_pool(newest)
@@ -87,7 +85,8 @@ def test_a_task_is_added_from_the_registry_alone(
     assert {name: recorded.evaluation.accuracies()[name] for name in scores} == pytest.approx(scores)
     assert set(strays_of(newest) or {}) == set(scores)
 
-    refused = end(add(folder, CLOCK | {"prompt": "tell me: {question}"}), 2)
-    assert "has an expert of that name already, untrained.expert.clock version 1, learned otherwise" in refused
-    assert "--replace" in refused
+    refused = CliRunner().invoke(app, ["add", *words(folder, CLOCK | {"prompt": "tell me: {question}"})])
+    assert refused.exit_code == 2
+    assert "has an expert of that name already, untrained.expert.clock version 1, learned otherwise" in refused.output
+    assert "--replace" in refused.output
     assert get_version("untrained.expert.clock", "latest").version in (1, "1"), "nothing was trained for it"

@@ -2,8 +2,6 @@
 
 import json
 import os
-import subprocess
-import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -15,10 +13,10 @@ import yaml
 
 from pipeline.data.demo.files import SCHEMA, demo_file
 from pipeline.routing.pool import Pool
+from tests.jobs.test_learn import learn_here
 
 pytestmark = pytest.mark.ray
 
-ROOT = Path(__file__).parents[2]
 ROWS = 48
 
 
@@ -65,7 +63,7 @@ def learned(wide_folder, tmp_path_factory):
             "base_prompts": {"path": "demo://general/train", "limit": 64},
         },
         "data": {"cache": "none"},
-        "expert": {"steps": 8, "batch_size": 10, "rank": 4, "learning_rate": 0.001},
+        "expert": {"steps": 4, "batch_size": 10, "rank": 4, "learning_rate": 0.001},
         "router": {"steps": 3},
         "training": {
             "cpus_per_worker": 1,
@@ -80,10 +78,7 @@ def learned(wide_folder, tmp_path_factory):
     }
     file = output / "wide.yaml"
     file.write_text(yaml.safe_dump(config))
-    answer = subprocess.run(
-        [sys.executable, "-m", "jobs.learn", str(file)], cwd=ROOT, capture_output=True, text=True, check=False
-    )
-    assert answer.returncode == 0, answer.stdout[-3000:] + answer.stderr[-3000:]
+    learn_here(file)
     return output
 
 
@@ -97,7 +92,7 @@ def test_statistics_are_projected_and_of_distinct_rows(learned):
 
 def test_rows_per_step_do_not_shrink(learned):
     summary = json.loads((learned / "wide" / "summary.json").read_text())
-    assert [task["samples"] for task in summary["tasks"].values()] == [80, 80]
+    assert [task["samples"] for task in summary["tasks"].values()] == [40, 40]
 
 
 def test_callers_at_once_get_their_own_answers(learned, monkeypatch):
