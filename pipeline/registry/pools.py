@@ -152,7 +152,7 @@ def create_pool_version(
                     ),
                     python_model=str(code.script),
                     artifacts={"pool": str(folder)},
-                    code_paths=[str(code.package)],
+                    code_paths=[str(code.archive)],
                     signature=SIGNATURE,
                     pip_requirements=pip_requirements(),
                     model_config=dict(served),
