@@ -9,7 +9,7 @@ from jobs.registry.reaching import pool_model, registry
 from jobs.terminal import print_json
 from pipeline.registry import promotion
 from pipeline.registry.browsing import meant
-from pipeline.registry.successors import retire_expert
+from pipeline.registry.successors import check_retires, retire_expert
 from pipeline.registry.tracking import run_beside
 
 
@@ -30,6 +30,7 @@ def retire(
             in_use = promotion.champion(name)
             while True:
                 before = in_use or meant(name)
+                check_retires(before, expert)  # before there is a run of it
                 with run_beside(before, f"retire {expert}"):
                     now = retire_expert(before, expert)
                 in_use = promotion.champion(name)

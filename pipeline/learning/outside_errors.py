@@ -26,11 +26,11 @@ LOG = "error.log"
 AGAIN = "then run the same command again: what is finished is kept"
 
 _REMEDIES = {
-    errno.ENOSPC: f"the disk is full; make room or choose another `output`, {AGAIN}",
-    errno.EDQUOT: f"the disk quota is used up; make room or choose another `output`, {AGAIN}",
-    errno.EACCES: f"this user may not do that; change the permissions or choose another `output`, {AGAIN}",
-    errno.EPERM: f"this user may not do that; change the permissions or choose another `output`, {AGAIN}",
-    errno.EROFS: f"that place is read-only; choose another `output`, {AGAIN}",
+    errno.ENOSPC: f"the disk is full; make room or choose another `output`, or registry, {AGAIN}",
+    errno.EDQUOT: f"the disk quota is used up; make room or choose another `output`, or registry, {AGAIN}",
+    errno.EACCES: f"this user may not do that; change the permissions or choose another `output`, or registry, {AGAIN}",
+    errno.EPERM: f"this user may not do that; change the permissions or choose another `output`, or registry, {AGAIN}",
+    errno.EROFS: f"that place is read-only; choose another `output`, or registry, {AGAIN}",
     errno.ENOTDIR: "a file stands where a folder is needed; move it away or choose another place",
     errno.EISDIR: "a folder stands where a file is needed; name the file",
     errno.EEXIST: "something else has that name; move it away or choose another place",

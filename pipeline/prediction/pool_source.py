@@ -1,6 +1,7 @@
 """Where the pool comes from that answers, and how a worker on any node opens it."""
 
 import os
+import re
 import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,11 +13,13 @@ from pipeline.config import BaseModelConfig, digest
 from pipeline.models.bases import as_loadable_here
 from pipeline.prediction.errors import PredictError
 from pipeline.registry.bases import SERVED, base_folder
+from pipeline.registry.browsing import meant
 from pipeline.registry.experts import registered_experts
+from pipeline.registry.names import read_name
 from pipeline.registry.pools import download_pool, served_settings
 from pipeline.registry.tracking import use_registry
-from pipeline.registry.versions import DIGEST, MODELS, logged_model, version_at
-from pipeline.routing.pool import Pool
+from pipeline.registry.versions import DIGEST, MODELS, logged_model
+from pipeline.routing.pool import Pool, PoolError
 
 _FOLDERS: dict[str, Path] = {}
 """Folders of registered bases on this machine, by the id of their logged model, which never changes."""
@@ -78,7 +81,7 @@ class RegisteredPool:
         `base` has the settings of the base that are not to be as registered.
         """
         use_registry(registry, SETTING)
-        version = version_at(address)
+        version = meant(address)
         served = served_settings(version)
         changes = {} if base is None else base.model_dump(include=base.model_fields_set)
         if other := changes.keys() - (SERVED - {"trust_remote_code"}):
@@ -110,7 +113,14 @@ class RegisteredPool:
         """Reads the pool; its experts come from the user's cache, or are fetched to it."""
         self._connect()
         with tempfile.TemporaryDirectory() as scratch:
-            return Pool.load(download_pool(self.address, scratch), registered_experts())
+            folder = download_pool(self.address, scratch)
+            try:
+                return Pool.load(folder, registered_experts())
+            except PoolError as error:
+                reason = str(error).replace(f"{folder}/", "").partition(";")[0]
+                raise PredictError(
+                    f"{self.address} is damaged in its registry: {reason}; bring its files back there, or use another version"
+                ) from None
 
     def settings(self) -> dict[str, Any]:
         """Returns what of the base's settings changes answers."""
@@ -126,9 +136,12 @@ PoolSource = PoolFolder | RegisteredPool
 
 
 def pool_source(address: str, registry: str, base: BaseModelConfig | None = None) -> PoolSource:
-    """Returns the source of a pool in a folder, or, at `models:/...`, in a registry."""
-    if address.startswith(MODELS):
+    """Returns the source of a pool in a folder, or in a registry: `models:/...`, or the name of a pool that is no folder."""
+    model = re.split("[/@]", address)[0]
+    if address.startswith(MODELS) or (not Path(address).exists() and read_name(model) is not None):
         return RegisteredPool.of(address, registry, base)
+    if not address:
+        raise PredictError("--pool: give a pool's folder, as runs/demo/pool, or models:/tiny.pool.demo@champion")
     return PoolFolder.of(Path(address), base)
 
 

@@ -12,8 +12,11 @@ from pipeline.registry.failures import failure_of
 from pipeline.registry.retries import RegistryError
 from pipeline.registry.versions import logged_model
 
-POOL_CARD = "artifacts/pool/pool.json"
-"""Where a pool's card lies among a version's artifacts."""
+POOL_FOLDER = "artifacts/pool"
+"""Where a pool's own files lie among a version's artifacts."""
+
+POOL_CARD = f"{POOL_FOLDER}/pool.json"
+"""Its card."""
 
 INSIDE = "in the pool"
 """In place of a version: earlier releases kept experts in the pool."""

@@ -3,6 +3,7 @@
 Pools refer to these versions. Loading a pool from the registry takes its experts from the user's cache, or fetches them.
 """
 
+import json
 import tempfile
 from contextlib import suppress
 from pathlib import Path
@@ -21,6 +22,7 @@ from pipeline.registry.retries import RegistryError, is_away, reason_of
 from pipeline.registry.tracking import active_run
 from pipeline.registry.versions import (
     DIGEST,
+    FILES,
     REGISTERED,
     create_version,
     find_version,
@@ -60,6 +62,7 @@ def register_expert(
     params = {DIGEST: card.config_digest, "base": base_label, **described}
     if (contents := Contents.read(Path(folder))) is not None:
         params[CONTENT] = contents.digest
+        params[FILES] = json.dumps({name: file.bytes for name, file in contents.files.items()})
     params |= {f"metric.{key}": value for key, value in card.metrics.items()}
     params |= {f"trained_with.{key}": value for key, value in card.trained_with.items()}
     model_id = log_folder(card.name, Path(folder), params, model_type="expert")

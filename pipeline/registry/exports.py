@@ -3,6 +3,7 @@
 An export appears whole or not at all. One expert is in memory at a time.
 """
 
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
@@ -157,6 +158,9 @@ class Export:
         )
 
 
+_HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
+
+
 def prepare_export(
     version: ModelVersion,
     format: ExportFormat,
@@ -170,6 +174,11 @@ def prepare_export(
     `base_name` is what adapters shall call their base instead of `bases.public_name`. `scratch` holds the pool's own files.
     Raises RegistryError for other models, ExportError for what a format cannot hold.
     """
+    if base_name is not None and not _HUB_ID.fullmatch(base_name):
+        raise ExportError(
+            f"--base-name {base_name}: give the base's hub id or another name, like OpenGVLab/InternVL2-8B; a path would "
+            "hold on this machine only"
+        )
     named, params = read_name(version.name), logged_model(version).params
     if named is None or named.kind == "base" or "base_fingerprint" not in params:
         raise RegistryError(f"{version.name}/{version.version} is neither a pool nor an expert of this project")

@@ -5,6 +5,7 @@ a version holds router settings, statistics of base prompts and code, and refers
 not grow with the number of experts. Which version is in use says `promotion`.
 """
 
+import json
 import tempfile
 import warnings
 from collections.abc import Mapping, Sequence
@@ -33,6 +34,7 @@ from pipeline.registry.tracking import active_run
 from pipeline.registry.versions import (
     DIGEST,
     EVALUATED,
+    FILES,
     REGISTERED,
     create_version,
     find_version,
@@ -141,6 +143,7 @@ def create_pool_version(
         # An example would make MLflow load and run the whole model before it logs it; the signature is our own.
         warnings.filterwarnings("ignore", message=".*input example was not provided")
         folder = pool.refer(Path(scratch) / "pool", references)
+        params[FILES] = json.dumps({file.name: file.stat().st_size for file in sorted(folder.iterdir())})
 
         def write(model: LoggedModel) -> Path:
             code = copy_code(Path(scratch) / "code")

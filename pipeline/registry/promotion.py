@@ -5,6 +5,7 @@ compares it with the champion. Tag `champions` of the registered model lists the
 step; it is written before the alias moves, and what follows the champion in it is a promotion that was cut off.
 """
 
+import json
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -17,16 +18,19 @@ from mlflow.entities.model_registry import ModelVersion
 
 from pipeline.locks import file_lock
 from pipeline.registry.addresses import database_path
-from pipeline.registry.contents import contains, experts_of
+from pipeline.registry.contents import POOL_FOLDER, contains, experts_of
 from pipeline.registry.databases import database_lock, is_database
 from pipeline.registry.retries import RegistryError
 from pipeline.registry.scores import Score, base_kept, scores_of
 from pipeline.registry.versions import (
+    FILES,
     all_logged_models,
     all_versions,
+    damage,
     describe,
     get_version,
     is_ours,
+    logged_model,
     logged_model_id,
     number,
 )
@@ -42,6 +46,9 @@ PROMOTED, REFUSED = "promoted", "refused"
 
 REMEMBERED = 20
 """Most champions in the tag."""
+
+EXPERT_FILES = ("expert.json", "adapter_model.safetensors")
+"""What every expert has, also of earlier releases."""
 
 KEPT = 0.99
 """Least share of the base's accuracy on the base abilities that a champion keeps."""
@@ -143,7 +150,7 @@ def _lock(uri: str, name: str) -> AbstractContextManager[None]:
 
 
 def check_complete(version: ModelVersion) -> None:
-    """Raises RegistryError where a pool's version is not ours, or anything that it names is missing."""
+    """Raises RegistryError where a pool's version is not ours, or a file of what it names is missing or of a wrong size."""
     what = f"{version.name}/{version.version}"
     if not is_ours(version):
         raise RegistryError(f"{what} was not registered by this project; it has no experts that could be looked at")
@@ -157,15 +164,22 @@ def check_complete(version: ModelVersion) -> None:
     if missing := sorted(address for address in needed if "/" in address and address not in uploads):
         raise RegistryError(f"{what} needs {missing[0]}, which is not in the registry; {_again(what)}")
     wanted = {uploads[address]: address for address in needed if address in uploads}
-    places = {wanted[m.model_id]: m.artifact_location for m in all_logged_models() if m.model_id in wanted}
+    logged = {wanted[m.model_id]: m for m in all_logged_models() if m.model_id in wanted}
 
-    def has_files(address: str) -> bool:
-        return bool(mlflow.artifacts.list_artifacts(artifact_uri=places[address])) if address in places else False
+    def damage_of(address: str) -> str | None:
+        if address not in logged:
+            return "its files are missing"
+        sizes = json.loads(logged[address].params.get(FILES, "{}"))  # earlier releases noted none
+        return damage(logged[address].artifact_location, sizes, EXPERT_FILES)
 
+    own = logged_model(version)
+    folder, sizes = f"{own.artifact_location}/{POOL_FOLDER}", json.loads(own.params.get(FILES, "{}"))
+    if found := damage(folder, sizes):
+        raise RegistryError(f"{what} is damaged: {found}; {_again(what)}")
     with ThreadPoolExecutor(16) as pool:
-        for address, there in zip(wanted.values(), pool.map(has_files, wanted.values()), strict=True):
-            if not there:
-                raise RegistryError(f"{what} needs {address}, whose files are missing; {_again(what)}")
+        for address, found in zip(wanted.values(), pool.map(damage_of, wanted.values()), strict=True):
+            if found is not None:
+                raise RegistryError(f"{what} needs {address}, which is damaged: {found}; {_again(what)}")
 
 
 def _again(what: str) -> str:

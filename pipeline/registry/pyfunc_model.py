@@ -7,6 +7,7 @@ import base64
 import io
 import logging
 import math
+import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -104,7 +105,9 @@ class RoutedPool(mlflow.pyfunc.PythonModel):
             raise RequestError(f"column prompt is missing; there are: {', '.join(map(str, model_input.columns))}")
         rows: list[tuple[str | None, str | None, str | None]] = []
         try:
-            for window in _windows(_encoded(self.processor, model_input), size * WINDOW_BATCHES):
+            text = self.routed.model.config.get_text_config()
+            most = getattr(text, "max_position_embeddings", None) or sys.maxsize
+            for window in _windows(_encoded(self.processor, model_input, most), size * WINDOW_BATCHES):
                 good = [row for row in window if isinstance(row, Encoded)]
                 answers = iter(routed_answers(self.frozen, self.routed, good, tokens, size=size))
                 for row in window:
@@ -144,12 +147,15 @@ def _windows(rows: Iterator[Encoded | RowError], most: int) -> Iterator[list[Enc
         yield window
 
 
-def _encoded(processor: Any, table: pd.DataFrame) -> Iterator[Encoded | RowError]:
-    """Yields each row encoded, or why it cannot be."""
+def _encoded(processor: Any, table: pd.DataFrame, most: int) -> Iterator[Encoded | RowError]:
+    """Yields each row encoded, or why it cannot be: one of more tokens than the base has positions, for example."""
     images = table["image"] if "image" in table else [None] * len(table)
     for prompt, image in zip(table["prompt"], images, strict=True):
         try:
-            yield _encode(processor, prompt, image)
+            row = _encode(processor, prompt, image)
+            if len(row.input_ids) > most:
+                raise RowError(f"column prompt: {len(row.input_ids):,} tokens, the base takes {most:,}")
+            yield row
         except RowError as error:
             yield error
 

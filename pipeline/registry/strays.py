@@ -16,7 +16,7 @@ from mlflow import MlflowClient
 from mlflow.entities.model_registry import ModelVersion
 from mlflow.exceptions import MlflowException
 
-from pipeline.registry.retries import is_away
+from pipeline.registry.retries import RegistryError, is_away
 from pipeline.registry.versions import logged_model, logged_model_id
 
 FOLDER = "evaluation"
@@ -86,9 +86,9 @@ def keep_strays(version: ModelVersion, strays: Mapping[str, Strays]) -> None:
 
 def strays_of(version: ModelVersion) -> dict[str, Strays] | None:
     """Returns the strays of a version by task and base ability; None where it has none noted: not evaluated, or earlier."""
+    address = f"{logged_model(version).artifact_location}/{FOLDER}/{FILE}"
     try:
-        location = logged_model(version).artifact_location
-        plain = json.loads(mlflow.artifacts.load_text(f"{location}/{FOLDER}/{FILE}"))
+        plain = json.loads(mlflow.artifacts.load_text(address))
         return {
             name: Strays(of["digest"], of["own"], [RoutedPrompt(*prompt) for prompt in of["prompts"]])
             for name, of in plain.items()
@@ -97,6 +97,11 @@ def strays_of(version: ModelVersion) -> dict[str, Strays] | None:
         if is_away(error):
             raise
         return None
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
+        raise RegistryError(
+            f"{version.name}/{version.version} is damaged: {address} cannot be read ({error}); delete that file: then no "
+            "prompts are known that its experts take from others"
+        ) from None
 
 
 def moved_prompts(before: Mapping[str, Strays], after: Mapping[str, Strays]) -> list[Moved]:

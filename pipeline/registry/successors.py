@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 from mlflow.entities.model_registry import ModelVersion
 
 from pipeline.config import digest
-from pipeline.registry.contents import experts_of
+from pipeline.registry.contents import experts_of, places_of
 from pipeline.registry.evaluated_prompts import EvaluatedPrompts, kept_prompts
 from pipeline.registry.experts import reference_to, registered_experts
 from pipeline.registry.names import base_name, read_name
@@ -147,6 +147,15 @@ def register_successor(
         scores,
         made_of=number(before.version),
     )
+
+
+def check_retires(version: ModelVersion, expert: str) -> None:
+    """Raises RegistryError where a pool's version has no such expert, or it is retired already."""
+    places, what = places_of(version), f"{version.name}/{version.version}"
+    if expert not in places:
+        raise RegistryError(f"{what} has no expert {expert!r}; there are: {', '.join(places) or 'none'}")
+    if places[expert].retired:
+        raise RegistryError(f"{what}: expert {expert!r} is retired already")
 
 
 def retire_expert(version: ModelVersion, expert: str) -> ModelVersion:

@@ -6,7 +6,7 @@ with all that it says; what a killed process leaves behind is a logged model tha
 
 import json
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from math import inf
 from pathlib import Path
@@ -131,6 +131,24 @@ def get_version(name: str, version_or_alias: int | str) -> ModelVersion:
         if error.error_code not in {ErrorCode.Name(RESOURCE_DOES_NOT_EXIST), ErrorCode.Name(INVALID_PARAMETER_VALUE)}:
             raise
         raise RegistryError(f"no {wanted!r} in {name!r}; {_inventory(client, name)}") from None
+
+
+FILES = "files"
+"""Parameter of a logged model: the bytes of its files by name, as JSON, so that a list of them tells whether they are whole."""
+
+
+def damage(location: str, sizes: Mapping[str, int], needed: Sequence[str] = ()) -> str | None:
+    """Returns what is wrong with the files at an address, as far as a list of them tells; None where nothing is.
+
+    `sizes` are their bytes by name; the `needed` ones must be there, whatever their size.
+    """
+    found = {Path(item.path).name: item.file_size for item in mlflow.artifacts.list_artifacts(artifact_uri=location)}
+    for name in dict.fromkeys([*needed, *sizes]):
+        if name not in found:
+            return f"{location}/{name} is missing"
+        if name in sizes and found[name] not in (None, sizes[name]):
+            return f"{location}/{name} has {found[name]} bytes instead of {sizes[name]}"
+    return None
 
 
 def version_at(address: str) -> ModelVersion:

@@ -135,11 +135,13 @@ def test_a_bad_row_costs_no_other_its_answer(model: mlflow.pyfunc.PyFuncModel) -
             read_image(value)
     assert read_image("data:image/png;base64," + base64.b64encode(png("red")).decode()) is not None
     good = pd.DataFrame({"prompt": ["what color is it ?", "repeat : red"], "image": [png("red"), None]}, index=[1, 4])
-    bad = pd.DataFrame({"prompt": ["<image>what is it ?", "what ?"], "image": [None, b"no image"]}, index=[2, 3])
+    prompts, images = ["<image>what is it ?", "what ?", "what " * 600], [None, b"no image", None]
+    bad = pd.DataFrame({"prompt": prompts, "image": images}, index=[2, 3, 5])
     predicted = model.predict(pd.concat([good, bad]).sort_index(), {"max_new_tokens": 3})
     assert list(predicted.columns) == ["answer", "expert", "error"]
     assert predicted.loc[[1, 4]].equals(model.predict(good, {"max_new_tokens": 3}))
-    assert predicted.loc[[2, 3], ["answer", "expert"]].isna().all(axis=None)
+    assert predicted.loc[[2, 3, 5], ["answer", "expert"]].isna().all(axis=None)
+    assert predicted.loc[5, "error"].endswith(" tokens, the base takes 512")
     assert predicted.loc[2, "error"] == "column prompt: 1 x <image>, but 0 image"
     assert predicted.loc[3, "error"].startswith("column image: neither an encoded image")
     assert predicted.loc[[1, 4], "error"].isna().all()

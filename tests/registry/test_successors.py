@@ -25,7 +25,7 @@ from pipeline.registry.successors import (
     retire_expert,
 )
 from pipeline.registry.tracking import tracked_run
-from pipeline.registry.versions import describe, get_version, number
+from pipeline.registry.versions import describe, get_version, logged_model, number
 from pipeline.routing import Pool
 from tests.registry.conftest import WIDTH, MakeExpert
 
@@ -179,3 +179,7 @@ def test_strays_survive_retiring(start: ModelVersion, extend: Callable[..., Mode
         made = retire_expert(version, "clock")
     noted = strays_of(made)
     assert noted == {"digits": Strays("d", "digits", [RoutedPrompt("a", "q", "base")])}
+    place = Path(logged_model(made).artifact_location.removeprefix("file://")) / "evaluation" / "strays.json"
+    place.write_text(place.read_text()[:-9])
+    with pytest.raises(RegistryError, match=r"is damaged: .*strays\.json cannot be read .*; delete that file"):
+        strays_of(made)
