@@ -16,7 +16,8 @@ from pipeline.config.learning import (
     RouterConfig,
     TrainingConfig,
 )
-from pipeline.config.loading import fields_of, load_config
+from pipeline.config.loading import fields_of, load_config, read_values
+from pipeline.config.paths import with_paths
 from pipeline.config.prediction import PredictConfig
 from pipeline.config.tasks import (
     ColumnsConfig,
@@ -51,6 +52,8 @@ __all__ = [
     "digest",
     "fields_of",
     "load_config",
+    "read_values",
     "holds_secrets",
+    "with_paths",
     "without_secrets",
 ]

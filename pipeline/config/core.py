@@ -39,6 +39,8 @@ class Config(BaseModel):
     """The command of `pointsman` whose `--help` lists the fields."""
     ALIASES: ClassVar[Mapping[str, str]] = {}
     """Names from PEFT, the HF Trainer and Ray that are accepted for fields."""
+    PATHS: ClassVar[frozenset[str]] = frozenset()
+    """Fields that name a file or folder, or a URI."""
     FORMER_NAMES: ClassVar[Mapping[str, str]] = {}
     """Names that fields had in earlier releases. They are accepted, and results are still named by them."""
     FORMER_VALUES: ClassVar[Mapping[str, Mapping[str, str]]] = {}

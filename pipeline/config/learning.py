@@ -54,6 +54,7 @@ class BaseModelConfig(Config):
     """The frozen vision-language model."""
 
     ALIASES = {"attn_implementation": "attention"}
+    PATHS = frozenset({"path"})
 
     path: Annotated[str, AfterValidator(_here)] = "tiny"
     """Checkpoint folder, hub id, URI (s3://, gs://) or GGUF file; `tiny` is the base that ships with the project."""

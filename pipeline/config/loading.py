@@ -23,15 +23,28 @@ def load_config(path: str | Path | None, overrides: Sequence[str], config_class:
     A file that says `extends: other.yaml`, relative to itself, holds only what differs from that one; lists are replaced.
     Raises ConfigError naming file, field and remedy.
     """
-    sources: dict[str, str] = {}
-    values = {} if path is None else _read(Path(path), (), config_class, sources)
-    for override in overrides:
-        sources[_override(values, override, config_class)] = f"override {override!r}"
+    values, sources = _read_all(path, overrides, config_class)
     try:
         return config_class.model_validate(values)
     except ValidationError as error:
         where = COMMAND_LINE if path is None else str(path)
         raise ConfigError("\n".join(_explain(where, sources, config_class, e) for e in error.errors())) from None
+
+
+def read_values(path: str | Path | None, overrides: Sequence[str], config_class: type[C]) -> dict[str, Any]:
+    """Returns what `load_config` reads before it checks it: one mapping of files and overrides, by names of fields."""
+    return _read_all(path, overrides, config_class)[0]
+
+
+def _read_all(
+    path: str | Path | None, overrides: Sequence[str], config_class: type[C]
+) -> tuple[dict[str, Any], dict[str, str]]:
+    """Returns the values, and by dotted name the file or override that each comes from."""
+    sources: dict[str, str] = {}
+    values = {} if path is None else _read(Path(path), (), config_class, sources)
+    for override in overrides:
+        sources[_override(values, override, config_class)] = f"override {override!r}"
+    return values, sources
 
 
 def _read(path: Path, extending: Sequence[Path], config_class: type[Config], sources: dict[str, str]) -> dict[str, Any]:
@@ -98,7 +111,7 @@ def _by_field_names(values: Any, config_class: type[Config], prefix: str = "") -
     renamed = config_class.without_aliases(values, prefix)
     for name, value in renamed.items():
         field = config_class.model_fields.get(name)
-        if field is not None and (group := _group(field.annotation)) is not None:
+        if field is not None and (group := group_of(field.annotation)) is not None:
             renamed[name] = _by_field_names(value, group, f"{prefix}{name}.")
     return renamed
 
@@ -132,7 +145,7 @@ def field_path(path: str, config_class: type[Config]) -> str:
     for part in path.split("."):
         name = group.field_name(part) if group is not None else part
         field = group.model_fields.get(name) if group is not None else None
-        group = _group(field.annotation) if field is not None else None
+        group = group_of(field.annotation) if field is not None else None
         names.append(name)
     return ".".join(names)
 
@@ -207,7 +220,7 @@ def other_names_of(config_class: type[Config], prefix: str = "", *, former_only:
 
 def _groups(config_class: type[Config]) -> Iterator[tuple[str, type[Config]]]:
     for name, field in config_class.model_fields.items():
-        if (group := _group(field.annotation)) is not None:
+        if (group := group_of(field.annotation)) is not None:
             yield name, group
 
 
@@ -218,7 +231,7 @@ def fields_of(config_class: type[Config], prefix: str = "", *, everywhere: bool 
     """
     for name, field in config_class.model_fields.items():
         yield f"{prefix}{name}", field
-        group = _group(field.annotation) if everywhere else field.annotation
+        group = group_of(field.annotation) if everywhere else field.annotation
         if isinstance(group, type) and issubclass(group, Config):
             yield from fields_of(group, f"{prefix}{name}.", everywhere=everywhere)
 
@@ -231,15 +244,15 @@ def documented_fields(config_class: type[Config]) -> Iterator[tuple[str, Any]]:
         seen.add(group)
         for name, field in group.model_fields.items():
             yield f"{prefix}{name}", field
-            inner = _group(field.annotation)
+            inner = group_of(field.annotation)
             if inner is not None and inner not in seen:
                 yield from visit(inner, f"{prefix}{name}{'[]' * (get_origin(field.annotation) is tuple)}.")
 
     return visit(config_class, "")
 
 
-def _group(annotation: Any) -> type[Config] | None:
+def group_of(annotation: Any) -> type[Config] | None:
     """Returns the group inside an annotation such as `tuple[TaskConfig, ...]` or `Source | None`."""
     if isinstance(annotation, type) and issubclass(annotation, Config):
         return annotation
-    return next((group for part in get_args(annotation) if (group := _group(part))), None)
+    return next((group for part in get_args(annotation) if (group := group_of(part))), None)

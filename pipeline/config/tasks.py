@@ -39,6 +39,7 @@ class SourceConfig(Config):
     """Where rows come from. A plain string in YAML is a path."""
 
     FORMER_NAMES = {"preset": "layout"}
+    PATHS = frozenset({"path", "image_root"})
 
     path: Annotated[str, AfterValidator(_by_its_scheme)]
     """File, folder, glob or URI (s3://, gs://) of parquet, jsonl, json, tsv or csv files, compressed or not;
@@ -90,6 +91,8 @@ Questions = Annotated[SourceConfig, BeforeValidator(_as_source)]
 
 class TaskConfig(Config):
     """One task of the stream, or one benchmark of base abilities (then without `train`)."""
+
+    PATHS = frozenset({"adapter"})
 
     name: Annotated[
         str, spelled("[a-z][a-z0-9_]{0,47}", "use a lower-case letter first, then letters, digits and `_`, 48 at most")
