@@ -19,6 +19,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TextIO
 
+import psutil
+
 POLL_SECONDS = 0.1
 PATIENT_SECONDS = 3.0
 """How long one waits for a lock before one says so."""
@@ -59,6 +61,24 @@ def file_lock(
             yield
         finally:
             _write(opened, "")  # closing the file releases the lock
+
+
+def is_held(file: Path) -> bool | None:
+    """Returns whether a process holds the lock `file`; None where its holder is on another machine. The lock is not touched."""
+    try:
+        with file.open() as opened:
+            holder = _read(opened)
+    except OSError:
+        return False
+    if not holder:
+        return False
+    if holder.get("host") != socket.gethostname():
+        return None
+    try:
+        began = psutil.Process(int(str(holder["pid"]))).create_time()
+        return began <= datetime.fromisoformat(str(holder["since"])).timestamp() + 1  # else another one with its number
+    except (psutil.NoSuchProcess, KeyError, ValueError):
+        return False
 
 
 @contextmanager

@@ -285,6 +285,9 @@ class RegistryConfig(Config):
     `tolerance` and 99 % of the base's accuracy on the base abilities is kept; or only `pointsman registry promote`."""
     tolerance: float = Field(default=0.02, ge=0, le=1)
     """How much lower than the champion's a task's accuracy may be for the gate, a difference of accuracies."""
+    system_metrics: bool = False
+    """Let MLflow record CPU, memory, disk, network and GPUs of the driver's node while a run works (GPUs need the package
+    nvidia-ml-py)."""
     retry_seconds: float = Field(default=300.0, ge=0)
     """Seconds for which registering is retried while the registry does not answer. Nothing that is trained is lost if it stays
     away."""

@@ -13,10 +13,12 @@ import torch
 from cluster.local import connect, starts_here
 from cluster.preflight import build_op, extensions_folder, op_is_built
 from cluster.usage import PeakMemory
+from pipeline import json_logs
 from pipeline.config import LearnConfig, digest
 from pipeline.errors import UserError
 from pipeline.learning.outside_errors import outside_errors
 from pipeline.learning.progress import LoggedProgress, Progress
+from pipeline.learning.run_status import LOCK, RecordedProgress, StatusFile
 from pipeline.learning.session import PREPARING, StreamSession
 from pipeline.locks import LockedError, file_lock
 from pipeline.memory import map_large_blocks
@@ -34,7 +36,7 @@ def alone_in(folder: Path) -> Iterator[None]:
     """Holds a run's folder, made if need be, for this process; raises BusyError if another one has it."""
     with ExitStack() as stack:
         try:
-            stack.enter_context(file_lock(folder / "run.lock", wait=False))
+            stack.enter_context(file_lock(folder / LOCK, wait=False))
         except LockedError as error:
             raise BusyError(
                 f"{folder}: {error.holder} works on this run; wait for its end, or give this one a `name` of its own"
@@ -52,14 +54,19 @@ def open_session(
     `trains` needs neither DeepSpeed nor a place for training workers.
     """
     progress = progress or LoggedProgress()
+    if json_logs.are_wanted():
+        json_logs.use_json_logs(run=config.name)
+        progress = LoggedProgress()
     map_large_blocks()
     with (
         PeakMemory() as memory,
         outside_errors(config.folder),
         alone_in(config.folder),
+        _status_of(config, job) as status,
         ExitStack() as afterwards,
         _saying_how_to_go_on(progress),
     ):
+        progress = RecordedProgress(progress, status)
         with tempfile.TemporaryFile(dir=config.folder):  # now, not after an hour of training
             pass
         for left in (config.folder / "training").glob(f"{RUN_PREFIX}*"):  # of drivers that were killed
@@ -93,6 +100,7 @@ def open_session(
             experiment,
             f"{config.name} {job}",
             _name_of(session, job),
+            system_metrics=config.registry.system_metrics,
         ) as run_id:
             session.experiment, session.mlflow_run_id = experiment, run_id
             log_config(run_id, config)
@@ -103,6 +111,10 @@ def open_session(
             finally:
                 if not session.metrics.write():
                     progress.log(f"  {session.metrics.waiting} points of metrics wait for the next run of this command")
+
+
+def _status_of(config: LearnConfig, job: str) -> StatusFile:
+    return StatusFile(config.folder, name=config.name, job=job, tasks=[task.name for task in config.stream.tasks])
 
 
 def _name_of(session: StreamSession, job: str) -> str:

@@ -61,7 +61,11 @@ class LoggedProgress:
     def update(self, steps: Sequence[Step]) -> None:
         """Logs the last step of a stage, every validation and every restart."""
         for step in steps:
+            known = {"task": step.task, "stage": step.stage, "step": step.step, "steps": step.steps, "loss": step.loss}
             if step.remark:
-                self.log(step.remark)
+                text = step.remark
             elif step.step == step.steps:
-                self.log(f"{step.task}: {step.stage} stage done, loss {step.loss:.3f}")
+                text = f"{step.task}: {step.stage} stage done, loss {step.loss:.3f}"
+            else:
+                continue
+            _logger.info("%s", without_secrets(text), extra=known)

@@ -178,7 +178,7 @@ def _experiment(name: str, location: str | None, wanted: str | None) -> str:
 
 
 @contextmanager
-def tracked_run(experiment_id: str, name: str, digest: str) -> Iterator[str]:
+def tracked_run(experiment_id: str, name: str, digest: str, *, system_metrics: bool | None = None) -> Iterator[str]:
     """Opens the run of `digest`, after a restart the earlier one, as MLflow's active run; yields its id.
 
     The run ends as FINISHED, as KILLED if the block was interrupted, or as FAILED if it raises anything else.
@@ -190,9 +190,11 @@ def tracked_run(experiment_id: str, name: str, digest: str) -> Iterator[str]:
     status = "FAILED"
     try:
         if runs:
-            run = mlflow.start_run(run_id=runs[0].info.run_id)
+            run = mlflow.start_run(run_id=runs[0].info.run_id, log_system_metrics=system_metrics)
         else:
-            run = mlflow.start_run(experiment_id=experiment_id, run_name=name, tags={RUN_TAG: digest})
+            run = mlflow.start_run(
+                experiment_id=experiment_id, run_name=name, tags={RUN_TAG: digest}, log_system_metrics=system_metrics
+            )
         yield run.info.run_id
         status = "FINISHED"
     except KeyboardInterrupt:

@@ -19,6 +19,7 @@ from ray.exceptions import RayError
 from ray.train import FailureConfig, RunConfig, ScalingConfig, TrainingFailedError
 from ray.train.torch import TorchConfig, TorchTrainer
 
+from pipeline import json_logs
 from pipeline.config import TrainingConfig
 from pipeline.data.loading.training_rows import TrainingRows, held_out
 from pipeline.errors import UserError
@@ -243,5 +244,5 @@ def thread_variables(training: TrainingConfig) -> dict[str, str]:
         "OMP_NUM_THREADS": str(training.cpus_per_worker),
         "TOKENIZERS_PARALLELISM": "false",
         "DS_ACCELERATOR": "cuda" if training.gpu else "cpu",
-        **{name: os.environ[name] for name in ("TORCH_EXTENSIONS_DIR",) if name in os.environ},
+        **{name: os.environ[name] for name in ("TORCH_EXTENSIONS_DIR", json_logs.VARIABLE) if name in os.environ},
     }

@@ -11,6 +11,7 @@ import ray.train
 import torch
 import torch.distributed as dist
 
+from pipeline import json_logs
 from pipeline.data.loading.batch_loader import BatchLoader, StepLayout, distinct_batches
 from pipeline.data.loading.training_rows import TrainingRows
 from pipeline.errors import StoredFileError
@@ -27,6 +28,7 @@ from pipeline.training.given import given_folder
 from pipeline.training.held_base import HeldBase
 from pipeline.training.loop import Divergence, StageClock, run_steps
 from pipeline.training.loss import checkpoint_activations, without_dropout
+from pipeline.training.monitor import Monitor
 from pipeline.training.preemption import PreemptionNotice
 from pipeline.training.randomness import seed_all
 from pipeline.training.router_stage import with_gates, without_gates
@@ -70,6 +72,8 @@ def train(settings: dict[str, Any]) -> None:
     """
     queue, storage = settings["queue"], Path(settings["storage"])
     rank, base = ray.train.get_context().get_world_rank(), HeldBase()
+    if json_logs.are_wanted():
+        json_logs.use_json_logs(run=storage.parent.name, rank=rank)
     queue.enter.remote(rank, ray.get_runtime_context().current_actor)
     number = _agreed(ray.get(queue.first.remote()) if rank == 0 else None)
     try:
@@ -186,9 +190,11 @@ class Worker:
         engine.train()
 
         notice = PreemptionNotice()
+        monitor = self._monitor("expert", config.steps)
 
         def on_step(step: int, loss: float) -> bool:
             self._step_done("expert", step, config.steps, loss)
+            monitor.step(step, loss, clock)
             enough = self._validate(engine, base, peft, step)
             if step % spec.training.checkpoint_every == 0 and step < config.steps and not enough:
                 keep(step)
@@ -269,7 +275,12 @@ class Worker:
         seed_all(spec.seed, 2, self.rank)
         features, ids = self._features(engine, base)
         layer_inputs = LayerInputCollector(base.model, observed)
-        clock = StageClock()
+        clock, monitor = StageClock(), self._monitor("router", config.steps)
+
+        def on_step(step: int, loss: float) -> None:
+            self._step_done("router", step, config.steps, loss)
+            monitor.step(step, loss, clock)
+
         steps = range(config.steps)
         with self._loader(base, steps, spec.seed + 1) as loader:
             run_steps(
@@ -278,7 +289,7 @@ class Worker:
                 steps,
                 divergence_factor=spec.training.divergence_factor,
                 clock=clock,
-                on_step=lambda step, loss: self._step_done("router", step, config.steps, loss),
+                on_step=on_step,
                 before=lambda i, batch: layer_inputs.expect(batch, loader.new_rows(config.statistics_rows)[i]),
             )
         statistics = PromptStatistics.of(features, ids, quantile=config.quantile, shrinkage=config.shrinkage)
@@ -341,6 +352,16 @@ class Worker:
             seed=seed,
             collate=partial(collate_for, base.processor),
             group_by_length=self.spec.group_by_length,
+        )
+
+    def _monitor(self, stage: str, steps: int) -> Monitor:
+        return Monitor(
+            self.storage,
+            self.spec.task,
+            stage,
+            rank=self.rank,
+            steps=steps,
+            rows_per_step=self.spec.expert.batch_size,
         )
 
     def _note(self, stage: str, clock: StageClock) -> None:

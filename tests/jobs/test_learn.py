@@ -17,6 +17,7 @@ from typer.testing import CliRunner
 
 from jobs.cli import app
 from pipeline.learning.opening import alone_in
+from pipeline.learning.run_status import status_of
 from pipeline.registry.pools import download_pool
 from pipeline.registry.promotion import champion
 from pipeline.registry.scores import scores_of
@@ -111,7 +112,9 @@ def kill_when(process: subprocess.Popen, ready, by: signal.Signals = signal.SIGK
 @pytest.fixture(scope="module")
 def undisturbed(tiny_folder, tmp_path_factory):
     config = stream(tiny_folder, tmp_path_factory.mktemp("undisturbed"))
-    return config, finish(config)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("POINTSMAN_LOG", "json")
+        return config, finish(config)
 
 
 def versions(config: Path, model: str, database: str = "mlflow.db") -> list[str]:
@@ -136,6 +139,16 @@ def test_summary_and_registry(undisturbed):
     (run,) = client.search_runs(["1"])
     assert len(client.get_metric_history(run.info.run_id, "digits/expert_loss")) == 12
     assert len(client.get_metric_history(run.info.run_id, "digits/router_loss")) == 4
+
+
+def test_logs_are_json_where_they_are_asked_for(undisturbed):
+    config, _ = undisturbed
+    lines = [json.loads(line) for line in (config.parent / "log.txt").read_text().splitlines() if line[:1] == "{"]
+    assert {line["run"] for line in lines} == {"mini"}
+    stages = {(line["task"], line["stage"], line["steps"]) for line in lines if "stage" in line}
+    assert stages == {
+        (task, stage, steps) for task in ("digits", "echo") for stage, steps in (("expert", 12), ("router", 4))
+    }
 
 
 def test_the_registry_says_how_good_versions_are_and_which_is_in_use(undisturbed, monkeypatch):
@@ -267,11 +280,14 @@ def test_stopped_and_killed_drivers_go_on_to_the_same_pool(undisturbed, tiny_fol
         start(config), lambda: any(training.glob("digits-*/checkpoint/progress.json")), by=signal.SIGTERM
     )
     assert stopped == 143
+    assert status_of(config.parent / "mini").state == "stopped"
     assert statuses(config) == ["KILLED"]
     kill_when(start(config), lambda: any((config.parent / "mini" / "state").glob("task-*.json")))
     assert statuses(config) == ["RUNNING"]
+    assert status_of(config.parent / "mini").state == "killed"
     finish(config, "training.parallel_tasks=2")
     assert statuses(config) == ["FINISHED"]
+    assert status_of(config.parent / "mini").state == "finished"
     assert_whole_curves(config)
     summary = json.loads((config.parent / "mini" / "summary.json").read_text())
     assert all(

@@ -1,6 +1,7 @@
 import os
 import shutil
 import sqlite3
+import time
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
@@ -138,6 +139,18 @@ def test_a_restarted_job_continues_its_run(experiment: str) -> None:
         assert third != first
     assert MlflowClient().get_run(first).info.status == "FINISHED"
     assert len(MlflowClient().search_runs([experiment])) == 2
+
+
+def test_system_metrics_are_recorded_on_request(experiment: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MLFLOW_SYSTEM_METRICS_SAMPLING_INTERVAL", "0.1")
+    monkeypatch.setenv("MLFLOW_SYSTEM_METRICS_SAMPLES_BEFORE_LOGGING", "1")
+    runs = {}
+    for wanted in (True, False):
+        with tracked_run(experiment, "demo", str(wanted), system_metrics=wanted) as runs[wanted]:
+            time.sleep(1.0)
+    metrics = {wanted: MlflowClient().get_run(run).data.metrics for wanted, run in runs.items()}
+    assert "system/system_memory_usage_megabytes" in metrics[True]
+    assert metrics[False] == {}
 
 
 def test_registering_outside_of_a_run_is_an_error(experiment: str) -> None:
