@@ -25,6 +25,8 @@ import ray.data
 from ray._private import auto_init_hook, ray_constants, ray_logging
 from ray.util.debug import log_once
 
+from cluster import environment
+from cluster.access import use_token
 from cluster.submitted import runtime_env
 from pipeline.errors import UserError
 
@@ -102,6 +104,9 @@ def connect(address: str | None = None, cpus: int | None = None) -> ClusterInfo:
         # Ray takes the signal for itself; what this process wanted of it stays. Python's default would end it uncleaned.
         if callable(on_sigterm) and threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGTERM, on_sigterm)
+    # Every service of Ray Train and Ray Data is a process; from the eighth on Ray warns that there are many.
+    if ray_logging.stdout_deduplicator.skip_re is None:  # what the user has set stays
+        ray_logging.stdout_deduplicator.skip_re = re.compile("worker processes have been started")
     _quiet_data()
     context = ray.get_runtime_context()
     node = ray._private.worker._global_node
@@ -166,9 +171,6 @@ def _start(cpus: int) -> None:
     # Counts as said, that no CPU is free: preflight has counted those of this Ray, which nobody else uses, and who waits for
     # one waits for another reader.
     log_once("cpu_warning")
-    # Every service of Ray Train and Ray Data is a process here; from the eighth on Ray warns that there are many.
-    if ray_logging.stdout_deduplicator.skip_re is None:  # what the user has set stays
-        ray_logging.stdout_deduplicator.skip_re = re.compile("worker processes have been started")
 
 
 def _join(address: str) -> None:
@@ -187,9 +189,10 @@ def _join(address: str) -> None:
             host, _, port = address.rpartition(":")
             # Ray itself tries for more than 7 minutes, with a warning every few seconds.
             socket.create_connection((host, int(port)), timeout=10).close()
+        given = {"worker_process_setup_hook": environment.HOOK} if environment.is_given() else {}
         ray.init(
             address=address,
-            runtime_env={"env_vars": settings},
+            runtime_env={"env_vars": settings, **given},
             log_to_driver=False,
             logging_level=logging.ERROR,
         )
@@ -199,17 +202,6 @@ def _join(address: str) -> None:
             f"    check that it runs (`ray status --address {address}`) and that this user has its token "
             f"(~/.ray/auth_token or RAY_AUTH_TOKEN); to run on this machine alone, unset RAY_ADDRESS"
         ) from error
-
-
-def use_token() -> None:
-    """Turns token authentication on for this process if the user has a token and has not chosen a mode.
-
-    `ray start` turns it on by itself when ~/.ray/auth_token exists, a client that is given an address does not, and
-    every call of it is then refused.
-    """
-    if "RAY_AUTH_MODE" not in os.environ and (Path.home() / ".ray" / "auth_token").is_file():
-        os.environ["RAY_AUTH_MODE"] = "token"
-        ray._raylet.Config.initialize("")  # Ray has read the mode when it was imported: read it again
 
 
 def _quiet_data() -> None:

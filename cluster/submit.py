@@ -1,140 +1,157 @@
-"""Sends a job to a Ray cluster, follows it, and turns its end into an exit code.
+"""Hands a job to a Ray cluster, once, and follows it until it ends.
 
-What `pointsman learn CONFIG --address http://HOST:8265` does: the working folder is uploaded, the same command runs on
-the cluster's head. A job dies with its cluster and Ray does not retry it; submitting it again resumes by name.
+A job is named by the run that it works on. Submitting it while it runs attaches to it; after it has ended, by itself, by a
+signal or with its cluster, a new job resumes the run, since Ray neither retries a job nor takes a name twice.
 """
 
 import asyncio
-import logging
-import os
+import re
 import shlex
+import tempfile
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import aiohttp
 import requests
-from ray.exceptions import AuthenticationError
 from ray.job_submission import JobStatus, JobSubmissionClient
 
-from cluster.local import use_token
+from cluster.client import Job, SubmitError, all_jobs, answering, reason_of
+from cluster.package import MIB, Package
 from pipeline.config import without_secrets
-from pipeline.errors import UserError
 
-EXCLUDES = (
-    ".git",  # .gitignore is honoured, but does not name .git, and that can be large
-    "/runs",
-    "mlruns",
-    "mlflow.db",
-    ".venv",
-    "venv",
-    "__pycache__",
-    "*.egg-info",
-    ".*_cache",
-)
-"""What of the working folder stays here, in .gitignore's notation; without a final slash, or Ray walks through folders."""
+POLL_SECONDS = 0.5
 
-POLL_SECONDS = 1.0
+STOP_SECONDS = 30
+"""How long a job that is stopped may take to store where it stands; Ray's own 3 s are too few to close MLflow's run."""
 
-ANSWER_SECONDS = 10.0
-"""How long the head may take for its first answer; Ray itself would wait for minutes, without a word."""
+ATTEMPTS = 5
+"""How often a name is looked for while others submit the same."""
 
-
-class SubmitError(UserError):
-    """The job could not be handed over or followed; the message names the address and the remedy."""
+SETTINGS = "settings"
+"""Key of a job's metadata: digest of all that was submitted but for the environment."""
 
 
 @dataclass(frozen=True)
-class JobOutcome:
-    """How a submitted job stands."""
+class Submitted:
+    """A job that was handed over, or that was there."""
 
     submission_id: str
-    """Ray's name of the job: `ray job logs|stop <submission_id>`."""
-    status: str
-    """PENDING, RUNNING, SUCCEEDED, FAILED or STOPPED."""
-    message: str
-    """What Ray says about the status."""
-    exit_code: int
-    """For the shell: 0 unless the job failed (its own code, or 1) or was stopped (130)."""
+    attached: bool
+    """Whether it ran before."""
+    package_bytes: int
+    """Size of what was sent."""
 
 
 def submit(
-    entrypoint: list[str], address: str, working_dir: Path, follow: bool = True, submission_id: str | None = None
-) -> JobOutcome:
-    """Runs `entrypoint` on the cluster whose dashboard is at `address` (http://host:8265), in a copy of `working_dir`.
+    client: JobSubmissionClient,
+    address: str,
+    *,
+    entrypoint: list[str],
+    name: str,
+    package: Package,
+    metadata: Mapping[str, str],
+) -> Submitted:
+    """Runs `entrypoint` in `package` on the cluster, or finds the job `name` that runs there.
 
-    With `follow` its output appears here, and the outcome is the job's end; without, it returns once the job is
-    accepted. Raises SubmitError if the head is not reachable, refuses the token or the job.
+    Raises SubmitError where that one runs with other settings, or where the head does not take the job.
     """
-    client = _client(address)
-    address = without_secrets(address)
+    for _ in range(ATTEMPTS):
+        before = _numbered(all_jobs(client, address), name)
+        number = max(before, default=0)
+        if before and not (running := before[number]).has_ended:
+            if running.metadata.get(SETTINGS) != metadata.get(SETTINGS):
+                raise SubmitError(
+                    f"{running.submission_id} works on this run with other settings; see it with `pointsman jobs attach "
+                    f"{running.submission_id}`, end it with `pointsman jobs stop {running.submission_id}`, or give this run "
+                    "another `name`"
+                )
+            return Submitted(running.submission_id, attached=True, package_bytes=0)
+        wanted = name if not before else f"{name}-{number + 1}"
+        with tempfile.TemporaryDirectory(prefix="pointsman-") as folder:
+            archive = Path(folder) / "package.zip"
+            size = package.archive(archive)
+            try:
+                with answering(address):
+                    client.submit_job(
+                        entrypoint=shlex.join(entrypoint),
+                        submission_id=wanted,
+                        runtime_env={
+                            "working_dir": str(archive),
+                            "env_vars": {"RAY_JOB_STOP_WAIT_TIME_S": str(STOP_SECONDS)},
+                        },
+                        metadata=dict(metadata),
+                    )
+            except SubmitError as error:
+                if "already exists" in str(error.__cause__):  # somebody was faster
+                    continue
+                raise SubmitError(f"the job was not taken ({size / MIB:.1f} MiB): {error}") from error
+        return Submitted(wanted, attached=False, package_bytes=size)
+    raise SubmitError(f"{name}: others submit the same run over and over; try again")
+
+
+def _numbered(jobs: list[Job], name: str) -> dict[int, Job]:
+    """Returns the jobs of a run by their number: `name`, `name-2`, `name-3`."""
+    matches = ((re.fullmatch(rf"{re.escape(name)}(?:-(\d+))?", job.submission_id), job) for job in jobs)
+    return {int(match[1] or 1): job for match, job in matches if match}
+
+
+def follow(client: JobSubmissionClient, address: str, submission_id: str) -> Job:
+    """Prints the job's output from its beginning as it comes; returns the job when it has ended.
+
+    KeyboardInterrupt leaves the job as it is. Raises SubmitError where the head is gone.
+    """
+    come_back = f"pointsman jobs attach {submission_id} --address {without_secrets(address)}"
     try:
-        name = client.submit_job(
-            entrypoint=shlex.join(entrypoint),
-            submission_id=submission_id,
-            runtime_env={"working_dir": str(working_dir.resolve()), "excludes": list(EXCLUDES)},
+        asyncio.run(_print_output(client, submission_id))
+        return _ended(client, address, submission_id)
+    except KeyboardInterrupt:
+        print(
+            f"\ndetached; {submission_id} goes on. Come back: {come_back}   end it: {come_back.replace('attach', 'stop')}"
         )
-    except (RuntimeError, ValueError) as error:  # Ray's words: name taken, folder too large, ...
-        raise SubmitError(f"{address} did not take the job from {working_dir}: {error}") from error
-    print(f"submitted {name} to {address}", flush=True)
-    if follow:
+        raise
+    except (requests.ConnectionError, RuntimeError, SubmitError) as error:
+        raise SubmitError(
+            f"lost {without_secrets(address)} while {submission_id} was running: {reason_of(error)}\n"
+            f"    come back with: {come_back}"
+        ) from error
+
+
+async def _print_output(client: JobSubmissionClient, submission_id: str) -> None:
+    """Prints the job's output as it comes, until it ends; proxies cut quiet connections, so it goes on where it was."""
+    printed = 0
+    while True:
+        seen = 0
         try:
-            asyncio.run(_print_logs(client, name))
-            return _wait(client, name)
-        except KeyboardInterrupt:
-            print(f"\n{name} goes on; to end it: ray job stop --address {address} {name}", flush=True)
-            raise
-        except requests.ConnectionError as error:
-            raise SubmitError(
-                f"lost {address} while {name} was running: {error}\n    follow it again with: "
-                f"ray job logs --address {address} --follow {name}"
-            ) from error
-    return _outcome(client, name)
+            async for text in client.tail_job_logs(submission_id):
+                print(text[max(0, printed - seen) :], end="", flush=True)
+                seen += len(text)
+                printed = max(printed, seen)
+            return
+        except (RuntimeError, aiohttp.ClientError):
+            status: Any = await asyncio.to_thread(client.get_job_status, submission_id)
+            if JobStatus(status).is_terminal():
+                return
+            await asyncio.sleep(POLL_SECONDS)
 
 
-def _client(address: str) -> JobSubmissionClient:
-    """Connects to the head's job server, with the user's token if there is one (it is never printed)."""
-    if not address.startswith(("http://", "https://")):
-        raise SubmitError(f"address {address!r}: jobs go to the dashboard's address, e.g. http://HOST:8265")
-    use_token()
-    logging.getLogger("ray.dashboard.modules").setLevel(logging.WARNING)  # packages and websockets are its own affair
-    os.environ["RAY_API_SERVER_ADDRESS"] = address  # Ray prefers its variables to the argument; the argument must win
-    try:
-        requests.get(address, timeout=ANSWER_SECONDS)
-        return JobSubmissionClient(address)
-    except (ConnectionError, requests.RequestException) as error:
-        raise SubmitError(
-            f"no Ray head answers at {without_secrets(address)}: {without_secrets(str(error))}\n"
-            f"    check that it runs and that its dashboard is forwarded here: "
-            f"`ray dashboard cluster/ray-cluster.yaml`, or `kubectl port-forward service/NAME-head-svc 8265:8265`"
-        ) from error
-    except AuthenticationError as error:
-        raise SubmitError(
-            f"{without_secrets(address)} refuses this user: {str(error).splitlines()[0]}\n    put the cluster's token (there: "
-            f"`ray get-auth-token`) into ~/.ray/auth_token here, or name its file in RAY_AUTH_TOKEN_PATH, "
-            f"and have RAY_AUTH_MODE=token or unset"
-        ) from error
-
-
-async def _print_logs(client: JobSubmissionClient, name: str) -> None:
-    """Prints the job's output as it comes, until it ends."""
-    try:
-        async for lines in client.tail_job_logs(name):
-            print(lines, end="", flush=True)
-    except (RuntimeError, aiohttp.ClientError) as error:  # proxies cut quiet connections; the job does not notice
-        print(f"\nthe stream of {name}'s output broke ({error}); waiting for its end", flush=True)
-
-
-def _wait(client: JobSubmissionClient, name: str) -> JobOutcome:
+def _ended(client: JobSubmissionClient, address: str, submission_id: str) -> Job:
     """Waits for the job's end."""
-    while (outcome := _outcome(client, name)).status not in {end.value for end in JobStatus if end.is_terminal()}:
+    while not (job := job_now(client, address, submission_id)).has_ended:
         time.sleep(POLL_SECONDS)
-    return outcome
+    return job
 
 
-def _outcome(client: JobSubmissionClient, name: str) -> JobOutcome:
+def job_now(client: JobSubmissionClient, address: str, submission_id: str) -> Job:
     """Asks for the job's state."""
-    details = client.get_job_info(name)
-    status = details.status.value
-    codes = {"FAILED": details.driver_exit_code or 1, "STOPPED": 130}
-    return JobOutcome(name, status, details.message or "", codes.get(status, 0))
+    with answering(address):
+        return Job.of(client.get_job_info(submission_id))
+
+
+def stop(client: JobSubmissionClient, address: str, submission_id: str) -> Job:
+    """Stops a job and waits until it has ended: what it has finished is kept."""
+    with answering(address):
+        client.stop_job(submission_id)
+    return _ended(client, address, submission_id)

@@ -15,4 +15,13 @@ def is_submitted() -> bool:
 
 def runtime_env() -> dict[str, Any]:
     """Returns the runtime environment that this job was submitted with; empty where it was not."""
-    return json.loads(os.environ.get(JOB_CONFIG, "{}")).get("runtime_env") or {}
+    return _config().get("runtime_env") or {}
+
+
+def metadata() -> dict[str, str]:
+    """Returns what this job was submitted with for the list of jobs; empty where it was not."""
+    return _config().get("metadata") or {}
+
+
+def _config() -> dict[str, Any]:
+    return json.loads(os.environ.get(JOB_CONFIG, "{}"))

@@ -3,11 +3,11 @@
 python -m jobs.add jobs/configs/task.yaml --pool models:/tiny.pool.demo@champion training.workers=2
 """
 
-import typer
-
 from jobs.endings import user_errors
-from jobs.options import Address, ConfigFile, Overrides, job_command, load_as
+from jobs.lazy import run_alone
+from jobs.options import ConfigFile, Overrides, job_command, load_as
 from jobs.registry.options import AddTo, Json, RegistryUri, Replace
+from jobs.submit_options import Address, SubmittableCommand
 from pipeline.config import AddConfig
 
 
@@ -35,11 +35,11 @@ def main(
                 *["--replace"] * replace,
                 *["--json"] * json,
             ]
-            job_command("jobs.add", task, overrides, address, *more)
+            job_command("jobs.add", task, overrides, address, *more, config_class=AddConfig)
         from jobs.adding import add_to_pool
 
         add_to_pool(settings, pool, registry, replaces=replace, as_json=json)
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    run_alone(main, SubmittableCommand)

@@ -6,6 +6,7 @@ from typing import Any
 from typer.core import TyperCommand
 
 from jobs.lazy import Lazy, lazy_group
+from jobs.submit_options import ComputingCommand, SubmittableCommand
 
 
 class TeachingCommand(TyperCommand):
@@ -25,13 +26,17 @@ class TeachingCommand(TyperCommand):
         formatter.write("\n" + fields_help(self.config_class, self.intro) + "\n")
 
 
-class TeachingAdd(TeachingCommand):
+class TeachingLearn(SubmittableCommand, TeachingCommand):
+    """A command that learns or measures a stream, here or on a cluster."""
+
+
+class TeachingAdd(TeachingLearn):
     """The command that adds a task."""
 
     config_class = "AddConfig"
 
 
-class TeachingPredict(TeachingCommand):
+class TeachingPredict(TeachingLearn):
     """The command that answers rows in bulk."""
 
     config_class = "PredictConfig"
@@ -39,20 +44,24 @@ class TeachingPredict(TeachingCommand):
 
 
 JOBS = {
-    "learn": Lazy("jobs.learn:main", "Learn a stream of tasks one after the other.", TeachingCommand),
-    "compare": Lazy("jobs.compare:main", "Compare the learned pool with the alternatives.", TeachingCommand),
+    "learn": Lazy("jobs.learn:main", "Learn a stream of tasks one after the other.", TeachingLearn),
+    "compare": Lazy("jobs.compare:main", "Compare the learned pool with the alternatives.", TeachingLearn),
     "add": Lazy("jobs.add:main", "Add one task to a registered pool.", TeachingAdd),
-    "sweep": Lazy("jobs.sweep:main", "Sweep LoRA rank x router temperature for one task.", TeachingCommand),
+    "sweep": Lazy("jobs.sweep:main", "Sweep LoRA rank x router temperature for one task.", TeachingLearn),
     "plan": Lazy("jobs.plan:main", "Plan a stream before any GPU is rented.", TeachingCommand),
     "recompute-statistics": Lazy(
-        "jobs.recompute_statistics:main", "Recompute a pool's statistics, without training.", TeachingCommand
+        "jobs.recompute_statistics:main", "Recompute a pool's statistics, without training.", TeachingLearn
     ),
     "predict": Lazy("jobs.predict:main", "Answer rows in bulk: files in, files out.", TeachingPredict),
-    "explain": Lazy("jobs.explain:main", "Explain an answer: candidates, distances, weights."),
+    "explain": Lazy("jobs.explain:main", "Explain an answer: candidates, distances, weights.", ComputingCommand),
+    "status": Lazy("jobs.status:main", "Show streams, sweeps and jobs, running and past."),
+    "jobs": Lazy("jobs.submissions.app:app", "List, follow and stop submitted jobs."),
     "registry": Lazy("jobs.registry.app:app", "Browse the registry, decide which pool is in use."),
     "ui": Lazy("jobs.ui:main", "Browse experts, pools and runs in MLflow."),
-    "convert-internvl2": Lazy("jobs.convert_internvl2:main", "Convert an InternVL2 checkpoint for transformers."),
-    "pretrain-tiny": Lazy("jobs.pretrain_tiny:main", "Pretrain the demo's base."),
+    "convert-internvl2": Lazy(
+        "jobs.convert_internvl2:main", "Convert an InternVL2 checkpoint for transformers.", ComputingCommand
+    ),
+    "pretrain-tiny": Lazy("jobs.pretrain_tiny:main", "Pretrain the demo's base.", ComputingCommand),
     "benchmark": Lazy("jobs.benchmark.app:app", "Measure routing, training, data, memory, cost per task."),
 }
 

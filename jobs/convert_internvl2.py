@@ -13,6 +13,7 @@ import typer
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
 from jobs.endings import user_errors
+from jobs.lazy import run_alone
 from jobs.terminal import Terminal
 from pipeline.models import internvl2
 
@@ -58,4 +59,4 @@ def _bar(terminal: Terminal, name: str) -> Iterator[internvl2.Progress]:
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    run_alone(main)

@@ -10,6 +10,7 @@ import typer
 from PIL import Image
 
 from jobs.endings import user_errors
+from jobs.lazy import run_alone
 from jobs.registry.options import RegistryUri, registry_address
 from jobs.terminal import Terminal, table
 from pipeline.config import BaseModelConfig, ConfigError
@@ -128,4 +129,4 @@ def _figure(value: float) -> str:
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    run_alone(main)

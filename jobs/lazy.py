@@ -1,6 +1,6 @@
 """Groups of commands that are imported when they are called: the libraries of all jobs together take seconds to import."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from importlib import import_module
 from importlib.metadata import version
@@ -33,6 +33,13 @@ class Lazy:
 
 STYLE: Any = {"add_completion": False, "rich_markup_mode": None, "pretty_exceptions_enable": False}
 """Plain help, plain tracebacks."""
+
+
+def run_alone(function: Callable[..., Any], look: type[TyperCommand] | None = None) -> None:
+    """Runs one command as a program of its own, `python -m jobs.learn`; its messages are those of `pointsman learn`."""
+    app = typer.Typer(**STYLE)
+    app.command(cls=look)(function)
+    app()
 
 
 def _show_version(wanted: bool) -> None:

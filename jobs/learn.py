@@ -6,7 +6,9 @@ python -m jobs.learn jobs/configs/demo.yaml expert.rank=16
 from typing import TYPE_CHECKING, Any
 
 from jobs.endings import user_errors
-from jobs.options import Address, ConfigFile, Overrides, job_command, load
+from jobs.lazy import run_alone
+from jobs.options import ConfigFile, Overrides, job_command, load
+from jobs.submit_options import Address, SubmittableCommand
 from jobs.terminal import Terminal
 from pipeline.evaluation.former_summary import by_todays_names
 from pipeline.learning.state import read_json
@@ -43,6 +45,4 @@ def _with_comparison(session: "StreamSession", summary: dict[str, Any]) -> dict[
 
 
 if __name__ == "__main__":
-    import typer
-
-    typer.run(main)
+    run_alone(main, SubmittableCommand)

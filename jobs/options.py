@@ -1,6 +1,5 @@
 """Options that jobs share: the configuration file, overrides, the cluster's address."""
 
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, NoReturn, TypeVar
@@ -9,7 +8,8 @@ import typer
 
 import pipeline.config
 from cluster.submitted import is_submitted
-from pipeline.config import AddConfig, Config, ConfigError, LearnConfig, holds_secrets, load_config, without_secrets
+from jobs.submission import HOME, JobFiles, submit_command
+from pipeline.config import AddConfig, Config, LearnConfig, load_config
 from pipeline.config.loading import aliases_of, documented_fields
 
 C = TypeVar("C", AddConfig, LearnConfig)
@@ -21,12 +21,6 @@ ConfigFile = Annotated[Path, typer.Argument(help="YAML file, e.g. jobs/configs/d
 Overrides = Annotated[
     list[str] | None,
     typer.Argument(help="Fields to change, e.g. expert.rank=16 name=mine.", metavar="[FIELD=VALUE]..."),
-]
-Address = Annotated[
-    str | None,
-    typer.Option(
-        help="Submit to the Ray cluster with this dashboard, e.g. http://127.0.0.1:8265, instead of running here."
-    ),
 ]
 
 
@@ -51,38 +45,28 @@ def load_as(config: Path, overrides: list[str] | None, config_class: type[C]) ->
 def lasting(folder: str) -> str:
     """Returns a folder for results as it is, or, where it is relative in a submitted job, below `~/pointsman`."""
     moves = is_submitted() and not Path(folder).is_absolute()
-    return str(Path.home() / "pointsman" / folder) if moves else folder
+    return str(HOME.expanduser() / folder) if moves else folder
 
 
-def job_command(module: str, config: Path, overrides: list[str] | None, address: str, *more: str) -> NoReturn:
-    """Submits a job to a cluster: the same module, configuration and overrides; ends with the job's exit code."""
-    check_exposed([*(overrides or []), *more], f"write it into {config}")
-    submit_job(module, [below_here(config), *(overrides or []), *more], address)
-
-
-def submit_job(module: str, words: Sequence[str], address: str) -> NoReturn:
-    """Submits a job to a cluster: a module and the words of its command line; ends with the job's exit code."""
-    from cluster.submit import submit  # with Ray
-
-    outcome = submit(["python", "-m", module, *words], address, Path.cwd())
-    sys.exit(outcome.exit_code)
-
-
-def below_here(config: Path) -> str:
-    """Returns the path of a configuration as a submitted job finds it; raises ConfigError where it will not."""
-    root = Path.cwd()
-    if not config.resolve().is_relative_to(root):
-        raise ConfigError(f"{config}: must lie below {root}, which is what the cluster gets as working directory")
-    return str(config.resolve().relative_to(root))
-
-
-def check_exposed(words: Sequence[str], remedy: str) -> None:
-    """Raises ConfigError where a word of a command line that is submitted holds a key."""
-    if exposed := next(filter(holds_secrets, words), None):
-        raise ConfigError(
-            f"{without_secrets(exposed)!r}: it holds a key, which every user of the cluster could read in the list of "
-            f"jobs; {remedy}"
-        )
+def job_command(
+    module: str,
+    config: Path,
+    overrides: list[str] | None,
+    address: str,
+    *more: str,
+    config_class: type[AddConfig] | type[LearnConfig] = LearnConfig,
+) -> NoReturn:
+    """Submits a job of a configuration to a cluster, with `more` words after it; ends with the job's exit code."""
+    settings, files = load_config(config, overrides or [], config_class), JobFiles()
+    command = module.removeprefix("jobs.").replace("_", "-")
+    submit_command(
+        [command, files.config(config, overrides or [], config_class), *more],
+        [command, str(config), *(overrides or []), *more],
+        address,
+        files,
+        run=settings.name or settings.task.name if isinstance(settings, AddConfig) else settings.name,
+        output=settings.output,
+    )
 
 
 def fields_help(config_class: str, intro: Sequence[str]) -> str:

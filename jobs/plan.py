@@ -12,6 +12,7 @@ from typing import Annotated
 import typer
 
 from jobs.endings import user_errors
+from jobs.lazy import run_alone
 from jobs.options import ConfigFile, Overrides, load
 from jobs.terminal import Terminal
 from pipeline.config import ConfigError
@@ -111,4 +112,4 @@ def _config_json(given: Path | None) -> Path | None:
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    run_alone(main)

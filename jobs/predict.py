@@ -10,8 +10,11 @@ from typing import Annotated
 import typer
 
 from jobs.endings import user_errors
-from jobs.options import Address, check_exposed, lasting, submit_job
+from jobs.lazy import run_alone
+from jobs.options import lasting
 from jobs.registry.options import RegistryUri, registry_address
+from jobs.submission import JobFiles, submit_command
+from jobs.submit_options import Address, SubmittableCommand
 from jobs.terminal import Terminal
 from pipeline.config import PredictConfig, load_config, without_secrets
 
@@ -49,26 +52,37 @@ def main(
     set aside. Stopped at any moment, the same command goes on after the last file.
     """
     with user_errors():
-        options = {"source.path": rows, "told": told}
+        settings = {"source.path": rows, "told": told}
         words = [
-            f"{name}={json.dumps(value)}" for name, value in options.items() if value is not None
+            f"{name}={json.dumps(value)}" for name, value in settings.items() if value is not None
         ]  # not YAML's to read
         words += fields or []
         config = load_config(None, words, PredictConfig)
         registry = registry_address(registry_uri)
         if address:
-            check_exposed([*words, registry], "put it into the environment of the cluster's nodes")
-            words = ["--pool", pool, "--registry", registry, *(["--told", told] if told is not None else [])]
-            submit_job("jobs.predict", [rows, out, *(fields or []), *words], address)
+            options = {"--pool": pool, "--registry": registry_uri, "--told": told}
+            more = [word for name, value in options.items() if value is not None for word in (name, value)]
+            files = JobFiles()
+            fields_there = [files.override(field, PredictConfig) for field in fields or []]
+            words = [files.path(rows), out, *fields_there, *more]
+            submit_command(
+                ["predict", *words],
+                ["predict", rows, out, *(fields or []), *more],
+                address,
+                files,
+                run=Path(out).name,
+                output=out,
+            )
         from cluster.local import connect
         from pipeline.data.sources.reader import count_rows
         from pipeline.prediction.identity import DEMO
         from pipeline.prediction.pool_source import pool_source
         from pipeline.prediction.predict import predict
+        from pipeline.registry.versions import MODELS
 
         terminal, folder = Terminal(), Path(lasting(out)).expanduser().resolve()
         with terminal.working("looking the pool up"):
-            source = pool_source(pool, registry, config.base)
+            source = pool_source(pool if pool.startswith(MODELS) else lasting(pool), registry, config.base)
         with terminal.working("starting Ray"):
             connect()
         total = count_rows(config.source, folder / DEMO)
@@ -89,4 +103,4 @@ def main(
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    run_alone(main, SubmittableCommand)

@@ -19,6 +19,7 @@ import typer
 from transformers import InternVLForConditionalGeneration
 
 from jobs.endings import user_errors
+from jobs.lazy import run_alone
 from pipeline.config import ConfigError
 from pipeline.data.demo.abilities import ABILITIES, BENCHMARKS, Example, vocabulary
 from pipeline.models.encoding import IGNORED, Encoded, chat, collate
@@ -211,4 +212,4 @@ def main(
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    run_alone(main)

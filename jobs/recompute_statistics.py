@@ -13,7 +13,9 @@ from typing import Annotated
 import typer
 
 from jobs.endings import user_errors
-from jobs.options import Address, ConfigFile, Overrides, job_command, load
+from jobs.lazy import run_alone
+from jobs.options import ConfigFile, Overrides, job_command, load
+from jobs.submit_options import Address, SubmittableCommand
 from jobs.terminal import Terminal
 
 PoolAddress = Annotated[
@@ -64,4 +66,4 @@ def main(
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    run_alone(main, SubmittableCommand)

@@ -18,7 +18,9 @@ import typer
 from mlflow import MlflowClient
 
 from jobs.endings import user_errors
-from jobs.options import Address, ConfigFile, Overrides, job_command, load
+from jobs.lazy import run_alone
+from jobs.options import ConfigFile, Overrides, job_command, load
+from jobs.submit_options import Address, SubmittableCommand
 from jobs.terminal import Terminal, table
 from pipeline.config import ConfigError, digest
 from pipeline.files import write_json
@@ -165,4 +167,4 @@ def _show(session: StreamSession, result: SweepResult, summary: dict[str, object
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    run_alone(main, SubmittableCommand)

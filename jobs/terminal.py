@@ -196,8 +196,8 @@ class RowBar:
             self._progress.remove_task(self._bar)
 
 
-def table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
-    """Returns a table whose first column is text and whose others are figures."""
+def table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]], *, text: bool = False) -> Table:
+    """Returns a table whose first column is text and whose others are figures, or with `text` texts too."""
     drawn = Table(title=title, title_justify="left", title_style="bold")
     longest = max(
         (Text.from_markup(row[0]).cell_len for row in rows), default=0
@@ -206,9 +206,9 @@ def table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> T
         if number == 0:
             drawn.add_column(name, justify="left", min_width=longest)
         else:
-            drawn.add_column(name, justify="right")
+            drawn.add_column(name, justify="left" if text else "right", overflow="fold" if text else "ellipsis")
     for row in rows:
-        drawn.add_row(*row)
+        drawn.add_row(*(map(Text, row) if text else row))  # brackets in texts are brackets
     return drawn
 
 

@@ -12,6 +12,7 @@ from typing import Annotated
 import typer
 
 from jobs.endings import user_errors
+from jobs.lazy import run_alone
 from pipeline.config import without_secrets
 from pipeline.registry.addresses import LOOPBACK, SERVERS, UI_PORT, UI_URI, ui_command
 from pipeline.registry.databases import is_database
@@ -61,4 +62,4 @@ def _check_address(host: str, port: int) -> None:
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    run_alone(main)

@@ -1,5 +1,6 @@
 """Provenance: which command, code and versions made a summary."""
 
+import os
 import shlex
 import subprocess
 import sys
@@ -13,6 +14,12 @@ from pipeline.config import without_secrets
 
 PACKAGES = ("torch", "ray", "transformers", "peft", "deepspeed", "mlflow", "pyarrow")
 """Packages whose versions may change a result."""
+
+COMMIT = ".pointsman-commit"
+"""File beside the packages of a submitted job that names the commit of its code."""
+
+COMMAND = "POINTSMAN_COMMAND"
+"""Environment variable with the command as it was typed, where another one was started for it."""
 
 
 def provenance(
@@ -36,11 +43,14 @@ def now() -> datetime:
 
 def command_line() -> str:
     """Returns the command as the user typed it, without secrets."""
-    return without_secrets(shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]))
+    here = shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
+    return without_secrets(os.environ.get(COMMAND) or here)
 
 
 def git_commit() -> str | None:
-    """Returns the commit of the code, or None outside a checkout."""
+    """Returns the commit of the code, or None outside a checkout; a job that was submitted from one brings it along."""
     here = Path(__file__).parent
+    if (noted := here.parent / COMMIT).is_file():
+        return noted.read_text().strip() or None
     answer = subprocess.run(["git", "-C", str(here), "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
     return answer.stdout.strip() or None

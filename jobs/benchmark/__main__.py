@@ -2,4 +2,4 @@
 
 from jobs.benchmark.app import app
 
-app()
+app(prog_name="pointsman benchmark")

@@ -5,6 +5,8 @@ from typing import Annotated
 
 import typer
 
+from jobs.options import lasting
+
 DEFAULT = "sqlite:///runs/mlflow.db"
 
 TRACKING_URI = "MLFLOW_TRACKING_URI"
@@ -41,4 +43,4 @@ Pool = Annotated[str, typer.Argument(help="Registered model of the pool, e.g. ti
 
 def registry_address(uri: str | None) -> str:
     """Returns the address of the registry that a command means, given or not."""
-    return uri or os.environ.get(TRACKING_URI) or DEFAULT
+    return uri or os.environ.get(TRACKING_URI) or f"sqlite:///{lasting('runs')}/mlflow.db"

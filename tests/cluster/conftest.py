@@ -41,6 +41,10 @@ class Head:
     address: str
     token: str
     client: dict[str, str]
+    home: Path
+    """HOME of clients and jobs."""
+    metrics: str
+    """Where Prometheus would fetch the head's metrics."""
 
 
 @pytest.fixture(scope="module")
@@ -54,14 +58,16 @@ def head() -> Iterator[Head]:
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
     client = clean | {"HOME": str(folder), "PATH": path, "PYTHONPATH": str(ROOT)}
     node = client | {"TORCH_EXTENSIONS_DIR": str(extensions_folder()), "RAY_AUTH_MODE": "token"}
+    node["RAY_metrics_report_interval_ms"] = "1000"
     del node["PYTHONPATH"]  # jobs find the code in their working folder
-    ports = [free_port() for _ in range(3)]
+    ports = [free_port() for _ in range(4)]
     with (folder / "head.log").open("w") as output:
         process = subprocess.Popen(
             [
                 *("ray", "start", "--head", "--block", "--num-cpus=2", "--disable-usage-stats", f"--port={ports[0]}"),
                 *("--dashboard-host=127.0.0.1", f"--dashboard-port={ports[1]}"),
                 *(f"--dashboard-agent-listen-port={ports[2]}", f"--temp-dir={folder}/ray"),
+                f"--metrics-export-port={ports[3]}",
             ],
             env=node,
             stdout=output,
@@ -70,7 +76,7 @@ def head() -> Iterator[Head]:
     try:
         address = f"http://127.0.0.1:{ports[1]}"
         wait_for(address, process, folder / "head.log")
-        yield Head(address, token, client)
+        yield Head(address, token, client, folder, f"http://127.0.0.1:{ports[3]}/metrics")
     finally:
         if process.poll() is None:
             family = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]

@@ -9,6 +9,7 @@ from typer.testing import CliRunner
 from jobs.benchmark.app import BENCHMARKS
 from jobs.cli import JOBS, app
 from jobs.registry.app import COMMANDS
+from jobs.submissions.app import COMMANDS as JOB_COMMANDS
 
 LIST = """
 import sys
@@ -50,6 +51,7 @@ def test_looking_at_the_registry_imports_neither_torch_nor_ray():
         *([name] for name in JOBS),
         *(["benchmark", name] for name in BENCHMARKS),
         *(["registry", name] for name in COMMANDS),
+        *(["jobs", name] for name in JOB_COMMANDS),
     ],
 )
 def test_every_command_has_its_help(words):
@@ -62,3 +64,12 @@ def test_a_mistyped_command_is_told_the_nearest():
     outcome = CliRunner().invoke(app, ["lern"])
     assert outcome.exit_code == 2
     assert "Did you mean 'learn'?" in outcome.output
+
+
+@pytest.mark.parametrize("words", [["jobs.learn", "x.yaml"], ["jobs", "learn", "x.yaml"]])
+def test_a_command_run_as_a_module_answers_in_plain_lines(words):
+    command = [sys.executable, "-m", *words, "--nope", "an argument that is so long that a box would wrap it, " * 3]
+    answer = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert answer.returncode == 2
+    assert "No such option: --nope" in answer.stderr
+    assert not set("│╭") & set(answer.stderr)

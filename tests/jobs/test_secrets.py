@@ -1,12 +1,11 @@
 """What a user gives as part of an address reaches neither terminal, summary, report, log nor another's list of jobs."""
 
 import sys
-from pathlib import Path
 
 import pytest
 
 from jobs.endings import user_errors
-from jobs.options import job_command
+from jobs.options import DEMO, job_command
 from jobs.terminal import Terminal
 from pipeline.config import BaseModelConfig, ConfigError, LearnConfig, load_config
 from pipeline.evaluation.report import write_report
@@ -39,10 +38,9 @@ def test_messages_and_logs_of_errors(capsys, tmp_path) -> None:
     assert SECRET not in capsys.readouterr().err
 
 
-def test_a_submitted_command_may_hold_none(tmp_path, monkeypatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    with pytest.raises(ConfigError, match="registry.uri=http://mlflow:5000.*write it into") as error:
-        job_command("jobs.learn", Path("a.yaml"), [f"registry.uri={ADDRESS}"], "http://127.0.0.1:1")
+def test_a_submitted_command_may_hold_none() -> None:
+    with pytest.raises(ConfigError, match="'http://mlflow:5000': it holds a key.*MLFLOW_TRACKING_URI") as error:
+        job_command("jobs.learn", DEMO, [], "http://127.0.0.1:1", "--registry", ADDRESS)
     assert SECRET not in str(error.value)
 
 

@@ -1,0 +1,47 @@
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+from typer.testing import CliRunner
+
+from jobs.cli import app
+from tests.cluster.conftest import ROOT
+
+LOOKING = """
+import sys
+from typer.testing import CliRunner
+from jobs.cli import app
+outcome = CliRunner().invoke(app, ["status", "--output", "."])
+assert outcome.exit_code == 0 and "no runs in ." in outcome.output, outcome.output
+assert not {"torch", "ray", "mlflow"} & sys.modules.keys()
+"""
+
+
+def test_runs_and_their_sweeps(tmp_path: Path, monkeypatch) -> None:
+    for name in ("RAY_API_SERVER_ADDRESS", "RAY_ADDRESS"):
+        monkeypatch.delenv(name, raising=False)
+    run = tmp_path / "demo"
+    for sweep, trials in (("later-1", [{}, {}]), ("later-2", None)):
+        (run / "sweeps" / sweep).mkdir(parents=True)
+        if trials is not None:
+            (run / "sweeps" / sweep / "summary.json").write_text(json.dumps({"trials": trials}))
+    (run / "summary.json").write_text("{}")
+    outcome = CliRunner().invoke(app, ["status", "--output", str(tmp_path), "--json"])
+    found = json.loads(outcome.output)
+    assert [(run["name"], run["state"]) for run in found["runs"]] == [("demo", "finished")]
+    assert [(s["name"], s["state"], s["trials"]) for s in found["sweeps"]] == [
+        ("later-1", "finished", 2),
+        ("later-2", "begun", None),
+    ]
+    assert found["jobs"] is None
+    shown = CliRunner().invoke(app, ["status", "--output", str(tmp_path)]).output
+    assert "demo/later-1" in shown
+
+
+def test_looking_needs_no_ray(tmp_path: Path) -> None:
+    environment = {"PYTHONPATH": str(ROOT), "PATH": ""}
+    answer = subprocess.run(
+        [sys.executable, "-c", LOOKING], cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
+    )
+    assert answer.returncode == 0, answer.stderr
