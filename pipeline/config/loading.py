@@ -1,6 +1,7 @@
 """From a YAML file and dotted overrides to a checked configuration; errors name file, field and remedy."""
 
 import difflib
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar, get_args, get_origin
@@ -122,30 +123,80 @@ def _override(values: dict[str, Any], override: str, config_class: type[Config])
     if not separator:
         raise ConfigError(f"override {override!r}: write it as field.sub=value, e.g. expert.rank=16")
     *path, last = field_path(key.strip(), config_class).split(".")
-    group = values
+    group: Any = values
+    config: type[Config] | None = config_class
+    done: list[str] = []
     for part in path:
-        if group.get(part) is None:  # left empty in the file
-            group[part] = {}
-        elif isinstance(group[part], list):
-            raise ConfigError(f"override {override!r}: {part!r} is a list; change its entries in the file")
-        elif not isinstance(group[part], dict):
-            raise ConfigError(f"override {override!r}: {part!r} is not a group of fields but {group[part]!r}")
-        group = group[part]
+        name, config = _step(group, part, config, ".".join(done), override)
+        group = group[name]
+        done.append(str(name))
+    name, _ = _step(group, last, config, ".".join(done), override, is_last=True)
     try:
-        group[last] = yaml.safe_load(text)
+        group[name] = yaml.safe_load(text)
     except yaml.YAMLError as error:
         raise ConfigError(f"override {override!r}: not valid YAML: {error}") from None
-    return ".".join((*path, last))
+    return ".".join((*done, str(name)))
+
+
+def _step(
+    group: Any, part: str, config: type[Config] | None, path: str, override: str, *, is_last: bool = False
+) -> tuple[str | int, type[Config] | None]:
+    """Returns the key of `part` in a group or list of values, and the class of what is there; makes groups on the way.
+
+    `path` is the dotted name of `group`. Raises ConfigError where it has no such entry, or is no group.
+    """
+    if isinstance(group, list):
+        return _entry(group, part, path, override), config
+    if not isinstance(group, dict):
+        raise ConfigError(f"override {override!r}: {path} is not a group of fields but {group!r}")
+    field = config.model_fields.get(part) if config is not None else None
+    inner = group_of(field.annotation) if field is not None else None
+    if is_last:
+        return part, inner
+    if group.get(part) is None and get_origin(field.annotation if field is not None else None) is tuple:
+        raise ConfigError(
+            f"override {override!r}: {path}{'.' * bool(path)}{part} has no entries; write them into the file"
+        )
+    if group.get(part) is None:  # left empty in the file
+        group[part] = {}
+    elif isinstance(group[part], str) and inner is not None and "path" in inner.model_fields:
+        group[part] = {"path": group[part]}  # a source may be written as its path
+    elif not isinstance(group[part], (dict, list)):
+        raise ConfigError(f"override {override!r}: {part!r} is not a group of fields but {group[part]!r}")
+    return part, inner
+
+
+def _entry(entries: list[Any], part: str, path: str, override: str) -> int:
+    """Returns the index of the entry of a list that has this number or this `name`."""
+    names = [entry.get("name") if isinstance(entry, dict) else None for entry in entries]
+    if part in names:
+        return names.index(part)
+    if part.isdecimal() and int(part) < len(entries):
+        return int(part)
+    known = ", ".join(f"{i} ({name})" if name else str(i) for i, name in enumerate(names))
+    raise ConfigError(f"override {override!r}: {path} has no entry {part!r}; there are: {known or 'none'}")
+
+
+_INDEX = re.compile(r"\[\s*([^\[\]]+?)\s*\]")
 
 
 def field_path(path: str, config_class: type[Config]) -> str:
-    """Returns a dotted name, of which parts may be aliases or former names, by the names of the fields."""
+    """Returns a dotted name, of which parts may be aliases or former names, by the names of the fields.
+
+    Entries of lists are named by number or by their `name`: `stream.tasks[0]`, `stream.tasks.0`, `stream.tasks.digits`.
+    """
     names: list[str] = []
     group: type[Config] | None = config_class
-    for part in path.split("."):
+    is_entry = False
+    for part in _INDEX.sub(r".\1", path).split("."):
+        if is_entry:
+            names.append(part)
+            is_entry = False
+            continue
         name = group.field_name(part) if group is not None else part
         field = group.model_fields.get(name) if group is not None else None
         group = group_of(field.annotation) if field is not None else None
+        is_entry = group is not None and field is not None and get_origin(field.annotation) is tuple
         names.append(name)
     return ".".join(names)
 

@@ -167,16 +167,32 @@ def test_a_file_that_is_no_configuration_is_named(file):
     [
         ("expert.rank", "override 'expert.rank': write it as field.sub=value, e.g. expert.rank=16"),
         ("name.first=x", "override 'name.first=x': 'name' is not a group of fields but 'demo'"),
-        (
-            "stream.tasks.0.name=x",
-            "override 'stream.tasks.0.name=x': 'tasks' is a list; change its entries in the file",
-        ),
+        ("stream.tasks.7.name=x", "override 'stream.tasks.7.name=x': stream.tasks has no entry '7'; there are: 0 ("),
+        ("stream.tasks.nobody.validation=1", "stream.tasks has no entry 'nobody'; there are: 0 ("),
+        ("stream.benchmarks[0].limit=1", "stream.benchmarks has no entries; write them into the file"),
         ("expert.rank=[1", "override 'expert.rank=[1': not valid YAML"),
         ("expert.rnk=1", "did you mean `expert.rank`?"),
     ],
 )
 def test_a_bad_override_is_explained(file, override, message):
     assert message in error_of(file, STREAM + "name: demo\n", override)
+
+
+@pytest.mark.parametrize("task", ["stream.tasks[0]", "stream.tasks.0", "stream.tasks.{name}"])
+def test_an_override_reaches_an_entry_of_a_list_by_number_or_name(file, task) -> None:
+    file.write_text(STREAM)
+    before = load_config(file, [], LearnConfig).stream.tasks[0]
+    task = task.format(name=before.name)
+    config = load_config(
+        file, [f"{task}.validation=0.5", f"{task}.train.limit=7", f"{task}.eval=other.jsonl"], LearnConfig
+    )
+    changed = config.stream.tasks[0]
+    assert before.train is not None
+    assert changed.train == before.train.model_copy(update={"limit": 7})
+    assert (changed.name, changed.validation, changed.eval.path) == (before.name, 0.5, "other.jsonl")
+    assert error_of(file, STREAM, f"{task}.validation=2").startswith(
+        f"override '{task}.validation=2': stream.tasks.0.validation: "
+    )
 
 
 def test_a_file_that_is_no_text_is_told(file):
