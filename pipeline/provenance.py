@@ -47,10 +47,16 @@ def command_line() -> str:
     return without_secrets(os.environ.get(COMMAND) or here)
 
 
+COMMIT_VARIABLE = "POINTSMAN_COMMIT"
+"""Environment variable with the commit of the code in an image, which holds no history."""
+
+
 def git_commit() -> str | None:
-    """Returns the commit of the code, or None outside a checkout; a job that was submitted from one brings it along."""
+    """Returns the commit of the code: of the checkout that a submitted job came from, of the image, or of this checkout."""
     here = Path(__file__).parent
     if (noted := here.parent / COMMIT).is_file():
         return noted.read_text().strip() or None
+    if commit := os.environ.get(COMMIT_VARIABLE):
+        return commit
     answer = subprocess.run(["git", "-C", str(here), "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
     return answer.stdout.strip() or None
