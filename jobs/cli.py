@@ -14,8 +14,9 @@ class TeachingCommand(TyperCommand):
 
     config_class = "LearnConfig"
     intro: Sequence[str] = (
-        "Fields of CONFIG. FIELD=VALUE overrides those that are not in a list ([]); `extends: other.yaml` takes the",
-        "others from there. A source (train, eval, base_prompts) can be a plain path. Benchmarks are tasks without `train`.",
+        "Fields of CONFIG. FIELD=VALUE overrides them, in lists ([]) by number or name: stream.tasks[0].validation=0.1,",
+        "stream.tasks.digits.train.limit=100. `extends: other.yaml` takes the others from there. A source (train, eval,",
+        "base_prompts) can be a plain path. Benchmarks are tasks without `train`.",
         "",
     )
 
@@ -48,6 +49,7 @@ JOBS = {
     "compare": Lazy("jobs.compare:main", "Compare the learned pool with the alternatives.", TeachingLearn),
     "add": Lazy("jobs.add:main", "Add one task to a registered pool.", TeachingAdd),
     "sweep": Lazy("jobs.sweep:main", "Sweep LoRA rank x router temperature for one task.", TeachingLearn),
+    "doctor": Lazy("jobs.doctor:main", "Check what a job needs before it starts.", TeachingLearn),
     "plan": Lazy("jobs.plan:main", "Plan a stream before any GPU is rented.", TeachingCommand),
     "recompute-statistics": Lazy(
         "jobs.recompute_statistics:main", "Recompute a pool's statistics, without training.", TeachingLearn
@@ -56,6 +58,7 @@ JOBS = {
     "explain": Lazy("jobs.explain:main", "Explain an answer: candidates, distances, weights.", ComputingCommand),
     "status": Lazy("jobs.status:main", "Show streams, sweeps and jobs, running and past."),
     "jobs": Lazy("jobs.submissions.app:app", "List, follow and stop submitted jobs."),
+    "cluster": Lazy("jobs.cluster.app:app", "A cluster of several nodes on this machine, for trying out."),
     "registry": Lazy("jobs.registry.app:app", "Browse the registry, decide which pool is in use."),
     "ui": Lazy("jobs.ui:main", "Browse experts, pools and runs in MLflow."),
     "convert-internvl2": Lazy(

@@ -16,6 +16,9 @@ def _here(path: str) -> str:
     return str(found.absolute()) if path != "tiny" and found.exists() else path
 
 
+PlacementStrategy = Literal["PACK", "SPREAD", "STRICT_PACK", "STRICT_SPREAD"]
+
+
 SHARED_FOLDERS = ("data", "experts")
 """Folders below `output` that belong to no single run: rows and answers, and the experts that pools refer to."""
 
@@ -182,6 +185,16 @@ class TrainingConfig(Config):
     """Give every worker a GPU."""
     cpus_per_worker: int = Field(default=2, ge=1)
     """CPUs per worker, and threads of torch in it; two workers on two cores take 1."""
+    accelerator_type: str | None = Field(default=None, pattern=r"^[A-Za-z0-9_-]+$")
+    """Ray's name of the GPU that every worker gets, e.g. A100 or L4, on clusters with several kinds. An autoscaler adds only
+    nodes that declare it among their resources, as `accelerator_type:A100: 1`."""
+    label_selector: dict[str, str] = {}
+    """Labels of the nodes that workers may lie on, as Ray writes them: `{ray.io/market-type: "!spot", zone: "in(a,b)"}`."""
+    placement_strategy: PlacementStrategy = "PACK"
+    """How Ray places the workers of a task: PACK on few nodes and SPREAD on many, as far as possible; STRICT_PACK on one node,
+    STRICT_SPREAD each on another."""
+    node_wait_seconds: float = Field(default=900.0, ge=0)
+    """Seconds for which a job waits, before it starts, for nodes that the cluster's autoscaler may add."""
     zero_stage: Literal[0, 1, 2, 3] = 1
     """DeepSpeed ZeRO stage. 1 shards the optimizer states, without extra communication; 3 also shards the frozen base, for
     bases that do not fit on one GPU."""
@@ -208,6 +221,14 @@ class TrainingConfig(Config):
     """Restarts per task, from its last checkpoint, after a worker has died."""
     divergence_factor: float = Field(default=20.0, gt=1)
     """The task fails when the loss exceeds this multiple of its first value, or is not finite."""
+
+    @model_validator(mode="after")
+    def _a_gpu_has_a_type(self) -> "TrainingConfig":
+        if self.accelerator_type is not None and not self.gpu:
+            raise ValueError(
+                f"accelerator_type is {self.accelerator_type} and gpu false; set gpu to true, or leave accelerator_type out"
+            )
+        return self
 
     @model_validator(mode="after")
     def _what_is_offloaded_is_sharded(self) -> "TrainingConfig":

@@ -1,10 +1,13 @@
 """How many trainings a cluster can run at the same time, and whether evaluation fits beside them."""
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
+from cluster.demand import Group, Trainings, Worker
 from cluster.local import ClusterInfo, available_cpus
-from cluster.preflight import PreflightError, check_inference, check_resources, trainings_that_fit
+from cluster.nodes import Node, Supply, cluster_supply
+from cluster.preflight import check, lacks_for_inference, lacks_for_trainings, trainings_that_fit
 from pipeline.config import LearnConfig
 from pipeline.models.inference import InferenceWorkers
 
@@ -18,6 +21,8 @@ class Capacity:
 
     config: LearnConfig
     cluster: ClusterInfo
+    supply: Supply = field(default_factory=cluster_supply)
+    """The nodes that there are, and those that an autoscaler may add."""
 
     @property
     def inference(self) -> InferenceWorkers:
@@ -71,47 +76,58 @@ class Capacity:
         )
         return max(1, available_cpus() - busy_cpus)
 
+    @property
+    def demand(self) -> Trainings:
+        """The trainings at the same time, with what reading rows takes beside them."""
+        return replace(self._one_training, count=self.trainings)
+
+    def groups(self, *, trains: bool) -> list[Group]:
+        """Returns the workers that are needed, each group at once."""
+        return [*(self.demand.groups if trains else ()), Group(self._evaluator, self.inference.count)]
+
     def check(self, *, trains: bool) -> None:
-        """Raises PreflightError if the cluster is too small for the configuration.
+        """Raises PreflightError if the cluster is too small for the configuration, whatever its autoscaler adds."""
+        check(self.supply, lambda nodes: self.lacks(nodes, trains=trains))
+
+    def lacks(self, nodes: Sequence[Node], *, trains: bool) -> str | None:
+        """Returns what nodes lack for the configuration; None if nothing.
 
         A single training takes turns with evaluation; several at a time need room for it beside them.
         """
-        training, inference = self.config.training, self.inference
-        if trains:
-            check_resources(
-                workers=training.workers,
-                cpus_per_worker=training.cpus_per_worker,
-                gpus_per_worker=int(training.gpu),
-                extra_cpus=SPARE_CPUS,
-                trainings=self.trainings,
-            )
-        if trains and self.trainings > 1 and not self.side_by_side:
-            raise PreflightError(
+        inference = self.inference
+        if trains and (missing := lacks_for_trainings(self.demand, nodes, self.supply)) is not None:
+            return missing
+        if trains and self.trainings > 1 and (room := self._room_on(nodes)) < self.trainings:
+            cpus, gpus = sum(node.cpus for node in nodes), sum(node.gpus for node in nodes)
+            return (
                 f"training.parallel_tasks={self.trainings} leaves no room for evaluation "
-                f"(evaluation.workers={inference.count}): the cluster has {self.cluster.cpus:g} CPUs and "
-                f"{self.cluster.gpus:g} GPUs\n"
-                f"    lower training.parallel_tasks to {max(1, self._room)}, or evaluation.workers; `auto` takes what fits"
+                f"(evaluation.workers={inference.count}): the cluster has {cpus:g} CPUs and {gpus:g} GPUs\n"
+                f"    lower training.parallel_tasks to {max(1, room)}, or evaluation.workers; `auto` takes what fits"
             )
-        check_inference(
-            workers=inference.count, cpus_per_worker=inference.cpus_per_worker, gpus_per_worker=inference.gpus
-        )
+        return lacks_for_inference(self._evaluator, inference.count, nodes, self.supply)
 
     @cached_property
     def _room(self) -> int:
-        """Number of trainings that fit beside inference; can be 0.
+        """Number of trainings that fit beside inference, now or with what an autoscaler may add; can be 0."""
+        return max(self._room_on(nodes) for nodes in self.supply.stages)
+
+    def _room_on(self, nodes: Sequence[Node]) -> int:
+        """Returns how many trainings fit on nodes beside inference.
 
         Image features of a task's rows are computed by as many workers again, while others evaluate.
         """
-        training, inference = self.config.training, self.inference
-        return trainings_that_fit(
-            workers=training.workers,
-            cpus_per_worker=training.cpus_per_worker,
-            gpus_per_worker=int(training.gpu),
-            evaluators=inference.count * (1 if self.config.data.vision_cache == "off" else 2),
-            cpus_per_evaluator=inference.cpus_per_worker,
-            gpus_per_evaluator=inference.gpus,
-            spare_cpus=SPARE_CPUS,
-        )
+        evaluators = self.inference.count * (1 if self.config.data.vision_cache == "off" else 2)
+        return trainings_that_fit(self._one_training, self._evaluator, evaluators, nodes)
+
+    @property
+    def _one_training(self) -> Trainings:
+        training = self.config.training
+        worker = Worker(training.cpus_per_worker, int(training.gpu), training.accelerator_type, training.label_selector)
+        return Trainings(worker, training.workers, strategy=training.placement_strategy, extra_cpus=SPARE_CPUS)
+
+    @property
+    def _evaluator(self) -> Worker:
+        return Worker(self.inference.cpus_per_worker, self.inference.gpus)
 
     @property
     def _cpus(self) -> int:

@@ -10,12 +10,13 @@ from pathlib import Path
 
 import torch
 
+from cluster.deepspeed_ops import build_op, extensions_folder, op_is_built
 from cluster.local import connect, starts_here
-from cluster.preflight import build_op, extensions_folder, op_is_built
 from cluster.usage import PeakMemory
 from pipeline import json_logs
 from pipeline.config import LearnConfig, digest
 from pipeline.errors import UserError
+from pipeline.learning.checkup import check_nodes, check_room
 from pipeline.learning.outside_errors import outside_errors
 from pipeline.learning.progress import LoggedProgress, Progress
 from pipeline.learning.run_status import LOCK, RecordedProgress, StatusFile
@@ -80,7 +81,8 @@ def open_session(
         session = StreamSession(config, cluster, progress, memory)
         # When MLflow and the user know that it has ended: where Ray was stopped too, closing waits for it for a minute.
         afterwards.push(lambda kind, *error: session.close(at_once=kind is not None))
-        session.capacity.check(trains=trains)
+        check_room(session.capacity, progress, trains=trains)
+        check_nodes(config, progress)
         if trains:
             afterwards.callback(torch.set_num_threads, torch.get_num_threads())
             torch.set_num_threads(session.capacity.driver_threads)

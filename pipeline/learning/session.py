@@ -13,8 +13,8 @@ from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
+from cluster.deepspeed_ops import build_deepspeed_ops
 from cluster.local import ClusterInfo
-from cluster.preflight import build_deepspeed_ops
 from cluster.usage import PeakMemory
 from pipeline.config import LearnConfig, TaskConfig
 from pipeline.data.loading.prompts import PromptSource

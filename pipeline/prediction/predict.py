@@ -18,6 +18,7 @@ from typing import Any, Protocol
 import pyarrow as pa
 import ray
 
+from cluster.demand import Worker
 from cluster.preflight import check_inference
 from pipeline.config import DataConfig, PredictConfig, TrainingConfig
 from pipeline.data.encoded.encoding import TaskRows
@@ -108,12 +109,7 @@ class Answering:
     def run(self, progress: RowProgress) -> None:
         """Answers and writes; raises PredictError where none of the first rows can be used."""
         workers, done = self.workers, self.parts.done()
-        check_inference(
-            workers=workers.count,
-            cpus_per_worker=workers.cpus_per_worker,
-            gpus_per_worker=workers.gpus,
-            cpus_field="evaluation.cpus_per_worker",
-        )
+        check_inference(Worker(workers.cpus_per_worker, workers.gpus), workers.count, "evaluation.cpus_per_worker")
         first = next(part for part in range(len(done) + 1) if part not in done)
         end = self.parts.end(first - 1) if first else None
         skip = end.same_place if end else 0

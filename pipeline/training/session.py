@@ -235,7 +235,14 @@ def scaling(training: TrainingConfig) -> ScalingConfig:
     resources: dict[str, float] = {"CPU": training.cpus_per_worker}
     if training.gpu:
         resources["GPU"] = 1
-    return ScalingConfig(num_workers=training.workers, use_gpu=training.gpu, resources_per_worker=resources)
+    return ScalingConfig(
+        num_workers=training.workers,
+        use_gpu=training.gpu,
+        resources_per_worker=resources,
+        accelerator_type=training.accelerator_type,
+        label_selector=training.label_selector or None,
+        placement_strategy=training.placement_strategy,
+    )
 
 
 def thread_variables(training: TrainingConfig) -> dict[str, str]:

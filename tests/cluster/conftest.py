@@ -17,8 +17,8 @@ import pytest
 import ray
 import requests
 
+from cluster.deepspeed_ops import extensions_folder
 from cluster.local import ClusterInfo, connect
-from cluster.preflight import extensions_folder
 
 ROOT = Path(__file__).resolve().parents[2]
 PATIENCE = 180  # seconds, for machines that do other things meanwhile

@@ -1,112 +1,146 @@
-import os
-import signal
-import subprocess
-import sys
-from pathlib import Path
+"""What nodes hold, and what a user reads where it is not enough; no Ray."""
 
 import pytest
 
-from cluster.local import ClusterInfo
-from cluster.preflight import (
-    BUILD,
-    OP,
-    PreflightError,
-    build_deepspeed_ops,
-    build_op,
-    check_inference,
-    check_resources,
-    extensions_folder,
-    remove_stale_lock,
+from cluster.demand import Trainings, Worker
+from cluster.nodes import KUBERAY, Node, Supply
+from cluster.preflight import PreflightError, check, lacks_for_inference, lacks_for_trainings
+
+LAPTOP = (Node({"CPU": 6}),)
+GPUS = tuple(Node({"CPU": 16, "GPU": 1, "accelerator_type:L4": 1}, {"zone": zone, "market": "spot"}) for zone in "abc")
+
+
+def lacks(trainings: Trainings, nodes: tuple[Node, ...]) -> str:
+    return lacks_for_trainings(trainings, nodes, Supply(nodes)) or ""
+
+
+@pytest.mark.parametrize(
+    ("worker", "nodes", "slots"),
+    [
+        (Worker(2), LAPTOP, [3]),
+        (Worker(4, 1), GPUS, [1, 1, 1]),
+        (Worker(17, 1), GPUS, [0, 0, 0]),
+        (Worker(1, 1, "L4"), GPUS, [1, 1, 1]),
+        (Worker(1, 1, "A100"), GPUS, [0, 0, 0]),
+        (Worker(1, 0, None, {"zone": "a"}), GPUS, [16, 0, 0]),
+        (Worker(1, 0, None, {"zone": "!a"}), GPUS, [0, 16, 16]),
+        (Worker(1, 0, None, {"zone": "in(a, b)"}), GPUS, [16, 16, 0]),
+        (Worker(1, 0, None, {"zone": "!in(a,b)"}), GPUS, [0, 0, 16]),
+        (Worker(1, 0, None, {"zone": "in(a,b)", "market": "!spot"}), GPUS, [0, 0, 0]),
+        (Worker(1, 0, None, {"other": "!x"}), GPUS, [16, 16, 16]),
+    ],
 )
-
-pytestmark = pytest.mark.ray
-
-PLAN = """
-max_workers: 3
-head_node_type: head
-available_node_types:
-  head: {resources: {CPU: 0}}
-  gpu: {min_workers: 0, max_workers: 4, resources: {CPU: 16, GPU: 1}}
-"""
+def test_places_of_a_node(worker, nodes, slots) -> None:
+    assert [worker.slots(node) for node in nodes] == slots
 
 
-def test_enough_resources_pass(local_ray: ClusterInfo) -> None:
-    check_resources(workers=1, cpus_per_worker=2, extra_cpus=2)
+@pytest.mark.parametrize(
+    ("strategy", "workers", "trainings", "largest"),
+    [
+        ("PACK", 2, 4, 8),
+        ("SPREAD", 3, 2, 8),
+        ("STRICT_PACK", 2, 3, 4),
+        ("STRICT_PACK", 5, 0, 4),
+        ("STRICT_SPREAD", 2, 4, 3),
+        ("STRICT_SPREAD", 3, 1, 3),
+        ("STRICT_SPREAD", 4, 0, 3),
+    ],
+)
+def test_places_by_strategy(strategy, workers, trainings, largest) -> None:
+    """On nodes that hold 4, 3 and 1."""
+    nodes = [Node({"CPU": cpus}) for cpus in (4, 3, 1)]
+    asked = Trainings(Worker(1), workers, strategy=strategy)
+    assert asked.that_fit(nodes) == trainings
+    assert asked.workers_that_fit(nodes) == largest
 
 
-def test_too_many_workers(local_ray: ClusterInfo) -> None:
-    with pytest.raises(PreflightError, match=r"99 worker\(s\) with 2 CPU\(s\).*only \d+ worker\(s\) fit") as error:
-        check_resources(workers=99, cpus_per_worker=2)
-    assert "lower training.workers to" in str(error.value)
+def test_enough_lacks_nothing() -> None:
+    assert lacks(Trainings(Worker(2), extra_cpus=4), LAPTOP) == ""
+    assert lacks(Trainings(Worker(4, 1), 3), GPUS) == ""
 
 
-def test_no_cpus_left_for_data(local_ray: ClusterInfo) -> None:
-    with pytest.raises(
-        PreflightError, match=r"(?s)1 more CPU\(s\) for data and evaluation.*evaluation\.workers"
-    ) as error:
-        check_resources(workers=1, cpus_per_worker=local_ray.cpus, extra_cpus=1)
-    assert f"connect(cpus={local_ray.cpus + 1:g})" in str(error.value)
+@pytest.mark.parametrize(
+    ("trainings", "nodes", "message"),
+    [
+        (
+            Trainings(Worker(2), 99),
+            LAPTOP,
+            "99 worker(s) with 2 CPU(s) and 0 GPU(s) each: only 3 worker(s) fit; the cluster has 6 CPU(s) and 0 GPU(s) on "
+            "1 node(s)\n    lower training.workers to 3, lower training.cpus_per_worker, or take a larger cluster (--address)",
+        ),
+        (
+            Trainings(Worker(8)),
+            LAPTOP,
+            "1 worker(s) with 8 CPU(s) and 0 GPU(s) each: only 0 worker(s) fit; the cluster has 6 CPU(s) and 0 GPU(s) on "
+            "1 node(s)\n    lower training.cpus_per_worker to 6, the CPUs of the largest such node, or take a larger cluster "
+            "(--address)",
+        ),
+        (
+            Trainings(Worker(1, 1)),
+            LAPTOP,
+            "1 worker(s) with 1 CPU(s) and 1 GPU(s) each: there is no GPU; the cluster has 6 CPU(s) and 0 GPU(s) on "
+            "1 node(s)\n    set training.gpu=false, or submit to a cluster with GPUs (--address)",
+        ),
+        (
+            Trainings(Worker(6), extra_cpus=2),
+            LAPTOP,
+            "1 worker(s) with 6 CPU(s) and 0 GPU(s) each, and 2 more CPU(s) for data and evaluation: 8 CPUs in all; the "
+            "cluster has 6 CPU(s) and 0 GPU(s) on 1 node(s)\n    lower training.cpus_per_worker, a local Ray takes more "
+            "logical CPUs than the machine has (connect(cpus=8)), or take a larger cluster (--address)",
+        ),
+        (
+            Trainings(Worker(1, 1, "A100")),
+            GPUS,
+            "1 worker(s) with 1 CPU(s) and 1 GPU(s) each, on nodes with accelerator type A100: only 0 worker(s) fit; the "
+            "cluster has 48 CPU(s) and 3 GPU(s) on 3 node(s)\n    no node has accelerator type A100: correct "
+            "training.accelerator_type and training.label_selector, or take a larger cluster (--address)",
+        ),
+        (
+            Trainings(Worker(1, 1), 2, strategy="STRICT_PACK"),
+            GPUS,
+            "2 worker(s) with 1 CPU(s) and 1 GPU(s) each, on one node (STRICT_PACK): only 3 worker(s) fit; the cluster has "
+            "48 CPU(s) and 3 GPU(s) on 3 node(s)\n    lower training.workers to 1, or take a larger cluster (--address)",
+        ),
+        (
+            Trainings(Worker(1, 1), 2, count=2),
+            GPUS,
+            "training.parallel_tasks=2 of 2 worker(s) with 1 CPU(s) and 1 GPU(s) each: only 3 worker(s) fit; the cluster has "
+            "48 CPU(s) and 3 GPU(s) on 3 node(s)\n    lower training.parallel_tasks to 1, lower training.workers to 1, or "
+            "take a larger cluster (--address)",
+        ),
+    ],
+)
+def test_what_lacks_is_told_with_numbers_and_remedies_that_help(trainings, nodes, message) -> None:
+    assert lacks(trainings, nodes) == message
 
 
-def test_no_gpu(local_ray: ClusterInfo) -> None:
-    with pytest.raises(PreflightError, match=r"(?s)there is no GPU.*training\.gpu=false"):
-        check_resources(workers=1, cpus_per_worker=1, gpus_per_worker=1)
+def test_a_remedy_never_asks_for_what_is_so() -> None:
+    """One worker cannot become fewer, and one CPU cannot become less."""
+    assert lacks(Trainings(Worker(1)), (Node({"CPU": 0}),)).endswith("\n    take a larger cluster (--address)")
 
 
-def test_too_many_evaluators(local_ray: ClusterInfo) -> None:
-    """Ray Data would wait for them for ever."""
-    check_inference(workers=1, cpus_per_worker=local_ray.cpus - 1)
-    with pytest.raises(PreflightError, match=r"(?s)evaluation\.workers=99 with 1 CPU.*lower evaluation\.workers to \d"):
-        check_inference(workers=99, cpus_per_worker=1)
-    with pytest.raises(PreflightError, match=r"(?s)1 CPU for reading rows: only 0 of them fit"):
-        check_inference(workers=1, cpus_per_worker=local_ray.cpus)
-    with pytest.raises(PreflightError, match=r"(?s)2 GPU.*evaluation\.gpus_per_worker"):
-        check_inference(workers=1, cpus_per_worker=1, gpus_per_worker=2)
+def test_too_many_evaluators() -> None:
+    supply = Supply(LAPTOP)
+    assert lacks_for_inference(Worker(5), 1, LAPTOP, supply) is None
+    missing = lacks_for_inference(Worker(1), 99, LAPTOP, supply) or ""
+    assert "evaluation.workers=99 with 1 CPU(s)" in missing
+    assert missing.endswith("lower evaluation.workers to 5, or take a larger cluster (--address)")
+    assert "1 CPU for reading rows: only 0 of them fit" in (lacks_for_inference(Worker(6), 1, LAPTOP, supply) or "")
+    assert "evaluation.gpus_per_worker" in (lacks_for_inference(Worker(1, 2), 1, LAPTOP, supply) or "")
 
 
-def test_counts_nodes_that_the_autoscaler_may_add(local_ray: ClusterInfo, tmp_path, monkeypatch) -> None:
-    (tmp_path / "ray_bootstrap_config.yaml").write_text(PLAN)
-    monkeypatch.setenv("HOME", str(tmp_path))
-    monkeypatch.setenv("RAY_ADDRESS", local_ray.address)
-    check_resources(workers=3, cpus_per_worker=8, gpus_per_worker=1, extra_cpus=8)
-    with pytest.raises(PreflightError, match=r"only 3 worker\(s\) fit"):
-        check_resources(workers=4, cpus_per_worker=8, gpus_per_worker=1)
+def test_what_an_autoscaler_may_add_is_counted_and_its_limit_named() -> None:
+    head = Node({"CPU": 0})
+    supply = Supply((head,), (head, *GPUS), KUBERAY)
 
+    def missing(workers: int):
+        return lambda nodes: lacks_for_trainings(Trainings(Worker(8, 1), workers), nodes, supply)
 
-def test_operator_is_built_once_and_workers_do_not_compile_again() -> None:
-    environment = build_deepspeed_ops()
-    folder = extensions_folder()
-    assert environment["TORCH_EXTENSIONS_DIR"] == str(folder)
-    assert environment["DS_ACCELERATOR"] == "cpu"
-    library = folder / OP / f"{OP}.so"
-    written = library.stat().st_mtime_ns
-    assert build_op(folder) is False
-    subprocess.run([sys.executable, "-c", BUILD], env=os.environ | environment, check=True, capture_output=True)
-    assert library.stat().st_mtime_ns == written
-
-
-def test_says_what_to_install_without_a_compiler(tmp_path, monkeypatch) -> None:
-    monkeypatch.setenv("PATH", str(tmp_path))
-    with pytest.raises(PreflightError, match=r"needs c\+\+, not on PATH: apt-get install g\+\+"):
-        build_op(tmp_path / "extensions")
-
-
-def test_removes_a_lock_only_when_its_holder_is_dead(tmp_path: Path) -> None:
-    lock = tmp_path / "lock"
-    assert remove_stale_lock(lock) is False
-    hold = f"""
-import time
-from torch.utils.file_baton import FileBaton
-baton = FileBaton({str(lock)!r})
-print(baton.try_acquire(), flush=True)
-time.sleep(600)
-"""
-    holder = subprocess.Popen([sys.executable, "-c", hold], stdout=subprocess.PIPE, text=True)
-    assert holder.stdout is not None
-    assert holder.stdout.readline() == "True\n"
-    assert remove_stale_lock(lock) is False
-    assert lock.exists()
-    holder.send_signal(signal.SIGKILL)
-    holder.wait()
-    assert remove_stale_lock(lock) is True
-    assert not lock.exists()
+    check(supply, missing(3))
+    with pytest.raises(PreflightError) as error:
+        check(supply, missing(4))
+    assert str(error.value) == (
+        "4 worker(s) with 8 CPU(s) and 1 GPU(s) each: only 3 worker(s) fit; the cluster has 48 CPU(s) and 3 GPU(s) on "
+        "4 node(s) at most, with all that KubeRay's autoscaler may add\n    lower training.workers to 3, lower "
+        "training.cpus_per_worker, or raise maxReplicas of a worker group"
+    )

@@ -49,7 +49,7 @@ import ray
 import requests
 from cluster.environment import FILE, apply
 from cluster.local import connect
-from cluster.preflight import build_deepspeed_ops
+from cluster.deepspeed_ops import build_deepspeed_ops
 apply()
 info = connect()
 print("JOINED", not info.started, sorted(path.name for path in Path.cwd().iterdir()))

@@ -5,8 +5,8 @@ from typing import Any
 
 import pytest
 
-from cluster import preflight
 from cluster.local import ClusterInfo
+from cluster.nodes import Node, Supply
 from cluster.preflight import PreflightError
 from pipeline.config import LearnConfig
 from pipeline.learning import capacity
@@ -23,15 +23,14 @@ def two_cores(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def of(
-    monkeypatch: pytest.MonkeyPatch,
     nodes: list[dict[str, float]],
     *,
     training: dict[str, Any],
     evaluation: dict[str, Any] | None = None,
     features: bool = False,
     here: bool = False,
+    to_come: tuple[dict[str, float], ...] = (),
 ) -> Capacity:
-    monkeypatch.setattr(preflight, "_nodes", lambda: nodes)
     tasks = [{"name": f"task{i}", "train": "demo://digits/train", "eval": "demo://digits/eval"} for i in range(TASKS)]
     config = LearnConfig.model_validate({
         "name": "room",
@@ -42,7 +41,8 @@ def of(
         "data": {"vision_cache": "features" if features else "off"},
     })  # fmt: skip
     cpus, gpus = (sum(node.get(kind, 0.0) for node in nodes) for kind in ("CPU", "GPU"))
-    return Capacity(config, ClusterInfo("here:1", here, cpus, gpus, len(nodes), None, Path(), 0.0))
+    supply = Supply(tuple(Node(node) for node in nodes), tuple(Node(node) for node in to_come), "the autoscaler")
+    return Capacity(config, ClusterInfo("here:1", here, cpus, gpus, len(nodes), None, Path(), 0.0), supply)
 
 
 @pytest.mark.parametrize(
@@ -60,23 +60,23 @@ def of(
         ([{"CPU": 96.0, "GPU": 4.0}] * 2, {"gpu": True}, {"gpus_per_worker": 2}, False, 6),
     ],
 )
-def test_as_many_as_fit_beside_evaluation(monkeypatch, nodes, training, evaluation, here, trainings) -> None:
-    room = of(monkeypatch, nodes, training=training | {"parallel_tasks": "auto"}, evaluation=evaluation, here=here)
+def test_as_many_as_fit_beside_evaluation(nodes, training, evaluation, here, trainings) -> None:
+    room = of(nodes, training=training | {"parallel_tasks": "auto"}, evaluation=evaluation, here=here)
     assert room.trainings == trainings
     room.check(trains=True)  # `auto` never asks for what is not there
     assert room.side_by_side or trainings == 1
 
 
-def test_image_features_take_workers_of_their_own(monkeypatch) -> None:
+def test_image_features_take_workers_of_their_own() -> None:
     nodes = [{"CPU": 64.0, "GPU": 8.0}]
-    assert of(monkeypatch, nodes, training={"gpu": True, "parallel_tasks": "auto"}, features=True).trainings == 6
+    assert of(nodes, training={"gpu": True, "parallel_tasks": "auto"}, features=True).trainings == 6
     few = [{"CPU": 64.0, "GPU": 2.0}]
-    assert of(monkeypatch, few, training={"gpu": True}).side_by_side
-    assert not of(monkeypatch, few, training={"gpu": True}, features=True).side_by_side
+    assert of(few, training={"gpu": True}).side_by_side
+    assert not of(few, training={"gpu": True}, features=True).side_by_side
 
 
-def test_too_many_are_refused_with_what_fits(monkeypatch) -> None:
-    room = of(monkeypatch, [{"CPU": 64.0, "GPU": 8.0}], training={"gpu": True, "parallel_tasks": 8})
+def test_too_many_are_refused_with_what_fits() -> None:
+    room = of([{"CPU": 64.0, "GPU": 8.0}], training={"gpu": True, "parallel_tasks": 8})
     with pytest.raises(PreflightError, match="lower training.parallel_tasks to 7, or evaluation.workers"):
         room.check(trains=True)
 
@@ -84,8 +84,22 @@ def test_too_many_are_refused_with_what_fits(monkeypatch) -> None:
 def test_the_driver_leaves_the_cores_of_training_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(capacity, "available_cpus", lambda: 8)
     many = [{"CPU": 12.0}]
-    assert of(monkeypatch, many, training={"cpus_per_worker": 2}, here=True).driver_threads == 6
-    assert of(monkeypatch, many, training={"cpus_per_worker": 2, "parallel_tasks": 3}, here=True).driver_threads == 2
-    assert of(monkeypatch, many, training={"cpus_per_worker": 8}, here=True).driver_threads == 1
+    assert of(many, training={"cpus_per_worker": 2}, here=True).driver_threads == 6
+    assert of(many, training={"cpus_per_worker": 2, "parallel_tasks": 3}, here=True).driver_threads == 2
+    assert of(many, training={"cpus_per_worker": 8}, here=True).driver_threads == 1
     # On a cluster training may be elsewhere.
-    assert of(monkeypatch, many, training={"cpus_per_worker": 8}).driver_threads == 8
+    assert of(many, training={"cpus_per_worker": 8}).driver_threads == 8
+
+
+def test_nodes_that_may_come_are_counted_and_waited_for() -> None:
+    head, gpu = {"CPU": 0.0}, {"CPU": 16.0, "GPU": 1.0}
+    asked = {"gpu": True, "parallel_tasks": "auto"}
+    room = of([head], training=asked, to_come=(head, gpu, gpu, gpu))
+    assert room.trainings == 2, "one GPU evaluates"
+    room.check(trains=True)
+    assert room.lacks(room.supply.alive, trains=True) is not None
+    assert room.lacks(room.supply.at_most, trains=True) is None
+    with pytest.raises(PreflightError, match=r"(?s)only 3 worker\(s\) fit.*all that the autoscaler may add"):
+        of([head], training={"gpu": True, "workers": 4}, to_come=(head, gpu, gpu, gpu)).check(trains=True)
+    # What is there counts even where the autoscaler knows nothing of it.
+    of([gpu, gpu], training={"gpu": True, "workers": 2}, to_come=(head,)).check(trains=True)

@@ -8,8 +8,8 @@ import pytest
 import torch
 from pydantic import ValidationError
 
+from cluster.deepspeed_ops import build_deepspeed_ops
 from cluster.local import connect
-from cluster.preflight import build_deepspeed_ops
 from pipeline.config import BaseModelConfig, DataConfig, ExpertConfig, RouterConfig, SourceConfig, TrainingConfig
 from pipeline.data.loading.preprocess import TaskRows, prepare
 from pipeline.data.loading.training_rows import TrainingRows

@@ -21,7 +21,7 @@ from pathlib import Path
 import ray
 
 from cluster.local import connect
-from cluster.preflight import build_deepspeed_ops
+from cluster.deepspeed_ops import build_deepspeed_ops
 from pipeline.config import BaseModelConfig, DataConfig, ExpertConfig, RouterConfig, SourceConfig, TrainingConfig
 from pipeline.data.loading.preprocess import TaskRows, prepare
 from pipeline.training.spec import TrainSpec

@@ -14,8 +14,8 @@ from peft import PeftModel
 from ray.util.state import list_actors
 from safetensors.torch import load_file
 
+from cluster.deepspeed_ops import build_deepspeed_ops
 from cluster.local import connect
-from cluster.preflight import build_deepspeed_ops
 from pipeline.config import BaseModelConfig, DataConfig, ExpertConfig, RouterConfig, SourceConfig, TrainingConfig
 from pipeline.data.loading.preprocess import TaskRows, prepare
 from pipeline.data.loading.training_rows import CachedRows, TrainingRows

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from cluster.preflight import build_deepspeed_ops
+from cluster.deepspeed_ops import build_deepspeed_ops
 
 TIMEOUT = timedelta(minutes=2)
 """After which a rank that waits for another one fails."""

@@ -20,8 +20,8 @@ import pyarrow.parquet as pq
 import torch
 from peft import PeftModel
 
+from cluster.deepspeed_ops import build_deepspeed_ops
 from cluster.local import connect
-from cluster.preflight import build_deepspeed_ops
 from pipeline.config import BaseModelConfig, DataConfig, ExpertConfig, RouterConfig, SourceConfig, TrainingConfig
 from pipeline.data.demo.files import demo_file
 from pipeline.data.encoded.packing import unpack
