@@ -17,6 +17,7 @@ import socket
 import threading
 import time
 import warnings
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -53,6 +54,9 @@ QUIET = {
 }
 """Environment of the driver and of every worker; what the user has set stays. OMP_NUM_THREADS is not in it on purpose:
 Ray sets it in each worker to the CPUs that the worker has booked, so `training.cpus_per_worker` is what torch gets."""
+
+LOOPBACK = ("127.0.0.1", "localhost")
+"""This machine alone, in addresses."""
 
 
 class ClusterError(UserError):
@@ -133,12 +137,9 @@ def _start(cpus: int) -> None:
     """Starts Ray here with `cpus` logical CPUs, all its ports on loopback."""
     if not has_gpu():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    # Ray listens on every interface unless it believes that clusters are impossible, as on a Mac. It reads the variable
-    # when it is imported: this process, which has imported it, needs the constant too; the variable is for children.
-    os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
+    _stay_on_loopback()
     # Nobody takes this machine away with notice, and on two cores every process that looks out for it slows training.
     os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
-    ray_constants.ENABLE_RAY_CLUSTER = False
     # A thread that still reads when this process is told to stop would start Ray anew.
     auto_init_hook.enable_auto_connect = False
     # Ray Train looks every 2 s and takes one report a look, and the next report waits for that: 8 s of a short training.
@@ -173,6 +174,23 @@ def _start(cpus: int) -> None:
     log_once("cpu_warning")
 
 
+def _stay_on_loopback() -> None:
+    """Makes Ray take 127.0.0.1 for this machine's address, in this process and its children.
+
+    It listens on every interface unless it believes that clusters are impossible, as on a Mac. It reads the variable when it is
+    imported: this process, which has imported it, needs the constant too; the variable is for children.
+    """
+    os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
+    ray_constants.ENABLE_RAY_CLUSTER = False
+
+
+def _answers(host: str, port: int) -> bool:
+    """Returns whether something listens there."""
+    with suppress(OSError), socket.create_connection((host, port), timeout=10):
+        return True
+    return False
+
+
 def _join(address: str) -> None:
     """Joins a running cluster; the settings go to its workers as this job's runtime environment."""
     if "://" in address:
@@ -189,6 +207,9 @@ def _join(address: str) -> None:
             host, _, port = address.rpartition(":")
             # Ray itself tries for more than 7 minutes, with a warning every few seconds.
             socket.create_connection((host, int(port)), timeout=10).close()
+            # Ray itself looks for a cluster on loopback at this machine's other address.
+            if host in LOOPBACK and not _answers(ray.util.get_node_ip_address(), int(port)):
+                _stay_on_loopback()
         given = {"worker_process_setup_hook": environment.HOOK} if environment.is_given() else {}
         ray.init(
             address=address,
