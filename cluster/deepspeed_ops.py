@@ -18,6 +18,7 @@ import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from cluster.preflight import PreflightError
+from pipeline.files import user_cache
 
 log = logging.getLogger(__name__)
 
@@ -84,7 +85,7 @@ def extensions_folder() -> Path:
     made = Path(str(distribution("torch").locate_file("torch/version.py"))).stat().st_mtime_ns
     environment = hashlib.sha256(f"{sys.prefix} {sys.version} {made}".encode()).hexdigest()[:8]
     built = f"torch{version('torch')}-deepspeed{version('deepspeed')}-{environment}"
-    return Path.home() / ".cache" / "pointsman" / "torch_extensions" / built
+    return user_cache("torch_extensions") / built
 
 
 def op_is_built(folder: Path) -> bool:

@@ -24,10 +24,10 @@ from typing import Any
 import psutil
 
 from cluster.local import LOOPBACK, QUIET, ClusterError, has_gpu
-from pipeline.files import write_json
+from pipeline.files import user_cache, write_json
 from pipeline.locks import LockedError, file_lock
 
-STATE = Path.home() / ".cache" / "pointsman" / "cluster.json"
+STATE = user_cache("cluster.json")
 """Where the running cluster is written down."""
 
 START_SECONDS = 180.0

@@ -114,12 +114,13 @@ def _reported() -> list[Node] | None:
 
 def _kuberay() -> list[Node] | None:
     """Returns the workers that the RayCluster resource of this pod's cluster allows."""
-    name = os.environ.get("RAY_CLUSTER_NAME")
-    if not name or not NAMESPACE.is_file():
+    name, namespace = os.environ.get("RAY_CLUSTER_NAME"), os.environ.get("RAY_CLUSTER_NAMESPACE")
+    if not namespace and NAMESPACE.is_file():
+        namespace = NAMESPACE.read_text().strip()
+    if not name or not namespace:
         return None
     from ray.autoscaler._private.kuberay import node_provider  # its libraries are for clusters on Kubernetes alone
 
-    namespace = os.environ.get("RAY_CLUSTER_NAMESPACE") or NAMESPACE.read_text().strip()
     try:
         resource = node_provider.KubernetesHttpApiClient(namespace).get(f"rayclusters/{name}")
     except (requests.RequestException, OSError):  # without an autoscaler this pod has no right to read it

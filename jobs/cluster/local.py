@@ -1,12 +1,14 @@
 """The commands of `pointsman cluster`."""
 
 import sys
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from cluster.local_nodes import LocalCluster, LocalNode, running, start, stop
 from jobs.endings import user_errors
+
+if TYPE_CHECKING:
+    from cluster.local_nodes import LocalCluster
 
 
 def up(
@@ -16,6 +18,8 @@ def up(
 ) -> None:
     """Start a Ray cluster of several nodes on this machine, on loopback; it stays until `pointsman cluster down`."""
     with user_errors():
+        from cluster.local_nodes import LocalNode, start
+
         typer.echo(f"starting {nodes} nodes, some seconds each ...")
         _show(start([LocalNode(cpus, gpus)] * nodes))
 
@@ -23,6 +27,8 @@ def up(
 def status() -> None:
     """Show the cluster that `up` has started; exit code 1 if there is none."""
     with user_errors():
+        from cluster.local_nodes import running
+
         if (cluster := running()) is None:
             typer.echo("no cluster runs; start one with `pointsman cluster up`")
             sys.exit(1)
@@ -32,11 +38,13 @@ def status() -> None:
 def down() -> None:
     """End the cluster that `up` has started, and nothing else."""
     with user_errors():
+        from cluster.local_nodes import stop
+
         cluster = stop()
         typer.echo("no cluster runs" if cluster is None else f"ended {len(cluster.nodes)} nodes")
 
 
-def _show(cluster: LocalCluster) -> None:
+def _show(cluster: "LocalCluster") -> None:
     cpus, gpus = (sum(getattr(node, name) for node in cluster.nodes) for name in ("cpus", "gpus"))
     typer.echo(
         f"{len(cluster.nodes)} nodes with {cpus} CPUs and {gpus} made-up GPUs together, logs in {cluster.folder}"

@@ -28,6 +28,7 @@ finally:
         ["learn", STREAM],
         ["compare", STREAM],
         ["plan", STREAM],
+        ["doctor", STREAM],
         ["recompute-statistics", STREAM],
         ["add", *TASK],
         ["registry", "import", "folder", *TASK],
