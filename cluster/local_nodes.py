@@ -189,6 +189,7 @@ def main(state: Path, folder: Path, nodes: Sequence[dict[str, Any]]) -> None:
     )
     from ray._private.node import Node
     from ray._private.parameter import RayParams
+    from ray._private.services import wait_for_node
 
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(0))
     enable_token_auth_by_default()  # loopback is every user's of this machine
@@ -213,6 +214,7 @@ def main(state: Path, folder: Path, nodes: Sequence[dict[str, Any]]) -> None:
                 settings.update_if_absent(gcs_address=started[0].gcs_address, node_manager_port=0)
                 settings.dashboard_agent_listen_port = None  # a free one
             started.append(Node(settings, head=not started, shutdown_at_exit=True, spawn_reaper=True))
+            wait_for_node(started[0].gcs_address, started[-1].plasma_store_socket_name, START_SECONDS)
         head = started[0]
         cluster = LocalCluster(
             address=head.gcs_address,
