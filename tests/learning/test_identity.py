@@ -81,6 +81,8 @@ def test_a_setting_names_what_depends_on_it(config: Path, override: str, what: s
         "training.micro_batch=4",
         "training.precision=bf16",
         "training.offload=optimizer",
+        "training.placement_strategy=SPREAD",
+        "training.node_wait_seconds=5",
         "evaluation.workers=2",
         "evaluation.batch_size=4",
         "stream.on_change=keep",
