@@ -176,6 +176,8 @@ def _environment() -> dict[str, str]:
         "RAY_enable_metrics_collection": "0",
         **inherited,
         "PYTHONPATH": os.pathsep.join(filter(None, path)),
+        # Jobs say `python`, and the environment of this one may not be activated.
+        "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)]),
         # Ray listens on every interface unless it believes that clusters are impossible, as on a Mac.
         "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
     }

@@ -48,8 +48,12 @@ def lacks_for_trainings(trainings: Trainings, nodes: Sequence[Node], supply: Sup
             _larger(supply, "submit to a cluster with GPUs (--address)"),
         )
     if trainings.that_fit(nodes) < trainings.count:
-        slots = sum(worker.slots(node) for node in nodes)
-        return _lines(f"{trainings}: only {slots} worker(s) fit; {found}", *_fewer(trainings, nodes), _larger(supply))
+        fitting = (
+            trainings.workers_that_fit(nodes) * trainings.count
+            if trainings.strategy.startswith("STRICT")
+            else sum(worker.slots(node) for node in nodes)
+        )
+        return _lines(f"{trainings}: only {fitting} worker(s) fit; {found}", *_fewer(trainings, nodes), _larger(supply))
     needed, cpus = _cpus(trainings), sum(node.cpus for node in nodes)
     if needed > cpus:
         smaller = [

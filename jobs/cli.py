@@ -58,7 +58,7 @@ JOBS = {
     "explain": Lazy("jobs.explain:main", "Explain an answer: candidates, distances, weights.", ComputingCommand),
     "status": Lazy("jobs.status:main", "Show streams, sweeps and jobs, running and past."),
     "jobs": Lazy("jobs.submissions.app:app", "List, follow and stop submitted jobs."),
-    "cluster": Lazy("jobs.cluster.app:app", "A cluster of several nodes on this machine, for trying out."),
+    "cluster": Lazy("jobs.cluster.app:app", "Start a cluster of several nodes here."),
     "registry": Lazy("jobs.registry.app:app", "Browse the registry, decide which pool is in use."),
     "ui": Lazy("jobs.ui:main", "Browse experts, pools and runs in MLflow."),
     "convert-internvl2": Lazy(

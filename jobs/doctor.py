@@ -13,7 +13,10 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from jobs.endings import user_errors
-from jobs.options import Address, Overrides, job_command, load, submit_job
+from jobs.lazy import run_alone
+from jobs.options import Overrides, job_command, load
+from jobs.submission import JobFiles, submit_command
+from jobs.submit_options import Address, SubmittableCommand
 
 if TYPE_CHECKING:
     from cluster.survey import Finding
@@ -44,7 +47,7 @@ def main(
         if address and config is not None:
             job_command("jobs.doctor", config, overrides, address, *more)
         elif address:
-            submit_job("jobs.doctor", more, address)
+            submit_command(["doctor", *more], ["doctor", *more], address, JobFiles(), run="cluster", output="")
         from cluster.local import ClusterError, connect
         from pipeline.learning.checkup import all_findings, failed_finding
 
@@ -72,4 +75,4 @@ def main(
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    run_alone(main, SubmittableCommand)

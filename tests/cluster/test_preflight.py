@@ -98,7 +98,7 @@ def test_enough_lacks_nothing() -> None:
         (
             Trainings(Worker(1, 1), 2, strategy="STRICT_PACK"),
             GPUS,
-            "2 worker(s) with 1 CPU(s) and 1 GPU(s) each, on one node (STRICT_PACK): only 3 worker(s) fit; the cluster has "
+            "2 worker(s) with 1 CPU(s) and 1 GPU(s) each, on one node (STRICT_PACK): only 1 worker(s) fit; the cluster has "
             "48 CPU(s) and 3 GPU(s) on 3 node(s)\n    lower training.workers to 1, or take a larger cluster (--address)",
         ),
         (
