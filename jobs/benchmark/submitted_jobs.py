@@ -21,7 +21,7 @@ import yaml
 from safetensors.torch import load_file
 
 from cluster.client import Job, all_jobs, connected
-from cluster.preflight import build_op, extensions_folder
+from cluster.deepspeed_ops import build_op, extensions_folder
 from jobs.benchmark.tools.ray_head import ray_head
 from jobs.endings import user_errors
 from jobs.options import DEMO
