@@ -48,6 +48,26 @@ def _read_all(
     return values, sources
 
 
+def with_values(config: C, values: Mapping[str, Any], source: str) -> C:
+    """Returns a configuration with other values of some fields, by dotted name, checked as a whole.
+
+    Raises ConfigError naming `source`, field and remedy.
+    """
+    plain = config.model_dump()
+    for name, value in values.items():
+        *path, last = field_path(name, type(config)).split(".")
+        group = plain
+        for part in path:
+            group = group.setdefault(part, {})
+            if not isinstance(group, dict):
+                raise ConfigError(f"{source}: {name}: {part!r} is no group of fields")
+        group[last] = value
+    try:
+        return type(config).model_validate(plain)
+    except ValidationError as error:
+        raise ConfigError("\n".join(_explain(source, {}, type(config), e) for e in error.errors())) from None
+
+
 def _read(path: Path, extending: Sequence[Path], config_class: type[Config], sources: dict[str, str]) -> dict[str, Any]:
     """Returns what a YAML file and those that it extends say; `extending` are the files that extend it.
 

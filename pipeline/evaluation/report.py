@@ -13,6 +13,7 @@ from statistics import fmean
 from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from matplotlib.figure import Figure
 
 from pipeline.config import without_secrets
 from pipeline.errors import UserError
@@ -38,26 +39,35 @@ def write_report(summary: Mapping[str, Any], folder: Path) -> Path:
     if missing := [key for key in REQUIRED if key not in summary]:
         raise ReportError(f"summary.json: missing {', '.join(missing)}; run `pointsman learn` again to rewrite it")
     summary = by_todays_names(summary)
-    environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent),
+    page = (
+        environment()
+        .get_template("report.html.j2")
+        .render(
+            summary={**summary, "command": without_secrets(summary["command"])} if "command" in summary else summary,
+            headline=_headline(summary),
+            plots=_draw(summary, folder / "plots"),
+            methods=_methods(summary),
+            over_seeds=any("spread" in method for method in (summary.get("methods") or {}).values()),
+            formulas=FORMULAS,
+            tasks=_tasks(summary),
+        )
+    )
+    path = folder / "report.html"
+    path.write_text(page, encoding="utf-8")
+    return path
+
+
+def environment(*folders: Path) -> Environment:
+    """Returns what renders pages: templates of `folders`, the common style, and how figures are written."""
+    made = Environment(
+        loader=FileSystemLoader([*folders, Path(__file__).parent]),
         autoescape=True,  # by name, jinja2 would not escape in a file that ends in .j2
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters.update(percent=percent, spread=spread, duration=duration, count=count, memory=memory)
-    page = environment.get_template("report.html.j2").render(
-        summary={**summary, "command": without_secrets(summary["command"])} if "command" in summary else summary,
-        headline=_headline(summary),
-        plots=_draw(summary, folder / "plots"),
-        methods=_methods(summary),
-        over_seeds=any("spread" in method for method in (summary.get("methods") or {}).values()),
-        formulas=FORMULAS,
-        tasks=_tasks(summary),
-    )
-    path = folder / "report.html"
-    path.write_text(page, encoding="utf-8")
-    return path
+    made.filters.update(percent=percent, spread=spread, duration=duration, count=count, memory=memory)
+    return made
 
 
 def percent(value: float | None) -> str:
@@ -101,12 +111,17 @@ def _draw(summary: Mapping[str, Any], folder: Path) -> list[dict[str, str]]:
         if not plot.possible(summary):
             path.unlink(missing_ok=True)  # left by an earlier report
             continue
-        buffer = io.BytesIO()
-        plot.draw(summary).savefig(buffer, format="png", dpi=DPI, facecolor="white")
-        path.write_bytes(buffer.getvalue())
-        image = base64.b64encode(buffer.getvalue()).decode()
+        image = save_figure(plot.draw(summary), path)
         shown.append({"stem": stem, "title": plot.title, "caption": plot.caption(summary), "image": image})
     return shown
+
+
+def save_figure(figure: Figure, path: Path) -> str:
+    """Writes a figure as PNG; returns the same in base64, for a page."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=DPI, facecolor="white")
+    path.write_bytes(buffer.getvalue())
+    return base64.b64encode(buffer.getvalue()).decode()
 
 
 def _headline(summary: Mapping[str, Any]) -> dict[str, Any]:

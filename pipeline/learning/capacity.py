@@ -23,6 +23,8 @@ class Capacity:
     cluster: ClusterInfo
     supply: Supply = field(default_factory=cluster_supply)
     """The nodes that there are, and those that an autoscaler may add."""
+    most: int | None = None
+    """Number of trainings that there are; default: one per task of the stream."""
 
     @property
     def inference(self) -> InferenceWorkers:
@@ -42,7 +44,7 @@ class Capacity:
             if self.cluster.started and not training.gpu:
                 fit = min(fit, available_cpus() // (training.workers * training.cpus_per_worker))
             wanted = max(1, fit)
-        return min(wanted, len(self.config.stream.tasks))
+        return min(wanted, len(self.config.stream.tasks) if self.most is None else self.most)
 
     @property
     def side_by_side(self) -> bool:

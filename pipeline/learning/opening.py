@@ -47,12 +47,18 @@ def alone_in(folder: Path) -> Iterator[None]:
 
 @contextmanager
 def open_session(
-    config: LearnConfig, *, job: str, trains: bool = True, progress: Progress | None = None
+    config: LearnConfig,
+    *,
+    job: str,
+    trains: bool = True,
+    trainings: int | None = None,
+    progress: Progress | None = None,
 ) -> Iterator[StreamSession]:
     """Joins or starts Ray, checks that the cluster suffices, opens MLflow; yields the session.
 
     `job` names the kind of MLflow run, so that learning and comparing do not write into each other's. One that never
-    `trains` needs neither DeepSpeed nor a place for training workers.
+    `trains` needs neither DeepSpeed nor a place for training workers; `trainings` is their number where it is not that of the
+    stream's tasks.
     """
     progress = progress or LoggedProgress()
     if json_logs.are_wanted():
@@ -78,7 +84,7 @@ def open_session(
                 build_op(extensions_folder())
         with progress.working("starting Ray"):
             cluster = connect()
-        session = StreamSession(config, cluster, progress, memory)
+        session = StreamSession(config, cluster, progress, memory, trainings=trainings)
         # When MLflow and the user know that it has ended: where Ray was stopped too, closing waits for it for a minute.
         afterwards.push(lambda kind, *error: session.close(at_once=kind is not None))
         check_room(session.capacity, progress, trains=trains)

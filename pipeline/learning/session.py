@@ -47,7 +47,7 @@ from pipeline.routing.pool import EXPERTS, Pool
 from pipeline.routing.store import ExpertReference, ExpertStore
 from pipeline.training.given import give
 from pipeline.training.null_expert import null_statistics
-from pipeline.training.session import TrainResult, finished_training
+from pipeline.training.session import OnSteps, TrainResult, finished_training
 from pipeline.training.sessions import Sessions
 from pipeline.training.spec import GivenAdapter, TrainSpec
 from pipeline.training.telemetry import RESTART, Step
@@ -63,15 +63,25 @@ def loss_curves(task: str, metrics: Mapping[str, Any]) -> list[tuple[str, float,
         for stage in ("expert", "router")
         for step, loss in enumerate(metrics.get(f"{stage}_losses", ()), 1)
     ]
-    return points + [(f"{task}/validation_loss", loss, step) for step, loss in metrics.get("validation_losses", ())]
+    for name, key in (("loss", "validation_losses"), ("accuracy", "validation_accuracies")):
+        points += [(f"{task}/validation_{name}", value, step) for step, value in metrics.get(key, ())]
+    return points
 
 
 class StreamSession:
     """One session over a stream of tasks; created by `opening.open_session`."""
 
-    def __init__(self, config: LearnConfig, cluster: ClusterInfo, progress: Progress, memory: PeakMemory) -> None:
+    def __init__(
+        self,
+        config: LearnConfig,
+        cluster: ClusterInfo,
+        progress: Progress,
+        memory: PeakMemory,
+        *,
+        trainings: int | None = None,
+    ) -> None:
         self.config, self.cluster, self.progress, self.memory = config, cluster, progress, memory
-        self.capacity = Capacity(config, cluster)
+        self.capacity = Capacity(config, cluster, trainings)
         self.folder = config.folder
         self.fingerprint = fingerprint(checkpoint(config.base))
         self.identity = Identity(config, self.fingerprint, Path(config.output).resolve() / "data" / "demo")
@@ -190,7 +200,7 @@ class StreamSession:
 
     def train(self, spec: TrainSpec, rows: TrainingRows) -> TrainResult:
         """Trains, or resumes from the last checkpoint; shows progress and logs loss curves."""
-        worker_env = self.worker_env
+        _ = self.worker_env  # whose making has a line of its own
         with self.progress.training(spec.task) as bar:
 
             def on_steps(steps: list[Step]) -> None:
@@ -198,15 +208,20 @@ class StreamSession:
                 losses = [s for s in steps if s.stage != RESTART]
                 self.log_metrics([(f"{s.task}/{s.stage}_loss", s.loss, s.step) for s in losses])
 
-            if not self.capacity.side_by_side:  # no evaluation goes on in the background then
-                self._predictors.close()
-            with self._lock:
-                if self.closed:
-                    raise RuntimeError(f"{spec.task}: the run has ended")
-                sessions = self._sessions = self._sessions or self._new_sessions(worker_env)
-            trained = sessions.train(spec, rows, on_steps)
+            trained = self.train_unseen(spec, rows, on_steps)
             self.log_curves(spec.task, trained)
             return trained
+
+    def train_unseen(self, spec: TrainSpec, rows: TrainingRows, on_steps: OnSteps, **watched: Any) -> TrainResult:
+        """Trains, or resumes from the last checkpoint, as `Session.train` does; only `on_steps` hears of it."""
+        worker_env = self.worker_env
+        if not self.capacity.side_by_side:  # no evaluation goes on in the background then
+            self._predictors.close()
+        with self._lock:
+            if self.closed:
+                raise RuntimeError(f"{spec.task}: the run has ended")
+            sessions = self._sessions = self._sessions or self._new_sessions(worker_env)
+        return sessions.train(spec, rows, on_steps, **watched)
 
     def log_curves(self, task: str, trained: TrainResult) -> None:
         """Logs a training's losses, whole: a driver may have been killed before it had logged all steps of its workers."""

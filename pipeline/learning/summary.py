@@ -37,7 +37,14 @@ def task_metrics(session: StreamSession, task: str, metrics: Mapping[str, Any]) 
         "lost_files": int(metrics["lost_files"]),
         "expert_loss": _curve(metrics["expert_losses"]),
         "router_loss": _curve(metrics["router_losses"]),
-        **({"validation_loss": metrics["validation_losses"]} if "validation_losses" in metrics else {}),
+        **{
+            name: metrics[key]
+            for name, key in (
+                ("validation_loss", "validation_losses"),
+                ("validation_accuracy", "validation_accuracies"),
+            )
+            if key in metrics
+        },
     }
 
 

@@ -11,7 +11,13 @@ from pipeline.models.encoding import IGNORED
 
 
 def answer_loss(model: Any, batch: dict[str, Any], *, reduction: Literal["mean", "sum"] = "mean") -> Tensor:
-    """Returns the cross-entropy of the answers' tokens: the mean, which transformers' models return for `labels`, or the sum.
+    """Returns the cross-entropy of the answers' tokens: the mean, as transformers' models return for `labels`, or the sum."""
+    logits_KV, tokens_K = answer_logits(model, batch)
+    return functional.cross_entropy(logits_KV.float(), tokens_K, reduction=reduction)
+
+
+def answer_logits(model: Any, batch: dict[str, Any]) -> tuple[Tensor, Tensor]:
+    """Returns the logits (K, V) from which the answers' tokens (K,) are predicted, row after row.
 
     Logits are computed only at the K tokens whose next one is learned. Over all T tokens they would be the largest tensor
     of all: 12 T V bytes with their gradient, 4.5 GB for a row of 4,096 tokens and InternVL-2's vocabulary V.
@@ -21,7 +27,7 @@ def answer_loss(model: Any, batch: dict[str, Any], *, reduction: Literal["mean",
     learned_BT = next_BT != IGNORED
     kept_BT = functional.pad(learned_BT, (0, 1))  # the last token has no next one
     logits_KV = model(**inputs, logits_to_keep=kept_BT, use_cache=False).logits
-    return functional.cross_entropy(logits_KV.float(), next_BT[learned_BT], reduction=reduction)
+    return logits_KV, next_BT[learned_BT]
 
 
 def checkpoint_activations(base: Base) -> None:

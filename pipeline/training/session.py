@@ -29,7 +29,7 @@ from pipeline.training.spec import TrainSpec
 from pipeline.training.telemetry import Step, receiving_steps
 from pipeline.training.training_folder import ADAPTER, EXPERT, TrainingFolder, begun_anew
 from pipeline.training.training_queue import TrainingQueue
-from pipeline.training.worker import ALREADY_FINISHED, train
+from pipeline.training.worker import ALREADY_FINISHED, GIVEN_UP, train
 
 FEWEST_ROWS = 4
 """Rows that suffice for the spread of a task's prompts."""
@@ -40,11 +40,18 @@ RUN_PREFIX = "session-"
 PATIENCE = 30.0
 """Seconds for which closing a session waits for its workers."""
 
+WATCH_SECONDS = 0.2
+"""Seconds between two looks at a training that goes on."""
+
 OnSteps = Callable[[list[Step]], None]
 
 
 class TrainingError(UserError):
     """A task that could not be trained; nothing was added to the pool."""
+
+
+class TrainingGivenUp(Exception):
+    """A training that nobody wanted any more; it can go on from its last checkpoint."""
 
 
 @dataclass(frozen=True)
@@ -95,10 +102,20 @@ class Session:
         self._thread = threading.Thread(target=self._run, args=(self._queue,), name="training session", daemon=True)
         self._thread.start()
 
-    def train(self, spec: TrainSpec, rows: TrainingRows, on_steps: OnSteps = lambda steps: None) -> TrainResult:
+    def train(
+        self,
+        spec: TrainSpec,
+        rows: TrainingRows,
+        on_steps: OnSteps = lambda steps: None,
+        *,
+        every: float = 1.0,
+        is_wanted: Callable[[], bool] = lambda: True,
+    ) -> TrainResult:
         """Trains `spec` on encoded rows; a training of the same task and digest goes on where it stopped, or is found finished.
 
-        Raises TrainingError when the loss diverges, the expert learned nothing, or workers keep dying.
+        `on_steps` hears of its steps every `every` seconds. Where `is_wanted` turns false, a training with held-out rows ends
+        at its next validation with TrainingGivenUp. Raises TrainingError when the loss diverges, the expert learned nothing, or
+        workers keep dying.
         """
         if spec.training != self.training:
             raise ValueError("a session's workers are those of its first training: open another one for other workers")
@@ -107,8 +124,10 @@ class Session:
         _check(spec, rows)
         with _as_training_error(spec.task):
             number = self._put(spec, rows)
-            with receiving_steps(on_steps, self._queue):
-                metrics = self._outcome(number)
+            with receiving_steps(on_steps, self._queue, every=every):
+                metrics = self._outcome(number, is_wanted)
+        if metrics.get(GIVEN_UP):
+            raise TrainingGivenUp(spec.task)
         if "failure" in metrics:
             raise TrainingError(f"task {spec.task!r}: {metrics['failure']}")
         already_finished = metrics.pop(ALREADY_FINISHED, False)
@@ -160,14 +179,17 @@ class Session:
         finally:
             shutil.rmtree(self._storage / name, ignore_errors=True)  # what Ray Train notes of a run
 
-    def _outcome(self, number: int) -> dict[str, Any]:
+    def _outcome(self, number: int, is_wanted: Callable[[], bool]) -> dict[str, Any]:
         """Waits for a training's end."""
         assert self._thread is not None, "started before the training was put"
-        outcome = self._queue.outcome.remote(number)
+        outcome, given_up = self._queue.outcome.remote(number), False
         while True:
             ended = not self._thread.is_alive()
-            if ray.wait([outcome], timeout=0.5)[0]:
+            if ray.wait([outcome], timeout=WATCH_SECONDS)[0]:
                 return ray.get(outcome)
+            if not given_up and not is_wanted():
+                given_up = True
+                self._queue.give_up.remote(number)
             if ended:
                 return {"failure": f"training ended: {self._error}"}
 

@@ -4,6 +4,7 @@ import queue
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from pipeline.config import TrainingConfig
 from pipeline.data.loading.training_rows import TrainingRows
@@ -26,11 +27,13 @@ class Sessions:
         for session in self._all[-count:]:
             session.start()
 
-    def train(self, spec: TrainSpec, rows: TrainingRows, on_steps: OnSteps = lambda steps: None) -> TrainResult:
+    def train(
+        self, spec: TrainSpec, rows: TrainingRows, on_steps: OnSteps = lambda steps: None, **watched: Any
+    ) -> TrainResult:
         """Trains a training in the first session that is free, as `Session.train` does."""
         session = self._free.get()
         try:
-            return session.train(spec, rows, on_steps)
+            return session.train(spec, rows, on_steps, **watched)
         finally:
             self._free.put(session)
 

@@ -23,7 +23,11 @@ _logger = logging.getLogger(__name__)
 RESTART = "restart"
 """In place of a stage: workers have failed and are started again."""
 
-Sent = tuple[str, str, int, int, float] | tuple[str, str, int, int, float, str]
+Sent = (
+    tuple[str, str, int, int, float]
+    | tuple[str, str, int, int, float, str]
+    | tuple[str, str, int, int, float, str, float | None]
+)
 """A step as it travels: its fields."""
 
 
@@ -40,12 +44,14 @@ class Step(NamedTuple):
     loss: float
     reason: str = ""
     """Why workers were started again."""
+    accuracy: float | None = None
+    """Of a validation: the share of the held-out rows that greedy decoding answers."""
 
     @property
     def remark(self) -> str | None:
         """What there is to say of a validation or a restart; None of a step, which moves a bar."""
         if self.stage == "validation":
-            return f"{self.task}: held-out loss {self.loss:.3f} after step {self.step}"
+            return f"{self.task}: held-out loss {self.loss:.3f}, accuracy {self.accuracy:.3f} after step {self.step}"
         if self.stage == RESTART:
             count = f"restart {self.step} of {self.steps}" if self.step else "a restart that does not count"
             reason = next((line for line in reversed(self.reason.splitlines()) if line.strip()), "workers failed")

@@ -23,6 +23,7 @@ class TrainingQueue(Telemetry):
         """Settings and boxed rows; None for those that are done, so that rows do not pile up."""
         self._outcomes: dict[int, dict[str, Any]] = {}
         self._failures = 0
+        self._unwanted: set[int] = set()
         self._workers: dict[int, Any] = {}
         self._closed = False
         self._changed = asyncio.Condition()
@@ -42,6 +43,10 @@ class TrainingQueue(Telemetry):
         async with self._changed:
             await self._changed.wait_for(lambda: number in self._outcomes)
         return self._outcomes[number]
+
+    def give_up(self, number: int) -> None:
+        """Says that nobody waits for a training any more: it ends at its next validation, with its outcome."""
+        self._unwanted.add(number)
 
     async def close(self) -> None:
         """Sends the workers home that wait for a training; whoever wants those to stop that train must kill them."""
@@ -67,6 +72,10 @@ class TrainingQueue(Telemetry):
         async with self._changed:
             await self._changed.wait_for(lambda: self._closed or number < len(self._specs))
         return None if self._closed else self._specs[number]
+
+    def is_wanted(self) -> bool:
+        """Whether somebody still waits for the training that the workers are at."""
+        return len(self._outcomes) not in self._unwanted
 
     async def finish(self, number: int, metrics: dict[str, Any]) -> None:
         """Ends a training."""

@@ -1,4 +1,4 @@
-"""Held-out rows of a task: their loss while the adapter is trained, and the best adapter so far."""
+"""Held-out rows of a task: their loss and accuracy while the adapter is trained, and the best adapter so far."""
 
 import json
 import shutil
@@ -8,45 +8,54 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.nn import functional
 
 from pipeline.errors import stored_file
 from pipeline.models.bases import Base
-from pipeline.models.encoding import Encoded, collate_for, to_device
-from pipeline.training.loop import answer_tokens, over_ranks
-from pipeline.training.loss import answer_loss
+from pipeline.models.encoding import IGNORED, Encoded, collate_for, to_device
+from pipeline.training.loop import over_ranks
+from pipeline.training.loss import answer_logits
 
 METRICS, KEPT = "validation.json", "best-"
 """What is written last into the folder of a kept adapter, and how the names of these folders begin."""
 
 
-@torch.no_grad()
-def held_out_loss(engine: Any, base: Base, batches: Iterable[Sequence[Encoded] | None]) -> float:
-    """Returns the mean cross-entropy over the answer tokens of all ranks' rows, alike on every rank.
+@dataclass(frozen=True)
+class ValidationPoint:
+    """What the held-out rows say after a step."""
 
-    Every rank gives equally many batches, None where it has no more rows: it then runs its last ones again and leaves them out,
-    since ZeRO-3 wants all ranks to run.
+    step: int
+    loss: float
+    """Mean cross-entropy over their answers' tokens."""
+    accuracy: float | None = None
+    """Share of the rows that greedy decoding answers token for token; None in points of earlier releases."""
+
+
+@torch.no_grad()
+def validate(engine: Any, base: Base, batches: Iterable[Sequence[Encoded] | None], step: int) -> ValidationPoint:
+    """Returns loss and accuracy on all ranks' held-out rows, alike on every rank.
+
+    Greedy decoding gives an answer token for token exactly if each of its tokens is the likeliest after those before it: one
+    forward pass tells both, and nothing is generated. Every rank gives equally many batches, None where it has no more rows: it
+    then runs its last ones again and leaves them out, since ZeRO-3 wants all ranks to run.
     """
-    sums = torch.zeros(2, dtype=torch.float64, device=engine.device)
+    sums = torch.zeros(4, dtype=torch.float64, device=engine.device)
     last: Sequence[Encoded] | None = None
     engine.eval()
     for given in batches:
         last = given if given is not None else last
         assert last is not None, "every rank has at least one row"
         batch = to_device(collate_for(base.processor, last), engine.device)
-        loss = answer_loss(engine, batch, reduction="sum")
-        if given is not None:
-            sums += torch.stack([loss.double(), loss.new_tensor(answer_tokens(batch)).double()])
+        logits_KV, tokens_K = answer_logits(engine, batch)
+        if given is None:
+            continue
+        loss = functional.cross_entropy(logits_KV.float(), tokens_K, reduction="sum")
+        rows_K = (batch["labels"][:, 1:] != IGNORED).nonzero()[:, 0]
+        wrong = rows_K[logits_KV.argmax(-1) != tokens_K].unique().numel()
+        sums += sums.new_tensor([loss.item(), len(tokens_K), len(last) - wrong, len(last)])
     engine.train()
-    total, tokens = over_ranks(sums).tolist()
-    return total / max(tokens, 1.0)
-
-
-@dataclass(frozen=True)
-class ValidationPoint:
-    """The loss on the held-out rows after a step."""
-
-    step: int
-    loss: float
+    total, tokens, right, rows = over_ranks(sums).tolist()
+    return ValidationPoint(step, total / max(tokens, 1.0), right / max(rows, 1.0))
 
 
 class BestAdapter:

@@ -36,7 +36,7 @@ from pipeline.training.spec import GivenAdapter, TrainSpec
 from pipeline.training.statistics_collector import LayerInputCollector, collect_features
 from pipeline.training.telemetry import Sent
 from pipeline.training.training_folder import ADAPTER, EXPERT, STATE, TrainingFolder, load_state, save_state
-from pipeline.training.validation import BestAdapter, ValidationPoint, held_out_loss
+from pipeline.training.validation import BestAdapter, validate
 from pipeline.training.zero import (
     close_engine,
     gathered,
@@ -59,6 +59,9 @@ HOW = {
 ALREADY_FINISHED = "found"
 """Key in a training's outcome: it was finished before, so its steps are not reported."""
 
+GIVEN_UP = "given up"
+"""Key in a training's outcome: nobody wanted it any more, and it can go on from its last checkpoint."""
+
 REPORT_EVERY = 0.8
 """Seconds between messages to the driver."""
 
@@ -67,8 +70,8 @@ def train(settings: dict[str, Any]) -> None:
     """Works on the session's trainings until there are no more; Ray Train runs this on every rank.
 
     `settings`: the `queue` and the folder `storage`. A training's outcome is rank 0's metrics (losses, seconds and data wait of
-    both stages), or `failure` with the reason where a retry would fail again (divergence, nothing learned, a damaged file):
-    all ranks see those alike. What one rank alone meets must be raised: the others would wait for it.
+    both stages), `failure` with the reason where a retry would fail again (divergence, nothing learned, a damaged file), or
+    GIVEN_UP: all ranks see those alike. What one rank alone meets must be raised: the others would wait for it.
     """
     queue, storage = settings["queue"], Path(settings["storage"])
     rank, base = ray.train.get_context().get_world_rank(), HeldBase()
@@ -103,12 +106,18 @@ def _work(spec: TrainSpec, rows: TrainingRows, queue: Any, folder: Path, base: "
     try:
         worker = Worker(spec, rows, queue, folder, base)
         return worker.run()
+    except _GivenUp:
+        return {GIVEN_UP: True}
     except (Divergence, ExpertError, StoredFileError) as error:
         base.drop()  # adapters and engine are still on it
         return {"failure": str(error)}
     finally:
         if worker is not None:
             worker.report()  # the last losses before a failure are those one wants to see
+
+
+class _GivenUp(Exception):
+    """Ends a training that nobody wants any more; adapters and engine are off the base."""
 
 
 def _agreed(value: Any) -> Any:
@@ -189,16 +198,19 @@ class Worker:
             begin, clock = progress["step"], StageClock(**progress["clock"])
         engine.train()
 
-        notice = PreemptionNotice()
+        notice, wanted = PreemptionNotice(), True
         monitor = self._monitor("expert", config.steps)
 
         def on_step(step: int, loss: float) -> bool:
+            nonlocal wanted
             self._step_done("expert", step, config.steps, loss)
             monitor.step(step, loss, clock)
             enough = self._validate(engine, base, peft, step)
-            if step % spec.training.checkpoint_every == 0 and step < config.steps and not enough:
+            wanted = enough or step == config.steps or self._is_wanted(step)
+            due = step % spec.training.checkpoint_every == 0 and step < config.steps and not enough
+            if due or not wanted:
                 keep(step)
-            return enough
+            return enough or not wanted
 
         def meet(step: int) -> None:
             if notice.given() and step < config.steps:
@@ -221,6 +233,10 @@ class Worker:
                 wanted=notice.due,
                 meet=meet,
             )
+        if not wanted:
+            close_engine(engine)
+            without_lora(base, peft)
+            raise _GivenUp
         self._note("expert", clock)
         self.metrics["samples"] = len(clock.losses) * config.batch_size
         checkpoint_dir = self._checkpoint({"stage": "router", "step": 0})
@@ -245,19 +261,32 @@ class Worker:
         return folder
 
     def _validate(self, engine: Any, base: Base, peft: Any, step: int) -> bool:
-        """Computes the held-out loss every `validate_every` steps and keeps the best adapter; returns whether to stop."""
+        """Looks at the held-out rows every `validate_every` steps and keeps the best adapter; returns whether to stop."""
         config, rows = self.spec.expert, self.held_out
-        if rows is None or (step % config.validate_every and step < config.steps):
+        if rows is None or not self._is_validated(step):
             return False
         batches = distinct_batches(
             rows, count=rows.count, micro_batch=self.layout.micro_batch, rank=self.rank, workers=self.world, seed=0
         )
-        point = ValidationPoint(step, held_out_loss(engine, base, batches))
+        point = validate(engine, base, batches, step)
         self.best.offer(point, lambda folder: save_lora(peft, folder, write=self.rank == 0))
-        self.metrics.setdefault("validation_losses", []).append([step, point.loss])
-        self._step_done("validation", step, config.steps, point.loss)
+        for name, value in (("losses", point.loss), ("accuracies", point.accuracy)):
+            self.metrics.setdefault(f"validation_{name}", []).append([step, value])
         assert self.best.point is not None, "offered one"
+        if self.best.point.accuracy is not None:
+            self.metrics["validation_accuracy"] = self.best.point.accuracy
+        self._step_done("validation", step, config.steps, point.loss, point.accuracy)
         return config.patience is not None and step - self.best.point.step >= config.patience * config.validate_every
+
+    def _is_validated(self, step: int) -> bool:
+        config = self.spec.expert
+        return self.held_out is not None and (step % config.validate_every == 0 or step == config.steps)
+
+    def _is_wanted(self, step: int) -> bool:
+        """Whether somebody still waits for this training; asked after validations, by which that is decided."""
+        if not self._is_validated(step):
+            return True
+        return bool(_agreed(ray.get(self.queue.is_wanted.remote()) if self.rank == 0 else None))
 
     def _router_stage(self, base: Base, settings: dict[str, Any], adapter: Path) -> None:
         """Trains the routing vectors, takes the prompt statistics and writes the finished expert."""
@@ -374,12 +403,15 @@ class Worker:
             f"{stage}_step_seconds": clock.step_seconds,
         }
 
-    def _step_done(self, stage: str, step: int, steps: int, loss: float) -> None:
-        """Tells the driver of a step, several at a time: a remote call costs about a millisecond of the step's time."""
+    def _step_done(self, stage: str, step: int, steps: int, loss: float, accuracy: float | None = None) -> None:
+        """Tells the driver of a step, several at a time: a remote call costs about a millisecond of the step's time.
+
+        Of a validation it hears at once, since it may decide whether the training goes on.
+        """
         if self.rank != 0:
             return
-        self._pending.append((self.spec.task, stage, step, steps, loss))
-        if step == steps or time.monotonic() - self._reported_at >= REPORT_EVERY:
+        self._pending.append((self.spec.task, stage, step, steps, loss, "", accuracy))
+        if step == steps or stage == "validation" or time.monotonic() - self._reported_at >= REPORT_EVERY:
             self.report()
 
     def report(self) -> None:

@@ -24,7 +24,7 @@ from pipeline.models.encoding import collate_for
 from pipeline.routing.expert import Expert
 from pipeline.training import session as sessions
 from pipeline.training.loss import answer_loss
-from pipeline.training.session import TrainingError, run_training, training_session
+from pipeline.training.session import TrainingError, TrainingGivenUp, run_training, training_session
 from pipeline.training.spec import TrainSpec
 from pipeline.training.training_folder import TrainingFolder
 
@@ -168,8 +168,31 @@ def test_the_best_adapter_on_held_out_rows_becomes_the_expert(trained, session, 
     with torch.no_grad():
         batch = collate_for(base.processor, list(CachedRows(held)))
         assert answer_loss(peft, batch).item() == pytest.approx(best[1], rel=1e-4)
+        next_BT = batch["labels"][:, 1:]
+        likeliest_BT = peft(**{k: v for k, v in batch.items() if k != "labels"}).logits[:, :-1].argmax(-1)
+    right_B = ((likeliest_BT == next_BT) | (next_BT == -100)).all(1)
+    accuracies = dict(result.metrics["validation_accuracies"])
+    assert accuracies[best[0]] == pytest.approx(right_B.double().mean().item())
+    assert actual.card.metrics["validation_accuracy"] == accuracies[best[0]]
+    assert [step.accuracy for step in messages if step.stage == "validation"] == list(accuracies.values())
     assert not list(result.folder.parent.glob("best-*"))
     assert learned.count + held.count == ROWS
+
+
+def test_a_training_that_nobody_wants_ends_at_a_validation_and_can_go_on(trained, session, rows, tiny_folder):
+    storage, seen = trained[0].folder.parents[1], []
+    spec = make_spec(tiny_folder, "given-up", training=ONE, steps=120)
+    expert = spec.expert.model_copy(update={"validate_every": 5})
+    spec = spec.model_copy(update={"validation": 0.2, "expert": expert})
+    loads = (storage / "loads").read_text()
+    with pytest.raises(TrainingGivenUp):
+        session.train(spec, rows, seen.extend, every=0.05, is_wanted=lambda: not seen)
+    assert not session.train(spec, rows).already_finished
+    assert (storage / "loads").read_text() == loads, "the base stayed as it was"
+    whole = session.train(spec.model_copy(update={"digest": "whole"}), rows)
+    again = session.train(spec, rows)
+    assert again.metrics["validation_losses"] == whole.metrics["validation_losses"]
+    assert_same_expert(Expert.load(again.expert), Expert.load(whole.expert))
 
 
 def test_a_finished_job_is_found_again(trained, rows, tiny_folder, worker_env):
