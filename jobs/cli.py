@@ -48,7 +48,7 @@ JOBS = {
     "learn": Lazy("jobs.learn:main", "Learn a stream of tasks one after the other.", TeachingLearn),
     "compare": Lazy("jobs.compare:main", "Compare the learned pool with the alternatives.", TeachingLearn),
     "add": Lazy("jobs.add:main", "Add one task to a registered pool.", TeachingAdd),
-    "sweep": Lazy("jobs.sweep:main", "Sweep LoRA rank x router temperature for one task.", TeachingLearn),
+    "sweep": Lazy("jobs.sweep:main", "Sweep settings of a task's expert and of the router.", TeachingLearn),
     "doctor": Lazy("jobs.doctor:main", "Check what a job needs before it starts.", TeachingLearn),
     "plan": Lazy("jobs.plan:main", "Plan a stream before any GPU is rented.", TeachingCommand),
     "recompute-statistics": Lazy(

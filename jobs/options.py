@@ -55,9 +55,13 @@ def job_command(
     address: str,
     *more: str,
     config_class: type[AddConfig] | type[LearnConfig] = LearnConfig,
+    files: JobFiles | None = None,
 ) -> NoReturn:
-    """Submits a job of a configuration to a cluster, with `more` words after it; ends with the job's exit code."""
-    settings, files = load_config(config, overrides or [], config_class), JobFiles()
+    """Submits a job of a configuration to a cluster, with `more` words after it and the `files` that these name.
+
+    Ends with the job's exit code.
+    """
+    settings, files = load_config(config, overrides or [], config_class), files or JobFiles()
     command = module.removeprefix("jobs.").replace("_", "-")
     submit_command(
         [command, files.config(config, overrides or [], config_class), *more],

@@ -1,169 +1,197 @@
-"""Sweeps LoRA rank and router temperature for one task of a stream with Ray Tune.
+"""Sweeps settings of one task's expert and of the pool's router with Ray Tune.
 
-    python -m jobs.sweep jobs/configs/demo.yaml --task later --ranks 4,8,16 --temperatures 0.2,1,5
+    python -m jobs.sweep jobs/configs/demo.yaml --task later --set expert.rank=4,8,16 --set router.shrinkage=0.02,0.05,0.2
 
-One training per rank, one evaluation per temperature, with the PHATGOOSE token router (the one that temperature affects
-most), inside the pool that `pointsman learn` has made; the swept expert replaces the task's own there. Every trial is an
-MLflow run nested in the sweep's.
+One training per setting of the expert that nobody has trained, one evaluation per setting of the router, inside the pool that
+`pointsman learn` has made; the swept expert replaces the task's own there.
 """
 
-import math
-from functools import partial
+import sys
 from pathlib import Path
-from time import monotonic
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
-import mlflow
 import typer
-from mlflow import MlflowClient
 
 from jobs.endings import user_errors
 from jobs.lazy import run_alone
 from jobs.options import ConfigFile, Overrides, job_command, load
+from jobs.submission import JobFiles
 from jobs.submit_options import Address, SubmittableCommand
-from jobs.terminal import Terminal, table
-from pipeline.config import ConfigError, digest
-from pipeline.files import write_json
-from pipeline.learning.changes import check_source
-from pipeline.learning.opening import open_session
-from pipeline.learning.session import StreamSession
-from pipeline.learning.summary import session_provenance
-from pipeline.models.target_modules import check_target_modules
-from pipeline.provenance import now
-from pipeline.registry.tracking import active_run, log_batch
-from pipeline.routing.pool import Pool, PoolError
-from tuning.space import SweepSpace
-from tuning.sweep import SweepResult, sweep
+from pipeline.config import ConfigError, LearnConfig, TaskConfig
+from tuning.objective import DEFAULT, Objective
+from tuning.search import Search
+from tuning.space import Space
+
+if TYPE_CHECKING:  # a mistake is answered before they are imported
+    from jobs.terminal import Terminal
+    from tuning.study import Study, StudyResult
+
+SPACE = Path(__file__).parent / "configs" / "space.yaml"
+"""What is tried unless it is said."""
 
 Task = Annotated[str | None, typer.Option(help="Task of the stream to sweep; default: its last.")]
-Ranks = Annotated[str, typer.Option(help="LoRA ranks, separated by commas; one training each.")]
-Temperatures = Annotated[str, typer.Option(help="Router temperatures, separated by commas; one evaluation each.")]
+SpaceFile = Annotated[
+    Path | None,
+    typer.Option("--space", help="YAML file of a space; default: jobs/configs/space.yaml, which explains it."),
+]
+Fields = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set",
+        help="Field to try and its values; may be repeated: expert.rank=4,8,16, router.temperature=loguniform:0.05:5, "
+        "expert.steps=randint:100:400 (below 400).",
+        metavar="FIELD=VALUES",
+    ),
+]
+Algorithm = Annotated[
+    str | None,
+    typer.Option("--search", help="grid, random, or optuna (TPE). Default: the grid of a space of lists, else random."),
+]
+Trials = Annotated[int | None, typer.Option(help="Number of points that a random search, or optuna, draws.")]
+Scheduler = Annotated[
+    str,
+    typer.Option(
+        help="asha stops trainings early that are worse on held-out rows (`validation`) than others; or none."
+    ),
+]
+ObjectiveText = Annotated[
+    str,
+    typer.Option(
+        "--objective",
+        help="Weights of accuracy (on the task), others (the pool's other tasks), abilities (the base's) and cost (millions of "
+        "parameters), e.g. accuracy=1,cost=-0.1; or pareto.",
+    ),
+]
+Validation = Annotated[
+    float | None, typer.Option(help="Share of the task's training rows to hold out, in place of its `validation`.")
+]
+Apply = Annotated[
+    Path | None, typer.Option(help="File to write the winner to, as a configuration that extends CONFIG.")
+]
+Register = Annotated[bool, typer.Option("--register", help="Make the winner a candidate version of the task's expert.")]
 
 
 def main(
     config: ConfigFile,
     overrides: Overrides = None,
     task: Task = None,
-    ranks: Ranks = "4,8,16",
-    temperatures: Temperatures = "0.2,1,5",
+    space: SpaceFile = None,
+    fields: Fields = None,
+    search: Algorithm = None,
+    trials: Trials = None,
+    scheduler: Scheduler = "none",
+    objective: ObjectiveText = DEFAULT,
+    validation: Validation = None,
+    apply: Apply = None,
+    register: Register = False,
     address: Address = None,
 ) -> None:
-    """Sweep LoRA rank x router temperature for one task: one training per rank, one evaluation per temperature."""
+    """Sweep settings of a task's expert (rank, alpha, learning rate, steps, ...) and of the router (temperature, ...).
+
+    Trials train an expert where nobody has trained it, and evaluate it inside the learned pool. Winners are chosen by
+    --objective, on the task's held-out rows where it has `validation`. Stopped at any moment, the same command goes on.
+    """
     with user_errors():
         settings = load(config, overrides)
-        try:
-            space = SweepSpace(
-                ranks=tuple(int(r) for r in ranks.split(",")),
-                temperatures=tuple(float(t) for t in temperatures.split(",")),
-            )
-        except ValueError as error:
-            raise ConfigError(f"--ranks {ranks} --temperatures {temperatures}: {error}") from None
-        names = [known.name for known in settings.stream.tasks]
-        if task is not None and task not in names:
-            raise ConfigError(f"--task {task}: the stream has no such task; there are: {', '.join(names)}")
+        goal = Objective.read(objective)
+        settings, swept = _swept(settings, task, validation)
+        given = Space.read(space or (None if fields else SPACE), fields or []).check(settings, swept)
+        plan = Search.read(given, settings, swept, algorithm=search, scheduler=scheduler, trials=trials, objective=goal)
         if address:
-            more = ["--ranks", ranks, "--temperatures", temperatures, *(["--task", task] if task else [])]
-            job_command("jobs.sweep", config, overrides, address, *more)
-        with open_session(settings, job=f"sweep {digest(space, task)}", progress=Terminal()) as session:
-            _sweep(session, space, task or names[-1])
+            if apply is not None:
+                raise ConfigError(
+                    "--apply writes a file here, and the sweep runs elsewhere: leave out one of --apply and --address"
+                )
+            files = JobFiles()
+            if space is not None:
+                files.settings.append(space.read_text())
+            options = {"--task": task, "--space": files.path(str(space)) if space else None, "--search": search}
+            options |= {
+                "--trials": trials,
+                "--scheduler": scheduler,
+                "--objective": objective,
+                "--validation": validation,
+            }
+            more = [word for name, value in options.items() if value is not None for word in (name, str(value))]
+            more += [word for field in fields or [] for word in ("--set", field)]
+            more += ["--register"] * register
+            job_command("jobs.sweep", config, overrides, address, *more, files=files)
+        from tuning.study import Study
+
+        found = _run(settings, Study(swept, given, plan, goal), register=register)
+        if apply is not None and found.result.best is not None:
+            from tuning.winner import write_configuration
+
+            write_configuration(apply, found.result.best, config=config, settings=settings)
+            typer.echo(f"winner     {apply}; next: pointsman learn {apply}")
+        if found.result.best is None:
+            sys.exit(1)
 
 
-def _sweep(session: StreamSession, space: SweepSpace, name: str) -> None:
-    started, begun, config = now(), monotonic(), session.config
-    tasks = {task.name: task for task in config.stream.tasks}
-    task = tasks[name]
-    pool_folder = session.folder / "pool" if (session.folder / "pool" / "pool.json").exists() else None
-    others = []
-    if pool_folder:
-        pool = Pool.load(pool_folder, session.experts)
-        if pool.base_fingerprint != session.fingerprint:
-            raise PoolError(
-                f"{pool_folder}: made for base {pool.base_label!r} with fingerprint {pool.base_fingerprint}, base.path has "
-                f"{session.fingerprint}; learn the stream again, or choose another `name`"
-            )
-        others = [n for n in pool.names if n != name and n in tasks]
-    if not others:
-        session.progress.log(
-            "there is no learned pool with other tasks: the expert is evaluated alone, and temperature has no effect; run "
-            "`pointsman learn` first to sweep inside its pool"
-        )
-    check_target_modules(config.base, config.expert.target_modules)
-    assert task.train is not None, "checked where configurations are read"
-    check_source(session, task.train, f"task {name!r}, train")
-    for other in (name, *others):
-        check_source(session, tasks[other].eval, f"task {other!r}, eval")
-    spec, rows = session.spec(task, f"sweep-{session.identity.expert(task)}")
-    evaluated = [name, *others]
-    prompts = session.data.prompts(evaluated).rows(evaluated)
-    evaluation = config.evaluation.to_identity(exclude={"expert_memory"})
-    learned = spec.to_identity(exclude={"training"})
-    folder = session.folder / "sweeps" / f"{name}-{digest(space, learned, evaluation)}"
-    trials = len(space.ranks) * len(space.temperatures)
-    worker_env = session.worker_env
-    with session.progress.working(f"sweeping {name}: {len(space.ranks)} trainings, {trials} evaluations"):
-        result = sweep(
-            space,
-            config,
-            spec,
-            rows,
-            prompts=prompts,
-            tasks=tasks,
-            pool=pool_folder,
-            folder=folder,
-            answers=session.evaluator.store.folder,
-            pool_key=session.identity.pool,
-            worker_env=worker_env,
-            log=session.progress.log,
-        )
-    summary = session_provenance(session, started) | {
-        "task": name,
-        "seconds_total": monotonic() - begun,
-        "training_seconds": {str(rank): t["seconds"] for rank, t in result.trainings.items()},
-        "trials": [vars(trial) for trial in result.trials],
-    }
-    write_json(folder / "summary.json", summary)
-    kept = f"the sweep's metrics are in {folder}; nothing will be trained again"
-    session.retry(partial(_log, result, name, folder / "summary.json"), "logging the sweep", kept=kept)
-    _show(session, result, summary, folder)
+def _swept(settings: LearnConfig, name: str | None, validation: float | None) -> tuple[LearnConfig, TaskConfig]:
+    """Returns the configuration and the task to be swept, with the share of its rows to hold out."""
+    tasks = {task.name: task for task in settings.stream.tasks}
+    if name is not None and name not in tasks:
+        raise ConfigError(f"--task {name}: the stream has no such task; there are: {', '.join(tasks)}")
+    task = tasks[name or list(tasks)[-1]]
+    if validation is None or validation == task.validation:
+        return settings, task
+    try:
+        task = TaskConfig.model_validate(task.model_dump() | {"validation": validation})
+    except ValueError as error:
+        raise ConfigError(f"--validation {validation}: {error}") from None
+    changed = tuple(task if other.name == task.name else other for other in settings.stream.tasks)
+    stream = settings.stream.model_copy(update={"tasks": changed})
+    return settings.model_copy(update={"stream": stream}), task
 
 
-def _log(result: SweepResult, task: str, summary: Path) -> None:
-    """Writes a nested run for every trial that has none, and the summary."""
-    parent = active_run().info
-    mlflow.log_artifact(str(summary))
-    nested_in = f"tags.`mlflow.parentRunId` = '{parent.run_id}' and attributes.status = 'FINISHED'"
-    there = MlflowClient().search_runs([parent.experiment_id], nested_in)
-    logged = {trial.info.run_name for trial in there}
+def _run(settings: LearnConfig, study: "Study", *, register: bool) -> "StudyResult":
+    """Sweeps, and shows what came out."""
+    from jobs.terminal import Terminal
+    from tuning.study import run
+
+    terminal = Terminal()
+    found = run(settings, study, register=register, progress=terminal)
+    _show(terminal, found)
+    return found
+
+
+def _show(terminal: "Terminal", found: "StudyResult") -> None:
+    from rich.markup import escape
+
+    from jobs.terminal import table
+    from tuning.results import SHOWN, WORDS, shown
+
+    result = found.result
+    metrics = [name for name in SHOWN if any(name in trial.metrics for trial in result.done)]
+    header = ["", *(name.removeprefix("expert.") for name in found.summary["trials"][0]["values"])]
+    rows = []
     for trial in result.trials:
-        training = result.trainings[trial.rank]
-        name = f"{task} r{trial.rank} t{trial.temperature:g}"
-        if name in logged:
+        cells = [shown(value) for value in trial.values.values()]
+        if trial.status == "done":
+            front = "pareto" if trial.number in found.summary["pareto"] else ""
+            row = ["best" if trial is result.best else front, *cells]
+            rows.append([*row, *(f"{trial.metrics[name]:.3f}" if name in trial.metrics else "" for name in metrics)])
             continue
-        with mlflow.start_run(experiment_id=parent.experiment_id, run_name=name, nested=True) as nested:
-            mlflow.log_params({"task": task, "rank": trial.rank, "temperature": trial.temperature})
-            points = [("accuracy", trial.accuracy, 0), ("expert_loss", training["expert_loss"], 0)]
-            if not math.isnan(trial.others):
-                points.append(("others", trial.others, 0))
-            points += [("loss", loss, step + 1) for step, loss in enumerate(training["losses"])]
-            log_batch(nested.info.run_id, points)
-
-
-def _show(session: StreamSession, result: SweepResult, summary: dict[str, object], folder: Path) -> None:
-    rows = [
-        [
-            str(t.rank),
-            f"{t.temperature:g}",
-            f"{t.accuracy:.3f}",
-            "" if math.isnan(t.others) else f"{t.others:.3f}",
-            f"{t.seconds:.1f}",
-        ]
-        for t in result.trials
-    ]
-    header = ["rank", "temperature", f"{summary['task']}", "other tasks", "seconds"]
-    session.progress.show(table("Sweep", header, rows))
-    trainings = ", ".join(f"rank {rank} {t['seconds']:.0f} s" for rank, t in result.trainings.items())
-    session.progress.log(f"trainings: {trainings}; in all {summary['seconds_total']:.0f} s")
-    session.progress.log(f"summary    {folder / 'summary.json'}")
+        style = "red" if trial.status == "failed" else "dim"
+        rows.append(
+            [f"[{style}]{text}[/{style}]" for text in (trial.status, *map(escape, cells), *[""] * len(metrics))]
+        )
+    terminal.show(table(f"Sweep of {found.summary['task']}", [*header, *(WORDS[name] for name in metrics)], rows))
+    for trial in result.trials:
+        if trial.status == "failed":
+            terminal.log(f"failed     {trial.name}: {trial.error}", "red")
+    if result.best is None:
+        terminal.log("no trial could be evaluated; the same command tries those that failed again", "red")
+    one, sweep = result.seconds_one_training, found.summary["sweep"]
+    each = "" if one is None else f", {one:.0f} s each"
+    terminal.log(
+        f"objective  {found.summary['objective']['text']}. {found.summary['selected_on']}\n"
+        f"took       {sweep['seconds_total']:.0f} s for {sweep['trials']} trials, {sweep['trainings']} trainings{each}"
+    )
+    if found.version is not None:
+        terminal.log(f"registered {found.version.name}, version {found.version.version}, a candidate")
+    terminal.log(f"report     {found.report}\nsummary    {found.folder / 'summary.json'}")
 
 
 if __name__ == "__main__":

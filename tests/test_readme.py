@@ -16,7 +16,7 @@ from tests.helpers import claimed_pool
 ROOT = Path(__file__).parents[1]
 PAGES = [
     ROOT / "README.md",
-    *sorted(page for room in ("pipeline", "jobs", "cluster") for page in (ROOT / room).rglob("README.md")),
+    *sorted(page for room in ("pipeline", "tuning", "jobs", "cluster") for page in (ROOT / room).rglob("README.md")),
 ]
 BLOCK = re.compile(r"^```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 

@@ -1,184 +1,203 @@
-"""The sweep: train an expert at every rank, then evaluate each at every temperature, both with Ray Tune."""
+"""A sweep with Ray Tune: its trials ask the driver, which trains and evaluates (`runner`).
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+Stopped at any moment, the same sweep goes on.
+"""
+
+import logging
+import shutil
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
+from time import monotonic
 from typing import Any
 
 import ray
 from ray import tune
-from ray.tune import Callback, CheckpointConfig, ResultGrid, RunConfig, TuneConfig, Tuner
+from ray.exceptions import RayError
+from ray.tune import Callback, CheckpointConfig, FailureConfig, ResultGrid, RunConfig, TuneConfig, Tuner
 
-from cluster.local import available_cpus
-from pipeline.config import LearnConfig, RouterConfig, TaskConfig
-from pipeline.data.loading.training_rows import TrainingRows
-from pipeline.models.inference import InferenceWorkers
-from pipeline.training.session import TrainingError
-from pipeline.training.spec import TrainSpec
-from tuning.space import SweepSpace
-from tuning.trial import TOKEN, EvaluateTemperature, TrainRank
+from pipeline.learning.background import begin
+from pipeline.learning.session import StreamSession
+from tuning.objective import Objective
+from tuning.results import SHOWN, WORDS, SweepResult, Trial, ranked, shown
+from tuning.runner import Runner
+from tuning.search import Search
+from tuning.space import Space, value_of
+from tuning.trial import TOKEN
+from tuning.trial import Trial as TuneTrial
+from tuning.trial_queue import NAME, TrialQueue
 
+RESTARTS = 2
+"""How often a trial whose process has died is started again; its training goes on meanwhile."""
 
-@dataclass(frozen=True)
-class Trial:
-    """One point of the grid."""
+EXPERIMENT = "tune"
+"""Folder of Tune's notes of a sweep."""
 
-    rank: int
-    temperature: float
-    accuracy: float
-    """On the swept task."""
-    others: float
-    """Mean over the other tasks of the pool; not a number where there are none."""
-    seconds: float
-    """Of the evaluation."""
-
-
-@dataclass(frozen=True)
-class SweepResult:
-    """A finished sweep."""
-
-    trainings: dict[int, dict[str, Any]]
-    """By rank: `expert` (folder), `seconds`, `expert_loss`, `losses`."""
-    trials: list[Trial]
-    """By rank and temperature, best accuracy first."""
+_logger = logging.getLogger(__name__)
 
 
 def sweep(
-    space: SweepSpace,
-    config: LearnConfig,
-    spec: TrainSpec,
-    rows: TrainingRows,
-    *,
-    prompts: ray.data.Dataset,
-    tasks: Mapping[str, TaskConfig],
-    pool: Path | None,
+    session: StreamSession,
+    space: Space,
+    search: Search,
+    runner: Callable[[Callable[[str, dict[str, Any]], None]], Runner],
+    objective: Objective,
     folder: Path,
-    answers: Path,
-    pool_key: Callable[[Sequence[str], RouterConfig], str],
-    worker_env: dict[str, str],
-    log: Callable[[str], None] = lambda text: None,
 ) -> SweepResult:
-    """Sweeps rank and temperature for one task's expert inside `pool` (None: a pool of its own).
+    """Tries the points of a space; `runner` makes who works them off, given how to report.
 
-    `spec` is the task's training; `prompts` the encoded evaluation prompts of the swept task and the pool's others;
-    `answers` the folder of the store of answers, in which `pool_key` names pools by their experts' digests and their router.
-    `log` gets a line for every trial that is done. Raises TrainingError with the trial's error if a trial fails.
+    What `folder` knows of an earlier call of the same sweep is not done again. A trial that fails is one result among others.
     """
-    at_once, threads = _together(spec, len(space.ranks))
-    spec = spec.model_copy(update={"training": spec.training.model_copy(update={"cpus_per_worker": threads})})
-    workers = InferenceWorkers.of(spec.training, config.evaluation)
-    trained = _run(
-        tune.with_parameters(
-            TrainRank,
-            spec=spec.model_dump(),
-            rows=rows,
-            storage=str(folder / "training"),
-            env=worker_env,
-        ),
-        {"rank": tune.grid_search(list(space.ranks))},
-        at_once=at_once,
-        holding=TOKEN,
-        folder=folder / "tune",
-        name="ranks",
-        log=log,
+    started = monotonic()
+    # Beside the driver: what does not outlive it need not outlive a node either.
+    node = {"ray.io/node-id": ray.get_runtime_context().get_node_id()}
+    queue = ray.remote(num_cpus=0, label_selector=node)(TrialQueue).options(name=NAME).remote()
+    works = runner(lambda trial, report: queue.put.remote(trial, report))
+    try:
+        works.prepare()
+        begin(partial(_serve, queue, works), name="serving trials")
+        with _watched(_Watch(session, works)):
+            found = _fit(session, space, search, objective, works, folder)
+    finally:
+        works.close()
+        with suppress(RayError):
+            ray.kill(queue)
+    trainings = {digest: t for digest, t in works.trainings.items() if t.seconds is not None}
+    return SweepResult(
+        ranked([_trial(number, result, space, works) for number, result in enumerate(found, 1)]),
+        objective,
+        monotonic() - started,
+        {digest: t.seconds for digest, t in trainings.items() if t.seconds is not None},
+        [t.seconds for t in trainings.values() if t.seconds is not None and t.warm],
+        {digest: t.losses for digest, t in works.trainings.items() if t.losses},
     )
-    trainings = {result.config["rank"]: dict(result.metrics) for result in trained}
-    evaluated = _run(
-        tune.with_parameters(
-            EvaluateTemperature,
-            experts={rank: metrics["expert"] for rank, metrics in trainings.items()},
-            base=config.base,
-            pool=str(pool) if pool else None,
-            prompts=prompts,
-            tasks=dict(tasks),
-            max_new_tokens=config.evaluation.max_new_tokens,
-            workers=workers,
-            answers=str(answers),
-            pool_key=pool_key,
-        ),
-        {
-            "rank": tune.grid_search(list(space.ranks)),
-            "temperature": tune.grid_search(list(space.temperatures)),
-        },
-        at_once=max(1, at_once * spec.training.workers // workers.gpus) if workers.gpus else at_once,
-        holding=TOKEN | ({"gpu": workers.gpus} if workers.gpus else {}),
-        folder=folder / "tune",
-        name="temperatures",
-        log=log,
-    )
-    trials = [
-        Trial(
-            result.config["rank"],
-            result.config["temperature"],
-            result.metrics["accuracy"],
-            result.metrics["others"],
-            result.metrics["seconds"],
-        )
-        for result in evaluated
-    ]
-    trials.sort(key=lambda t: (-t.accuracy, t.rank, t.temperature))
-    return SweepResult(trainings, trials)
 
 
-def _run(
-    trainable: Any,
-    space: dict[str, Any],
-    *,
-    at_once: int,
-    holding: dict[str, float],
-    folder: Path,
-    name: str,
-    log: Callable[[str], None],
+def _serve(queue: Any, works: Runner) -> None:
+    """Gives every trial that asks a thread of its own; they wait for each other where that saves work."""
+    while True:
+        try:
+            asked = ray.get(queue.take.remote())
+        except RayError:  # the sweep is over
+            return
+        if asked is None:
+            return
+        trial, drawn = asked
+        begin(partial(works.serve, trial, drawn), name=f"trial {trial}")
+
+
+def _fit(
+    session: StreamSession, space: Space, search: Search, objective: Objective, works: Runner, folder: Path
 ) -> ResultGrid:
-    """Runs every point of a grid, `at_once` of them together, each `holding` resources.
-
-    Raises TrainingError if one fails.
-    """
-    results = Tuner(
-        tune.with_resources(trainable, holding),
-        param_space=space,
-        tune_config=TuneConfig(max_concurrent_trials=at_once, reuse_actors=True),
+    """Runs Tune, from where an earlier call of the same sweep was stopped."""
+    place, trainable = folder / EXPERIMENT, tune.with_resources(TuneTrial, TOKEN)
+    if Tuner.can_restore(str(place)):
+        try:
+            # Tune's notes are pickled; they lie in the run's own folder, which nobody else writes.
+            return Tuner.restore(str(place), trainable, resume_unfinished=True, restart_errored=True).fit()
+        except Exception as error:  # noqa: BLE001 - notes of a driver that was killed while it wrote them; they save no work
+            _logger.warning("Tune's notes in %s cannot be used (%s): its trials are drawn anew", place, error)
+    shutil.rmtree(place, ignore_errors=True)
+    at_once = session.capacity.trainings + 1  # one is evaluated while the others train
+    return Tuner(
+        trainable,
+        param_space=search.param_space(space),
+        tune_config=TuneConfig(
+            num_samples=search.samples(space),
+            max_concurrent_trials=min(at_once, search.trials),
+            search_alg=search.searcher(objective, works.measured, session.config.seed),
+            scheduler=search.stopper(space, session.config),
+            reuse_actors=True,
+            trial_dirname_creator=_folder_name,
+        ),
         run_config=RunConfig(
-            name=name,
+            name=EXPERIMENT,
             storage_path=str(folder),
             verbose=0,
+            failure_config=FailureConfig(max_failures=RESTARTS),
             checkpoint_config=CheckpointConfig(checkpoint_at_end=False),
-            callbacks=[_Progress(log)],
+            callbacks=[_Told()],
         ),
     ).fit()
-    if results.errors:
-        raise TrainingError(f"sweep: {len(results.errors)} of {len(results)} trials failed; first: {results.errors[0]}")
-    return results
 
 
-class _Progress(Callback):
-    """Says of every trial that is done what came out."""
-
-    def __init__(self, log: Callable[[str], None]) -> None:
-        self._log = log
-
-    def __getstate__(self) -> dict[str, Any]:
-        """What Tune stores of it: nothing, a terminal cannot be stored."""
-        return {"_say": str}
-
-    def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        """Called by Tune."""
-        point = ", ".join(f"{name} {value:g}" for name, value in trial.config.items())
-        result = trial.last_result
-        metrics = [f"{name} {result[name]:.3f}" for name in ("expert_loss", "accuracy", "others") if name in result]
-        self._log(f"  {point}: {', '.join(metrics)} ({result['seconds']:.0f} s)")
+def _folder_name(trial: Any) -> str:
+    return str(trial.trial_id)
 
 
-def _together(spec: TrainSpec, ranks: int) -> tuple[int, int]:
-    """Returns how many trainings the cluster holds together, and the threads of each of their workers.
+def _trial(number: int, result: Any, space: Space, works: Runner) -> Trial:
+    point = works.point(result.config)
+    config, metrics = works.config(point), result.metrics or {}
+    values = {name: value_of(config, name) for name in space.names}
+    if result.error is not None:
+        return Trial(number, point, values, "failed", {}, works.failures.get(_id(result), _last_line(result.error)))
+    kept = {name: value for name, value in metrics.items() if name in _METRICS}
+    return Trial(number, point, values, "done" if "accuracy" in metrics else "stopped", kept)
 
-    By its GPUs, or else its real cores: logical CPUs would let trainings on a laptop crowd each other out. Two trainings of
-    one thread each on two cores are done long before one after the other with two threads, which wait for each other.
-    """
-    workers, threads = spec.training.workers, spec.training.cpus_per_worker
-    if spec.training.gpu:
-        return max(1, int(ray.cluster_resources().get("GPU", 0)) // workers), threads
-    if len(ray.nodes()) > 1:
-        return max(1, len(ray.nodes()) // workers), threads
-    at_once = max(1, min(ranks, available_cpus() // workers))
-    return at_once, max(1, min(threads, available_cpus() // (at_once * workers)))
+
+_METRICS = {
+    *SHOWN, "accuracies", "expert", "pool", "expert_loss", "training_seconds", "evaluation_seconds", "validation_accuracy",
+    "validation_loss", "step",
+}  # fmt: skip
+"""What is kept of a trial's last report, beside which Tune writes its own."""
+
+
+def _id(result: Any) -> str:
+    return Path(result.path).name
+
+
+def _last_line(error: Any) -> str:
+    return str(error).strip().splitlines()[-1]
+
+
+class _Watch:
+    """Says of every trial that ends what came out, and whose training nobody waits for any more."""
+
+    def __init__(self, session: StreamSession, works: Runner) -> None:
+        self._session, self._works = session, works
+        self._lock = threading.Lock()
+
+    def ended(self, trial: Any, *, failed: bool = False) -> None:
+        """Hears of a trial's end."""
+        self._works.leave(trial.trial_id)
+        values = ", ".join(f"{n} {shown(v)}" for n, v in self._works.point(trial.config).items())
+        metrics: Mapping[str, Any] = trial.last_result or {}
+        if failed:
+            reason = self._works.failures.get(trial.trial_id, "its process has died")
+            self._session.progress.log(f"  {values}: failed: {reason}", "red")
+        elif "accuracy" in metrics:
+            told = [f"{WORDS[name]} {metrics[name]:.3f}" for name in SHOWN if metrics.get(name) is not None]
+            self._session.progress.log(f"  {values}: {', '.join(told)}")
+        else:
+            so_far = metrics.get("validation_accuracy", 0.0)
+            self._session.progress.log(f"  {values}: stopped after step {metrics.get('step')}, held out {so_far:.3f}")
+
+
+_watch: _Watch | None = None
+"""Who hears of the running sweep's trials; Tune stores its callbacks, and a sweep that goes on has another session."""
+
+
+@contextmanager
+def _watched(watch: _Watch) -> Iterator[None]:
+    global _watch
+    _watch = watch
+    try:
+        yield
+    finally:
+        _watch = None
+
+
+class _Told(Callback):
+    """Tells the running sweep of its trials; holds nothing that Tune would store."""
+
+    def on_trial_complete(self, iteration: int, trials: Sequence[Any], trial: Any, **info: Any) -> None:
+        """Called by Tune, for trials that its scheduler stops too."""
+        if _watch is not None:
+            _watch.ended(trial)
+
+    def on_trial_error(self, iteration: int, trials: Sequence[Any], trial: Any, **info: Any) -> None:
+        """Called by Tune when a trial is not started again."""
+        if _watch is not None:
+            _watch.ended(trial, failed=True)
