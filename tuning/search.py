@@ -89,16 +89,20 @@ class Search:
         """Returns Tune's `num_samples`: how often its grids, if there are any, are gone through."""
         return 1 if self.points is not None else self.trials // _grids(space)
 
-    def searcher(self, objective: Objective, measured: Sequence[str], seed: int) -> Any:
-        """Returns Tune's search algorithm; `measured` are the metrics that trials have."""
+    def searcher(self, objective: Objective, measured: Sequence[str], *, seed: int, at_once: int) -> Any:
+        """Returns Tune's search algorithm, `at_once` trials at a time; `measured` are the metrics that trials have."""
         if self.algorithm == "optuna":
+            import optuna
+            from ray.tune.search import ConcurrencyLimiter
             from ray.tune.search.optuna import OptunaSearch
 
+            optuna.logging.set_verbosity(optuna.logging.WARNING)
             metric, mode = objective.optimized(measured)
-            return OptunaSearch(metric=metric, mode=mode, seed=seed)
+            return ConcurrencyLimiter(OptunaSearch(metric=metric, mode=mode, seed=seed), max_concurrent=at_once)
         from ray.tune.search.basic_variant import BasicVariantGenerator
 
-        return BasicVariantGenerator(random_state=seed)
+        # Tune's own `max_concurrent_trials` does not reach a generator that is given.
+        return BasicVariantGenerator(max_concurrent=at_once, random_state=seed)
 
     def stopper(self, space: Space, config: LearnConfig) -> Any:
         """Returns Tune's scheduler."""

@@ -100,14 +100,18 @@ def _fit(
         except Exception as error:  # noqa: BLE001 - notes of a driver that was killed while it wrote them; they save no work
             _logger.warning("Tune's notes in %s cannot be used (%s): its trials are drawn anew", place, error)
     shutil.rmtree(place, ignore_errors=True)
-    at_once = session.capacity.trainings + 1  # one is evaluated while the others train
+    searcher = search.searcher(
+        objective,
+        works.measured,
+        seed=session.config.seed,
+        at_once=min(search.trials, session.capacity.trainings + 1),  # one is evaluated while the others train
+    )
     return Tuner(
         trainable,
         param_space=search.param_space(space),
         tune_config=TuneConfig(
             num_samples=search.samples(space),
-            max_concurrent_trials=min(at_once, search.trials),
-            search_alg=search.searcher(objective, works.measured, session.config.seed),
+            search_alg=searcher,
             scheduler=search.stopper(space, session.config),
             reuse_actors=True,
             trial_dirname_creator=_folder_name,

@@ -27,6 +27,7 @@ finally:
     [
         ["learn", STREAM],
         ["compare", STREAM],
+        ["sweep", STREAM],
         ["plan", STREAM],
         ["doctor", STREAM],
         ["recompute-statistics", STREAM],
