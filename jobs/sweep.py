@@ -152,14 +152,15 @@ def _run(settings: LearnConfig, study: "Study", *, register: bool) -> "StudyResu
 
     terminal = Terminal()
     found = run(settings, study, register=register, progress=terminal)
-    _show(terminal, found)
+    _show(terminal, settings, found)
     return found
 
 
-def _show(terminal: "Terminal", found: "StudyResult") -> None:
+def _show(terminal: "Terminal", settings: LearnConfig, found: "StudyResult") -> None:
     from rich.markup import escape
 
     from jobs.terminal import table
+    from pipeline.registry.names import pool_name
     from tuning.results import SHOWN, WORDS, shown
 
     result = found.result
@@ -190,7 +191,9 @@ def _show(terminal: "Terminal", found: "StudyResult") -> None:
         f"took       {sweep['seconds_total']:.0f} s for {sweep['trials']} trials, {sweep['trainings']} trainings{each}"
     )
     if found.version is not None:
-        terminal.log(f"registered {found.version.name}, version {found.version.version}, a candidate")
+        address = f"{found.version.name}/{found.version.version}"
+        pool = pool_name(settings.base.label, settings.pool)
+        terminal.log(f"registered {address}, a candidate; next: pointsman registry replace {pool} {address}")
     terminal.log(f"report     {found.report}\nsummary    {found.folder / 'summary.json'}")
 
 

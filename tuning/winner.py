@@ -15,12 +15,12 @@ from pipeline.files import atomic_file
 from pipeline.learning.session import StreamSession
 from pipeline.provenance import command_line
 from pipeline.registry.experts import register_expert
-from pipeline.registry.versions import describe
+from pipeline.registry.versions import REGISTERED, describe
 from pipeline.routing.store import ExpertReference
 from tuning.results import Trial
 
 CANDIDATE = "candidate"
-"""Status of a version that a sweep has found and no pool has."""
+"""Begin of the status of a version that a sweep has found and no pool has."""
 
 
 def write_configuration(file: Path, trial: Trial, *, config: Path, settings: LearnConfig) -> None:
@@ -63,8 +63,8 @@ def register_winner(session: StreamSession, task: TaskConfig, trial: Trial) -> M
 
     def register() -> ModelVersion:
         version = register_expert(session.config.base.label, folder, card=expert.card)
-        if "accuracy" not in version.tags:  # what it had in the first pool that it joined stays
-            describe(version, tags={"accuracy": f"{trial.metrics['accuracy']:.3f}", "status": CANDIDATE})
+        if version.tags.get("status") == REGISTERED:  # no pool has it
+            describe(version, tags={"status": f"{CANDIDATE}, {trial.metrics['accuracy']:.3f} in a sweep"})
         return version
 
     kept = f"the expert is safe in {folder}; the same command registers it"

@@ -100,7 +100,7 @@ def test_what_was_trained_is_not_trained_again(swept: tuple[Path, dict[str, Any]
     expert = summary["trials"][0]["metrics"]["expert"]
     client = MlflowClient(f"sqlite:///{config.parent / 'mlflow.db'}")
     (version,) = client.search_model_versions("name = 'untrained.expert.digits'")
-    assert version.tags["status"] == "candidate"
+    assert version.tags["status"].startswith("candidate, ")
     settings = load_config(best, [], LearnConfig)
     assert (settings.expert.rank, settings.router.kind) == (4, "two_level")
     assert yaml.safe_load(best.read_text())["router"] == {"kind": "two_level"}
