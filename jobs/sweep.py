@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
+from pydantic import ValidationError
 
 from jobs.endings import user_errors
 from jobs.lazy import run_alone
@@ -138,8 +139,8 @@ def _swept(settings: LearnConfig, name: str | None, validation: float | None) ->
         return settings, task
     try:
         task = TaskConfig.model_validate(task.model_dump() | {"validation": validation})
-    except ValueError as error:
-        raise ConfigError(f"--validation {validation}: {error}") from None
+    except ValidationError as error:
+        raise ConfigError(f"--validation {validation}: {error.errors()[0]['msg']}") from None
     changed = tuple(task if other.name == task.name else other for other in settings.stream.tasks)
     stream = settings.stream.model_copy(update={"tasks": changed})
     return settings.model_copy(update={"stream": stream}), task
