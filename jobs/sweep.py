@@ -8,7 +8,7 @@ One training per setting of the expert that nobody has trained, one evaluation p
 
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from pydantic import ValidationError
@@ -106,7 +106,7 @@ def main(
             files = JobFiles()
             if space is not None:
                 files.settings.append(space.read_text())
-            options = {"--task": task, "--space": files.path(str(space)) if space else None, "--search": search}
+            options: dict[str, Any] = {"--task": task, "--space": files.path(str(space)) if space else None, "--search": search}
             options |= {
                 "--trials": trials,
                 "--scheduler": scheduler,

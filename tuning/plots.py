@@ -209,7 +209,7 @@ class _Scale:
 
     def __init__(self, values: Sequence[Any]) -> None:
         self._numbers = all(map(_is_number, values))
-        self._values = sorted(set(values)) if self._numbers else list(dict.fromkeys(map(str, values)))
+        self._values: list[Any] = sorted(set(values)) if self._numbers else list(dict.fromkeys(map(str, values)))
         self._log = self._numbers and _is_logarithmic(self._values)
         self._low, self._high = _ends([self._number(value) for value in self._values])
 

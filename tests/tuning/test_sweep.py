@@ -88,7 +88,7 @@ def test_what_was_trained_is_not_trained_again(swept: tuple[Path, dict[str, Any]
         "--set",
         "expert.rank=4",
         "--set",
-        "expert.learning_rate=2e-3,1e6",
+        "expert.learning_rate=2e-3,1e30",
         "router.kind=two_level",
     ]
     summary, printed = sweep(config, *words, "--apply", str(best), "--register")
