@@ -29,7 +29,7 @@ from pipeline.learning.session import StreamSession
 from pipeline.routing.pool import Pool, PoolError
 from pipeline.routing.store import ExpertReference, StoredExpert
 from pipeline.training.session import TrainingGivenUp, reading_result
-from pipeline.training.telemetry import Step
+from pipeline.training.telemetry import RESTART, Step
 from tuning.held_out import held_out_task
 from tuning.objective import HELD_OUT, SELECTION, Objective
 from tuning.search import GRID_POINT, STEP
@@ -228,6 +228,8 @@ class Runner:
 
     def _on_steps(self, training: Training, steps: list[Step]) -> None:
         for step in steps:
+            if step.stage == RESTART:
+                self.session.progress.log(f"  {step.remark}")
             if step.stage != "validation" or step.accuracy is None:
                 continue
             report = {STEP: step.step, "validation_loss": step.loss, "validation_accuracy": step.accuracy}
