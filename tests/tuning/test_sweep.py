@@ -1,40 +1,34 @@
-"""Sweeps on a real Ray Tune: killed and gone on with, trainings shared, trials that fail and that are stopped."""
+"""Sweeps on a real Ray Tune: stopped and gone on with, trainings shared, trials that fail and that are stopped early."""
 
 import json
-import os
-import signal
-import subprocess
-import sys
-import time
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 from mlflow import MlflowClient
+from ray.util import placement_group_table
+from typer.testing import CliRunner
 
+from cluster.local import connect
+from jobs.cli import app
+from jobs.terminal import Terminal
 from pipeline.config import LearnConfig
 from pipeline.config.loading import load_config
-from tests.jobs.test_learn import ROOT, stream
+from tests.jobs.test_learn import stream
 
 pytestmark = pytest.mark.ray
 
 GRID = ["--task", "digits", "--set", "expert.rank=2,4", "--set", "router.temperature=0.5,2", "router.kind=two_level"]
 
 
-def begin(config: Path, *words: str) -> "subprocess.Popen[str]":
-    command = [sys.executable, "-m", "jobs.sweep", str(config), *words]
-    log = (config.parent / "log.txt").open("w")
-    return subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=log, start_new_session=True)
-
-
-def sweep(config: Path, *words: str) -> tuple[dict[str, Any], str]:
-    """Sweeps to the end; returns the summary that was written last, and what was printed."""
-    process = begin(config, *words)
-    code, printed = process.wait(timeout=300), (config.parent / "log.txt").read_text()
-    assert code == 0, printed[-4000:]
+def sweep(config: Path, *words: str) -> dict[str, Any]:
+    """Sweeps to the end; returns the summary that was written last."""
+    outcome = CliRunner().invoke(app, ["sweep", str(config), *words])
+    assert outcome.exit_code == 0, f"{outcome.output[-4000:]}\n{outcome.exception}"
     file = max((config.parent / "mini" / "sweeps").glob("*/summary.json"), key=lambda found: found.stat().st_mtime)
-    return json.loads(file.read_text()), printed
+    return json.loads(file.read_text())
 
 
 def nested(folder: Path) -> list[Any]:
@@ -42,77 +36,74 @@ def nested(folder: Path) -> list[Any]:
     return [run for run in client.search_runs(["1"]) if "mlflow.parentRunId" in run.data.tags]
 
 
-def written(folder: Path) -> set[str]:
+def trained(folder: Path) -> set[str]:
     return {file.name for file in (folder / "mini" / "training").glob("digits-*")}
 
 
+def places() -> int:
+    return sum(entry["state"] != "REMOVED" for entry in placement_group_table().values())
+
+
 @pytest.fixture(scope="module")
-def swept(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
-    """A sweep whose driver was killed when its first trial was done; its configuration, and the summary of the second call."""
-    folder = tmp_path_factory.mktemp("sweep")
-    config = stream(tiny_folder, folder)
-    process = begin(config, *GRID)
-    deadline = time.monotonic() + 200
-    while "objective" not in (config.parent / "log.txt").read_text():
-        assert time.monotonic() < deadline, (config.parent / "log.txt").read_text()
-        assert process.poll() is None, (config.parent / "log.txt").read_text()
-        time.sleep(0.1)
-    os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
-    summary, _ = sweep(config, *GRID)
-    return config, summary
+def stopped(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The configuration of a sweep that was stopped when its first trial was done."""
+    config = stream(tiny_folder, tmp_path_factory.mktemp("sweep"))
+    connect()
+    say = Terminal.log
+
+    def log(self: Terminal, text: str, style: str = "") -> None:
+        say(self, text, style)
+        if "objective" in text:
+            raise KeyboardInterrupt
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Terminal, "log", log)
+        outcome = CliRunner().invoke(app, ["sweep", str(config), *GRID])
+    assert outcome.exit_code == 130, outcome.output[-4000:]
+    return config
 
 
-def test_every_trial_is_there_once_after_a_kill(swept: tuple[Path, dict[str, Any]]) -> None:
-    config, summary = swept
-    points = sorted((t["point"]["expert.rank"], t["point"]["router.temperature"]) for t in summary["trials"])
-    assert points == [(2, 0.5), (2, 2.0), (4, 0.5), (4, 2.0)]
-    assert {trial["status"] for trial in summary["trials"]} == {"done"}
-    assert len(written(config.parent)) == 2, "one training per rank"
+def test_a_sweep_goes_on_and_has_every_trial_once(stopped: Path) -> None:
+    before = places()
+    summary = sweep(stopped, *GRID)
+    points = [(trial["point"]["expert.rank"], trial["point"]["router.temperature"]) for trial in summary["trials"]]
+    assert sorted(points) == [(2, 0.5), (2, 2.0), (4, 0.5), (4, 2.0)]
+    assert Counter(trial["status"] for trial in summary["trials"]) == {"done": 4}
+    assert len(trained(stopped.parent)) == 2, "one training per rank"
     assert len({trial["metrics"]["pool"] for trial in summary["trials"]}) == 4
-    runs = nested(config.parent)
-    assert len(runs) == 4
+    assert places() <= before
+    sweep(stopped, *GRID)
+    runs = nested(stopped.parent)
+    assert len(runs) == 4, "nothing is written twice"
     assert {run.data.params["expert.rank"] for run in runs} == {"2", "4"}
     assert all({"objective", "accuracy", "abilities", "cost"} <= set(run.data.metrics) for run in runs)
-    (report,) = config.parent.glob("mini/sweeps/*/report.html")
+    (report,) = stopped.parent.glob("mini/sweeps/*/report.html")
     assert "Best of 4 trials" in report.read_text()
 
 
-def test_what_was_trained_is_not_trained_again(swept: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
-    """The stream's own expert is one of them; another sweep trains what is new, and what fails is one row."""
-    config, _ = swept
-    before, best = written(config.parent), tmp_path / "best.yaml"
-    words = [
-        "--task",
-        "digits",
-        "--set",
-        "expert.rank=4",
-        "--set",
-        "expert.learning_rate=2e-3,1e30",
-        "router.kind=two_level",
-    ]
-    summary, printed = sweep(config, *words, "--apply", str(best), "--register")
+def test_what_was_trained_is_not_trained_again_and_a_failed_trial_is_one_row(stopped: Path, tmp_path: Path) -> None:
+    before, best = trained(stopped.parent), tmp_path / "best.yaml"
+    words = ["--task", "digits", "--set", "expert.rank=4", "--set", "expert.learning_rate=2e-3,1e30", "--register"]
+    summary = sweep(stopped, *words, "router.kind=two_level", "--apply", str(best))
     assert [trial["status"] for trial in summary["trials"]] == ["done", "failed"]
-    assert "task 'digits'" in summary["trials"][1]["error"]
-    assert "failed" in printed
-    assert summary["sweep"]["trainings"] == 0, "rank 4 was there, the other failed"
-    assert len(written(config.parent) - before) == 1
-    expert = summary["trials"][0]["metrics"]["expert"]
-    client = MlflowClient(f"sqlite:///{config.parent / 'mlflow.db'}")
+    assert "task 'digits': the loss is nan" in summary["trials"][1]["error"]
+    assert summary["sweep"]["trainings"] == 0, "rank 4 was there, the other has failed"
+    assert len(trained(stopped.parent) - before) <= 1
+    client = MlflowClient(f"sqlite:///{stopped.parent / 'mlflow.db'}")
     (version,) = client.search_model_versions("name = 'untrained.expert.digits'")
     assert version.tags["status"].startswith("candidate, ")
     settings = load_config(best, [], LearnConfig)
     assert (settings.expert.rank, settings.router.kind) == (4, "two_level")
     assert yaml.safe_load(best.read_text())["router"] == {"kind": "two_level"}
-    assert (config.parent / "experts" / expert).is_dir()
+    assert (stopped.parent / "experts" / summary["trials"][0]["metrics"]["expert"]).is_dir()
 
 
-def test_trainings_that_are_worse_are_stopped(swept: tuple[Path, dict[str, Any]]) -> None:
-    config, _ = swept
-    rates = "--set=expert.learning_rate=2e-3,1e-9,2e-9,3e-9,4e-9"
-    words = ["--task", "digits", rates, "--scheduler", "asha", "--validation", "0.25"]
-    steps = ["expert.steps=400", "expert.validate_every=10", "expert.rank=4"]
-    summary, _ = sweep(config, *words, *steps)
-    assert summary["sweep"]["stopped"] + sum(t["status"] == "done" for t in summary["trials"]) == 5
+def test_trials_are_compared_and_stopped_by_held_out_rows(stopped: Path) -> None:
+    rates = "expert.learning_rate=2e-3,1e-9,2e-9,3e-9"
+    words = ["--task", "digits", "--set", rates, "--scheduler", "asha", "--validation", "0.25"]
+    summary = sweep(stopped, *words, "expert.steps=60", "expert.validate_every=5", "expert.rank=4")
+    counts = Counter(trial["status"] for trial in summary["trials"])
+    assert counts["done"] >= 1
+    assert counts["done"] + counts["stopped"] == 4
     assert all("held_out" in trial["metrics"] for trial in summary["trials"] if trial["status"] == "done")
     assert "held-out rows of digits" in summary["selected_on"]
