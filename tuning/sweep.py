@@ -185,12 +185,17 @@ _watch: _Watch | None = None
 
 @contextmanager
 def _watched(watch: _Watch) -> Iterator[None]:
+    """Has `watch` hear of trials; Tune itself would print a traceback for each that fails."""
     global _watch
+    log = logging.getLogger("ray.tune")
+    level = log.level
+    log.setLevel(logging.CRITICAL)
     _watch = watch
     try:
         yield
     finally:
         _watch = None
+        log.setLevel(level)
 
 
 class _Told(Callback):
