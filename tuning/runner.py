@@ -32,7 +32,7 @@ from pipeline.training.session import TrainingGivenUp, reading_result
 from pipeline.training.telemetry import RESTART, Step
 from tuning.held_out import held_out_task
 from tuning.objective import HELD_OUT, SELECTION, Objective
-from tuning.search import GRID_POINT, STEP
+from tuning.search import GRID_POINT, SCORE, STEP, score
 from tuning.space import Point, Space, routing_of, training_of
 from tuning.trial_queue import FAILURE
 
@@ -233,7 +233,7 @@ class Runner:
             if step.stage != "validation" or step.accuracy is None:
                 continue
             report = {STEP: step.step, "validation_loss": step.loss, "validation_accuracy": step.accuracy}
-            report["objective"] = step.accuracy  # as far as it is known
+            report |= {SCORE: score(step.accuracy, step.loss), "objective": step.accuracy}  # as far as it is known
             with self._lock:
                 training.reports.append(report)
                 for trial in training.wanted_by:
@@ -286,7 +286,7 @@ class Runner:
             metrics[HELD_OUT] = accuracies.pop(self.held_out)
         metrics[SELECTION] = metrics.get(HELD_OUT, metrics["accuracy"])
         metrics["validation_accuracy"] = card.metrics.get("validation_accuracy", metrics[SELECTION])
-        return metrics | {"objective": self.objective.of(metrics)}
+        return metrics | {SCORE: score(metrics["validation_accuracy"]), "objective": self.objective.of(metrics)}
 
 
 def _error(future: Future[Any]) -> BaseException | None:

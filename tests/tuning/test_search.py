@@ -8,7 +8,7 @@ from ray.tune.schedulers import ASHAScheduler, FIFOScheduler
 from pipeline.config import ConfigError, LearnConfig
 from tests.tuning.test_space import config, space
 from tuning.objective import Objective
-from tuning.search import Search
+from tuning.search import Search, score
 from tuning.space import Space
 
 
@@ -88,3 +88,8 @@ def test_a_last_validation_is_not_the_end_of_a_trial():
     assert isinstance(search(settings, given).stopper(given, settings), FIFOScheduler)
     assert stopper._max_t == 200
     assert not stopper._stop_last_trials
+
+
+def test_of_equal_accuracies_the_loss_decides():
+    assert score(0.0, 2.0) > score(0.0, 5.0)
+    assert score(0.5, 5.0) > score(0.4, 2.0)
