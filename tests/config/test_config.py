@@ -24,8 +24,9 @@ from pipeline.config import (
 from pipeline.config.loading import aliases_of
 from tests.config.streams import STREAM, error_of, task
 
-TASK = Path(__file__).parents[2] / "jobs" / "configs" / "task.yaml"
-SHIPPED = sorted(set((Path(__file__).parents[2] / "jobs" / "configs").glob("*.yaml")) - {TASK})
+CONFIGS = Path(__file__).parents[2] / "jobs" / "configs"
+TASK, SPACE = CONFIGS / "task.yaml", CONFIGS / "space.yaml"
+SHIPPED = sorted(set(CONFIGS.glob("*.yaml")) - {TASK, SPACE})
 
 
 def test_a_small_file_is_enough(file):

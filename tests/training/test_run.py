@@ -181,7 +181,7 @@ def test_the_best_adapter_on_held_out_rows_becomes_the_expert(trained, session, 
 
 def test_a_training_that_nobody_wants_ends_at_a_validation_and_can_go_on(trained, session, rows, tiny_folder):
     storage, seen = trained[0].folder.parents[1], []
-    spec = make_spec(tiny_folder, "given-up", training=ONE, steps=120)
+    spec = make_spec(tiny_folder, "given-up", training=ONE, steps=80)
     expert = spec.expert.model_copy(update={"validate_every": 5})
     spec = spec.model_copy(update={"validation": 0.2, "expert": expert})
     loads = (storage / "loads").read_text()
