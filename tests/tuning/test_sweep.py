@@ -1,4 +1,4 @@
-"""Sweeps on a real Ray Tune: stopped and gone on with, trainings shared, trials that fail and that are stopped early."""
+"""Sweeps on a real Ray Tune: stopped and gone on with, trainings shared, trials that fail or are stopped early."""
 
 import json
 from collections import Counter
@@ -20,7 +20,17 @@ from tests.jobs.test_learn import stream
 
 pytestmark = pytest.mark.ray
 
-GRID = ["--task", "digits", "--set", "expert.rank=2,4", "--set", "router.temperature=0.5,2", "router.kind=two_level"]
+SAME = [
+    "--task",
+    "digits",
+    "--validation",
+    "0.25",
+    "router.kind=two_level",
+    "expert.steps=30",
+    "expert.validate_every=3",
+]
+RATES, TEMPERATURES = "expert.learning_rate=2e-3,1e-9", "router.temperature=0.5,2"
+GRID = [*SAME, "--set", RATES, "--set", TEMPERATURES, "--scheduler", "asha"]
 
 
 def sweep(config: Path, *words: str) -> dict[str, Any]:
@@ -66,44 +76,41 @@ def stopped(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
 def test_a_sweep_goes_on_and_has_every_trial_once(stopped: Path) -> None:
     before = places()
     summary = sweep(stopped, *GRID)
-    points = [(trial["point"]["expert.rank"], trial["point"]["router.temperature"]) for trial in summary["trials"]]
-    assert sorted(points) == [(2, 0.5), (2, 2.0), (4, 0.5), (4, 2.0)]
-    assert Counter(trial["status"] for trial in summary["trials"]) == {"done": 4}
-    assert len(trained(stopped.parent)) == 2, "one training per rank"
-    assert len({trial["metrics"]["pool"] for trial in summary["trials"]}) == 4
+    points = [
+        (trial["point"]["expert.learning_rate"], trial["point"]["router.temperature"]) for trial in summary["trials"]
+    ]
+    assert sorted(points) == [(1e-9, 0.5), (1e-9, 2.0), (2e-3, 0.5), (2e-3, 2.0)]
+    counts = Counter(trial["status"] for trial in summary["trials"])
+    assert counts["done"] >= 2
+    assert counts["done"] + counts["stopped"] == 4, "the scheduler may find out too late"
+    assert len(trained(stopped.parent)) == 2, "one training per learning rate"
+    done = [trial["metrics"] for trial in summary["trials"] if trial["status"] == "done"]
+    assert len({metrics["pool"] for metrics in done}) == len(done)
+    assert all("held_out" in metrics for metrics in done)
+    assert "held-out rows of digits" in summary["selected_on"]
     assert places() <= before
     sweep(stopped, *GRID)
     runs = nested(stopped.parent)
     assert len(runs) == 4, "nothing is written twice"
-    assert {run.data.params["expert.rank"] for run in runs} == {"2", "4"}
-    assert all({"objective", "accuracy", "abilities", "cost"} <= set(run.data.metrics) for run in runs)
+    assert {run.data.params["expert.learning_rate"] for run in runs} == {"0.002", "1e-09"}
+    measured = [set(run.data.metrics) for run in runs if run.info.status == "FINISHED"]
+    assert len(measured) == len(done)
+    assert all({"objective", "accuracy", "held_out", "abilities", "cost"} <= metrics for metrics in measured)
     (report,) = stopped.parent.glob("mini/sweeps/*/report.html")
     assert "Best of 4 trials" in report.read_text()
 
 
 def test_what_was_trained_is_not_trained_again_and_a_failed_trial_is_one_row(stopped: Path, tmp_path: Path) -> None:
-    before, best = trained(stopped.parent), tmp_path / "best.yaml"
-    words = ["--task", "digits", "--set", "expert.rank=4", "--set", "expert.learning_rate=2e-3,1e30", "--register"]
-    summary = sweep(stopped, *words, "router.kind=two_level", "--apply", str(best))
+    best = tmp_path / "best.yaml"
+    words = [*SAME, "--set", "expert.learning_rate=2e-3,1e30", "--register", "--apply", str(best)]
+    summary = sweep(stopped, *words)
     assert [trial["status"] for trial in summary["trials"]] == ["done", "failed"]
     assert "task 'digits': the loss is nan" in summary["trials"][1]["error"]
-    assert summary["sweep"]["trainings"] == 0, "rank 4 was there, the other has failed"
-    assert len(trained(stopped.parent) - before) <= 1
+    assert summary["sweep"]["trainings"] == 0, "one was there, the other has failed"
     client = MlflowClient(f"sqlite:///{stopped.parent / 'mlflow.db'}")
     (version,) = client.search_model_versions("name = 'untrained.expert.digits'")
     assert version.tags["status"].startswith("candidate, ")
     settings = load_config(best, [], LearnConfig)
-    assert (settings.expert.rank, settings.router.kind) == (4, "two_level")
+    assert (settings.expert.learning_rate, settings.stream.tasks[0].validation) == (2e-3, 0.25)
     assert yaml.safe_load(best.read_text())["router"] == {"kind": "two_level"}
     assert (stopped.parent / "experts" / summary["trials"][0]["metrics"]["expert"]).is_dir()
-
-
-def test_trials_are_compared_and_stopped_by_held_out_rows(stopped: Path) -> None:
-    rates = "expert.learning_rate=2e-3,1e-9,2e-9,3e-9"
-    words = ["--task", "digits", "--set", rates, "--scheduler", "asha", "--validation", "0.25"]
-    summary = sweep(stopped, *words, "expert.steps=60", "expert.validate_every=5", "expert.rank=4")
-    counts = Counter(trial["status"] for trial in summary["trials"])
-    assert counts["done"] >= 1
-    assert counts["done"] + counts["stopped"] == 4
-    assert all("held_out" in trial["metrics"] for trial in summary["trials"] if trial["status"] == "done")
-    assert "held-out rows of digits" in summary["selected_on"]
