@@ -123,6 +123,8 @@ class Runner:
         except TrainingGivenUp:
             return  # Tune has stopped the trial
         except Exception as error:  # noqa: BLE001 - one red row among the others
+            if self.session.closed:  # the sweep was stopped
+                return
             if not isinstance(error, (UserError, RayError)):
                 _logger.exception("trial %s", trial)
             reason = " ".join(str(error).split()) or type(error).__name__
