@@ -106,7 +106,11 @@ def main(
             files = JobFiles()
             if space is not None:
                 files.settings.append(space.read_text())
-            options: dict[str, Any] = {"--task": task, "--space": files.path(str(space)) if space else None, "--search": search}
+            options: dict[str, Any] = {
+                "--task": task,
+                "--space": files.path(str(space)) if space else None,
+                "--search": search,
+            }
             options |= {
                 "--trials": trials,
                 "--scheduler": scheduler,

@@ -81,7 +81,7 @@ class StreamSession:
         trainings: int | None = None,
     ) -> None:
         self.config, self.cluster, self.progress, self.memory = config, cluster, progress, memory
-        self.capacity = Capacity(config, cluster, trainings)
+        self.capacity = Capacity(config, cluster, most=trainings)
         self.folder = config.folder
         self.fingerprint = fingerprint(checkpoint(config.base))
         self.identity = Identity(config, self.fingerprint, Path(config.output).resolve() / "data" / "demo")
