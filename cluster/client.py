@@ -139,12 +139,18 @@ def answering(address: str) -> Iterator[None]:
         ) from error
     except (ConnectionError, requests.RequestException) as error:
         raise SubmitError(
-            f"no Ray head answers at {shown}: {without_secrets(str(error))}\n"
+            f"no Ray head answers at {shown}: {_why(error)}\n"
             f"    check that it runs and that its dashboard is forwarded here: "
             f"`ray dashboard cluster/ray-cluster.yaml`, or `kubectl port-forward service/NAME-head-svc 8265:8265`"
         ) from error
     except (RuntimeError, ValueError) as error:
         raise SubmitError(f"{shown}: {reason_of(error)}") from error
+
+
+def _why(error: Exception) -> str:
+    """Returns the operating system's words for a connection that failed, which two libraries wrap in theirs."""
+    found = re.search(r"\[Errno -?\d+\] ([^'\")]+)", str(error))
+    return found[1].lower() if found else without_secrets(str(error))
 
 
 def reason_of(error: Exception) -> str:
