@@ -1,7 +1,7 @@
 """How many trainings a cluster can run at the same time, and whether evaluation fits beside them."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 from cluster.demand import Group, Trainings, Worker
@@ -21,10 +21,15 @@ class Capacity:
 
     config: LearnConfig
     cluster: ClusterInfo
-    supply: Supply = field(default_factory=cluster_supply)
-    """The nodes that there are, and those that an autoscaler may add."""
+    known: Supply | None = None
+    """The nodes, where the caller knows them; default: those of the cluster that this process has joined."""
     most: int | None = None
     """Number of trainings that there are; default: one per task of the stream."""
+
+    @cached_property
+    def supply(self) -> Supply:
+        """The nodes that there were when it was first asked for, and those that an autoscaler may add."""
+        return self.known or cluster_supply()
 
     @property
     def inference(self) -> InferenceWorkers:
