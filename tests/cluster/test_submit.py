@@ -8,6 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+import ray
 import requests
 
 from cluster.client import SubmitError, connected
@@ -240,11 +241,19 @@ def test_address_must_be_the_dashboards() -> None:
         connected("ray://127.0.0.1:10001")
 
 
+@pytest.fixture
+def apart() -> None:
+    """This process has joined no Ray: an earlier module may have left one."""
+    ray.shutdown()
+
+
+@pytest.mark.usefixtures("apart")
 def test_drivers_do_not_join_through_ray_client() -> None:
     with pytest.raises(ClusterError, match="submit the job"):
         connect("ray://127.0.0.1:10001")
 
 
+@pytest.mark.usefixtures("apart")
 @pytest.mark.parametrize("address", ["127.0.0.1:{port}", "127.0.0.1", "127.0.0.1:head"])
 def test_no_cluster_at_the_address(address: str) -> None:
     with pytest.raises(ClusterError, match=r"cannot join.*\n.*unset RAY_ADDRESS"):
