@@ -74,7 +74,7 @@ def look(question: Question, name: str) -> dict[str, Any]:
             continue
         try:
             find()
-        except Exception as error:  # noqa: BLE001 whatever it is, it is this node's answer
+        except Exception as error:  # noqa: BLE001 - whatever it is, it is this node's answer
             errors[what] = _reason(error)
     return {
         "python": platform.python_version(),

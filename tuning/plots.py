@@ -12,7 +12,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullLocator, StrMethodFormatter
 
-from pipeline.evaluation.plots import ABILITIES, CYCLE, HEAT, INK, LINE, MUTED, TASKS
+from pipeline.evaluation.plots import ABILITIES, CYCLE, HEAT, INK, LINE, MUTED, TASKS, plain_axes
 from tuning.objective import HELD_OUT
 from tuning.results import SHOWN, WORDS, shown
 
@@ -71,7 +71,7 @@ def by_field(summary: Mapping[str, Any]) -> Figure:
             line = sorted((at(value), sum(of) / len(of)) for value, of in means.items())
             axes.plot(*zip(*line, strict=True), color=ABILITIES, linewidth=2)
         axes.set_title(_short(name), loc="left", fontsize=12, color=INK)
-        _plain(axes, "objective" if axes is panels[0] else "")
+        plain_axes(axes, "objective" if axes is panels[0] else "")
     for axes in panels[len(fields) :]:
         axes.set_visible(False)
     return figure
@@ -91,7 +91,7 @@ def rank_and_cost(summary: Mapping[str, Any]) -> Figure:
         if key != which:
             axes.set_ylim(0, 1.08 * max(t["metrics"][key] for t in trials) or 1)
         axes.set_xlabel("LoRA rank", color=MUTED, fontsize=11)
-        _plain(axes, label)
+        plain_axes(axes, label)
     return figure
 
 
@@ -109,7 +109,7 @@ def temperature_curves(summary: Mapping[str, Any]) -> Figure:
                       color=CYCLE[i % len(CYCLE)], label=_training(of[0]))  # fmt: skip
         axes.set_xlabel("router temperature", color=MUTED, fontsize=11)
         axes.set_title(WORDS[metric], loc="left", fontsize=12, color=INK)
-        _plain(axes, "accuracy" if metric == metrics[0] else "")
+        plain_axes(axes, "accuracy" if metric == metrics[0] else "")
     if len(experts) <= 12:
         handles, labels = figure.axes[0].get_legend_handles_labels()
         figure.legend(handles, labels, loc="outside right center", frameon=False, fontsize=10)
@@ -130,7 +130,7 @@ def pareto(summary: Mapping[str, Any]) -> Figure:
                          color=ABILITIES if front else TASKS, alpha=0.8 if front else 0.5,
                          label="no other trial beats it" if front else "other trials")  # fmt: skip
         axes.set_xlabel(WORDS[x], color=MUTED, fontsize=11)
-        _plain(axes, f"accuracy, {WORDS[y]}" if x == "cost" else "")
+        plain_axes(axes, f"accuracy, {WORDS[y]}" if x == "cost" else "")
     figure.axes[0].legend(loc="lower left", bbox_to_anchor=(0, 1.0), ncols=2, frameon=False, fontsize=11)
     return figure
 
@@ -243,13 +243,3 @@ def _axis(axes: Axes, values: Sequence[Any]) -> Callable[[Any], float]:
     else:
         axes.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
     return float
-
-
-def _plain(axes: Axes, label: str) -> None:
-    """Reduces the frame to a base line and faint horizontal lines."""
-    axes.spines[["top", "right", "left"]].set_visible(False)
-    axes.spines["bottom"].set_color(MUTED)
-    axes.tick_params(which="both", length=0, colors=INK, labelsize=10.5)
-    axes.grid(axis="y", color=LINE, linewidth=0.8)
-    axes.set_axisbelow(True)
-    axes.set_ylabel(label, color=MUTED, fontsize=11)

@@ -18,6 +18,7 @@ from ray import tune
 from ray.exceptions import RayError
 from ray.tune import Callback, CheckpointConfig, FailureConfig, ResultGrid, RunConfig, TuneConfig, Tuner
 
+from pipeline.errors import UserError
 from pipeline.learning.background import begin
 from pipeline.learning.session import StreamSession
 from tuning.objective import Objective
@@ -97,6 +98,8 @@ def _fit(
         try:
             # Tune's notes are pickled; they lie in the run's own folder, which nobody else writes.
             return Tuner.restore(str(place), trainable, resume_unfinished=True, restart_errored=True).fit()
+        except (RayError, UserError):
+            raise  # not of the notes
         except Exception as error:  # noqa: BLE001 - notes of a driver that was killed while it wrote them; they save no work
             _logger.warning("Tune's notes in %s cannot be used (%s): its trials are drawn anew", place, error)
     shutil.rmtree(place, ignore_errors=True)

@@ -93,7 +93,7 @@ def methods_side_by_side(summary: Mapping[str, Any]) -> Figure:
     axes.set_ylim(0, 1.1)
     axes.set_yticks([0, 0.25, 0.5, 0.75, 1])
     axes.yaxis.set_major_formatter(PercentFormatter(1.0))
-    _plain(axes, "accuracy")
+    plain_axes(axes, "accuracy")
     axes.legend(loc="lower left", bbox_to_anchor=(0, 1.0), ncols=2, frameon=False, fontsize=11)
     return figure
 
@@ -116,7 +116,7 @@ def cost_by_tasks(summary: Mapping[str, Any]) -> Figure:
         axes.set_ylim(0, 1.08 * max(*ours, *retraining, 1))
         axes.yaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
         axes.set_xlabel("tasks learned", color=MUTED, fontsize=11)
-        _plain(axes, f"training {unit}, cumulative")
+        plain_axes(axes, f"training {unit}, cumulative")
         axes.legend(loc="upper left", frameon=False, fontsize=11)
     return figure
 
@@ -137,7 +137,7 @@ def loss_curves(summary: Mapping[str, Any]) -> Figure:
         axes.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
         axes.set_xlabel("step", color=MUTED, fontsize=11)
         axes.set_title(title, loc="left", fontsize=12, color=INK)
-        _plain(axes, "loss on answer tokens")
+        plain_axes(axes, "loss on answer tokens")
     handles, labels = panels[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside right center", frameon=False, fontsize=11)
     return figure
@@ -267,7 +267,7 @@ def _figure(height: float) -> tuple[Figure, Axes]:
     return figure, figure.subplots()
 
 
-def _plain(axes: Axes, label: str) -> None:
+def plain_axes(axes: Axes, label: str) -> None:
     """Reduces the frame to a base line and faint horizontal lines."""
     axes.spines[["top", "right", "left"]].set_visible(False)
     axes.spines["bottom"].set_color(MUTED)

@@ -98,7 +98,9 @@ def test_options_for_submitting_are_in_the_help() -> None:
     ],
 )
 def test_a_command_without_a_configuration_is_submitted_as_it_is_typed(words: list[str], kept: list[str]) -> None:
-    command = JOBS["pretrain-tiny"].look("pretrain-tiny")  # type: ignore[misc]
+    look = JOBS["pretrain-tiny"].look
+    assert look is not None
+    command = look("pretrain-tiny")
     options = [param for param in command.params if param.name != "help"]
     assert without_options(words, options) == kept
     outcome = CliRunner().invoke(app, ["pretrain-tiny", "--steps", "3", "--address", "ray://x"])
