@@ -30,6 +30,9 @@ ANSWER_SECONDS = 120.0
 VISIBLE_SECONDS = 30.0
 """How long a file may take to be seen from another node: network file systems remember folders for some seconds."""
 
+RETRY_SECONDS = 0.5
+"""How long a node that Ray's scheduler does not know yet is not asked again."""
+
 Answers = Mapping[str, Answer | str]
 """By name of the node; a text says why there is no answer."""
 
@@ -182,26 +185,37 @@ def other_nodes() -> list[dict[str, Any]]:
 
 def _ask(question: Question, seconds: float) -> Answers:
     """Asks all nodes but this one that have CPUs, side by side."""
-    nodes = other_nodes()
-    if not nodes:
+    names = {node["NodeID"]: f"node {node['NodeID'][:8]} at {node['NodeManagerAddress']}" for node in other_nodes()}
+    if not names:
         return {}
     cloudpickle.register_pickle_by_value(sys.modules[probe.__name__])
     task = ray.remote(num_cpus=0, max_retries=0)(probe.look)
-    running = {}
-    for node in nodes:
-        name = f"node {node['NodeID'][:8]} at {node['NodeManagerAddress']}"
-        there = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
-        running[task.options(scheduling_strategy=there).remote(question, name)] = name
-    done, late = ray.wait(list(running), num_returns=len(running), timeout=seconds)
+
+    def ask(node: str) -> ray.ObjectRef[dict[str, Any]]:
+        there = NodeAffinitySchedulingStrategy(node, soft=False)
+        return task.options(scheduling_strategy=there).remote(question, names[node])
+
+    until = time.monotonic() + seconds
+    running = {ask(node): node for node in names}
     answers: dict[str, Answer | str] = {}
-    for reference in done:
-        try:
-            answers[running[reference]] = Answer(**ray.get(reference))
-        except ray.exceptions.RayError as error:
-            answers[running[reference]] = next(iter(str(error).splitlines()), type(error).__name__)
-    for reference in late:  # it may hang in a dead file system: nothing is waited for any more
+    while running and (left := until - time.monotonic()) > 0:
+        done, _ = ray.wait(list(running), timeout=left)
+        for reference in done:
+            node = running.pop(reference)
+            try:
+                answers[names[node]] = Answer(**ray.get(reference))
+            except ray.exceptions.TaskUnschedulableError:
+                # It has just come: Ray's list of nodes has it, its scheduler not yet.
+                if node not in {other["NodeID"] for other in other_nodes()}:
+                    answers[names[node]] = "it has gone"
+                    continue
+                time.sleep(RETRY_SECONDS)
+                running[ask(node)] = node
+            except ray.exceptions.RayError as error:
+                answers[names[node]] = next(iter(str(error).splitlines()), type(error).__name__)
+    for reference, node in running.items():  # it may hang in a dead file system: nothing is waited for any more
         ray.cancel(reference, force=True)
-        answers[running[reference]] = f"no answer for {seconds:g} s"
+        answers[names[node]] = f"no answer for {seconds:g} s"
     return answers
 
 

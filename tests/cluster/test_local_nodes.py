@@ -197,7 +197,9 @@ ADDED: list[subprocess.Popen[bytes]] = []
 def test_a_node_of_another_release_is_named(cluster: LocalCluster) -> None:
     """The node that has come last."""
     try:
-        found = judge_versions(ask_nodes(Question(PACKAGES, CODE)))
+        survey = ask_nodes(Question(PACKAGES, CODE))
+        assert not judge_answers(survey), "a node that has just come is asked until it answers"
+        found = judge_versions(survey)
         assert found.status == "failed"
         assert "pointsman 99.0 (here " in found.text
         assert found.text.count("pointsman") == 1
