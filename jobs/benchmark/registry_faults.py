@@ -19,12 +19,14 @@ from mlflow import MlflowClient
 from jobs.benchmark.tools.registry_copies import copied, new_registry
 from jobs.benchmark.tools.registry_step import DIED, STEPS
 from jobs.benchmark.tools.synthetic_experts import former_registry
+from pipeline.registry.base_prompts import fetch_base_prompts
 from pipeline.registry.experts import download_expert, registered_experts
+from pipeline.registry.loading import download_pool
 from pipeline.registry.names import read_name
-from pipeline.registry.pools import download_pool
 from pipeline.registry.tracking import open_tracking, tracked_run
 from pipeline.registry.versions import DIGEST, logged_model, number, versions_of
 from pipeline.routing import Expert, Pool
+from pipeline.routing.null_store import NullStore
 
 State = dict[str, tuple[list[str], dict[str, str]]]
 """By registered model: digests of its versions in their order, and the digest that each alias stands for."""
@@ -124,7 +126,8 @@ def _problem(uri: str) -> str:
                     Expert.load(download).check_trained()
                 elif named.kind == "pool" and not former:
                     folder = download_pool(f"models:/{what}", scratch)
-                    for expert in Pool.load(folder, registered_experts()).experts.values():
+                    nulls = NullStore(Path(scratch) / "base_prompts", fetch_base_prompts)  # not from a cache
+                    for expert in Pool.load(folder, registered_experts(), nulls).experts.values():
                         expert.check_trained()
         if astray := [alias for alias, version in model.aliases.items() if int(version) not in numbers]:
             return f"alias {astray[0]} of {model.name} stands for a version that is not there"

@@ -27,7 +27,7 @@ def list_models(
     json: Json = False,
     registry_uri: RegistryUri = None,
 ) -> None:
-    """List pools, experts and bases with the accuracy of their newest version, and which pool version is in use."""
+    """List pools, experts and bases with accuracy and status of the pool's version in use, else of the newest version."""
     with registry(registry_uri) as terminal:
         found = listed(kind.value if kind else None, base)
         if json:
@@ -35,11 +35,14 @@ def list_models(
             return
         waiting = [waiting_for_migration(label) for label in bases_to_migrate()]
         rows = [
-            [each.model, str(each.latest), str(each.champion or ""), *(each.tags.get(t, "") for t in _TAGS)]
+            [
+                *(each.model, str(each.latest), str(each.champion or ""), str(each.tagged)),
+                *(each.tags.get(tag, "") for tag in _TAGS),
+            ]
             for each in found
         ]
         count = f"{len(found)} model" + "s" * (len(found) != 1)
-        terminal.show(table(count, ["model", "latest", "champion", *_TAGS], rows))
+        terminal.show(table(count, ["model", "latest", "champion", "of version", *_TAGS], rows))
         for what in filter(None, waiting):
             terminal.log(f"{what}, which `pointsman registry migrate` gives new names")
 

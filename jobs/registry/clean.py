@@ -19,7 +19,7 @@ def gc(
     json: Json = False,
     registry_uri: RegistryUri = None,
 ) -> None:
-    """Show uploads without a version and experts that no pool refers to, and delete them if confirmed.
+    """Show uploads without a version, experts and statistics of base prompts that no pool refers to; delete them if confirmed.
 
     MLflow keeps the files of what is deleted until `mlflow gc`.
     """
@@ -48,8 +48,12 @@ def gc(
         ]
         terminal.show(table(f"{len(found)} that no pool needs", ["what", "why", "created (UTC)", "size"], lines))
         if yes or typer.confirm("delete them?"):
-            for each in found:
+            still = {
+                each.model_id for each in find_garbage(hours=older_than)
+            }  # a pool may have come to need it meanwhile
+            gone = [(each, size) for each, size in rows if each.model_id in still]
+            for each, _ in gone:
                 remove(each)
             terminal.log(
-                f"{len(found)} deleted; `mlflow gc` frees their {sum(size for _, size in rows) / 2**20:.1f} MiB"
+                f"{len(gone)} deleted; `mlflow gc` frees their {sum(size for _, size in gone) / 2**20:.1f} MiB"
             )

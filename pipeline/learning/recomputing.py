@@ -14,7 +14,8 @@ from pipeline.learning.renewals import Renewal, plan
 from pipeline.learning.session import StreamSession
 from pipeline.learning.summary import metrics_on_card, task_metrics
 from pipeline.registry.experts import register_expert
-from pipeline.registry.pools import download_pool, find_pool, register_pool
+from pipeline.registry.loading import download_pool
+from pipeline.registry.pools import find_pool, register_pool
 from pipeline.registry.promotion import CHAMPION
 from pipeline.registry.versions import MODELS
 from pipeline.routing.pool import CARD, Pool

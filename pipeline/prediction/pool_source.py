@@ -2,7 +2,6 @@
 
 import os
 import re
-import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,12 +13,12 @@ from pipeline.models.bases import as_loadable_here
 from pipeline.prediction.errors import PredictError
 from pipeline.registry.bases import SERVED, base_folder
 from pipeline.registry.browsing import meant
-from pipeline.registry.experts import registered_experts
+from pipeline.registry.loading import fetched_pool
 from pipeline.registry.names import read_name
-from pipeline.registry.pools import download_pool, served_settings
+from pipeline.registry.pools import served_settings
 from pipeline.registry.tracking import use_registry
 from pipeline.registry.versions import DIGEST, MODELS, logged_model
-from pipeline.routing.pool import Pool, PoolError
+from pipeline.routing.pool import Pool
 
 _FOLDERS: dict[str, Path] = {}
 """Folders of registered bases on this machine, by the id of their logged model, which never changes."""
@@ -110,17 +109,9 @@ class RegisteredPool:
         return as_loadable_here(BaseModelConfig(path=str(_FOLDERS[self.base_model_id]), **self.base_settings))
 
     def pool(self) -> Pool:
-        """Reads the pool; its experts come from the user's cache, or are fetched to it."""
+        """Reads the pool; what it refers to comes from the user's cache, or is fetched to it."""
         self._connect()
-        with tempfile.TemporaryDirectory() as scratch:
-            folder = download_pool(self.address, scratch)
-            try:
-                return Pool.load(folder, registered_experts())
-            except PoolError as error:
-                reason = str(error).replace(f"{folder}/", "").partition(";")[0]
-                raise PredictError(
-                    f"{self.address} is damaged in its registry: {reason}; bring its files back there, or use another version"
-                ) from None
+        return fetched_pool(self.address)
 
     def settings(self) -> dict[str, Any]:
         """Returns what of the base's settings changes answers."""

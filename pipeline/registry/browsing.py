@@ -43,8 +43,9 @@ class Listed:
     """Number of its newest version."""
     champion: int | None
     """Number of the version in use; None for experts and bases, and for pools without one."""
+    tagged: int
+    """Number of the version whose tags follow: of a pool the one in use, else the newest."""
     tags: dict[str, str]
-    """Tags of the newest version."""
 
 
 @dataclass(frozen=True)
@@ -108,7 +109,9 @@ def listed(kind: Kind | None = None, base: str | None = None) -> list[Listed]:
             continue
         in_use = model.aliases.get(CHAMPION)
         champion = None if in_use is None else int(in_use)
-        found.append(Listed(model.name, *named, latest=number(newest), champion=champion, tags=dict(newest.tags)))
+        tagged = newest if champion in (None, number(newest)) else get_version(model.name, champion)
+        latest, tags = number(newest), dict(tagged.tags)
+        found.append(Listed(model.name, *named, latest=latest, champion=champion, tagged=number(tagged), tags=tags))
     order = ["pool", "expert", "base"]
     return sorted(found, key=lambda each: (order.index(each.kind), each.model))
 

@@ -27,8 +27,16 @@ def experts_of(version: ModelVersion, location: str | None = None) -> dict[str, 
 
     Whoever knows the `location` of its logged model saves asking for it.
     """
-    references = [{"name": r} if isinstance(r, str) else r for r in _card(version, location)["experts"]]
-    return {r["name"]: f"{r['model']}/{r['version']}" if r.get("model") else INSIDE for r in references}
+    return dict(map(_expert, _card(version, location)["experts"]))
+
+
+def _expert(reference: str | dict[str, Any]) -> tuple[str, str]:
+    """Returns an expert's name and address, however the pool refers to it (`ExpertReference`)."""
+    if isinstance(reference, str):
+        address = reference.partition(" ")[0]
+        model, registered, _ = address.partition("/")
+        return (model.rpartition(".")[2], address) if registered else (reference, INSIDE)
+    return reference["name"], f"{reference['model']}/{reference['version']}" if reference.get("model") else INSIDE
 
 
 def retired_of(version: ModelVersion) -> list[str]:

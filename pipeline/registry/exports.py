@@ -18,8 +18,8 @@ from pipeline.registry import usage
 from pipeline.registry.bases import download_base_files, find_base, public_name
 from pipeline.registry.experts import reference_to, registered_experts
 from pipeline.registry.export_record import ExportError, ExportRecord
+from pipeline.registry.loading import download_pool, read_pool
 from pipeline.registry.names import read_name
-from pipeline.registry.pools import download_pool
 from pipeline.registry.retries import RegistryError
 from pipeline.registry.usage import PROCESSOR, Shared, described
 from pipeline.registry.versions import MODELS, logged_model
@@ -190,7 +190,8 @@ def prepare_export(
         pool = None
         chosen = {named.name: StoredExpert(reference_to(named.name, version), registered_experts())}
     else:
-        pool = Pool.load(download_pool(f"{MODELS}{version.name}/{version.version}", scratch), registered_experts())
+        address = f"{MODELS}{version.name}/{version.version}"
+        pool = read_pool(download_pool(address, scratch), address)
         chosen = _chosen(pool, format, experts)
     base = find_base(named.base, params["base_fingerprint"])
     return Export(version, format, base, base_name or public_name(base), params["base_fingerprint"], pool, chosen)

@@ -1,14 +1,18 @@
-"""What no pool needs: uploads without a version, which killed processes leave behind, and experts that no pool refers to."""
+"""What no pool needs: uploads without a version, which killed processes leave behind, and what no pool refers to: experts, and
+statistics of base prompts.
+"""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from time import time
 
 import mlflow
 from mlflow import MlflowClient
+from mlflow.entities import LoggedModel
 from mlflow.entities.model_registry import ModelVersion
 
+from pipeline.registry.base_prompts import BASE_PROMPTS, is_complete
 from pipeline.registry.contents import experts_of
 from pipeline.registry.migration import FORMER_DIGEST
 from pipeline.registry.names import read_name
@@ -54,6 +58,7 @@ def find_garbage(*, hours: float) -> list[Garbage]:
         if model.model_type in KINDS and DIGEST in model.params and model.model_id not in used
     ]
     pools = [version for version in versions if _is_pool(version)]
+    found += _base_prompts(models, {logged_model_id(version) for version in pools})
     locations = {model.model_id: model.artifact_location for model in models}
     with ThreadPoolExecutor(16) as threads:
         experts = threads.map(experts_of, pools, [locations.get(logged_model_id(version)) for version in pools])
@@ -72,6 +77,30 @@ def find_garbage(*, hours: float) -> list[Garbage]:
             created = version.creation_timestamp / 1000
             found.append(Garbage(name, "no pool refers to it", created, logged_model_id(version), version))
     return sorted((each for each in found if each.created < before), key=lambda each: each.name)
+
+
+def _base_prompts(models: Sequence[LoggedModel], pools: set[str]) -> Iterator[Garbage]:
+    """Yields uploads of statistics of base prompts that none of the `pools` (ids of logged models) refers to.
+
+    Where the same are stored several times, pools use the newest (`base_prompts`).
+    """
+    needed = {model.params.get(BASE_PROMPTS) for model in models if model.model_id in pools}
+    newest: dict[str, LoggedModel] = {}
+    for model in sorted(filter(is_complete, models), key=lambda model: model.creation_timestamp):
+        newest[model.params[DIGEST]] = model
+    for model in models:
+        if model.model_type != BASE_PROMPTS:
+            continue
+        digest = model.params.get(DIGEST, "")
+        if not is_complete(model):
+            why = "upload that was cut off"
+        elif digest not in needed:
+            why = "statistics of base prompts that no pool refers to"
+        elif newest[digest].model_id != model.model_id:
+            why = "statistics of base prompts that are stored once more"
+        else:
+            continue
+        yield Garbage(model.model_id, why, model.creation_timestamp / 1000, model.model_id)
 
 
 def remove(garbage: Garbage) -> None:

@@ -1,8 +1,8 @@
 """Pools in the registry: `<base>.pool.<name>` holds a version per task learned, each a model that answers prompts by itself.
 
 `mlflow.pyfunc.load_model("models:/<base>.pool.<name>@champion").predict(...)` and `mlflow models serve` need only the registry:
-a version holds router settings, statistics of base prompts and code, and refers to its experts and its base, so its size does
-not grow with the number of experts. Which version is in use says `promotion`.
+a version holds router settings and code, and refers to its experts, its base and the statistics of base prompts, so its size
+grows neither with the number of experts nor with that of prompt features. Which version is in use says `promotion`.
 """
 
 import json
@@ -14,19 +14,18 @@ from pathlib import Path
 from typing import Any
 
 import mlflow
-from mlflow import MlflowClient
 from mlflow.entities import LoggedModel
 from mlflow.entities.model_registry import ModelVersion
 from mlflow.models import Model, ModelSignature
 from mlflow.types import ColSpec, DataType, ParamSchema, ParamSpec, Schema
-from mlflow.types.schema import AnyType
 
 from pipeline.config import BaseModelConfig
 from pipeline.registry import pyfunc_model
+from pipeline.registry.base_prompts import BASE_PROMPTS, keep_base_prompts
 from pipeline.registry.bases import SERVED, register_base
 from pipeline.registry.descriptions import Measured, pool_description
 from pipeline.registry.experts import reference_to
-from pipeline.registry.names import pool_name, read_name
+from pipeline.registry.names import pool_name
 from pipeline.registry.retries import RegistryError
 from pipeline.registry.scores import Score, tags_of
 from pipeline.registry.served_code import copy_code
@@ -42,16 +41,17 @@ from pipeline.registry.versions import (
     log_model,
     logged_model,
     logged_model_id,
-    version_at,
 )
-from pipeline.routing.pool import CARD, Pool
+from pipeline.routing.null import write_null
+from pipeline.routing.pool import Pool
 from pipeline.routing.store import ExpertReference, StoredExpert
 
 SIGNATURE = ModelSignature(
     inputs=Schema([
         ColSpec(DataType.string, "prompt"),
-        # Not `binary`: MLflow's JSON reader cannot decode a null there, and text-only rows are normal.
-        ColSpec(AnyType(), "image", required=False),
+        # Bytes pass as well. Not `binary`: MLflow's JSON reader cannot decode a null there, and text-only rows are normal; nor
+        # `AnyType`, with which its CSV reader fails and sends its traceback.
+        ColSpec(DataType.string, "image", required=False),
     ]),
     outputs=Schema([ColSpec(DataType.string, name, required=False) for name in pyfunc_model.OUTPUTS]),
     params=ParamSchema([
@@ -94,12 +94,15 @@ def register_pool(
 
     `digest` identifies the pool; `experts` are the versions of its experts by name, to which `pool.json` refers; versions of
     other runs become inputs of this run. No weights are read. If the pool has a version with the same digest, that is
-    returned. No alias moves. `expert_memory` (bytes) is the default limit of the experts' weights where the pool is loaded.
+    returned; its statistics of base prompts are stored anew if they were lost. No alias moves. `expert_memory` (bytes) is the
+    default limit of the experts' weights where the pool is loaded.
 
     Raises RegistryError where `experts` and the pool differ.
     """
     references = _references(pool, experts)
     if (version := find_pool(pool.base_label, name, digest)) is not None:
+        if BASE_PROMPTS in logged_model(version).params:
+            _keep_base_prompts(pool)
         return version
     base_version = register_base(base)
     served = {
@@ -128,12 +131,15 @@ def create_pool_version(
     `made_of` the number of the version of which this is a change.
     """
     run = active_run()
+    _keep_base_prompts(pool)  # before there is a version that refers to them
+    null_digest = pool.card.null_digest
     params = {
         DIGEST: digest,
         "base": pool.base_label,
         "base_fingerprint": pool.base_fingerprint,
         "base_version": base_version,
         "null_expert": bool(pool.null),
+        **({BASE_PROMPTS: null_digest} if null_digest is not None else {}),
         "experts": len(pool.names),
         "retired": len(pool.retired),
         **({MADE_OF: made_of} if made_of is not None else {}),
@@ -181,6 +187,13 @@ def create_pool_version(
     )
 
 
+def _keep_base_prompts(pool: Pool) -> None:
+    digest = pool.card.null_digest
+    if digest is not None:
+        params = {"base": pool.base_label, "base_fingerprint": pool.base_fingerprint, "components": len(pool.null)}
+        keep_base_prompts(digest, lambda file: write_null(file, pool.null, pool.null_layer_statistics), params)
+
+
 def served_settings(version: ModelVersion) -> dict[str, Any]:
     """Returns how a registered pool is loaded: `base_model_id`, `expert_memory`, and settings of its base (`bases.SERVED`)."""
     location = logged_model(version).artifact_location
@@ -226,27 +239,6 @@ def _references(pool: Pool, experts: Mapping[str, ModelVersion]) -> dict[str, Ex
 def find_pool(base_label: str, name: str, digest: str) -> ModelVersion | None:
     """Returns the version of a pool made from `digest`, or None."""
     return find_version(pool_name(base_label, name), digest)
-
-
-def download_pool(address: str, into: str | Path) -> Path:
-    """Copies the folder of a registered pool (`versions.version_at`) below `into`; returns it.
-
-    An earlier release may have written it. The folder refers to its experts (see `experts.registered_experts`); pools of
-    earlier releases contain them.
-    """
-    version = version_at(address)
-    location = MlflowClient().get_logged_model(logged_model_id(version)).artifact_location
-    if not any(Path(item.path).name == "artifacts" for item in mlflow.artifacts.list_artifacts(artifact_uri=location)):
-        named = read_name(version.name)
-        what = f"the {named.kind}{f' {named.name}' * bool(named.name)}" if named else "no pool"
-        raise RegistryError(f"{address}: {version.name!r} is {what}; pools are the versions of <base>.pool.<name>")
-    folder = mlflow.artifacts.download_artifacts(artifact_uri=f"{location}/artifacts", dst_path=str(into))
-    found = next((card.parent for card in Path(folder).rglob(CARD)), None)
-    if found is None:
-        raise RegistryError(
-            f"{address}: {CARD} is missing below {location}; bring its files back, or use another version"
-        )
-    return found
 
 
 def pip_requirements() -> list[str]:

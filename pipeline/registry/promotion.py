@@ -18,6 +18,7 @@ from mlflow.entities.model_registry import ModelVersion
 
 from pipeline.locks import file_lock
 from pipeline.registry.addresses import database_path
+from pipeline.registry.base_prompts import BASE_PROMPTS, base_prompts_damage
 from pipeline.registry.contents import POOL_FOLDER, contains, experts_of
 from pipeline.registry.databases import database_lock, is_database
 from pipeline.registry.retries import RegistryError
@@ -176,6 +177,9 @@ def check_complete(version: ModelVersion) -> None:
     folder, sizes = f"{own.artifact_location}/{POOL_FOLDER}", json.loads(own.params.get(FILES, "{}"))
     if found := damage(folder, sizes):
         raise RegistryError(f"{what} is damaged: {found}; {_again(what)}")
+    null_digest = own.params.get(BASE_PROMPTS)  # earlier releases kept them in the version
+    if null_digest is not None and (found := base_prompts_damage(null_digest)):
+        raise RegistryError(f"{what} needs statistics of base prompts, which are damaged: {found}; {_again(what)}")
     with ThreadPoolExecutor(16) as pool:
         for address, found in zip(wanted.values(), pool.map(damage_of, wanted.values()), strict=True):
             if found is not None:

@@ -9,6 +9,7 @@ import logging
 import math
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import mlflow
@@ -25,8 +26,7 @@ from pipeline.models.bases import as_loadable_here
 from pipeline.models.encoding import IMAGE_PLACEHOLDER, Encoded, PromptError, encode
 from pipeline.models.inference import FrozenBase, InferenceWorkers, gpus_to_serve
 from pipeline.registry.bases import base_folder
-from pipeline.registry.experts import registered_experts
-from pipeline.routing.pool import Pool
+from pipeline.registry.loading import read_pool
 from pipeline.routing.routed_model import RoutedModel
 
 MAX_NEW_TOKENS = 64
@@ -70,10 +70,10 @@ class RoutedPool(mlflow.pyfunc.PythonModel):
     def load_context(self, context: Any) -> None:
         """Loads the artifact `pool` and its base, on a GPU if available, on several if the base needs them.
 
-        Experts come from the user's cache and are fetched on first use; a base is used where it lies on this machine, another
-        comes from that cache too. `model_config` limits the memory of experts' weights:
-        `load_model(address, model_config={"expert_memory": "2GiB"})`. Raises RegistryError where base or an expert is
-        missing, ValueError if the base does not match.
+        Experts and statistics of base prompts come from the user's cache and are fetched on first use; a base is used where it
+        lies on this machine, another comes from that cache too. `model_config` limits the memory of experts' weights:
+        `load_model(address, model_config={"expert_memory": "2GiB"})`. Raises RegistryError where any of them is missing,
+        ValueError if the base does not match.
         """
         settings = dict(context.model_config)
         folder = base_folder(settings.pop("base_model_id"))
@@ -84,7 +84,7 @@ class RoutedPool(mlflow.pyfunc.PythonModel):
         )
         self.frozen = FrozenBase(as_loadable_here(BaseModelConfig(path=str(folder), **settings)), workers)
         base = self.frozen.base
-        pool = Pool.load(context.artifacts["pool"], registered_experts())
+        pool = read_pool(Path(context.artifacts["pool"]), "this pool")
         if pool.base_fingerprint != base.fingerprint:
             raise ValueError(
                 f"{folder}: this base has fingerprint {base.fingerprint}, the pool was made for "

@@ -3,7 +3,6 @@
 The statistics of base prompts, the base and how it is loaded stay those of the version before; no data are needed.
 """
 
-import tempfile
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -16,8 +15,9 @@ from pipeline.config import digest
 from pipeline.registry.contents import experts_of, places_of
 from pipeline.registry.evaluated_prompts import EvaluatedPrompts, kept_prompts
 from pipeline.registry.experts import reference_to, registered_experts
+from pipeline.registry.loading import fetched_pool
 from pipeline.registry.names import base_name, read_name
-from pipeline.registry.pools import create_pool_version, download_pool, find_pool, served_settings
+from pipeline.registry.pools import create_pool_version, find_pool, served_settings
 from pipeline.registry.promotion import PROMOTED, REFUSED, champion
 from pipeline.registry.retries import RegistryError
 from pipeline.registry.scores import Score, log_scores, scores_of
@@ -103,13 +103,12 @@ def open_pool(version: ModelVersion, store: ExpertStore | None = None) -> Regist
     named, model, address = read_name(version.name), logged_model(version), f"{version.name}/{version.version}"
     if named is None or named.kind != "pool" or DIGEST not in model.params:
         raise RegistryError(f"{address} is no pool of this project")
-    with tempfile.TemporaryDirectory() as scratch:
-        pool = Pool.load(download_pool(f"{MODELS}{address}", scratch), store or registered_experts())
-        if own := [reference.name for reference in pool.card.experts if reference.version is None]:
-            raise RegistryError(
-                f"{address} holds {own[0]} itself, as earlier releases wrote it: run its `pointsman learn` again, which "
-                "registers it anew"
-            )
+    pool = fetched_pool(f"{MODELS}{address}", store)
+    if own := [reference.name for reference in pool.card.experts if reference.version is None]:
+        raise RegistryError(
+            f"{address} holds {own[0]} itself, as earlier releases wrote it: run its `pointsman learn` again, which "
+            "registers it anew"
+        )
     return Registered(
         version, pool, named.name, model.params[DIGEST], served_settings(version), model.params["base_version"]
     )

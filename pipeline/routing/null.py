@@ -23,6 +23,10 @@ from pipeline.routing.serialization import (
 )
 from pipeline.routing.statistics import PromptStatistics
 
+Components = tuple[PromptStatistics, ...]
+LayerStatistics = dict[str, PromptStatistics]
+"""What Linears see of base prompts, by module path."""
+
 ROUNDS = 50
 """Most rounds of k-means."""
 
@@ -81,9 +85,16 @@ def _null_tensors(
     return tensors
 
 
-def read_null(file: Path) -> tuple[tuple[PromptStatistics, ...], dict[str, PromptStatistics]]:
-    """Reads what `write_null` wrote; raises ExpertError where another version did."""
+def read_null(file: Path, digest: str | None = None) -> tuple[Components, LayerStatistics]:
+    """Reads what `write_null` wrote.
+
+    Raises ExpertError where another version did, ValueError where it is not what `digest` names.
+    """
     tensors, metadata = read_tensors(file)
     check_versions(file, metadata)
     count = sum(key.startswith("null.") and key.endswith(".mean") for key in tensors)
-    return tuple(statistics_of(tensors, f"null.{number}") for number in range(count)), layer_statistics_of(tensors)
+    null = tuple(statistics_of(tensors, f"null.{number}") for number in range(count))
+    layer_statistics = layer_statistics_of(tensors)
+    if digest not in (None, null_digest(null, layer_statistics)):
+        raise ValueError(f"it does not hold the statistics with digest {digest}")
+    return null, layer_statistics

@@ -1,7 +1,8 @@
 """The pool: an ordered set of experts over one base with one router setting; what a user deploys.
 
 A pool folder holds router settings, the statistics of base prompts, and references to experts that lie in a store (`store`);
-an expert that lies in none, it holds itself. `Pool.export` writes a folder that holds them all.
+an expert that lies in none, it holds itself. `Pool.export` writes a folder that holds them all, `Pool.refer` one that refers to
+the statistics too (`null_store`).
 """
 
 import json
@@ -10,37 +11,36 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from copy import copy
 from functools import cached_property
 from pathlib import Path
-from typing import Annotated, Any
-
-from pydantic import BeforeValidator
 
 from pipeline.config import Config, RouterConfig
 from pipeline.errors import UserError, stored_file
-from pipeline.files import atomic_folder, current_folder
+from pipeline.files import atomic_folder, current_folder, write_json
 from pipeline.routing.expert import Expert
 from pipeline.routing.features import FEATURE_RULE
-from pipeline.routing.null import null_digest, read_null, write_null
+from pipeline.routing.null import Components, LayerStatistics, null_digest, read_null, write_null
+from pipeline.routing.null_store import NullStore
 from pipeline.routing.serialization import POOL_CARD, VERSIONS, check_versions
 from pipeline.routing.statistics import PromptStatistics
-from pipeline.routing.store import ExpertReference, ExpertStore, OwnExperts, StoredExpert, cache_folder
+from pipeline.routing.store import (
+    ExpertReference,
+    ExpertStore,
+    OwnExperts,
+    StoredExpert,
+    cache_folder,
+    null_cache_folder,
+)
 
 CARD, NULL, EXPERTS = POOL_CARD, "null.safetensors", "experts"
 REMEDY = "copy the whole folder again, or load the pool from its registry (models:/<base>.pool.<name>@champion)"
 """What to do about a pool's damaged file."""
 POOL_FORMAT = 3
 """Version of what a pool's files hold. Version 2 had names in place of references, and always held the experts."""
+REFERRING = 4
+"""Version of a folder that holds its card alone: it refers to statistics of base prompts too, and briefly to experts."""
 
 
 class PoolError(UserError):
     """An expert that does not fit the pool, or a pool folder that is incomplete."""
-
-
-def _reference(value: Any) -> Any:
-    return {"name": value} if isinstance(value, str) else value
-
-
-References = tuple[Annotated[ExpertReference, BeforeValidator(_reference)], ...]
-"""What `pool.json` says of its experts; of one that the folder holds, its name may be all."""
 
 
 class PoolCard(Config):
@@ -52,7 +52,7 @@ class PoolCard(Config):
     """Fingerprint of the base's weights; experts of another base are refused."""
     router: RouterConfig
     """Router settings."""
-    experts: References = ()
+    experts: tuple[ExpertReference, ...] = ()
     """The experts in order of arrival; each lies in `experts/<name>/`, or in a store."""
     retired: tuple[str, ...] = ()
     """Names of experts that answer no more: the base answers the prompts that resemble their tasks."""
@@ -61,9 +61,9 @@ class PoolCard(Config):
     width: int | None = None
     """Number of prompt features F; None for an empty pool, and in folders of earlier releases."""
     null: bool = False
-    """Whether `null.safetensors` holds the statistics of base prompts."""
+    """Whether it has statistics of base prompts, in `null.safetensors` or in a store."""
     null_digest: str | None = None
-    """What it holds (`null.null_digest`)."""
+    """Which (`null.null_digest`); None in folders of earlier releases, which hold them."""
     format_version: int = POOL_FORMAT
     """Version of the folder's files."""
     feature_rule: int = FEATURE_RULE
@@ -78,7 +78,8 @@ class PoolCard(Config):
             )
         with stored_file(folder / CARD, REMEDY, PoolError):
             fields = json.loads((folder / CARD).read_text())
-            same = {"format_version": VERSIONS["format_version"]} if fields.get("format_version") == POOL_FORMAT else {}
+            known = fields.get("format_version") in (POOL_FORMAT, REFERRING)
+            same = {"format_version": VERSIONS["format_version"]} if known else {}
             check_versions(folder / CARD, fields | same)
             return cls.model_validate(fields)
 
@@ -253,9 +254,15 @@ class Pool:
         return self._write(Path(folder), None, on_expert)
 
     def refer(self, folder: str | Path, references: Mapping[str, ExpertReference]) -> Path:
-        """Writes a folder that holds no expert: `references` give their places by name. Reads none of them."""
+        """Writes a folder that holds nothing but the card: `references` give the experts' places by name. Reads none of them.
+
+        Whoever loads it needs a store of the statistics of base prompts, where `card.null_digest` names them.
+        """
         with atomic_folder(Path(folder)) as staging:
-            self._describe(staging, [references[name] for name in self.names])
+            referred = [references[name] for name in self.names]
+            fields = self._card(()).model_dump(mode="json") | {"format_version": REFERRING}
+            fields["experts"] = [reference.short for reference in referred]
+            write_json(staging / CARD, fields)
         return Path(folder)
 
     def _write(
@@ -276,38 +283,26 @@ class Pool:
                     entry.store.copy(entry.reference, own_folder)
                     fields = entry.reference.model_dump(exclude_none=True)
                     references.append(ExpertReference.of(own_folder).model_copy(update=fields))
-            self._describe(
-                staging, references, None if store is None else os.path.relpath(store.folder, folder.resolve())
-            )
+            if self.null:
+                write_null(staging / NULL, self.null, self.null_layer_statistics)
+            there = None if store is None else os.path.relpath(store.folder, folder.resolve())
+            card = self._card(references, there)
+            # Releases that know no retired experts read all other pools.
+            text = card.model_dump_json(indent=2, exclude=None if card.retired else {"retired"})
+            (staging / CARD).write_text(text + "\n")
         return folder
 
-    def _describe(self, folder: Path, references: Sequence[ExpertReference], store: str | None = None) -> None:
-        """Writes all of a pool's files but its experts."""
-        if self.null:
-            write_null(folder / NULL, self.null, self.null_layer_statistics)
-        card = self._card(references, store)
-        # Releases that know no retired experts read all other pools.
-        text = card.model_dump_json(indent=2, exclude=None if card.retired else {"retired"})
-        (folder / CARD).write_text(text + "\n")
-
     @classmethod
-    def load(cls, folder: str | Path, store: ExpertStore | None = None) -> "Pool":
+    def load(cls, folder: str | Path, store: ExpertStore | None = None, nulls: NullStore | None = None) -> "Pool":
         """Reads a pool folder; raises PoolError if it is none. An expert is read when it is looked up.
 
         Experts that the folder does not hold lie in `store`; by default where they lay when the folder was written, or, where
-        that is not here, in the user's cache (`store.cache_folder`).
+        that is not here, in the user's cache (`store.cache_folder`). Statistics of base prompts that it does not hold lie in
+        `nulls`; by default in that cache.
         """
         folder = current_folder(Path(folder))
         card = PoolCard.read(folder)
-        null: tuple[PromptStatistics, ...] = ()
-        layer_statistics: dict[str, PromptStatistics] = {}
-        if card.null:
-            if not (folder / NULL).is_file():
-                raise PoolError(f"{folder}: {NULL} is missing, which {CARD} says is there; copy the whole folder")
-            with stored_file(folder / NULL, REMEDY, PoolError):
-                null, layer_statistics = read_null(folder / NULL)
-                if card.null_digest not in (None, null_digest(null, layer_statistics)):
-                    raise ValueError(f"it does not hold what {CARD} describes")
+        null, layer_statistics = _null_of(folder, card, nulls)
         if store is None:
             there = (folder / card.store).resolve() if card.store is not None else None
             store = ExpertStore(there if there is not None and there.is_dir() else cache_folder())
@@ -318,6 +313,19 @@ class Pool:
         })  # fmt: skip
         pool._width, pool.retired = card.width, card.retired
         return pool
+
+
+def _null_of(folder: Path, card: PoolCard, nulls: NullStore | None) -> tuple[Components, LayerStatistics]:
+    """Reads the statistics of base prompts of a pool's folder; none where it has none."""
+    if not card.null:
+        return (), {}
+    file = folder / NULL
+    if not file.is_file() and card.format_version == REFERRING and card.null_digest is not None:
+        return (nulls or NullStore(null_cache_folder())).load(card.null_digest)
+    if not file.is_file():
+        raise PoolError(f"{folder}: {NULL} is missing, which {CARD} says is there; copy the whole folder")
+    with stored_file(file, REMEDY, PoolError):
+        return read_null(file, card.null_digest)
 
 
 def _held(reference: ExpertReference, contained: OwnExperts) -> bool:

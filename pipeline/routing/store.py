@@ -13,7 +13,7 @@ from functools import cached_property, partial
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import Field
+from pydantic import Field, model_validator
 from safetensors import SafetensorError, safe_open
 
 from pipeline.config import Config
@@ -24,7 +24,7 @@ from pipeline.routing.contents import CONTENTS, Contents
 from pipeline.routing.expert import CARD, FILES, ROUTER_WEIGHTS, Expert, ExpertCard, check_file
 
 CACHE_VARIABLE = "POINTSMAN_EXPERTS"
-"""Environment variable that names another folder for the experts of registered pools than the user's cache."""
+"""Environment variable that names another folder than the user's cache for what registered pools refer to."""
 
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]+$")]
 """A name, or a digest, that is a folder's name too: no part of a path."""
@@ -49,6 +49,30 @@ class ExpertReference(Config):
         """Refers to the expert in a folder, without a version."""
         card, contents = ExpertCard.model_validate_json((folder / CARD).read_text()), Contents.read(folder)
         return cls(name=card.name, digest=card.config_digest, content=contents.digest if contents else None)
+
+    @property
+    def short(self) -> str | dict[str, Any]:
+        """What a registered pool writes, which may refer to hundreds: `<model>/<version> <digest> <content>`.
+
+        The fields by name where one is missing, or where the model's name does not end with the expert's.
+        """
+        parts = (self.model, self.version, self.digest, self.content)
+        if None in parts or str(self.model).rpartition(".")[2] != self.name:
+            return self.model_dump(exclude_none=True)
+        return f"{self.model}/{self.version} {self.digest} {self.content}"
+
+    @model_validator(mode="before")
+    @classmethod
+    def _from_text(cls, value: Any) -> Any:
+        """Reads the short form; a name alone is all that pools of earlier releases say of an expert that they hold."""
+        if not isinstance(value, str):
+            return value
+        if "/" not in value:
+            return {"name": value}
+        (address, digest, content) = value.split(" ")
+        model, _, version = address.partition("/")
+        name = model.rpartition(".")[2]
+        return {"name": name, "digest": digest, "content": content, "model": model, "version": int(version)}
 
     def __str__(self) -> str:
         version = f", version {self.version} of {self.model}" if self.version is not None else ""
@@ -156,7 +180,6 @@ class ExpertStore:
             if self.fetch is None:
                 raise ExpertError(f"{reference}: {error}") from None
             self._fetch(reference, read=[name])
-            check_file(folder, name)
 
     def _fetch(self, reference: ExpertReference, *, read: Sequence[str] = ()) -> None:
         if self.fetch is None:
@@ -166,18 +189,26 @@ class ExpertStore:
                 "here, load the pool from its registry, which fetches it (models:/<base>.pool.<name>@champion), or run "
                 "`pointsman learn` again"
             )
-        self._make(reference, partial(self.fetch, reference), read=read)
+        fetch = self.fetch
+
+        def fetched(made: Path) -> None:
+            fetch(reference, made)
+            for name in read:
+                if (damage := _damaged(made, name)) is not None:
+                    raise _wrong(reference, damage)
+
+        self._make(reference, fetched, read=read)
 
     def _make(self, reference: ExpertReference, make: Callable[[Path], object], *, read: Sequence[str] = ()) -> None:
         """Has `make` write an expert's folder, unless it is there and the files `read` are undamaged."""
         folder = self.folder_of(reference)
         with staging(folder, why=f"which writes {reference}") as scratch:
-            if self.has(reference) and not any(_is_damaged(current_folder(folder), name) for name in read):
+            if self.has(reference) and not any(_damaged(current_folder(folder), name) for name in read):
                 return  # another process was faster
             made = scratch / folder.name
             make(made)
             if (damage := reference.damage(made)) is not None:
-                raise ExpertError(f"{reference}: what was fetched is not that: {damage}; register the pool again")
+                raise _wrong(reference, damage)
             replace_folder(made, folder)
 
 
@@ -189,12 +220,20 @@ def _copy(source: Path, folder: Path) -> None:
         shutil.copyfile(source / CONTENTS, folder / CONTENTS)
 
 
-def _is_damaged(folder: Path, name: str) -> bool:
+def _wrong(reference: ExpertReference, damage: str) -> ExpertError:
+    return ExpertError(
+        f"{reference}: what was fetched is not that: {damage}; bring its files back in the registry, or use a version of the "
+        "pool without it"
+    )
+
+
+def _damaged(folder: Path, name: str) -> str | None:
+    """Returns what is wrong with a file after reading it; None where nothing is."""
     try:
         check_file(folder, name)
-    except ExpertError:
-        return True
-    return False
+    except ExpertError as error:
+        return str(error).replace(f"{folder}/", "").partition(";")[0]
+    return None
 
 
 class OwnExperts(ExpertStore):
@@ -244,3 +283,8 @@ def cache_folder() -> Path:
     if given := os.environ.get(CACHE_VARIABLE):
         return Path(given).expanduser()
     return user_cache("experts")
+
+
+def null_cache_folder() -> Path:
+    """Returns the folder of the statistics of base prompts that this user's registered pools share, among their experts."""
+    return cache_folder() / "base_prompts"

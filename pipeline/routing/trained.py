@@ -29,7 +29,7 @@ from pipeline.routing.adapters import (
 from pipeline.routing.expert import CARD as EXPERT_CARD
 from pipeline.routing.expert import ROUTER_WEIGHTS, Expert, ExpertCard, check_file, complete_folder, vectors_in
 from pipeline.routing.pool import CARD as POOL_CARD
-from pipeline.routing.pool import EXPERTS, POOL_FORMAT, PoolError, References
+from pipeline.routing.pool import EXPERTS, REFERRING, PoolError
 from pipeline.routing.pool import REMEDY as POOL_REMEDY
 from pipeline.routing.serialization import FORMAT_VERSION, VERSIONS, is_newer
 from pipeline.routing.statistics import PromptStatistics
@@ -92,7 +92,7 @@ class _Contents(Config):
     base_label: str
     base_fingerprint: str
     router: dict[str, Any]
-    experts: References = ()
+    experts: tuple[ExpertReference, ...] = ()
     store: str | None = None
     null: bool = False
 
@@ -127,7 +127,7 @@ class TrainedPool:
             raise PoolError(f"{folder}: no {POOL_CARD}, so not a pool folder")
         with stored_file(file, POOL_REMEDY, PoolError):
             fields = json.loads(file.read_text())
-            _check_format(file, fields, POOL_FORMAT)
+            _check_format(file, fields, REFERRING)
             card = _Contents.model_validate(fields)
         there = folder / card.store if card.store is not None else None
         store = store or ExpertStore(there if there is not None and there.is_dir() else cache_folder())

@@ -18,7 +18,7 @@ from typer.testing import CliRunner
 from jobs.cli import app
 from pipeline.learning.opening import alone_in
 from pipeline.learning.run_status import status_of
-from pipeline.registry.pools import download_pool
+from pipeline.registry.loading import download_pool
 from pipeline.registry.promotion import champion
 from pipeline.registry.scores import scores_of
 from pipeline.registry.versions import get_version

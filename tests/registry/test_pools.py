@@ -19,7 +19,8 @@ from pipeline.registry import pools as pools_module
 from pipeline.registry import served_code
 from pipeline.registry.bases import base_folder
 from pipeline.registry.experts import CONTENT, MissingExpertError, register_expert, registered_experts
-from pipeline.registry.pools import download_pool, pip_requirements, register_pool
+from pipeline.registry.loading import download_pool
+from pipeline.registry.pools import pip_requirements, register_pool
 from pipeline.registry.promotion import champion, promote
 from pipeline.registry.tracking import RegistryError, tracked_run
 from pipeline.registry.versions import logged_model, logged_model_id, version_at

@@ -163,6 +163,20 @@ def test_a_server_sends_null_for_a_bad_row_and_no_traceback(model: mlflow.pyfunc
             assert str(Path(__file__).parents[2]) not in answer.text
 
 
+def test_a_server_takes_csv(model: mlflow.pyfunc.PyFuncModel) -> None:
+    """Rows without an image, rows with one, and rows that cannot be answered."""
+    image = base64.b64encode(png("red")).decode()
+    with TestClient(init(model)) as client:
+        for table, errors in (
+            (f"prompt,image\nwhat color is it ?,{image}\nrepeat : red,\n12,x\n", [False, False, True]),
+            ("prompt\nrepeat : red\n,\n", [False, True]),
+            ("prompt,image\nrepeat : red,\n", [False]),
+        ):
+            answer = client.post("/invocations", content=table, headers={"content-type": "text/csv"})
+            assert answer.status_code == 200, answer.text
+            assert [row["error"] is not None for row in answer.json()["predictions"]] == errors
+
+
 def test_what_goes_wrong_inside_is_told_without_a_traceback(model: mlflow.pyfunc.PyFuncModel) -> None:
     pool = RoutedPool()
     with pytest.raises(RequestError, match="AttributeError while answering; the server's log says more"):

@@ -131,6 +131,23 @@ def test_another_expert_is_refused_by_name(registry, experts, tmp_path):
         assert Expert.load(cache / "d0").card == other.card, "nothing was replaced"
 
 
+def test_damage_in_the_registry_is_told_with_the_version(registry, tmp_path):
+    """Of equal size, so that only reading tells it."""
+    weights = registry.folder / "d0" / ADAPTER_WEIGHTS
+    whole = weights.read_bytes()
+    weights.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    store = ExpertStore(tmp_path / "cache", registry.fetch)
+    for _ in range(2):
+        with pytest.raises(
+            ExpertError,
+            match=r"expert 'digits' \(digest d0, version 1 of tiny\.experts\): what was fetched is not that: adapter_model.*: "
+            "its bytes are not those .*; bring its files back in the registry",
+        ):
+            read(store.load(registry.references[0]))
+    weights.write_bytes(whole)
+    read(store.load(registry.references[0]))
+
+
 def test_an_expert_of_an_earlier_release_has_no_list_of_contents(registry, tmp_path):
     (registry.folder / "d0" / CONTENTS).unlink()
     reference = registry.references[0].model_copy(update={"content": None})

@@ -12,7 +12,7 @@ import torch
 from pipeline.config import RouterConfig, digest
 from pipeline.models.bases import Base
 from pipeline.routing import Expert, ExpertError, Pool, PoolError, PromptStatistics
-from pipeline.routing.pool import POOL_FORMAT
+from pipeline.routing.pool import REFERRING
 from pipeline.routing.serialization import FORMAT_VERSION, VERSIONS, OutdatedError
 from pipeline.routing.store import ExpertReference, ExpertStore, StoredExpert
 from pipeline.routing.trained import TrainedPool
@@ -88,7 +88,7 @@ def test_another_rule_is_no_obstacle_and_a_newer_format_is(folder: Path) -> None
     change(folder / "experts/digits/expert.json", format_version=FORMAT_VERSION + 1)
     with pytest.raises(ExpertError, match=r"expert\.json: format_version is .*a newer release wrote it"):
         TrainedPool.load(folder).expert("digits")
-    change(folder / "pool.json", format_version=POOL_FORMAT + 1)
+    change(folder / "pool.json", format_version=REFERRING + 1)
     with pytest.raises(ExpertError, match=r"pool\.json: format_version is .*a newer release wrote it"):
         TrainedPool.load(folder)
 

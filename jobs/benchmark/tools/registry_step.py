@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from mlflow import MlflowClient
 
-from jobs.benchmark.tools.synthetic_experts import BASE, synthetic_expert
+from jobs.benchmark.tools.synthetic_experts import BASE, synthetic_expert, synthetic_null
 from pipeline.config import RouterConfig
 from pipeline.learning.replacing import replace_expert
 from pipeline.models.checkpoints import checkpoint, fingerprint
@@ -48,7 +48,7 @@ POOL = pool_name(BASE.label, "faults")
 
 def register(run_id: str) -> None:
     """Registers two experts, the pool of the first and the pool of both, each with its scores."""
-    pool = Pool(BASE.label, fingerprint(checkpoint(BASE)), RouterConfig(feature_width=128))
+    pool = Pool(BASE.label, fingerprint(checkpoint(BASE)), RouterConfig(feature_width=128), null=synthetic_null())
     versions = {}
     for number, name in enumerate(("first", "second"), start=1):
         expert = synthetic_expert(name, number, pool.base_fingerprint)

@@ -20,7 +20,7 @@ WIDTH, FEATURES = 128, 128
 LINEAR = "model.language_model.layers.0.self_attn.q_proj"
 
 
-def synthetic_expert(name: str, seed: int, base_fingerprint: str) -> Expert:
+def synthetic_expert(name: str, seed: int, base_fingerprint: str, features: int = FEATURES) -> Expert:
     """Returns an expert of one small Linear: a registry looks into no weights."""
     random = torch.Generator().manual_seed(seed)
     adapter = Adapter(torch.randn(2, WIDTH, generator=random), torch.randn(WIDTH, 2, generator=random), 2.0)
@@ -32,8 +32,14 @@ def synthetic_expert(name: str, seed: int, base_fingerprint: str) -> Expert:
         name=name, task=name, base_fingerprint=base_fingerprint, rank=2, alpha=4, seed=seed, data_fingerprint="0" * 16,
         config_digest=f"{seed:012x}", samples=1000, metrics={},
     )  # fmt: skip
-    statistics = PromptStatistics.of(seed + torch.randn(2 * FEATURES, FEATURES, generator=random))
+    statistics = PromptStatistics.of(seed + torch.randn(2 * features, features, generator=random))
     return Expert(card, config, {LINEAR: adapter}, {LINEAR: torch.ones(WIDTH)}, statistics)
+
+
+def synthetic_null(features: int = FEATURES, components: int = 12) -> list[PromptStatistics]:
+    """Returns statistics of made-up base prompts, by default of as many components as `router.null_components`."""
+    random = torch.Generator().manual_seed(features)
+    return [PromptStatistics.of(k + torch.randn(32, features, generator=random)) for k in range(components)]
 
 
 def former_registry(experiment: str, run_id: str, label: str, stream: str) -> None:
