@@ -104,6 +104,8 @@ def test_promoting_and_rolling_back(uri: str) -> None:
     assert read(uri, "show", model)["aliases"] == ["champion"]
     assert read(uri, "rollback", model) == {"model": model, "champion": 1, "before": 2}
     assert read(uri, "show", model)["version"] == 1
+    (listed,) = read(uri, "list", "--kind", "pool")
+    assert (listed["latest"], listed["champion"], listed["tagged"], listed["tags"]["tasks"]) == (2, 1, 1, "digits")
 
 
 def test_an_expert_retires(uri: str) -> None:

@@ -315,7 +315,7 @@ print(len(pool.null), pool.card.null_digest)
         for _ in range(2)
     ]
     for process in processes:
-        printed, said = process.communicate(timeout=120)
+        printed, said = process.communicate(timeout=400)
         assert process.returncode == 0, said
         assert printed.split()[-2:] == ["12", stored()[0].params["digest"]]
     assert len(list(null_cache_folder().glob("*.safetensors"))) == 1

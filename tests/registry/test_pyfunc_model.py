@@ -169,7 +169,7 @@ def test_a_server_takes_csv(model: mlflow.pyfunc.PyFuncModel) -> None:
     with TestClient(init(model)) as client:
         for table, errors in (
             (f"prompt,image\nwhat color is it ?,{image}\nrepeat : red,\n12,x\n", [False, False, True]),
-            ("prompt\nrepeat : red\n,\n", [False, True]),
+            ('prompt\nrepeat : red\n""\n', [False, True]),
             ("prompt,image\nrepeat : red,\n", [False]),
         ):
             answer = client.post("/invocations", content=table, headers={"content-type": "text/csv"})

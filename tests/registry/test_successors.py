@@ -5,10 +5,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from mlflow import MlflowClient
 from mlflow.entities.model_registry import ModelVersion
 
 from pipeline.config import BaseModelConfig
 from pipeline.evaluation.recorded import evaluate_recorded
+from pipeline.learning.replacing import replace_expert
 from pipeline.registry.evaluated_prompts import EvaluatedPrompts, has_prompts, keep_prompts, kept_prompts
 from pipeline.registry.experts import card_of, register_expert, registered_experts
 from pipeline.registry.pools import register_pool
@@ -154,6 +156,17 @@ def test_a_pool_is_measured_on_kept_prompts(
     assert [s.expert for s in with_clock.evaluation.results["digits"].strays] == ["clock"]
     token = evaluate_recorded(open_pool(made).pool.routed_by(kind="token"), {"digits": kept["digits"].prompts})
     assert token.evaluation.results == {}, "where Linears choose nothing can be said"
+
+
+def test_a_mistyped_replacement_leaves_no_run(start: ModelVersion, experiment: str) -> None:
+    runs = len(MlflowClient().search_runs([experiment]))
+    for expert, message in (
+        (get_version("untrained.expert.digits", 1), "holds .* already"),
+        (start, "is no expert over"),
+    ):
+        with pytest.raises(RegistryError, match=message):
+            replace_expert(start, expert)
+    assert len(MlflowClient().search_runs([experiment])) == runs
 
 
 def test_prompts_change_hands() -> None:

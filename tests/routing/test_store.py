@@ -367,3 +367,19 @@ def test_an_expert_that_is_here_is_not_read_elsewhere(experts, tmp_path):
     with pytest.raises(ExpertError, match=r"source/adapter_model\.safetensors: "):
         store.take(reference, source)
     assert not store.has(reference)
+
+
+def test_a_short_reference_is_the_same_reference():
+    whole = ExpertReference(name="digits", digest="d0", content="a" * 64, model="tiny.expert.digits", version=3)
+    assert whole.short == f"tiny.expert.digits/3 d0 {'a' * 64}"
+    for reference in (
+        whole,
+        whole.model_copy(update={"model": "tiny.experts"}),
+        whole.model_copy(update={"content": None}),
+        ExpertReference(name="digits"),
+    ):
+        assert ExpertReference.model_validate(reference.short) == reference
+    assert ExpertReference.model_validate("digits") == ExpertReference(name="digits")
+    for wrong in ("tiny.expert.digits/3 d0", "tiny.expert.digits/x d0 c", "tiny.expert./3 d0 c", "a/../3 d0 c"):
+        with pytest.raises(ValueError, match="validation error|invalid literal|unpack"):
+            ExpertReference.model_validate(wrong)
