@@ -5,8 +5,11 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
+from itertools import count
 from pathlib import Path
+from typing import Any
 
 import mlflow
 import pytest
@@ -15,11 +18,12 @@ from mlflow import MlflowClient
 from mlflow.entities import LoggedModel
 from mlflow.entities.model_registry import ModelVersion
 
+from jobs.benchmark.tools.registry_step import WRITING
 from pipeline.config import BaseModelConfig, RouterConfig
 from pipeline.models.checkpoints import fingerprint
 from pipeline.registry import base_prompts
 from pipeline.registry import pools as pools_module
-from pipeline.registry.base_prompts import BASE_PROMPTS, FILE
+from pipeline.registry.base_prompts import BASE_PROMPTS, FILE, is_complete
 from pipeline.registry.experts import register_expert
 from pipeline.registry.exports import ExportFormat, prepare_export
 from pipeline.registry.garbage import find_garbage, remove
@@ -29,7 +33,7 @@ from pipeline.registry.promotion import promote
 from pipeline.registry.retries import RegistryError
 from pipeline.registry.successors import open_pool, register_successor, retire_expert
 from pipeline.registry.tracking import tracked_run
-from pipeline.registry.versions import all_logged_models, logged_model, number
+from pipeline.registry.versions import all_logged_models, logged_model, number, versions_of
 from pipeline.routing import Expert, Pool, PromptStatistics
 from pipeline.routing.null import write_null
 from pipeline.routing.pool import PoolCard
@@ -292,6 +296,41 @@ def test_two_that_store_the_same_at_once_do_no_harm(
     remove(second)
     assert fetched_pool(f"{POOL}/2").null
     assert find_garbage(hours=0) == []
+
+
+class Killed(BaseException):
+    """In place of a signal."""
+
+
+def test_a_kill_at_any_step_leaves_the_registry_as_before_or_as_after(register: Register, cache: Path) -> None:
+    """The statistics are stored before there is a version that refers to them; the same command goes on."""
+    register(["digits"], [])
+    for call in count(1):
+        null, calls, survived = null_of(FEATURES, call), count(1), False
+
+        def mortal(original: Callable[..., Any], calls: Iterator[int] = calls, call: int = call) -> Callable[..., Any]:
+            def called(*arguments: Any, **settings: Any) -> Any:
+                if next(calls) == call:
+                    raise Killed
+                return original(*arguments, **settings)
+
+            return called
+
+        with pytest.MonkeyPatch.context() as patch, suppress(Killed):
+            for name in WRITING:
+                patch.setattr(MlflowClient, name, mortal(getattr(MlflowClient, name)))
+            register(["digits"], null)
+            survived = True
+        for version in versions_of(POOL)[:1]:
+            fetched_pool(f"{POOL}/{version.version}")
+        register(["digits"], null)
+        assert len(versions_of(POOL)) == call + 1
+        assert fetched_pool(f"{POOL}/{call + 1}").null[0].mean_F.equal(null[0].mean_F)
+        complete = [model for model in stored() if is_complete(model)]
+        assert len(complete) == call, "neither lost nor doubled"
+        if survived:
+            break
+    assert call > 8
 
 
 def test_two_processes_load_at_once_where_only_the_registry_is(register: Register, cache: Path, tmp_path: Path) -> None:

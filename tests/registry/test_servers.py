@@ -22,6 +22,7 @@ from typing import Any
 import mlflow
 import pytest
 import requests
+import torch
 from click.testing import Result
 from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
@@ -29,10 +30,12 @@ from sqlalchemy import make_url
 from typer.testing import CliRunner
 
 from jobs.cli import app
-from pipeline.config import BaseModelConfig
+from pipeline.config import BaseModelConfig, RouterConfig
+from pipeline.models.checkpoints import fingerprint
 from pipeline.registry import retries
 from pipeline.registry.contents import experts_of
 from pipeline.registry.experts import download_expert, find_expert, register_expert
+from pipeline.registry.loading import fetched_pool
 from pipeline.registry.pools import register_pool
 from pipeline.registry.promotion import deciding
 from pipeline.registry.retries import RegistryError, Retries, is_away
@@ -40,7 +43,9 @@ from pipeline.registry.scores import Score, log_scores
 from pipeline.registry.tracking import open_tracking, tracked_run, use_registry
 from pipeline.registry.versions import get_version, logged_model
 from pipeline.routing import Expert, Pool
-from tests.registry.conftest import Created, MakeExpert
+from pipeline.routing.null import components
+from pipeline.routing.store import null_cache_folder
+from tests.registry.conftest import WIDTH, Created, MakeExpert
 
 PASSWORD = "hunter2-hunter2"
 POSTGRESQL = "POINTSMAN_TEST_POSTGRESQL"
@@ -68,14 +73,14 @@ def _in_short(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 @pytest.fixture(scope="module")
 def register(
     make_expert: MakeExpert,
-    make_pool: Callable[..., Pool],
     tiny_folder: Path,
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Register:
-    """Registers two pools, of one expert and of two, in a registry that is opened for it."""
+    """Registers two pools, of one expert and of two, with statistics of base prompts, in a registry that is opened for it."""
     output = tmp_path_factory.mktemp("output")
     experts = [make_expert("digits", "e1"), make_expert("clock", "e2")]
     folders = [expert.save(output / expert.card.name) for expert in experts]
+    null = components(torch.randn(16, 3 * WIDTH, generator=torch.Generator().manual_seed(7)), 2)
 
     def registered(uri: str) -> None:
         experiment = open_tracking(uri, "pointsman", output=output)
@@ -84,7 +89,7 @@ def register(
             for count, folder in enumerate(folders, start=1):
                 version = register_expert("untrained", folder, rows=1000)
                 versions[experts[count - 1].card.name] = version
-                pool = make_pool(*experts[:count])
+                pool = Pool("untrained", fingerprint(tiny_folder), RouterConfig(), experts[:count], null)
                 made = register_pool(pool, base, name="demo", digest=f"p{count}", experts=versions)
                 log_scores(run, made, [Score(name, "d", 0.75, 0.25) for name in pool.names])
 
@@ -204,6 +209,8 @@ def check_all_commands(uri: str, folder: Path) -> None:
     assert read(uri, "promote", POOL, "2")["before"] == 1
     retired = read(uri, "retire", POOL, "clock")
     assert (retired["version"], retired["champion"], read(uri, "show", POOL)["retired"]) == (3, True, ["clock"])
+    shutil.rmtree(null_cache_folder(), ignore_errors=True)
+    assert len(fetched_pool(f"{POOL}/3").null) == 2
     assert read(uri, "gc", "--older-than", "0") == {"found": [], "deleted": 0}
     assert read(uri, "migrate") == {"moves": [], "dry_run": False}
     assert find_expert("untrained", "digits", "e1") is not None
