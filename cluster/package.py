@@ -137,14 +137,20 @@ def _content(file: Path) -> bytes:
         raise PackageError(f"{file}: cannot be read: {error.strerror}") from None
 
 
-def files_below(folder: Path) -> Iterator[Path]:
-    """Yields the files of a folder in order, without hidden ones, environments and caches."""
+def files_below(folder: Path, *above: Path) -> Iterator[Path]:
+    """Yields the files of a folder in order, without hidden ones, environments and caches.
+
+    `above` are the folders that it lies in: a link back to one of them leads nowhere new.
+    """
+    here = folder.resolve()
+    if here in above:
+        return
     for entry in sorted(folder.iterdir()):
         if entry.name.startswith("."):
             continue
         if entry.is_dir():
             if entry.name not in FOLDERS_LEFT_OUT and not any((entry / mark).exists() for mark in ENVIRONMENT_MARKS):
-                yield from files_below(entry)
+                yield from files_below(entry, here, *above)
         elif entry.is_file():
             yield entry
 
@@ -155,6 +161,8 @@ def bytes_of(text: str) -> int:
         size = int(TypeAdapter(ByteSize).validate_python(text))
     except ValidationError:
         raise PackageError(f"--package-limit {text}: write it like 80MiB") from None
-    if not 0 < size <= LARGEST:
+    if size <= 0:
+        raise PackageError(f"--package-limit {text}: nothing could be sent; write it like 80MiB")
+    if size > LARGEST:
         raise PackageError(f"--package-limit {text}: a Ray head takes at most {LARGEST / MIB:g}MiB")
     return size

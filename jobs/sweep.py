@@ -22,6 +22,7 @@ from pipeline.config import ConfigError, LearnConfig, TaskConfig
 from tuning.objective import DEFAULT, Objective
 from tuning.search import Search
 from tuning.space import Space
+from tuning.winner import check_file, write_configuration
 
 if TYPE_CHECKING:  # a mistake is answered before they are imported
     from jobs.terminal import Terminal
@@ -121,12 +122,12 @@ def main(
             more += [word for field in fields or [] for word in ("--set", field)]
             more += ["--register"] * register
             job_command("jobs.sweep", config, overrides, address, *more, files=files)
+        if apply is not None:
+            check_file(apply)
         from tuning.study import Study
 
         found = _run(settings, Study(swept, given, plan, goal), register=register)
         if apply is not None and found.result.best is not None:
-            from tuning.winner import write_configuration
-
             write_configuration(apply, found.result.best, config=config, settings=settings)
             typer.echo(f"winner     {apply}; next: pointsman learn {apply}")
         if found.result.best is None:

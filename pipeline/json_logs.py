@@ -6,6 +6,7 @@ driver's lines take the place of bars and tables; a worker's lie in Ray's log fo
 
 import json
 import logging
+import math
 import os
 import sys
 from datetime import UTC, datetime
@@ -43,11 +44,16 @@ class JsonFormatter(logging.Formatter):
             "level": record.levelname,
             "logger": record.name,
             "message": without_secrets(record.getMessage()),
-            **{name: fields[name] for name in FIELDS if name in fields},
+            **{name: fields[name] for name in FIELDS if name in fields and _is_json(fields[name])},
         }
         if record.exc_info:
             line["traceback"] = without_secrets(self.formatException(record.exc_info))
         return json.dumps(line)
+
+
+def _is_json(value: Any) -> bool:
+    """Whether JSON knows a value: it has no NaN, which the loss of a restart is."""
+    return not isinstance(value, float) or math.isfinite(value)
 
 
 def use_json_logs(**known: Any) -> None:

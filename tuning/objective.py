@@ -11,6 +11,7 @@
 Independent of Ray.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -52,10 +53,14 @@ class Objective:
                     f"--objective {text}: no metric {name!r}; there are {', '.join(METRICS)}, each with a weight, "
                     f"e.g. {DEFAULT}; or {PARETO}"
                 )
+            if name in weights:
+                raise ConfigError(f"--objective {text}: {name} is there twice")
             try:
                 weights[name] = float(weight) if separator else 1.0
             except ValueError:
                 raise ConfigError(f"--objective {text}: {weight!r} is no number") from None
+            if not math.isfinite(weights[name]):
+                raise ConfigError(f"--objective {text}: {weight!r} is no weight")
         if not any(weights.values()):
             raise ConfigError(f"--objective {text}: all weights are 0")
         return cls(weights)

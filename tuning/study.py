@@ -20,6 +20,7 @@ from pipeline.learning.summary import session_provenance
 from pipeline.models.target_modules import check_target_modules
 from pipeline.provenance import now
 from pipeline.routing.pool import PoolCard
+from tuning.candidate import register_winner
 from tuning.objective import Objective
 from tuning.report import write_report
 from tuning.results import SweepResult
@@ -29,7 +30,6 @@ from tuning.search import Search
 from tuning.space import Space
 from tuning.sweep import sweep
 from tuning.tracking import log_trials
-from tuning.winner import register_winner
 
 
 @dataclass(frozen=True)
@@ -90,7 +90,8 @@ def _study(session: StreamSession, study: Study, *, register: bool) -> StudyResu
     started, task, progress = now(), study.task, session.progress
     _check(session, study)
     folder = _folder(session, study)
-    works: list[Runner] = []
+    if not task.validation:
+        progress.log(_selected_on(task), "yellow")
 
     def runner(report: Any) -> Runner:
         made = Runner(session, task, study.space, study.objective, report, folder=folder)
@@ -99,7 +100,6 @@ def _study(session: StreamSession, study: Study, *, register: bool) -> StudyResu
                 "there is no learned pool with other tasks: the expert is evaluated alone; run `pointsman learn` first to "
                 "sweep inside its pool"
             )
-        works.append(made)
         return made
 
     what = f"sweeping {task.name}: {study.search.trials} trials of {', '.join(study.space.names)}"
@@ -109,7 +109,7 @@ def _study(session: StreamSession, study: Study, *, register: bool) -> StudyResu
         "task": task.name,
         "search": {"algorithm": study.search.algorithm, "scheduler": study.search.scheduler},
         "space": study.space.plain(),
-        "selected_on": _selected_on(works[0]),
+        "selected_on": _selected_on(task),
         **result.summary(),
     }
     write_json(folder / "summary.json", summary)
@@ -147,14 +147,13 @@ def _check(session: StreamSession, study: Study) -> None:
         )
 
 
-def _selected_on(works: Runner) -> str:
-    name = works.task.name
-    if works.held_out is not None:
+def _selected_on(task: TaskConfig) -> str:
+    if task.validation:
         return (
-            f"Trials are compared by their accuracy on the held-out rows of {name} (`validation`); its evaluation rows have no "
-            "part in the choice. Other tasks and base abilities are measured on their evaluation rows."
+            f"Trials are compared by their accuracy on the held-out rows of {task.name} (`validation`); its evaluation rows have "
+            "no part in the choice. Other tasks and base abilities are measured on their evaluation rows."
         )
     return (
-        f"{name} holds no rows out, so trials are compared on its evaluation rows, and the best looks better there than it is; "
-        "`validation` (--validation 0.1) holds rows out for the choice."
+        f"{task.name} holds no rows out, so trials are compared on its evaluation rows, and the best looks better there than it "
+        "is; `validation` (--validation 0.1) holds rows out for the choice."
     )

@@ -59,7 +59,7 @@ def jobs(
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
         build_op(extensions_folder())  # no part of any figure
-        bench = Bench(folder, steps, address or stack.enter_context(ray_head()), terminal)
+        bench = Bench(folder, steps, address or stack.enter_context(ray_head()).address, terminal)
         direct, submitted = bench.timed("direct"), bench.timed("submitted", there=True)
         results: dict[str, Any] = {
             "steps": steps,

@@ -33,7 +33,9 @@ RUN_NAME = spelled("[A-Za-z0-9_-]+", "use letters, digits, `_` and `-` only")
 class Config(BaseModel):
     """A frozen group of settings; unknown fields are errors."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, protected_namespaces=())
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", use_attribute_docstrings=True, protected_namespaces=(), allow_inf_nan=False
+    )
 
     COMMAND: ClassVar[str] = "learn"
     """The command of `pointsman` whose `--help` lists the fields."""

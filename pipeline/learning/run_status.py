@@ -35,7 +35,9 @@ EVERY = 2.0
 """Seconds between two writings."""
 
 SILENT = 120.0
-"""Seconds without a sign of life after which a run on another machine counts as killed."""
+"""Seconds without a sign of life, by the clocks of both, after which a run on another machine is called so: it may have been
+killed, or one of the clocks is wrong.
+"""
 
 
 @dataclass(frozen=True)
@@ -45,7 +47,9 @@ class RunStatus:
     name: str
     folder: str
     state: str
-    """running, finished, failed, stopped (by a signal) or killed; unfinished where an earlier release has not said."""
+    """running, finished, failed, stopped (by a signal) or killed; silent on another machine that has given no sign of life for a
+    while; unfinished where an earlier release has not said.
+    """
     job: str
     """Kind of work: learn, compare, add, sweep, ..."""
     progress: str
@@ -183,13 +187,17 @@ def status_of(folder: Path) -> RunStatus | None:
     noted, summary = _read(folder / FILE), _read(folder / SUMMARY)
     state = noted.get("state") or ("finished" if (folder / SUMMARY).exists() else "unfinished")
     holder = is_held(folder / LOCK)
-    if holder is None and state == "running" and noted.get("host") != socket.gethostname():
-        holder = _seconds_since(noted.get("updated")) < SILENT  # its lock may not be seen from here
     if holder:
         state = "running"
+    elif state == "running" and holder is None:  # its lock is not seen from here
+        state = "running" if abs(_seconds_since(noted.get("updated"))) < SILENT else "silent"
     elif state == "running":
         state = "killed"
-    where = f"{noted.get('host')}, process {noted.get('process')}" if state == "running" else _look_at(folder, state)
+    where = f"{noted.get('host')}, process {noted.get('process')}"
+    if state == "silent":
+        where += ": killed, unless its clock is wrong"
+    elif state != "running":
+        where = _look_at(folder, state)
     return RunStatus(
         name=folder.name,
         folder=str(folder),

@@ -17,9 +17,11 @@ def test_a_folder_travels_without_environments_and_what_is_hidden(tmp_path: Path
     for place in ("rows/a.jsonl", "rows/.git/large", "rows/env/pyvenv.cfg", "rows/env/lib/x.py", "rows/mlruns/0/meta"):
         (tmp_path / place).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / place).write_text("text")
+    (tmp_path / "rows" / "back").symlink_to(tmp_path)
+    (tmp_path / "rows" / "b.jsonl").symlink_to(tmp_path / "rows" / "a.jsonl")
     package = Package()
     package.add(tmp_path / "rows", "files/rows")
-    assert names_in(package, tmp_path / "package.zip") == {"files/rows/a.jsonl"}
+    assert names_in(package, tmp_path / "package.zip") == {"files/rows/a.jsonl", "files/rows/b.jsonl"}
 
 
 def test_the_code_travels_with_its_version(tmp_path: Path) -> None:

@@ -13,7 +13,8 @@ import requests
 
 from cluster.client import SubmitError, connected
 from cluster.local import ClusterError, connect
-from tests.cluster.conftest import PATIENCE, Head, free_port
+from jobs.benchmark.tools.ray_head import free_port
+from tests.cluster.conftest import PATIENCE, Head
 
 pytestmark = pytest.mark.ray
 
@@ -151,7 +152,7 @@ def test_the_environment_is_in_no_list_dashboard_or_log(head: Head) -> None:
         answer = requests.get(head.address + page, headers=headers(head), timeout=60)
         assert answer.status_code == 200, page
         assert "hunter2" not in answer.text, page
-    logs = [file for file in (head.home / "ray").rglob("*") if file.is_file() and "/logs/" in str(file)]
+    logs = [file for file in head.logs.rglob("*") if file.is_file() and "/logs/" in str(file)]
     assert logs
     assert not [file for file in logs if "hunter2" in file.read_text(errors="replace")]
 

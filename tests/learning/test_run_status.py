@@ -1,5 +1,6 @@
 import json
 import os
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
@@ -67,6 +68,24 @@ def test_a_killed_run_is_told_from_one_that_works(tmp_path: Path) -> None:
     elsewhere = status_of(folder)
     assert elsewhere is not None
     assert elsewhere.state == "running", "its file was written a moment ago"
+
+
+@pytest.mark.parametrize(("minutes", "state"), [(-1, "running"), (1, "running"), (-10, "silent"), (10, "silent")])
+def test_of_a_run_on_another_machine_its_own_clock_tells_no_more_than_it_can(
+    tmp_path: Path, minutes: int, state: str
+) -> None:
+    folder = tmp_path / "demo"
+    with file_lock(folder / LOCK):
+        status_file(folder)._write("running")
+        holder = json.loads((folder / LOCK).read_text())
+    (folder / LOCK).write_text(json.dumps(holder | {"host": "elsewhere"}))
+    noted = json.loads((folder / FILE).read_text())
+    said = datetime.now(UTC) + timedelta(minutes=minutes)
+    (folder / FILE).write_text(json.dumps(noted | {"host": "elsewhere", "updated": said.isoformat()}))
+    (status,) = runs_below(tmp_path)
+    assert status.state == state
+    assert status.where.startswith("elsewhere, process ")
+    assert ("killed, unless its clock is wrong" in status.where) == (state == "silent")
 
 
 def test_other_folders_are_no_runs(tmp_path: Path) -> None:

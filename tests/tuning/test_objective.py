@@ -17,7 +17,7 @@ def test_held_out_rows_take_the_place_of_evaluation_rows():
     assert Objective.read("accuracy").of({"accuracy": 0.9, "held_out": 0.7}) == 0.7
 
 
-@pytest.mark.parametrize("text", ["", "acuracy=1", "accuracy=x", "accuracy=0", "pareto=1"])
+@pytest.mark.parametrize("text", ["", "acuracy=1", "accuracy=x", "accuracy=0", "pareto=1", "cost=nan", "cost=1,cost=2"])
 def test_a_mistake_is_said(text):
     with pytest.raises(ConfigError, match=f"--objective {text}"):
         Objective.read(text)

@@ -9,7 +9,7 @@ from pipeline.config import ConfigError, LearnConfig
 from pipeline.config.loading import load_config
 from tests.tuning.test_space import DEMO, config
 from tuning.results import Trial
-from tuning.winner import write_configuration
+from tuning.winner import check_file, write_configuration
 
 POINT = {"expert.rank": 16, "expert.learning_rate": 1e-3, "router.shrinkage": 0.2}
 
@@ -38,7 +38,22 @@ def test_rows_that_were_held_out_are_held_out_again(tmp_path: Path) -> None:
     assert load_config(file, [], LearnConfig).stream == settings.stream
 
 
-def test_a_file_that_cannot_be_written_is_said(tmp_path: Path) -> None:
+def test_a_file_that_cannot_be_written_is_said_before_anything_starts(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
+    with pytest.raises(ConfigError, match=r"--apply .*: cannot be written: File exists"):
+        check_file(tmp_path / "file" / "x.yaml")
+    with pytest.raises(ConfigError, match=r"--apply .*: cannot be written: Is a directory"):
+        check_file(tmp_path)
     with pytest.raises(ConfigError, match=r"--apply .*: cannot be written"):
         write_configuration(tmp_path / "file" / "x.yaml", Trial(1, {}, {}, "done"), config=DEMO, settings=config())
+
+
+def test_it_replaces_an_earlier_winner_and_nothing_else(tmp_path: Path) -> None:
+    own = tmp_path / "own.yaml"
+    own.write_text("extends: demo.yaml\n")
+    with pytest.raises(ConfigError, match=r"--apply .*own.yaml: there is a file of that name that no sweep has written"):
+        check_file(own)
+    best = tmp_path / "new" / "best.yaml"
+    for _ in range(2):
+        check_file(best)
+        write_configuration(best, Trial(1, POINT, POINT, "done"), config=DEMO, settings=config())
