@@ -17,7 +17,7 @@ import tempfile
 import time
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -60,13 +60,15 @@ class LocalCluster:
     dashboard: str
     """Address for jobs (--address)."""
     nodes: tuple[LocalNode, ...]
-    """The head first."""
+    """Those that run, the head first."""
     pid: int
     """The process that holds all nodes."""
     created: float
     """When it was started, in seconds since 1970: process ids are used again."""
     folder: str
     """Its logs and sockets."""
+    lost: int = 0
+    """Number of nodes that have ended by themselves, or were killed."""
 
     @property
     def runs(self) -> bool:
@@ -227,7 +229,11 @@ def main(state: Path, folder: Path, nodes: Sequence[dict[str, Any]]) -> None:
             folder=str(folder),
         )
         write_json(state, asdict(cluster))
-        while head.remaining_processes_alive():
+        while (alive := [node.remaining_processes_alive() for node in started])[0]:
+            if alive.count(False) != cluster.lost:
+                left = tuple(LocalNode(**node) for node, runs in zip(nodes, alive, strict=True) if runs)
+                cluster = replace(cluster, nodes=left, lost=alive.count(False))
+                write_json(state, asdict(cluster))
             time.sleep(1)
     finally:
         for node in reversed(started):

@@ -2,7 +2,7 @@
 
 import json
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from time import monotonic
@@ -58,17 +58,17 @@ class Terminal:
         self.console.print(drawn)
 
     @contextmanager
-    def working(self, text: str) -> Iterator[None]:
-        """Shows that something without a known length is going on."""
+    def working(self, text: str) -> Iterator[Callable[[str], None]]:
+        """Shows that something goes on; yields what is told how far it is."""
         if not self.console.is_terminal:
             self.log(f"  {text} ...")
         with self._bars() as progress:
             if progress is None:
-                yield
+                yield lambda done: None
                 return
             shown = progress.add_task(text, total=None, detail="")
             try:
-                yield
+                yield lambda done: progress.update(shown, detail=done)
             finally:
                 progress.remove_task(shown)
 

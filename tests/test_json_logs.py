@@ -24,7 +24,9 @@ def test_lines_say_run_task_stage_and_rank_and_no_key(restored, capsys, monkeypa
     monkeypatch.setenv("POINTSMAN_LOG", "json")
     assert are_wanted()
     use_json_logs(run="demo", rank=1)
-    LoggedProgress().update([Step("first", "expert", 9, 9, 0.25), Step("first", RESTART, 1, 3, math.nan, "a node is gone")])
+    LoggedProgress().update(
+        [Step("first", "expert", 9, 9, 0.25), Step("first", RESTART, 1, 3, math.nan, "a node is gone")]
+    )
     logging.getLogger("pipeline.registry").warning("GET http://me:hunter2@mlflow:5000")
     first, restart, second = map(json.loads, capsys.readouterr().err.splitlines())
     assert first | {"run": "demo", "task": "first", "stage": "expert", "rank": 1, "step": 9, "loss": 0.25} == first

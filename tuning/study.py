@@ -102,9 +102,9 @@ def _study(session: StreamSession, study: Study, *, register: bool) -> StudyResu
             )
         return made
 
-    what = f"sweeping {task.name}: {study.search.trials} trials of {', '.join(study.space.names)}"
-    with progress.working(what):
-        result = sweep(session, study.space, study.search, runner, study.objective, folder)
+    with progress.working(f"sweeping {task.name} by {', '.join(study.space.names)}") as tell:
+        tell(f"0 of {study.search.trials} trials")
+        result = sweep(session, study.space, study.search, runner, study.objective, folder, tell)
     summary = session_provenance(session, started) | {
         "task": task.name,
         "search": {"algorithm": study.search.algorithm, "scheduler": study.search.scheduler},

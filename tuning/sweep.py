@@ -5,7 +5,6 @@ Stopped at any moment, the same sweep goes on.
 
 import logging
 import shutil
-import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from functools import partial
@@ -46,8 +45,9 @@ def sweep(
     runner: Callable[[Callable[[str, dict[str, Any]], None]], Runner],
     objective: Objective,
     folder: Path,
+    tell: Callable[[str], None] = lambda done: None,
 ) -> SweepResult:
-    """Tries the points of a space; `runner` makes who works them off, given how to report.
+    """Tries the points of a space; `runner` makes who works them off, given how to report; `tell` hears how far it is.
 
     What `folder` knows of an earlier call of the same sweep is not done again. A trial that fails is one result among others.
     """
@@ -59,7 +59,7 @@ def sweep(
     try:
         works.prepare()
         begin(partial(_serve, queue, works), name="serving trials")
-        with _watched(_Watch(session, works)):
+        with _watched(_Watch(session, works, lambda ended: tell(f"{ended} of {search.trials} trials"))):
             found = _fit(session, space, search, objective, works, folder)
     finally:
         works.close()
@@ -162,13 +162,13 @@ def _last_line(error: Any) -> str:
 class _Watch:
     """Says of every trial that ends what came out, and whose training nobody waits for any more."""
 
-    def __init__(self, session: StreamSession, works: Runner) -> None:
-        self._session, self._works = session, works
-        self._lock = threading.Lock()
+    def __init__(self, session: StreamSession, works: Runner, count: Callable[[int], None]) -> None:
+        self._session, self._works, self._count = session, works, count
 
-    def ended(self, trial: Any, *, failed: bool = False) -> None:
-        """Hears of a trial's end."""
+    def ended(self, trial: Any, trials: Sequence[Any], *, failed: bool = False) -> None:
+        """Hears of a trial's end; `trials` are all so far."""
         self._works.leave(trial.trial_id)
+        self._count(len({t.trial_id for t in trials if t.is_finished()} | {trial.trial_id}))
         values = ", ".join(f"{n} {shown(v)}" for n, v in self._works.point(trial.config).items())
         metrics: Mapping[str, Any] = trial.last_result or {}
         if failed:
@@ -207,9 +207,9 @@ class _Told(Callback):
     def on_trial_complete(self, iteration: int, trials: Sequence[Any], trial: Any, **info: Any) -> None:
         """Called by Tune, for trials that its scheduler stops too."""
         if _watch is not None:
-            _watch.ended(trial)
+            _watch.ended(trial, trials)
 
     def on_trial_error(self, iteration: int, trials: Sequence[Any], trial: Any, **info: Any) -> None:
         """Called by Tune when a trial is not started again."""
         if _watch is not None:
-            _watch.ended(trial, failed=True)
+            _watch.ended(trial, trials, failed=True)

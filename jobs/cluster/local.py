@@ -46,8 +46,9 @@ def down() -> None:
 
 def _show(cluster: "LocalCluster") -> None:
     cpus, gpus = (sum(getattr(node, name) for node in cluster.nodes) for name in ("cpus", "gpus"))
+    lost = f"; {cluster.lost} lost, which does not come back" if cluster.lost else ""
     typer.echo(
-        f"{len(cluster.nodes)} nodes with {cpus} CPUs and {gpus} made-up GPUs together, logs in {cluster.folder}"
+        f"{len(cluster.nodes)} nodes with {cpus} CPUs and {gpus} made-up GPUs together{lost}, logs in {cluster.folder}"
     )
     typer.echo(f"  pointsman doctor CONFIG --address {cluster.dashboard}   # or learn, add, predict, ...: a job on it")
     typer.echo(f"  RAY_ADDRESS={cluster.address} pointsman learn CONFIG   # this process as the driver")

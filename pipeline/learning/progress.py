@@ -1,7 +1,7 @@
 """What a session reports while it works: a protocol, so that learning needs no terminal."""
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import Protocol
 
@@ -27,8 +27,8 @@ class Progress(Protocol):
     def show(self, drawn: object) -> None:
         """Shows a table of rich's, or another object that it can print."""
 
-    def working(self, text: str) -> AbstractContextManager[None]:
-        """Shows that something without a known length goes on."""
+    def working(self, text: str) -> AbstractContextManager[Callable[[str], None]]:
+        """Shows that something goes on; yields what is told how far it is, in words."""
 
     def training(self, task: str) -> AbstractContextManager[StageProgress]:
         """Shows the stages of one task."""
@@ -48,10 +48,10 @@ class LoggedProgress:
         """Tables are for terminals: their figures are in the summary."""
 
     @contextmanager
-    def working(self, text: str) -> Iterator[None]:
+    def working(self, text: str) -> Iterator[Callable[[str], None]]:
         """Logs that something begins."""
         self.log(text)
-        yield
+        yield lambda text: None
 
     @contextmanager
     def training(self, task: str) -> Iterator["LoggedProgress"]:

@@ -7,7 +7,7 @@ import json
 import os
 import socket
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
@@ -100,7 +100,8 @@ class StatusFile:
             elif isinstance(error, KeyboardInterrupt):
                 self._write("stopped")
             else:
-                self._write("failed", next(iter(str(error).splitlines()), "") or type(error).__name__)
+                text = next(iter(str(error).splitlines()), "")
+                self._write("failed", text if text and isinstance(error, Exception) else repr(error))
 
     @contextmanager
     def doing(self, text: str) -> Iterator[int]:
@@ -146,10 +147,15 @@ class RecordedProgress:
         self.log, self.show = shown.log, shown.show
 
     @contextmanager
-    def working(self, text: str) -> Iterator[None]:
-        """Shows that something without a known length goes on."""
-        with self._shown.working(text), self._file.doing(text):
-            yield
+    def working(self, text: str) -> Iterator[Callable[[str], None]]:
+        """Shows that something goes on; yields what is told how far it is."""
+        with self._shown.working(text) as show, self._file.doing(text) as key:
+
+            def tell(done: str) -> None:
+                show(done)
+                self._file.update(key, f"{text}: {done}")
+
+            yield tell
 
     @contextmanager
     def training(self, task: str) -> Iterator["_RecordedStage"]:

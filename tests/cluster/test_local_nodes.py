@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -209,11 +210,24 @@ def test_a_node_of_another_release_is_named(cluster: LocalCluster) -> None:
             process.wait(30)
 
 
+def test_a_node_that_was_killed_is_counted_out(cluster: LocalCluster, state: Path) -> None:
+    assert cluster.process is not None
+    raylets = [child for child in cluster.process.children() if child.name() == "raylet"]
+    max(raylets, key=lambda raylet: raylet.create_time()).kill()
+    deadline = time.monotonic() + 20
+    while (now := running(state)) == cluster and time.monotonic() < deadline:
+        time.sleep(0.2)
+    assert now is not None
+    assert (now.nodes, now.lost) == (cluster.nodes[:2], 1)
+
+
 def test_it_ends_with_all_that_it_has_started(cluster: LocalCluster, state: Path) -> None:
     assert cluster.process is not None
     family = [cluster.process, *cluster.process.children(recursive=True)]
     ray.shutdown()
-    assert stop(state) == cluster
+    ended = stop(state)
+    assert ended is not None
+    assert ended.pid == cluster.pid
     assert stop(state) is None
     assert running(state) is None
     assert not psutil.wait_procs(family, timeout=20)[1]

@@ -27,6 +27,12 @@ def test_a_run_says_what_it_does_and_how_it_ended(tmp_path: Path) -> None:
             assert (status.state, status.job) == ("running", "learn")
             assert status.progress == "task 2/2, second: expert stage 7/20, loss 0.500"
             assert f"process {os.getpid()}" in status.where
+        with progress.working("sweeping second") as tell:
+            tell("3 of 20 trials")
+            file._write("running")
+            status = status_of(folder)
+            assert status is not None
+            assert status.progress == "sweeping second: 3 of 20 trials"
     (status,) = runs_below(tmp_path)
     assert (status.state, status.progress, status.tasks) == ("finished", "", 2)
 
@@ -35,6 +41,7 @@ def test_a_run_says_what_it_does_and_how_it_ended(tmp_path: Path) -> None:
     ("error", "state", "progress"),
     [
         (KeyboardInterrupt(), "stopped", "reading"),
+        (SystemExit(1), "failed", "SystemExit(1)"),  # output that nobody reads any more ends a process so
         (ValueError("base.path: gone, token=x\nmore"), "failed", "base.path: gone, token=***"),
     ],
 )

@@ -51,7 +51,9 @@ def test_a_file_that_cannot_be_written_is_said_before_anything_starts(tmp_path: 
 def test_it_replaces_an_earlier_winner_and_nothing_else(tmp_path: Path) -> None:
     own = tmp_path / "own.yaml"
     own.write_text("extends: demo.yaml\n")
-    with pytest.raises(ConfigError, match=r"--apply .*own.yaml: there is a file of that name that no sweep has written"):
+    with pytest.raises(
+        ConfigError, match=r"--apply .*own.yaml: there is a file of that name that no sweep has written"
+    ):
         check_file(own)
     best = tmp_path / "new" / "best.yaml"
     for _ in range(2):
