@@ -54,6 +54,13 @@ class JobFiles:
                 self._images_of(each)
         return _place(path) if found else path
 
+    def text(self, file: Path, folder: str) -> str:
+        """Packs a small file of settings, wherever it lies, into `folder`; returns its name in the job."""
+        content = file.read_text()
+        self.settings.append(content)
+        self.package.write(f"{folder}/{file.name}", content.encode())
+        return f"{folder}/{file.name}"
+
     def _images_of(self, rows: Path) -> None:
         for name in sorted(set(_IMAGE.findall(rows.read_text(errors="replace")))):
             image = rows.parent / name

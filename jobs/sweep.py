@@ -105,11 +105,9 @@ def main(
                     "--apply writes a file here, and the sweep runs elsewhere: leave out one of --apply and --address"
                 )
             files = JobFiles()
-            if space is not None:
-                files.settings.append(space.read_text())
             options: dict[str, Any] = {
                 "--task": task,
-                "--space": files.path(str(space)) if space else None,
+                "--space": files.text(space, "space") if space else None,
                 "--search": search,
             }
             options |= {
@@ -174,7 +172,7 @@ def _show(terminal: "Terminal", settings: LearnConfig, found: "StudyResult") -> 
     header = ["", *(name.removeprefix("expert.") for name in found.summary["trials"][0]["values"])]
     rows = []
     for trial in result.trials:
-        cells = [shown(value) for value in trial.values.values()]
+        cells = [shown(value) if name in trial.point else "" for name, value in trial.values.items()]
         if trial.status == "done":
             front = "pareto" if trial.number in found.summary["pareto"] else ""
             row = ["best" if trial is result.best else front, *cells]

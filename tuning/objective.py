@@ -70,6 +70,14 @@ class Objective:
         """As `read` reads it."""
         return PARETO if self.pareto else ",".join(f"{name}={weight:g}" for name, weight in self.weights.items())
 
+    def check(self, measured: Sequence[str]) -> None:
+        """Raises ConfigError where trials, which have the metrics `measured`, would all be equal."""
+        if not any(weight and name in measured for name, weight in self.weights.items()):
+            raise ConfigError(
+                f"--objective {self.text}: trials have none of it: without a learned pool there are no other tasks, without "
+                f"stream.benchmarks no abilities; weigh some of {', '.join(measured)}"
+            )
+
     def of(self, metrics: Mapping[str, Any]) -> float:
         """Returns the objective of a trial."""
         there = {n: w for n, w in self.weights.items() if value(metrics, n) is not None}

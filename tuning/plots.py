@@ -6,6 +6,7 @@ out.
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from textwrap import fill
 from typing import Any
 
 from matplotlib.axes import Axes
@@ -19,6 +20,12 @@ from tuning.results import SHOWN, WORDS, shown
 COLUMNS = 3
 """Panels in a row."""
 
+WRAPPED = 14
+"""Characters of a line where names stand side by side."""
+
+BEHIND = {"boxstyle": "square,pad=0.15", "facecolor": "white", "edgecolor": "none", "alpha": 0.8}
+"""What keeps lines off a label."""
+
 
 def parallel_coordinates(summary: Mapping[str, Any]) -> Figure:
     """A line per evaluated trial through its values and metrics; the darker the better, the best in orange."""
@@ -28,10 +35,11 @@ def parallel_coordinates(summary: Mapping[str, Any]) -> Figure:
         name for name in SHOWN if name != "objective" and all(t["metrics"].get(name) is not None for t in trials)
     ]
     metrics.append("objective")
-    figure = Figure(figsize=(12, 5), layout="constrained")
-    axes = figure.subplots()
     scales = [_Scale([t["values"][name] for t in trials]) for name in fields]
     scales += [_Scale([t["metrics"][name] for t in trials]) for name in metrics]
+    names = [_short(name) for name in fields] + [WORDS[name] for name in metrics]
+    figure = Figure(figsize=(max(12, 1.5 * len(names)), 5.4), layout="constrained")
+    axes = figure.subplots()
     low, high = _ends([t["metrics"]["objective"] for t in trials])
     for trial in reversed(trials):  # the best on top
         values = [*(trial["values"][name] for name in fields), *(trial["metrics"][name] for name in metrics)]
@@ -42,9 +50,8 @@ def parallel_coordinates(summary: Mapping[str, Any]) -> Figure:
     for x, scale in enumerate(scales):
         axes.axvline(x, color=LINE, linewidth=1, zorder=0)
         for place, label in scale.ticks():
-            axes.text(x + 0.03, place, label, fontsize=9.5, color=MUTED, va="center")
-    names = [_short(name) for name in fields] + [WORDS[name] for name in metrics]
-    axes.set_xticks(range(len(names)), names, fontsize=11)
+            axes.text(x + 0.03, place, fill(label, WRAPPED), fontsize=9.5, color=INK, va="center", bbox=BEHIND)
+    axes.set_xticks(range(len(names)), [fill(name, WRAPPED, break_long_words=False) for name in names], fontsize=11)
     axes.set_xlim(-0.1, len(names) - 0.7)
     axes.set_ylim(-0.05, 1.05)
     axes.yaxis.set_major_locator(NullLocator())
@@ -54,20 +61,20 @@ def parallel_coordinates(summary: Mapping[str, Any]) -> Figure:
 
 
 def by_field(summary: Mapping[str, Any]) -> Figure:
-    """A panel per field with several values: objective of every trial, and the mean of each value of a list."""
+    """A panel per field with several values: objective of every trial that tries it, and the mean of each value of a list."""
     trials = _done(summary)
-    fields = [name for name in trials[0]["values"] if len({repr(t["values"][name]) for t in trials}) > 1]
+    fields = [name for name in trials[0]["values"] if _differs(summary, name)]
     rows = -(-len(fields) // COLUMNS)
     figure = Figure(figsize=(12, 3.4 * rows), layout="constrained")
     panels = figure.subplots(rows, COLUMNS, squeeze=False).ravel()
     for axes, name in zip(panels, fields, strict=False):
-        points = [(t["values"][name], t["metrics"]["objective"]) for t in trials]
+        points = [(t["values"][name], t["metrics"]["objective"]) for t in trials if name in t["point"]]
         at = _axis(axes, [value for value, _ in points])
         axes.scatter([at(value) for value, _ in points], [y for _, y in points], color=TASKS, alpha=0.65, s=34)
         means: dict[Any, list[float]] = {}
         for value, objective in points:
             means.setdefault(value, []).append(objective)
-        if len(means) < len(points):
+        if 2 * len(means) <= len(points):  # else they are drawn from a range, and a line through them says nothing
             line = sorted((at(value), sum(of) / len(of)) for value, of in means.items())
             axes.plot(*zip(*line, strict=True), color=ABILITIES, linewidth=2)
         axes.set_title(_short(name), loc="left", fontsize=12, color=INK)
@@ -97,7 +104,8 @@ def rank_and_cost(summary: Mapping[str, Any]) -> Figure:
 
 def temperature_curves(summary: Mapping[str, Any]) -> Figure:
     """Accuracy on the task, on the others and on the base abilities by router temperature, a line per training."""
-    trials = sorted(_done(summary), key=lambda t: t["values"]["router.temperature"])
+    tried = [t for t in _done(summary) if "router.temperature" in t["point"]]
+    trials = sorted(tried, key=lambda t: t["values"]["router.temperature"])
     metrics = [n for n in ("accuracy", "others", "abilities") if all(t["metrics"].get(n) is not None for t in trials)]
     experts = list(dict.fromkeys(t["metrics"]["expert"] for t in sorted(trials, key=lambda t: t["number"])))
     figure = Figure(figsize=(12, 3.9), layout="constrained")
@@ -136,7 +144,7 @@ def pareto(summary: Mapping[str, Any]) -> Figure:
 
 
 def _differs(summary: Mapping[str, Any], name: str) -> bool:
-    return len({repr(t["values"].get(name)) for t in _done(summary)}) > 1
+    return len({repr(t["point"][name]) for t in _done(summary) if name in t["point"]}) > 1
 
 
 Drawing = tuple[str, str, Callable[[Mapping[str, Any]], Figure], Callable[[Mapping[str, Any]], bool]]
@@ -204,6 +212,10 @@ def _is_logarithmic(values: Sequence[float]) -> bool:
     return min(values) > 0 and max(values) / min(values) >= 8
 
 
+APART = 0.18
+"""Least distance between two labels of an upright axis, as a share of it."""
+
+
 class _Scale:
     """One upright axis: where on it, from 0 to 1, a value stands."""
 
@@ -222,16 +234,20 @@ class _Scale:
         return (self._number(value) - self._low) / (self._high - self._low)
 
     def ticks(self) -> list[tuple[float, str]]:
-        """Returns place and label of the values, of many only the ends."""
-        values = self._values if len(self._values) <= 6 else [self._values[0], self._values[-1]]
-        return [(self.place(value), shown(value)) for value in values]
+        """Returns place and label of values that stand apart from each other, both ends among them."""
+        lowest, *between, highest = self._values if len(self._values) > 1 else self._values * 2
+        chosen = [lowest]
+        for value in between:
+            if min(self.place(value) - self.place(chosen[-1]), self.place(highest) - self.place(value)) >= APART:
+                chosen.append(value)
+        return [(self.place(value), shown(value)) for value in dict.fromkeys([*chosen, highest])]
 
 
 def _axis(axes: Axes, values: Sequence[Any]) -> Callable[[Any], float]:
     """Prepares the x axis for a field's values; returns where a value stands."""
     if not all(map(_is_number, values)):
         names = list(dict.fromkeys(map(str, values)))
-        axes.set_xticks(range(len(names)), names)
+        axes.set_xticks(range(len(names)), [fill(shown(name), WRAPPED) for name in names])
         axes.set_xlim(-0.5, len(names) - 0.5)
         return lambda value: float(names.index(str(value)))
     if _is_logarithmic(values):

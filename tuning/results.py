@@ -118,6 +118,11 @@ def ranked(trials: Sequence[Trial]) -> list[Trial]:
     return sorted(trials, key=key)
 
 
+LONGEST = 24
+"""Characters of a text that are shown; a longer one keeps its ends."""
+
+
 def shown(value: Any) -> str:
     """Writes a value short."""
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
+    text = f"{value:.4g}" if isinstance(value, float) else str(value)
+    return text if len(text) <= LONGEST else f"{text[: LONGEST // 2 - 2]}…{text[1 - LONGEST // 2 :]}"

@@ -100,6 +100,7 @@ def _study(session: StreamSession, study: Study, *, register: bool) -> StudyResu
                 "there is no learned pool with other tasks: the expert is evaluated alone; run `pointsman learn` first to "
                 "sweep inside its pool"
             )
+        study.objective.check(made.measured)
         return made
 
     with progress.working(f"sweeping {task.name} by {', '.join(study.space.names)}") as tell:
@@ -150,10 +151,10 @@ def _check(session: StreamSession, study: Study) -> None:
 def _selected_on(task: TaskConfig) -> str:
     if task.validation:
         return (
-            f"Trials are compared by their accuracy on the held-out rows of {task.name} (`validation`); its evaluation rows have "
-            "no part in the choice. Other tasks and base abilities are measured on their evaluation rows."
+            f"Trials are compared by their accuracy on the held-out rows of {task.name} (`validation`); its evaluation rows "
+            "have no part in the choice. Other tasks and base abilities are measured on their evaluation rows."
         )
     return (
-        f"{task.name} holds no rows out, so trials are compared on its evaluation rows, and the best looks better there than it "
-        "is; `validation` (--validation 0.1) holds rows out for the choice."
+        f"{task.name} holds no rows out, so trials are compared on its evaluation rows, and the best looks better there than "
+        "it is; `validation` (--validation 0.1) holds rows out for the choice."
     )

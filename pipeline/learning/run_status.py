@@ -47,8 +47,8 @@ class RunStatus:
     name: str
     folder: str
     state: str
-    """running, finished, failed, stopped (by a signal) or killed; silent on another machine that has given no sign of life for a
-    while; unfinished where an earlier release has not said.
+    """running, finished, failed, stopped (by a signal) or killed; silent, on another machine and not heard of for a while;
+    unfinished where an earlier release has not said.
     """
     job: str
     """Kind of work: learn, compare, add, sweep, ..."""

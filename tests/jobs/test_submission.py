@@ -54,6 +54,14 @@ def test_a_configuration_travels_as_one_file_with_the_files_it_names(folder: Pat
     assert set(files.package.sizes) == {"stream.yaml"} | rows
 
 
+def test_a_space_travels_wherever_it_lies(folder: Path) -> None:
+    files = JobFiles()
+    (folder.parent / "space.yaml").write_text("expert.rank: [4, 8]\n")
+    assert files.text(folder.parent / "space.yaml", "space") == "space/space.yaml"
+    assert files.package._written["space/space.yaml"][0] == b"expert.rank: [4, 8]\n"
+    assert files.settings == ["expert.rank: [4, 8]\n"], "another space is another job"
+
+
 def test_names_that_are_no_files_here_stay(folder: Path) -> None:
     files = JobFiles()
     for name in ("OpenGVLab/InternVL2-2B", "tiny", "s3://bucket/rows", "/mnt/rows", "~/rows", "demo://digits/train"):

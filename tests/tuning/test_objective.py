@@ -23,6 +23,14 @@ def test_a_mistake_is_said(text):
         Objective.read(text)
 
 
+def test_an_objective_that_no_trial_has_is_said():
+    with pytest.raises(
+        ConfigError, match="--objective others=1: trials have none of it.* weigh some of accuracy, cost"
+    ):
+        Objective.read("others").check(["accuracy", "cost"])
+    Objective.read("others=1,cost=-1").check(["accuracy", "cost"])
+
+
 def test_a_default_minds_what_others_lose():
     default = Objective.read("pareto")
     assert default.pareto

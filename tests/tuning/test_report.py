@@ -3,12 +3,14 @@
 import base64
 import io
 import re
+from itertools import pairwise
 
 from PIL import Image
 
 from tests.tuning.made_up import result, summary
-from tuning.plots import PLOTS
+from tuning.plots import APART, PLOTS, _Scale
 from tuning.report import write_report
+from tuning.results import LONGEST, shown
 
 
 def test_the_best_comes_first_and_a_failed_trial_is_one_row_among_others():
@@ -49,3 +51,25 @@ def test_what_a_sweep_has_not_is_left_out(tmp_path):
     for name in ("others", "abilities"):
         del one["trials"][0]["metrics"][name]
     assert "data:image" not in write_report(one, tmp_path).read_text()
+
+
+def test_a_field_that_a_router_does_not_read_is_no_value_of_its_trial(tmp_path):
+    other = summary()
+    for trial in other["trials"]:
+        trial["values"] = trial["values"] | {"router.kind": "two_level"}
+        trial["point"] = trial["point"] | {"router.kind": "two_level"}
+    first = other["trials"][0]
+    first["point"] = {"expert.rank": 16, "router.kind": "prompt"}
+    page = write_report(other, tmp_path).read_text()
+    row = page[page.index('<tr class="ours">') :].partition("</tr>")[0]
+    assert re.findall(r'<td class="n">([^<]*)</td>', row)[:3] == ["16", "—", "prompt"]
+
+
+def test_labels_of_an_axis_stand_apart_and_long_texts_are_short():
+    places = [place for place, _ in _Scale([1 + i / 100 for i in range(60)] + [2.0]).ticks()]
+    assert (places[0], places[-1]) == (0.0, 1.0)
+    assert all(b - a >= APART for a, b in pairwise(places))
+    assert _Scale([8]).ticks() == [(0.5, "8")]
+    modules = r".*language_model.*\.(q_proj|k_proj|v_proj|o_proj)"
+    assert shown(modules) == ".*language…roj|o_proj)"
+    assert len(shown("x" * 500)) <= LONGEST
