@@ -20,6 +20,7 @@ import yaml
 
 from cluster.environment import FILE, to_bytes, travelling
 from cluster.package import MIB, Package, bytes_of
+from jobs.row_images import images_beside
 from jobs.submit_options import submit_options
 from pipeline.config import Config, ConfigError, digest, holds_secrets, read_values, with_paths, without_secrets
 from pipeline.config.loading import field_path
@@ -28,11 +29,6 @@ from pipeline.provenance import COMMIT, git_commit
 
 DIRECTORY = "files"
 """Folder of the package that holds what was named by relative paths."""
-
-TEXTS = {".json", ".jsonl", ".tsv", ".csv"}
-"""Files of rows that may name images beside them."""
-
-_IMAGE = re.compile(r"[^\s\"',;|]+\.(?:png|jpe?g|webp|gif|bmp|tiff?)", re.IGNORECASE)
 
 
 class JobFiles:
@@ -50,8 +46,8 @@ class JobFiles:
         found = [Path(path)] if Path(path).exists() else sorted(Path().glob(path))
         for each in found:
             self.package.add(each, _place(str(each)))
-            if each.is_file() and each.suffix in TEXTS and each.stat().st_size <= self.limit:
-                self._images_of(each)
+            for image in images_beside(each) if each.is_file() and each.stat().st_size <= self.limit else ():
+                self.package.add(image, _place(str(image)))
         return _place(path) if found else path
 
     def text(self, file: Path, folder: str) -> str:
@@ -60,12 +56,6 @@ class JobFiles:
         self.settings.append(content)
         self.package.write(f"{folder}/{file.name}", content.encode())
         return f"{folder}/{file.name}"
-
-    def _images_of(self, rows: Path) -> None:
-        for name in sorted(set(_IMAGE.findall(rows.read_text(errors="replace")))):
-            image = rows.parent / name
-            if not Path(name).is_absolute() and image.is_file():
-                self.package.add(image, _place(str(image)))
 
     def config(self, file: Path, overrides: Sequence[str], config_class: type[Config]) -> str:
         """Packs a configuration with what it extends, overrides and files; returns its name in the job."""
