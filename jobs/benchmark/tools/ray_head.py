@@ -58,7 +58,7 @@ def ray_head(cpus: int | None = None, environment: Mapping[str, str] = MappingPr
     ]
     log = folder / "head.log"
     with log.open("w") as printed:
-        head = subprocess.Popen(command, env=own | environment, stdout=printed, stderr=subprocess.STDOUT)
+        head = subprocess.Popen(command, env={**own, **environment}, stdout=printed, stderr=subprocess.STDOUT)
     try:
         deadline = time.monotonic() + PATIENCE
         while "Ray runtime started" not in log.read_text():
