@@ -200,7 +200,7 @@ def main(state: Path, folder: Path, nodes: Sequence[dict[str, Any]]) -> None:
     ensure_token_if_auth_enabled(None, create_token_if_missing=True)
     started: list[Any] = []
     try:
-        for node in nodes:
+        for number, node in enumerate(nodes):
             settings = RayParams(
                 num_cpus=node["cpus"],
                 num_gpus=node["gpus"],
@@ -209,6 +209,8 @@ def main(state: Path, folder: Path, nodes: Sequence[dict[str, Any]]) -> None:
                 object_store_memory=STORE_BYTES,
                 node_ip_address=LOOPBACK[0],
                 temp_dir=str(folder / "ray"),
+                # A node that unpacks a job's package begins by removing the folder: not that of the others, who read there.
+                runtime_env_dir_name=f"runtime_resources-{number}",
                 min_worker_port=0,
                 max_worker_port=0,
                 include_log_monitor=False,

@@ -81,6 +81,11 @@ def test_its_nodes_have_what_they_pretend(cluster: LocalCluster) -> None:
     assert sum(Worker(1, 1, None, {"zone": "!a"}).slots(node) for node in supply.alive) == 1
 
 
+def test_each_node_unpacks_jobs_into_a_folder_of_its_own(cluster: LocalCluster) -> None:
+    folders = {folder.name for folder in Path(cluster.folder).glob("ray/session_latest/runtime_resources*")}
+    assert folders == {f"runtime_resources-{number}" for number in range(3)}
+
+
 def test_equal_nodes_with_one_folder_have_nothing_to_complain_of(cluster: LocalCluster, tmp_path: Path) -> None:
     base = tmp_path / "base"
     base.mkdir()
