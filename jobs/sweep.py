@@ -41,7 +41,7 @@ Fields = Annotated[
     typer.Option(
         "--set",
         help="Field to try and its values; may be repeated: expert.rank=4,8,16, router.temperature=loguniform:0.05:5, "
-        "expert.steps=randint:100:400 (below 400).",
+        "expert.steps=randint:100:400 (below 400); also uniform, lograndint, choice and grid.",
         metavar="FIELD=VALUES",
     ),
 ]
@@ -53,7 +53,8 @@ Trials = Annotated[int | None, typer.Option(help="Number of points that a random
 Scheduler = Annotated[
     str,
     typer.Option(
-        help="asha stops trainings early that are worse on held-out rows (`validation`) than others; or none."
+        help="asha stops trainings early whose accuracy on held-out rows (`validation`) is worse than that of others at the "
+        "same validation (expert.validate_every); or none."
     ),
 ]
 ObjectiveText = Annotated[

@@ -230,6 +230,7 @@ def _variables(resource: dict[str, Any]) -> list[dict[str, Any]]:
 def test_images_hold_neither_history_nor_environments_nor_results() -> None:
     patterns = (ROOT / ".dockerignore").read_text().split()
     assert {".git", "**/.venv", "**/runs", "**/mlruns"} <= set(patterns)
+    assert {"**/.env", "**/.env.*"} <= set(patterns) & set(AWS["rsync_exclude"]), "what --env reads holds secrets"
     needed = ["pyproject.toml", "README.md", *(f"{p}/x.py" for p in ("pipeline", "jobs", "cluster", "tuning"))]
     assert not [path for path in needed for pattern in patterns if fnmatchcase(path, pattern.removeprefix("**/"))]
     assert "ENV POINTSMAN_COMMIT=$COMMIT" in DOCKERFILE
