@@ -104,7 +104,7 @@ def _study(session: StreamSession, study: Study, *, register: bool) -> StudyResu
         return made
 
     with progress.working(f"sweeping {task.name} by {', '.join(study.space.names)}") as tell:
-        tell(f"0 of {study.search.trials} trials")
+        tell(f"{study.search.trials} trials")
         result = sweep(session, study.space, study.search, runner, study.objective, folder, tell)
     summary = session_provenance(session, started) | {
         "task": task.name,
