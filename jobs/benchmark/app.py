@@ -2,6 +2,7 @@
 
 python -m jobs.benchmark training jobs/configs/demo.yaml    a stage of training against a plain loop
 python -m jobs.benchmark plan                                   planned memory against measured
+python -m jobs.benchmark routers                                the prompt router among ten thousand experts
 python -m jobs.benchmark routers jobs/configs/demo.yaml     how well routers choose, among fifty experts too
 python -m jobs.benchmark routing                                routers against PEFT's ways to have several experts
 python -m jobs.benchmark data                                   preprocessing against datasets.map, memory, bad rows
@@ -28,7 +29,9 @@ BENCHMARKS = {
     "training": _computing("jobs.benchmark.training_speed:training", "The expert stage against a plain loop."),
     "plan": _computing("jobs.benchmark.memory_estimate:plan", "How well a plan predicts memory."),
     "routing": _computing("jobs.benchmark.routing_cost:routing", "Routing overhead against PEFT."),
-    "routers": _computing("jobs.benchmark.routing_accuracy:routers", "Routing accuracy, also among fifty experts."),
+    "routers": _computing(
+        "jobs.benchmark.routing_accuracy:routers", "Routing accuracy; the prompt router alone, to ten thousand experts."
+    ),
     "data": _computing("jobs.benchmark.data_throughput:data", "Preprocessing beside datasets.map, memory, bad rows."),
     "families": _computing("jobs.benchmark.families:families", "Every family: learned, registered, reloaded."),
     "gpu": _computing("jobs.benchmark.gpu:gpu", "One GPU: memory of every moment against the plan, speed."),

@@ -1,5 +1,6 @@
 """Measures how well routers choose: on the stream that was learned, and in a pool of many synthetic experts.
 
+    python -m jobs.benchmark routers                            the prompt router alone (`router_scale`)
     python -m jobs.benchmark routers jobs/configs/demo.yaml
 
 - The stream's pool (learned first, where it is not yet), answered by the bare base, by oracle routing,
@@ -9,6 +10,7 @@
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from statistics import fmean
 from tempfile import TemporaryDirectory
 from time import monotonic
@@ -17,9 +19,10 @@ from typing import Annotated, Any
 import torch
 import typer
 
+from jobs.benchmark.router_scale import router_alone
 from jobs.benchmark.tools.plain_loop import plain_steps, shuffled_batches
 from jobs.endings import user_errors
-from jobs.options import ConfigFile, Overrides, load
+from jobs.options import Overrides, load
 from jobs.pretrain_tiny import encode_examples
 from jobs.terminal import Terminal, table
 from pipeline.config import LearnConfig, digest
@@ -48,9 +51,18 @@ STEPS, RATE, TRAIN_ROWS, PROMPTS = 120, 4e-3, 600, 50
 Many = Annotated[int, typer.Option(help="Synthetic experts in one pool; 0 leaves them out.", min=0, max=1000)]
 
 
-def routers(config: ConfigFile, overrides: Overrides = None, many: Many = 50) -> None:
-    """Routing accuracy: on the learned stream, without base prompts, and among many synthetic experts."""
+Config = Annotated[Path | None, typer.Argument(help="YAML file of a stream, e.g. jobs/configs/demo.yaml.")]
+Output = Annotated[Path, typer.Option(help="Folder for the summary, where no CONFIG names one.")]
+
+
+def routers(
+    config: Config = None, overrides: Overrides = None, many: Many = 50, output: Output = Path("runs/benchmark-routers")
+) -> None:
+    """Without CONFIG: the prompt router alone, among 10 to 10,000 synthetic experts. With it: routing accuracy there."""
     with user_errors():
+        if config is None:
+            router_alone(output, Terminal())
+            return
         settings = load(config, overrides)
         with open_session(settings, job="benchmark routers", progress=Terminal()) as session:
             started = now()

@@ -23,9 +23,9 @@ AT_ONCE = 32768
 """Prompts per batch of a router, which bounds its memory. Large, since each batch factorises every covariance."""
 
 
-def routers_of(pool: Pool | None) -> Routers | None:
-    """Returns the routers of a pool; None if the base answers everything."""
-    return Routers(pool) if pool is not None and pool.experts else None
+def routers_of(pool: Pool | None, before: Routers | None = None) -> Routers | None:
+    """Returns the routers of a pool, made of another's if given (see `Routers`); None if the base answers everything."""
+    return Routers(pool, before) if pool is not None and pool.experts else None
 
 
 def choices(

@@ -34,6 +34,7 @@ from pipeline.evaluation.prompts import EvalTask, PromptTable
 from pipeline.evaluation.reading import PromptTables, compute_image_embeds, name_of
 from pipeline.evaluation.results import Evaluation, TaskResult, scored
 from pipeline.registry.evaluated_prompts import EvaluatedPrompts
+from pipeline.routing.call import Routers
 from pipeline.routing.pool import Pool
 from pipeline.routing.routes import MIXED
 
@@ -66,6 +67,8 @@ class Evaluator:
         self.generated = 0
         """Number of answers that this object has generated."""
         self._make_room = make_room
+        self._routers: Routers | None = None
+        """Those of the last pool, of which the next one's are made: a task's evaluation then costs what its own expert does."""
         self._results: dict[tuple[str, str], tuple[Any, TaskResult]] = {}
 
     def actors(self) -> PredictorActors:
@@ -92,7 +95,8 @@ class Evaluator:
         A `pool` of None is the bare base. `key` and `folder` are the pool's name and folder, for routers that mix; `samples`
         predictions per task are kept. `actors` are used if given; otherwise new ones are started as needed.
         """
-        authors, routers = Authors(pool, key, folder), routers_of(pool)
+        authors, routers = Authors(pool, key, folder), routers_of(pool, self._routers)
+        self._routers = routers or self._routers
         width = (pool.width if pool is not None else None) or self.width
         with nullcontext(actors) if actors is not None else self.actors() as predictors:
             tables = self.tables.of(tasks, width, predictors)
@@ -101,6 +105,8 @@ class Evaluator:
             self._generate(tasks, tables, chosen, authors, predictors)
         shown = torch.cat([features_NF[:samples] for features_NF in features])
         why = iter(reasons(routers, mode, shown) if samples else ())
+        if routers is not None and routers.known_prompts is not None:
+            routers.known_prompts.release()
         results = {}
         for task, table, choice in zip(tasks, tables, chosen, strict=True):
             own = authors.own_of(task.name) if mode == "routed" else None

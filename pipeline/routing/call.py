@@ -12,7 +12,9 @@ from torch import Tensor
 
 from pipeline.routing.pool import Pool
 from pipeline.routing.prompt_router import PromptRouter
+from pipeline.routing.router_cache import pool_statistics
 from pipeline.routing.routes import BaseOnly, PromptRoute, Route, Router, RoutingState
+from pipeline.routing.store import StoredExpert, same_expert
 from pipeline.routing.token_router import TokenRouter
 from pipeline.routing.two_level import TwoLevelRouter
 
@@ -31,8 +33,8 @@ class Decision:
     None where the Linears decide, the caller does, or the pool is empty."""
 
 
-def router_of(pool: Pool) -> Router:
-    """Returns the router that a pool's settings ask for."""
+def router_of(pool: Pool, before: "Routers | None" = None) -> Router:
+    """Returns the router that a pool's settings ask for; `before` are those of a pool that it may have come from."""
     settings = pool.router
     if settings.kind == "token":
         return TokenRouter(
@@ -42,35 +44,70 @@ def router_of(pool: Pool) -> Router:
             top_k=settings.top_k,
             temperature=settings.temperature,
         )
-    prompts = prompt_router_of(pool)
+    prompts = prompt_router_of(pool, before)
     if settings.kind == "prompt":
         return prompts
     return TwoLevelRouter(prompts, candidates=settings.candidates, temperature=settings.temperature)
 
 
-def prompt_router_of(pool: Pool) -> PromptRouter:
-    """Returns the prompt router over a pool's experts."""
-    statistics = [expert.statistics for expert in pool.experts.values()]
-    retired = [pool.names.index(name) for name in pool.retired]
-    return PromptRouter(statistics, pool.null, shrinkage=pool.router.shrinkage, retired=retired)
+def prompt_router_of(pool: Pool, before: "Routers | None" = None) -> PromptRouter:
+    """Returns the prompt router over a pool's experts, made of that of another pool where they differ little."""
+    router = None if before is None else _continued(pool, before)
+    if router is None:
+        statistics = pool_statistics(list(pool.experts.entries.values()))
+        pooled = statistics.pooled
+        if pooled is not None:
+            for component in pool.null:
+                pooled += component
+        router = PromptRouter(
+            statistics.experts, pool.null, shrinkage=pool.router.shrinkage, pooled=pooled, few=statistics.few
+        )
+    return router.retiring([pool.names.index(name) for name in pool.retired])
+
+
+def _continued(pool: Pool, before: "Routers") -> PromptRouter | None:
+    """Returns a pool's router made of another's by the experts that came and went; None where that is not less work."""
+    if (
+        before.known_prompts is None
+        or pool.router.shrinkage != before.pool.router.shrinkage
+        or pool.null != before.pool.null
+    ):
+        return None
+    router, old, new = before.known_prompts, before.pool.experts.entries, pool.experts.entries
+    kept = [name for name in old if name in new and same_expert(old[name], new[name])]
+    staying = set(kept)
+    if [name for name in new if name in staying] != kept or len(old) + len(new) - 2 * len(kept) > len(new) // 2:
+        return None
+    for position in reversed([place for place, name in enumerate(old) if name not in staying]):
+        router = router.remove(position)
+    for position, (name, entry) in enumerate(new.items()):
+        if name not in staying:
+            statistics = (entry.read() if isinstance(entry, StoredExpert) else entry).statistics
+            router = router.insert(position, statistics)
+    return router
 
 
 class Routers:
-    """A pool and the routers that its settings ask for."""
+    """A pool and the routers that its settings ask for; those of a pool that was there `before` make them cheaper."""
 
-    def __init__(self, pool: Pool) -> None:
+    def __init__(self, pool: Pool, before: "Routers | None" = None) -> None:
         self.pool = pool
-        self.router = router_of(pool)
+        self.router = router_of(pool, before)
 
-    @cached_property
-    def prompts(self) -> PromptRouter:
-        """The prompt router of this pool, whichever router is in force."""
+    @property
+    def known_prompts(self) -> PromptRouter | None:
+        """The prompt router of this pool, if it was needed so far."""
         match self.router:
             case PromptRouter():
                 return self.router
             case TwoLevelRouter():
                 return self.router.prompts
-        return prompt_router_of(self.pool)
+        return self.__dict__.get("prompts")
+
+    @cached_property
+    def prompts(self) -> PromptRouter:
+        """The prompt router of this pool, whichever router is in force."""
+        return self.known_prompts or prompt_router_of(self.pool)
 
 
 class Call:

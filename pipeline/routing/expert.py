@@ -2,12 +2,13 @@
 
 A folder that stock tools load: PEFT's `adapter_config.json` and `adapter_model.safetensors`, beside them
 `router.safetensors` (routing vectors by module path, prompt statistics), `expert.json` (the card) and `contents.json`
-(what the others hold). Loading reads what routers always need, card and prompt statistics; the rest is read, or memory-mapped,
-when it is looked up. Shapes: R rank, D input width, O output width, F prompt features.
+(what the others hold). Loading reads the card and PEFT's configuration; the rest is read, or memory-mapped, when it is looked
+up. Shapes: R rank, D input width, O output width, F prompt features.
 """
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -34,11 +35,13 @@ from pipeline.routing.features import FEATURE_RULE
 from pipeline.routing.serialization import (
     FORMAT_VERSION,
     Deferred,
+    StoredStatistics,
     check_versions,
     layer_statistics_of,
     layer_tensors,
+    read_scatter,
     read_some,
-    statistics_of,
+    read_statistics,
     statistics_tensors,
     write_tensors,
 )
@@ -117,8 +120,8 @@ class Expert:
     def load(cls, folder: str | Path, *, check: Callable[[str], None] | None = None) -> "Expert":
         """Reads a folder that `save` wrote; raises ExpertError where something is missing, or damaged.
 
-        A file's bytes are compared with `contents.json` when it is first read; adapters, routing vectors and the Linears'
-        statistics are read when they are first looked up. `check(name)` takes the place of that comparison.
+        A file's bytes are compared with `contents.json` when it is first read; adapters, routing vectors and statistics are
+        read when they are first looked up. `check(name)` takes the place of that comparison.
         """
         folder = complete_folder(Path(folder))
         check = check or partial(check_file, folder)
@@ -130,17 +133,14 @@ class Expert:
         check(ADAPTER_CONFIG)
         config, scaling = read_adapter_config(folder)
         adapters = StoredAdapters(folder / ADAPTER_WEIGHTS, scaling, partial(check, ADAPTER_WEIGHTS))
-        check(ROUTER_WEIGHTS)
-        router = folder / ROUTER_WEIGHTS
-        with stored_file(router, REMEDY, ExpertError):
-            statistics = statistics_of(read_some(router, "statistics."))
+        router = _RouterFile(folder / ROUTER_WEIGHTS, partial(check, ROUTER_WEIGHTS))
         return cls(
             card,
             config,
             adapters,
-            Deferred(partial(vectors_in, router)),
-            statistics,
-            Deferred(partial(_layer_statistics, router)),
+            Deferred(router.vectors),
+            StoredStatistics(router.statistics, router.scatter),
+            Deferred(router.layer_statistics),
         )
 
     def check_trained(self) -> None:
@@ -164,15 +164,45 @@ def complete_folder(folder: Path) -> Path:
     return folder
 
 
+class _RouterFile:
+    """An expert's `router.safetensors`, checked before it is first read."""
+
+    def __init__(self, file: Path, check: Callable[[], None]) -> None:
+        self._file, self._check, self._is_checked = file, check, False
+
+    @contextmanager
+    def _checked(self) -> Iterator[Path]:
+        """Yields the file; raises ExpertError where it is missing or damaged."""
+        with stored_file(self._file, REMEDY, ExpertError):
+            if not self._is_checked:
+                self._check()
+                self._is_checked = True
+            yield self._file
+
+    def vectors(self) -> dict[str, Tensor]:
+        """Reads the routing vectors by module path."""
+        with self._checked() as file:
+            return {key.removeprefix("vector."): vector for key, vector in read_some(file, "vector.").items()}
+
+    def statistics(self) -> PromptStatistics:
+        """Reads the prompts' statistics but their scatter."""
+        with self._checked() as file:
+            return read_statistics(file)
+
+    def scatter(self) -> Tensor:
+        """Reads the prompts' scatter (F, F)."""
+        with self._checked() as file:
+            return read_scatter(file)
+
+    def layer_statistics(self) -> dict[str, PromptStatistics]:
+        """Reads the Linears' statistics by module path."""
+        with self._checked() as file:
+            return layer_statistics_of(read_some(file, "evidence."))
+
+
 def vectors_in(router: Path) -> dict[str, Tensor]:
     """Reads the routing vectors by module path from an expert's `router.safetensors`."""
-    with stored_file(router, REMEDY, ExpertError):
-        return {key.removeprefix("vector."): vector for key, vector in read_some(router, "vector.").items()}
-
-
-def _layer_statistics(router: Path) -> dict[str, PromptStatistics]:
-    with stored_file(router, REMEDY, ExpertError):
-        return layer_statistics_of(read_some(router, "evidence."))
+    return _RouterFile(router, lambda: None).vectors()
 
 
 def check_file(folder: Path, name: str) -> None:

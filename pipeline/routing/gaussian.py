@@ -1,6 +1,7 @@
 """The closed-form classifiers that all routing rests on: Gaussians solved from summed statistics. Equal priors.
 
-One covariance for all (`solve`: linear, so it costs F for each class; for the Linears, and for the first selection of prompts):
+One covariance for all (`solve`, for the Linears: linear, so it costs F for each class; `MeanIndex`, for the first selection of
+classes, has the same as distances):
 
     Sigma = sum_c scatter_c / sum_c count_c           C = (1 - s) S^-1 Sigma S^-1 + s I,   S = sqrt(diag Sigma_total)
     score_c(x) = <x, w_c> + b_c                       w_c = S^-1 C^-1 S^-1 m_c,  b_c = -<m_c, w_c> / 2
@@ -22,18 +23,20 @@ determinant alone. Beside class t its prior is Sigma_t, worth 2 F prompts, in th
 
 Of several questions about one image, n_c counts the images, and scatter_c is that share of the prompts' scatter.
 
-Only sums enter: the order of the classes does not matter, the result equals that of all samples together, and a class is
-forgotten exactly by leaving its term out. Shapes: B prompts, F features, C classes.
+Only sums enter (`pooled`): the order of the classes does not matter, the result equals that of all samples together, and a
+class comes, or is forgotten, by its own terms alone. Shapes: B prompts, F features, C classes, L of them listed per prompt.
 """
 
-import math
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
+from pipeline.routing.mean_index import MeanIndex
+from pipeline.routing.pooled import PooledStatistics
 from pipeline.routing.statistics import PromptStatistics, shrunk_cholesky
 
 PRIOR = 0.4
@@ -41,105 +44,176 @@ PRIOR = 0.4
 LIKENESS = 2
 """Prompts that the covariance of a class beside it is worth, per feature. Less costs tasks prompts that are theirs, more
 costs the base those that are its own (measured at F = 384 and 128 on four streams of look-alikes)."""
-FACTORS = 128
-"""Cholesky factors that are kept, those asked for last: 2 MB each at F = 512."""
+FACTOR_BYTES, FEWEST_FACTORS = 2**28, 32
+"""Memory of the factors that are kept, those asked for last (2 MB each at F = 512), and how many are kept at least."""
+BATCH_BYTES, STACK_BYTES = 2**25, 2**22
+"""Memory of the factors that are computed at once, and of those that are worth copying to be used at once."""
 
 
-@dataclass(frozen=True, eq=False)
-class _Covariances:
-    """The covariances of classes, each blended with that of all, or with that of a class beside it."""
+@dataclass(frozen=True)
+class _Factor:
+    """What a class's score needs."""
 
-    classes: Sequence[PromptStatistics]
-    shared_FF: Tensor
-    scale_F: Tensor
-    shrinkage: float
+    factor_FF: Tensor
+    """Lower Cholesky factor of its covariance."""
+    nu: float
+    constant: float
+    """What the score has beside the distance."""
 
-    def blended(self, number: int) -> Tensor:
-        """Returns a class's covariance blended with that of all (F, F)."""
-        return blended(self.classes[number], self.shared_FF, PRIOR * len(self.scale_F))
 
-    def factorise(self, number: int, beside: int | None) -> tuple[Tensor, float, float]:
-        """Returns a class's Cholesky factor (F, F), its nu, and what its score has beside the distance."""
-        statistics, width = self.classes[number], len(self.scale_F)
-        if beside is None:
-            prior, blended_FF = PRIOR * width, self.blended(number)
-        else:
-            prior = LIKENESS * width
-            blended_FF = blended(statistics, self.blended(beside), prior)
-        factor_FF = shrunk_cholesky(blended_FF, self.scale_F, self.shrinkage) * math.sqrt(
-            1 + 1 / statistics.independent
-        )
-        nu = statistics.independent + prior
-        constant = math.lgamma((nu + width) / 2) - math.lgamma(nu / 2) - width / 2 * math.log(nu)
-        return factor_FF, nu, constant - float(factor_FF.diagonal().log().sum())
+class _Factors:
+    """The factors of classes, each blended with the covariance of all, or with that of a class beside it; the last are kept."""
+
+    def __init__(self, classes: Sequence[PromptStatistics], pooled: PooledStatistics, shrinkage: float) -> None:
+        self._classes, self._shrinkage = classes, shrinkage
+        self._pooled = pooled
+        self._width = len(pooled.mean_F)
+        self._kept: dict[tuple[int, int | None], _Factor] = {}
+        self._lock = threading.Lock()
+
+    @cached_property
+    def scale_F(self) -> Tensor:
+        """Standard deviation of each feature."""
+        return self._pooled.scale_F
+
+    @cached_property
+    def _shared_FF(self) -> Tensor:
+        return self._pooled.covariance_FF
+
+    @property
+    def at_once(self) -> int:
+        """How many are to be asked for at once."""
+        return max(1, BATCH_BYTES // (8 * self._width**2))
+
+    @property
+    def stacked_at_once(self) -> int:
+        """How many may be copied into one tensor."""
+        return STACK_BYTES // (8 * self._width**2)
+
+    def of(self, numbers: Sequence[int], beside: int | None) -> list[_Factor]:
+        """Returns the factors of classes."""
+        with self._lock:
+            found = {number: self._kept.pop((number, beside), None) for number in numbers}
+        if missing := [number for number, factor in found.items() if factor is None]:
+            found |= zip(missing, self._factorise(missing, beside), strict=True)
+        factors = {number: factor for number, factor in found.items() if factor is not None}
+        with self._lock:
+            self._kept |= {(number, beside): factor for number, factor in factors.items()}
+            for key in list(self._kept)[: -max(FEWEST_FACTORS, FACTOR_BYTES // (8 * self._width**2))]:
+                del self._kept[key]
+        return [factors[number] for number in numbers]
+
+    def _blended(self, numbers: Sequence[int], prior_FF: Tensor, weight: float) -> tuple[Tensor, Tensor]:
+        """Returns the covariances of classes with a prior worth `weight` prompts (N, F, F), and their own prompts (N,)."""
+        classes = [self._classes[number] for number in numbers]
+        count_N = torch.tensor([float(c.independent) for c in classes], dtype=torch.float64)
+        scatter_NFF = torch.stack([c.scatter_FF * (c.independent / c.count) for c in classes])
+        blended_NFF = scatter_NFF.add_(prior_FF, alpha=weight).div_((count_N + weight)[:, None, None])
+        return blended_NFF, count_N
+
+    def _factorise(self, numbers: Sequence[int], beside: int | None) -> list[_Factor]:
+        width, prior, prior_FF = self._width, PRIOR * self._width, self._shared_FF
+        if beside is not None:
+            ((prior_FF,), _), prior = self._blended([beside], prior_FF, prior), LIKENESS * width
+        blended_NFF, count_N = self._blended(numbers, prior_FF, prior)
+        factor_NFF = shrunk_cholesky(blended_NFF, self.scale_F, self._shrinkage)
+        factor_NFF *= (1 + 1 / count_N).sqrt()[:, None, None]
+        nu_N = count_N + prior
+        constant_N = torch.lgamma((nu_N + width) / 2) - torch.lgamma(nu_N / 2) - width / 2 * nu_N.log()
+        constant_N -= factor_NFF.diagonal(dim1=-2, dim2=-1).log().sum(-1)
+        # Each in memory of its own, which is free when it is not kept any more.
+        factors = [factor_NFF[0]] if len(numbers) == 1 else [factor_FF.clone() for factor_FF in factor_NFF]
+        return [_Factor(*row) for row in zip(factors, nu_N.tolist(), constant_N.tolist(), strict=True)]
 
 
 class Gaussians:
-    """Classes with covariances of their own, blended with that of all."""
+    """Classes with covariances of their own, blended with that of all. One that comes or goes makes others of the kind."""
 
-    def __init__(self, classes: Sequence[PromptStatistics], *, shrinkage: float) -> None:
+    def __init__(
+        self, classes: Sequence[PromptStatistics], *, shrinkage: float, pooled: PooledStatistics | None = None
+    ) -> None:
+        """`pooled` are the sums of the classes, where somebody has them."""
         self.classes, self.shrinkage = list(classes), shrinkage
-        self.weight_CF, self.bias_C, self.shared_FF, self.scale_F = _shared(self.classes, shrinkage)
-        covariances = _Covariances(self.classes, self.shared_FF, self.scale_F, shrinkage)
-        # Not a method of this object: it would hold itself, and its factors, until the garbage collector comes.
-        self._factor = lru_cache(maxsize=FACTORS)(covariances.factorise)
+        self.pooled = pooled or PooledStatistics.of(self.classes)
+        self._factors = _Factors(self.classes, self.pooled, shrinkage)
 
-    def linear(self, x_BF: Tensor) -> Tensor:
-        """Returns the scores by the shared covariance alone (B, C), float64."""
-        return x_BF.double() @ self.weight_CF.T + self.bias_C
+    def insert(self, position: int, statistics: PromptStatistics) -> "Gaussians":
+        """Returns the classes with one more, at the price of that one."""
+        classes = [*self.classes[:position], statistics, *self.classes[position:]]
+        return Gaussians(classes, shrinkage=self.shrinkage, pooled=self.pooled + statistics)
 
-    def scores(self, x_BF: Tensor, scored_BC: Tensor) -> Tensor:
-        """Returns the scores (B, C), float64, of the classes that the mask asks for; the others have -inf."""
-        return self._scores(x_BF.double(), scored_BC, None)
+    def remove(self, position: int) -> "Gaussians":
+        """Returns the classes without one, which is not the last, at the price of that one."""
+        classes = [*self.classes[:position], *self.classes[position + 1 :]]
+        return Gaussians(classes, shrinkage=self.shrinkage, pooled=self.pooled - self.classes[position])
 
-    def beside(self, x_BF: Tensor, beside_B: Tensor, scored_BC: Tensor) -> Tensor:
-        """Returns the same (B, C) with the covariance of each prompt's class `beside_B` as the prior of the others."""
-        x_BF = x_BF.double()
-        scores_BC = torch.full(scored_BC.shape, -torch.inf, dtype=torch.float64)
-        for number in beside_B.unique().tolist():
-            rows_B = beside_B == number
-            scores_BC[rows_B] = self._scores(x_BF[rows_B], scored_BC[rows_B], number)
-        return scores_BC
+    @cached_property
+    def index(self) -> MeanIndex:
+        """The means of all classes, to select by."""
+        return MeanIndex.of(self.classes, self.pooled, shrinkage=self.shrinkage)
 
-    def _scores(self, x_BF: Tensor, scored_BC: Tensor, beside: int | None) -> Tensor:
-        scores_BC = torch.full(scored_BC.shape, -torch.inf, dtype=torch.float64)
-        for number in scored_BC.any(0).nonzero().squeeze(-1).tolist():
-            rows_B = scored_BC[:, number]
-            factor_FF, nu, constant = self._factor(number, beside)
-            centred_BF = (x_BF[rows_B] - self.classes[number].mean_F) / self.scale_F
-            distance_B = torch.linalg.solve_triangular(factor_FF, centred_BF.T, upper=False).square().sum(0)
-            scores_BC[rows_B, number] = constant - (nu + len(self.scale_F)) / 2 * torch.log1p(distance_B / nu)
-        return scores_BC
+    def release(self) -> None:
+        """Lets go of the factors."""
+        self._factors = _Factors(self.classes, self.pooled, self.shrinkage)
+
+    def scores(self, x_BF: Tensor, classes_BL: Tensor) -> Tensor:
+        """Returns the scores of each prompt's classes (B, L), float64."""
+        return self._scores(x_BF.double(), classes_BL, None)
+
+    def beside(self, x_BF: Tensor, beside_B: Tensor, classes_BL: Tensor) -> Tensor:
+        """Returns the same (B, L) with the covariance of each prompt's class `beside_B` as the prior of the others."""
+        scores_BL = torch.empty(classes_BL.shape, dtype=torch.float64)
+        for number, (rows, _) in grouped(beside_B[:, None]):
+            scores_BL[rows] = self._scores(x_BF[rows].double(), classes_BL[rows], number)
+        return scores_BL
+
+    def _scores(self, x_BF: Tensor, classes_BL: Tensor, beside: int | None) -> Tensor:
+        scores_BL = torch.empty(classes_BL.shape, dtype=torch.float64)
+        factors, groups = self._factors, list(grouped(classes_BL))
+        for start in range(0, len(groups), factors.at_once):
+            batch = groups[start : start + factors.at_once]
+            found = factors.of([number for number, _ in batch], beside)
+            if classes_BL.shape[0] == 1 and len(batch) <= factors.stacked_at_once:  # a prompt that decodes waits for it
+                places = torch.cat([places for _, (_, places) in batch])
+                scores_BL[0, places] = self._scores_of_one(x_BF, [number for number, _ in batch], found)
+                continue
+            for (number, (rows, places)), factor in zip(batch, found, strict=True):
+                centred_NF = (x_BF[rows] - self.classes[number].mean_F) / factors.scale_F
+                white_FN = torch.linalg.solve_triangular(factor.factor_FF, centred_NF.T, upper=False)
+                tail_N = torch.log1p(white_FN.square().sum(0) / factor.nu)
+                scores_BL[rows, places] = factor.constant - (factor.nu + len(factors.scale_F)) / 2 * tail_N
+        return scores_BL
+
+    def _scores_of_one(self, x_1F: Tensor, numbers: Sequence[int], factors: Sequence[_Factor]) -> Tensor:
+        """Returns the scores of one prompt in classes (L,): the same in few operations instead of many small ones."""
+        means_LF = torch.stack([self.classes[number].mean_F for number in numbers])
+        centred_LF1 = ((x_1F - means_LF) / self._factors.scale_F).unsqueeze(-1)
+        factor_LFF = torch.stack([factor.factor_FF for factor in factors])
+        distance_L = torch.linalg.solve_triangular(factor_LFF, centred_LF1, upper=False).square().sum((1, 2))
+        nu_L, constant_L = torch.tensor([(f.nu, f.constant) for f in factors], dtype=torch.float64).T
+        return constant_L - (nu_L + x_1F.shape[-1]) / 2 * torch.log1p(distance_L / nu_L)
 
 
-def blended(statistics: PromptStatistics, prior_FF: Tensor, weight: float) -> Tensor:
-    """Returns a class's covariance (F, F) with a prior worth `weight` prompts."""
-    scatter_FF = statistics.scatter_FF * (statistics.independent / statistics.count)
-    return (scatter_FF + weight * prior_FF) / (statistics.independent + weight)
+def grouped(numbers_BL: Tensor) -> Iterator[tuple[int, tuple[Tensor, Tensor]]]:
+    """Yields each number with the rows and the places where it stands."""
+    numbers_P, order_P = numbers_BL.flatten().sort(stable=True)
+    numbers, counts = numbers_P.unique_consecutive(return_counts=True)
+    for number, at_N in zip(numbers.tolist(), order_P.split(counts.tolist()), strict=True):
+        yield number, (at_N // numbers_BL.shape[-1], at_N % numbers_BL.shape[-1])
 
 
 def solve(classes: Sequence[PromptStatistics], *, shrinkage: float) -> tuple[Tensor, Tensor]:
-    """Returns weights (C, F) and biases (C,), float64: scores are log-likelihoods up to a constant of the sample."""
-    weight_CF, bias_C, _, _ = _shared(classes, shrinkage)
-    return weight_CF, bias_C
-
-
-def _shared(classes: Sequence[PromptStatistics], shrinkage: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Returns weights, biases, the shared covariance (F, F), and the standard deviations of all together (F,).
+    """Returns weights (C, F) and biases (C,), float64: scores are log-likelihoods up to a constant of the sample.
 
     With one covariance for all classes, the quadratic term of the Gaussians is the same for all: scores are linear, <x, w> + b.
     The means are centred and scaled first: raw features are far from zero, and their products would lose digits.
     """
-    total = sum(classes[1:], start=classes[0])
-    within_FF = torch.zeros_like(total.scatter_FF)
-    for c in classes:
-        within_FF += c.scatter_FF
-    shared_FF, scale_F = within_FF / total.count, total.scale_F(1e-6)
-    factor_FF = shrunk_cholesky(shared_FF, scale_F, shrinkage)
+    pooled = PooledStatistics.of(classes)
+    scale_F = pooled.scale_F
+    factor_FF = shrunk_cholesky(pooled.covariance_FF, scale_F, shrinkage)
     means_CF = torch.stack([c.mean_F for c in classes])
     centre_F = means_CF.mean(0)
     relative_CF = (means_CF - centre_F) / scale_F
     directions_CF = torch.cholesky_solve(relative_CF.T, factor_FF).T
     weight_CF = directions_CF / scale_F
-    bias_C = -0.5 * (relative_CF * directions_CF).sum(-1) - weight_CF @ centre_F
-    return weight_CF, bias_C, shared_FF, scale_F
+    return weight_CF, -0.5 * (relative_CF * directions_CF).sum(-1) - weight_CF @ centre_F

@@ -3,31 +3,42 @@
 Every expert is a Gaussian over the prompt features, with its own mean and its own covariance blended with that of all;
 base prompts, which belong to the null expert, are several (`gaussian`, `null`). All have equal priors. The null expert's
 components, known from few prompts, are scored as classes like the others, then the likeliest as ones that resemble the
-prompt's likeliest expert; the better of the two scores counts. A linear score by the shared covariance picks the candidates,
-so that the price of the blend does not grow with the pool. The router is the same in whatever order the tasks came, equals
-the one trained on all tasks' prompts together, and forgets an expert exactly when its term is left out. Without a null
-expert, a prompt beyond the threshold of each of its likeliest experts goes to the base. Shapes:
-B prompts, F features, C classes (experts, then the null expert's components), E experts, K components, M candidates.
+prompt's likeliest expert; the better of the two scores counts. A distance by the shared covariance picks the candidates. The
+router is the same in whatever order the tasks came, equals the one trained on all tasks' prompts together, and forgets an
+expert exactly when its term is left out. Without a null expert, a prompt beyond the threshold of each of its likeliest experts
+goes to the base.
+
+A candidate's score costs a factorisation, F x F, that no sum can keep: own and shared covariance are blended, and the latter
+changes with every expert that comes. So among many experts the same is done in a few projected features first (`coarse`),
+and only what that leaves open in all of them. Shapes: B prompts, F features, C classes (experts, then the null expert's
+components), E experts, K components, L classes listed for each prompt, M candidates.
 """
 
-from collections.abc import Sequence
+from collections.abc import Collection, Iterable, Sequence
+from copy import copy
 
 import torch
 from torch import Tensor
 
-from pipeline.routing.gaussian import Gaussians
+from pipeline.routing import coarse
+from pipeline.routing.gaussian import Gaussians, grouped
+from pipeline.routing.pooled import PooledStatistics
 from pipeline.routing.routes import NULL_EXPERT, BaseOnly, PromptRoute, Route
 from pipeline.routing.statistics import PromptStatistics
 
 CANDIDATES = 8
-"""How many of the likeliest experts by the linear score, and of the null expert's components, are scored in full; without a
-null expert, how many of the likeliest experts are asked whether a prompt lies within their threshold."""
+"""How many of the nearest experts, and of the null expert's components, are scored; without a null expert, how many of the
+likeliest experts are asked whether a prompt lies within their threshold."""
 BESIDE = 2
 """How many of the null expert's likeliest components are scored beside the likeliest expert."""
+MANY = 16
+"""Experts from which on few features are tried first; the factors of fewer are soon all there."""
+AT_ONCE = 2**25
+"""Distances that are computed at once, which bounds memory where prompts and experts are many."""
 
 
 class PromptRouter:
-    """Chooses one expert, or the base, for every prompt."""
+    """Chooses one expert, or the base, for every prompt. An expert that comes or goes makes another router of it."""
 
     def __init__(
         self,
@@ -35,63 +46,138 @@ class PromptRouter:
         null: Sequence[PromptStatistics] = (),
         *,
         shrinkage: float = 0.05,
-        retired: Sequence[int] = (),
+        retired: Collection[int] = (),
+        pooled: PooledStatistics | None = None,
+        few: Iterable[PromptStatistics] | None = None,
     ) -> None:
+        """Where somebody has them: `pooled` are the sums of experts and null expert, `few` the experts in few features."""
         self.experts = list(experts)
         self.retired = frozenset(retired)
         """Indices of the experts whose prompts go to the base."""
         self.null = tuple(null)
         self.shrinkage = shrinkage
+        self.gaussians: Gaussians | None = None
+        self.few: Gaussians | None = None
+        """The same in few features, where there are many experts."""
         if self.experts:
-            self.gaussians = Gaussians([*self.experts, *self.null], shrinkage=shrinkage)
+            self.gaussians = Gaussians([*self.experts, *self.null], shrinkage=shrinkage, pooled=pooled)
+            self.few = self._in_few_features(few)
+
+    def _in_few_features(self, few: Iterable[PromptStatistics] | None) -> Gaussians | None:
+        if len(self.experts) < MANY or self.experts[0].width <= 2 * coarse.WIDTH:
+            return None
+        few = map(coarse.coarse_statistics, self.experts) if few is None else few
+        return Gaussians([*few, *map(coarse.coarse_statistics, self.null)], shrinkage=self.shrinkage)
+
+    def insert(self, position: int, statistics: PromptStatistics) -> "PromptRouter":
+        """Returns the router with one more expert, at the price of that one; equal to one made of all, but for rounding."""
+        experts = [*self.experts[:position], statistics, *self.experts[position:]]
+        router = copy(self)
+        router.experts, router.retired = experts, frozenset(r + (r >= position) for r in self.retired)
+        if self.gaussians is None:
+            return PromptRouter(experts, self.null, shrinkage=self.shrinkage)
+        router.gaussians = self.gaussians.insert(position, statistics)
+        if self.few is None:
+            router.few = router._in_few_features(None)
+        else:
+            router.few = self.few.insert(position, coarse.coarse_statistics(statistics))
+        return router
+
+    def remove(self, position: int) -> "PromptRouter":
+        """Returns the router as if this expert had never been in it, but for rounding."""
+        experts = [*self.experts[:position], *self.experts[position + 1 :]]
+        if not experts:
+            return PromptRouter([], self.null, shrinkage=self.shrinkage)
+        assert self.gaussians is not None
+        router = copy(self)
+        router.experts, router.retired = experts, frozenset(r - (r > position) for r in self.retired - {position})
+        router.gaussians = self.gaussians.remove(position)
+        router.few = None if self.few is None or len(experts) < MANY else self.few.remove(position)
+        return router
+
+    def retiring(self, retired: Collection[int]) -> "PromptRouter":
+        """Returns the router with the base in place of these experts and no others."""
+        router = copy(self)
+        router.retired = frozenset(retired)
+        return router
+
+    def release(self) -> None:
+        """Lets go of the factors that it keeps, which are most of its memory; they are computed again when they are needed."""
+        for gaussians in (self.gaussians, self.few):
+            if gaussians is not None:
+                gaussians.release()
 
     def scores(self, features_BF: Tensor, *, candidates: int = CANDIDATES) -> Tensor:
         """Returns log-likelihoods up to a constant: of the experts (B, E), then of the null expert if there is one (B, E + 1).
 
-        Experts that are not among the `candidates` likeliest by the linear score have -inf.
+        Experts that are not among the `candidates` nearest have -inf.
         """
-        features_BF = features_BF.double().cpu()
-        linear_BC, count = self.gaussians.linear(features_BF), len(self.experts)
-        scored_BC = torch.cat([_largest(part, candidates) for part in linear_BC.tensor_split([count], dim=-1)], dim=-1)
-        scores_BC = self.gaussians.scores(features_BF, scored_BC)
-        if not self.null:
-            return scores_BC
-        likeliest_B, null_BK = scores_BC[:, :count].argmax(-1), scores_BC[:, count:]
-        scored_BC = torch.cat([torch.zeros_like(scored_BC[:, :count]), _largest(null_BK, BESIDE)], dim=-1)
-        beside_BC = self.gaussians.beside(features_BF, likeliest_B, scored_BC)
-        null_B = torch.maximum(null_BK.logsumexp(-1), beside_BC.logsumexp(-1))
-        return torch.cat([scores_BC[:, :count], null_B.unsqueeze(-1)], dim=-1)
+        assert self.gaussians is not None, "a router without experts has no scores"
+        listed_BL, scores_BM = self._listed(self.gaussians, features_BF.double().cpu(), candidates)
+        scores_BC = torch.full((len(features_BF), len(self.experts)), -torch.inf, dtype=torch.float64)
+        scores_BC.scatter_(-1, listed_BL, scores_BM[:, : listed_BL.shape[-1]])
+        return torch.cat([scores_BC, scores_BM[:, listed_BL.shape[-1] :]], dim=-1)
 
     def rank_candidates(self, features_BF: Tensor, count: int) -> tuple[Tensor, Tensor]:
         """Returns the likeliest experts of every prompt (B, M), NULL_EXPERT among them, and their log-posterior (B, M).
 
-        In falling order; M is `count`, or less where there are fewer classes.
+        In falling order; M is `count`, or less where fewer classes are scored.
         """
-        experts = len(self.experts)
-        if experts == 0:
+        if self.gaussians is None:
             return torch.full((len(features_BF), 1), NULL_EXPERT), torch.zeros(len(features_BF), 1, dtype=torch.float64)
-        scores_BC = self.scores(features_BF)
+        features_BF = features_BF.double().cpu()
+        if self.few is None:
+            return self.ranked(self.gaussians, features_BF, count)
+        experts_BM, log_posterior_BM = self.ranked(self.few, coarse.projected(features_BF), max(count, 2), reject=False)
+        open_B = log_posterior_BM[:, 1] > -coarse.CERTAIN
         if not self.null:
-            scores_BC = self._rejecting(scores_BC, features_BF.cpu())
-        posterior_BC = scores_BC.log_softmax(-1)
-        best_BM, classes_BM = posterior_BC.topk(min(count, posterior_BC.shape[-1]), dim=-1)
-        return torch.where(classes_BM == experts, NULL_EXPERT, classes_BM), best_BM
+            open_B[~open_B] = ~self._inside(experts_BM[~open_B, :1], features_BF[~open_B])[:, 0]
+        if open_B.any():
+            ranked = self.ranked(self.gaussians, features_BF[open_B], experts_BM.shape[-1])
+            experts_BM[open_B], log_posterior_BM[open_B] = ranked
+        return experts_BM[:, :count], log_posterior_BM[:, :count]
 
-    def _rejecting(self, scores_BC: Tensor, features_BF: Tensor) -> Tensor:
-        """Rejects experts whose threshold a prompt exceeds, and adds NULL_EXPERT: the class of prompts that all of them reject.
+    def ranked(self, gaussians: Gaussians, x_BF: Tensor, count: int, *, reject: bool = True) -> tuple[Tensor, Tensor]:
+        """Ranks candidates in the features of these Gaussians; `reject`, where there is no null expert, by their thresholds."""
+        listed_BL, scores_BM = self._listed(gaussians, x_BF, CANDIDATES)
+        if not self.null:
+            base_B1 = torch.full((len(x_BF), 1), -torch.inf, dtype=torch.float64)
+            if reject:
+                scores_BM = scores_BM.masked_fill(~self._inside(listed_BL, x_BF), -torch.inf)
+                base_B1[scores_BM.isinf().all(-1)] = 0
+            scores_BM = torch.cat([scores_BM, base_B1], dim=-1)
+        listed_BM = torch.cat([listed_BL, torch.full((len(x_BF), 1), NULL_EXPERT)], dim=-1)
+        best_BM, places_BM = scores_BM.log_softmax(-1).topk(min(count, scores_BM.shape[-1]), dim=-1)
+        return listed_BM.gather(-1, places_BM), best_BM
 
-        A distance costs a product with the expert's own factor, so only the likeliest experts are asked: each once, with all
-        prompts that it is among the likeliest of.
+    def _inside(self, listed_BL: Tensor, features_BF: Tensor) -> Tensor:
+        """Returns whether each prompt lies within the thresholds of the experts listed for it (B, L).
+
+        A distance costs a product with the expert's own factor: each expert is asked once, with all prompts that list it.
         """
-        allowed_BE = torch.full_like(scores_BC, -torch.inf)
-        nearest_BK = scores_BC.topk(min(CANDIDATES, scores_BC.shape[-1]), dim=-1).indices
-        for expert in nearest_BK.unique().tolist():
-            rows = (nearest_BK == expert).any(-1).nonzero().squeeze(-1)
+        inside_BL = torch.zeros(listed_BL.shape, dtype=torch.bool)
+        for expert, (rows, places) in grouped(listed_BL):
             statistics = self.experts[expert]
-            inside = statistics.distance(features_BF[rows], shrinkage=self.shrinkage) <= statistics.threshold
-            allowed_BE[rows[inside], expert] = scores_BC[rows[inside], expert]
-        base_B1 = torch.where(allowed_BE.isinf().all(-1, keepdim=True), 0.0, -torch.inf).to(scores_BC)
-        return torch.cat([allowed_BE, base_B1], dim=-1)
+            distance_N = statistics.distance(features_BF[rows], shrinkage=self.shrinkage)
+            inside_BL[rows, places] = distance_N <= statistics.threshold
+        return inside_BL
+
+    def _listed(self, gaussians: Gaussians, x_BF: Tensor, count: int) -> tuple[Tensor, Tensor]:
+        """Returns each prompt's nearest experts (B, L), and their scores; then that of the null expert, if any (B, L + 1)."""
+        experts, parts = len(self.experts), []
+        for part_BF in x_BF.split(max(1, AT_ONCE // len(gaussians.classes))):
+            sides = gaussians.index.distances(part_BF).tensor_split([experts], dim=-1)
+            parts.append([side_BC.topk(min(count, side_BC.shape[-1]), largest=False).indices for side_BC in sides])
+        listed_BL, null_BK = (torch.cat(side) for side in zip(*parts, strict=True))
+        scores_BM = gaussians.scores(x_BF, torch.cat([listed_BL, null_BK + experts], dim=-1))
+        if not self.null:
+            return listed_BL, scores_BM
+        scores_BL, scores_BK = scores_BM.tensor_split([listed_BL.shape[-1]], dim=-1)
+        likeliest_B = listed_BL.gather(-1, scores_BL.argmax(-1, keepdim=True))[:, 0]
+        beside_BK = null_BK.gather(-1, scores_BK.topk(min(BESIDE, scores_BK.shape[-1])).indices) + experts
+        beside_B = gaussians.beside(x_BF, likeliest_B, beside_BK).logsumexp(-1)
+        null_B1 = torch.maximum(scores_BK.logsumexp(-1), beside_B).unsqueeze(-1)
+        return listed_BL, torch.cat([scores_BL, null_B1], dim=-1)
 
     def choices(self, features_BF: Tensor) -> Tensor:
         """Returns each prompt's likeliest expert, or NULL_EXPERT (B,)."""
@@ -111,12 +197,6 @@ class PromptRouter:
         return prompt_route(
             self.in_use(experts_B1), torch.ones(experts_B1.shape), features_BF.device, log_posterior_B1[:, 0].exp()
         )
-
-
-def _largest(scores_BC: Tensor, count: int) -> Tensor:
-    """Returns a mask of the `count` largest of every row (B, C)."""
-    best_BK = scores_BC.topk(min(count, scores_BC.shape[-1]), dim=-1).indices
-    return torch.zeros_like(scores_BC, dtype=torch.bool).scatter(-1, best_BK, True)
 
 
 def prompt_route(

@@ -56,6 +56,7 @@ class RoutedModel:
         self._replaced: dict[str, nn.Linear] = {}
         self._versions: weakref.WeakSet[PoolExperts] = weakref.WeakSet()
         self._lock = threading.Lock()
+        self._routers: Routers | None = None
         self._key = weakref.ref(self)
         self.load(pool)
         self._reader = PromptFeatureHook(model, self._decide)
@@ -78,7 +79,8 @@ class RoutedModel:
                 if path not in self._replaced:
                     self._replaced[path] = linear
                     self.model.set_submodule(path, RoutedLinear(linear, self.current, path))
-            self._loaded = Routers(pool), memory
+            self._routers = Routers(pool, self._routers)
+            self._loaded = self._routers, memory
             self._versions.add(memory.loaded)
             self._note(last=Call())
             self.current.recorded.clear()  # a backward pass that is due no more would keep the pool before

@@ -17,7 +17,7 @@ from pipeline.routing.adapters import (
     ExpertError,
 )
 from pipeline.routing.features import FEATURE_RULE
-from pipeline.routing.statistics import PromptStatistics
+from pipeline.routing.statistics import PromptStatistics, upper_half
 
 FORMAT_VERSION = 2
 """Version of what the files of experts and pools hold."""
@@ -99,25 +99,89 @@ def statistics_tensors(statistics: PromptStatistics, name: str = "statistics") -
 
     In files the threshold is called `radius`, and the statistics of Linears `evidence`, as earlier releases wrote them.
     """
-    row, column = torch.triu_indices(statistics.width, statistics.width)
     return {
         f"{name}.count": torch.tensor([statistics.count]),
         f"{name}.pictures": torch.tensor([statistics.independent]),
         f"{name}.mean": statistics.mean_F.contiguous(),
-        f"{name}.scatter": statistics.scatter_FF[row, column].float(),
+        f"{name}.scatter": statistics.scatter_FF[upper_half(statistics.width)].float(),
         f"{name}.radius": torch.tensor([statistics.threshold], dtype=torch.float64),
     }
 
 
 def statistics_of(tensors: Mapping[str, Tensor], name: str = "statistics") -> PromptStatistics:
     """Reads what `statistics_tensors` wrote; raises KeyError where it is not there."""
-    mean_F = tensors[f"{name}.mean"]
-    scatter_FF = torch.zeros(len(mean_F), len(mean_F), dtype=torch.float64)
-    row, column = torch.triu_indices(*scatter_FF.shape)
-    scatter_FF[row, column] = scatter_FF[column, row] = tensors[f"{name}.scatter"].double()
+    return _described(tensors, name, _symmetric(tensors[f"{name}.scatter"], len(tensors[f"{name}.mean"])))
+
+
+def _described(tensors: Mapping[str, Tensor], name: str, scatter: Tensor) -> PromptStatistics:
     count, threshold = int(tensors[f"{name}.count"]), float(tensors[f"{name}.radius"])
     images = int(tensors.get(f"{name}.pictures", count))  # earlier releases did not count them
-    return PromptStatistics(count, mean_F, scatter_FF, threshold, images)
+    return PromptStatistics(count, tensors[f"{name}.mean"], scatter, threshold, images)
+
+
+def _symmetric(half: Tensor, width: int) -> Tensor:
+    """Returns a symmetric matrix (F, F), float64, of its upper half."""
+    whole_FF = torch.empty(width, width, dtype=torch.float64)
+    row, column = upper_half(width)
+    whole_FF[row, column] = whole_FF[column, row] = half.double()
+    return whole_FF
+
+
+def read_statistics(file: Path) -> PromptStatistics:
+    """Reads what `statistics_tensors` wrote but the scatter, which is empty; raises KeyError where it is not there."""
+    tensors: dict[str, Tensor] = {}
+    for part in ("count", "mean", "radius", "pictures"):
+        tensors |= read_some(file, f"statistics.{part}")
+    return _described(tensors, "statistics", torch.zeros(0))
+
+
+def read_scatter(file: Path) -> Tensor:
+    """Reads the scatter (F, F), float64; raises KeyError where it is not there."""
+    half = read_some(file, "statistics.scatter")["statistics.scatter"]
+    return _symmetric(half, round((2 * len(half) + 0.25) ** 0.5 - 0.5))
+
+
+class StoredStatistics(PromptStatistics):
+    """Statistics in a file: all but the scatter is read when it is first asked for, the scatter each time it is.
+
+    The scatters of a pool's experts together may be larger than memory.
+    """
+
+    _read: Callable[[], PromptStatistics]
+    _read_scatter: Callable[[], Tensor]
+
+    def __init__(self, read: Callable[[], PromptStatistics], read_scatter: Callable[[], Tensor]) -> None:
+        object.__setattr__(self, "_read", read)  # what it is derived from is frozen
+        object.__setattr__(self, "_read_scatter", read_scatter)
+
+    @cached_property
+    def _small(self) -> PromptStatistics:
+        return self._read()
+
+    @property
+    def count(self) -> int:
+        """Number of prompts N."""
+        return self._small.count
+
+    @property
+    def mean_F(self) -> Tensor:
+        """Mean of the features (F,)."""
+        return self._small.mean_F
+
+    @property
+    def scatter_FF(self) -> Tensor:
+        """Sum of outer products of the centred features (F, F)."""
+        return self._read_scatter()
+
+    @property
+    def threshold(self) -> float:
+        """Squared own distance that only few of the own prompts exceed."""
+        return self._small.threshold
+
+    @property
+    def images(self) -> int | None:
+        """Number of distinct images."""
+        return self._small.images
 
 
 def layer_tensors(layer_statistics: Mapping[str, PromptStatistics]) -> dict[str, Tensor]:

@@ -6,6 +6,7 @@ Shapes: N prompts, F features; float64, so that sums do not depend on their orde
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 from statistics import NormalDist
@@ -31,8 +32,8 @@ class PromptStatistics:
     """Number of prompts N."""
     mean_F: Tensor
     """Mean of the features (F,)."""
-    scatter_FF: Tensor
-    """Sum of outer products of the centred features (F, F)."""
+    scatter: Tensor | Callable[[], Tensor]
+    """Sum of outer products of the centred features (F, F), or what reads it, where it lies in a file."""
     threshold: float = float("inf")
     """Squared own distance that only a small share of the task's own prompts exceeds; infinite without calibration."""
     images: int | None = None
@@ -76,7 +77,7 @@ class PromptStatistics:
                 others = cls.of(features_NF[~held_N])
                 distance_N[held_N] = others.distance(features_NF[held_N], shrinkage=shrinkage)
         distance_P = torch.zeros(prompts, dtype=torch.float64).scatter_reduce(0, prompt_N, distance_N, "amax")
-        return cls(statistics.count, mean_F, statistics.scatter_FF, _bound(distance_P, groups, quantile), images)
+        return cls(statistics.count, mean_F, statistics.scatter, _bound(distance_P, groups, quantile), images)
 
     def __add__(self, other: "PromptStatistics") -> "PromptStatistics":
         """Statistics of both sets of prompts together (without a threshold: that belongs to one task)."""
@@ -88,6 +89,11 @@ class PromptStatistics:
         return PromptStatistics(count, mean_F, scatter_FF, images=self.independent + other.independent)
 
     @property
+    def scatter_FF(self) -> Tensor:
+        """Sum of outer products of the centred features (F, F); read anew each time where it lies in a file."""
+        return self.scatter if isinstance(self.scatter, Tensor) else self.scatter()
+
+    @property
     def independent(self) -> int:
         """How many prompts of images of their own tell as much as these: as many as there are images."""
         return self.count if self.images is None else self.images
@@ -96,14 +102,6 @@ class PromptStatistics:
     def width(self) -> int:
         """Number of features F."""
         return len(self.mean_F)
-
-    def scale_F(self, floor: float) -> Tensor:
-        """Returns each feature's standard deviation (F,), with `floor` times the mean variance added to every variance.
-
-        The last term exceeds what rounding leaves of a variance that is zero: prompts may all be the same.
-        """
-        variance_F = self.scatter_FF.diagonal() / self.count
-        return (variance_F + floor * variance_F.mean() + 1e-12 * (1 + self.mean_F.square())).sqrt()
 
     def distance(self, features_NF: Tensor, *, shrinkage: float = 0.05) -> Tensor:
         """Returns each prompt's squared Mahalanobis distance (N,) from this task, per feature.
@@ -150,13 +148,32 @@ def _bound(distance_P: Tensor, groups: int, quantile: float) -> float:
 @lru_cache(maxsize=128)
 def _own_factor(statistics: PromptStatistics, shrinkage: float) -> tuple[Tensor, Tensor]:
     """Factorises a task's own covariance; kept for the tasks that were asked for last (2 MB each at F = 512)."""
-    scale_F = statistics.scale_F(1e-3)
-    return scale_F, shrunk_cholesky(statistics.scatter_FF / statistics.count, scale_F, shrinkage)
+    covariance_FF = statistics.scatter_FF / statistics.count
+    scale_F = scale(covariance_FF.diagonal(), statistics.mean_F, 1e-3)
+    return scale_F, shrunk_cholesky(covariance_FF, scale_F, shrinkage)
+
+
+def scale(variance_F: Tensor, mean_F: Tensor, floor: float) -> Tensor:
+    """Returns the standard deviation of each feature (F,), with `floor` times the mean variance added to every variance.
+
+    The last term exceeds what rounding leaves of a variance that is zero: prompts may all be the same.
+    """
+    return (variance_F + floor * variance_F.mean() + 1e-12 * (1 + mean_F.square())).sqrt()
 
 
 def shrunk_cholesky(covariance_FF: Tensor, scale_F: Tensor, shrinkage: float) -> Tensor:
-    """Returns the lower Cholesky factor (F, F) of (1 - shrinkage) C + shrinkage I, C the covariance in units of `scale_F`."""
+    """Returns the lower Cholesky factor of (1 - shrinkage) C + shrinkage I, C the covariance in units of `scale_F`.
+
+    Of one covariance (F, F), or of several (..., F, F).
+    """
     standard_FF = covariance_FF / scale_F / scale_F.unsqueeze(-1)
     standard_FF = (1 - shrinkage) * standard_FF
-    standard_FF.diagonal().add_(shrinkage)
+    standard_FF.diagonal(dim1=-2, dim2=-1).add_(shrinkage)
     return torch.linalg.cholesky(standard_FF)
+
+
+@lru_cache(maxsize=4)
+def upper_half(width: int) -> tuple[Tensor, Tensor]:
+    """Returns rows and columns of the upper half of a matrix (F, F), diagonal included: a symmetric one is all there."""
+    row, column = torch.triu_indices(width, width)
+    return row, column

@@ -278,6 +278,13 @@ class StoredExpert:
         return self.__dict__.get("expert") or self.store.load(self.reference)
 
 
+def same_expert(one: Expert | StoredExpert, other: Expert | StoredExpert) -> bool:
+    """Whether two entries of pools are the same expert, by what their folders hold."""
+    if isinstance(one, StoredExpert) and isinstance(other, StoredExpert) and one.reference.content is not None:
+        return one.reference.content == other.reference.content
+    return one is other
+
+
 def cache_folder() -> Path:
     """Returns the folder of experts that this user's registered pools share: $POINTSMAN_EXPERTS, or in the user's cache."""
     if given := os.environ.get(CACHE_VARIABLE):

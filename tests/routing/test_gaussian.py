@@ -98,7 +98,7 @@ def test_what_was_computed_is_freed_with_the_last_reference() -> None:
     """A pool's factors are megabytes each, and an evaluation after each task makes new ones."""
     samples_NF = torch.randn(40, 6, generator=torch.Generator().manual_seed(0))
     gaussians = Gaussians([PromptStatistics.of(samples_NF), PromptStatistics.of(samples_NF + 3)], shrinkage=0.05)
-    gaussians.scores(samples_NF, torch.ones(40, 2, dtype=torch.bool))
+    gaussians.scores(samples_NF, torch.arange(2).expand(40, 2))
     gone = weakref.ref(gaussians)
     gc.disable()
     try:

@@ -42,7 +42,7 @@ def read(folder) -> Pool:
 
 def named(file: str) -> str:
     """Matches a file's name in a message, behind its folder or not."""
-    return file.replace("/adapter_model", "(/|: )adapter_model")
+    return file.replace("/adapter_model", "(/|: )adapter_model").replace("/router", "(/|: )router")
 
 
 def test_experts_stand_in_order_of_arrival(experts):
