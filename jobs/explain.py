@@ -16,6 +16,7 @@ from jobs.terminal import Terminal, table
 from pipeline.config import BaseModelConfig, ConfigError
 
 if TYPE_CHECKING:
+    from pipeline.evaluation.calibration import Calibration
     from pipeline.routing.insight import Candidate, Explanation
 
 PoolAddress = Annotated[
@@ -54,6 +55,7 @@ def main(
             raise ConfigError(f"--router {router!r}: choose token, prompt or two_level")
         images = [_open(path) for path in image or []]
 
+        from pipeline.evaluation.calibration import calibration_of_run
         from pipeline.evaluation.plots import routing_of_a_prompt
         from pipeline.models.bases import load_base
         from pipeline.models.encoding import IMAGE_PLACEHOLDER, collate_for, encode
@@ -89,7 +91,8 @@ def main(
         tokens = [model.processor.tokenizer.decode([token]) for token in row.input_ids.tolist()]
         plot.parent.mkdir(parents=True, exist_ok=True)
         routing_of_a_prompt(explanation, tokens).savefig(plot, format="png", dpi=150, facecolor="white")
-    show(Terminal(), answer, explanation)
+    known = calibration_of_run(Path(pool)) if explanation.decision.posterior is not None else None
+    show(Terminal(), answer, explanation, known)
     typer.echo(f"plot       {plot.resolve()}")
 
 
@@ -102,11 +105,13 @@ def _open(path: Path) -> Image.Image:
         raise ConfigError(f"--image {path}: not an image that can be read: {error}") from None
 
 
-def show(terminal: Terminal, answer: str, explanation: "Explanation") -> None:
-    """Prints the answer, the reason and the table of candidates."""
+def show(terminal: Terminal, answer: str, explanation: "Explanation", calibration: "Calibration | None" = None) -> None:
+    """Prints the answer, the reason, what it is worth by the run's `calibration`, and the table of candidates."""
     terminal.log(f"answer     {answer}")
     terminal.log(f"expert     {explanation.decision.expert or 'base'}")
     terminal.log(f"because    {explanation.reason}")
+    if calibration is not None and explanation.decision.posterior is not None:
+        terminal.log(f"reliable   {calibration.explain(explanation.decision.posterior)}")
     header = ["candidate", "posterior", "log-lik.", "distance", "threshold", "within", "weight"]
     rows = [_row(candidate) for candidate in explanation.candidates]
     terminal.console.print(table("Candidate experts", header, rows))

@@ -6,6 +6,7 @@ from typing import Literal
 import numpy as np
 import torch
 
+from pipeline.evaluation.calibration import Calibration
 from pipeline.evaluation.matrix import BASE
 from pipeline.routing.call import Routers
 from pipeline.routing.insight import Candidate, rank_candidates
@@ -45,6 +46,24 @@ def choices(
     names = routers.pool.names
     experts = [0 if mode == "single" else names.index(c) if c in names else NULL_EXPERT for c in tasks]
     return [np.full(count, expert) for count, expert in zip(counts, experts, strict=True)]
+
+
+def calibrations(
+    routers: Routers | None, mode: Mode, owners: Sequence[str], features: Sequence[torch.Tensor]
+) -> list[Calibration | None]:
+    """Returns per task how sure the prompt router was of its choices, and how often these were right.
+
+    `owners` are who should answer each task's prompts: an expert of the pool, or the base. None where something else decides.
+    """
+    if routers is None or mode != "routed" or routers.pool.router.kind != "prompt":
+        return [None] * len(features)
+    names, found = routers.pool.names, list[Calibration | None]()
+    for owner, features_NF in zip(owners, features, strict=True):
+        ranked = [routers.prompts.rank_candidates(part_BF, 1) for part_BF in features_NF.split(AT_ONCE)]
+        chosen_N, log_posterior_N = (torch.cat(parts)[:, 0] for parts in zip(*ranked, strict=True))
+        own = NULL_EXPERT if owner == BASE else names.index(owner)
+        found.append(Calibration.of(log_posterior_N.exp().numpy(), (chosen_N == own).numpy()))
+    return found
 
 
 def reasons(routers: Routers | None, mode: Mode, features_NF: torch.Tensor) -> list[str]:

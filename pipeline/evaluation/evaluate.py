@@ -26,7 +26,7 @@ from pipeline.data.rows.quarantine import SetAside
 from pipeline.evaluation.actors import PredictorActors
 from pipeline.evaluation.answers import AnswerStore
 from pipeline.evaluation.authors import Authors, PageRequest
-from pipeline.evaluation.choices import Mode, choices, reasons, routers_of
+from pipeline.evaluation.choices import Mode, calibrations, choices, reasons, routers_of
 from pipeline.evaluation.matrix import BASE
 from pipeline.evaluation.pages import Slices, blocks, slices
 from pipeline.evaluation.predictor import PagePredictor
@@ -105,13 +105,16 @@ class Evaluator:
             self._generate(tasks, tables, chosen, authors, predictors)
         shown = torch.cat([features_NF[:samples] for features_NF in features])
         why = iter(reasons(routers, mode, shown) if samples else ())
+        owners = [authors.own_of(task.name) for task in tasks]
+        calibrated = dict(zip([t.name for t in tasks], calibrations(routers, mode, owners, features), strict=True))
         if routers is not None and routers.known_prompts is not None:
             routers.known_prompts.release()
         results = {}
         for task, table, choice in zip(tasks, tables, chosen, strict=True):
             own = authors.own_of(task.name) if mode == "routed" else None
             result = self._result(name_of(task, width), task, table, choice, authors, samples, own)
-            results[task.name] = replace(result, samples=tuple(replace(s, why=next(why)) for s in result.samples))
+            shown_samples = tuple(replace(s, why=next(why)) for s in result.samples)
+            results[task.name] = replace(result, samples=shown_samples, calibration=calibrated[task.name])
         return Evaluation(results)
 
     def record(self, task: EvalTask, pool: Pool, actors: PredictorActors) -> EvaluatedPrompts:

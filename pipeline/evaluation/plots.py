@@ -143,6 +143,32 @@ def loss_curves(summary: Mapping[str, Any]) -> Figure:
     return figure
 
 
+def reliability(summary: Mapping[str, Any]) -> Figure:
+    """Reliability diagram: share of right choices by posterior, and how many choices each bin holds."""
+    bins = summary["calibration"]["bins"]
+    filled = [i for i, count in enumerate(bins["counts"]) if count]
+    counts = [bins["counts"][i] for i in filled]
+    width = 1 / len(bins["counts"])
+    figure = Figure(figsize=(12, 4.4), layout="constrained")
+    axes, histogram = figure.subplots(1, 2)
+    axes.plot([0, 1], [0, 1], color=MUTED, linewidth=1, linestyle=(0, (4, 3)), label="perfectly calibrated")
+    centres = [(i + 0.5) * width for i in filled]
+    rights = [bins["right"][i] / bins["counts"][i] for i in filled]
+    said = [bins["posteriors"][i] / bins["counts"][i] for i in filled]
+    axes.bar(centres, rights, 0.9 * width, color=TASKS, label="right")
+    axes.scatter(said, rights, color=ABILITIES, zorder=3, label="mean posterior of the bin")
+    axes.legend(loc="upper left", frameon=False, fontsize=11)
+    histogram.bar(centres, counts, 0.9 * width, color=TASKS)
+    histogram.set_yscale("symlog", linthresh=1)
+    histogram.yaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
+    for panel, label in ((axes, "share of right choices"), (histogram, "prompts (logarithmic)")):
+        panel.set_xlim(0, 1.01)
+        panel.set_xlabel("posterior of the choice", color=MUTED, fontsize=11)
+        plain_axes(panel, label)
+    axes.set_ylim(0, 1.05)
+    return figure
+
+
 def ordered_methods(methods: Mapping[str, Any]) -> list[str]:
     """Returns the names of the methods at hand: the known ones in their usual order, then any others."""
     return [name for name in METHODS if name in methods] + [name for name in methods if name not in METHODS]
@@ -213,6 +239,15 @@ PLOTS: dict[str, Plot] = {
             "Percent of each column's prompts that went to each expert after the last task; “base” adds no expert."
         ),
         lambda summary: bool(summary.get("routing")),
+    ),
+    "calibration": Plot(
+        "What a posterior is worth",
+        reliability,
+        lambda summary: (
+            "Share of right choices by the router's posterior, and number of prompts; expected calibration error "
+            f"{summary['calibration']['error']:.4f} (Guo et al. 2017, 15 bins)."
+        ),
+        lambda summary: bool(summary.get("calibration")),
     ),
     "cost": Plot("Cost by number of tasks", cost_by_tasks, cost_caption, lambda summary: bool(summary["tasks"])),
     "loss": Plot(

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from pipeline.data.rows.records import Reference
+from pipeline.evaluation.calibration import Calibration
 from pipeline.evaluation.matrix import BASE
 from pipeline.evaluation.metrics import METRICS
 
@@ -70,6 +71,8 @@ class TaskResult:
     """The first predictions."""
     strays: tuple[Stray, ...] = ()
     """With routing: the prompts that went elsewhere than they should."""
+    calibration: Calibration | None = None
+    """With one decision per prompt: how sure the router was, and how often it was right."""
 
     @classmethod
     def of(cls, predictions: Sequence[Prediction], samples: int = 0, *, own: str | None = None) -> "TaskResult":
@@ -128,6 +131,33 @@ class Evaluation:
         right = sum(result.experts.get(c if c in tasks else BASE, 0) for c, result in self.results.items())
         return right / sum(count for result in self.results.values() for count in result.experts.values())
 
+    def calibration(self, tasks: Sequence[str]) -> dict[str, Any] | None:
+        """Returns how well the router's posteriors are calibrated, and the prompts on the wrong side of the base.
+
+        None where the prompts are not decided by posteriors. False accepts: base prompts that went to an expert; false rejects:
+        prompts of tasks that went to the base; both as shares.
+        """
+        known = {name: result for name, result in self.results.items() if result.calibration is not None}
+        if not known:
+            return None
+        all_of_it = Calibration.sum(result.calibration for result in known.values() if result.calibration is not None)
+        rows = {}
+        for name, result in known.items():
+            prompts, to_base = sum(result.experts.values()), result.experts.get(BASE, 0)
+            assert result.calibration is not None
+            rows[name] = {
+                "prompts": prompts,
+                "error": result.calibration.error,
+                "false_rejects": to_base / prompts if name in tasks else None,
+                "false_accepts": None if name in tasks else 1 - to_base / prompts,
+            }
+        return {
+            "error": all_of_it.error,
+            **{side: _mean_share(rows.values(), side) for side in ("false_accepts", "false_rejects")},
+            "bins": all_of_it.to_json(),
+            "columns": rows,
+        }
+
     def shares(self, experts: Sequence[str], tasks: Sequence[str]) -> list[list[float]]:
         """Returns the share of each task's prompts per expert (experts x tasks)."""
         counts = np.array([[self.results[task].experts.get(expert, 0) for task in tasks] for expert in experts])
@@ -150,5 +180,13 @@ class Evaluation:
                 for sample in result["samples"]
             )
             strays = tuple(Stray(**stray) for stray in result.get("strays", ()))
-            results[name] = TaskResult(**(result | {"samples": samples, "strays": strays}))
+            calibration = None if (plain := result.get("calibration")) is None else Calibration.from_json(plain)
+            read = {"samples": samples, "strays": strays, "calibration": calibration}
+            results[name] = TaskResult(**(result | read))
         return cls(results)
+
+
+def _mean_share(rows: Iterable[Mapping[str, Any]], side: str) -> float | None:
+    """Returns the share over the prompts of all rows that have one; None where none has."""
+    shares = [(row[side], row["prompts"]) for row in rows if row[side] is not None]
+    return sum(share * prompts for share, prompts in shares) / sum(n for _, n in shares) if shares else None

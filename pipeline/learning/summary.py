@@ -77,12 +77,14 @@ def learned(
     names, evaluated = list(tasks), list(session.data.eval_tasks)
     experts = [*names, BASE]
     routing = {"experts": experts, "columns": evaluated, "shares": last.shares(experts, evaluated)}
+    calibration = last.calibration(names)
     return {
         "tasks": dict(tasks),
         "data_wait_share": wait_share(tasks),
         "accuracy_matrix": matrix.to_json(),
         "continual": continual_metrics(matrix) | {"routing_accuracy": last.routing_accuracy(names)},
         "routing": routing,
+        **({} if calibration is None else {"calibration": calibration}),
         "samples": samples(session, last),
     }
 

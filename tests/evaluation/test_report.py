@@ -13,6 +13,7 @@ import pytest
 from matplotlib.figure import Figure
 from PIL import Image
 
+from pipeline.evaluation.calibration import Calibration
 from pipeline.evaluation.former_summary import by_todays_names
 from pipeline.evaluation.matrix import AccuracyMatrix, continual_metrics
 from pipeline.evaluation.plots import PLOTS, cost
@@ -123,6 +124,21 @@ def make_summary(tasks: Sequence[str] = TASKS, abilities: Sequence[str] = ABILIT
         "accuracy_matrix": matrix.to_json(),
         "continual": continual_metrics(matrix) | {"routing_accuracy": 0.985},
         "routing": routing,
+        "calibration": {
+            "error": 0.012,
+            "false_accepts": 0.01,
+            "false_rejects": 0.02,
+            "bins": Calibration.of(np.array([0.4, 0.7, 0.95, 1.0]), np.array([0, 1, 1, 1])).to_json(),
+            "columns": {
+                c: {"prompts": 200, "error": 0.01}
+                | (
+                    {"false_rejects": 0.02, "false_accepts": None}
+                    if c in tasks
+                    else {"false_rejects": None, "false_accepts": 0.01}
+                )
+                for c in columns
+            },
+        },
         "methods": {
             name: dict(zip(("new", "base_abilities", "samples", "seconds"), row, strict=True))
             for name, row in METHODS.items()
@@ -176,7 +192,8 @@ def test_wrong_answers_are_marked_and_text_is_escaped(page: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "absent", [["methods"], ["samples"], ["methods", "samples", "routing", "versions", "command", "started"]]
+    "absent",
+    [["methods"], ["samples"], ["methods", "samples", "routing", "calibration", "versions", "command", "started"]],
 )
 def test_it_copes_without_optional_parts(small: dict[str, Any], absent: list[str], tmp_path: Path) -> None:
     text = write_report({k: v for k, v in small.items() if k not in absent}, tmp_path).read_text(encoding="utf-8")
