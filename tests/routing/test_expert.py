@@ -1,5 +1,6 @@
 import dataclasses
 import json
+import pickle
 
 import pytest
 import torch
@@ -168,3 +169,10 @@ def test_a_router_file_without_statistics_is_named(folder):
     save_file({"vector.x": torch.zeros(1)}, folder / ROUTER_WEIGHTS)
     with pytest.raises(ExpertError, match=rf"{ROUTER_WEIGHTS}: damaged, or of another version: 'statistics.count'"):
         assert Expert.load(folder).statistics.count
+
+
+def test_another_process_gets_statistics_that_are_read_there(folder):
+    expert = pickle.loads(pickle.dumps(Expert.load(folder)))
+    assert expert.statistics.count == 16
+    assert expert.statistics.scatter_FF.equal(Expert.load(folder).statistics.scatter_FF)
+    assert expert.vectors.keys() == Expert.load(folder).vectors.keys()
