@@ -29,9 +29,7 @@ BENCHMARKS = {
     "training": _computing("jobs.benchmark.training_speed:training", "The expert stage against a plain loop."),
     "plan": _computing("jobs.benchmark.memory_estimate:plan", "How well a plan predicts memory."),
     "routing": _computing("jobs.benchmark.routing_cost:routing", "Routing overhead against PEFT."),
-    "routers": _computing(
-        "jobs.benchmark.routing_accuracy:routers", "Routing accuracy; the prompt router alone, to ten thousand experts."
-    ),
+    "routers": _computing("jobs.benchmark.routing_accuracy:routers", "Routing accuracy, also among 10,000 experts."),
     "data": _computing("jobs.benchmark.data_throughput:data", "Preprocessing beside datasets.map, memory, bad rows."),
     "families": _computing("jobs.benchmark.families:families", "Every family: learned, registered, reloaded."),
     "gpu": _computing("jobs.benchmark.gpu:gpu", "One GPU: memory of every moment against the plan, speed."),

@@ -61,7 +61,7 @@ def router_alone(output: Path, terminal: Terminal) -> None:
     summary: dict[str, Any] = provenance("benchmark routers", now(), packages=("torch",))
     for key, width in WIDTHS.items():
         terminal.log(f"{width} features", "bold")
-        summary[key] = measure(width, log=terminal.log)
+        summary[key] = measure(width, EXPERTS, terminal.log)
         write_json(output / "summary.json", summary)
         rows = [
             [f"{int(count):,}", *(f"{f[name]:.3f}" for name in ("accuracy", "base_accuracy", "decided_in_few_features")),
@@ -119,9 +119,7 @@ class SyntheticTasks:
         return components(torch.cat(kinds), COMPONENTS)
 
 
-def measure(
-    width: int, experts: Sequence[int] = EXPERTS, log: Callable[[str], None] = lambda text: None
-) -> dict[str, Any]:
+def measure(width: int, experts: Sequence[int], log: Callable[[str], None] = lambda text: None) -> dict[str, Any]:
     """Returns the figures by number of experts, for one width F. Pools of several sizes share the first ones' experts."""
     tasks, results = SyntheticTasks(width), dict[str, Any]()
     statistics: list[PromptStatistics] = []
