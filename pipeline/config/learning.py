@@ -148,8 +148,8 @@ class RouterConfig(Config):
     candidates: int = Field(default=3, ge=1)
     """two_level: candidates per prompt; the base can be one of them."""
     temperature: float = Field(default=1.0, gt=0)
-    """token, two_level: the scores are divided by it before the softmax. `prompt` has no use for it: its posteriors are calibrated
-    as they are (the report's calibration error)."""
+    """token, two_level: the scores are divided by it before the softmax. `prompt` has no use for it: its posteriors are
+    calibrated as they are (the report's calibration error)."""
     steps: int = Field(default=25, ge=1)
     """Optimizer steps of the router stage; a tenth of the expert stage's are enough."""
     learning_rate: float = Field(default=5e-3, gt=0)
