@@ -6,7 +6,10 @@ import numpy as np
 import pytest
 
 from pipeline.evaluation.calibration import BINS, Calibration, calibration_of_run
+from pipeline.evaluation.choices import calibrations
 from pipeline.evaluation.results import Evaluation, TaskResult
+from pipeline.routing.call import Routers
+from tests.helpers import claimed_prompts, features_of
 
 
 def by_formula(posterior_N: np.ndarray, right_N: np.ndarray) -> float:
@@ -92,3 +95,22 @@ def test_a_runs_calibration_is_read_beside_its_pool(tmp_path):
     known = Calibration.of(np.array([1.0, 0.2]), np.array([True, False]))
     (tmp_path / "summary.json").write_text(json.dumps({"calibration": {"bins": known.to_json()}}))
     assert calibration_of_run(tmp_path / "pool") == known
+
+
+def test_choices_of_a_pool_are_as_sure_as_their_router(known_pool, tiny_base):
+    rows, owners = claimed_prompts(tiny_base, 2, seed=3)
+    features_NF, routers = features_of(tiny_base, rows), Routers(known_pool)
+    of_task = {owner or "base": [i for i, o in enumerate(owners) if o == owner] for owner in dict.fromkeys(owners)}
+    parts = [features_NF[places] for places in of_task.values()]
+    found = calibrations(routers, "routed", list(of_task), parts)
+    assert [sum(c.counts) for c in found if c is not None] == [len(places) for places in of_task.values()]
+    assert all(c is not None and c.right == c.counts for c in found)
+    wrong = calibrations(routers, "routed", ["base"] * len(parts), parts)
+    assert [c.error > 0.9 for c in wrong if c is not None] == [owner != "base" for owner in of_task]
+    for nothing in (
+        calibrations(routers, "oracle", list(of_task), parts),
+        calibrations(None, "routed", ["base"], parts[:1]),
+    ):
+        assert not any(nothing)
+    token = Routers(known_pool.routed_by(kind="token"))
+    assert not any(calibrations(token, "routed", list(of_task), parts))
