@@ -71,12 +71,12 @@ def registry(
         ),
     ] = None,
     kills: Annotated[
-        str, typer.Option(help="Which changes are killed at each of their steps, separated by commas.")
+        str, typer.Option(help="Which changes are killed at each of their steps, separated by commas; empty: none.")
     ] = ",".join(STEPS),
 ) -> None:
     """Measure list, show, diff and promote over hundreds of experts, and what one more version of their pool costs."""
     with user_errors():
-        terminal, started, killed = Terminal(), now(), kills.split(",")
+        terminal, started, killed = Terminal(), now(), [step for step in kills.split(",") if step]
         if unknown := [step for step in killed if step not in STEPS]:
             raise ConfigError(f"--kills {unknown[0]}: no such change; choose from {', '.join(STEPS)}")
         folder = (output / "benchmark-registry").resolve()

@@ -5,7 +5,10 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from mlflow import MlflowClient
+
 from jobs.endings import user_errors
+from jobs.lazy import importing
 from jobs.registry.options import TRACKING_URI, registry_address
 from jobs.terminal import Terminal
 from pipeline.registry.browsing import find_model
@@ -21,7 +24,9 @@ def registry(uri: str | None) -> Iterator[Terminal]:
     """Opens the registry for a command; mistakes of the user, and failures of the registry, end it with one line."""
     with user_errors(), registry_failures():
         elsewhere = os.environ.get(TRACKING_URI)
-        use_registry(registry_address(uri), TRACKING_URI if elsewhere and not uri else "--registry")
+        with importing():
+            use_registry(registry_address(uri), TRACKING_URI if elsewhere and not uri else "--registry")
+            MlflowClient()  # imports what speaks to a database
         yield Terminal()
 
 
