@@ -1,6 +1,8 @@
 """Pools read back from the registry: a version's own files, and what they refer to, by way of the user's cache."""
 
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import mlflow
@@ -17,9 +19,16 @@ from pipeline.routing.store import ExpertStore, null_cache_folder
 
 
 def fetched_pool(address: str, store: ExpertStore | None = None) -> Pool:
-    """Reads a registered pool (`versions.version_at`); raises RegistryError as `download_pool` and `read_pool` do."""
+    """Reads a registered pool (`versions.version_at`); raises RegistryError as `download_pool` and `read_pool` do.
+
+    Experts that it holds itself, as those of earlier releases do, are kept in `store` (default: the user's cache) from now on.
+    """
+    store = store or registered_experts()
     with tempfile.TemporaryDirectory() as scratch:
-        return read_pool(download_pool(address, scratch), address, store)
+        folder = download_pool(address, scratch)
+        pool = read_pool(folder, address, store)
+        with _read_from(folder, address):
+            return pool.kept_in(store)
 
 
 def download_pool(address: str, into: str | Path) -> Path:
@@ -50,8 +59,15 @@ def read_pool(folder: Path, what: str, store: ExpertStore | None = None) -> Pool
     of base prompts come from that cache. Raises RegistryError where a file is damaged or cannot be had, ExpertError for one
     that another release has written.
     """
-    try:
+    with _read_from(folder, what):
         return Pool.load(folder, store or registered_experts(), registered_base_prompts())
+
+
+@contextmanager
+def _read_from(folder: Path, what: str) -> Iterator[None]:
+    """Makes errors name the registered pool instead of the folder that it was copied to."""
+    try:
+        yield
     except PoolError as error:
         reason = str(error).replace(f"{folder}/", "").partition(";")[0]
         raise RegistryError(

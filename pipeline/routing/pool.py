@@ -15,11 +15,12 @@ from pathlib import Path
 from pipeline.config import Config, RouterConfig
 from pipeline.errors import UserError, stored_file
 from pipeline.files import atomic_folder, current_folder, write_json
+from pipeline.routing.adapters import ExpertError
 from pipeline.routing.expert import Expert
 from pipeline.routing.features import FEATURE_RULE
 from pipeline.routing.null import Components, LayerStatistics, null_digest, read_null, write_null
 from pipeline.routing.null_store import NullStore
-from pipeline.routing.serialization import POOL_CARD, VERSIONS, check_versions
+from pipeline.routing.serialization import POOL_CARD, VERSIONS, OutdatedError, check_versions
 from pipeline.routing.statistics import PromptStatistics
 from pipeline.routing.store import (
     ExpertReference,
@@ -242,6 +243,15 @@ class Pool:
         pool.router = RouterConfig.model_validate(self.router.model_dump() | settings)
         return pool
 
+    def kept_in(self, store: ExpertStore) -> "Pool":
+        """Returns the pool with the experts that its folder holds in `store` instead, so that the folder may go.
+
+        Raises PoolError where one of them is damaged.
+        """
+        pool = copy(self)
+        pool.experts = Experts({name: _kept_in(store, entry) for name, entry in self.experts.entries.items()})
+        return pool
+
     def save(self, folder: str | Path) -> Path:
         """Writes the pool, all of it or nothing: references to experts in a store, and the experts that lie in none."""
         return self._write(Path(folder), next(filter(None, map(_store_of, self.experts.entries.values())), None))
@@ -330,6 +340,21 @@ def _null_of(folder: Path, card: PoolCard, nulls: NullStore | None) -> tuple[Com
 
 def _held(reference: ExpertReference, contained: OwnExperts) -> bool:
     return reference.digest is None or contained.folder_of(reference).is_dir()
+
+
+def _kept_in(store: ExpertStore, entry: Expert | StoredExpert) -> Expert | StoredExpert:
+    if not isinstance(entry, StoredExpert) or not isinstance(entry.store, OwnExperts):
+        return entry
+    try:
+        folder = entry.store.ensure(entry.reference)
+        fields = entry.reference.model_dump(exclude_none=True)
+        reference = ExpertReference.of(folder).model_copy(update=fields)
+        store.take(reference, folder)
+    except OutdatedError:
+        raise
+    except ExpertError as error:
+        raise PoolError(str(error)) from None
+    return StoredExpert(reference, store)
 
 
 def _store_of(entry: Expert | StoredExpert) -> ExpertStore | None:
