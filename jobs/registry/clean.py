@@ -8,7 +8,7 @@ import typer
 from jobs.registry.options import Json, RegistryUri
 from jobs.registry.reaching import registry
 from jobs.terminal import print_json, table
-from pipeline.registry.garbage import find_garbage, remove
+from pipeline.registry.garbage import Garbage, find_garbage, remove
 
 
 def gc(
@@ -27,10 +27,9 @@ def gc(
         found = find_garbage(hours=older_than)
         rows = [(each, each.bytes) for each in found]
         if json:
-            for each in found if yes else ():
-                remove(each)
+            gone = _remove(rows, older_than) if yes else []
             shown = [{"name": each.name, "why": each.why, "bytes": size} for each, size in rows]
-            print_json({"found": shown, "deleted": len(found) if yes else 0})
+            print_json({"found": shown, "deleted": len(gone)})
             return
         if not found:
             terminal.log(
@@ -48,12 +47,14 @@ def gc(
         ]
         terminal.show(table(f"{len(found)} that no pool needs", ["what", "why", "created (UTC)", "size"], lines))
         if yes or typer.confirm("delete them?"):
-            still = {
-                each.model_id for each in find_garbage(hours=older_than)
-            }  # a pool may have come to need it meanwhile
-            gone = [(each, size) for each, size in rows if each.model_id in still]
-            for each, _ in gone:
-                remove(each)
-            terminal.log(
-                f"{len(gone)} deleted; `mlflow gc` frees their {sum(size for _, size in gone) / 2**20:.1f} MiB"
-            )
+            gone = _remove(rows, older_than)
+            terminal.log(f"{len(gone)} deleted; `mlflow gc` frees their {sum(gone) / 2**20:.1f} MiB")
+
+
+def _remove(rows: list[tuple[Garbage, int]], older_than: float) -> list[int]:
+    """Deletes what is garbage still: a pool may have come to need it meanwhile. Returns the bytes of each."""
+    still = {each.model_id for each in find_garbage(hours=older_than)}
+    gone = [(each, size) for each, size in rows if each.model_id in still]
+    for each, _ in gone:
+        remove(each)
+    return [size for _, size in gone]

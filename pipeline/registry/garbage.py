@@ -4,6 +4,7 @@ statistics of base prompts.
 
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from time import time
 
@@ -11,6 +12,8 @@ import mlflow
 from mlflow import MlflowClient
 from mlflow.entities import LoggedModel
 from mlflow.entities.model_registry import ModelVersion
+from mlflow.exceptions import MlflowException
+from mlflow.protos.databricks_pb2 import RESOURCE_DOES_NOT_EXIST, ErrorCode
 
 from pipeline.registry.base_prompts import BASE_PROMPTS, is_complete
 from pipeline.registry.contents import experts_of
@@ -39,8 +42,10 @@ class Garbage:
 
     @property
     def bytes(self) -> int:
-        """Size of its files."""
-        return sum(_sizes(MlflowClient().get_logged_model(self.model_id).artifact_location, ""))
+        """Size of its files; 0 where another process has deleted it."""
+        with _perhaps_gone():
+            return sum(_sizes(MlflowClient().get_logged_model(self.model_id).artifact_location, ""))
+        return 0
 
 
 def find_garbage(*, hours: float) -> list[Garbage]:
@@ -104,11 +109,22 @@ def _base_prompts(models: Sequence[LoggedModel], pools: set[str]) -> Iterator[Ga
 
 
 def remove(garbage: Garbage) -> None:
-    """Deletes a version and its upload; MLflow keeps the files until `mlflow gc`."""
+    """Deletes a version and its upload, unless another process was faster; MLflow keeps the files until `mlflow gc`."""
     client = MlflowClient()
     if garbage.version is not None:
-        client.delete_model_version(garbage.version.name, str(number(garbage.version)))
-    client.delete_logged_model(garbage.model_id)
+        with _perhaps_gone():
+            client.delete_model_version(garbage.version.name, str(number(garbage.version)))
+    with _perhaps_gone():
+        client.delete_logged_model(garbage.model_id)
+
+
+@contextmanager
+def _perhaps_gone() -> Iterator[None]:
+    try:
+        yield
+    except MlflowException as error:
+        if error.error_code != ErrorCode.Name(RESOURCE_DOES_NOT_EXIST):
+            raise
 
 
 def _is_pool(version: ModelVersion) -> bool:
