@@ -1,4 +1,7 @@
-"""Descriptions of versions, in Markdown: what one reads on a version's page."""
+"""Descriptions of versions, in Markdown: what one reads on a version's page.
+
+Lists of versions show its first words as they stand: plain text that tells one version from another.
+"""
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -73,12 +76,12 @@ def expert_description(
     learned = f"{card.samples:,} samples" + (f" of {rows:,} rows" if rows else "")
     trained = f"Trained on {learned}, with seed {card.seed}."
     if (source := card.trained_with.get("adapter")) is not None:
-        trained = f"Its LoRA was trained elsewhere: {_text(str(source))}; the rest" + (
-            f" on {rows:,} rows." if rows else "."
+        trained = f"Its LoRA was trained elsewhere ({_text(str(source))})" + (
+            f"; its routing was learned from {rows:,} rows." if rows else "."
         )
     parts = [
-        f"**Expert for task `{card.task}`** over base `{base_label}`: a LoRA of rank {card.rank}, its routing vectors and the "
-        f"statistics of its prompts. {trained}"
+        f"LoRA of rank {card.rank} for task `{card.task}` over base `{base_label}`, with its routing vectors and the statistics "
+        f"of its prompts. {trained}"
     ]
     if score is not None:
         base = "" if score.base_accuracy is None else f"; the base alone has {score.base_accuracy:.3f}"
@@ -102,8 +105,8 @@ def pool_description(
     """Describes a pool: its experts by name and version, accuracies and routing, samples, and whether it was promoted."""
     count = f"{len(experts)} expert{'s' * (len(experts) != 1)}"
     parts = [
-        f"**Pool `{name}`** over base `{base_label}`: {count} behind router `{router}`. A prompt is answered by the expert of "
-        "the task that it resembles, or by the frozen base."
+        f"{count} behind router `{router}` over base `{base_label}`: pool `{name}`. A prompt is answered by the expert of the "
+        "task that it resembles, or by the frozen base."
     ]
     if retired:
         parts.append(f"**Retired:** {', '.join(retired)}; the base answers in their place.")

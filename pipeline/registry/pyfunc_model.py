@@ -177,8 +177,10 @@ def _encode(processor: Any, prompt: Any, value: Any) -> Encoded:
 
 
 def read_image(value: Any) -> Image.Image | None:
-    """Decodes an image from encoded bytes or base64 text (None or NaN: no image); raises RowError."""
-    if value is None or (isinstance(value, float) and math.isnan(value)):
+    """Decodes an image from encoded bytes or base64 text (None, NaN, pandas' NA, no text: no image); raises RowError."""
+    if value is None or value is pd.NA or (isinstance(value, float) and math.isnan(value)):
+        return None
+    if isinstance(value, str) and not value:
         return None
     if not isinstance(value, (str, bytes, bytearray, memoryview)):
         raise RowError(f"column image: must be bytes or base64 text, found {type(value).__name__}")

@@ -22,7 +22,7 @@ def test_a_version_carries_its_expert(experiment: str, make_expert: MakeExpert, 
         version = register_expert("tiny", folder, rows=1500)
     assert (version.name, int(version.version), version.run_id) == ("tiny.expert.digits", 1, run)
     assert version.tags == {"rank": "2", "rows": "1,500", "status": "registered"}
-    assert version.description.startswith("**Expert for task `digits`** over base `tiny`: a LoRA of rank 2")
+    assert version.description.startswith("LoRA of rank 2 for task `digits` over base `tiny`, with")
     params = logged_model(version).params
     assert {key: params[key] for key in ("task", "rank", "alpha", "digest", "samples", "metric.expert_loss")} == {
         "task": "digits", "rank": "2", "alpha": "4.0", "digest": "aaa", "samples": "640", "metric.expert_loss": "0.25",

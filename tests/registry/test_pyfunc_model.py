@@ -128,6 +128,12 @@ def test_the_image_column_may_be_missing(model: mlflow.pyfunc.PyFuncModel) -> No
     assert len(model.predict(pd.DataFrame({"prompt": ["repeat : red", "repeat : blue"]}), {"max_new_tokens": 2})) == 2
 
 
+def test_a_row_without_an_image_may_say_so_in_any_way() -> None:
+    assert [read_image(value) for value in (None, float("nan"), pd.NA, "")] == [None] * 4
+    with pytest.raises(RowError, match="must be bytes or base64 text, found ndarray"):
+        read_image(np.zeros(2))
+
+
 def test_a_bad_row_costs_no_other_its_answer(model: mlflow.pyfunc.PyFuncModel) -> None:
     cut = [png("red")[:length] for length in (20, 40, 60)]
     for value in (b"no image", "no base64!", base64.b64encode(b"no image").decode(), 7, 0.5, "data:image/png,x", *cut):

@@ -11,7 +11,7 @@
 import csv
 import io
 from collections import deque
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import PurePosixPath
 from typing import Any
@@ -166,6 +166,9 @@ def _table(delimiter: str) -> Callable[..., Iterator[tuple[int, Row]]]:
                     ),
                 )
                 return
+            if (twice := _twice(names, columns)) is not None:
+                yield 1, twice
+                return
             number = 0
             while True:
                 lines.record.clear()
@@ -189,6 +192,14 @@ def _table(delimiter: str) -> Callable[..., Iterator[tuple[int, Row]]]:
     return read
 
 
+def _twice(names: Sequence[str], columns: Collection[str]) -> UnreadableRow | None:
+    """Returns what takes the place of a table in which one of the `columns` needed is not the only one of its name."""
+    twice = next((name for name in columns if names.count(name) > 1), None)
+    if twice is None:
+        return None
+    return UnreadableRow(f"{names.count(twice)} columns are called {twice!r}: rename one", lost=WHOLE_FILE, rows=0)
+
+
 def _cells(records: Iterator[list[str]], lines: _Lines, delimiter: str) -> tuple[list[str], str]:
     """Returns the cells of the next record (none at the end) and the error in it."""
     try:
@@ -204,6 +215,9 @@ def _parquet(filesystem: fs.FileSystem, path: str, columns: Collection[str]) -> 
     with filesystem.open_input_file(path) as opened:
         file = pq.ParquetFile(opened)
         names = [name for name in file.schema_arrow.names if name in columns]
+        if (twice := _twice(names, columns)) is not None:
+            yield 1, twice
+            return
         done = 0
         for group in range(file.num_row_groups):
             first, done = done, done + file.metadata.row_group(group).num_rows

@@ -189,6 +189,15 @@ def test_a_table_without_a_header_is_no_table(tmp_path):
     assert "not even a line with the columns' names" in reason_of(read(write(tmp_path / "a.tsv", b"")))
 
 
+def test_two_columns_of_a_name_that_is_wanted_are_a_fault(tmp_path):
+    table = pa.Table.from_arrays([pa.array([value]) for value in "abc"], names=["text", "text", "other"])
+    pq.write_table(table, tmp_path / "a.parquet")
+    for file in (tmp_path / "a.parquet", write(tmp_path / "a.csv", b"text,text,other\na,b,c\n")):
+        rows = read(file)
+        assert (reason_of(rows), lost(rows)) == ("2 columns are called 'text': rename one", ("the whole file", 0))
+    assert read(write(tmp_path / "b.csv", b"text,other,other\na,b,c\n"))[0][1]["text"] == "a", "nobody wants the others"
+
+
 def test_cells_longer_than_allowed_are_faults(tmp_path, monkeypatch):
     monkeypatch.setattr(formats, "LONGEST_LINE", 100)
     rows = read(write(tmp_path / "a.tsv", table([["id", "text"], [1, "x"], [2, "x" * 200], [3, "x"]])))
