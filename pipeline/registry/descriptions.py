@@ -80,8 +80,8 @@ def expert_description(
             f"; its routing was learned from {rows:,} rows." if rows else "."
         )
     parts = [
-        f"LoRA of rank {card.rank} for task `{card.task}` over base `{base_label}`, with its routing vectors and the statistics "
-        f"of its prompts. {trained}"
+        f"LoRA of rank {card.rank} for task `{card.task}` over base `{base_label}`, with its routing vectors and the "
+        f"statistics of its prompts. {trained}"
     ]
     if score is not None:
         base = "" if score.base_accuracy is None else f"; the base alone has {score.base_accuracy:.3f}"

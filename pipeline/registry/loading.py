@@ -10,7 +10,7 @@ from mlflow import MlflowClient
 
 from pipeline.registry.base_prompts import fetch_base_prompts
 from pipeline.registry.experts import registered_experts
-from pipeline.registry.names import read_name
+from pipeline.registry.names import no_pool
 from pipeline.registry.retries import RegistryError, RegistryFailedError
 from pipeline.registry.versions import logged_model_id, version_at
 from pipeline.routing.null_store import NullStore
@@ -40,9 +40,7 @@ def download_pool(address: str, into: str | Path) -> Path:
     version = version_at(address)
     location = MlflowClient().get_logged_model(logged_model_id(version)).artifact_location
     if not any(Path(item.path).name == "artifacts" for item in mlflow.artifacts.list_artifacts(artifact_uri=location)):
-        named = read_name(version.name)
-        what = f"the {named.kind}{f' {named.name}' * bool(named.name)}" if named else "no pool"
-        raise RegistryError(f"{address}: {version.name!r} is {what}; pools are the versions of <base>.pool.<name>")
+        raise RegistryError(f"{address}: {no_pool(version.name)}")
     folder = mlflow.artifacts.download_artifacts(artifact_uri=f"{location}/artifacts", dst_path=str(into))
     found = next((card.parent for card in Path(folder).rglob(CARD)), None)
     if found is None:

@@ -46,6 +46,13 @@ def read_name(model: str) -> Named | None:
     return Named(kind, match["base"], match["own"] or "")
 
 
+def no_pool(model: str) -> str:
+    """Returns why a registered model that is none of ours for pools is no pool."""
+    named = read_name(model)
+    what = f"the {named.kind}{f' {named.name}' * bool(named.name)}" if named else "no pool"
+    return f"{model!r} is {what}; pools are the versions of <base>.pool.<name>"
+
+
 def about(model: str) -> str:
     """Returns what a registered model's page says of it."""
     named = read_name(model)

@@ -25,7 +25,7 @@ from pipeline.registry.base_prompts import BASE_PROMPTS, keep_base_prompts
 from pipeline.registry.bases import SERVED, register_base
 from pipeline.registry.descriptions import Measured, pool_description
 from pipeline.registry.experts import reference_to
-from pipeline.registry.names import pool_name
+from pipeline.registry.names import no_pool, pool_name, read_name
 from pipeline.registry.retries import RegistryError
 from pipeline.registry.scores import Score, tags_of
 from pipeline.registry.served_code import copy_code
@@ -195,7 +195,12 @@ def _keep_base_prompts(pool: Pool) -> None:
 
 
 def served_settings(version: ModelVersion) -> dict[str, Any]:
-    """Returns how a registered pool is loaded: `base_model_id`, `expert_memory`, and settings of its base (`bases.SERVED`)."""
+    """Returns how a registered pool is loaded: `base_model_id`, `expert_memory`, and settings of its base (`bases.SERVED`).
+
+    Raises RegistryError for an expert or a base.
+    """
+    if (named := read_name(version.name)) is not None and named.kind != "pool":
+        raise RegistryError(f"{version.name}/{version.version}: {no_pool(version.name)}")
     location = logged_model(version).artifact_location
     with tempfile.TemporaryDirectory() as scratch:
         card = mlflow.artifacts.download_artifacts(artifact_uri=f"{location}/MLmodel", dst_path=scratch)

@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from pipeline.config import BaseModelConfig, RouterConfig
 from pipeline.models.bases import Base
 from pipeline.models.checkpoints import fingerprint
+from pipeline.prediction.pool_source import RegisteredPool
 from pipeline.registry import pools as pools_module
 from pipeline.registry import served_code
 from pipeline.registry.bases import base_folder
@@ -135,6 +136,10 @@ def test_a_registered_pool_can_be_fetched(learned: Learned, tmp_path: Path) -> N
         download_pool("models:/untrained.pool.demo/7", tmp_path)
     with pytest.raises(RegistryError, match=r"'untrained\.expert\.digits' is the expert digits; pools are"):
         download_pool("models:/untrained.expert.digits/1", tmp_path / "expert")
+    with pytest.raises(
+        RegistryError, match=r"^untrained\.expert\.digits/1: 'untrained\.expert\.digits' is the expert digits"
+    ):
+        RegisteredPool.of("untrained.expert.digits", mlflow.get_tracking_uri(), None)
     for address in ("models:/untrained.pool.demo", "untrained.pool.demo/-1", "models:/untrained.pool.demo/one"):
         with pytest.raises(RegistryError, match=r"names no version; write it like models:/tiny\.pool\.demo/3"):
             download_pool(address, tmp_path)
