@@ -8,7 +8,7 @@ when it is looked up. Shapes: R rank, D input width, O output width, F prompt fe
 
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -142,6 +142,10 @@ class Expert:
             statistics,
             Deferred(partial(_layer_statistics, router)),
         )
+
+    def adapter_alone(self) -> "Expert":
+        """Returns the expert with its LoRA in memory and nothing that routers need but the prompt statistics."""
+        return replace(self, adapters=dict(self.adapters), vectors={}, layer_statistics={})
 
     def check_trained(self) -> None:
         """Raises ExpertError if the expert learned nothing (every B zero) or holds a value that is not finite."""
