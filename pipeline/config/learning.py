@@ -47,7 +47,9 @@ def output_place(place: str) -> str:
         from fsspec.registry import known_implementations, registry
 
         if scheme not in {*known_implementations, *registry}:
-            near = difflib.get_close_matches(scheme, [*sorted(_NATIVE), *sorted(known_implementations)], n=1)
+            near = difflib.get_close_matches(
+                scheme, [*sorted(_NATIVE), *sorted(known_implementations)], n=1, cutoff=0.5
+            )
             hint = f"; did you mean {near[0]}://?" if near else ""
             raise ValueError(f"nobody knows {scheme}:// (s3://, gs:// and what pyarrow and fsspec reach){hint}")
     if not rest.partition("?")[0].strip("/"):
@@ -378,7 +380,7 @@ class LearnConfig(Config):
     def _the_registry_lies_on_a_file_system(self) -> "LearnConfig":
         if is_address(self.output) and self.registry.uri is None:
             raise ValueError(
-                f"output={without_secrets(self.output)} cannot hold MLflow's database; name a server or a file as registry.uri, "
+                f"output={without_secrets(self.output)} cannot hold MLflow's database; let registry.uri be a server or a file, "
                 "like http://mlflow:5000 or sqlite:////home/me/mlflow.db"
             )
         return self

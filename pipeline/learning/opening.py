@@ -16,8 +16,8 @@ from pipeline import json_logs
 from pipeline.config import LearnConfig, digest, without_secrets
 from pipeline.errors import UserError
 from pipeline.learning.checkup import check_nodes, check_room
-from pipeline.learning.outside_errors import outside_errors
 from pipeline.learning.output import open_output
+from pipeline.learning.outside_errors import outside_errors
 from pipeline.learning.progress import LoggedProgress, Progress
 from pipeline.learning.run_status import LOCK, RecordedProgress, StatusFile
 from pipeline.learning.session import PREPARING, StreamSession

@@ -12,6 +12,7 @@ from pathlib import Path
 from pipeline.config import LearnConfig, is_address
 from pipeline.errors import UserError
 from pipeline.learning.progress import Progress
+from pipeline.learning.run_status import CLAIMS
 from pipeline.routing.expert import CARD
 from pipeline.routing.pool import CARD as POOL_CARD
 from pipeline.routing.pool import EXPERTS, Pool
@@ -20,8 +21,8 @@ from pipeline.storage.claim import BEAT, Claim, claimed
 from pipeline.storage.mirror import Mirror, RunMirror, SharedFiles, fetch_folder
 from pipeline.storage.remote import RemoteFolder
 
-DATA, TRAINING, CLAIMS = "data", "training", "claims"
-"""Rows, prompts and answers of all runs; below a run's folder what its workers write, and at an address who works there."""
+DATA, TRAINING = "data", "training"
+"""Rows, prompts and answers of all runs; below a run's folder what its workers write."""
 
 
 def output_of(config: LearnConfig) -> Mirror:
@@ -80,8 +81,6 @@ class KeptOutput(Output):
         self._lock = threading.Lock()
         self._claim: Claim | None = None
         self._ended = threading.Event()
-        self._error: Exception | None = None
-        """Why nothing is kept any more."""
 
     @contextmanager
     def opened(self, progress: Progress) -> Iterator[None]:
@@ -117,21 +116,15 @@ class KeptOutput(Output):
         thread.join()
 
     def _go(self) -> None:
-        assert self._claim is not None
         while not self._ended.wait(BEAT):
-            try:
-                self._claim.beat()
+            with suppress(UserError, OSError):  # told where the run itself keeps something
                 self.keep()
-            except (UserError, OSError) as error:  # told when something is to be kept the next time
-                self._error = error
 
     def keep(self) -> None:
-        """Copies what is new to the address; raises what has been in the way of it, if it still is."""
+        """Gives a sign of life and copies what is new to the address; raises LostError where the run is another one's now."""
         with self._lock:
             assert self._claim is not None
-            if self._error is not None:
-                self._error = None
-                self._claim.beat()
+            self._claim.beat()
             for files in self._shared:
                 files.push()
             self._mirror.push()

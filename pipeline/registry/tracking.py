@@ -65,7 +65,7 @@ def open_tracking(
 
     A new experiment keeps its artifacts in `artifacts`, a folder or an address; by default in `mlartifacts/` beside a SQLite
     file, or, where the registry is another database, in `output`, a folder or an address. The location is absolute and stored
-    once; a server decides about its own. Of several processes one creates the database; the others wait and report it to `on_wait`.
+    once; a server decides about its own. Of several processes one creates the database; the others wait and tell `on_wait`.
     User and password in a server's address go into MLflow's own environment variables, since MLflow prints the address.
 
     Raises RegistryError for an invalid address, a damaged database or one of another MLflow, a deleted experiment, artifacts

@@ -14,7 +14,9 @@ from pipeline.storage.claim import ClaimedError, LostError, claimed, owner_of
 from pipeline.storage.remote import RemoteFolder
 
 
-def of_another(remote: RemoteFolder, *, silent: float, host: str = "elsewhere", process: int = 7, holds: bool = True) -> None:
+def of_another(
+    remote: RemoteFolder, *, silent: float, host: str = "elsewhere", process: int = 7, holds: bool = True
+) -> None:
     now = datetime.now(UTC)
     content = {
         "host": host, "process": process, "since": (now - timedelta(hours=1)).isoformat(),
@@ -29,9 +31,9 @@ def test_a_run_is_claimed_once(remote: RemoteFolder) -> None:
         owner = owner_of(folder)
         assert owner is not None
         assert (owner.host, owner.process) == (socket.gethostname(), os.getpid())
-        with pytest.raises(ClaimedError, match=rf"there/demo: process {os.getpid()} on .* \(since 20.*ago\) works on"):
-            with claimed(folder):
-                pass
+        said = rf"there/demo: process {os.getpid()} on .* \(since 20.*ago\) works on"
+        with pytest.raises(ClaimedError, match=said), claimed(folder):
+            pass
         assert len(folder.files()) == 1
     assert folder.files() == {}
     assert owner_of(folder) is None

@@ -114,7 +114,14 @@ def test_killed_at_any_step_it_can_go_on(steps: int, remote: RemoteFolder, tmp_p
         mirror = run_mirror(machine, remote)
         put(machine, **files)
         mirror.push()
-    assert set(remote.files()) == {"mirror.json", "pool/pool.json", "pool/null", "state/a.json", "report.html", "summary.json"}
+    assert set(remote.files()) == {
+        "mirror.json",
+        "pool/pool.json",
+        "pool/null",
+        "state/a.json",
+        "report.html",
+        "summary.json",
+    }
 
 
 def test_files_of_all_runs_are_shared(remote: RemoteFolder, tmp_path: Path) -> None:
