@@ -12,7 +12,7 @@ from jobs.terminal import Terminal
 from pipeline.config import LearnConfig, load_config
 from pipeline.errors import UserError
 from pipeline.learning import output as outputs
-from pipeline.learning.opening import BusyError, open_session
+from pipeline.learning.opening import BusyError, alone_in, open_session
 from pipeline.learning.output import KeptOutput, Output, open_output
 from pipeline.learning.run_status import StatusFile, runs_at
 from pipeline.routing import Pool
@@ -97,34 +97,38 @@ def test_another_machine_finds_all_of_it(config: LearnConfig, known_pool: Pool, 
 def test_one_process_works_on_a_run(config: LearnConfig, tmp_path: Path, monkeypatch) -> None:
     with opened(config):
         machine(monkeypatch, tmp_path, "two")
-        with pytest.raises(ClaimedError, match=r"there/mine: process \d+ on one \(since .*\) works on this run"):
-            with opened(config):
-                pass
+        said = r"there/mine: process \d+ on one \(since .*\) works on this run"
+        with pytest.raises(ClaimedError, match=said), opened(config):
+            pass
         with opened(config.model_copy(update={"name": "another"})):
             pass
 
 
 def test_the_same_run_on_one_machine_is_told_by_its_lock(config: LearnConfig) -> None:
-    from pipeline.learning.opening import alone_in
-
-    with alone_in(config.folder), pytest.raises(BusyError, match="works on this run"):
-        with open_session(config, job="learn", progress=Terminal()):
-            pass
+    session = open_session(config, job="learn", progress=Terminal())
+    with alone_in(config.folder), pytest.raises(BusyError, match="works on this run"), session:
+        pass
 
 
 def test_what_cannot_be_used_is_told_before_anything_starts(config: LearnConfig, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     blocked = config.model_copy(update={"output": f"local://{tmp_path}/file/runs"})
-    with pytest.raises(StorageError, match=rf"^local://{tmp_path}/file/runs.*: cannot be used"):
-        with open_session(blocked, job="learn", progress=Terminal()):
-            pass
+    said = rf"^local://{tmp_path}/file/runs.*: cannot be used"
+    with pytest.raises(StorageError, match=said), open_session(blocked, job="learn", progress=Terminal()):
+        pass
 
 
 def test_who_was_replaced_ends(config: LearnConfig) -> None:
-    with pytest.raises(LostError, match="another one has taken the run over"), opened(config) as output:
-        (RemoteFolder(config.output) / "mine/claims").delete_all()
-        output._error = LostError("noticed")
-        output.keep()
+    there = RemoteFolder(config.output) / "mine"
+
+    def replaced() -> None:
+        with opened(config) as output:
+            (there / "claims").delete_all()
+            (output.run.local / "summary.json").write_text("late")
+
+    with pytest.raises(LostError, match="another one has taken the run over"):
+        replaced()
+    assert not there.exists("summary.json"), "what the other one does there is not disturbed"
 
 
 def test_signs_of_life_copy_what_is_new(config: LearnConfig, monkeypatch) -> None:
@@ -141,9 +145,13 @@ def test_signs_of_life_copy_what_is_new(config: LearnConfig, monkeypatch) -> Non
 
 
 def test_an_error_is_kept_and_stays_the_one_that_is_told(config: LearnConfig) -> None:
-    with pytest.raises(ZeroDivisionError), opened(config) as output:
-        output.run.local.joinpath("error.log").write_text("why")
-        raise ZeroDivisionError
+    def fails() -> None:
+        with opened(config) as output:
+            output.run.local.joinpath("error.log").write_text("why")
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        fails()
     assert (RemoteFolder(config.output) / "mine").read("error.log") == b"why"
 
 
