@@ -48,6 +48,14 @@ def lasting(folder: str) -> str:
     return str(HOME.expanduser() / folder) if moves else folder
 
 
+def check_output(settings: AddConfig | LearnConfig) -> None:
+    """Raises StorageError where results go to an address that cannot be used: before all is imported that a job needs."""
+    if is_address(settings.output):
+        from pipeline.storage.remote import RemoteFolder  # with pyarrow
+
+        RemoteFolder(settings.output).check()
+
+
 def job_command(
     module: str,
     config: Path,

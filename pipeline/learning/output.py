@@ -46,9 +46,7 @@ class Output:
 
     def shown(self, path: Path) -> str:
         """Returns what people are told of where a file is: its address, if it has one."""
-        if self.place.remote is None or not path.is_relative_to(self.place.local):
-            return str(path)
-        return str(self.place.remote / path.relative_to(self.place.local).as_posix())
+        return str(self.place.at(path))
 
     def keep(self) -> None:
         """Copies what is new to the address."""

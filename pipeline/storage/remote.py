@@ -49,8 +49,9 @@ _REMEDIES = (
     ),
     (
         ("access_denied", "accessdenied", "forbidden", "permission denied", "permission_denied", "http status 403"),
-        "these credentials may not do that",
-        "let them list, read, write and delete there",
+        "this may not be done there",
+        "are there credentials here (AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE), and may they list, read, "
+        "write and delete there?",
     ),
     (
         ("network_connection", "couldn't connect", "could not connect", "timeout", "timed out", "curlcode", "resolve host"),
@@ -86,9 +87,14 @@ def _explained(uri: str, error: BaseException) -> StorageError:
     text = f"{type(error).__name__} {error}".lower()
     for marks, meaning, remedy in _REMEDIES:
         if any(mark in text for mark in marks):
-            return StorageError(f"{shown}: {meaning}; {remedy} ({without_secrets(reason)[:200]})")
+            return StorageError(f"{shown}: {meaning}; {remedy} ({without_secrets(_in_short(reason))})")
     remedy = "are name, region and credentials right, and does this machine reach it?"
     return StorageError(f"{shown}: cannot be used: {without_secrets(reason)[:300]} ({remedy})")
+
+
+def _in_short(reason: str) -> str:
+    """Returns what AWS says of an error without the request that it says first, of others the beginning."""
+    return reason[max(0, reason.find("AWS Error")) :].partition(" (Request ID")[0][:150]
 
 
 @lru_cache
@@ -148,13 +154,15 @@ class RemoteFolder:
 
     def check(self) -> None:
         """Writes, reads, lists and deletes a small file; raises StorageError for the first of these that fails."""
-        probe = self / f".probe-{uuid4().hex}"
-        probe.write("probe", b"pointsman")
+        name = f".probe-{uuid4().hex}"
+        probe = self / name
         try:
+            probe.write("probe", b"pointsman")
             if probe.read("probe") != b"pointsman" or "probe" not in probe.files():
-                raise StorageError(f"{self}: what is written there is not found again; is its storage consistent?")
-        finally:
+                raise StorageError(f"{probe}: what is written there is not found again; is its storage consistent?")
             probe.delete_all()
+        except StorageError as error:
+            raise StorageError(str(error).replace(f"/{name}", "")) from None
 
     def files(self) -> dict[str, int]:
         """Returns the sizes of all files below it, by name."""
@@ -166,8 +174,11 @@ class RemoteFolder:
 
     def _infos(self, kind: fs.FileType, *, deep: bool) -> list[fs.FileInfo]:
         with storage_errors(self.uri):
-            selector = fs.FileSelector(self.path, recursive=deep, allow_not_found=True)
-            return [info for info in self.filesystem.get_file_info(selector) if info.type == kind]
+            try:
+                infos = self.filesystem.get_file_info(fs.FileSelector(self.path, recursive=deep))
+            except FileNotFoundError:  # a bucket that is missing is another error
+                return []
+            return [info for info in infos if info.type == kind]
 
     def exists(self, name: str) -> bool:
         """Whether there is a file of this name."""

@@ -66,9 +66,7 @@ def test_keys_are_not_shown() -> None:
 
 
 def test_a_missing_bucket_is_told_in_one_line(s3: tuple[str, str]) -> None:
-    with pytest.raises(
-        StorageError, match=r"^s3://nobody/runs/.*: there is no such bucket; make it, or correct"
-    ) as error:
+    with pytest.raises(StorageError, match=r"^s3://nobody/runs: there is no such bucket; make it, or correct") as error:
         RemoteFolder(f"s3://{KEY}:{SECRET}@nobody/runs{s3[1]}").check()
     assert SECRET not in str(error.value)
     assert "\n" not in str(error.value)
@@ -77,9 +75,7 @@ def test_a_missing_bucket_is_told_in_one_line(s3: tuple[str, str]) -> None:
 def test_a_server_that_is_not_there_is_told() -> None:
     began = time.monotonic()
     folder = RemoteFolder(f"s3://{KEY}:{SECRET}@bucket/runs?endpoint_override=127.0.0.1:9&scheme=http&region=x")
-    with pytest.raises(
-        StorageError, match=r"^s3://bucket/runs/.*: it does not answer; are its address .* right"
-    ) as error:
+    with pytest.raises(StorageError, match=r"^s3://bucket/runs: it does not answer; are its address .* right") as error:
         folder.check()
     assert SECRET not in str(error.value)
     assert time.monotonic() - began < 30
@@ -90,9 +86,9 @@ def test_a_server_that_is_not_there_is_told() -> None:
     [
         (
             OSError("AWS Error ACCESS_DENIED during PutObject operation: Access Denied"),
-            "these credentials may not do that",
+            "this may not be done there",
         ),
-        (PermissionError("Forbidden"), "these credentials may not do that"),
+        (PermissionError("Forbidden"), "this may not be done there"),
         (OSError("AWS Error INVALID_ACCESS_KEY_ID during ListObjectsV2"), "the credentials are not accepted"),
         (OSError("AWS Error SIGNATURE_DOES_NOT_MATCH: ?"), "the credentials are not accepted"),
         (OSError("Unable to locate credentials"), "there are no credentials here"),
