@@ -5,7 +5,7 @@ enters the store, then what refers to it.
 """
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -19,7 +19,7 @@ from pipeline.routing.pool import EXPERTS, Pool
 from pipeline.routing.store import ExpertReference
 from pipeline.storage.claim import BEAT, Claim, claimed
 from pipeline.storage.mirror import Mirror, RunMirror, SharedFiles, fetch_folder
-from pipeline.storage.remote import RemoteFolder
+from pipeline.storage.remote import RemoteFolder, StorageError
 
 DATA, TRAINING = "data", "training"
 """Rows, prompts and answers of all runs; below a run's folder what its workers write."""
@@ -76,6 +76,10 @@ class KeptOutput(Output):
         self._mirror = RunMirror(self.run, apart=(TRAINING, CLAIMS))
         self._shared = [SharedFiles(self.data / name) for name in ("answers", "prompts")]
         self._there: set[str] = set()
+        self._new: dict[str, Path] = {}
+        """Experts that are not at the address yet."""
+        self._away = False
+        self._log: Callable[[str], None] = lambda text: None
         self._lock = threading.Lock()
         self._claim: Claim | None = None
         self._ended = threading.Event()
@@ -87,6 +91,7 @@ class KeptOutput(Output):
         Raises ClaimedError where another process works on the run, StorageError where the address cannot be used.
         """
         assert self.run.remote is not None
+        self._log = progress.log
         with progress.working(f"opening {self.place}"):
             (self.run.remote / CLAIMS).check()
         with claimed(self.run.remote / CLAIMS) as self._claim:
@@ -103,11 +108,11 @@ class KeptOutput(Output):
             except BaseException:
                 self._end(thread)
                 with suppress(UserError, OSError):  # the first error is the one to tell
-                    self.keep()
+                    self._push()
                 raise
             self._end(thread)
             with progress.working(f"keeping results at {self.run}"):
-                self.keep()
+                self._push()
 
     def _end(self, thread: threading.Thread) -> None:
         self._ended.set()
@@ -119,10 +124,26 @@ class KeptOutput(Output):
                 self.keep()
 
     def keep(self) -> None:
-        """Gives a sign of life and copies what is new to the address; raises LostError where the run is another one's now."""
+        """Gives a sign of life and copies what is new to the address; raises LostError where the run is another one's now.
+
+        Where the address does not answer, all of it is kept here and tried again; at the run's end that is an error.
+        """
+        try:
+            self._push()
+            self._away = False
+        except StorageError as error:
+            if not self._away:
+                self._log(f"  {error}; results are kept in {self.run.local}, and copied when it answers again")
+            self._away = True
+
+    def _push(self) -> None:
         with self._lock:
             assert self._claim is not None
             self._claim.beat()
+            for digest, folder in list(self._new.items()):
+                (self._experts / digest).upload_folder(folder, last=CARD)
+                self._there.add(digest)
+                del self._new[digest]
             for files in self._shared:
                 files.push()
             self._mirror.push()
@@ -131,8 +152,8 @@ class KeptOutput(Output):
         """Copies an expert to the address, unless it is there."""
         assert reference.digest is not None
         if reference.digest not in self._there:
-            (self._experts / reference.digest).upload_folder(self.experts / reference.digest, last=CARD)
-            self._there.add(reference.digest)
+            self._new[reference.digest] = self.experts / reference.digest
+            self.keep()
 
     def share_pool(self, pool: Pool, folder: Mirror) -> None:
         """Copies a pool's folder to the address, and those of its experts that are not there."""

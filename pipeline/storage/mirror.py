@@ -17,7 +17,7 @@ from uuid import uuid4
 import pyarrow.fs as fs
 
 from pipeline.locks import made_once
-from pipeline.storage.remote import RemoteFolder
+from pipeline.storage.remote import RemoteFolder, at_once
 
 
 @dataclass(frozen=True)
@@ -184,9 +184,8 @@ class RunMirror:
             for file in self._files():
                 file.unlink()
             names = [name for name in self._remote.files() if self._is_mine(name) and name != GENERATION]
-            for name, path in ((name, self._local / name) for name in names):
-                self._remote.download(name, path)
-                self._pushed[name] = _state(path)
+            at_once(lambda name: self._remote.download(name, self._local / name), names)
+            self._pushed = {name: _state(self._local / name) for name in names}
         self._session = uuid4().hex
         self._write_notes()
         self._remote.write(GENERATION, self._session.encode())
@@ -205,7 +204,9 @@ class RunMirror:
                     self._pushed[name] = state
             except FileNotFoundError:  # replaced or deleted meanwhile: the next time
                 continue
-        gone = [name for name in self._pushed if not (self._local / name).exists()]
+        # Where even the notes are gone, somebody has cleared the cache of this machine.
+        cleared = not (self._local / _NOTES).exists()
+        gone = [] if cleared else [name for name in self._pushed if not (self._local / name).exists()]
         self._remote.delete(gone)
         for name in gone:
             del self._pushed[name]
@@ -251,9 +252,8 @@ class SharedFiles:
     def pull(self) -> None:
         """Copies what is not here yet."""
         self._there = {name for name in self._remote.files() if not _is_hidden(name)}
-        for name in sorted(self._there):
-            if not (self._local / name).exists():
-                self._remote.download(name, self._local / name)
+        missing = [name for name in sorted(self._there) if not (self._local / name).exists()]
+        at_once(lambda name: self._remote.download(name, self._local / name), missing)
 
     def push(self) -> None:
         """Copies what is not there yet, then deletes there what was deleted here (files that were compacted)."""

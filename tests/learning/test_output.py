@@ -144,6 +144,35 @@ def test_signs_of_life_copy_what_is_new(config: LearnConfig, monkeypatch) -> Non
         assert there.exists("state/clock.json")
 
 
+def test_an_address_that_is_away_for_a_while_ends_nothing(
+    config: LearnConfig, known_pool: Pool, monkeypatch, capsys
+) -> None:
+    there = RemoteFolder(config.output)
+    expert = next(iter(known_pool.experts.values()))
+    digest = expert.card.config_digest
+    with opened(config) as output:
+        with monkeypatch.context() as away:
+            away.setattr(RemoteFolder, "upload", lambda self, *_: (_ for _ in ()).throw(StorageError("away")))
+            store_of(output).put(expert)
+            (output.run.local / "task.json").write_text("refers to it")
+            output.keep()
+        assert not (there / "mine").exists("task.json")
+        output.keep()
+        assert there.exists(f"experts/{digest}/expert.json")
+        assert (there / "mine").exists("task.json")
+    assert capsys.readouterr().out.count("away; results are kept in") == 1
+
+
+def test_what_could_not_be_kept_is_an_error_at_the_end(config: LearnConfig, monkeypatch) -> None:
+    def works() -> None:
+        with opened(config) as output:
+            (output.run.local / "summary.json").write_text("{}")
+            monkeypatch.setattr(RemoteFolder, "upload", lambda self, *_: (_ for _ in ()).throw(StorageError("away")))
+
+    with pytest.raises(StorageError, match="away"):
+        works()
+
+
 def test_an_error_is_kept_and_stays_the_one_that_is_told(config: LearnConfig) -> None:
     def fails() -> None:
         with opened(config) as output:

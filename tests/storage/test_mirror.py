@@ -1,5 +1,6 @@
 """What lies here and at an address: what is new goes there, what is missing comes here, whenever a process is killed."""
 
+import shutil
 from pathlib import Path
 
 import pyarrow.fs as fs
@@ -68,6 +69,15 @@ def test_what_was_deleted_at_the_address_does_not_come_back(remote: RemoteFolder
     run_mirror(tmp_path, remote).push()
     assert texts(tmp_path) == {}
     assert set(remote.files()) == {"mirror.json"}
+
+
+def test_clearing_the_cache_deletes_nothing_at_the_address(remote: RemoteFolder, tmp_path: Path) -> None:
+    mirror = run_mirror(tmp_path / "run", remote)
+    put(tmp_path / "run", a="1")
+    mirror.push()
+    shutil.rmtree(tmp_path / "run")
+    mirror.push()
+    assert remote.read("a") == b"1"
 
 
 def test_only_what_is_new_is_copied(remote: RemoteFolder, tmp_path: Path, monkeypatch) -> None:
