@@ -14,7 +14,6 @@ from pipeline.errors import UserError
 from pipeline.learning.progress import Progress
 from pipeline.learning.run_status import CLAIMS
 from pipeline.routing.expert import CARD
-from pipeline.routing.pool import CARD as POOL_CARD
 from pipeline.routing.pool import EXPERTS, Pool
 from pipeline.routing.store import ExpertReference
 from pipeline.storage.claim import BEAT, Claim, claimed
@@ -156,11 +155,14 @@ class KeptOutput(Output):
             self.keep()
 
     def share_pool(self, pool: Pool, folder: Mirror) -> None:
-        """Copies a pool's folder to the address, and those of its experts that are not there."""
+        """Copies a pool's folder, which lies in the run's, to the address, and those of its experts that are not there."""
+        assert folder.local.is_relative_to(self.run.local), "the mirror of the run copies it"
         for reference in pool.card.experts:
-            if (self.experts / (reference.digest or "-")).is_dir():
-                self.keep_expert(reference)
-        folder.share(last=POOL_CARD)
+            if reference.digest is not None and reference.digest not in self._there:
+                expert = self.experts / reference.digest
+                if expert.is_dir():  # else the pool's folder holds it
+                    self._new[reference.digest] = expert
+        self._push()
 
     def has_expert(self, reference: ExpertReference) -> bool:
         """Whether the address has an expert."""
