@@ -4,6 +4,7 @@ What is finished is copied in an order such that the run can go on elsewhere whe
 enters the store, then what refers to it.
 """
 
+import shutil
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -16,12 +17,15 @@ from pipeline.learning.run_status import CLAIMS
 from pipeline.routing.expert import CARD
 from pipeline.routing.pool import EXPERTS, Pool
 from pipeline.routing.store import ExpertReference
-from pipeline.storage.claim import BEAT, Claim, claimed
+from pipeline.storage.claim import Claim, claimed
 from pipeline.storage.mirror import Mirror, RunMirror, SharedFiles, fetch_folder
 from pipeline.storage.remote import RemoteFolder, StorageError
 
 DATA, TRAINING = "data", "training"
 """Rows, prompts and answers of all runs; below a run's folder what its workers write."""
+
+EVERY = 15.0
+"""Seconds between two copies of what is new."""
 
 
 def output_of(config: LearnConfig) -> Mirror:
@@ -85,7 +89,7 @@ class KeptOutput(Output):
 
     @contextmanager
     def opened(self, progress: Progress) -> Iterator[None]:
-        """Holds the run's claim, and takes what lies at the address; gives signs of life and copies what is new meanwhile.
+        """Holds the run's claim, and takes what lies at the address; copies what is new meanwhile.
 
         Raises ClaimedError where another process works on the run, StorageError where the address cannot be used.
         """
@@ -118,12 +122,12 @@ class KeptOutput(Output):
         thread.join()
 
     def _go(self) -> None:
-        while not self._ended.wait(BEAT):
+        while not self._ended.wait(EVERY):
             with suppress(UserError, OSError):  # told where the run itself keeps something
                 self.keep()
 
     def keep(self) -> None:
-        """Gives a sign of life and copies what is new to the address; raises LostError where the run is another one's now.
+        """Copies what is new to the address; raises LostError where the run is another one's now.
 
         Where the address does not answer, all of it is kept here and tried again; at the run's end that is an error.
         """
@@ -138,7 +142,7 @@ class KeptOutput(Output):
     def _push(self) -> None:
         with self._lock:
             assert self._claim is not None
-            self._claim.beat()
+            self._claim.check()
             for digest, folder in list(self._new.items()):
                 (self._experts / digest).upload_folder(folder, last=CARD)
                 self._there.add(digest)
@@ -169,10 +173,14 @@ class KeptOutput(Output):
         return reference.digest in self._there
 
     def fetch_expert(self, reference: ExpertReference, folder: Path) -> bool:
-        """Copies an expert from the address into a new folder; returns whether it is there."""
+        """Copies an expert from the address into a new folder; returns whether it is there undamaged."""
         if reference.digest is None or not self.has_expert(reference):
             return False
         fetch_folder(self._experts / reference.digest, folder)
+        if reference.damage(folder) is not None:
+            shutil.rmtree(folder, ignore_errors=True)
+            self._there.discard(reference.digest)  # the next one that comes into the store takes its place
+            return False
         return True
 
 

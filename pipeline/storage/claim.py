@@ -10,6 +10,7 @@ import json
 import os
 import random
 import socket
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -88,18 +89,36 @@ class Owner:
 
 
 class Claim:
-    """A run that this process works on."""
+    """A run that this process works on; gives signs of life in a thread of its own while its context lasts."""
 
     def __init__(self, folder: RemoteFolder, name: str, owner: Owner) -> None:
         self._folder, self._name, self._owner = folder, name, owner
+        self._ended = threading.Event()
+        self._thread = threading.Thread(target=self._go, name="claim", daemon=True)
 
-    def beat(self) -> None:
-        """Gives a sign of life; raises LostError where somebody else has taken the run over meanwhile."""
+    def __enter__(self) -> "Claim":
+        self._folder.write(self._name, _content(self._owner, beat=_now()))
+        self._thread.start()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._ended.set()
+        self._thread.join()
+
+    def check(self) -> None:
+        """Raises LostError where somebody else has taken the run over meanwhile."""
         if not self._folder.exists(self._name):
             raise LostError(
-                f"{self._folder}: this process gave no sign of life for {STALE:.0f} s, and another one has taken the run over"
+                f"{self._folder / '..'}: this process gave no sign of life for {STALE:.0f} s, and another one has taken the "
+                "run over; end this one"
             )
-        self._folder.write(self._name, _content(self._owner, beat=_now()))
+
+    def _go(self) -> None:
+        while not self._ended.wait(BEAT):
+            with suppress(StorageError):  # it may answer the next time
+                if not self._folder.exists(self._name):
+                    return
+                self._folder.write(self._name, _content(self._owner, beat=_now()))
 
 
 def owner_of(folder: RemoteFolder) -> Owner | None:
@@ -129,10 +148,9 @@ def claimed(folder: RemoteFolder) -> Iterator[Claim]:
             raise ClaimedError(folder / "..", rival)
         time.sleep(random.uniform(0.1, 1.0))
     owner = Owner(owner.host, owner.process, since, since, holds=True)
-    claim = Claim(folder, name, owner)
     try:
-        claim.beat()
-        yield claim
+        with Claim(folder, name, owner) as claim:
+            yield claim
     finally:
         with suppress(StorageError):  # its own message has been given, and the claim becomes stale
             folder.delete([name])

@@ -158,9 +158,12 @@ class UploadedTrainingFolder(TrainingFolder):
     def fetch(self) -> None:
         """Brings the last checkpoint and the best adapter here."""
         shutil.rmtree(self.path, ignore_errors=True)
-        if (name := self._pointed()) is not None:
+        name = _agreed(
+            self._pointed() if self._rank == 0 else None
+        )  # workers of a driver that was killed may still write
+        if name is not None:
             fetch_folder(self._remote / name, self._checkpoint)
-        (self._remote).download_folder(self.path, wanted=lambda name: name.startswith(KEPT))
+        self._remote.download_folder(self.path, wanted=lambda name: name.startswith(KEPT))
 
     def metrics(self) -> dict[str, Any] | None:
         """Returns the metrics of a training that is done, and brings what came out here; None of one that is not."""
@@ -184,7 +187,7 @@ class UploadedTrainingFolder(TrainingFolder):
 
     def commit(self, checkpoint_dir: Path) -> Path:
         """Uploads a checkpoint; returns the folder here, with this rank's part and the adapter, if it has one."""
-        name = _agreed(f"checkpoint-{uuid4().hex[:8]}")
+        name = _agreed(f"checkpoint-{uuid4().hex[:8]}") or ""
         (self._remote / name).upload_folder(checkpoint_dir)
         _meet()
         if self._rank == 0:
@@ -220,7 +223,7 @@ class UploadedTrainingFolder(TrainingFolder):
         return None if content is None else content.decode()
 
 
-def _agreed(name: str) -> str:
+def _agreed(name: str | None) -> str | None:
     """Returns rank 0's text on every rank."""
     texts = [name]
     if dist.is_initialized() and dist.get_world_size() > 1:

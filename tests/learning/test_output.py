@@ -94,6 +94,25 @@ def test_another_machine_finds_all_of_it(config: LearnConfig, known_pool: Pool, 
         assert store.load(reference).card == expert.card
 
 
+def test_a_damaged_expert_at_the_address_is_replaced(
+    config: LearnConfig, known_pool: Pool, tmp_path: Path, monkeypatch
+) -> None:
+    expert, there = next(iter(known_pool.experts.values())), RemoteFolder(config.output)
+    reference = ExpertReference(name=expert.card.name, digest=expert.card.config_digest)
+    name = f"experts/{reference.digest}/router.safetensors"
+    with opened(config) as output:
+        store_of(output).put(expert)
+    whole = there.read(name)
+    there.write(name, b"cut off")
+    machine(monkeypatch, tmp_path, "two")
+    with opened(config) as output:
+        assert output.has_expert(reference)
+        with pytest.raises(UserError, match="not there"):  # so it comes from the registry, or is trained again
+            store_of(output).load(reference)
+        store_of(output).put(expert)
+    assert there.read(name) == whole
+
+
 def test_one_process_works_on_a_run(config: LearnConfig, tmp_path: Path, monkeypatch) -> None:
     with opened(config):
         machine(monkeypatch, tmp_path, "two")
@@ -131,8 +150,8 @@ def test_who_was_replaced_ends(config: LearnConfig) -> None:
     assert not there.exists("summary.json"), "what the other one does there is not disturbed"
 
 
-def test_signs_of_life_copy_what_is_new(config: LearnConfig, monkeypatch) -> None:
-    monkeypatch.setattr(outputs, "BEAT", 0.05)
+def test_what_is_new_is_copied_every_while(config: LearnConfig, monkeypatch) -> None:
+    monkeypatch.setattr(outputs, "EVERY", 0.05)
     there = RemoteFolder(config.output) / "mine"
     with opened(config) as output:
         (output.run.local / "state").mkdir(parents=True)

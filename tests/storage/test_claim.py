@@ -40,8 +40,8 @@ def test_a_run_is_claimed_once(remote: RemoteFolder) -> None:
 
 
 def test_who_is_silent_is_replaced(remote: RemoteFolder) -> None:
-    of_another(remote, silent=claims.STALE - 10)
-    with pytest.raises(ClaimedError, match=r"process 7 on elsewhere .* last sign of life 110 s ago"), claimed(remote):
+    of_another(remote, silent=claims.STALE - 20)
+    with pytest.raises(ClaimedError, match=r"process 7 on elsewhere .* last sign of life 1\d\d s ago"), claimed(remote):
         pass
     of_another(remote, silent=claims.STALE + 10)
     with claimed(remote):
@@ -56,10 +56,23 @@ def test_a_process_of_this_machine_that_is_gone_is_replaced_at_once(remote: Remo
 
 def test_who_was_replaced_hears_of_it(remote: RemoteFolder) -> None:
     with claimed(remote) as claim:
-        claim.beat()
+        claim.check()
         remote.delete(remote.files())  # by another process, which took it for killed
         with pytest.raises(LostError, match="another one has taken the run over"):
-            claim.beat()
+            claim.check()
+
+
+def test_who_holds_a_run_gives_signs_of_life(remote: RemoteFolder, monkeypatch) -> None:
+    monkeypatch.setattr(claims, "BEAT", 0.05)
+    with claimed(remote):
+        first = owner_of(remote).beat
+        until = time.monotonic() + 20
+        while owner_of(remote).beat == first:
+            assert time.monotonic() < until
+            time.sleep(0.05)
+        remote.delete(remote.files())
+        time.sleep(0.3)
+        assert remote.files() == {}, "what another one has taken is not taken back"
 
 
 def test_a_damaged_claim_is_nobodys(remote: RemoteFolder) -> None:
