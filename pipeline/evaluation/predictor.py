@@ -13,8 +13,8 @@ from pipeline.config import BaseModelConfig, RouterConfig
 from pipeline.data.encoded.packing import PACKED, unpack_row
 from pipeline.data.errors import StreamError
 from pipeline.evaluation.answers import Answer
-from pipeline.evaluation.fetched_pool import fetched_pool
 from pipeline.evaluation.matrix import BASE
+from pipeline.evaluation.pool_at_address import pool_at_address
 from pipeline.evaluation.prompts import kept_columns
 from pipeline.models.answering import routed_answers
 from pipeline.models.encoding import Encoded
@@ -148,7 +148,7 @@ class PagePredictor:
         if place.remote is None:
             return Pool.load(place.local)
         self._scratch = tempfile.TemporaryDirectory(ignore_cleanup_errors=True)
-        return fetched_pool(place.remote, Path(self._scratch.name) / "pool")
+        return pool_at_address(place.remote, Path(self._scratch.name) / "pool")
 
     def _attach(self, author: str | None, attach: Callable[[], None]) -> None:
         if author != self._attached:

@@ -9,7 +9,7 @@ from typing import Any
 import mlflow
 
 from pipeline.config import BaseModelConfig, digest, is_address
-from pipeline.evaluation.fetched_pool import fetched_pool as pool_at_address
+from pipeline.evaluation.pool_at_address import pool_at_address
 from pipeline.files import user_cache
 from pipeline.models.bases import as_loadable_here
 from pipeline.prediction.errors import PredictError

@@ -220,7 +220,7 @@ def test_status_is_read_at_the_address(config: LearnConfig) -> None:
 def test_a_pool_is_read_from_the_address_with_its_experts(
     config: LearnConfig, known_pool: Pool, tmp_path: Path, monkeypatch
 ) -> None:
-    from pipeline.evaluation.fetched_pool import fetched_pool
+    from pipeline.evaluation.pool_at_address import pool_at_address
     from pipeline.routing.store import StoredExpert
 
     monkeypatch.setenv("POINTSMAN_EXPERTS", str(tmp_path / "node"))
@@ -233,7 +233,7 @@ def test_a_pool_is_read_from_the_address_with_its_experts(
         place = output.place.at(pool.save(output.run.local / "pool"))
         assert place.remote is not None
         output.share_pool(pool, place)
-        read = fetched_pool(place.remote, tmp_path / "scratch")
+        read = pool_at_address(place.remote, tmp_path / "scratch")
     assert read.names == pool.names
     assert read.digests == pool.digests
     for name in pool.names:

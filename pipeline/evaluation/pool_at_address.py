@@ -8,7 +8,7 @@ from pipeline.storage.mirror import fetch_folder
 from pipeline.storage.remote import RemoteFolder
 
 
-def fetched_pool(remote: RemoteFolder, folder: Path) -> Pool:
+def pool_at_address(remote: RemoteFolder, folder: Path) -> Pool:
     """Copies a pool's folder into `folder` and reads it; its experts come into this node's cache when they are needed."""
     remote.download_folder(folder)
     card = PoolCard.read(folder)
