@@ -107,7 +107,11 @@ class Claim:
 
     def check(self) -> None:
         """Raises LostError where somebody else has taken the run over meanwhile."""
-        if not self._folder.exists(self._name):
+        names = self._folder.files()
+        others = (Owner.read(self._folder.read(name) or b"") for name in names if name != self._name)
+        # A sign of life may have been given in the moment in which the claim was deleted.
+        replaced = any(o is not None and o.holds and o.since > self._owner.since and not o.is_gone for o in others)
+        if self._name not in names or replaced:
             raise LostError(
                 f"{self._folder / '..'}: this process gave no sign of life for {STALE:.0f} s, and another one has taken the "
                 "run over; end this one"

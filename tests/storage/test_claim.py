@@ -5,24 +5,28 @@ import os
 import socket
 import threading
 import time
+from dataclasses import asdict
 from datetime import UTC, datetime, timedelta
 
 import pytest
 
 from pipeline.storage import claim as claims
-from pipeline.storage.claim import ClaimedError, LostError, claimed, owner_of
+from pipeline.storage.claim import ClaimedError, LostError, Owner, claimed, owner_of
 from pipeline.storage.remote import RemoteFolder
 
 
 def of_another(
-    remote: RemoteFolder, *, silent: float, host: str = "elsewhere", process: int = 7, holds: bool = True
+    remote: RemoteFolder,
+    *,
+    silent: float,
+    host: str = "elsewhere",
+    process: int = 7,
+    holds: bool = True,
+    since: datetime = datetime(2026, 1, 1, tzinfo=UTC),  # noqa: B008
 ) -> None:
-    now = datetime.now(UTC)
-    content = {
-        "host": host, "process": process, "since": (now - timedelta(hours=1)).isoformat(),
-        "beat": (now - timedelta(seconds=silent)).isoformat(), "holds": holds,
-    }  # fmt: skip
-    remote.write("other.json", json.dumps(content).encode())
+    beat = datetime.now(UTC) - timedelta(seconds=silent)
+    owner = Owner(host, process, since.isoformat(), beat.isoformat(), holds)
+    remote.write("other.json", json.dumps(asdict(owner)).encode())
 
 
 def test_a_run_is_claimed_once(remote: RemoteFolder) -> None:
@@ -64,15 +68,17 @@ def test_who_was_replaced_hears_of_it(remote: RemoteFolder) -> None:
 
 def test_who_holds_a_run_gives_signs_of_life(remote: RemoteFolder, monkeypatch) -> None:
     monkeypatch.setattr(claims, "BEAT", 0.05)
-    with claimed(remote):
+    with claimed(remote) as claim:
         first = owner_of(remote).beat
         until = time.monotonic() + 20
         while owner_of(remote).beat == first:
             assert time.monotonic() < until
             time.sleep(0.05)
-        remote.delete(remote.files())
-        time.sleep(0.3)
-        assert remote.files() == {}, "what another one has taken is not taken back"
+        of_another(remote, silent=1, holds=False)
+        claim.check()
+        of_another(remote, silent=1, since=datetime.now(UTC))
+        with pytest.raises(LostError):
+            claim.check()
 
 
 def test_a_damaged_claim_is_nobodys(remote: RemoteFolder) -> None:
