@@ -37,8 +37,8 @@ class Question:
     """Folder, file, hub id or URI of the base; None: it ships with the code."""
     revision: str | None = None
     """Of a hub id."""
-    storage: str | None = None
-    """Folder with a file `asked`, in which every node leaves a file of its own."""
+    storage: str | None = field(default=None, repr=False)
+    """Folder or address with a file `asked`, in which every node leaves a file of its own."""
     registry: str | None = None
     """Address of MLflow's server, without user and password."""
 
@@ -145,6 +145,15 @@ def _base(question: Question, files: dict[str, int], notes: dict[str, str]) -> N
 
 def _storage(question: Question, name: str) -> None:
     """Reads what was asked, and leaves the same text under the name of this node."""
+    if "://" in (question.storage or ""):
+        from pipeline.storage.remote import RemoteFolder
+
+        remote = RemoteFolder(question.storage or "")
+        content = remote.read("asked")
+        if content is None:
+            raise FileNotFoundError("what this job has written there is not found: it is another storage of that name")
+        remote.write(name, content)
+        return
     folder = Path(question.storage or "")
     (folder / name).write_text((folder / "asked").read_text())
 

@@ -6,7 +6,6 @@ import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any, Literal
 from uuid import uuid4
 
@@ -17,6 +16,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from cluster import probe
 from cluster.preflight import PreflightError
 from cluster.probe import Answer, Question
+from pipeline.storage.mirror import Folder, Mirror
 
 PACKAGES = ("ray", "pointsman", "torch", "transformers", "peft", "deepspeed", "mlflow", "pyarrow")
 """Distributions of which all nodes need the same version."""
@@ -69,13 +69,13 @@ class Survey:
         return {name: answer for name, answer in self.others.items() if isinstance(answer, Answer)}
 
 
-def ask_nodes(question: Question, output: Path | None = None, seconds: float = ANSWER_SECONDS) -> Survey:
-    """Asks this node and all others that can run workers; `output` is the folder that all of them must share.
+def ask_nodes(question: Question, output: Folder | None = None, seconds: float = ANSWER_SECONDS) -> Survey:
+    """Asks this node and all others that can run workers; `output` is the folder that all of them must see.
 
-    Raises OSError if this node cannot write into it.
+    Raises OSError, or StorageError, if this node cannot write into it.
     """
     with _shared(output) as folder:
-        question = replace(question, storage=str(folder) if folder else None)
+        question = replace(question, storage=folder.uri if folder else None)
         others = _ask(question, seconds)
         here = Answer(**probe.look(question, "here"))
         asked = [
@@ -141,12 +141,17 @@ def judge_base(survey: Survey, path: str) -> Finding:
     return Finding("base", f"{path}: {size} {survey.nodes}{note}")
 
 
-def judge_storage(survey: Survey, output: Path) -> Finding:
+def judge_storage(survey: Survey, output: Folder) -> Finding:
     """Whether every node writes into the same folder."""
+    there = Mirror.of(output).remote is not None
     wrong = _errors(survey, "storage")
     wrong += [f"{name}: what it writes is not seen here: it has another folder of that name" for name in survey.unseen]
     if wrong:
-        remedy = "mount one storage under this path on all nodes, and let `output` lie in it"
+        remedy = (
+            "mount one storage under this path on all nodes and let `output` lie in it, or let it be an address (s3://)"
+        )
+        if there:
+            remedy = "let every node reach it, with credentials in the environment that its Ray was started in"
         return Finding("storage", f"output={output}: {'; '.join(wrong)}", "failed", remedy)
     return Finding("storage", f"{output}: written on {survey.nodes}" + (", and seen on all" if survey.others else ""))
 
@@ -220,28 +225,36 @@ def _ask(question: Question, seconds: float) -> Answers:
 
 
 @contextmanager
-def _shared(output: Path | None) -> Iterator[Path | None]:
+def _shared(output: Folder | None) -> Iterator[Mirror | None]:
     """Yields a folder in `output` with the file `asked`; nothing is left of it, nor of folders that were made for it."""
     if output is None:
         yield None
         return
-    made = [folder for folder in (output, *output.parents) if not folder.exists()]
-    folder = output / f".doctor.{uuid4().hex}"
+    folder = Mirror.of(output) / f".doctor.{uuid4().hex}"
+    path = folder.local
+    if folder.remote is not None:
+        folder.remote.write("asked", path.name.encode())
+        try:
+            yield folder
+        finally:
+            folder.remote.delete_all()
+        return
+    made = [parent for parent in path.parents if not parent.exists()]
     try:
-        folder.mkdir(parents=True)
-        (folder / "asked").write_text(folder.name)
+        path.mkdir(parents=True)
+        (path / "asked").write_text(path.name)
         yield folder
     finally:
-        shutil.rmtree(folder, ignore_errors=True)
+        shutil.rmtree(path, ignore_errors=True)
         with suppress(OSError):  # somebody else uses it meanwhile
             for left in made:
                 left.rmdir()
 
 
-def _unseen(folder: Path, nodes: Iterable[str]) -> tuple[str, ...]:
+def _unseen(folder: Mirror, nodes: Iterable[str]) -> tuple[str, ...]:
     """Returns the nodes whose file does not appear here in time."""
     missing, until = list(nodes), time.monotonic() + VISIBLE_SECONDS
-    while missing := [name for name in missing if not (folder / name).is_file()]:
+    while missing := [name for name in missing if not folder.exists(name)]:
         if time.monotonic() > until:
             break
         time.sleep(0.2)

@@ -5,7 +5,7 @@ python -m jobs.add jobs/configs/task.yaml --pool models:/tiny.pool.demo@champion
 
 from jobs.endings import user_errors
 from jobs.lazy import run_alone
-from jobs.options import ConfigFile, Overrides, job_command, load_as
+from jobs.options import ConfigFile, Overrides, check_output, job_command, load_as
 from jobs.registry.options import AddTo, Json, RegistryUri, Replace
 from jobs.submit_options import Address, SubmittableCommand
 from pipeline.config import AddConfig
@@ -36,6 +36,7 @@ def main(
                 *["--json"] * json,
             ]
             job_command("jobs.add", task, overrides, address, *more, config_class=AddConfig)
+        check_output(settings)
         from jobs.adding import add_to_pool
 
         add_to_pool(settings, pool, registry, replaces=replace, as_json=json)

@@ -4,7 +4,7 @@ import os
 from typing import Any
 
 from jobs.terminal import Terminal, print_json, table
-from pipeline.config import AddConfig
+from pipeline.config import AddConfig, ConfigError, is_address
 from pipeline.files import write_json
 from pipeline.learning.adding import Added, add_task, stream_of
 from pipeline.learning.opening import open_session
@@ -31,9 +31,13 @@ def add_to_pool(settings: AddConfig, pool: str, registry: str | None, *, replace
         "--registry": registry,
         "registry.uri": settings.registry.uri,
         "MLFLOW_TRACKING_URI": os.environ.get("MLFLOW_TRACKING_URI"),
-        "output": f"sqlite:///{settings.output}/mlflow.db",
+        "output": None if is_address(settings.output) else f"sqlite:///{settings.output}/mlflow.db",
     }
-    setting, uri = next((setting, uri) for setting, uri in given.items() if uri)
+    setting, uri = next(((setting, uri) for setting, uri in given.items() if uri), ("", ""))
+    if not uri:
+        raise ConfigError(
+            "name the pool's registry with --registry, registry.uri or MLFLOW_TRACKING_URI: `output` is an address"
+        )
     use_registry(uri, setting)
     start = meant(pool)
     config = stream_of(settings, open_pool(start), uri)
@@ -80,4 +84,4 @@ def _show(session: StreamSession, added: Added) -> None:
     name, number = added.version.name, added.version.version
     log(f"\nregistry   {name}/{number}, {added.version.tags.get('status', '')}")
     log(f"           pointsman registry diff {name}/{added.before.version} {name}/{number}")
-    log(f"summary    {session.folder / 'summary.json'}")
+    log(f"summary    {session.output.shown(session.folder / 'summary.json')}")

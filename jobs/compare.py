@@ -9,7 +9,7 @@ import typer
 
 from jobs.endings import user_errors
 from jobs.lazy import run_alone
-from jobs.options import ConfigFile, Overrides, job_command, load
+from jobs.options import ConfigFile, Overrides, check_output, job_command, load
 from jobs.submit_options import Address, SubmittableCommand
 from jobs.terminal import Terminal, methods_table
 from pipeline.learning.state import Stopwatch
@@ -30,6 +30,7 @@ def main(
         settings = load(config, overrides)
         if address:
             job_command("jobs.compare", config, overrides, address, "--seeds", str(seeds))
+        check_output(settings)
         from jobs.results import print_next_steps, show_tasks
         from pipeline.learning.baselines import compare_methods
         from pipeline.learning.learn import learn_stream, publish

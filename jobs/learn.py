@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from jobs.endings import user_errors
 from jobs.lazy import run_alone
-from jobs.options import ConfigFile, Overrides, job_command, load
+from jobs.options import ConfigFile, Overrides, check_output, job_command, load
 from jobs.submit_options import Address, SubmittableCommand
 from jobs.terminal import Terminal
 from pipeline.evaluation.former_summary import by_todays_names
@@ -23,6 +23,7 @@ def main(config: ConfigFile, overrides: Overrides = None, address: Address = Non
         settings = load(config, overrides)
         if address:
             job_command("jobs.learn", config, overrides, address)
+        check_output(settings)
         from jobs.results import print_next_steps, show_tasks
         from pipeline.learning.learn import learn_stream, publish
         from pipeline.learning.opening import open_session

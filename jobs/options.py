@@ -9,7 +9,7 @@ import typer
 import pipeline.config
 from cluster.submitted import is_submitted
 from jobs.submission import HOME, JobFiles, submit_command
-from pipeline.config import AddConfig, Config, LearnConfig, load_config
+from pipeline.config import AddConfig, Config, LearnConfig, is_address, load_config
 from pipeline.config.loading import aliases_of, documented_fields
 
 C = TypeVar("C", AddConfig, LearnConfig)
@@ -43,9 +43,17 @@ def load_as(config: Path, overrides: list[str] | None, config_class: type[C]) ->
 
 
 def lasting(folder: str) -> str:
-    """Returns a folder for results as it is, or, where it is relative in a submitted job, below `~/pointsman`."""
-    moves = is_submitted() and not Path(folder).is_absolute()
+    """Returns a folder or an address for results as it is, or, where it is relative in a submitted job, below `~/pointsman`."""
+    moves = is_submitted() and not Path(folder).is_absolute() and not is_address(folder)
     return str(HOME.expanduser() / folder) if moves else folder
+
+
+def check_output(settings: AddConfig | LearnConfig) -> None:
+    """Raises StorageError where results go to an address that cannot be used: before all is imported that a job needs."""
+    if is_address(settings.output):
+        from pipeline.storage.remote import RemoteFolder  # with pyarrow
+
+        RemoteFolder(settings.output).check()
 
 
 def job_command(

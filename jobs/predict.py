@@ -16,14 +16,15 @@ from jobs.registry.options import RegistryUri, registry_address
 from jobs.submission import JobFiles, submit_command
 from jobs.submit_options import Address, SubmittableCommand
 from jobs.terminal import Terminal
-from pipeline.config import PredictConfig, load_config, without_secrets
+from pipeline.config import ConfigError, PredictConfig, is_address, load_config, without_secrets
 
 Rows = Annotated[
     str, typer.Argument(help="File, folder, glob or URI of parquet, jsonl, json, tsv or csv.", metavar="ROWS")
 ]
 Out = Annotated[str, typer.Argument(help="Folder for the answers; the same command goes on there.", metavar="OUT")]
 PoolAddress = Annotated[
-    str, typer.Option("--pool", help="A pool's folder, as runs/demo/pool, or models:/tiny.pool.demo@champion.")
+    str,
+    typer.Option("--pool", help="A pool's folder or address, as runs/demo/pool, or models:/tiny.pool.demo@champion."),
 ]
 Told = Annotated[
     str | None,
@@ -59,6 +60,8 @@ def main(
         words += fields or []
         config = load_config(None, words, PredictConfig)
         registry = registry_address(registry_uri)
+        if is_address(out):
+            raise ConfigError("OUT: answers go to a folder, not to an address; copy it there when it is complete")
         if address:
             options = {"--pool": pool, "--registry": registry_uri, "--told": told}
             more = [word for name, value in options.items() if value is not None for word in (name, value)]

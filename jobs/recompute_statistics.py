@@ -14,7 +14,7 @@ import typer
 
 from jobs.endings import user_errors
 from jobs.lazy import run_alone
-from jobs.options import ConfigFile, Overrides, job_command, load
+from jobs.options import ConfigFile, Overrides, check_output, job_command, load
 from jobs.submit_options import Address, SubmittableCommand
 from jobs.terminal import Terminal
 
@@ -55,6 +55,7 @@ def main(
         if address:
             options = [*(["--pool", pool] if pool else []), *(["--skip-missing"] if skip_missing else [])]
             job_command("jobs.recompute_statistics", config, overrides, address, *options)
+        check_output(settings)
         from pipeline.learning.opening import open_session
         from pipeline.learning.recomputing import pool_to_renew, recompute
 

@@ -33,8 +33,9 @@ def show_tasks(session: StreamSession, summary: dict[str, Any]) -> None:
 
 def print_next_steps(session: StreamSession, report: Path) -> None:
     """Prints where to look."""
-    session.progress.log(f"\nreport     {report}")
-    session.progress.log(f"summary    {session.folder / 'summary.json'}")
+    shown = session.output.shown
+    session.progress.log(f"\nreport     {shown(report)}")
+    session.progress.log(f"summary    {shown(session.folder / 'summary.json')}")
     name = session.pool_model
     now = session.retry(partial(champion, name), "looking for the champion")
     which = f"{name}@champion, version {now.version}" if now else f"{name}, which has no champion yet"

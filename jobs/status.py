@@ -15,7 +15,9 @@ from jobs.endings import user_errors
 from jobs.lazy import run_alone
 from jobs.submissions.listing import jobs_table
 from jobs.terminal import Terminal, table
-from pipeline.learning.run_status import RunStatus, runs_below
+from pipeline.config import is_address, without_secrets
+from pipeline.config.learning import output_place
+from pipeline.learning.run_status import RunStatus, runs_at, runs_below
 
 if TYPE_CHECKING:
     from cluster.client import Job
@@ -23,8 +25,10 @@ if TYPE_CHECKING:
 ADDRESS_VARIABLES = ("RAY_API_SERVER_ADDRESS", "RAY_ADDRESS")
 
 Output = Annotated[
-    list[Path] | None,
-    typer.Option(help="Folder of runs; may be given again. Default: runs, and ~/pointsman/runs of submitted jobs."),
+    list[str] | None,
+    typer.Option(
+        help="Folder of runs, or an address (s3://); may be given again. Default: runs, and ~/pointsman/runs of submitted jobs."
+    ),
 ]
 Address = Annotated[
     str | None,
@@ -54,9 +58,9 @@ def main(
 ) -> None:
     """Show runs, sweeps and submitted jobs, running and past, with their progress and where to look."""
     with user_errors():
-        folders = output or [Path("runs"), Path.home() / "pointsman" / "runs"]
-        runs = [run for folder in folders for run in runs_below(folder)]
-        sweeps = [sweep for run in runs for sweep in _sweeps_of(run)]
+        places = output or ["runs", str(Path.home() / "pointsman" / "runs")]
+        runs = [run for place in places for run in _runs_of(place)]
+        sweeps = [sweep for run in runs if not is_address(run.folder) for sweep in _sweeps_of(run)]
         address, jobs, progress = _jobs(address)
         if json:
             found: dict[str, Any] = {
@@ -75,12 +79,20 @@ def main(
                 table("Runs", ["run", "job", "state", "last sign of life", "progress", "where"], rows, text=True)
             )
         else:
-            terminal.log(f"no runs in {', '.join(map(str, folders))}")
+            terminal.log(f"no runs in {', '.join(map(without_secrets, places))}")
         if sweeps:
             rows = [[f"{s.run}/{s.name}", s.state, "" if s.trials is None else str(s.trials), s.where] for s in sweeps]
             terminal.show(table("Sweeps", ["sweep", "state", "trials", "where"], rows, text=True))
         if jobs is not None:
             terminal.show(jobs_table(jobs, address or "", progress))
+
+
+def _runs_of(place: str) -> list[RunStatus]:
+    if not is_address(place := output_place(place)):
+        return runs_below(Path(place))
+    from pipeline.storage.remote import RemoteFolder  # with pyarrow
+
+    return runs_at(RemoteFolder(place))
 
 
 def _since(run: RunStatus) -> str:

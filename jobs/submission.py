@@ -123,7 +123,7 @@ def submit_command(
         client,
         address,
         entrypoint=["python", "-m", "jobs", *words],
-        name=_name(f"{typed[0]}-{run}-{digest(typed[0], run, output, list(key))[:6]}"),
+        name=_name(f"{typed[0]}-{run}-{digest(typed[0], run, without_secrets(output), list(key))[:6]}"),
         package=package,
         metadata={
             "command": without_secrets(shlex.join(["pointsman", *typed])),

@@ -15,7 +15,7 @@ from pydantic import ValidationError
 
 from jobs.endings import user_errors
 from jobs.lazy import run_alone
-from jobs.options import ConfigFile, Overrides, job_command, load
+from jobs.options import ConfigFile, Overrides, check_output, job_command, load
 from jobs.submission import JobFiles
 from jobs.submit_options import Address, SubmittableCommand
 from pipeline.config import ConfigError, LearnConfig, TaskConfig
@@ -123,6 +123,7 @@ def main(
             job_command("jobs.sweep", config, overrides, address, *more, files=files)
         if apply is not None:
             check_file(apply)
+        check_output(settings)
         from tuning.study import Study
 
         found = _run(settings, Study(swept, given, plan, goal), register=register)
@@ -165,6 +166,7 @@ def _show(terminal: "Terminal", settings: LearnConfig, found: "StudyResult") -> 
     from rich.markup import escape
 
     from jobs.terminal import table
+    from pipeline.learning.output import output_of
     from pipeline.registry.names import pool_name
     from tuning.results import SHOWN, WORDS, shown
 
@@ -199,7 +201,8 @@ def _show(terminal: "Terminal", settings: LearnConfig, found: "StudyResult") -> 
         address = f"{found.version.name}/{found.version.version}"
         pool = pool_name(settings.base.label, settings.pool)
         terminal.log(f"registered {address}, a candidate; next: pointsman registry replace {pool} {address}")
-    terminal.log(f"report     {found.report}\nsummary    {found.folder / 'summary.json'}")
+    place = output_of(settings)
+    terminal.log(f"report     {place.at(found.report)}\nsummary    {place.at(found.folder / 'summary.json')}")
 
 
 if __name__ == "__main__":

@@ -7,7 +7,6 @@ evaluated like any other task.
 import io
 import json
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -22,27 +21,29 @@ from pipeline.data.rows.records import Record
 from pipeline.data.sources.raw_row import RawRow
 from pipeline.data.sources.reader import read
 from pipeline.files import atomic_file
+from pipeline.storage.mirror import Folder, Mirror
 
 ANSWERED = ColumnsConfig(question="question", answer="answers", choices="choices", group="group")
 """Columns of rows with accepted answers; others are conversations."""
 
 
 def held_out_task(
-    task: TaskConfig, rows: TrainingRows, seed: int, *, identity: str, data_folder: Path, folder: Path
+    task: TaskConfig, rows: TrainingRows, seed: int, *, identity: str, data_folder: Folder, folder: Folder
 ) -> TaskConfig:
     """Returns a task whose evaluation rows are those that `task` holds out of its training `rows` with this seed.
 
     `identity` names the training rows; the file is written below `folder`.
     """
     assert task.train is not None, "only tasks with training rows hold some out"
-    file = folder / f"{task.name}-{digest(identity, task.prompt, task.validation, seed)}.parquet"
+    place, name = Mirror.of(folder), f"{task.name}-{digest(identity, task.prompt, task.validation, seed)}.parquet"
     turns = task.train.preset is None and task.train.columns.answer is None
-    if not file.exists():
+    if not place.exists(name):
         _, held = rows.split(task.validation, seed)
         records = [_canonical(record, turns=turns) for record in _records(task, held, data_folder)]
-        with atomic_file(file) as staging:
+        with atomic_file(place.local / name) as staging:
             pq.write_table(pa.Table.from_pylist(records, _SCHEMA), staging)
-    source = SourceConfig(path=str(file), format="parquet", columns=ColumnsConfig() if turns else ANSWERED)
+        place.share(name)
+    source = SourceConfig(path=(place / name).uri, format="parquet", columns=ColumnsConfig() if turns else ANSWERED)
     return TaskConfig(name=f"{task.name[:39]}_held_out", eval=source, metric=task.metric)
 
 
@@ -52,7 +53,7 @@ _SCHEMA = pa.schema([
 ])  # fmt: skip
 
 
-def _records(task: TaskConfig, held: TrainingRows, data_folder: Path) -> Iterator[Record]:
+def _records(task: TaskConfig, held: TrainingRows, data_folder: Folder) -> Iterator[Record]:
     """Yields the held-out rows in the order of the files: found by file and id where they are cached, else by position."""
     assert task.train is not None, "only tasks with training rows hold some out"
     assert held.chosen is not None, "split off from training rows"

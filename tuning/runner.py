@@ -107,7 +107,7 @@ class Runner:
             session.config.seed,
             identity=session.identity.training_rows(task),
             data_folder=session.data.demo_folder,
-            folder=Path(session.config.output).resolve() / "data" / "held-out",
+            folder=session.output.data / "held-out",
         )
         session.data.eval_tasks[held_out.name] = held_out
         self.held_out = held_out.name

@@ -16,6 +16,7 @@ from pipeline.config.learning import (
     RegistryConfig,
     RouterConfig,
     TrainingConfig,
+    is_address,
 )
 from pipeline.config.loading import fields_of, load_config, read_values
 from pipeline.config.paths import with_paths
@@ -56,6 +57,7 @@ __all__ = [
     "load_config",
     "read_values",
     "holds_secrets",
+    "is_address",
     "with_paths",
     "without_secrets",
 ]

@@ -13,7 +13,7 @@ from pipeline.config.learning import (
     RouterConfig,
     TrainingConfig,
     no_shared_folder,
-    on_a_file_system,
+    output_place,
 )
 from pipeline.config.tasks import DataConfig, TaskConfig
 
@@ -36,8 +36,9 @@ class AddConfig(Config):
     """Benchmarks of the base's abilities, evaluated anew; without them, those that the registry remembers are looked at."""
     name: Annotated[str, RUN_NAME, AfterValidator(no_shared_folder)] | None = None
     """Name of the run; its folder is `<output>/<name>`. Default: <pool>-<task>."""
-    output: Annotated[str, AfterValidator(on_a_file_system)] = "runs"
-    """Folder for results and checkpoints. On a cluster: shared storage; an object store must be mounted."""
+    output: Annotated[str, AfterValidator(output_place)] = "runs"
+    """Folder for results and checkpoints, or an address (s3://bucket/runs). On a cluster whose nodes share no file system: an
+    address."""
     seed: int | None = None
     """Seed of weights, data order and projections."""
     base: BaseModelConfig = BaseModelConfig()

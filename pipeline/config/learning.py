@@ -1,13 +1,15 @@
 """Settings of learning: base, both stages, hardware, evaluation and registry; `LearnConfig` holds all of them."""
 
+import difflib
 import re
 from pathlib import Path
 from typing import Annotated, Literal
 
 from pydantic import AfterValidator, ByteSize, Field, model_validator
 
-from pipeline.config.core import RUN_NAME, Config, spelled, without_secrets
+from pipeline.config.core import RUN_NAME, Config, digest, spelled, without_secrets
 from pipeline.config.tasks import DataConfig, StreamConfig
+from pipeline.files import user_cache
 
 
 def _here(path: str) -> str:
@@ -23,12 +25,43 @@ SHARED_FOLDERS = ("data", "experts")
 """Folders below `output` that belong to no single run: rows and answers, and the experts that pools refer to."""
 
 
-def on_a_file_system(path: str) -> str:
-    """Returns the path of a folder; refuses URIs of object stores, where files cannot be renamed or locked."""
-    scheme, separator, rest = path.partition("://")
-    if separator and not (scheme == "file" and rest.startswith("/")):
-        raise ValueError("results need a file system; mount the storage and name the mounted folder, e.g. /mnt/runs")
-    return rest if separator else str(Path(path).expanduser()) if path.startswith("~") else path
+_NATIVE = {"s3", "gs", "gcs", "abfs", "abfss", "hdfs", "viewfs", "local"}
+"""Kinds of addresses that pyarrow reaches by itself; fsspec knows others."""
+
+
+def is_address(place: str) -> bool:
+    """Whether results go to an address (s3://, gs://), not to a folder."""
+    return "://" in place
+
+
+def output_place(place: str) -> str:
+    """Returns the path of a folder, or an address; refuses an address of a kind that nobody knows."""
+    scheme, separator, rest = place.partition("://")
+    if not separator:
+        return str(Path(place).expanduser()) if place.startswith("~") else place
+    if scheme == "file":
+        if not rest.startswith("/"):
+            raise ValueError("write file:///folder, with three slashes, or the folder alone")
+        return rest
+    if scheme not in _NATIVE:
+        from fsspec.registry import known_implementations, registry
+
+        if scheme not in {*known_implementations, *registry}:
+            near = difflib.get_close_matches(
+                scheme, [*sorted(_NATIVE), *sorted(known_implementations)], n=1, cutoff=0.5
+            )
+            hint = f"; did you mean {near[0]}://?" if near else ""
+            raise ValueError(f"nobody knows {scheme}:// (s3://, gs:// and what pyarrow and fsspec reach){hint}")
+    if not rest.partition("?")[0].strip("/"):
+        raise ValueError(f"name a place there, like {scheme}://bucket/runs")
+    return place
+
+
+def working_folder(address: str) -> Path:
+    """Returns the folder of this machine in which the results at an address are made: a copy that can be fetched again."""
+    plain = without_secrets(address).rstrip("/")
+    name = re.sub(r"[^A-Za-z0-9]+", "-", plain.partition("://")[2])[-40:].strip("-")
+    return user_cache("outputs") / f"{name}-{digest(plain)}"
 
 
 def no_shared_folder(name: str) -> str:
@@ -320,9 +353,9 @@ class LearnConfig(Config):
 
     name: Annotated[str, RUN_NAME, AfterValidator(no_shared_folder)] = "demo"
     """Name of the run; its folder is `<output>/<name>`."""
-    output: Annotated[str, AfterValidator(on_a_file_system)] = "runs"
-    """Folder for results, checkpoints and, by default, MLflow's database. On a cluster: shared storage; an object store must be
-    mounted."""
+    output: Annotated[str, AfterValidator(output_place)] = "runs"
+    """Folder for results, checkpoints and, by default, MLflow's database; or an address: s3://bucket/runs, gs://, or whatever
+    pyarrow or fsspec reach. On a cluster whose nodes share no file system: an address. It needs registry.uri, too."""
     seed: int = 0
     """Seed of weights, data order and projections."""
     base: BaseModelConfig = BaseModelConfig()
@@ -344,15 +377,32 @@ class LearnConfig(Config):
             )
         return self
 
+    @model_validator(mode="after")
+    def _the_registry_lies_on_a_file_system(self) -> "LearnConfig":
+        if is_address(self.output) and self.registry.uri is None:
+            raise ValueError(
+                f"output={without_secrets(self.output)} cannot hold MLflow's database; let registry.uri be a server or a file, "
+                "like http://mlflow:5000 or sqlite:////home/me/mlflow.db"
+            )
+        return self
+
     def is_evaluated(self, learned: int) -> bool:
         """Whether the pool is evaluated when so many tasks are learned."""
         every = 1 if self.router.kind == "prompt" else self.evaluation.every
         return learned % every == 0 or learned == len(self.stream.tasks)
 
     @property
+    def output_folder(self) -> Path:
+        """Absolute folder of results (workers run elsewhere, so relative paths would not do).
+
+        Where `output` is an address, the folder of this machine that holds a copy.
+        """
+        return working_folder(self.output) if is_address(self.output) else Path(self.output).resolve()
+
+    @property
     def folder(self) -> Path:
-        """Absolute folder of this run (workers run elsewhere, so relative paths would not do)."""
-        return Path(self.output).resolve() / self.name
+        """Absolute folder of this run."""
+        return self.output_folder / self.name
 
     @property
     def pool(self) -> str:
@@ -362,4 +412,4 @@ class LearnConfig(Config):
     @property
     def tracking_uri(self) -> str:
         """The MLflow tracking URI in force."""
-        return self.registry.uri or f"sqlite:///{Path(self.output).resolve() / 'mlflow.db'}"
+        return self.registry.uri or f"sqlite:///{self.output_folder / 'mlflow.db'}"

@@ -2,7 +2,6 @@
 
 from dataclasses import dataclass, field
 from functools import cached_property
-from pathlib import Path
 
 import ray
 
@@ -12,6 +11,7 @@ from pipeline.evaluation.matrix import BASE
 from pipeline.evaluation.pages import Slices
 from pipeline.routing.pool import Pool
 from pipeline.routing.routes import MIXED, NULL_EXPERT
+from pipeline.storage.mirror import Folder
 
 
 @dataclass(frozen=True)
@@ -29,8 +29,8 @@ class Authors:
     pool: Pool | None
     key: str
     """Name of the pool, under which mixed answers are stored."""
-    folder: Path | None
-    """Folder of the pool; needed for mixed answers."""
+    folder: Folder | None
+    """Folder of the pool, which all nodes see; needed for mixed answers."""
     _sent: dict[int, ray.ObjectRef] = field(default_factory=dict)
 
     def key_of(self, choice: int) -> str:
@@ -62,6 +62,7 @@ class Authors:
         if request.choice != NULL_EXPERT:
             assert self.pool is not None, "only pools have experts"
             if request.choice not in self._sent:
-                self._sent[request.choice] = ray.put(self.pool.experts[self.name_of(request.choice)])
+                # Without what answers alone do not need, and read now: not every node sees its files.
+                self._sent[request.choice] = ray.put(self.pool.experts[self.name_of(request.choice)].adapter_alone())
             experts = [self._sent[request.choice]]
         return Work("by_expert", (self.key_of(request.choice), experts, *rows))

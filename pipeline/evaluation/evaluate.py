@@ -37,6 +37,7 @@ from pipeline.registry.evaluated_prompts import EvaluatedPrompts
 from pipeline.routing.call import Routers
 from pipeline.routing.pool import Pool
 from pipeline.routing.routes import MIXED
+from pipeline.storage.mirror import Folder
 
 SAMPLES = 4
 """Predictions per task that an evaluation keeps."""
@@ -85,7 +86,7 @@ class Evaluator:
         pool: Pool | None,
         *,
         key: str = "",
-        folder: Path | None = None,
+        folder: Folder | None = None,
         mode: Mode = "routed",
         samples: int = SAMPLES,
         actors: PredictorActors | None = None,

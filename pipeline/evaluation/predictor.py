@@ -1,5 +1,6 @@
 """Answers prompts with a base in this process: alone, with one expert, or with a pool that mixes them."""
 
+import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from pipeline.data.encoded.packing import PACKED, unpack_row
 from pipeline.data.errors import StreamError
 from pipeline.evaluation.answers import Answer
 from pipeline.evaluation.matrix import BASE
+from pipeline.evaluation.pool_at_address import pool_at_address
 from pipeline.evaluation.prompts import kept_columns
 from pipeline.models.answering import routed_answers
 from pipeline.models.encoding import Encoded
@@ -22,6 +24,7 @@ from pipeline.routing.features import project
 from pipeline.routing.pool import Pool
 from pipeline.routing.prompt_hooks import PromptFeatureHook
 from pipeline.routing.routed_model import RoutedModel
+from pipeline.storage.mirror import Folder, Mirror
 
 
 class Predictor(FrozenBase):
@@ -97,6 +100,8 @@ class PagePredictor:
     def __init__(self, base: BaseModelConfig, workers: InferenceWorkers, vision: bool) -> None:
         self._predictor = Predictor(base, workers, vision=vision)
         self._attached: str | None = None
+        self._scratch: tempfile.TemporaryDirectory[str] | None = None
+        """Holds the files of the attached pool, where they came from an address."""
 
     def record(self, width: int, block: pa.Table) -> pa.Table:
         """Returns a `PromptTable`'s columns for a block of encoded rows; features of bad rows are zeros."""
@@ -127,15 +132,23 @@ class PagePredictor:
     def by_router(
         self,
         author: str,
-        pool: Path,
+        pool: Folder,
         prompts: Sequence[str],
         max_new_tokens: int,
         rows: Sequence[Sequence[int]],
         *blocks: pa.Table,
     ) -> list[Answer]:
         """Answers a page's prompts as the router of the pool in folder `pool` decides."""
-        self._attach(author, lambda: self._predictor.attach(Pool.load(pool)))
+        self._attach(author, lambda: self._predictor.attach(self._opened(pool)))
         return self._predictor.by_router(_rows(prompts, rows, blocks), max_new_tokens)
+
+    def _opened(self, folder: Folder) -> Pool:
+        """Reads a pool's folder; from an address into this node's caches."""
+        place = Mirror.of(folder)
+        if place.remote is None:
+            return Pool.load(place.local)
+        self._scratch = tempfile.TemporaryDirectory(ignore_cleanup_errors=True)
+        return pool_at_address(place.remote, Path(self._scratch.name) / "pool")
 
     def _attach(self, author: str | None, attach: Callable[[], None]) -> None:
         if author != self._attached:

@@ -153,7 +153,7 @@ def _sequential(session: StreamSession, seed: int) -> _Adapter:
             what = _with_seed(session, "sequential fine-tuning", seed)
             session.progress.log(f"{what} {number + 1}/{len(session.config.stream.tasks)}: {task.name}", "bold")
             changes = {"task": f"{name}_{task.name}", "seed": seed, "router_stage": False, "validation": 0.0}
-            spec, rows = session.spec(task, key, start=str(before.adapter) if before else None, **changes)
+            spec, rows = session.spec(task, key, start=before and session.place_of(before.adapter), **changes)
             trained = session.train(spec, rows)
             session.data.release(task)
         samples += trained.metrics["samples"]

@@ -5,7 +5,6 @@
 
 from collections.abc import Iterator
 from dataclasses import replace
-from pathlib import Path
 from urllib.parse import urlsplit, urlunsplit
 
 from mlflow import MlflowClient
@@ -32,11 +31,13 @@ from cluster.waiting import wait_for_nodes
 from pipeline.config import LearnConfig, without_secrets
 from pipeline.errors import UserError
 from pipeline.learning.capacity import Capacity
+from pipeline.learning.output import output_of
 from pipeline.learning.progress import Progress
 from pipeline.registry.addresses import SERVERS, database_path
 from pipeline.registry.failures import registry_failures
 from pipeline.registry.retries import REGISTRY_URI
 from pipeline.registry.tracking import use_registry
+from pipeline.storage.remote import StorageError
 
 
 def check_room(capacity: Capacity, progress: Progress, *, trains: bool) -> None:
@@ -76,9 +77,12 @@ def node_findings(config: LearnConfig | None) -> Iterator[Finding]:
         revision=config.base.revision,
         registry=_without_user(config.tracking_uri) if config.tracking_uri.startswith(SERVERS) else None,
     )
-    output = Path(config.output).resolve()
+    output = output_of(config)
     try:
         asked, unwritable = ask_nodes(question, output), None
+    except StorageError as error:
+        unwritable = Finding("storage", f"output={error}", "failed")
+        asked = ask_nodes(question)
     except OSError as error:
         unwritable = Finding(
             "storage",

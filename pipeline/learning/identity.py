@@ -7,7 +7,6 @@ rows at the bottom, encoded rows, base prompts and experts of both, pools of exp
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 from pipeline.config import LearnConfig, RouterConfig, SourceConfig, TaskConfig, digest
@@ -16,6 +15,7 @@ from pipeline.data.sources import reader
 from pipeline.models.target_modules import base_linears
 from pipeline.routing.foreign import foreign_adapter
 from pipeline.routing.serialization import VERSIONS
+from pipeline.storage.mirror import Folder
 
 BASE_PROMPT = "{question}"
 """Template around the questions of the base prompts."""
@@ -55,7 +55,7 @@ class Identity:
 
     config: LearnConfig
     fingerprint: str
-    data_folder: Path
+    data_folder: Folder
     """Folder of the demo's data."""
     _fingerprints: dict[SourceConfig, str] = field(default_factory=dict, repr=False, compare=False)
     _adapters: dict[str, str] = field(default_factory=dict, repr=False, compare=False)

@@ -81,7 +81,7 @@ def learn_stream(session: StreamSession) -> LearnResult:
                 expert_memory=config.evaluation.expert_memory,
             ),
             "registering the pool",
-            kept=f"pool and experts are safe in {session.folder}; nothing will be trained again",
+            kept=f"pool and experts are safe in {session.output.run}; nothing will be trained again",
         )
         if not trained.before:
             beyond = metrics[task.name]["seconds"] - metrics[task.name]["step_seconds"]
@@ -96,6 +96,7 @@ def learn_stream(session: StreamSession) -> LearnResult:
             turn = {"turn_seconds": monotonic() - began, "memory_bytes": memory_bytes()}
             metrics[task.name] = with_metrics(trained.file, metrics[task.name], turn)
         watch.lap()
+        session.output.keep()
     if evaluations.end() is not None:  # with samples now
         last = session.evaluate([*names, *benchmarks], pool, pool_key, folder=pool_folder, quietly=True)
         catalog.close(version, pool, last, versions, metrics)
@@ -119,8 +120,11 @@ def publish(session: StreamSession, summary: dict[str, Any]) -> Path:
     """Writes summary and report into the run's folder and as artifacts of the MLflow run; returns the report."""
     write_json(session.folder / "summary.json", summary)
     report = write_report(summary, session.folder)
+    session.output.keep()
     session.retry(
-        partial(_upload, session.folder, report), "uploading summary and report", kept=f"both are in {session.folder}"
+        partial(_upload, session.folder, report),
+        "uploading summary and report",
+        kept=f"both are in {session.output.run}",
     )
     metrics = {key: value for key, value in summary["continual"].items() if value is not None}
     session.log_metrics([(f"continual/{key}", value, 0) for key, value in metrics.items()])

@@ -1,7 +1,6 @@
 """Opens a session: locks the run's folder, joins Ray, checks that the cluster suffices, opens MLflow; and closes all of it."""
 
 import logging
-import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
@@ -14,9 +13,10 @@ from cluster.deepspeed_ops import build_op, extensions_folder, op_is_built
 from cluster.local import connect, starts_here
 from cluster.usage import PeakMemory
 from pipeline import json_logs
-from pipeline.config import LearnConfig, digest
+from pipeline.config import LearnConfig, digest, without_secrets
 from pipeline.errors import UserError
 from pipeline.learning.checkup import check_nodes, check_room
+from pipeline.learning.output import open_output
 from pipeline.learning.outside_errors import outside_errors
 from pipeline.learning.progress import LoggedProgress, Progress
 from pipeline.learning.run_status import LOCK, RecordedProgress, StatusFile
@@ -69,6 +69,8 @@ def open_session(
         PeakMemory() as memory,
         outside_errors(config.folder),
         alone_in(config.folder),
+        open_output(config, progress) as output,
+        outside_errors(config.folder),  # once more: its log is kept with the other results
         _status_of(config, job) as status,
         ExitStack() as afterwards,
         _saying_how_to_go_on(progress),
@@ -76,15 +78,16 @@ def open_session(
         progress = RecordedProgress(progress, status)
         with tempfile.TemporaryFile(dir=config.folder):  # now, not after an hour of training
             pass
-        for left in (config.folder / "training").glob(f"{RUN_PREFIX}*"):  # of drivers that were killed
-            shutil.rmtree(left, ignore_errors=True)
+        for left in output.training.folders():
+            if left.startswith(RUN_PREFIX):  # of drivers that were killed
+                output.training.delete(left)
         if trains and starts_here() and not config.training.gpu:
             # Before Ray's processes are there: the compiler takes 3 GB.
             with nullcontext() if op_is_built(extensions_folder()) else progress.working(PREPARING):
                 build_op(extensions_folder())
         with progress.working("starting Ray"):
             cluster = connect()
-        session = StreamSession(config, cluster, progress, memory, trainings=trainings)
+        session = StreamSession(config, cluster, progress, memory, trainings=trainings, output=output)
         # When MLflow and the user know that it has ended: where Ray was stopped too, closing waits for it for a minute.
         afterwards.push(lambda kind, *error: session.close(at_once=kind is not None))
         check_room(session.capacity, progress, trains=trains)
@@ -98,7 +101,7 @@ def open_session(
                     config.tracking_uri,
                     config.registry.experiment,
                     artifacts=config.registry.artifacts,
-                    output=config.output,
+                    output=without_secrets(config.output),
                     on_wait=progress.log,
                 ),
                 "opening MLflow",

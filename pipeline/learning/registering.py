@@ -29,6 +29,7 @@ class RegisteredExpert(NamedTuple):
 def registered_expert(session: StreamSession, task: TaskConfig, trained: TrainedExpert) -> RegisteredExpert:
     """Registers a task's expert, unless it is registered already."""
     metrics, folder = read_json(trained.file), session.experts.ensure(trained.reference)
+    session.output.keep_expert(trained.reference)
     expert = StoredExpert(ExpertReference.of(folder), session.experts)
     version = session.retry(
         partial(_register, session, task, expert.expert.card, folder, metrics),

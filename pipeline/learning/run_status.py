@@ -16,15 +16,20 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipeline.config import without_secrets
+from pipeline.config.learning import SHARED_FOLDERS
 from pipeline.files import write_json
 from pipeline.locks import is_held
 
 if TYPE_CHECKING:  # whoever reads needs no Ray
     from pipeline.learning.progress import Progress, StageProgress
+    from pipeline.storage.remote import RemoteFolder
     from pipeline.training.telemetry import Step
 
 LOCK = "run.lock"
 """File in a run's folder that the process holds which works there."""
+
+CLAIMS = "claims"
+"""Folder of a run at an address where the process says so that works there."""
 
 FILE = Path("state") / "status.json"
 """File in a run's folder that says what it is doing."""
@@ -186,6 +191,37 @@ def runs_below(output: Path) -> list[RunStatus]:
     return sorted(statuses, key=lambda status: status.updated or "", reverse=True)
 
 
+def runs_at(output: "RemoteFolder") -> list[RunStatus]:
+    """Returns how the runs at an address stand, those with the latest sign of life first. Raises StorageError."""
+    names = [name for name in output.folders() if name not in SHARED_FOLDERS]
+    statuses = [status for name in names if (status := _status_at(output, name)) is not None]
+    return sorted(statuses, key=lambda status: status.updated or "", reverse=True)
+
+
+def _status_at(output: "RemoteFolder", name: str) -> RunStatus | None:
+    from pipeline.storage.claim import owner_of  # with pyarrow, which folders do not need
+
+    folder = output / name
+    noted = _object(folder.read(FILE.as_posix()))
+    if not noted:
+        return None
+    owner, state = owner_of(folder / CLAIMS), str(noted.get("state"))
+    state = "running" if owner is not None else "killed" if state == "running" else state
+    files = ("error.log", SUMMARY) if state == "failed" else ("report.html", SUMMARY)
+    look_at = next((str(folder / file) for file in files if folder.exists(file)), str(folder))
+    return RunStatus(
+        name=name,
+        folder=str(folder),
+        state=state,
+        job=str(noted.get("job") or ""),
+        progress=str(noted.get("progress") or ""),
+        started=noted.get("started"),
+        updated=owner.beat if owner is not None else noted.get("updated"),
+        tasks=noted.get("tasks"),
+        where=f"{owner.host}, process {owner.process}" if owner is not None else look_at,
+    )
+
+
 def status_of(folder: Path) -> RunStatus | None:
     """Returns how the run in a folder stands; None where none has worked there."""
     if not any((folder / name).exists() for name in (LOCK, FILE, SUMMARY)):
@@ -225,8 +261,15 @@ def _look_at(folder: Path, state: str) -> str:
 
 def _read(file: Path) -> Mapping[str, Any]:
     try:
-        value = json.loads(file.read_text())
-    except (OSError, ValueError):  # not there, or damaged: other files say something
+        return _object(file.read_bytes())
+    except OSError:  # not there: other files say something
+        return {}
+
+
+def _object(content: bytes | None) -> Mapping[str, Any]:
+    try:
+        value = json.loads(content or b"{}")
+    except ValueError:  # damaged
         return {}
     return value if isinstance(value, dict) else {}
 

@@ -28,6 +28,7 @@ from pipeline.files import atomic_file, write_json
 from pipeline.learning.background import begin
 from pipeline.learning.capacity import Capacity
 from pipeline.learning.identity import Identity
+from pipeline.learning.output import Output
 from pipeline.learning.progress import Progress
 from pipeline.learning.state import REMADE, Tally, keep_peak
 from pipeline.learning.stream_data import BASE_PROMPTS, StreamData
@@ -51,7 +52,7 @@ from pipeline.training.session import OnSteps, TrainResult, finished_training
 from pipeline.training.sessions import Sessions
 from pipeline.training.spec import GivenAdapter, TrainSpec
 from pipeline.training.telemetry import RESTART, Step
-from pipeline.training.training_folder import TrainingFolder
+from pipeline.training.training_folder import training_folder
 
 PREPARING = "preparing DeepSpeed (once on a machine, up to a minute)"
 
@@ -79,13 +80,15 @@ class StreamSession:
         memory: PeakMemory,
         *,
         trainings: int | None = None,
+        output: Output | None = None,
     ) -> None:
         self.config, self.cluster, self.progress, self.memory = config, cluster, progress, memory
+        self.output = output = output or Output(config)
         self.capacity = Capacity(config, cluster, most=trainings)
         self.folder = config.folder
         self.fingerprint = fingerprint(checkpoint(config.base))
-        self.identity = Identity(config, self.fingerprint, Path(config.output).resolve() / "data" / "demo")
-        self.data = StreamData(config, self.identity, self.capacity, progress, self._end_workers)
+        self.identity = Identity(config, self.fingerprint, output.data / "demo")
+        self.data = StreamData(config, output, self.identity, self.capacity, progress, self._end_workers)
         self.experiment = self.mlflow_run_id = ""
         self.retry = Retries(config.registry.retry_seconds, progress.log)
         self.metrics = MetricBuffer(self.folder / "state" / "metrics.jsonl", progress.log)
@@ -105,9 +108,10 @@ class StreamSession:
         """The experts of all runs of this output folder, by digest; missing or damaged ones are fetched from the registry."""
 
         def fetch(reference: ExpertReference, folder: Path) -> None:
-            self.retry(partial(fetch_expert, reference, folder), f"fetching expert {reference.name}")
+            if not self.output.fetch_expert(reference, folder):
+                self.retry(partial(fetch_expert, reference, folder), f"fetching expert {reference.name}")
 
-        return ExpertStore(Path(self.config.output) / EXPERTS, fetch)
+        return ExpertStore(self.output.experts, fetch, keep=self.output.keep_expert)
 
     def reference(self, task: str, digest_: str) -> ExpertReference:
         """Returns the reference to a task's expert: its digest, and its place in the registry."""
@@ -118,7 +122,9 @@ class StreamSession:
         reference = self.reference(task.name, self.identity.expert(task))
         assert reference.digest is not None
         find = partial(find_expert, self.config.base.label, task.name, reference.digest)
-        return self.experts.has(reference) or self.retry(find, f"looking for expert {task.name}") is not None
+        if self.experts.has(reference) or self.output.has_expert(reference):
+            return True
+        return self.retry(find, f"looking for expert {task.name}") is not None
 
     def has_expert(self, reference: ExpertReference) -> bool:
         """Whether an expert is in the store undamaged, or could be brought there; all of its files are read.
@@ -136,17 +142,16 @@ class StreamSession:
 
     def finished_training(self, task: str, digest_: str) -> TrainResult | None:
         """Returns the result of a training that this run has finished, registered or not."""
-        return finished_training(self._storage, task, digest_)
+        return finished_training(self.output.training, task, digest_)
 
     def seconds_before(self, reference: ExpertReference) -> float:
         """Returns the training seconds of an interrupted expert up to its last checkpoint."""
         assert reference.digest is not None
-        folder = TrainingFolder.of(self._storage, reference.name, reference.digest)
-        return float(folder.progress().get("seconds", 0.0)) if folder.last() else 0.0
+        return training_folder(self.output.training, reference.name, reference.digest).seconds()
 
-    @property
-    def _storage(self) -> Path:
-        return self.folder / "training"
+    def place_of(self, folder: Path) -> str:
+        """Returns the name of a folder in the run's training storage, by which workers on any node find it."""
+        return folder.relative_to(self.output.training.local).as_posix()
 
     # Training
 
@@ -177,7 +182,7 @@ class StreamSession:
         """Puts the LoRA that a task is given, if it is, where its workers find it."""
         if task.adapter is None:
             return None
-        return give(foreign_adapter(task.adapter, base_linears(self.config.base)), self._storage)
+        return give(foreign_adapter(task.adapter, base_linears(self.config.base)), self.output.training)
 
     @cached_property
     def worker_env(self) -> dict[str, str]:
@@ -196,7 +201,9 @@ class StreamSession:
             self._sessions.start(trainings)
 
     def _new_sessions(self, worker_env: dict[str, str]) -> Sessions:
-        return Sessions(self.capacity.trainings, self.config.training, storage=self._storage, worker_env=worker_env)
+        return Sessions(
+            self.capacity.trainings, self.config.training, storage=self.output.training, worker_env=worker_env
+        )
 
     def train(self, spec: TrainSpec, rows: TrainingRows) -> TrainResult:
         """Trains, or resumes from the last checkpoint; shows progress and logs loss curves."""
@@ -294,7 +301,7 @@ class StreamSession:
         config, data = self.config, self.data
         return Evaluator(
             PromptSource(config.base, config.data, data.demo_folder, data.features, self.capacity.inference),
-            Path(config.output).resolve() / "data",
+            self.output.data.local,
             answers=self.identity.answers,
             max_new_tokens=config.evaluation.max_new_tokens,
             width=feature_width(language_width(config.base), config.router.feature_width),
@@ -351,6 +358,7 @@ class StreamSession:
         need none.
         """
         key = self.identity.evaluation([self.data.eval_tasks[name] for name in names], pool_digest, mode)
+        place = None if folder is None else self.output.place.at(folder)
         full, brief = (self._state(f"evaluation-{key}{end}.json") for end in ("", "-brief"))
         file = full if samples or full.exists() else brief
         if not file.exists():
@@ -358,12 +366,14 @@ class StreamSession:
             shown = self.progress.working(f"evaluating {who + ' on ' if who else ''}{len(names)} tasks and benchmarks")
             before = self.evaluator.generated
             with nullcontext() if quietly else shown:
+                if pool is not None and place is not None:
+                    self.output.share_pool(pool, place)
                 try:
                     result = self.evaluator.evaluate(
                         tasks,
                         pool,
                         key=pool_digest,
-                        folder=folder,
+                        folder=place,
                         mode=mode,
                         samples=samples,
                         actors=self._predictors,

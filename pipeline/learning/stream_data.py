@@ -8,7 +8,6 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, wait
 from contextlib import nullcontext
 from functools import cached_property, partial
-from pathlib import Path
 
 from pipeline.config import LearnConfig, SourceConfig, TaskConfig
 from pipeline.data.loading.preprocess import PreparedData, TaskRows, prepare
@@ -18,6 +17,7 @@ from pipeline.evaluation.prompts import EvalTask
 from pipeline.learning.background import begin
 from pipeline.learning.capacity import Capacity
 from pipeline.learning.identity import BASE_PROMPT, Identity
+from pipeline.learning.output import Output
 from pipeline.learning.progress import Progress
 
 BASE_PROMPTS = "base_prompts"
@@ -37,20 +37,21 @@ class StreamData:
     def __init__(
         self,
         config: LearnConfig,
+        output: Output,
         identity: Identity,
         capacity: Capacity,
         progress: Progress,
         make_room: Callable[[], object],
     ) -> None:
         self._config, self._identity, self._capacity, self._progress = config, identity, capacity, progress
-        self._make_room = make_room
+        self._make_room, self._shown = make_room, output.shown
         self.eval_tasks: dict[str, TaskConfig] = {t.name: t for t in (*config.stream.tasks, *config.stream.benchmarks)}
         """Tasks and benchmarks by name."""
         self.demo_folder = identity.data_folder
         """Where the rows of the built-in demo are written."""
         self.quarantine = config.folder / "quarantine"
         """Where the rows that were set aside are written."""
-        self.features = Path(config.output).resolve() / "data" / "features"
+        self.features = output.data / "features"
         """Where image features are kept."""
         self._training: dict[str, Future[PreparedData]] = {}
         self._lock, self._encoding = threading.Lock(), threading.Lock()
@@ -123,7 +124,7 @@ class StreamData:
     def tell_set_aside(self, name: str, aside: SetAside, split: str) -> None:
         """Shows how many rows of a task (`split` train or eval) were set aside, if any, and in which file."""
         if aside:
-            self._progress.log(f"  {name}: {aside}: {self.quarantine}/{split}/{name}.jsonl")
+            self._progress.log(f"  {name}: {aside}: {self._shown(self.quarantine)}/{split}/{name}.jsonl")
 
     def _begin_to_read(self, task: TaskConfig) -> None:
         assert task.train is not None

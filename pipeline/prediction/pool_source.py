@@ -8,7 +8,9 @@ from typing import Any
 
 import mlflow
 
-from pipeline.config import BaseModelConfig, digest
+from pipeline.config import BaseModelConfig, digest, is_address
+from pipeline.evaluation.pool_at_address import pool_at_address
+from pipeline.files import user_cache
 from pipeline.models.bases import as_loadable_here
 from pipeline.prediction.errors import PredictError
 from pipeline.registry.bases import SERVED, base_folder
@@ -18,7 +20,8 @@ from pipeline.registry.names import read_name
 from pipeline.registry.pools import served_settings
 from pipeline.registry.tracking import use_registry
 from pipeline.registry.versions import DIGEST, MODELS, logged_model
-from pipeline.routing.pool import Pool
+from pipeline.routing.pool import CARD, Pool, PoolError
+from pipeline.storage.remote import RemoteFolder
 
 _FOLDERS: dict[str, Path] = {}
 """Folders of registered bases on this machine, by the id of their logged model, which never changes."""
@@ -59,6 +62,35 @@ class PoolFolder:
     def settings(self) -> dict[str, Any]:
         """Returns what of the base's settings changes answers."""
         return self.base_config.model_dump(include={"dtype", "max_tiles"})
+
+
+@dataclass(frozen=True)
+class PoolAtAddress(PoolFolder):
+    """A pool's folder at an address (s3://); each node fetches it and its experts into its own cache."""
+
+    uri: str = field(default="", repr=False)
+    """May hold keys."""
+
+    @classmethod
+    def at(cls, uri: str, base: BaseModelConfig | None) -> "PoolAtAddress":
+        """Reads the card of a pool's folder; raises StorageError where that cannot be done, PoolError for another folder."""
+        remote = RemoteFolder(uri)
+        card = pool_at_address(remote, _cached(remote)).card
+        name = digest(card.model_dump(mode="json", exclude={"store"}))
+        return cls(str(remote), name, base or BaseModelConfig(), uri=uri)
+
+    def pool(self) -> Pool:
+        """Reads the pool."""
+        remote = RemoteFolder(self.uri)
+        return pool_at_address(remote, _cached(remote))
+
+
+def _cached(remote: RemoteFolder) -> Path:
+    """Returns this machine's folder for a pool's files, another one where its card is another."""
+    content = remote.read(CARD)
+    if content is None:
+        raise PoolError(f"{remote}: no {CARD}, so not a pool folder")
+    return user_cache("pools") / digest(str(remote), content.decode(errors="replace"))
 
 
 @dataclass(frozen=True)
@@ -133,6 +165,8 @@ def pool_source(address: str, registry: str, base: BaseModelConfig | None = None
         return RegisteredPool.of(address, registry, base)
     if not address:
         raise PredictError("--pool: give a pool's folder, as runs/demo/pool, or models:/tiny.pool.demo@champion")
+    if is_address(address):
+        return PoolAtAddress.at(address, base)
     return PoolFolder.of(Path(address), base)
 
 

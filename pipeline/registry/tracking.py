@@ -64,8 +64,8 @@ def open_tracking(
     """Points MLflow at `uri` and returns the id of `experiment`, created on first use (with the database if necessary).
 
     A new experiment keeps its artifacts in `artifacts`, a folder or an address; by default in `mlartifacts/` beside a SQLite
-    file, or, where the registry is another database, in the folder `output`. The location is absolute and stored once; a
-    server decides about its own. Of several processes one creates the database; the others wait and report it to `on_wait`.
+    file, or, where the registry is another database, in `output`, a folder or an address. The location is absolute and stored
+    once; a server decides about its own. Of several processes one creates the database; the others wait and tell `on_wait`.
     User and password in a server's address go into MLflow's own environment variables, since MLflow prints the address.
 
     Raises RegistryError for an invalid address, a damaged database or one of another MLflow, a deleted experiment, artifacts
@@ -80,16 +80,16 @@ def open_tracking(
                 f"{REGISTRY_URI}: {shown_uri()} has collation {collation}, which loses characters of descriptions or takes one "
                 "name for another; make the database with CHARACTER SET utf8mb4 COLLATE utf8mb4_bin"
             )
-        prepares, beside, remedy = database_lock(uri, "mlflow", on_wait=on_wait), Path(output), "have it restored"
+        prepares, beside, remedy = database_lock(uri, "mlflow", on_wait=on_wait), str(output), "have it restored"
     else:
         file = database.with_name(database.name + ".lock")
         prepares = file_lock(file, on_wait=on_wait, why="which prepares the registry")
-        beside, remedy = database.parent, RESTORE
+        beside, remedy = str(database.parent), RESTORE
     with prepares:
         if database is not None:
             check_sqlite(database)
         try:
-            location = absolute(artifacts or str(beside / ARTIFACTS))
+            location = absolute(artifacts or f"{beside.rstrip('/')}/{ARTIFACTS}")
             if database is None:
                 check_length(location)
             identity = _experiment(experiment, location, artifacts)

@@ -9,7 +9,7 @@ up. Shapes: R rank, D input width, O output width, F prompt features.
 import json
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -142,6 +142,12 @@ class Expert:
             StoredStatistics(router.statistics, router.scatter),
             Deferred(router.layer_statistics),
         )
+
+    def adapter_alone(self) -> "Expert":
+        """Returns the expert with LoRA and prompt statistics in memory, and nothing else that routers need: it can be sent."""
+        s = self.statistics
+        statistics = PromptStatistics(s.count, s.mean_F, s.scatter_FF, s.threshold, s.images)
+        return replace(self, adapters=dict(self.adapters), vectors={}, statistics=statistics, layer_statistics={})
 
     def check_trained(self) -> None:
         """Raises ExpertError if the expert learned nothing (every B zero) or holds a value that is not finite."""

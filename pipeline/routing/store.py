@@ -110,14 +110,16 @@ Fetch = Callable[[ExpertReference, Path], None]
 
 
 class ExpertStore:
-    """A folder of experts; `fetch` brings those that are missing or damaged."""
+    """A folder of experts; `fetch` brings those that are missing or damaged, `keep` hears of each that has come in."""
 
-    def __init__(self, folder: Path, fetch: Fetch | None = None) -> None:
-        self.folder, self.fetch = folder.resolve(), fetch
+    def __init__(
+        self, folder: Path, fetch: Fetch | None = None, *, keep: Callable[[ExpertReference], None] | None = None
+    ) -> None:
+        self.folder, self.fetch, self.keep = folder.resolve(), fetch, keep
 
     def __getstate__(self) -> dict[str, Any]:
         """What another process gets: it reads what is there, and does not fetch, which may take what only this one has."""
-        return self.__dict__ | {"fetch": None}
+        return self.__dict__ | {"fetch": None, "keep": None}
 
     def folder_of(self, reference: ExpertReference) -> Path:
         """Returns where an expert lies, or belongs."""
@@ -203,13 +205,15 @@ class ExpertStore:
         """Has `make` write an expert's folder, unless it is there and the files `read` are undamaged."""
         folder = self.folder_of(reference)
         with staging(folder, why=f"which writes {reference}") as scratch:
-            if self.has(reference) and not any(_damaged(current_folder(folder), name) for name in read):
-                return  # another process was faster
-            made = scratch / folder.name
-            make(made)
-            if (damage := reference.damage(made)) is not None:
-                raise _wrong(reference, damage)
-            replace_folder(made, folder)
+            there = self.has(reference) and not any(_damaged(current_folder(folder), name) for name in read)
+            if not there:  # else another process was faster
+                made = scratch / folder.name
+                make(made)
+                if (damage := reference.damage(made)) is not None:
+                    raise _wrong(reference, damage)
+                replace_folder(made, folder)
+        if self.keep is not None:
+            self.keep(reference)
 
 
 def _copy(source: Path, folder: Path) -> None:

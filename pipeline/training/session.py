@@ -5,7 +5,6 @@ die are started again and go on at the training's last checkpoint.
 """
 
 import os
-import shutil
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -24,10 +23,12 @@ from pipeline.config import TrainingConfig
 from pipeline.data.loading.training_rows import TrainingRows, held_out
 from pipeline.errors import UserError
 from pipeline.routing.adapters import REMEDY, ExpertError
+from pipeline.storage.mirror import Folder, Mirror
+from pipeline.storage.remote import StorageError
 from pipeline.training.failures import Failures
 from pipeline.training.spec import TrainSpec
 from pipeline.training.telemetry import Step, receiving_steps
-from pipeline.training.training_folder import ADAPTER, EXPERT, TrainingFolder, begun_anew
+from pipeline.training.training_folder import ADAPTER, EXPERT, begun_anew, training_folder
 from pipeline.training.training_queue import TrainingQueue
 from pipeline.training.worker import ALREADY_FINISHED, GIVEN_UP, train
 
@@ -76,9 +77,9 @@ class TrainResult:
         return self.folder / ADAPTER
 
 
-def finished_training(storage: Path, task: str, digest: str) -> TrainResult | None:
+def finished_training(storage: Folder, task: str, digest: str) -> TrainResult | None:
     """Returns the result of a training that was finished before, None if it was not."""
-    folder = TrainingFolder.of(storage, task, digest)
+    folder = training_folder(storage, task, digest)
     metrics = folder.metrics()
     return None if metrics is None else TrainResult(folder.finished, metrics, already_finished=True)
 
@@ -86,8 +87,8 @@ def finished_training(storage: Path, task: str, digest: str) -> TrainResult | No
 class Session:
     """Trains training after training on the same workers, which start with the first one, or with `start` before it."""
 
-    def __init__(self, training: TrainingConfig, *, storage: Path, worker_env: dict[str, str] | None = None) -> None:
-        self.training, self._storage, self._env = training, storage, worker_env or {}
+    def __init__(self, training: TrainingConfig, *, storage: Folder, worker_env: dict[str, str] | None = None) -> None:
+        self.training, self._storage, self._env = training, Mirror.of(storage), worker_env or {}
         self._queue: Any = None
         self._thread: threading.Thread | None = None
         self._error = ""
@@ -131,7 +132,8 @@ class Session:
         if "failure" in metrics:
             raise TrainingError(f"task {spec.task!r}: {metrics['failure']}")
         already_finished = metrics.pop(ALREADY_FINISHED, False)
-        folder = TrainingFolder.of(self._storage, spec.task, spec.digest)
+        folder = training_folder(self._storage, spec.task, spec.digest)
+        folder.metrics()  # which brings here what the workers have uploaded
         return TrainResult(folder.finished, metrics, already_finished=already_finished)
 
     def close(self, *, at_once: bool = False) -> None:
@@ -160,12 +162,13 @@ class Session:
         training, name = self.training, f"{RUN_PREFIX}{uuid4().hex[:8]}"
         trainer = TorchTrainer(
             train,
-            train_loop_config={"queue": queue, "storage": str(self._storage)},
+            train_loop_config={"queue": queue, "storage": self._storage},
             torch_config=TorchConfig(backend="nccl" if training.gpu else "gloo"),
             scaling_config=scaling(training),
             run_config=RunConfig(
                 name=name,
-                storage_path=str(self._storage),
+                storage_path=self._storage.path,
+                storage_filesystem=None if self._storage.remote is None else self._storage.filesystem,
                 # Without end: failures are counted by training, and the queue says when there were too many.
                 failure_config=FailureConfig(max_failures=-1),
                 callbacks=[Failures(queue)],
@@ -177,7 +180,8 @@ class Session:
         except Exception as error:  # noqa: BLE001 - raised where the training is waited for
             self._error = str(error) or type(error).__name__
         finally:
-            shutil.rmtree(self._storage / name, ignore_errors=True)  # what Ray Train notes of a run
+            with suppress(StorageError):
+                self._storage.delete(name)  # what Ray Train notes of a run
 
     def _outcome(self, number: int, is_wanted: Callable[[], bool]) -> dict[str, Any]:
         """Waits for a training's end."""
@@ -196,7 +200,7 @@ class Session:
 
 @contextmanager
 def training_session(
-    training: TrainingConfig, *, storage: Path, worker_env: dict[str, str] | None = None
+    training: TrainingConfig, *, storage: Folder, worker_env: dict[str, str] | None = None
 ) -> Iterator[Session]:
     """Yields a session and closes it; `storage` is a folder that all nodes see."""
     session = Session(training, storage=storage, worker_env=worker_env)
@@ -212,7 +216,7 @@ def run_training(
     spec: TrainSpec,
     rows: TrainingRows,
     *,
-    storage: Path,
+    storage: Folder,
     on_steps: OnSteps = lambda steps: None,
     worker_env: dict[str, str] | None = None,
 ) -> TrainResult:

@@ -3,11 +3,11 @@
 import queue
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 from pipeline.config import TrainingConfig
 from pipeline.data.loading.training_rows import TrainingRows
+from pipeline.storage.mirror import Folder
 from pipeline.training.session import OnSteps, Session, TrainResult
 from pipeline.training.spec import TrainSpec
 
@@ -15,7 +15,7 @@ from pipeline.training.spec import TrainSpec
 class Sessions:
     """As many sessions as the cluster is to hold at a time; may be called from several threads."""
 
-    def __init__(self, count: int, training: TrainingConfig, *, storage: Path, worker_env: dict[str, str]) -> None:
+    def __init__(self, count: int, training: TrainingConfig, *, storage: Folder, worker_env: dict[str, str]) -> None:
         self._all = [Session(training, storage=storage, worker_env=worker_env) for _ in range(count)]
         # The one that trained last comes first: it has workers, others may never need any.
         self._free: queue.LifoQueue[Session] = queue.LifoQueue()

@@ -59,10 +59,13 @@ def validate(engine: Any, base: Base, batches: Iterable[Sequence[Encoded] | None
 
 
 class BestAdapter:
-    """The best adapter of a training so far, in a folder `best-<step>` of the training's; a run that goes on finds it there."""
+    """The best adapter of a training so far, in a folder `best-<step>` of the training's; a run that goes on finds it there.
 
-    def __init__(self, folder: Path, *, write: bool) -> None:
-        self._folder, self._write = folder, write
+    `keep` hears of a folder that is complete, on the rank that writes.
+    """
+
+    def __init__(self, folder: Path, *, write: bool, keep: Callable[[Path], None] = lambda folder: None) -> None:
+        self._folder, self._write, self._keep = folder, write, keep
         self.point = min((point for point, _ in self._kept()), key=lambda point: point.loss, default=None)
 
     def offer(self, point: ValidationPoint, save: Callable[[Path], None]) -> None:
@@ -80,6 +83,7 @@ class BestAdapter:
             for other in self._folder.glob(f"{KEPT}*"):
                 if other != folder:
                     shutil.rmtree(other)
+            self._keep(folder)
 
     def copy(self, target: Path) -> None:
         """Copies the best adapter to a new folder."""

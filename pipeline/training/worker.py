@@ -23,6 +23,7 @@ from pipeline.routing.adapters import ExpertError, load_adapters
 from pipeline.routing.expert import Expert, ExpertCard
 from pipeline.routing.features import feature_width
 from pipeline.routing.statistics import PromptStatistics
+from pipeline.storage.mirror import Mirror
 from pipeline.training.expert_stage import save_lora, warm_up_cosine, with_lora, without_lora
 from pipeline.training.given import given_folder
 from pipeline.training.held_base import HeldBase
@@ -35,7 +36,15 @@ from pipeline.training.router_stage import with_gates, without_gates
 from pipeline.training.spec import GivenAdapter, TrainSpec
 from pipeline.training.statistics_collector import LayerInputCollector, collect_features
 from pipeline.training.telemetry import Sent
-from pipeline.training.training_folder import ADAPTER, EXPERT, STATE, TrainingFolder, load_state, save_state
+from pipeline.training.training_folder import (
+    ADAPTER,
+    EXPERT,
+    STATE,
+    TrainingFolder,
+    load_state,
+    save_state,
+    training_folder,
+)
 from pipeline.training.validation import BestAdapter, validate
 from pipeline.training.zero import (
     close_engine,
@@ -69,29 +78,34 @@ REPORT_EVERY = 0.8
 def train(settings: dict[str, Any]) -> None:
     """Works on the session's trainings until there are no more; Ray Train runs this on every rank.
 
-    `settings`: the `queue` and the folder `storage`. A training's outcome is rank 0's metrics (losses, seconds and data wait of
+    `settings`: the `queue` and the run's `storage`. A training's outcome is rank 0's metrics (losses, seconds and data wait of
     both stages), `failure` with the reason where a retry would fail again (divergence, nothing learned, a damaged file), or
     GIVEN_UP: all ranks see those alike. What one rank alone meets must be raised: the others would wait for it.
     """
-    queue, storage = settings["queue"], Path(settings["storage"])
+    with settings["storage"].on_this_node() as storage:
+        _train(settings["queue"], storage)
+
+
+def _train(queue: Any, storage: Mirror) -> None:
     rank, base = ray.train.get_context().get_world_rank(), HeldBase()
     if json_logs.are_wanted():
-        json_logs.use_json_logs(run=storage.parent.name, rank=rank)
+        json_logs.use_json_logs(run=storage.local.parent.name, rank=rank)
     queue.enter.remote(rank, ray.get_runtime_context().current_actor)
     number = _agreed(ray.get(queue.first.remote()) if rank == 0 else None)
     try:
         while (entry := ray.get(queue.take.remote(number))) is not None:
             spec = TrainSpec.model_validate(entry[0])
-            folder = storage / f"{spec.task}-{spec.digest}"
+            folder = training_folder(storage, spec.task, spec.digest, rank)
             # Workers may have died after the last step, before they reported it; those of a driver that was killed go on for
             # a moment.
-            finished = _agreed(TrainingFolder(folder).metrics() if rank == 0 else None)
+            finished = _agreed(folder.metrics() if rank == 0 else None)
             metrics = (
-                _work(spec, ray.get(entry[1][0]), queue, folder, base)
+                _work(spec, ray.get(entry[1][0]), queue, storage, folder, base)
                 if finished is None
                 else finished | {ALREADY_FINISHED: True}
             )
             entry = None  # the rows
+            folder.forget()
             free_memory()
             if rank == 0:
                 ray.get(queue.finish.remote(number, metrics))
@@ -100,11 +114,13 @@ def train(settings: dict[str, Any]) -> None:
         base.drop()
 
 
-def _work(spec: TrainSpec, rows: TrainingRows, queue: Any, folder: Path, base: "HeldBase") -> dict[str, Any]:
+def _work(
+    spec: TrainSpec, rows: TrainingRows, queue: Any, storage: Mirror, folder: TrainingFolder, base: HeldBase
+) -> dict[str, Any]:
     """Does one training; returns its outcome."""
     worker = None
     try:
-        worker = Worker(spec, rows, queue, folder, base)
+        worker = Worker(spec, rows, queue, storage, folder, base)
         return worker.run()
     except _GivenUp:
         return {GIVEN_UP: True}
@@ -131,7 +147,9 @@ def _agreed(value: Any) -> Any:
 class Worker:
     """One rank."""
 
-    def __init__(self, spec: TrainSpec, rows: TrainingRows, queue: Any, folder: Path, base: HeldBase) -> None:
+    def __init__(
+        self, spec: TrainSpec, rows: TrainingRows, queue: Any, storage: Mirror, folder: TrainingFolder, base: HeldBase
+    ) -> None:
         context = ray.train.get_context()
         self.spec, self.queue, self.base = spec, queue, base
         self.rows = rows
@@ -139,8 +157,9 @@ class Worker:
         if spec.validation:
             self.rows, self.held_out = rows.split(spec.validation, spec.seed)
         self.rank, self.world = context.get_world_rank(), context.get_world_size()
-        self.storage = folder.parent
-        self.folder, self.best = TrainingFolder(folder, self.rank), BestAdapter(folder, write=self.rank == 0)
+        self.storage, self.folder = storage, folder
+        folder.fetch()
+        self.best = BestAdapter(folder.path, write=self.rank == 0, keep=folder.keep)
         share = -(-spec.expert.batch_size // self.world)
         micro_batch = min(spec.training.micro_batch or share, share)
         self.layout = StepLayout(spec.expert.batch_size, self.world, micro_batch)
@@ -181,7 +200,8 @@ class Worker:
         """Trains the LoRA, and takes it off the base; returns the folder of the finished adapter."""
         spec, config = self.spec, self.spec.expert
         seed_all(spec.seed)  # the same for all ranks: weights
-        peft: Any = with_lora(base, config, start=Path(spec.start) if spec.start else None, dtype=self.dtype)
+        start = self.storage.fetched(spec.start) if spec.start else None
+        peft: Any = with_lora(base, config, start=start, dtype=self.dtype)
         if spec.training.gradient_checkpointing:
             checkpoint_activations(base)
         engine = start_engine(
@@ -385,7 +405,7 @@ class Worker:
 
     def _monitor(self, stage: str, steps: int) -> Monitor:
         return Monitor(
-            self.storage,
+            self.storage.local,
             self.spec.task,
             stage,
             rank=self.rank,

@@ -28,6 +28,8 @@ from cluster.probe import Question
 from cluster.survey import CODE, PACKAGES, ask_nodes, judge_answers, judge_base, judge_storage, judge_versions
 from cluster.waiting import wait_for_nodes
 from jobs.cli import app
+from pipeline.storage.mirror import Mirror
+from pipeline.storage.remote import RemoteFolder
 
 pytestmark = pytest.mark.ray
 
@@ -97,6 +99,16 @@ def test_equal_nodes_with_one_folder_have_nothing_to_complain_of(cluster: LocalC
     assert [finding.status for finding in findings] == ["ok"] * 3, findings
     assert "on 3 nodes" in findings[0].text
     assert [file.name for file in tmp_path.iterdir()] == ["base"], "nothing is left behind"
+
+
+def test_nodes_meet_at_an_address(cluster: LocalCluster, tmp_path: Path) -> None:
+    there = RemoteFolder(f"local://{tmp_path}/there")
+    output = Mirror(tmp_path / "here", there)
+    found = judge_storage(ask_nodes(Question(), output), output)
+    assert found.status == "ok"
+    assert "written on 3 nodes" in found.text
+    assert not (tmp_path / "here").exists()
+    assert there.files() == {}
 
 
 def test_a_node_that_lacks_a_file_is_named(cluster: LocalCluster, tmp_path: Path) -> None:

@@ -23,6 +23,8 @@ from cluster.survey import (
     judge_versions,
     raise_failed,
 )
+from pipeline.storage.mirror import Mirror
+from pipeline.storage.remote import RemoteFolder
 
 HERE = Answer(
     "3.11.9", {"ray": "2.60.0", "pointsman": "0.1.0"}, "aaaaaaaa", {"config.json": 10, "model.safetensors": 10**9}
@@ -71,6 +73,27 @@ def test_a_storage_is_read_and_written(tmp_path: Path) -> None:
     (tmp_path / "asked").write_text("x")
     assert look(storage=str(tmp_path)).errors == {}
     assert (tmp_path / "me").read_text() == "x"
+
+
+def test_a_storage_at_an_address_is_read_and_written(tmp_path: Path) -> None:
+    uri = f"local://{tmp_path}/there"
+    assert "it is another storage of that name" in look(storage=uri).errors["storage"]
+    RemoteFolder(uri).write("asked", b"this")
+    assert look(storage=uri).errors == {}
+    assert RemoteFolder(uri).read("me") == b"this"
+    told = look(storage="s3://key:secret@nobody/x?endpoint_override=127.0.0.1:9&scheme=http&region=x").errors["storage"]
+    assert "it does not answer" in told
+    assert "secret" not in told
+
+
+def test_an_address_that_a_node_does_not_reach() -> None:
+    there = Mirror(Path("/here"), RemoteFolder("s3://key:secret@bucket/runs"))
+    survey = others(replace(HERE, errors={"storage": "s3://bucket/runs: this may not be done there"}), HERE)
+    found = judge_storage(survey, there)
+    assert found.status == "failed"
+    assert found.text == f"output=s3://bucket/runs: {NODE}: s3://bucket/runs: this may not be done there"
+    assert "credentials in the environment that its Ray was started in" in str(found.remedy)
+    assert judge_storage(others(HERE, HERE), there).text == "s3://bucket/runs: written on 3 nodes, and seen on all"
 
 
 @pytest.fixture

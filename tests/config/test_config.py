@@ -21,7 +21,9 @@ from pipeline.config import (
     load_config,
     without_secrets,
 )
+from pipeline.config.learning import working_folder
 from pipeline.config.loading import aliases_of
+from pipeline.files import user_cache
 from tests.config.streams import STREAM, error_of, task
 
 CONFIGS = Path(__file__).parents[2] / "jobs" / "configs"
@@ -141,11 +143,44 @@ def test_a_stream_needs_a_task(file):
     assert "`tasks` is empty, so there is nothing to learn" in error_of(file, STREAM, "stream.tasks=[]")
 
 
-@pytest.mark.parametrize("output", ["s3://bucket/runs", "gs://bucket/runs", "file://elsewhere/runs"])
-def test_results_need_a_file_system(file, output):
-    output = error_of(file, STREAM, f"output={output}")
-    assert "output: " in output
-    assert "mount the storage and name the mounted folder" in output
+@pytest.mark.parametrize(
+    ("output", "reason"),
+    [
+        ("file://elsewhere/runs", "write file:///folder, with three slashes"),
+        (
+            "s4://bucket/runs",
+            r"nobody knows s4:// (s3://, gs:// and what pyarrow and fsspec reach); did you mean s3://?",
+        ),
+        ("s3://", "name a place there, like s3://bucket/runs"),
+        ("s3:///?region=x", "name a place there, like s3://bucket/runs"),
+    ],
+)
+def test_an_address_that_nobody_knows_is_refused(file, output, reason):
+    error = error_of(file, STREAM, f"output={output}", "registry.uri=http://mlflow:5000")
+    assert "output: " in error
+    assert reason in error
+
+
+@pytest.mark.parametrize("output", ["s3://bucket/runs", "gs://bucket/runs", "az://bucket/runs", "memory://x"])
+def test_results_may_go_to_an_address(file, output):
+    file.write_text(STREAM)
+    config = load_config(file, [f"output={output}", "registry.uri=http://mlflow:5000"], LearnConfig)
+    assert config.output == output
+    assert config.folder.parent == config.output_folder
+    assert config.output_folder.is_relative_to(user_cache("outputs"))
+
+
+def test_working_folders_differ_by_place_not_by_keys():
+    one = working_folder("s3://bucket/runs")
+    assert working_folder("s3://key:secret@bucket/runs/?region=x") == one
+    assert working_folder("s3://bucket/others") != one
+    assert "secret" not in str(working_folder("s3://key:secret@bucket/runs?token=secret"))
+
+
+def test_a_database_does_not_go_to_an_address(file):
+    error = error_of(file, STREAM, "output=s3://key:secret@bucket/runs")
+    assert "output=s3://bucket/runs cannot hold MLflow's database; let registry.uri be" in error
+    assert "secret@" not in error
 
 
 def test_a_file_uri_is_its_path(file):

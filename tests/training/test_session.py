@@ -6,12 +6,12 @@ import pytest
 
 from pipeline.routing.adapters import REMEDY, ExpertError
 from pipeline.training.session import TrainingError, TrainResult, finished_training, reading_result
-from pipeline.training.training_folder import TrainingFolder
+from pipeline.training.training_folder import training_folder
 
 
 def test_a_finished_training_is_found(tmp_path: Path) -> None:
     assert finished_training(tmp_path, "digits", "abc") is None
-    TrainingFolder.of(tmp_path, "digits", "abc").finish({"expert_losses": [1.0]}, lambda folder: None)
+    training_folder(tmp_path, "digits", "abc").finish({"expert_losses": [1.0]}, lambda folder: None)
     result = finished_training(tmp_path, "digits", "abc")
     assert result is not None
     assert result.already_finished

@@ -17,6 +17,7 @@ from pipeline.data.demo import abilities, synthetic, tasks
 from pipeline.data.demo.abilities import Example
 from pipeline.data.errors import StreamError
 from pipeline.locks import made_once
+from pipeline.storage.mirror import Folder, Mirror
 
 SCHEME = "demo://"
 BENCHMARK_ROWS = 100
@@ -48,6 +49,15 @@ def demo_file(path: str, folder: Path) -> Path:
 
     made_once(file, write, why=f"which writes {path}")
     return file
+
+
+def demo_address(path: str, folder: Folder) -> str:
+    """Returns where all nodes find the file behind a `demo://` path, made on first use. Raises StreamError."""
+    place = Mirror.of(folder)
+    name = demo_file(path, place.local).relative_to(place.local).as_posix()
+    if place.remote is not None and not place.exists(name):
+        place.share(name)
+    return (place / name).uri
 
 
 def demo_part(path: str) -> tuple[str, str]:

@@ -6,10 +6,10 @@ base.
 """
 
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow.fs as fs
 import ray
 import torch
 
@@ -17,9 +17,9 @@ from pipeline.config import BaseModelConfig
 from pipeline.data.encoded.actors import on_workers
 from pipeline.data.encoded.packing import pack, unpack
 from pipeline.data.errors import StreamError
-from pipeline.locks import made_once
 from pipeline.models.encoding import IMAGE_EMBEDS, Encoded, image_hash
 from pipeline.models.inference import FrozenBase, InferenceWorkers
+from pipeline.storage.mirror import Folder, made_by_all
 
 DONE = "_SUCCESS"
 """Marks a complete folder."""
@@ -29,16 +29,16 @@ ROWS_AT_ONCE = 16
 
 
 def with_image_embeds(
-    rows: ray.data.Dataset, base: BaseModelConfig, folder: Path, *, workers: InferenceWorkers
+    rows: ray.data.Dataset, base: BaseModelConfig, folder: Folder, *, workers: InferenceWorkers
 ) -> ray.data.Dataset:
     """Returns encoded rows with image embeddings instead of pixels, read from `folder` or computed and written there."""
 
-    def write(unfinished: Path) -> None:
+    def write(filesystem: fs.FileSystem, unfinished: str) -> None:
         with_embeds = on_workers(rows, ImageEncoder, base, workers=workers, rows_at_once=ROWS_AT_ONCE)
-        with_embeds.write_parquet(str(unfinished))
+        with_embeds.write_parquet(unfinished, filesystem=filesystem)
 
-    made_once(folder, write, why="which computes the same image embeddings", mark=DONE)
-    return ray.data.read_parquet(str(folder))
+    filesystem, path = made_by_all(folder, write, why="which computes the same image embeddings", mark=DONE)
+    return ray.data.read_parquet(path, filesystem=filesystem)
 
 
 class ImageEncoder(FrozenBase):

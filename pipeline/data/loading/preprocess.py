@@ -27,6 +27,7 @@ from pipeline.data.rows.quarantine import NOTES, SetAside, set_aside
 from pipeline.data.sources.reader import Place, count_rows, first_records, read
 from pipeline.models.encoding import PromptError, encode
 from pipeline.models.inference import InferenceWorkers
+from pipeline.storage.mirror import Folder, Mirror
 
 _SAMPLE = 4
 """Rows per part that are encoded to estimate the size of all."""
@@ -78,10 +79,10 @@ def prepare(
     data: DataConfig,
     *,
     base: BaseModelConfig,
-    data_folder: Path,
+    data_folder: Folder,
     quarantine: Path,
     answer: bool,
-    embeds_folder: Path | None = None,
+    embeds_folder: Folder | None = None,
     workers: InferenceWorkers | None = None,
 ) -> PreparedData:
     """Validates and encodes the rows of one or more tasks in a single pass.
@@ -101,7 +102,7 @@ def prepare(
         rows = encoded_rows(part, name, data, base=base, data_folder=data_folder, answer=answer)
         if data.vision_cache == "features":
             assert embeds_folder is not None, "image embeddings need a folder"
-            folder = embeds_folder / f"{name}-{part.key}"
+            folder = Mirror.of(embeds_folder) / f"{name}-{part.key}"
             rows = with_image_embeds(rows, base, folder, workers=workers or InferenceWorkers())
         if streaming:
             streamed[name] = streamed_image_embeds(encoder, folder) if folder else streamed_part(encoder, data_folder)
@@ -146,7 +147,7 @@ def encoded_rows(
     data: DataConfig,
     *,
     base: BaseModelConfig,
-    data_folder: Path,
+    data_folder: Folder,
     answer: bool,
     chosen: Any = None,
     since: Place | None = None,
@@ -165,7 +166,7 @@ def encoded_rows(
     )
 
 
-def _fits(parts: Mapping[str, TaskRows], data: DataConfig, base: BaseModelConfig, data_folder: Path) -> bool:
+def _fits(parts: Mapping[str, TaskRows], data: DataConfig, base: BaseModelConfig, data_folder: Folder) -> bool:
     """Whether all rows take at most a quarter of the smallest object store, estimated from the first rows of each part.
 
     Every node with a training worker holds all of them.

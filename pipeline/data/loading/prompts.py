@@ -8,7 +8,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import reduce
 from operator import or_
-from pathlib import Path
 from typing import Any
 
 import ray
@@ -20,6 +19,7 @@ from pipeline.data.encoded.image_embeds import DONE, with_image_embeds
 from pipeline.data.loading.preprocess import encoded_rows
 from pipeline.data.sources.raw_row import NUMBER, PATH
 from pipeline.models.inference import InferenceWorkers
+from pipeline.storage.mirror import Folder, Mirror, made_at
 
 Numbers = Mapping[str, Sequence[int]]
 """Some rows of a source: numbers by file. Rows that share a number (rotations of a question) come together."""
@@ -31,9 +31,9 @@ class PromptSource:
 
     base: BaseModelConfig
     data: DataConfig
-    data_folder: Path
+    data_folder: Folder
     """Folder of the demo's files."""
-    embeds_folder: Path
+    embeds_folder: Folder
     """Folder of cached image embeddings, by part."""
     workers: InferenceWorkers
     """Workers that compute image embeddings."""
@@ -46,12 +46,14 @@ class PromptSource:
         if self.data.vision_cache == "off":
             return self._encoded(name, part, None if numbers is None else _chosen(numbers, PATH))
         self.compute_image_embeds(name, part)
-        kept = ray.data.read_parquet(str(self._folder(name, part)))
+        place = made_at(self._folder(name, part), DONE)
+        assert place is not None, "computed now or before"
+        kept = ray.data.read_parquet(place[1], filesystem=place[0])
         return kept if numbers is None else kept.filter(expr=_chosen(numbers, "source"))
 
     def has_image_embeds(self, name: str, part: TaskRows) -> bool:
         """Whether the image embeddings of a part are cached, or need no cache."""
-        return self.data.vision_cache == "off" or (self._folder(name, part) / DONE).exists()
+        return self.data.vision_cache == "off" or made_at(self._folder(name, part), DONE) is not None
 
     def compute_image_embeds(self, name: str, part: TaskRows) -> None:
         """Computes and caches the image embeddings of a part, unless they are cached."""
@@ -60,8 +62,8 @@ class PromptSource:
                 self._encoded(name, part, None), self.base, self._folder(name, part), workers=self.workers
             )
 
-    def _folder(self, name: str, part: TaskRows) -> Path:
-        return self.embeds_folder / f"{name}-{part.key}"
+    def _folder(self, name: str, part: TaskRows) -> Mirror:
+        return Mirror.of(self.embeds_folder) / f"{name}-{part.key}"
 
     def _encoded(self, name: str, part: TaskRows, chosen: Any) -> ray.data.Dataset:
         data, folder = self.data, self.data_folder

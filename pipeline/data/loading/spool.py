@@ -6,17 +6,17 @@ A row is stored as JSON beside its bytes, so reading it back runs no code.
 
 import json
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.fs as fs
 
 from pipeline.config import SourceConfig
 from pipeline.data.errors import UnreadableRow
 from pipeline.data.sources.formats import Row
 from pipeline.data.sources.raw_row import NUMBER, PATH, RAW, ROOT, RawRow
 from pipeline.data.sources.reader import read
-from pipeline.locks import made_once
+from pipeline.storage.mirror import Folder, made_by_all
 
 DONE = "_SUCCESS"
 """Marks a complete folder."""
@@ -30,15 +30,14 @@ _SCHEMA = pa.schema([
 ])  # fmt: skip
 
 
-def spooled(source: SourceConfig, data_folder: Path, folder: Path, *, readers: int) -> list[str]:
-    """Copies the raw rows of a source into `folder`, unless they are there; returns the files in order."""
+def spooled(source: SourceConfig, data_folder: Folder, folder: Folder, *, readers: int) -> tuple[fs.FileSystem, str]:
+    """Copies the raw rows of a source into `folder`, unless they are there; returns where the files are."""
 
-    def write(unfinished: Path) -> None:
+    def write(filesystem: fs.FileSystem, unfinished: str) -> None:
         rows = read(source, data_folder, readers=readers).map_batches(_written, batch_format="pyarrow", batch_size=None)
-        rows.write_parquet(str(unfinished))
+        rows.write_parquet(unfinished, filesystem=filesystem)
 
-    made_once(folder, write, why="which copies the same rows", mark=DONE)
-    return sorted(str(file) for file in folder.glob("*.parquet"))
+    return made_by_all(folder, write, why="which copies the same rows", mark=DONE)
 
 
 def _written(batch: pa.Table) -> pa.Table:

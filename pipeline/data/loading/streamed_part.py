@@ -1,9 +1,7 @@
 """Rows that stream: a task's rows in pieces of parquet files, and how Ray Data goes through all of them once."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -15,6 +13,7 @@ from ray.data.datasource import Datasource, ReadTask
 
 from pipeline.config import DataConfig, digest
 from pipeline.data.encoded.encoding import Encoder, encode_batch
+from pipeline.data.encoded.image_embeds import DONE
 from pipeline.data.errors import StreamError
 from pipeline.data.loading import spool
 from pipeline.data.loading.piece_reader import BLOCK_ROWS, Origin, in_order, tables
@@ -22,6 +21,7 @@ from pipeline.data.loading.pieces import Pieces, pieces_of
 from pipeline.data.loading.windows import LANES
 from pipeline.data.sources.files import resolve
 from pipeline.data.sources.reader import fingerprint, image_root
+from pipeline.storage.mirror import Folder, Mirror, made_at
 
 
 @dataclass(frozen=True)
@@ -86,7 +86,7 @@ def _read(origin: Origin, pieces: Pieces) -> Any:
     return tables(in_order([origin], map(pieces.read, range(len(pieces)))))
 
 
-def streamed_part(encoder: Encoder, data_folder: Path) -> StreamedPart:
+def streamed_part(encoder: Encoder, data_folder: Folder) -> StreamedPart:
     """Returns the rows of a source in pieces; copies files first that cannot be read from the middle."""
     source = encoder.part.source
     filesystem, files, file_format = resolve(source, data_folder)
@@ -96,20 +96,28 @@ def streamed_part(encoder: Encoder, data_folder: Path) -> StreamedPart:
         if pieces is not None:
             return StreamedPart(Origin(encoder, filesystem, "own", image_root(source)), pieces)
     key = digest(fingerprint(source, data_folder), paths)
-    copies = data_folder / "rows" / f"{encoder.task}-{key}"
-    return _local(encoder, "spooled", spool.spooled(source, data_folder, copies, readers=encoder.data.num_readers))
+    copies = Mirror.of(data_folder) / "rows" / f"{encoder.task}-{key}"
+    made = spool.spooled(source, data_folder, copies, readers=encoder.data.num_readers)
+    return _own(encoder, "spooled", *made)
 
 
-def streamed_image_embeds(encoder: Encoder, folder: Path) -> StreamedPart:
-    """Returns the encoded rows in a folder of parquet files in pieces."""
-    return _local(encoder, "encoded", sorted(str(file) for file in folder.glob("*.parquet")))
+def streamed_image_embeds(encoder: Encoder, folder: Folder) -> StreamedPart:
+    """Returns the encoded rows in a folder of parquet files, which is complete, in pieces."""
+    place = made_at(folder, DONE)
+    assert place is not None, "callers have made it"
+    return _own(encoder, "encoded", *place)
 
 
-def _local(encoder: Encoder, contents: Literal["spooled", "encoded"], paths: Sequence[str]) -> StreamedPart:
-    pieces = pieces_of(fs.LocalFileSystem(), paths, rows=piece_rows(encoder.data))
+def _own(
+    encoder: Encoder, contents: Literal["spooled", "encoded"], filesystem: fs.FileSystem, folder: str
+) -> StreamedPart:
+    """Returns the rows of files that this project has written, in pieces."""
+    infos = filesystem.get_file_info(fs.FileSelector(folder))
+    paths = sorted(info.path for info in infos if info.path.endswith(".parquet"))
+    pieces = pieces_of(filesystem, paths, rows=piece_rows(encoder.data))
     if pieces is None:
         raise StreamError(f"{paths[0]} and its neighbours: damaged; remove the folder, and it is written again")
-    return StreamedPart(Origin(encoder, fs.LocalFileSystem(), contents), pieces)
+    return StreamedPart(Origin(encoder, filesystem, contents), pieces)
 
 
 def piece_rows(data: DataConfig) -> int:

@@ -11,22 +11,23 @@ from pathlib import Path
 import pyarrow.fs as fs
 
 from pipeline.config import SourceConfig, without_secrets
-from pipeline.data.demo.files import SCHEME, demo_file, demo_part
+from pipeline.data.demo.files import SCHEME, demo_address, demo_part
 from pipeline.data.errors import StreamError
 from pipeline.data.sources.formats import format_of
 from pipeline.data.sources.storage import locate, unreachable
+from pipeline.storage.mirror import Folder
 
 _HIDDEN = re.compile(r"(^|/)[._]")
 _FORMATS = "parquet, jsonl, json, tsv or csv"
 
 
-def resolve(source: SourceConfig, folder: Path) -> tuple[fs.FileSystem, list[fs.FileInfo], str]:
+def resolve(source: SourceConfig, folder: Folder) -> tuple[fs.FileSystem, list[fs.FileInfo], str]:
     """Finds a source's files: filesystem, files in order of their names, and format.
 
     `folder` is where demo data are written. Folders are searched recursively, without hidden files (`.`, `_`).
     Raises StreamError when there are no files, when their formats differ, or when storage cannot be reached.
     """
-    path = str(demo_file(source.path, folder)) if source.path.startswith(SCHEME) else source.path
+    path = demo_address(source.path, folder) if source.path.startswith(SCHEME) else source.path
     base, pattern = split_glob(path)
     filesystem, root = locate(base)
     try:
@@ -61,7 +62,7 @@ def resolve(source: SourceConfig, folder: Path) -> tuple[fs.FileSystem, list[fs.
     return filesystem, files, file_format
 
 
-def check_there(source: SourceConfig, folder: Path) -> None:
+def check_there(source: SourceConfig, folder: Folder) -> None:
     """Raises StreamError where a source has no files; reads none of them, and writes none of the demo's."""
     if source.path.startswith(SCHEME):
         demo_part(source.path)

@@ -32,6 +32,7 @@ from pipeline.data.sources.formats import rows_of
 from pipeline.data.sources.presets import wanted_columns
 from pipeline.data.sources.raw_row import NUMBER, PATH, RAW, ROOT, RawRow, packed_row
 from pipeline.data.sources.storage import unreachable
+from pipeline.storage.mirror import Folder
 
 _SCHEMA = pa.schema([(PATH, pa.string()), (NUMBER, pa.int64()), (ROOT, pa.string()), (RAW, pa.binary())])
 _BLOCK_ROWS, _BLOCK_BYTES = 256, 16 << 20
@@ -52,7 +53,7 @@ Place = tuple[str, int]
 
 def read(
     source: SourceConfig,
-    folder: Path,
+    folder: Folder,
     *,
     readers: int | None = None,
     also: Collection[str] = (),
@@ -79,7 +80,7 @@ class _Rows(Datasource):
     def __init__(
         self,
         source: SourceConfig,
-        folder: Path,
+        folder: Folder,
         also: Collection[str] = (),
         since: Place | None = None,
         answered: bool = True,
@@ -160,7 +161,7 @@ def _raw_rows(
         yield {PATH: path, NUMBER: number, ROOT: root, RAW: packed_row(row)}
 
 
-def first_records(source: SourceConfig, folder: Path, prompt: str, count: int) -> Iterator[Record]:
+def first_records(source: SourceConfig, folder: Folder, prompt: str, count: int) -> Iterator[Record]:
     """Yields the first good records of a source, read in this process (for samples)."""
     filesystem, files, file_format = resolve(source, folder)
     root = image_root(source)
@@ -176,7 +177,7 @@ def first_records(source: SourceConfig, folder: Path, prompt: str, count: int) -
             return
 
 
-def count_rows(source: SourceConfig, folder: Path) -> int:
+def count_rows(source: SourceConfig, folder: Folder) -> int:
     """Estimates the number of rows: from parquet's metadata, or from the first rows of a text.
 
     For small files the number is exact. Of more than `_COUNTED` files some are counted, and the rest is extrapolated by bytes.
@@ -204,7 +205,7 @@ def _count(filesystem: fs.FileSystem, file: fs.FileInfo, file_format: str, colum
     return max(_SAMPLE, size * _SAMPLE // sum(lengths))
 
 
-def fingerprint(source: SourceConfig, folder: Path) -> str:
+def fingerprint(source: SourceConfig, folder: Folder) -> str:
     """Returns 16 hex digits that change when a source's files or reading settings change, but not with the credentials used.
 
     Images that rows refer to by path are not included.

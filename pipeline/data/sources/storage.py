@@ -12,13 +12,12 @@ import pyarrow.fs as fs
 
 from pipeline.config import without_secrets
 from pipeline.data.errors import BadRow, StreamError, first_line, printable
+from pipeline.storage.remote import open_filesystem
 
 MAX_FILE = 1 << 30
 """Bytes of the largest image file that is read."""
 
 _SCHEMES = {"local": "file", "s3": "s3", "gcs": "gs"}
-_PATIENCE = 60
-"""Retry limit of Google's storage in seconds; its default is 15 minutes."""
 
 
 def locate(path: str) -> tuple[fs.FileSystem, str]:
@@ -28,10 +27,8 @@ def locate(path: str) -> tuple[fs.FileSystem, str]:
     """
     if "://" not in path:
         return fs.LocalFileSystem(), str(Path(path).expanduser().resolve())
-    if path.startswith(("gs://", "gcs://")) and "retry_limit_seconds=" not in path:
-        path += f"{'&' if '?' in path else '?'}retry_limit_seconds={_PATIENCE}"
     try:
-        return fs.FileSystem.from_uri(path)
+        return open_filesystem(path)
     except (OSError, ValueError, ImportError, pa.ArrowException) as error:
         raise unreachable(path, error) from None
 

@@ -8,6 +8,7 @@ from pipeline.config import SourceConfig, without_secrets
 from pipeline.data.errors import StreamError
 from pipeline.data.sources import storage
 from pipeline.data.sources.files import matches, resolve, split_glob
+from pipeline.storage import remote
 
 
 def touch(folder, *names: str) -> None:
@@ -165,7 +166,8 @@ def test_secrets_go_from_texts_too(text: str, shown: str) -> None:
 
 def test_google_gives_up_in_time(monkeypatch):
     uris = []
-    monkeypatch.setattr(storage, "fs", SimpleNamespace(FileSystem=SimpleNamespace(from_uri=uris.append)))
+    monkeypatch.setattr(remote, "fs", SimpleNamespace(FileSystem=SimpleNamespace(from_uri=uris.append)))
+    monkeypatch.setattr(storage, "open_filesystem", remote.open_filesystem.__wrapped__)
     for path in ("gs://b/a", "gs://b/a?anonymous=true", "gs://b/a?retry_limit_seconds=5"):
         storage.locate(path)
     assert uris == [

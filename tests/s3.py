@@ -1,0 +1,31 @@
+"""A server that speaks S3, in this process, for tests of results at an address."""
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from uuid import uuid4
+
+import requests
+from moto.server import ThreadedMotoServer
+
+KEY, SECRET = "AKIATESTKEY", "testsecret"
+
+
+@contextmanager
+def s3_server() -> Iterator[tuple[str, str]]:
+    """Yields the address of a server, and what makes an `s3://` URI lead to it."""
+    logging.getLogger("werkzeug").setLevel(logging.ERROR)  # a line per request
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    try:
+        yield f"http://{host}:{port}", f"?endpoint_override={host}:{port}&scheme=http&region=us-east-1"
+    finally:
+        server.stop()
+
+
+def new_bucket(address: str) -> str:
+    """Makes a bucket of a new name, and returns it."""
+    name = f"bucket-{uuid4().hex[:8]}"
+    requests.put(f"{address}/{name}", timeout=10).raise_for_status()
+    return name
