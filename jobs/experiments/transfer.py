@@ -157,6 +157,7 @@ def charts(figures: Figures) -> list[Chart]:
         series = {
             words.get(method, method): pairs([figures["pairs"][name][method] for name in names], "unseen")
             for method in shown_methods
+            if all(method in figures["pairs"][name] for name in names)
         }
         return bars(
             [name.replace("_", " ").replace(" text", "\ntext").replace(" pictures", "\npictures", 1) for name in names],
