@@ -6,8 +6,8 @@ from pipeline.evaluation.results import Evaluation
 
 STEPS = 60
 """Optimizer steps per task: a dictionary of six words is learned in so many."""
-PROMPTS = 40
-"""Prompts per task and ability."""
+PROMPTS = 100
+"""Prompts per ability, and at most per task."""
 OWN = (
     f"expert.steps={STEPS}",
     "expert.rank=8",
@@ -15,7 +15,6 @@ OWN = (
     "expert.learning_rate=4e-3",
     "router.steps=5",
     f"evaluation.limit={PROMPTS}",
-    "evaluation.max_new_tokens=6",
     "data.num_readers=1",
 )
 """Overrides of the demo's configuration."""

@@ -16,6 +16,8 @@ from pipeline.learning.baselines import ROUTERS
 from pipeline.learning.learn import LearnResult
 from pipeline.learning.session import StreamSession
 
+ASKED = 40
+"""Prompts per task."""
 TASKS = 8
 """Tasks of a pool."""
 LEVELS = {
@@ -39,7 +41,7 @@ def of_level(kind: str) -> list[str]:
 def runs(seed: int, configure: Configure) -> list[Run]:
     """Returns one run: the tasks of all levels; each level then is a pool of its own."""
     names = [name for kind in LEVELS.values() for name in of_level(kind)]
-    config = configure("resemblance", seed, stream([task(name) for name in names]), *OWN)
+    config = configure("resemblance", seed, stream([task(name, prompts=ASKED) for name in names]), *OWN)
     return [Run("resemblance", seed, config, measure)]
 
 
@@ -147,8 +149,8 @@ EXPERIMENT = Experiment(
         Target("reported.prompt_without_null.base_kept_mean", ">=", 0.995),
     ),
     notes=(
-        f"{TASKS} tasks of each stream, {STEPS} steps of 16 rows each, {PROMPTS} held-out prompts per task and ability. Of "
-        "tasks that ask with the same words in another order the mean of the words' embeddings is the same.",
+        f"{TASKS} tasks of each stream, {STEPS} steps of 16 rows each, {ASKED} held-out prompts per task, {PROMPTS} per ability. "
+        "Of tasks that ask with the same words in another order the mean of the words' embeddings is the same.",
         "The stream `domain` (alike to the base) may be tuned on; the three others are for reporting.",
     ),
 )

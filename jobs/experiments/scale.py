@@ -17,6 +17,8 @@ from pipeline.learning.session import StreamSession
 
 SIZES = (5, 10, 20, 50, 100)
 """Tasks in a pool."""
+ASKED = 25
+"""Prompts per task."""
 LAST = 5
 """Tasks before each size whose median of seconds is given."""
 KEYS = ("own", "oracle", "own_to_oracle", "base_kept", "routing", "base_routing", "seconds_per_task")
@@ -24,7 +26,7 @@ KEYS = ("own", "oracle", "own_to_oracle", "base_kept", "routing", "base_routing"
 
 def runs(seed: int, configure: Configure) -> list[Run]:
     """Returns one run: the hundred tasks."""
-    config = configure("scale", seed, stream([task(name) for name in mixed(max(SIZES))]), *OWN)
+    config = configure("scale", seed, stream([task(name, prompts=ASKED) for name in mixed(max(SIZES))]), *OWN)
     return [Run("scale", seed, config, measure)]
 
 
@@ -136,9 +138,9 @@ EXPERIMENT = Experiment(
     charts=charts,
     targets=(Target("100.own_to_oracle", ">=", 0.99), Target("100.base_kept", ">=", 0.995)),
     notes=(
-        f"Tasks of the four confusable streams in turn, {STEPS} steps of 16 rows each, {PROMPTS} held-out prompts per task and "
-        "ability. Each translates what it is asked for by a secret dictionary, so a prompt that goes astray is answered wrong. "
-        "The pools of 5, 10, 20 and 50 tasks are the first experts of the pool of 100.",
+        f"Tasks of the four confusable streams in turn, {STEPS} steps of 16 rows each, {ASKED} held-out prompts per task, "
+        f"{PROMPTS} per ability. Each task translates what it is asked for by a secret dictionary, so a prompt that goes astray "
+        "is answered wrong. The pools of 5, 10, 20 and 50 tasks are the first experts of the pool of 100.",
         "Seconds per task are the median of the last five before that size, start-up, registry and evaluation included, of "
         "tasks that this run has trained.",
     ),

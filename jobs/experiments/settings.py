@@ -42,13 +42,22 @@ class Settings:
         return LearnConfig.model_validate(config.model_dump() | {"stream": dict(stream)})
 
 
-def task(name: str, *, train: str | None = None, on: str | None = None, rows: int | None = None) -> dict[str, Any]:
-    """Returns a task of the demo's data, called `name`; `train` and `on` are its data where they are called otherwise."""
-    limit = {"limit": rows} if rows else {}
+def task(
+    name: str,
+    *,
+    train: str | None = None,
+    on: str | None = None,
+    rows: int | None = None,
+    prompts: int | None = None,
+) -> dict[str, Any]:
+    """Returns a task of the demo's data, called `name`; `train` and `on` are its data where they are called otherwise.
+
+    It is learned from at most `rows`, and evaluated on at most `prompts`.
+    """
     return {
         "name": name,
-        "train": {"path": f"demo://{train or name}/train", **limit},
-        "eval": f"demo://{on or train or name}/eval",
+        "train": {"path": f"demo://{train or name}/train", "limit": rows},
+        "eval": {"path": f"demo://{on or train or name}/eval", "limit": prompts},
     }
 
 
