@@ -149,7 +149,7 @@ EXPERIMENT = Experiment(
         Target("reported.prompt_without_null.base_kept_mean", ">=", 0.995),
     ),
     notes=(
-        f"{TASKS} tasks of each stream, {STEPS} steps of 16 rows each, {ASKED} held-out prompts per task, {PROMPTS} per ability. "
+        f"{TASKS} tasks of each stream, {STEPS} steps of 16 rows each, {ASKED} prompts per task, {PROMPTS} per ability. "
         "Of tasks that ask with the same words in another order the mean of the words' embeddings is the same.",
         "The stream `domain` (alike to the base) may be tuned on; the three others are for reporting.",
     ),

@@ -139,7 +139,7 @@ EXPERIMENT = Experiment(
     targets=(Target("100.own_to_oracle", ">=", 0.99), Target("100.base_kept", ">=", 0.995)),
     notes=(
         f"Tasks of the four confusable streams in turn, {STEPS} steps of 16 rows each, {ASKED} held-out prompts per task, "
-        f"{PROMPTS} per ability. Each task translates what it is asked for by a secret dictionary, so a prompt that goes astray "
+        f"{PROMPTS} per ability. Each task translates what it is asked for by a secret dictionary, so a prompt gone astray "
         "is answered wrong. The pools of 5, 10, 20 and 50 tasks are the first experts of the pool of 100.",
         "Seconds per task are the median of the last five before that size, start-up, registry and evaluation included, of "
         "tasks that this run has trained.",
