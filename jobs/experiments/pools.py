@@ -10,9 +10,11 @@ from pipeline.routing.pool import Pool
 
 def part(pool: Pool, names: Sequence[str], *, null: bool = True) -> Pool:
     """Returns the pool of these experts; without `null` prompts far from all tasks go to the base."""
-    experts = [pool.experts.entries[name] for name in names]
-    more = (pool.null, pool.null_layer_statistics) if null else ()
-    return Pool(pool.base_label, pool.base_fingerprint, pool.router, experts, *more)
+    for name in set(pool.names) - set(names):
+        pool = pool.remove(name)
+    if null:
+        return pool
+    return Pool(pool.base_label, pool.base_fingerprint, pool.router, pool.experts.entries.values())
 
 
 def key_of(session: StreamSession, pool: Pool) -> str:
