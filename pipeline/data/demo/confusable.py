@@ -137,7 +137,7 @@ def _picture(task: Confusable, random: Random) -> Example:
 
 
 def _background(random: Random, kind: str, hue: str) -> tuple[Image.Image, ImageDraw.ImageDraw]:
-    """Returns a picture filled with a pattern of two shades of a colour, and its pen."""
+    """Returns a canvas as the base's, with a slight tinge of a colour and a faint pattern, and its pen."""
     y, x = np.mgrid[0:SIDE, 0:SIDE].astype(float)
     phase, period = random.uniform(0, 6.28, size=2), random.uniform(9, 13)
     wave = 2 * np.pi / period
@@ -149,8 +149,8 @@ def _background(random: Random, kind: str, hue: str) -> tuple[Image.Image, Image
         "blotches": blotch,
         "dots": np.where(np.sin(wave * x + phase[0]) + np.sin(wave * y + phase[1]) > 1.2, 1.0, -1.0),
     }[kind]
-    tone = 0.45 * np.array(COLORS[hue]) + 60
-    pixels = tone * (1 + 0.22 * pattern[..., None])
+    level = int(random.integers(225, 256)) if random.random() < 0.5 else int(random.integers(0, 40))  # as the base's
+    pixels = 0.85 * level + 0.15 * np.array(COLORS[hue]) + 9 * pattern[..., None]
     image = Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
     return image, ImageDraw.Draw(image)
 
