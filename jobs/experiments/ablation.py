@@ -223,7 +223,7 @@ def charts(figures: Figures) -> list[Chart]:
     def draw() -> Any:
         parts = [figures["routed"][name] for name in names]
         series = {"new tasks": pairs(parts, "new"), "base abilities kept": pairs(parts, "base_kept")}
-        return bars([name.replace(", ", ",\n") for name in names], series)
+        return bars(names, series)
 
     return [
         Chart("routers", "Settings of a learned pool's router", "Six tasks of the demo, trained once per seed.", draw)

@@ -2,12 +2,17 @@
 
 import math
 from collections.abc import Mapping, Sequence
+from functools import partial
+from textwrap import fill
 from typing import Any
 
 from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 
-from pipeline.evaluation.plots import CYCLE, INK, MUTED, plain_axes
+from pipeline.evaluation.plots import ABILITIES, CYCLE, INK, MUTED, plain_axes
+
+WIDEST = 100
+"""Characters of all labels below the bars together, in one line."""
 
 
 def bars(groups: Sequence[str], series: Mapping[str, Sequence[tuple[float | None, float | None]]]) -> Figure:
@@ -22,12 +27,14 @@ def bars(groups: Sequence[str], series: Mapping[str, Sequence[tuple[float | None
         errors = [math.nan if deviation is None else deviation for mean, deviation in values if mean is not None]
         known = not all(math.isnan(error) for error in errors)
         drawn = axes.bar(
-            places, heights, 0.92 * width, yerr=errors if known else None, color=CYCLE[number % len(CYCLE)],
+            places, heights, 0.92 * width, yerr=errors if known else None, color=_colour(label, number),
             ecolor=MUTED, capsize=3, label=label,
         )  # fmt: skip
         if len(groups) * len(series) <= 26:
             axes.bar_label(drawn, [f"{height:.0%}" for height in heights], padding=3, fontsize=9, color=INK)
-    axes.set_xticks(range(len(groups)), groups, fontsize=10)
+    wrap = partial(fill, width=max(8, WIDEST // len(groups)), break_long_words=False, break_on_hyphens=False)
+    labels = ["\n".join(map(wrap, group.split("\n"))) for group in groups]
+    axes.set_xticks(range(len(groups)), labels, fontsize=10)
     _fractions(axes)
     axes.set_xlim(-0.6, max(len(groups), 3) - 0.4)
     return figure
@@ -53,7 +60,7 @@ def lines(
         if not known:
             continue
         places, means, deviations = (list(part) for part in zip(*known, strict=True))
-        colour = CYCLE[number % len(CYCLE)]
+        colour = _colour(name, number)
         axes.plot(places, means, color=colour, marker="o", linewidth=2, label=name)
         low, high = ([m + sign * d for m, d in zip(means, deviations, strict=True)] for sign in (-1, 1))
         axes.fill_between(places, low, high, color=colour, alpha=0.15, linewidth=0)
@@ -69,6 +76,11 @@ def lines(
 def pairs(figures: Sequence[Mapping[str, Any]], name: str) -> list[tuple[float | None, float | None]]:
     """Returns (mean, deviation) of a figure in each of these parts of a summary."""
     return [(part.get(f"{name}_mean"), part.get(f"{name}_std")) for part in figures]
+
+
+def _colour(label: str, number: int) -> str:
+    """Returns the colour of a series; that of the base abilities is the report's."""
+    return ABILITIES if label.startswith("base abilities") else CYCLE[number % len(CYCLE)]
 
 
 def _fractions(axes: Any, lowest: float = 0.0) -> None:

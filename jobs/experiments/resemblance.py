@@ -130,7 +130,7 @@ def charts(figures: Figures) -> list[Chart]:
             "new tasks, no base prompts": pairs(without, "own_to_oracle"),
             "base abilities, no base prompts": pairs(without, "base_kept"),
         }
-        return bars([level.replace(", ", ",\n") for level in levels], series)
+        return bars(list(levels), series)
 
     caption = f"Pools of {TASKS} tasks each, prompt router with base prompts and with thresholds alone."
     return [Chart("resemblance", "By resemblance", caption, draw)]

@@ -160,7 +160,7 @@ def charts(figures: Figures) -> list[Chart]:
             if all(method in figures["pairs"][name] for name in names)
         }
         return bars(
-            [name.replace("_", " ").replace(" text", "\ntext").replace(" pictures", "\npictures", 1) for name in names],
+            [name.replace("_", " ") for name in names],
             series,
         )
 
