@@ -9,7 +9,7 @@ import ray
 from jobs.experiments.experiment import Experiment, Result, Run
 from pipeline.config import digest
 from pipeline.files import write_json
-from pipeline.learning.learn import learn_stream, publish
+from pipeline.learning.learn import learn_stream
 from pipeline.learning.opening import open_session
 from pipeline.learning.progress import Progress
 from pipeline.learning.state import Stopwatch, read_json
@@ -71,9 +71,8 @@ def _done(name: str, run: Run, progress: Progress) -> Result:
         with open_session(run.config, job=f"experiment {name}", progress=progress) as session:
             started = session.cluster.started
             learned = learn_stream(session)
-            result = run.measure(session, learned)
-            publish(session, learned.summary)
-            return result
+            write_json(session.folder / "summary.json", learned.summary)
+            return run.measure(session, learned)
     finally:
         if started:
             ray.shutdown()  # the next run plans with this machine's cores, as if it were alone
