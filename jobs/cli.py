@@ -60,7 +60,7 @@ JOBS = {
     "add": Lazy("jobs.add:main", "Add one task to a registered pool.", TeachingAdd),
     "sweep": Lazy("jobs.sweep:main", "Sweep settings of a task's expert and of the router.", TeachingLearn),
     "experiment": Lazy(
-        "jobs.experiment:main", "Do experiments that show what the method does, with pages.", TeachingExperiment
+        "jobs.experiment:main", "Do experiments: what the method does, and where it ends.", TeachingExperiment
     ),
     "doctor": Lazy("jobs.doctor:main", "Check what a job needs before it starts.", TeachingLearn),
     "plan": Lazy("jobs.plan:main", "Plan a stream before any GPU is rented.", TeachingCommand),

@@ -13,7 +13,7 @@ from jobs.experiments import pools
 from jobs.experiments.charts import bars, pairs
 from jobs.experiments.experiment import Chart, Configure, Experiment, Figures, Result, Results, Run, Table
 from jobs.experiments.seeds import of_results, ratio, shown
-from jobs.experiments.settings import DEMO_TASKS, stream, task
+from jobs.experiments.settings import DEMO_STEPS, DEMO_TASKS, stream, task
 from pipeline.config import RouterConfig
 from pipeline.data.demo import confusable
 from pipeline.data.demo.abilities import BENCHMARKS
@@ -27,8 +27,6 @@ from pipeline.routing.prompt_router import PromptRouter
 from pipeline.routing.routes import NULL_EXPERT
 from pipeline.routing.statistics import PromptStatistics
 
-STEPS = 100
-"""Optimizer steps per task: those of `forgetting`, whose experts are found."""
 PROMPTS = 40
 """Prompts per task and ability."""
 FEW = ("renamed", "clock", "successor")
@@ -69,7 +67,7 @@ FEATURES = "ablation-features"
 
 def runs(seed: int, configure: Configure) -> list[Run]:
     """Returns a run per setting of training, one for those of a learned pool, and, once, what prompts alone tell."""
-    own = f"expert.steps={STEPS}", f"evaluation.limit={PROMPTS}"
+    own = f"expert.steps={DEMO_STEPS}", f"evaluation.limit={PROMPTS}"
     few = stream([task(name) for name in FEW])
     made = [Run(ONE, seed, configure(ONE, seed, stream([task(name) for name in DEMO_TASKS]), *own), measure_routers)]
     for number, overrides in enumerate(TRAINED.values()):
@@ -237,7 +235,7 @@ EXPERIMENT = Experiment(
     tables=tables,
     charts=charts,
     notes=(
-        f"{STEPS} steps per task, {PROMPTS} held-out prompts per task and ability. Settings of training are compared on three "
+        f"{DEMO_STEPS} steps per task, {PROMPTS} prompts per task and ability. Settings of training are compared on three "
         "tasks, those of a learned pool's router on six tasks trained once per seed.",
         "The covariance is compared in its two forms: shared by all classes, and each class's own blended with it (all else).",
     ),

@@ -40,7 +40,7 @@ CATALOGUE = {
     "resemblance": Entry(
         "Tasks that resemble one another",
         "How many prompts go astray where tasks are near-duplicates, related, unrelated, or alike to what the base can do?",
-        30,
+        20,
     ),
     "transfer": Entry(
         "Transfer between modalities",
@@ -51,13 +51,13 @@ CATALOGUE = {
         "Robustness",
         "What do few or many rows, imbalance, wrong labels, other words, other pictures, several pictures or turns, and "
         "prompts of no task do to accuracy and routing?",
-        25,
+        20,
     ),
     "ablation": Entry(
         "Ablation",
         "Which settings of experts and routers matter: rank, Linears, router steps, temperature, k, features, null components, "
         "covariance?",
-        25,
+        35,
     ),
 }
 """All experiments, in the order in which `all` does them: later ones find experts of earlier ones."""

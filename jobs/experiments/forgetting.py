@@ -7,15 +7,13 @@ from typing import Any
 from jobs.experiments.charts import bars, pairs
 from jobs.experiments.experiment import Chart, Configure, Experiment, Figures, Result, Results, Run, Table, Target
 from jobs.experiments.seeds import over_seeds, ratio, shown
-from jobs.experiments.settings import DEMO_TASKS, stream, task
+from jobs.experiments.settings import DEMO_STEPS, DEMO_TASKS, stream, task
 from pipeline.evaluation.plots import METHODS
 from pipeline.learning.baselines import ROUTERS, compare_methods
 from pipeline.learning.learn import LearnResult
 from pipeline.learning.session import StreamSession
 
-STEPS = 100
-"""Optimizer steps per task."""
-PROMPTS = 100
+PROMPTS = 80
 """Prompts per task and ability."""
 FORWARD, BACKWARD = "forgetting-forward", "forgetting-backward"
 FROM_TASK_TO_TASK = ("sequential", "replay", "ewc")
@@ -25,7 +23,7 @@ METRICS = ("new", "base_kept", "backward_transfer", "forgetting")
 
 def runs(seed: int, configure: Configure) -> list[Run]:
     """Returns a run per order; the second one finds the first one's experts."""
-    own = f"expert.steps={STEPS}", f"evaluation.limit={PROMPTS}"
+    own = f"expert.steps={DEMO_STEPS}", f"evaluation.limit={PROMPTS}"
     both = ((FORWARD, DEMO_TASKS, _forward), (BACKWARD, DEMO_TASKS[::-1], _backward))
     return [
         Run(label, seed, configure(label, seed, stream([task(name) for name in names]), *own), measure)
@@ -142,7 +140,7 @@ EXPERIMENT = Experiment(
         Target("prompt.base_kept_mean", ">=", 0.995),
     ),
     notes=(
-        f"Six tasks of the demo, {STEPS} steps each for every method (multi-task training: {len(DEMO_TASKS)} times as many on "
+        f"Six tasks of the demo, {DEMO_STEPS} steps each for every method (multi-task: {len(DEMO_TASKS)} times as many on "
         f"all rows), {PROMPTS} held-out prompts per task and ability. Methods that go from task to task learn them in the "
         "demo's order and in the opposite one; a seed's figure is the mean of both. Experts are the same in every order.",
         "Replay sees 5 % of each earlier task's rows again. EWC adds a penalty on moving weights that earlier tasks need. "

@@ -8,15 +8,13 @@ from jobs.experiments import pools
 from jobs.experiments.charts import bars, lines, pairs
 from jobs.experiments.experiment import Chart, Configure, Experiment, Figures, Result, Results, Run, Table
 from jobs.experiments.seeds import of_results, ratio, shown
-from jobs.experiments.settings import DEMO_TASKS, column, stream, task
+from jobs.experiments.settings import DEMO_STEPS, DEMO_TASKS, column, stream, task
 from pipeline.data.demo.abilities import BENCHMARKS
 from pipeline.data.demo.variants import ILLUSTRATED
 from pipeline.evaluation.matrix import BASE
 from pipeline.learning.learn import LearnResult
 from pipeline.learning.session import StreamSession
 
-STEPS = 100
-"""Optimizer steps per task: those of `forgetting`, whose experts are found."""
 PROMPTS = 60
 """Prompts per task, ability and circumstance."""
 ROWS = (32, 128, 512, 2048, 4096)
@@ -41,7 +39,7 @@ LEARNED, ASKED = "robustness-rows", "robustness-prompts"
 
 def runs(seed: int, configure: Configure) -> list[Run]:
     """Returns two runs: variants of what is learned, and variants of what is asked."""
-    own = f"expert.steps={STEPS}", f"evaluation.limit={PROMPTS}"
+    own = f"expert.steps={DEMO_STEPS}", f"evaluation.limit={PROMPTS}"
     others = [task(name) for name in DEMO_TASKS if name not in (VARIED, SMALL)]
     variants = [task(f"{VARIED}_{rows}", train=f"{VARIED}+many", on=VARIED, rows=rows) for rows in ROWS]
     variants += [task(f"{VARIED}_{noise}", train=f"{VARIED}+{noise}", on=VARIED) for noise in NOISE]
@@ -189,7 +187,7 @@ EXPERIMENT = Experiment(
     tables=tables,
     charts=charts,
     notes=(
-        f"{STEPS} steps per task whatever its rows, {PROMPTS} held-out prompts per task, ability and circumstance. Experts and "
+        f"{DEMO_STEPS} steps per task whatever its rows, {PROMPTS} prompts per task, ability and circumstance. Experts and "
         "router have never seen any of the circumstances.",
         "Shifted pictures have a colour cast, three quarters of the contrast and more noise. A picture before: the first of "
         "two pictures is a bar chart, to which the question cannot belong. A turn before: words were repeated first. Prompts "

@@ -17,7 +17,7 @@ from pipeline.learning.session import StreamSession
 
 STEPS = 150
 """Optimizer steps per task."""
-PROMPTS = 100
+PROMPTS = 60
 """Prompts per task and ability."""
 OPERATIONS = tuple(SHOWN)
 """Tasks that there are on text and on printed digits."""
