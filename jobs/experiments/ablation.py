@@ -22,6 +22,7 @@ from pipeline.learning.baselines import ROUTERS
 from pipeline.learning.learn import LearnResult
 from pipeline.learning.session import StreamSession
 from pipeline.routing.features import project
+from pipeline.routing.gaussian import solve
 from pipeline.routing.null import components
 from pipeline.routing.prompt_router import PromptRouter
 from pipeline.routing.routes import NULL_EXPERT
@@ -152,11 +153,12 @@ def sent_right(
     ]
     null = components(prepare(_features("general", "train")), null_components)
     router = PromptRouter(experts, null, shrinkage=shrinkage)
+    weight_CF, bias_C = solve([*experts, *null], shrinkage=shrinkage)
     shares = []
     for number, name in [*enumerate(tasks), *((len(tasks), name) for name in BENCHMARKS)]:
         x_NF = prepare(_features(name, "eval"))
         if shared:  # the linear score, of which the shared covariance is all there is
-            linear_NC = router.gaussians.linear(x_NF)
+            linear_NC = x_NF.double() @ weight_CF.T + bias_C
             null_N1 = linear_NC[:, len(tasks) :].logsumexp(-1, keepdim=True)
             chosen_N = torch.cat([linear_NC[:, : len(tasks)], null_N1], -1).argmax(-1)
         else:

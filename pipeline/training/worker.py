@@ -182,10 +182,11 @@ class Worker:
         """Trains the LoRA, and takes it off the base; returns the folder of the finished adapter."""
         spec, config = self.spec, self.spec.expert
         seed_all(spec.seed)  # the same for all ranks: weights
-        peft: Any = with_lora(base, config, start=Path(spec.start) if spec.start else None, dtype=self.dtype)
+        start = Path(spec.start) if spec.start else None
+        peft: Any = with_lora(base, config, start=start, dtype=self.dtype)
         penalty: ElasticPenalty | None = None
-        if spec.elasticity is not None and spec.start is not None:
-            penalty = ElasticPenalty(peft, Path(spec.start), spec.elasticity)
+        if spec.elasticity is not None and start is not None:
+            penalty = ElasticPenalty(peft, start, spec.elasticity)
         if spec.training.gradient_checkpointing:
             checkpoint_activations(base)
         engine = start_engine(
@@ -250,7 +251,7 @@ class Worker:
         elif self.rank == 0:
             self.best.copy(checkpoint_dir / ADAPTER)
         if spec.elasticity is not None:
-            self._keep_fisher(peft, base, engine.device, checkpoint_dir / ADAPTER)
+            self._keep_fisher(peft, base, engine.device, checkpoint_dir / ADAPTER, start)
         close_engine(engine)
         without_lora(base, peft)
         adapter = self.folder.commit(checkpoint_dir) / ADAPTER
@@ -260,7 +261,7 @@ class Worker:
             )
         return adapter
 
-    def _keep_fisher(self, peft: Any, base: Base, device: Any, adapter: Path) -> None:
+    def _keep_fisher(self, peft: Any, base: Base, device: Any, adapter: Path, before: Path | None) -> None:
         """Writes the Fisher information of the trained LoRA beside it, with that of the tasks before."""
         batches = distinct_batches(
             self.rows,
@@ -272,7 +273,7 @@ class Worker:
         )
         information = fisher_information(peft, base, batches, device)
         if self.rank == 0:
-            write_fisher(adapter, information, Path(self.spec.start) if self.spec.start else None)
+            write_fisher(adapter, information, before)
 
     def _given(self, given: GivenAdapter) -> Path:
         """Returns the folder of an adapter that was trained elsewhere, in place of an expert stage that takes no time."""
