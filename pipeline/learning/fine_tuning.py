@@ -23,7 +23,7 @@ from pipeline.training.session import TrainResult
 REPLAYED = 0.05
 """Share of each earlier task's rows that `replay` keeps."""
 ELASTICITY = 100.0
-"""Strength of the penalty of `ewc`: of 1e2 to 1e5 the one that kept most with three of the demo's tasks, 60 short steps each."""
+"""Strength of the penalty of `ewc`: of 1e2 to 1e5 the one that kept most of three of the demo's tasks, 60 steps each."""
 
 
 @dataclass(frozen=True)
