@@ -5,6 +5,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
 from jobs.experiments import ablation, forgetting, pools, resemblance, robustness, scale, transfer
 from jobs.experiments.settings import DEMO_TASKS
@@ -177,3 +178,19 @@ def test_ablation_measures_each_setting_of_a_learned_pool(pool_of, tmp_path) -> 
     tasks = dict.fromkeys(DEMO_TASKS, {"step_seconds": 2.0, "samples": 4})
     trained = ablation.measure_trained(session, learned_of(pool_of(DEMO_TASKS), tasks=tasks))
     assert (trained["oracle"], trained["seconds_per_step"]) == (pytest.approx(OWN), 0.5)
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_prompts_alone_tell_where_they_would_be_sent(shared, monkeypatch) -> None:
+    """Clusters of made-up features: two tasks share one, so each gets half of what is theirs; all others are apart."""
+
+    def features(name: str, part: str) -> torch.Tensor:
+        cluster = "twins" if name in ("a_000", "a_001") else "base" if name in (*BENCHMARKS, "general") else name
+        random = torch.Generator().manual_seed(sum(map(ord, name + part)))
+        centre_F = 5 * torch.randn(12, generator=torch.Generator().manual_seed(sum(map(ord, cluster))))
+        return centre_F + torch.randn(400 if part == "train" else 100, 12, generator=random)
+
+    monkeypatch.setattr(ablation, "_features", features)
+    sent = ablation.sent_right(shared=shared, tasks=("a_000", "a_001", "b_000"), null_components=2)
+    assert sent["base"] == 1.0
+    assert sent["own"] == pytest.approx(2 / 3, abs=0.1)
