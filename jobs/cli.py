@@ -37,6 +37,16 @@ class TeachingAdd(TeachingLearn):
     config_class = "AddConfig"
 
 
+class TeachingExperiment(ComputingCommand):
+    """The command whose help ends with what each experiment asks."""
+
+    def format_epilog(self, ctx: Any, formatter: Any) -> None:
+        """Writes the experiments as they stand."""
+        from jobs.experiments.catalogue import described
+
+        formatter.write("\n" + "\n".join(described()) + "\n")
+
+
 class TeachingPredict(TeachingLearn):
     """The command that answers rows in bulk."""
 
@@ -49,6 +59,9 @@ JOBS = {
     "compare": Lazy("jobs.compare:main", "Compare the learned pool with the alternatives.", TeachingLearn),
     "add": Lazy("jobs.add:main", "Add one task to a registered pool.", TeachingAdd),
     "sweep": Lazy("jobs.sweep:main", "Sweep settings of a task's expert and of the router.", TeachingLearn),
+    "experiment": Lazy(
+        "jobs.experiment:main", "Do experiments: what the method does, and where it ends.", TeachingExperiment
+    ),
     "doctor": Lazy("jobs.doctor:main", "Check what a job needs before it starts.", TeachingLearn),
     "plan": Lazy("jobs.plan:main", "Plan a stream before any GPU is rented.", TeachingCommand),
     "recompute-statistics": Lazy(

@@ -10,8 +10,9 @@ from contextlib import nullcontext
 from functools import cached_property, partial
 
 from pipeline.config import LearnConfig, SourceConfig, TaskConfig
+from pipeline.data.errors import StreamError
 from pipeline.data.loading.preprocess import PreparedData, TaskRows, prepare
-from pipeline.data.loading.training_rows import TrainingRows
+from pipeline.data.loading.training_rows import TrainingRows, mixture
 from pipeline.data.rows.quarantine import SetAside
 from pipeline.evaluation.prompts import EvalTask
 from pipeline.learning.background import begin
@@ -85,14 +86,33 @@ class StreamData:
             reading = list(self._training.values())
         wait(reading, timeout=CLOSING_SECONDS)
 
-    def all_training_rows(self) -> TrainingRows:
-        """Returns the training rows of all tasks at once, for multi-task training; `data.cache` applies to all of them."""
+    def all_training_rows(self, *, base_prompts: bool = False) -> TrainingRows:
+        """Returns the training rows of all tasks at once, for multi-task training; `data.cache` applies to all of them.
+
+        With `base_prompts` those of the base are among them, with their answers; StreamError where the stream has none.
+        """
         parts = {}
         for task in self._config.stream.tasks:
             assert task.train is not None
             parts[task.name] = task.train.model_copy(update={"cache": None}), task.prompt
+        if base_prompts:
+            source = self._config.stream.base_prompts
+            if source is None:
+                raise StreamError("stream.base_prompts: there are none to learn from; name a source with answers")
+            parts[BASE_PROMPTS] = source, BASE_PROMPT
         self._make_room_for_features()
         return self._prepare(parts, "train", answer=True).training_rows(list(parts))
+
+    def replayed_rows(self, task: TaskConfig, earlier: Sequence[TaskConfig], share: float, seed: int) -> TrainingRows:
+        """Returns a task's training rows and a random share of those of `earlier` tasks; `data.cache` applies to all."""
+        self._make_room_for_features()
+        mixed = []
+        for each in (*earlier, task):
+            assert each.train is not None
+            source = each.train.model_copy(update={"cache": None})
+            rows = self._prepare({each.name: (source, each.prompt)}, "train", answer=True).training_rows([each.name])
+            mixed.append((rows, 1.0 if each is task else share))
+        return mixture(mixed, seed)
 
     @cached_property
     def base_prompts(self) -> PreparedData:

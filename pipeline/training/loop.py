@@ -53,6 +53,7 @@ def run_steps(
     before: Callable[[int, dict[str, Any]], None] = lambda number, batch: None,
     wanted: Callable[[], bool] = lambda: False,
     meet: Callable[[int], None] = lambda step: None,
+    penalty: Callable[[], torch.Tensor] | None = None,
 ) -> None:
     """Runs optimizer steps; `on_step(step, loss)` after each, `before(i, micro_batch)` ahead of each forward pass.
 
@@ -64,8 +65,9 @@ def run_steps(
 
         L = sum over ranks, micro-batches, answer tokens of  -log p(token)  /  number of these tokens
 
-    whatever the number of ranks and the size of micro-batches; all ranks know its value, so that all see a divergence at
-    the same step. Raises Divergence when it is not finite, or exceeds `divergence_factor` times the first one.
+    whatever the number of ranks and the size of micro-batches, and the `penalty` where there is one; all ranks know its value,
+    so that all see a divergence at the same step. Raises Divergence when it is not finite, or exceeds `divergence_factor` times
+    the first one.
     """
     device = engine.device
     for step in steps:
@@ -81,6 +83,8 @@ def run_steps(
             batch = to_device(host_batch, device)
             before(i, batch)
             loss = answer_loss(engine, batch, reduction="sum") * share
+            if penalty is not None:
+                loss = loss + penalty() / len(batches)
             engine.backward(loss, scale_wrt_gas=False)
             engine.step()
             total += loss.detach() / dist.get_world_size()

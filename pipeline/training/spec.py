@@ -51,6 +51,9 @@ class TrainSpec(Config):
     """Share of the rows that are held out, to keep the best adapter."""
     start: str | None = None
     """Adapter folder to go on from, instead of a fresh LoRA (sequential fine-tuning, the method we compare with)."""
+    elasticity: float | None = None
+    """Strength of the penalty of elastic weight consolidation (`elastic_weights`) on moving away from `start`, a method we
+    compare with; the adapter's folder then holds its Fisher information."""
     router_stage: bool = True
     """False trains the adapter only."""
     adapter: GivenAdapter | None = None

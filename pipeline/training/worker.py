@@ -24,6 +24,7 @@ from pipeline.routing.expert import Expert, ExpertCard
 from pipeline.routing.features import feature_width
 from pipeline.routing.statistics import PromptStatistics
 from pipeline.storage.mirror import Mirror
+from pipeline.training.elastic_weights import ROWS, ElasticPenalty, fisher_information, write_fisher
 from pipeline.training.expert_stage import save_lora, warm_up_cosine, with_lora, without_lora
 from pipeline.training.given import given_folder
 from pipeline.training.held_base import HeldBase
@@ -202,6 +203,9 @@ class Worker:
         seed_all(spec.seed)  # the same for all ranks: weights
         start = self.storage.fetched(spec.start) if spec.start else None
         peft: Any = with_lora(base, config, start=start, dtype=self.dtype)
+        penalty: ElasticPenalty | None = None
+        if spec.elasticity is not None and start is not None:
+            penalty = ElasticPenalty(peft, start, spec.elasticity)
         if spec.training.gradient_checkpointing:
             checkpoint_activations(base)
         engine = start_engine(
@@ -252,6 +256,7 @@ class Worker:
                 on_step=on_step,
                 wanted=notice.due,
                 meet=meet,
+                penalty=penalty,
             )
         if not wanted:
             close_engine(engine)
@@ -264,6 +269,8 @@ class Worker:
             save_lora(peft, checkpoint_dir / ADAPTER, write=self.rank == 0)
         elif self.rank == 0:
             self.best.copy(checkpoint_dir / ADAPTER)
+        if spec.elasticity is not None:
+            self._keep_fisher(peft, base, engine.device, checkpoint_dir / ADAPTER, start)
         close_engine(engine)
         without_lora(base, peft)
         adapter = self.folder.commit(checkpoint_dir) / ADAPTER
@@ -272,6 +279,20 @@ class Worker:
                 f"task {spec.task!r}: every LoRA B is zero after training; check expert.learning_rate and steps"
             )
         return adapter
+
+    def _keep_fisher(self, peft: Any, base: Base, device: Any, adapter: Path, before: Path | None) -> None:
+        """Writes the Fisher information of the trained LoRA beside it, with that of the tasks before."""
+        batches = distinct_batches(
+            self.rows,
+            count=max(ROWS, self.world),
+            micro_batch=1,
+            rank=self.rank,
+            workers=self.world,
+            seed=self.spec.seed,
+        )
+        information = fisher_information(peft, base, batches, device)
+        if self.rank == 0:
+            write_fisher(adapter, information, before)
 
     def _given(self, given: GivenAdapter) -> Path:
         """Returns the folder of an adapter that was trained elsewhere, in place of an expert stage that takes no time."""

@@ -2,6 +2,7 @@
 
 import json
 
+import numpy as np
 import pytest
 
 from pipeline.evaluation.matrix import (
@@ -30,6 +31,25 @@ def test_metrics_by_hand(matrix: AccuracyMatrix) -> None:
     assert backward_transfer(matrix) == pytest.approx(((0.6 - 0.9) + (0.9 - 0.8)) / 2)
     assert forgetting(matrix) == pytest.approx(((0.9 - 0.6) + (0.8 - 0.9)) / 2)  # the base's 0.95 on b does not count
     assert base_retention(matrix) == pytest.approx(0.9 / 1.2)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_metrics_agree_with_an_independent_implementation(seed: int) -> None:
+    """The matrices R of Lopez-Paz and Ranzato and a of Chaudhry et al., in numpy."""
+    random = np.random.default_rng(seed)
+    count = int(random.integers(2, 8))
+    tasks, abilities = [f"t{i}" for i in range(count)], ["f", "g"]
+    base, after_TT = random.random(count + 2), random.random((count, count))
+    kept = random.random(2)
+    matrix = AccuracyMatrix(tasks, abilities)
+    matrix.record("base", dict(zip([*tasks, *abilities], base, strict=True)))
+    for i, task in enumerate(tasks):
+        matrix.record(task, dict(zip(tasks, after_TT[i], strict=True)))
+    matrix.record(tasks[-1], dict(zip(abilities, kept, strict=True)))
+    assert average_accuracy(matrix) == pytest.approx(after_TT[-1].mean())
+    assert backward_transfer(matrix) == pytest.approx((after_TT[-1, :-1] - np.diag(after_TT)[:-1]).mean())
+    assert forgetting(matrix) == pytest.approx((after_TT[:-1, :-1].max(0) - after_TT[-1, :-1]).mean())
+    assert base_retention(matrix) == pytest.approx(kept.sum() / base[-2:].sum())
 
 
 def test_forgetting_measures_against_the_best_earlier_row_and_transfer_against_the_own_row(

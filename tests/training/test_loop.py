@@ -90,3 +90,19 @@ def test_a_loss_that_is_not_finite_stops(bad: float) -> None:
 def test_an_explosion_stops() -> None:
     with pytest.raises(Divergence, match=r"rose from 1 to 3\.5 by step 3 \(training\.divergence_factor is 3\)"):
         run([[1.0]], [[2.9]], [[3.5]])
+
+
+def test_a_penalty_is_added_once_a_step_whatever_the_micro_batches() -> None:
+    for steps in ([[6.0, 2.0]], [[6.0], [2.0]]):
+        engine, clock = Engine(), StageClock()
+        run_steps(
+            engine,
+            Losses(steps),
+            range(1),
+            divergence_factor=3.0,
+            clock=clock,
+            on_step=lambda step, loss: None,
+            penalty=lambda: torch.tensor(0.5),
+        )
+        assert clock.losses == [pytest.approx(4.5)]
+        assert sum(engine.losses) == pytest.approx(4.5)

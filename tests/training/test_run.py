@@ -23,6 +23,7 @@ from pipeline.models.bases import load_base
 from pipeline.models.encoding import collate_for
 from pipeline.routing.expert import Expert
 from pipeline.training import session as sessions
+from pipeline.training.elastic_weights import read_fisher
 from pipeline.training.loss import answer_loss
 from pipeline.training.session import TrainingError, TrainingGivenUp, run_training, training_session
 from pipeline.training.spec import TrainSpec
@@ -177,6 +178,28 @@ def test_the_best_adapter_on_held_out_rows_becomes_the_expert(trained, session, 
     assert [step.accuracy for step in messages if step.stage == "validation"] == list(accuracies.values())
     assert not list(result.folder.parent.glob("best-*"))
     assert learned.count + held.count == ROWS
+
+
+def test_weights_are_held_where_the_task_before_needs_them(session, rows, tiny_folder):
+    """Elastic weight consolidation: what the task before weighs by its Fisher information moves less."""
+
+    def train(digest: str, elasticity: float, start: Path | None = None) -> Path:
+        spec = make_spec(tiny_folder, digest, training=ONE, steps=8)
+        changes = {"router_stage": False, "elasticity": elasticity, "start": None if start is None else str(start)}
+        return session.train(spec.model_copy(update=changes), rows).adapter
+
+    first = train("elastic-first", 0.0)
+    held, free = (train(f"elastic-{strength}", strength, first) for strength in (1e3, 0.0))
+    before, after = read_fisher(first), read_fisher(free)
+    assert all((after[name] >= value).all() for name, value in before.items()), "that of both tasks"
+    assert any((after[name] > value).any() for name, value in before.items())
+
+    def moved(adapter: Path) -> float:
+        weights, anchor = (load_file(folder / "adapter_model.safetensors") for folder in (adapter, first))
+        of = {name.replace(".default", ""): value for name, value in before.items()}
+        return sum(float((of[name] * (weights[name] - anchor[name]).square()).sum()) for name in anchor)
+
+    assert 0 < moved(held) < 0.7 * moved(free)
 
 
 def test_a_training_that_nobody_wants_ends_at_a_validation_and_can_go_on(trained, session, rows, tiny_folder):

@@ -1,7 +1,9 @@
 """The demo's tasks as parquet files in the canonical format, read like any user's data.
 
 `demo://<task>/<train|eval>` names a new task's part, `demo://<ability>/eval` an ability's held-out set,
-`demo://general/train` the base prompts, `demo://synthetic_<number>/<train|eval>` a part of a synthetic task.
+`demo://general/train` the base prompts, `demo://synthetic_<number>/<train|eval>` a part of a synthetic task,
+`demo://<stream>_<number>/<train|eval>` one of a confusable task, `demo://<task>+<variant>/<train|eval>` one of a variant,
+`demo://strangers/eval` prompts of no task and no ability.
 """
 
 import io
@@ -13,8 +15,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipeline.data.demo import abilities, synthetic, tasks
+from pipeline.data.demo import abilities, confusable, synthetic, tasks, variants
 from pipeline.data.demo.abilities import Example
+from pipeline.data.demo.variants import Dialogue
 from pipeline.data.errors import StreamError
 from pipeline.locks import made_once
 from pipeline.storage.mirror import Folder, Mirror
@@ -27,7 +30,10 @@ BASE_PROMPT_ROWS = 200
 EVALUATION_SEED, BASE_PROMPT_SEED = 11, 13
 SYNTHETIC_ROWS = {"train": 200, "eval": 40}
 """Rows of a synthetic task."""
+CONFUSABLE_ROWS = {"train": 400, "eval": 40}
+"""Rows of a confusable task."""
 _SYNTHETIC = re.compile(r"synthetic_(\d{3}|1\d{3})")
+_CONFUSABLE = re.compile(rf"({'|'.join(confusable.KINDS)})_0(\d{{2}})")
 
 SCHEMA = pa.schema(
     [
@@ -65,17 +71,26 @@ def demo_part(path: str) -> tuple[str, str]:
     task, _, part = path.removeprefix(SCHEME).partition("/")
     names = {f"{t}/{p}" for t in tasks.TASKS for p in ("train", "eval")}
     names |= {f"{f}/eval" for f in abilities.BENCHMARKS} | {"general/train"}
-    if f"{task}/{part}" not in names and not (_SYNTHETIC.fullmatch(task) and part in ("train", "eval")):
+    names |= {f"{name}/{p}" for p in ("train", "eval") for name in variants.variants(p)} | {"strangers/eval"}
+    numbered = _SYNTHETIC.fullmatch(task) or _CONFUSABLE.fullmatch(task)
+    if f"{task}/{part}" not in names and not (numbered and part in ("train", "eval")):
         raise StreamError(
-            f"{path}: no such demo data; there are: {', '.join(sorted(names))}, and synthetic tasks "
-            "synthetic_000/train, synthetic_000/eval to synthetic_1999"
+            f"{path}: no such demo data; there are: {', '.join(sorted(names))}, synthetic tasks synthetic_000/train, "
+            f"synthetic_000/eval to synthetic_1999, and confusable ones {confusable.KINDS[0]}_000/train, "
+            f"{confusable.KINDS[0]}_000/eval to {confusable.KINDS[-1]}_099"
         )
     return task, part
 
 
-def _examples(task: str, part: str) -> Iterator[Example]:
+def _examples(task: str, part: str) -> Iterator[Example | Dialogue]:
     if task in tasks.TASKS:
         yield from tasks.examples(task, part)
+    elif "+" in task:
+        yield from variants.examples(task, part)
+    elif task == "strangers":
+        yield from variants.strangers()
+    elif match := _CONFUSABLE.fullmatch(task):
+        yield from confusable.examples(match[1], int(match[2]), CONFUSABLE_ROWS[part], held_out=part == "eval")
     elif match := _SYNTHETIC.fullmatch(task):
         yield from synthetic.examples(int(match[1]), SYNTHETIC_ROWS[part], held_out=part == "eval")
     elif task == "general":
@@ -102,22 +117,24 @@ def _drawn(ability: str, seed: int, rows: int) -> Iterator[Example]:
         yield abilities.ABILITIES[ability](random)
 
 
-def _table(examples: Iterable[Example], name: str) -> pa.Table:
+def _table(examples: Iterable[Example | Dialogue], name: str) -> pa.Table:
     rows = []
     for number, example in enumerate(examples):
+        dialogue = _dialogue(example) if isinstance(example, Example) else example
         images = []
-        if example.image is not None:
+        for image in dialogue.images:
             buffer = io.BytesIO()
-            example.image.save(buffer, format="PNG")
+            image.save(buffer, format="PNG")
             images.append({"bytes": buffer.getvalue(), "path": None})
-        rows.append(
-            {
-                "id": f"{name}-{number:05d}",
-                "messages": [
-                    {"role": "user", "content": ("<image>" if images else "") + example.question},
-                    {"role": "assistant", "content": example.answer},
-                ],
-                "images": images,
-            }
-        )
+        messages = [
+            {"role": role, "content": content}
+            for turn in dialogue.turns
+            for role, content in zip(("user", "assistant"), turn, strict=True)
+        ]
+        rows.append({"id": f"{name}-{number:05d}", "messages": messages, "images": images})
     return pa.Table.from_pylist(rows, schema=SCHEMA)
+
+
+def _dialogue(example: Example) -> Dialogue:
+    images = () if example.image is None else (example.image,)
+    return Dialogue(images, (("<image>" * len(images) + example.question, example.answer),))

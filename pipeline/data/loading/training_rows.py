@@ -9,6 +9,7 @@ import pyarrow.compute as pc
 import ray
 
 from pipeline.data.encoded.packing import PACKED, unpack_row
+from pipeline.data.errors import StreamError
 from pipeline.data.loading.drawing import Chosen, Drawable, Drawn, Order
 from pipeline.data.loading.read_ahead import ReadAhead
 from pipeline.data.loading.streamed_part import StreamedPart
@@ -47,6 +48,35 @@ class TrainingRows:
             held_positions = np.delete(np.arange(int(part.pieces.rows.sum())), bad)[held_numbers]
             learned = replace(learned, parts=(part.without(np.union1d(bad, held_positions)),))
         return learned, replace(self, count=number, chosen=held_numbers)
+
+
+def mixture(parts: Sequence[tuple[TrainingRows, float]], seed: int) -> TrainingRows:
+    """Returns the rows of several tasks as one: of each a random share, from 0 (exclusive: one row at least) to 1.
+
+    Raises StreamError where some are cached and others streamed: workers read either.
+    """
+    cached = {rows.cached for rows, _ in parts}
+    if len(cached) > 1:
+        raise StreamError(
+            "rows that are mixed must all be cached, or all be streamed; set data.cache to memory or to none"
+        )
+    chosen = [_some(rows.count, share, seed) for rows, share in parts]
+    count = sum(map(len, chosen))
+    if cached == {True}:
+        starts = np.cumsum([0, *(rows.count for rows, _ in parts)])
+        numbers = np.concatenate([start + some for start, some in zip(starts, chosen, strict=False)])
+        return TrainingRows(count, tuple(block for rows, _ in parts for block in rows.blocks), chosen=numbers)
+    streamed = []
+    for (rows, _), some in zip(parts, chosen, strict=True):
+        (part,) = rows.parts
+        good = np.delete(np.arange(int(part.pieces.rows.sum())), part.pieces.bad)
+        streamed.append(part.without(np.union1d(part.pieces.bad, np.delete(good, some))))
+    return TrainingRows(count, parts=tuple(streamed))
+
+
+def _some(count: int, share: float, seed: int) -> np.ndarray:
+    """Returns rising numbers of a random share of `count` rows, at least one."""
+    return np.sort(np.random.default_rng([seed, count]).permutation(count)[: max(1, round(share * count))])
 
 
 MOST_HELD_OUT = 2048
