@@ -5,7 +5,7 @@ held-out sets of the retention benchmarks are drawn from seeds that pretraining 
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -14,13 +14,14 @@ from PIL import Image
 from pipeline.data.demo.drawing import (
     COLORS,
     SHAPES,
+    Print,
     Random,
     canvas,
     choose,
     draw_shape,
-    font,
     ink,
     polar_point,
+    print_word,
     sample,
     shade,
     speckle,
@@ -32,7 +33,15 @@ class Example(NamedTuple):
 
     image: Image.Image | None
     question: str
+    """An image stands before it, or where `<image>` is."""
     answer: str
+    prints: Sequence[Print] = ()
+    """What can be read in the image, in reading order; pretraining alone looks at it."""
+
+    @property
+    def prompt(self) -> str:
+        """The question with `<image>` where the image stands."""
+        return self.question if self.image is None or "<image>" in self.question else f"<image>{self.question}"
 
 
 ROWS, COLUMNS = ("top", "middle", "bottom"), ("left", "center", "right")
@@ -163,12 +172,12 @@ def document(random: Random) -> Example:
     """Reads two to four printed letters or digits."""
     image, pen = canvas(random, paper=True)
     text = [choose(random, LETTERS if random.random() < 0.5 else DIGITS) for _ in range(random.integers(2, 5))]
-    y, tone = 20 + random.uniform(-8, 8), ink(random, image)
+    y, tone, prints = 20 + random.uniform(-8, 8), ink(random, image), []
     for i, character in enumerate(text):
         x = 64 * (i + 0.5) / len(text) + random.uniform(-1, 1)
-        pen.text((x, y), character.upper(), fill=tone, font=font(20), anchor="mt")
+        prints.append(print_word(pen, (x, y), character, 20, tone, anchor="mt"))
     question = choose(random, ["read the text .", "what is written here ?", "which text is printed ?"])
-    return Example(speckle(random, image, 3), question, " ".join(text))
+    return Example(speckle(random, image, 3), question, " ".join(text), prints)
 
 
 def form(random: Random) -> Example:
@@ -177,14 +186,14 @@ def form(random: Random) -> Example:
     number = int(random.integers(2, 4))
     keys = sample(random, "abcdef", number)
     values = [choose(random, DIGITS) for _ in keys]
-    tone, left = ink(random, image), 6 + random.uniform(0, 4)
+    tone, left, prints = ink(random, image), 6 + random.uniform(0, 4), []
     for i, (key, value) in enumerate(zip(keys, values, strict=True)):
         y = 64 * (i + 0.5) / number
-        pen.text((left, y), f"{key.upper()}:", fill=tone, font=font(17), anchor="lm")
-        pen.text((left + 30, y), value, fill=tone, font=font(17), anchor="lm")
+        prints.append(print_word(pen, (left, y), f"{key}:", 17, tone, anchor="lm")._replace(word=key))
+        prints.append(print_word(pen, (left + 30, y), value, 17, tone, anchor="lm"))
     i = int(random.integers(number))
     question = choose(random, ["what is the entry for {} ?", "which number stands at {} ?"])
-    return Example(speckle(random, image, 3), question.format(keys[i]), values[i])
+    return Example(speckle(random, image, 3), question.format(keys[i]), values[i], prints)
 
 
 def direction(random: Random) -> Example:
@@ -221,7 +230,7 @@ def strokes(random: Random) -> Example:
         if lit == "1":
             pen.line([corners[a], corners[b]], fill=tone, width=width)
     question = choose(random, ["which digit is lit ?", "which digit do the strokes form ?"])
-    return Example(speckle(random, image), question, digit)
+    return Example(speckle(random, image), question, digit, [Print(digit, (x, y, x + w, y + h))])
 
 
 _VOCABULARY: list[str] = []
@@ -252,7 +261,7 @@ heights (`chart_value`) are beyond 1.4 million parameters and an hour of two cor
 
 
 def vocabulary() -> list[str]:
-    """Returns every word that questions and answers of the abilities and the demo's tasks use."""
+    """Returns every word that questions and answers of abilities, operations and the demo's tasks use."""
     if not _VOCABULARY:
         _VOCABULARY.extend(sorted({*COLORS, *SHAPES, *WORDS.split(), *LETTERS, *DIGITS}))
     return _VOCABULARY

@@ -1,8 +1,9 @@
 """Seeded drawing of shapes, bars, printed text, lines and textures on a 64x64 canvas."""
 
 import math
-from collections.abc import Iterable
-from typing import TypeVar
+from collections.abc import Iterable, Sequence
+from functools import lru_cache
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
@@ -92,9 +93,45 @@ def draw_shape(pen: ImageDraw.ImageDraw, shape: str, x: float, y: float, r: floa
         raise ValueError(f"unknown shape {shape!r}; known: {', '.join(SHAPES)}")
 
 
+@lru_cache(maxsize=64)
 def font(size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
     """Returns the typeface that comes with Pillow, `size` pixels high."""
     return ImageFont.load_default(size=size)
+
+
+class Print(NamedTuple):
+    """One printed word."""
+
+    word: str
+    box: tuple[float, float, float, float]
+    """Left, top, right and bottom, in pixels."""
+
+
+def print_symbols(random: Random, symbols: Sequence[str]) -> tuple[Image.Image, list[Print]]:
+    """Prints up to four symbols in one line, in varied size, weight and place, on paper; also says where they are."""
+    image, pen = canvas(random, paper=True)
+    tone, size, weight = ink(random, image), int(random.integers(15, 23)), int(random.integers(2)) / 2
+    y, width = random.uniform(12, 52), random.uniform(14 * len(symbols), 64)
+    left, prints = random.uniform(0, 64 - width), []
+    for i, symbol in enumerate(symbols):
+        place = (left + width * (i + 0.5) / len(symbols) + random.uniform(-1, 1), y + random.uniform(-2, 2))
+        prints.append(print_word(pen, place, symbol, size, tone, anchor="mm", weight=weight))
+    return speckle(random, image, 3), prints
+
+
+def print_word(
+    pen: ImageDraw.ImageDraw,
+    place: tuple[float, float],
+    word: str,
+    size: int,
+    tone: RGB,
+    anchor: str,
+    weight: float = 0,
+) -> Print:
+    """Prints one word in capitals, `size` pixels high, and says where it is."""
+    style: dict[str, Any] = {"font": font(size), "anchor": anchor, "stroke_width": weight}
+    pen.text(place, word.upper(), fill=tone, **style)
+    return Print(word, pen.textbbox(place, word.upper(), **style))
 
 
 def polar_point(x: float, y: float, degrees: float, length: float) -> tuple[float, float]:

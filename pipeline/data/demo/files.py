@@ -137,4 +137,4 @@ def _table(examples: Iterable[Example | Dialogue], name: str) -> pa.Table:
 
 def _dialogue(example: Example) -> Dialogue:
     images = () if example.image is None else (example.image,)
-    return Dialogue(images, (("<image>" * len(images) + example.question, example.answer),))
+    return Dialogue(images, ((example.prompt, example.answer),))
