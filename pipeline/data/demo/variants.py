@@ -94,8 +94,7 @@ def _varied(task: str, variant: str, example: Example, answers: list[str], rando
         return Example(_printed(random, _digits(example.question)), SHOWN[task], example.answer)
     if variant == "twoturns":
         first, image = abilities.repeat(random), example.image
-        question = ("<image>" if image is not None else "") + example.question
-        turns = ((first.question, first.answer), (question, example.answer))
+        turns = ((first.question, first.answer), (example.prompt, example.answer))
         return Dialogue(() if image is None else (image,), turns)
     assert example.image is not None, "of tasks with pictures alone"
     if variant == "twopictures":
