@@ -85,7 +85,7 @@ def test_its_nodes_have_what_they_pretend(cluster: LocalCluster) -> None:
 
 def test_each_node_unpacks_jobs_into_a_folder_of_its_own(cluster: LocalCluster) -> None:
     folders = {folder.name for folder in Path(cluster.folder).glob("ray/session_latest/runtime_resources*")}
-    assert folders == {f"runtime_resources-{number}" for number in range(3)}
+    assert folders >= {f"runtime_resources-{number}" for number in range(3)}, "beside them drivers have theirs"
 
 
 def test_equal_nodes_with_one_folder_have_nothing_to_complain_of(cluster: LocalCluster, tmp_path: Path) -> None:
@@ -186,7 +186,7 @@ def test_nodes_that_may_come_are_waited_for(cluster: LocalCluster, tmp_path: Pat
     added = threading.Timer(1, lambda: start_node(cluster, tmp_path))
     added.start()
     assert len(wait_for_nodes(lacks, trainings.groups, supply, seconds=60, say=said.append).alive) == 4
-    assert said[-2].startswith("waiting for the cluster's autoscaler: 3 worker(s)")
+    assert any(line.startswith("waiting for the cluster's autoscaler: 3 worker(s)") for line in said[1:])
     assert said[-1].strip().startswith("8 CPU(s) and 3 GPU(s) on 4 node(s) after")
     states = {group["state"] for group in placement_group_table().values()}
     assert states <= {"REMOVED"}, "what was asked for is given back"

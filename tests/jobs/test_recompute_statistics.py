@@ -368,7 +368,7 @@ def test_wrong_pools_are_messages(aged: Aged, tmp_path: Path, tiny_base: Base) -
         str(tmp_path / "nowhere"): "no pool.json, so not a pool folder",
         str(stranger): "fingerprint 0123456789abcdef, base.path has",
         str(empty): "the pool holds no expert",
-        str(newer): "format_version is 99, this code reads up to 3: a newer release wrote it; install that one",
+        str(newer): "format_version is 99, this code reads up to 4: a newer release wrote it; install that one",
         "models:/untrained.pool": "names no version; write it like models:/tiny.pool.demo/3",
         "models:/untrained.pool.mini/77": "no '77' in 'untrained.pool.mini'; there are versions",
     }
