@@ -194,10 +194,14 @@ def test_nodes_that_may_come_are_waited_for(cluster: LocalCluster, tmp_path: Pat
 
 
 def start_node(cluster: LocalCluster, folder: Path) -> None:
-    """Adds a node whose environment holds another release of this project."""
-    other = folder / "pointsman-99.0.dist-info"
+    """Adds a node whose environment holds another release of peft.
+
+    Not of this project: where it is installed for editing, its metadata lie in the folder in which a driver starts, and Ray
+    puts that before all else that a node would import.
+    """
+    other = folder / "peft-99.0.dist-info"
     other.mkdir()
-    (other / "METADATA").write_text("Metadata-Version: 2.1\nName: pointsman\nVersion: 99.0\n")
+    (other / "METADATA").write_text("Metadata-Version: 2.1\nName: peft\nVersion: 99.0\n")
     code = (
         "from ray._private.node import Node; from ray._private.parameter import RayParams; import time; "
         f"Node(RayParams(num_cpus=2, num_gpus=1, gcs_address={cluster.address!r}, node_ip_address='127.0.0.1', "
@@ -219,8 +223,8 @@ def test_a_node_of_another_release_is_named(cluster: LocalCluster) -> None:
         assert not judge_answers(survey), "a node that has just come is asked until it answers"
         found = judge_versions(survey)
         assert found.status == "failed"
-        assert "pointsman 99.0 (here " in found.text
-        assert found.text.count("pointsman") == 1
+        assert "peft 99.0 (here " in found.text
+        assert found.text.count("peft") == 1
     finally:
         for process in ADDED:
             process.terminate()
