@@ -29,6 +29,9 @@ BEAT = 15.0
 STALE = 120.0
 """Seconds without a sign of life after which a claim is taken over."""
 
+SETTLED = 1.0
+"""Seconds after which a claim that still cannot be read is nobody's: not every file system shows a file whole or not at all."""
+
 ATTEMPTS = 10
 """How often two that ask at the same time ask again."""
 
@@ -166,13 +169,25 @@ def _rival(folder: RemoteFolder, own: str) -> Owner | None:
     for name in folder.files():
         if name == own or not name.endswith(".json"):
             continue
-        content = folder.read(name)
-        owner = Owner.read(content) if content is not None else None
-        if owner is None and content is not None or owner is not None and owner.is_gone:
+        claim = _settled(folder, name)
+        if claim is None:
+            continue
+        owner = Owner.read(claim)
+        if owner is None or owner.is_gone:
             folder.delete([name])
-        elif owner is not None:
+        else:
             alive.append(owner)
     return max(alive, key=lambda owner: owner.holds, default=None)
+
+
+def _settled(folder: RemoteFolder, name: str) -> bytes | None:
+    """Returns a claim's content; one that cannot be read is looked at again, since it may be being written just now."""
+    content = folder.read(name)
+    until = time.monotonic() + SETTLED
+    while content is not None and Owner.read(content) is None and time.monotonic() < until:
+        time.sleep(SETTLED / 10)
+        content = folder.read(name)
+    return content
 
 
 def _content(owner: Owner, *, beat: str) -> bytes:

@@ -123,8 +123,8 @@ DEMO = "jobs/configs/demo.yaml"
     ("words", "output"),
     [
         (["ui", "--output", "{folder}"], "mlflow.db is no SQLite database"),
-        (["pretrain-tiny", "--sampling", "some"], "--sampling some: choose even or loss"),
-        (["pretrain-tiny", "--start", "{folder}"], "holds no pretraining.json"),
+        (["pretrain-tiny", "--steps", "1"], "Missing option '--output'"),
+        (["pretrain-tiny", "--output", "{folder}/base", "--start", "{folder}"], "holds no pretraining.json"),
         (["plan", "{file}"], "not valid YAML"),
         (["plan", DEMO, "--base-config", "{file}"], "not valid JSON"),
         (["plan", DEMO, "--output", "{file}"], "File exists; something else has that name"),

@@ -111,5 +111,5 @@ def test_a_command_without_a_configuration_is_submitted_as_it_is_typed(words: li
     command = look("pretrain-tiny")
     options = [param for param in command.params if param.name != "help"]
     assert without_options(words, options) == kept
-    outcome = CliRunner().invoke(app, ["pretrain-tiny", "--steps", "3", "--address", "ray://x"])
+    outcome = CliRunner().invoke(app, ["pretrain-tiny", "--output", "base", "--address", "ray://x"])
     assert (outcome.exit_code, "jobs go to the dashboard's address" in outcome.output) == (2, True), outcome.output
