@@ -34,7 +34,7 @@ from pipeline.planning.inference import Batch, inference_moments
 from pipeline.planning.plan import moments_of
 from pipeline.planning.states import States
 from pipeline.provenance import now, provenance
-from pipeline.training.expert_stage import with_lora
+from pipeline.training.lora import with_lora
 from pipeline.training.loss import answer_loss, checkpoint_activations
 
 PACKAGES = ("torch", "transformers", "peft")

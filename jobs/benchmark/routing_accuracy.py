@@ -40,7 +40,7 @@ from pipeline.provenance import now
 from pipeline.routing import Expert, ExpertCard, Pool, PromptStatistics, RoutedModel
 from pipeline.routing.adapters import load_adapters
 from pipeline.routing.features import feature_width
-from pipeline.training.expert_stage import with_lora
+from pipeline.training.lora import with_lora
 from pipeline.training.statistics_collector import LayerInputCollector, collect_features
 
 WITHOUT_NULL = ("prompt", "two_level")

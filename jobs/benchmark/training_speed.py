@@ -19,7 +19,7 @@ from pipeline.learning.session import StreamSession
 from pipeline.learning.summary import session_provenance
 from pipeline.models.bases import load_base
 from pipeline.provenance import now
-from pipeline.training.expert_stage import with_lora
+from pipeline.training.lora import with_lora
 
 WARM_UP = 10
 """Steps at the start that do not count: first kernels, first buffers."""

@@ -11,6 +11,7 @@ import torch.distributed as dist
 
 from pipeline.models.encoding import IGNORED, to_device
 from pipeline.training.loss import answer_loss
+from pipeline.training.ranks import summed
 
 
 class Divergence(ValueError):
@@ -75,7 +76,7 @@ def run_steps(
         waited = loader.wait_seconds
         batches = next(loader)
         counts = [float(sum(answer_tokens(batch) for batch in batches)), float(wanted())]
-        tokens, meeting = over_ranks(torch.tensor(counts, dtype=torch.float64, device=device)).tolist()
+        tokens, meeting = summed(torch.tensor(counts, dtype=torch.float64, device=device)).tolist()
         # DeepSpeed takes the mean over ranks of what we want the sum of.
         share = dist.get_world_size() / max(tokens, 1.0)
         total = torch.zeros((), device=device)
@@ -88,7 +89,7 @@ def run_steps(
             engine.backward(loss, scale_wrt_gas=False)
             engine.step()
             total += loss.detach() / dist.get_world_size()
-        value = over_ranks(total.double()).item()
+        value = summed(total.double()).item()
         clock.losses.append(value)
         if not math.isfinite(value):
             raise Divergence(f"the loss is {value} at step {step + 1}; lower the learning rate, or check the data")
@@ -110,10 +111,3 @@ def run_steps(
 def answer_tokens(batch: dict[str, Any]) -> int:
     """Returns how many tokens of a batch are learned."""
     return int((batch["labels"][:, 1:] != IGNORED).sum())
-
-
-def over_ranks(values: torch.Tensor) -> torch.Tensor:
-    """Returns the sum of float64 values over all ranks."""
-    if dist.get_world_size() > 1:
-        dist.all_reduce(values)
-    return values

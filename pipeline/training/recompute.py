@@ -23,8 +23,8 @@ from pipeline.routing.adapters import Adapter
 from pipeline.routing.expert import Expert
 from pipeline.routing.statistics import PromptStatistics
 from pipeline.routing.trained import TrainedExpert
+from pipeline.training.gates import with_gates, without_gates
 from pipeline.training.null_expert import FEATURES, IDS, StatisticsCollector
-from pipeline.training.router_stage import with_gates, without_gates
 from pipeline.training.session import FEWEST_ROWS
 
 ROWS_AT_ONCE = 16

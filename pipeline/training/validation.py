@@ -13,8 +13,8 @@ from torch.nn import functional
 from pipeline.errors import stored_file
 from pipeline.models.bases import Base
 from pipeline.models.encoding import IGNORED, Encoded, collate_for, to_device
-from pipeline.training.loop import over_ranks
 from pipeline.training.loss import answer_logits
+from pipeline.training.ranks import summed
 
 METRICS, KEPT = "validation.json", "best-"
 """What is written last into the folder of a kept adapter, and how the names of these folders begin."""
@@ -54,7 +54,7 @@ def validate(engine: Any, base: Base, batches: Iterable[Sequence[Encoded] | None
         wrong = rows_K[logits_KV.argmax(-1) != tokens_K].unique().numel()
         sums += sums.new_tensor([loss.item(), len(tokens_K), len(last) - wrong, len(last)])
     engine.train()
-    total, tokens, right, rows = over_ranks(sums).tolist()
+    total, tokens, right, rows = summed(sums).tolist()
     return ValidationPoint(step, total / max(tokens, 1.0), right / max(rows, 1.0))
 
 

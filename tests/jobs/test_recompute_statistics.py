@@ -33,7 +33,7 @@ from pipeline.routing.null import components
 from pipeline.routing.serialization import OutdatedError
 from pipeline.routing.store import cache_folder
 from pipeline.routing.trained import TrainedExpert
-from pipeline.training.router_stage import with_gates, without_gates
+from pipeline.training.gates import with_gates, without_gates
 from pipeline.training.statistics_collector import LayerInputCollector, collect_features
 from tests.helpers import attached, batch_of, make_expert
 from tests.jobs.test_learn import stream

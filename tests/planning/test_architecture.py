@@ -12,7 +12,7 @@ from pipeline.models.bases import Base, load_base
 from pipeline.models.checkpoints import BaseError
 from pipeline.models.target_modules import adapted_paths
 from pipeline.planning.architecture import Architecture, architecture_of, base_configuration
-from pipeline.training.expert_stage import with_lora
+from pipeline.training.lora import with_lora
 
 BASES = Path(__file__).parents[2] / "jobs" / "configs" / "bases"
 ORIGINALS = Path(__file__).parents[1] / "models" / "configs"

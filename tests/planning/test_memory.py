@@ -15,9 +15,9 @@ from pipeline.planning.architecture import Architecture, architecture_of
 from pipeline.planning.compute import operations, vision_operations
 from pipeline.planning.states import DEFAULTS, States, states
 from pipeline.routing.adapters import load_adapters
-from pipeline.training.expert_stage import save_lora
+from pipeline.training.gates import with_gates
+from pipeline.training.lora import save_lora
 from pipeline.training.loss import answer_loss, without_dropout
-from pipeline.training.router_stage import with_gates
 
 CASE = Case("test", tiles=2)
 STEP = Pass(rows=2, tokens=256, answer_tokens=16, tiles=4, rank=8, kernel="flash")

@@ -9,7 +9,7 @@ from pipeline.config import ExpertConfig
 from pipeline.errors import StoredFileError
 from pipeline.models.encoding import collate_for
 from pipeline.training.elastic_weights import ElasticPenalty, fisher_information, read_fisher, write_fisher
-from pipeline.training.expert_stage import with_lora, without_lora
+from pipeline.training.lora import with_lora, without_lora
 from pipeline.training.loss import answer_loss
 from tests.helpers import ask
 

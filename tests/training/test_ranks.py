@@ -23,12 +23,12 @@ from pipeline.models.bases import Base, load_base
 from pipeline.models.encoding import Encoded, collate_for
 from pipeline.models.target_modules import observed_paths
 from pipeline.routing.adapters import load_adapters
-from pipeline.training.expert_stage import save_lora, with_lora
+from pipeline.training.gates import with_gates
 from pipeline.training.lockstep import VisionLockstep
 from pipeline.training.loop import StageClock, run_steps
+from pipeline.training.lora import save_lora, with_lora
 from pipeline.training.loss import answer_loss, without_dropout
 from pipeline.training.randomness import seed_all
-from pipeline.training.router_stage import with_gates
 from pipeline.training.statistics_collector import LayerInputCollector, collect_features
 from pipeline.training.training_folder import load_state, save_state
 from pipeline.training.zero import (

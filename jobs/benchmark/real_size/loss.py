@@ -15,8 +15,8 @@ from pipeline.config import BaseModelConfig, ExpertConfig, TrainingConfig
 from pipeline.data.loading.batch_loader import StepLayout
 from pipeline.models.bases import load_base
 from pipeline.models.encoding import Encoded, collate_for, encode
-from pipeline.training.expert_stage import with_lora
 from pipeline.training.loop import StageClock, run_steps
+from pipeline.training.lora import with_lora
 from pipeline.training.zero import start_engine, zero_config
 
 ROWS = 32
