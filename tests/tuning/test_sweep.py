@@ -114,3 +114,14 @@ def test_what_was_trained_is_not_trained_again_and_a_failed_trial_is_one_row(sto
     assert (settings.expert.learning_rate, settings.stream.tasks[0].validation) == (2e-3, 0.25)
     assert yaml.safe_load(best.read_text())["router"] == {"kind": "two_level"}
     assert (stopped.parent / "experts" / summary["trials"][0]["metrics"]["expert"]).is_dir()
+
+
+def test_optuna_draws_router_settings_for_which_nothing_is_trained(stopped: Path) -> None:
+    pytest.importorskip("optuna", reason="the extra `optuna` is not installed")
+    drawn = ["--set", "router.temperature=loguniform:0.1:4", "--search", "optuna", "--trials", "3"]
+    summary = sweep(stopped, *SAME, "expert.learning_rate=2e-3", *drawn)
+    assert [trial["status"] for trial in summary["trials"]] == ["done"] * 3
+    temperatures = {trial["point"]["router.temperature"] for trial in summary["trials"]}
+    assert len(temperatures) == 3
+    assert all(0.1 <= temperature <= 4 for temperature in temperatures)
+    assert summary["sweep"]["trainings"] == 0
