@@ -194,11 +194,11 @@ class StreamSession:
         with self.progress.working(PREPARING):
             return build_deepspeed_ops()
 
-    def start_workers(self, trainings: int) -> None:
-        """Starts the workers of so many trainings that will begin soon, if inference fits beside them; returns at once."""
-        if self._sessions is None and trainings and self.capacity.side_by_side:
+    def start_workers(self, expected: Sequence[TrainSpec]) -> None:
+        """Starts the workers of trainings that will begin soon, if inference fits beside them; returns at once."""
+        if self._sessions is None and expected and self.capacity.side_by_side:
             self._sessions = self._new_sessions(self.worker_env)
-            self._sessions.start(trainings)
+            self._sessions.start(expected)
 
     def _new_sessions(self, worker_env: dict[str, str]) -> Sessions:
         return Sessions(

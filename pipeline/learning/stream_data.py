@@ -56,6 +56,7 @@ class StreamData:
         """Where image features are kept."""
         self._training: dict[str, Future[PreparedData]] = {}
         self._lock, self._encoding = threading.Lock(), threading.Lock()
+        self._closed = False
 
     @property
     def vision(self) -> bool:
@@ -83,7 +84,7 @@ class StreamData:
     def close(self) -> None:
         """Waits a moment for what is being read: Ray ends a process that still reads when it is shut down with a crash."""
         with self._lock:
-            reading = list(self._training.values())
+            self._closed, reading = True, list(self._training.values())
         wait(reading, timeout=CLOSING_SECONDS)
 
     def all_training_rows(self, *, base_prompts: bool = False) -> TrainingRows:
@@ -151,6 +152,8 @@ class StreamData:
         parts = {task.name: (task.train, task.prompt)}
         read = partial(self._prepare, parts, "train", answer=True)
         with self._lock:
+            if self._closed:
+                raise RuntimeError(f"{task.name}: the run has ended")
             if task.name not in self._training:
                 self._training[task.name] = begin(read, name=f"reading {task.name}")
 

@@ -49,7 +49,7 @@ class Trainings:
         session = self._session
         new = (t for t in self._tasks if _to_be_trained(session, t) and not session.is_learned(t))
         first = list(islice(new, session.capacity.trainings))
-        session.start_workers(len(first))
+        session.start_workers([session.spec_alone(task, session.identity.expert(task)) for task in first])
         for task in first:
             session.data.read_ahead(task)
 
@@ -119,8 +119,8 @@ def _trained(
         session.progress.log(f"  {task.name}: goes on at its last checkpoint")
     with session.progress.working(f"reading {task.name}"):
         rows = session.data.training_rows(task)
-    if following is not None and _to_be_trained(session, following):
-        session.data.read_ahead(following)
+    if following is not None:
+        begin(partial(_read_ahead, session, following), name=f"looking at {following.name}")
     session.data.tell_set_aside(task.name, rows.aside[task.name], "train")
     aside = rows.aside[task.name]
     trained = session.train(*session.spec(task, wanted.digest))
@@ -147,6 +147,12 @@ def with_metrics(file: Path, metrics: dict[str, Any], more: dict[str, Any]) -> d
     """
     write_json(file, metrics | more)
     return metrics | more
+
+
+def _read_ahead(session: StreamSession, task: TaskConfig) -> None:
+    """Begins to read the rows of a later task if it is to be trained; to find that out its files are looked through."""
+    if _to_be_trained(session, task) and not session.closed:
+        session.data.read_ahead(task)
 
 
 def _to_be_trained(session: StreamSession, task: TaskConfig) -> bool:

@@ -37,30 +37,30 @@ HOW = {
 def run_router_stage(training: Training, base: Base, adapter: Path) -> None:
     """Trains the routing vectors of the `adapter` in a folder, takes the prompt statistics and writes the finished expert."""
     spec, config, started = training.spec, training.spec.router, time.monotonic()
+    observed = observed_paths(base, spec.expert.target_modules)
+    adapter_config, adapters = load_adapters(adapter)  # now: rank 0 removes the checkpoint when it is done
+    gates = with_gates(base.model, adapters, dtype=training.dtype)
+    engine = start_engine(
+        base.model,
+        training.zero_config(),
+        learning_rate=config.learning_rate,
+        weight_decay=0.0,
+        schedule=lambda step: 1.0,
+    )
+    if spec.training.gradient_checkpointing:
+        checkpoint_activations(base)
+    without_dropout(engine)  # nothing but the gates moves
+    seed_all(spec.seed, 2, training.rank)
+    features, ids = _features(training, engine, base)
+    layer_inputs = LayerInputCollector(base.model, observed)
+    clock, monitor = StageClock(), training.monitor("router", config.steps)
+
+    def on_step(step: int, loss: float) -> None:
+        training.reports.step("router", step, config.steps, loss)
+        monitor.step(step, loss, clock)
+
     steps = range(config.steps)
-    with training.loader(base, steps, spec.seed + 1) as loader:  # first: it reads while all else is made ready
-        observed = observed_paths(base, spec.expert.target_modules)
-        adapter_config, adapters = load_adapters(adapter)  # now: rank 0 removes the checkpoint when it is done
-        gates = with_gates(base.model, adapters, dtype=training.dtype)
-        engine = start_engine(
-            base.model,
-            training.zero_config(),
-            learning_rate=config.learning_rate,
-            weight_decay=0.0,
-            schedule=lambda step: 1.0,
-        )
-        if spec.training.gradient_checkpointing:
-            checkpoint_activations(base)
-        without_dropout(engine)  # nothing but the gates moves
-        seed_all(spec.seed, 2, training.rank)
-        features, ids = _features(training, engine, base)
-        layer_inputs = LayerInputCollector(base.model, observed)
-        clock, monitor = StageClock(), training.monitor("router", config.steps)
-
-        def on_step(step: int, loss: float) -> None:
-            training.reports.step("router", step, config.steps, loss)
-            monitor.step(step, loss, clock)
-
+    with training.loader(base, steps, spec.seed + 1) as loader:
         run_steps(
             engine,
             loader,

@@ -94,13 +94,18 @@ class Session:
         self._error = ""
         """Why the workers' run has ended; as text, since the error's traceback would keep Ray Train's controller alive."""
 
-    def start(self) -> None:
-        """Starts the workers; returns at once, and they wait for their first training."""
+    def start(self, expected: TrainSpec | None = None) -> None:
+        """Starts the workers; returns at once, and they wait for their first training.
+
+        Where that is `expected` to be on a certain base, they load it meanwhile.
+        """
         self._error = ""
         # Beside the driver, as Ray Train's controller: what does not outlive the driver need not outlive a node either.
         node = {"ray.io/node-id": ray.get_runtime_context().get_node_id()}
         self._queue = ray.remote(num_cpus=0, label_selector=node)(TrainingQueue).remote(self.training.max_failures)
-        self._thread = threading.Thread(target=self._run, args=(self._queue,), name="training session", daemon=True)
+        self._thread = threading.Thread(
+            target=self._run, args=(self._queue, expected), name="training session", daemon=True
+        )
         self._thread.start()
 
     def train(
@@ -158,11 +163,15 @@ class Session:
             number = ray.get(self._queue.put.remote(spec.model_dump(), boxed))
         return number
 
-    def _run(self, queue: Any) -> None:
+    def _run(self, queue: Any, expected: TrainSpec | None) -> None:
         training, name = self.training, f"{RUN_PREFIX}{uuid4().hex[:8]}"
         trainer = TorchTrainer(
             train,
-            train_loop_config={"queue": queue, "storage": self._storage},
+            train_loop_config={
+                "queue": queue,
+                "storage": self._storage,
+                "expected": None if expected is None else expected.model_dump(),
+            },
             torch_config=TorchConfig(backend="nccl" if training.gpu else "gloo"),
             scaling_config=scaling(training),
             run_config=RunConfig(

@@ -1,6 +1,7 @@
 """Training sessions side by side: each trains one training at a time, and its workers live on for the next."""
 
 import queue
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any
@@ -22,10 +23,10 @@ class Sessions:
         for session in self._all:
             self._free.put(session)
 
-    def start(self, count: int) -> None:
-        """Starts the workers of the `count` sessions that train first; before any training."""
-        for session in self._all[-count:]:
-            session.start()
+    def start(self, expected: Sequence[TrainSpec]) -> None:
+        """Starts the workers of the sessions that train first, one for each `expected` training; before any training."""
+        for session, spec in zip(reversed(self._all), expected, strict=False):
+            session.start(spec)
 
     def train(
         self, spec: TrainSpec, rows: TrainingRows, on_steps: OnSteps = lambda steps: None, **watched: Any

@@ -28,6 +28,23 @@ class GivenUp(Exception):
     """Ends a training that nobody wants any more; adapters and engine are off the base."""
 
 
+def step_layout(spec: TrainSpec, world: int) -> StepLayout:
+    """Returns how the rows of a step are dealt over `world` ranks."""
+    share = -(-spec.expert.batch_size // world)
+    return StepLayout(spec.expert.batch_size, world, min(spec.training.micro_batch or share, share))
+
+
+def deepspeed_config(spec: TrainSpec, world: int) -> dict[str, Any]:
+    """Returns DeepSpeed's configuration for a training on `world` ranks."""
+    layout = step_layout(spec, world)
+    return zero_config(
+        spec.training,
+        micro_batch=layout.micro_batch,
+        accumulated=layout.accumulation,
+        max_grad_norm=spec.expert.max_grad_norm,
+    )
+
+
 class Training:
     """A task's rows, layout, folder, reports and metrics, as one rank has them."""
 
@@ -42,9 +59,7 @@ class Training:
         self.rank, self.world = context.get_world_rank(), context.get_world_size()
         self.storage, self.folder = storage, folder
         folder.fetch()
-        share = -(-spec.expert.batch_size // self.world)
-        micro_batch = min(spec.training.micro_batch or share, share)
-        self.layout = StepLayout(spec.expert.batch_size, self.world, micro_batch)
+        self.layout = step_layout(spec, self.world)
         self.dtype = torch.bfloat16 if spec.training.precision == "bf16" else torch.float32
         self.reports = Reports(queue, spec.task, rank=self.rank)
         self.metrics: dict[str, Any] = {"samples": spec.expert.steps * spec.expert.batch_size}
@@ -70,12 +85,7 @@ class Training:
 
     def zero_config(self) -> dict[str, Any]:
         """Returns DeepSpeed's configuration."""
-        return zero_config(
-            self.spec.training,
-            micro_batch=self.layout.micro_batch,
-            accumulated=self.layout.accumulation,
-            max_grad_norm=self.spec.expert.max_grad_norm,
-        )
+        return deepspeed_config(self.spec, self.world)
 
     def loader(self, base: Base, steps: range, seed: int) -> BatchLoader:
         """Returns this rank's batches of `steps`; its rows are read from the moment at which it is entered."""

@@ -22,8 +22,9 @@ from pipeline.training.loop import Divergence
 from pipeline.training.ranks import agreed
 from pipeline.training.router_stage import run_router_stage
 from pipeline.training.spec import GivenAdapter, TrainSpec
-from pipeline.training.training import GivenUp, Training
+from pipeline.training.training import GivenUp, Training, deepspeed_config
 from pipeline.training.training_folder import ADAPTER, TrainingFolder, training_folder
+from pipeline.training.zero import deepspeed
 
 ALREADY_FINISHED = "found"
 """Key in a training's outcome: it was finished before, so its steps are not reported."""
@@ -35,21 +36,26 @@ GIVEN_UP = "given up"
 def train(settings: dict[str, Any]) -> None:
     """Works on the session's trainings until there are no more; Ray Train runs this on every rank.
 
-    `settings`: the `queue` and the run's `storage`. A training's outcome is rank 0's metrics (losses, seconds and data wait of
+    `settings`: the `queue`, the run's `storage`, and the settings of the training that is `expected` first, if that is known. A
+    training's outcome is rank 0's metrics (losses, seconds and data wait of
     both stages), `failure` with the reason where a retry would fail again (divergence, nothing learned, a damaged file), or
     GIVEN_UP: all ranks see those alike. What one rank alone meets must be raised: the others would wait for it.
     """
     with settings["storage"].on_this_node() as storage:
-        _train(settings["queue"], storage)
+        _train(settings["queue"], storage, settings["expected"])
 
 
-def _train(queue: Any, storage: Mirror) -> None:
+def _train(queue: Any, storage: Mirror, expected: dict[str, Any] | None) -> None:
     rank, base = ray.train.get_context().get_world_rank(), HeldBase()
     if json_logs.are_wanted():
         json_logs.use_json_logs(run=storage.local.parent.name, rank=rank)
     queue.enter.remote(rank, ray.get_runtime_context().current_actor)
     number = agreed(ray.get(queue.first.remote()) if rank == 0 else None)
     try:
+        if expected is not None:  # what takes seconds is done before the first training is there
+            spec = TrainSpec.model_validate(expected)
+            base.get(spec, deepspeed_config(spec, ray.train.get_context().get_world_size()))
+            deepspeed()
         while (entry := ray.get(queue.take.remote(number))) is not None:
             spec = TrainSpec.model_validate(entry[0])
             folder = training_folder(storage, spec.task, spec.digest, rank)

@@ -36,6 +36,14 @@ def zero_config(
     }
 
 
+def deepspeed() -> Any:
+    """Returns the package, which takes seconds to import, and then has to know where it computes."""
+    os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
+    import deepspeed as package
+
+    return package
+
+
 def start_engine(
     model: nn.Module, settings: dict[str, Any], *, learning_rate: float, weight_decay: float, schedule: Any
 ) -> Any:
@@ -43,13 +51,10 @@ def start_engine(
 
     `schedule` maps a step to a factor on the learning rate. The process group is the one Ray Train has made.
     """
-    os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
-    import deepspeed
-
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=learning_rate, weight_decay=weight_decay)
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, schedule)
-    engine, *_ = deepspeed.initialize(
+    engine, *_ = deepspeed().initialize(
         model=model, optimizer=optimizer, lr_scheduler=scheduler, config=settings, dist_init_required=False
     )
     return engine
