@@ -17,9 +17,11 @@ import socket
 import threading
 import time
 import warnings
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryFile
 
 import ray
 import ray.data
@@ -54,6 +56,9 @@ QUIET = {
 }
 """Environment of the driver and of every worker; what the user has set stays. OMP_NUM_THREADS is not in it on purpose:
 Ray sets it in each worker to the CPUs that the worker has booked, so `training.cpus_per_worker` is what torch gets."""
+
+BANNER = b"Set ray log level from environment variable"
+"""Line of Ray's core about RAY_BACKEND_LOG_LEVEL, the variable that makes it silent."""
 
 LOOPBACK = ("127.0.0.1", "localhost")
 """This machine alone, in addresses."""
@@ -151,16 +156,17 @@ def _start(cpus: int) -> None:
     # Ray keeps some hundred series of metrics for every data set that was read, 5 MB a task; nothing fetches them here.
     os.environ.setdefault("RAY_enable_metrics_collection", "0")
     try:
-        ray.init(
-            address="local",  # without it, Ray would join any cluster that it finds on this machine
-            num_cpus=cpus,
-            # Costs 2 to 4 s and 150 MB, and is worth it: without it Ray Train warns every second, and placement groups of
-            # trials that were killed are never given back.
-            include_dashboard=True,
-            dashboard_host="127.0.0.1",
-            log_to_driver=False,
-            logging_level=logging.ERROR,
-        )
+        with _without_banner():
+            ray.init(
+                address="local",  # without it, Ray would join any cluster that it finds on this machine
+                num_cpus=cpus,
+                # Costs 2 to 4 s and 150 MB, and is worth it: without it Ray Train warns every second, and placement groups of
+                # trials that were killed are never given back.
+                include_dashboard=True,
+                dashboard_host="127.0.0.1",
+                log_to_driver=False,
+                logging_level=logging.ERROR,
+            )
     except Exception as error:
         if type(error) is not Exception:
             raise
@@ -172,6 +178,23 @@ def _start(cpus: int) -> None:
     # Counts as said, that no CPU is free: preflight has counted those of this Ray, which nobody else uses, and who waits for
     # one waits for another reader.
     log_once("cpu_warning")
+
+
+@contextmanager
+def _without_banner() -> Iterator[None]:
+    """Leaves out what Ray's C++ core writes to the terminal when it starts: where it has its log level from."""
+    terminal = os.dup(2)
+    with TemporaryFile() as written:
+        os.dup2(written.fileno(), 2)
+        try:
+            yield
+        finally:
+            os.dup2(terminal, 2)
+            os.close(terminal)
+            written.seek(0)
+            for line in written:
+                if BANNER not in line:
+                    os.write(2, line)
 
 
 def _stay_on_loopback() -> None:
@@ -211,12 +234,13 @@ def _join(address: str) -> None:
             if host in LOOPBACK and not _answers(ray.util.get_node_ip_address(), int(port)):
                 _stay_on_loopback()
         given = {"worker_process_setup_hook": environment.HOOK} if environment.is_given() else {}
-        ray.init(
-            address=address,
-            runtime_env={"env_vars": settings, **given},
-            log_to_driver=False,
-            logging_level=logging.ERROR,
-        )
+        with _without_banner():
+            ray.init(
+                address=address,
+                runtime_env={"env_vars": settings, **given},
+                log_to_driver=False,
+                logging_level=logging.ERROR,
+            )
     except (OSError, ValueError, RuntimeError, ray.exceptions.RayError) as error:
         raise ClusterError(
             f"cannot join the Ray cluster at {address!r}: {error}\n"
