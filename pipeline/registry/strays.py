@@ -9,7 +9,7 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import mlflow
 from mlflow import MlflowClient
@@ -73,15 +73,22 @@ class Moved:
 
 def keep_strays(version: ModelVersion, strays: Mapping[str, Strays]) -> None:
     """Uploads the strays of a version by task and base ability."""
-    plain = {
-        name: {"digest": s.digest, "own": s.own, "prompts": [[p.id, p.question[:SHOWN], p.expert] for p in s.prompts]}
-        for name, s in strays.items()
-    }
+    plain = {name: _plain(name, s) for name, s in strays.items()}
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch) / FOLDER
         folder.mkdir()
-        (folder / FILE).write_text(json.dumps(plain, ensure_ascii=False))
+        (folder / FILE).write_text(json.dumps(plain, ensure_ascii=False, separators=(",", ":")))
         MlflowClient().log_model_artifacts(logged_model_id(version), scratch)
+
+
+def _plain(name: str, strays: Strays) -> dict[str, Any]:
+    """Returns what is written of a task or base ability: of most of them the digest alone, since this grows with their number."""
+    plain: dict[str, Any] = {"digest": strays.digest}
+    if strays.own != name:
+        plain["own"] = strays.own
+    if strays.prompts:
+        plain["prompts"] = [[p.id, p.question[:SHOWN], p.expert] for p in strays.prompts]
+    return plain
 
 
 def strays_of(version: ModelVersion) -> dict[str, Strays] | None:
@@ -90,7 +97,7 @@ def strays_of(version: ModelVersion) -> dict[str, Strays] | None:
     try:
         plain = json.loads(mlflow.artifacts.load_text(address))
         return {
-            name: Strays(of["digest"], of["own"], [RoutedPrompt(*prompt) for prompt in of["prompts"]])
+            name: Strays(of["digest"], of.get("own", name), [RoutedPrompt(*prompt) for prompt in of.get("prompts", ())])
             for name, of in plain.items()
         }
     except MlflowException as error:
