@@ -82,7 +82,7 @@ def keep_strays(version: ModelVersion, strays: Mapping[str, Strays]) -> None:
 
 
 def _plain(name: str, strays: Strays) -> dict[str, Any]:
-    """Returns what is written of a task or base ability: of most of them the digest alone, since this grows with their number."""
+    """Returns what is written of a task or base ability: of most the digest alone, since this grows with their number."""
     plain: dict[str, Any] = {"digest": strays.digest}
     if strays.own != name:
         plain["own"] = strays.own
