@@ -74,8 +74,13 @@ ONE = TrainingConfig(cpus_per_worker=1, checkpoint_every=4)
 
 
 @pytest.fixture(scope="module")
-def session(worker_env, tmp_path_factory):
-    """A session whose workers write down each time they load a base."""
+def loads(tmp_path_factory):
+    """File in which a session's workers write down each time they load a base."""
+    return tmp_path_factory.mktemp("loads") / "loads"
+
+
+@pytest.fixture(scope="module")
+def session(worker_env, loads, tmp_path_factory):
     storage = tmp_path_factory.mktemp("storage")
 
     def counted(settings):
@@ -84,7 +89,7 @@ def session(worker_env, tmp_path_factory):
         load = held_base.load_base
 
         def noted(*args, **kwargs):
-            with (storage / "loads").open("a") as file:
+            with loads.open("a") as file:
                 file.write("a base\n")
             return load(*args, **kwargs)
 
@@ -98,9 +103,14 @@ def session(worker_env, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def trained(session, rows, tiny_folder):
-    seen = []
-    result = session.train(make_spec(tiny_folder, "one", training=ONE), rows, seen.extend)
+def trained(session, loads, rows, tiny_folder):
+    seen, spec = [], make_spec(tiny_folder, "one", training=ONE)
+    session.start(spec)
+    until = time.monotonic() + 180
+    while not loads.is_file():
+        assert time.monotonic() < until, "the base is loaded before there is a training"
+        time.sleep(0.2)
+    result = session.train(spec, rows, seen.extend)
     return result, seen
 
 
@@ -120,14 +130,13 @@ def test_a_run_leaves_a_complete_expert(trained, tiny_folder):
     PeftModel.from_pretrained(base.model, result.expert)
 
 
-def test_the_next_job_finds_the_workers_warm_and_the_base_as_it_was(trained, session, rows, tiny_folder):
+def test_the_next_job_finds_the_workers_warm_and_the_base_as_it_was(trained, session, loads, rows, tiny_folder):
     """A failed job between them, and one without router stage, leave nothing behind either."""
-    storage = trained[0].folder.parents[1]
     messages = []
     again = session.train(make_spec(tiny_folder, "again", training=ONE), rows, messages.extend)
     assert_same_expert(Expert.load(again.expert), Expert.load(trained[0].expert))
     assert [step.step for step in messages if step.stage == "expert"] == list(range(1, 13)), "no step of the job before"
-    assert (storage / "loads").read_text() == "a base\n", "one base for both stages of both jobs"
+    assert loads.read_text() == "a base\n", "one base for both stages of both jobs"
     alone = make_spec(tiny_folder, "alone", training=ONE, steps=2).model_copy(update={"router_stage": False})
     assert load_file(session.train(alone, rows).adapter / "adapter_model.safetensors")
     with pytest.raises(TrainingError, match="the loss is nan at step .*lower the learning rate"):
@@ -202,16 +211,15 @@ def test_weights_are_held_where_the_task_before_needs_them(session, rows, tiny_f
     assert 0 < moved(held) < 0.7 * moved(free)
 
 
-def test_a_training_that_nobody_wants_ends_at_a_validation_and_can_go_on(trained, session, rows, tiny_folder):
-    storage, seen = trained[0].folder.parents[1], []
-    spec = make_spec(tiny_folder, "given-up", training=ONE, steps=80)
+def test_a_training_that_nobody_wants_ends_at_a_validation_and_can_go_on(trained, session, loads, rows, tiny_folder):
+    spec, seen = make_spec(tiny_folder, "given-up", training=ONE, steps=80), []
     expert = spec.expert.model_copy(update={"validate_every": 5})
     spec = spec.model_copy(update={"validation": 0.2, "expert": expert})
-    loads = (storage / "loads").read_text()
+    before = loads.read_text()
     with pytest.raises(TrainingGivenUp):
         session.train(spec, rows, seen.extend, every=0.05, is_wanted=lambda: not seen)
     assert not session.train(spec, rows).already_finished
-    assert (storage / "loads").read_text() == loads, "the base stayed as it was"
+    assert loads.read_text() == before, "the base stayed as it was"
     whole = session.train(spec.model_copy(update={"digest": "whole"}), rows)
     again = session.train(spec, rows)
     assert again.metrics["validation_losses"] == whole.metrics["validation_losses"]
