@@ -48,13 +48,11 @@ def gc(
         terminal.show(table(f"{len(found)} that no pool needs", ["what", "why", "created (UTC)", "size"], lines))
         if yes or typer.confirm("delete them?"):
             gone = _remove(rows, older_than)
-            terminal.log(f"{len(gone)} deleted; `mlflow gc` frees their {sum(gone) / 2**20:.1f} MiB")
+            kept = f", {len(found) - len(gone)} kept, which are needed by now" if len(gone) < len(found) else ""
+            terminal.log(f"{len(gone)} deleted{kept}; `mlflow gc` frees their {sum(gone) / 2**20:.1f} MiB")
 
 
 def _remove(rows: list[tuple[Garbage, int]], older_than: float) -> list[int]:
     """Deletes what is garbage still: a pool may have come to need it meanwhile. Returns the bytes of each."""
-    still = {each.model_id for each in find_garbage(hours=older_than)}
-    gone = [(each, size) for each, size in rows if each.model_id in still]
-    for each, _ in gone:
-        remove(each)
-    return [size for _, size in gone]
+    still = {each.name for each in find_garbage(hours=older_than)}
+    return [size for each, size in rows if each.name in still and remove(each)]

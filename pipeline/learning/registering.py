@@ -12,7 +12,7 @@ from pipeline.learning.changes import remember
 from pipeline.learning.session import StreamSession
 from pipeline.learning.state import read_json
 from pipeline.learning.trainings import TrainedExpert
-from pipeline.registry.experts import find_expert, register_expert
+from pipeline.registry.experts import register_expert, take_up_expert
 from pipeline.registry.tracking import log_dataset
 from pipeline.routing.expert import ExpertCard
 from pipeline.routing.store import ExpertReference, StoredExpert
@@ -32,7 +32,7 @@ def registered_expert(session: StreamSession, task: TaskConfig, trained: Trained
     session.output.keep_expert(trained.reference)
     expert = StoredExpert(ExpertReference.of(folder), session.experts)
     version = session.retry(
-        partial(_register, session, task, expert.expert.card, folder, metrics),
+        partial(register_trained, session, task, expert.expert.card, folder, metrics),
         f"registering expert {task.name}",
         kept=f"the trained expert is safe in {folder}; it will not be trained again",
     )
@@ -42,12 +42,12 @@ def registered_expert(session: StreamSession, task: TaskConfig, trained: Trained
     return RegisteredExpert(expert.registered_as(version.name, int(version.version)), version, metrics)
 
 
-def _register(
+def register_trained(
     session: StreamSession, task: TaskConfig, card: ExpertCard, folder: Path, metrics: Mapping[str, Any]
 ) -> ModelVersion:
     """Returns the registry version of a trained expert; creates it if there is none."""
     label = session.config.base.label
-    if (version := find_expert(label, card.task, card.config_digest)) is not None:
+    if (version := take_up_expert(label, card.task, card.config_digest)) is not None:
         return version
     if "rows" in metrics:  # which earlier releases did not write down
         assert task.train is not None

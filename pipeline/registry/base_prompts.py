@@ -16,6 +16,7 @@ from mlflow.entities import LoggedModel, LoggedModelStatus
 from mlflow.exceptions import MlflowException
 
 from pipeline.registry.artifacts import not_here
+from pipeline.registry.claims import take_up
 from pipeline.registry.retries import RegistryError, is_away, reason_of, shown_uri
 from pipeline.registry.versions import DIGEST, FILES, damage, experiment_ids, log_folder
 
@@ -37,7 +38,7 @@ def keep_base_prompts(digest: str, write: Callable[[Path], None], params: Mappin
     `params` are further parameters of the logged model. Of several processes that store the same at the same time each may.
     """
     stored = stored_base_prompts(digest, anew=False)
-    if stored is not None and _damage(stored) is None:
+    if stored is not None and take_up(stored.model_id) and _damage(stored) is None:
         return
     with tempfile.TemporaryDirectory() as scratch:
         file = Path(scratch) / FILE

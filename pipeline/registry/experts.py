@@ -16,6 +16,7 @@ from mlflow.exceptions import MlflowException
 from pipeline.config import without_secrets
 from pipeline.files import replace_folder
 from pipeline.registry.artifacts import not_here
+from pipeline.registry.claims import take_up
 from pipeline.registry.descriptions import expert_description
 from pipeline.registry.names import expert_name
 from pipeline.registry.retries import RegistryError, is_away, reason_of
@@ -29,6 +30,7 @@ from pipeline.registry.versions import (
     get_version,
     log_folder,
     logged_model,
+    logged_model_id,
 )
 from pipeline.routing.contents import Contents
 from pipeline.routing.expert import CARD, Expert, ExpertCard
@@ -56,7 +58,7 @@ def register_expert(
         expert = Expert.load(folder)
         expert.check_trained()
         card = expert.card
-    if (version := find_expert(base_label, card.task, card.config_digest)) is not None:
+    if (version := take_up_expert(base_label, card.task, card.config_digest)) is not None:
         return version
     described = card.model_dump(exclude={"name", "metrics", "identity", "trained_with", "config_digest"})
     params = {DIGEST: card.config_digest, "base": base_label, **described}
@@ -79,6 +81,12 @@ def register_expert(
 def find_expert(base_label: str, task: str, digest: str) -> ModelVersion | None:
     """Returns the expert of a task made from `digest` (configuration, data, base), or None."""
     return find_version(expert_name(base_label, task), digest)
+
+
+def take_up_expert(base_label: str, task: str, digest: str) -> ModelVersion | None:
+    """Returns the expert as `find_expert` does, for a pool that will refer to it: `gc` spares it meanwhile."""
+    version = find_expert(base_label, task, digest)
+    return version if version is not None and take_up(logged_model_id(version)) else None
 
 
 def download_expert(base_label: str, task: str, version: int | str, into: str | Path) -> Path:

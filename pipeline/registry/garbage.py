@@ -16,6 +16,7 @@ from mlflow.exceptions import MlflowException
 from mlflow.protos.databricks_pb2 import RESOURCE_DOES_NOT_EXIST, ErrorCode
 
 from pipeline.registry.base_prompts import BASE_PROMPTS, is_complete
+from pipeline.registry.claims import last_needed, may_delete
 from pipeline.registry.contents import experts_of
 from pipeline.registry.migration import FORMER_DIGEST
 from pipeline.registry.names import read_name
@@ -36,7 +37,8 @@ class Garbage:
     why: str
     created: float
     """Seconds since 1970."""
-    model_id: str
+    model: LoggedModel | None
+    """Its upload, as it was read; None for a version whose upload is gone."""
     version: ModelVersion | None = None
     """None for an upload without a version."""
 
@@ -44,21 +46,25 @@ class Garbage:
     def bytes(self) -> int:
         """Size of its files; 0 where another process has deleted it."""
         with _perhaps_gone():
-            return sum(_sizes(MlflowClient().get_logged_model(self.model_id).artifact_location, ""))
+            if self.model is not None:
+                return sum(_sizes(MlflowClient().get_logged_model(self.model.model_id).artifact_location, ""))
         return 0
+
+    @property
+    def last_needed(self) -> float:
+        """When it was made, or a registration last took it up, in seconds since 1970."""
+        return self.created if self.model is None else max(self.created, last_needed(self.model))
 
 
 def find_garbage(*, hours: float) -> list[Garbage]:
-    """Lists what no pool needs and is older than `hours`: what is younger may be on its way into a pool.
+    """Lists what no pool needs, made or taken up longer than `hours` ago: what is younger may be on its way into a pool.
 
     Raises RegistryError where a pool cannot be read, so that nobody knows what it needs.
     """
     before, versions = time() - hours * HOUR, list(all_versions())
     used, models = {logged_model_id(version) for version in versions}, list(all_logged_models())
     found = [
-        Garbage(
-            model.model_id, f"upload of {model.name} without a version", model.creation_timestamp / 1000, model.model_id
-        )
+        Garbage(model.model_id, f"upload of {model.name} without a version", model.creation_timestamp / 1000, model)
         for model in models
         if model.model_type in KINDS and DIGEST in model.params and model.model_id not in used
     ]
@@ -70,6 +76,7 @@ def find_garbage(*, hours: float) -> list[Garbage]:
         needed = {address for each in experts for address in each.values()}
     # Experts that pools name as an earlier release called them share their upload with the version of the new name.
     uploads = {logged_model_id(version) for version in versions if f"{version.name}/{version.version}" in needed}
+    by_id = {model.model_id: model for model in models}
     for version in versions:
         named = read_name(version.name)
         if (
@@ -79,9 +86,9 @@ def find_garbage(*, hours: float) -> list[Garbage]:
             and logged_model_id(version) not in uploads
         ):
             name = f"{version.name}/{version.version}"
-            created = version.creation_timestamp / 1000
-            found.append(Garbage(name, "no pool refers to it", created, logged_model_id(version), version))
-    return sorted((each for each in found if each.created < before), key=lambda each: each.name)
+            created, model = version.creation_timestamp / 1000, by_id.get(logged_model_id(version))
+            found.append(Garbage(name, "no pool refers to it", created, model, version))
+    return sorted((each for each in found if each.last_needed < before), key=lambda each: each.name)
 
 
 def _base_prompts(models: Sequence[LoggedModel], pools: set[str]) -> Iterator[Garbage]:
@@ -105,17 +112,26 @@ def _base_prompts(models: Sequence[LoggedModel], pools: set[str]) -> Iterator[Ga
             why = "statistics of base prompts that are stored once more"
         else:
             continue
-        yield Garbage(model.model_id, why, model.creation_timestamp / 1000, model.model_id)
+        yield Garbage(model.model_id, why, model.creation_timestamp / 1000, model)
 
 
-def remove(garbage: Garbage) -> None:
-    """Deletes a version and its upload, unless another process was faster; MLflow keeps the files until `mlflow gc`."""
-    client = MlflowClient()
+def remove(garbage: Garbage) -> bool:
+    """Deletes a version and its upload, unless another process was faster; MLflow keeps the files until `mlflow gc`.
+
+    Returns False, and deletes nothing, where a registration has taken it up since it was listed.
+    """
+    client, model = MlflowClient(), garbage.model
+    if model is not None:
+        with _perhaps_gone():
+            if not may_delete(model):
+                return False
     if garbage.version is not None:
         with _perhaps_gone():
             client.delete_model_version(garbage.version.name, str(number(garbage.version)))
-    with _perhaps_gone():
-        client.delete_logged_model(garbage.model_id)
+    if model is not None:
+        with _perhaps_gone():
+            client.delete_logged_model(model.model_id)
+    return True
 
 
 @contextmanager

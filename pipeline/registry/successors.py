@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 from mlflow.entities.model_registry import ModelVersion
 
 from pipeline.config import digest
+from pipeline.registry.claims import take_up
 from pipeline.registry.contents import experts_of, places_of
 from pipeline.registry.evaluated_prompts import EvaluatedPrompts, kept_prompts
 from pipeline.registry.experts import reference_to, registered_experts
@@ -23,7 +24,16 @@ from pipeline.registry.retries import RegistryError
 from pipeline.registry.scores import Score, log_scores, scores_of
 from pipeline.registry.strays import keep_strays, strays_of
 from pipeline.registry.tracking import active_run
-from pipeline.registry.versions import DIGEST, MODELS, get_version, log_lineage, logged_model, number, versions_of
+from pipeline.registry.versions import (
+    DIGEST,
+    MODELS,
+    get_version,
+    log_lineage,
+    logged_model,
+    logged_model_id,
+    number,
+    versions_of,
+)
 from pipeline.routing.pool import Pool
 from pipeline.routing.store import ExpertReference, ExpertStore, StoredExpert
 
@@ -125,7 +135,7 @@ def register_successor(
     """Registers `pool` as the successor of a version; needs an open run. No alias moves.
 
     `change` names what makes it differ: of the same version and the same change there is one successor, and that is returned.
-    `experts` are the versions of those that are new in it.
+    `experts` are the versions of those that are new in it. Raises RegistryError where one of them is being deleted.
     """
     name = digest(before.digest, *change)
     if (made := find_pool(pool.base_label, before.name, name)) is not None:
@@ -134,6 +144,11 @@ def register_successor(
     for version in experts:
         named = read_name(version.name)
         assert named is not None, "callers pass versions of experts"
+        if not take_up(logged_model_id(version)):
+            raise RegistryError(
+                f"{version.name}/{version.version} has just been deleted as what no pool needed (`pointsman registry gc`); "
+                "register it anew (the `pointsman learn` or `pointsman add` that trained it), or choose another version"
+            )
         references[named.name] = reference_to(named.name, version)
     log_lineage(active_run().info.run_id, experts)
     return create_pool_version(
@@ -192,6 +207,16 @@ def replacement(before: Registered, version: ModelVersion) -> Pool:
     if reference.digest == before.references[named.name].digest and named.name not in before.pool.retired:
         raise RegistryError(f"{pool} holds {address} already")
     return before.pool.add(StoredExpert(reference, registered_experts()))
+
+
+def refused_between(before: ModelVersion, after: ModelVersion) -> dict[int, str]:
+    """Returns what the gate has refused between two versions of a pool, and why: status by number."""
+    found = {number(v): v.tags.get("status", "") for v in versions_of(after.name)}
+    return {
+        n: status
+        for n, status in sorted(found.items())
+        if number(before) < n < number(after) and status.startswith(REFUSED)
+    }
 
 
 def newest_with(version: ModelVersion) -> ModelVersion:

@@ -26,6 +26,7 @@ from mlflow.protos.databricks_pb2 import (
 )
 from mlflow.utils.mlflow_tags import MLFLOW_MODEL_VERSIONS
 
+from pipeline.registry.claims import is_being_deleted
 from pipeline.registry.names import about
 from pipeline.registry.retries import RegistryError
 
@@ -56,7 +57,7 @@ _known: dict[str, tuple[float, list[str]]] = {}
 
 
 def find_version(name: str, digest: str) -> ModelVersion | None:
-    """Returns the newest version of registered model `name` made from `digest`, or None.
+    """Returns the newest version of registered model `name` made from `digest`, or None; not one that is being deleted.
 
     What another process registers in an experiment that it has made within EXPERIMENTS_SECONDS may be missed; `create_version`
     misses nothing.
@@ -70,6 +71,7 @@ def _with_digest(name: str, digest: str, experiments: list[str]) -> list[ModelVe
     return [
         version
         for model in models
+        if not is_being_deleted(model)
         for version in client.search_model_versions(f"name = '{name}' and source_path = '{MODELS}{model.model_id}'")
     ]
 
