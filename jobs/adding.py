@@ -63,6 +63,7 @@ def _summary(session: StreamSession, added: Added, provenance: dict[str, Any]) -
         "base_accuracies": added.base,
         "unknown_answers": added.unknown,
         "unmeasured": added.unmeasured,
+        "undecided": added.undecided,
         "peak_memory_bytes": session.peak_memory(),
     }
 
@@ -81,6 +82,8 @@ def _show(session: StreamSession, added: Added) -> None:
         log(f"  {name}: {count} prompts go to experts whose answers to them are not known; they count as wrong")
     if added.unmeasured:
         log(f"  not measured, since the registry keeps no evaluation prompts of them: {', '.join(added.unmeasured)}")
+    if added.undecided:
+        log(f"  not measured, since the router chooses while it answers: {', '.join(added.undecided)}")
     name, number = added.version.name, added.version.version
     log(f"\nregistry   {name}/{number}, {added.version.tags.get('status', '')}")
     log(f"           pointsman registry diff {name}/{added.before.version} {name}/{number}")

@@ -32,4 +32,6 @@ def replace(
         terminal.log(f"{done.model} version {done.version}: version {done.before} with {expert}; {done.verdict}")
         if done.unmeasured:
             terminal.log(f"not measured, since the registry keeps no evaluation prompts: {', '.join(done.unmeasured)}")
+        if done.undecided:
+            terminal.log(f"not measured, since the router chooses while it answers: {', '.join(done.undecided)}")
         terminal.log(f"pointsman registry diff {done.model}/{done.before} {done.model}/{done.version}")

@@ -28,19 +28,22 @@ class RecordedEvaluation:
     """Accuracy of the frozen base alone, by task or base ability."""
     unknown: dict[str, int]
     """Prompts whose answer is not known and counts as wrong, where there are any."""
+    undecided: list[str]
+    """Those of which nothing can be said, since the router leaves the choice to the Linears."""
 
 
 def evaluate_recorded(pool: Pool, recorded: Mapping[str, EvaluatedPrompts]) -> RecordedEvaluation:
     """Evaluates a pool on recorded prompts by task or base ability; leaves out those whose choices its router leaves open."""
     usable = {name: prompts for name, prompts in recorded.items() if prompts.features_NF.shape[1] == pool.width}
     if not usable:
-        return RecordedEvaluation(Evaluation({}), {}, {})
+        return RecordedEvaluation(Evaluation({}), {}, {}, [])
     features = [torch.from_numpy(np.array(prompts.features_NF)) for prompts in usable.values()]
-    results, base, unknown = {}, {}, {}
+    results, base, unknown, undecided = {}, {}, {}, []
     for (name, prompts), chosen in zip(
         usable.items(), choices(routers_of(pool), "routed", list(usable), features), strict=True
     ):
         if (chosen == MIXED).any():
+            undecided.append(name)
             continue
         own = name if name in pool.names and name not in pool.retired else BASE
         experts = [BASE if c == NULL_EXPERT else pool.names[c] for c in chosen.tolist()]
@@ -54,7 +57,7 @@ def evaluate_recorded(pool: Pool, recorded: Mapping[str, EvaluatedPrompts]) -> R
         base[name] = TaskResult.of(_predictions(name, prompts, prompts.base_N.tolist(), [BASE] * len(chosen))).accuracy
         if missing := sum(map(math.isnan, scores)):
             unknown[name] = missing
-    return RecordedEvaluation(Evaluation(results), base, unknown)
+    return RecordedEvaluation(Evaluation(results), base, unknown, undecided)
 
 
 def _predictions(name: str, prompts: EvaluatedPrompts, scores: list[float], experts: list[str]) -> list[Prediction]:

@@ -40,7 +40,14 @@ from pipeline.registry.bases import base_folder
 from pipeline.registry.experts import card_of, reference_to
 from pipeline.registry.merging import merged, unseen_changes
 from pipeline.registry.promotion import REFUSED, deciding
-from pipeline.registry.successors import Registered, base_of, newest_with, open_pool, register_successor
+from pipeline.registry.successors import (
+    Registered,
+    base_of,
+    newest_with,
+    open_pool,
+    refused_between,
+    register_successor,
+)
 from pipeline.registry.versions import describe, get_version, logged_model, version_at
 from pipeline.routing.pool import Pool
 from pipeline.routing.store import ExpertReference
@@ -70,6 +77,8 @@ class Added:
     """Earlier prompts by task that an expert answers now whose answer nobody knows; they count as wrong."""
     unmeasured: list[str]
     """Earlier tasks whose evaluation prompts the registry does not keep."""
+    undecided: list[str]
+    """Earlier tasks and base abilities of which the router does not say who answers before an answer is made."""
 
 
 def stream_of(settings: AddConfig, before: Registered, uri: str) -> LearnConfig:
@@ -151,11 +160,14 @@ def add_task(session: StreamSession, start: ModelVersion, *, replaces: bool = Fa
     trained = trainings.expert(task)
     expert = registered_expert(session, task, trained)
     version, before = session.retry(
-        partial(_join, session, start, expert, replaces=replaces),
+        partial(join_pool, session, start, expert, replaces=replaces),
         f"registering {model}",
         kept="the expert is registered; nothing will be trained again",
     )
     session.progress.log(f"  {model} version {version.version}: version {before.version.version} with {task.name}")
+    left_out = session.retry(partial(refused_between, before.version, version), f"looking for versions of {model}")
+    for refused, status in left_out.items():
+        session.progress.log(f"  without version {refused}, which is not built upon: {status}")
     made = session.retry(partial(open_pool, version, session.experts), f"reading {model}")
     return _evaluated(session, made, before.version, expert, base)
 
@@ -183,7 +195,7 @@ def _check_same(session: StreamSession, version: ModelVersion, reference: Expert
     )
 
 
-def _join(
+def join_pool(
     session: StreamSession, start: ModelVersion, expert: RegisteredExpert, *, replaces: bool
 ) -> tuple[ModelVersion, Registered]:
     """Makes the pool's next version with the expert; returns it, and the version that it was made of."""
@@ -232,7 +244,7 @@ def _evaluated(
     catalog = Catalog(session, accuracies, digests)
     catalog.show(version, pool, evaluation, expert.version)
     catalog.close(version, pool, evaluation, {task.name: expert.version}, {task.name: expert.metrics})
-    unmeasured = [name for name in pool.names if name not in evaluation.results and name not in pool.retired]
+    known = {*evaluation.results, *earlier.undecided, *pool.retired}
     return Added(
         get_version(version.name, str(version.version)),
         before,
@@ -241,5 +253,6 @@ def _evaluated(
         evaluation,
         accuracies,
         earlier.unknown,
-        unmeasured,
+        [name for name in pool.names if name not in known],
+        earlier.undecided,
     )

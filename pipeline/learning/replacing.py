@@ -36,6 +36,8 @@ class Replaced:
     """Prompts by task that an expert answers now whose answer nobody knows; they count as wrong."""
     unmeasured: list[str]
     """Tasks whose evaluation prompts the registry does not keep."""
+    undecided: list[str]
+    """Tasks and base abilities of which the router does not say who answers before an answer is made."""
 
     def to_json(self) -> dict[str, Any]:
         """Returns the plain form."""
@@ -85,5 +87,6 @@ def replace_expert(before: ModelVersion, expert: ModelVersion, *, force: bool = 
             origin=Origin(command_line(), git_commit(), f"#/experiments/{experiment}/runs/{run_id}"),
         )
         describe(made, tags={}, description=description)
-    unmeasured = [name for name in pool.names if name not in recorded.evaluation.results and name not in pool.retired]
-    return Replaced(made.name, number(made), number(before), verdict, recorded.unknown, unmeasured)
+    known = {*recorded.evaluation.results, *recorded.undecided, *pool.retired}
+    unmeasured = [name for name in pool.names if name not in known]
+    return Replaced(made.name, number(made), number(before), verdict, recorded.unknown, unmeasured, recorded.undecided)

@@ -19,7 +19,7 @@ from mlflow.entities.model_registry import ModelVersion
 from pipeline.locks import file_lock
 from pipeline.registry.addresses import database_path
 from pipeline.registry.base_prompts import BASE_PROMPTS, base_prompts_damage
-from pipeline.registry.contents import POOL_FOLDER, contains, experts_of
+from pipeline.registry.contents import POOL_FOLDER, contains, experts_of, places_of
 from pipeline.registry.databases import database_lock, is_database
 from pipeline.registry.retries import RegistryError
 from pipeline.registry.scores import Score, base_kept, scores_of
@@ -111,7 +111,7 @@ def decide(version: ModelVersion, scores: Sequence[Score], *, gate: bool, tolera
     """Promotes a version that the gate lets pass (see `reason_against`), and notes on it if it does not.
 
     What has been decided already stays: a version that is champion, was champion, or is a part of the champion. Without a
-    `gate` it is left to `pointsman registry promote`.
+    `gate`, and where a task of the champion was not measured, it is left to `pointsman registry promote`.
     """
     with deciding(version.name):
         now = champion(version.name)
@@ -122,14 +122,27 @@ def decide(version: ModelVersion, scores: Sequence[Score], *, gate: bool, tolera
             return Verdict(f"{status}, and no champion any more")  # someone has rolled back
         if now is not None and number(now) > number(version) and contains(now, version):
             return Verdict(f"part of version {now.version}, the champion")  # others have added to it meanwhile
+        command = f"`pointsman registry promote {version.name} {version.version}`"
         if not gate:
-            return Verdict(f"by hand: `pointsman registry promote {version.name} {version.version}`")
-        reason = reason_against(scores, scores_of(now) if now else (), tolerance=tolerance)
+            return Verdict(f"by hand: {command}")
+        before = scores_of(now) if now else []
+        unmeasured = _unmeasured(version, scores, before)
+        reason = reason_against(scores, [s for s in before if s.dataset not in unmeasured], tolerance=tolerance)
+        if reason is None and unmeasured:
+            return Verdict(f"by hand, since its accuracy on {_listed(unmeasured)} is not known: {command}")
         if reason is None:
             promote(version.name, str(version.version))
             return Verdict("promoted by the gate" + (f", after version {now.version}" if now else ""))
     describe(version, tags={"status": f"{REFUSED}: {reason}"[:100]})
     return Verdict(f"refused by the gate: {reason}", reason)
+
+
+def _unmeasured(version: ModelVersion, scores: Sequence[Score], champion: Sequence[Score]) -> list[str]:
+    """Returns the champion's tasks for which a version has experts in use, but no scores."""
+    measured = {score.dataset for score in scores}
+    missing = [score.dataset for score in champion if not score.ability and score.dataset not in measured]
+    places = places_of(version) if missing else {}
+    return [name for name in missing if name in places and not places[name].retired]
 
 
 @contextmanager

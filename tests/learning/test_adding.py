@@ -54,7 +54,7 @@ def join(
         monkeypatch.setattr(adding, "register_successor", seen_late)
         try:
             settings = {"replaces": False} | more
-            made, _ = adding._join(session, start, RegisteredExpert(expert, version, {}), **settings)
+            made, _ = adding.join_pool(session, start, RegisteredExpert(expert, version, {}), **settings)
         finally:
             monkeypatch.setattr(adding, "register_successor", register)
         return made

@@ -14,7 +14,7 @@ from pipeline.learning.replacing import replace_expert
 from pipeline.registry.evaluated_prompts import EvaluatedPrompts, has_prompts, keep_prompts, kept_prompts
 from pipeline.registry.experts import card_of, register_expert, registered_experts
 from pipeline.registry.pools import register_pool
-from pipeline.registry.promotion import promote
+from pipeline.registry.promotion import decide, promote
 from pipeline.registry.retries import RegistryError
 from pipeline.registry.scores import Score, log_scores
 from pipeline.registry.strays import Moved, RoutedPrompt, Strays, keep_strays, moved_prompts, strays_of
@@ -22,6 +22,7 @@ from pipeline.registry.successors import (
     base_of,
     newest_with,
     open_pool,
+    refused_between,
     register_successor,
     replacement,
     retire_expert,
@@ -155,7 +156,30 @@ def test_a_pool_is_measured_on_kept_prompts(
     assert with_clock.evaluation.accuracies()["digits"] == pytest.approx((1.0 + 0.5) / 3)
     assert [s.expert for s in with_clock.evaluation.results["digits"].strays] == ["clock"]
     token = evaluate_recorded(open_pool(made).pool.routed_by(kind="token"), {"digits": kept["digits"].prompts})
+    assert token.undecided == ["digits"]
     assert token.evaluation.results == {}, "where Linears choose nothing can be said"
+
+
+def test_what_cannot_be_measured_is_left_to_people(
+    start: ModelVersion, extend: Callable[..., ModelVersion], experiment: str
+) -> None:
+    """As where Linears choose: it is not refused, so the next addition goes on from it."""
+    with tracked_run(experiment, "demo", "run") as run:
+        log_scores(run, start, [Score("digits", "d", 0.8, 0.1)])
+    promote(POOL, 1)
+    made, alone = extend(start, "clock"), [Score("clock", "c", 0.9, 0.0)]
+    verdict = decide(made, alone, gate=True, tolerance=0.02)
+    assert verdict.reason is None
+    assert verdict.text == (
+        "by hand, since its accuracy on digits is not known: `pointsman registry promote untrained.pool.demo 2`"
+    )
+    assert number(newest_with(start)) == 2
+    with tracked_run(experiment, "retire", "retire"):
+        retired = retire_expert(made, "digits")
+    assert decide(retired, alone, gate=True, tolerance=0.02).reason == "lacks digits of the champion"
+    fourth = extend(made, "later")
+    assert refused_between(made, fourth) == {3: "refused: lacks digits of the champion"}
+    assert refused_between(start, made) == {}
 
 
 def test_a_mistyped_replacement_leaves_no_run(start: ModelVersion, experiment: str) -> None:
