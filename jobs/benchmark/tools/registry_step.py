@@ -12,26 +12,28 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-import numpy as np
 from mlflow import MlflowClient
+from mlflow.entities.model_registry import ModelVersion
 
+from jobs.benchmark.tools.ended_session import ended_session, tell
 from jobs.benchmark.tools.synthetic_experts import BASE, synthetic_expert, synthetic_null
 from pipeline.config import RouterConfig
+from pipeline.learning.adding import join_pool
+from pipeline.learning.registering import RegisteredExpert, register_trained
 from pipeline.learning.replacing import replace_expert
 from pipeline.models.checkpoints import checkpoint, fingerprint
 from pipeline.registry import migration, promotion
 from pipeline.registry.browsing import meant
 from pipeline.registry.contents import experts_of
-from pipeline.registry.evaluated_prompts import EvaluatedPrompts, has_prompts, keep_prompts
-from pipeline.registry.experts import register_expert
+from pipeline.registry.experts import register_expert, registered_experts
 from pipeline.registry.names import pool_name
 from pipeline.registry.pools import register_pool
-from pipeline.registry.scores import Score, log_scores, scores_of, tags_of
-from pipeline.registry.strays import RoutedPrompt, Strays, keep_strays, strays_of
-from pipeline.registry.successors import newest_with, open_pool, register_successor, retire_expert
+from pipeline.registry.scores import Score, log_scores, tags_of
+from pipeline.registry.successors import open_pool, register_successor, retire_expert
 from pipeline.registry.tracking import open_tracking, tracked_run
-from pipeline.registry.versions import describe, version_at
-from pipeline.routing import Pool
+from pipeline.registry.versions import describe, version_at, versions_of
+from pipeline.routing import Expert, Pool
+from pipeline.routing.store import ExpertReference, StoredExpert
 
 DIED = 9
 
@@ -39,7 +41,7 @@ WRITING = (
     "create_logged_model", "log_model_artifacts", "finalize_logged_model", "log_outputs", "log_inputs", "log_batch",
     "log_model_params", "create_registered_model", "create_model_version", "update_model_version", "set_logged_model_tags",
     "set_model_version_tag", "set_registered_model_tag", "set_registered_model_alias", "delete_model_version",
-    "delete_logged_model",
+    "delete_logged_model", "delete_logged_model_tag",
 )  # fmt: skip
 """Calls of MLflow's client that change the registry."""
 
@@ -81,25 +83,43 @@ def rollback(run_id: str) -> None:
 
 
 def add(run_id: str) -> None:
-    """Adds a third expert to the second pool, with its evaluation prompts, and lets the gate decide."""
-    before = open_pool(newest_with(version_at(f"models:/{POOL}/2")))
-    expert = synthetic_expert("third", 3, before.pool.base_fingerprint)
+    """Adds a third expert to the pool in use as `pointsman add` and `registry import` do, and lets the gate decide."""
+    _add(run_id, "third", 3, meant(POOL))
+
+
+def add_meanwhile(run_id: str) -> None:
+    """Adds a fourth expert to the pool without the third, as one does who has read the pool before that was there."""
+    before = open_pool(version_at(f"models:/{POOL}/3"))
+    expert = synthetic_expert("fourth", 4, before.pool.base_fingerprint)
+    version = _registered(run_id, expert)
+    register_successor(
+        before, before.pool.add(expert), ["added", "fourth", expert.card.config_digest], experts=[version]
+    )
+    _add(run_id, "fourth", 4, before.version)
+    newest = versions_of(POOL)[0]
+    assert {"third", "fourth"} < experts_of(newest).keys(), "both are in the newest"
+
+
+def _add(run_id: str, task: str, seed: int, start: ModelVersion) -> None:
+    expert = synthetic_expert(task, seed, fingerprint(checkpoint(BASE)))
+    version, store = _registered(run_id, expert), registered_experts()
+    session = _session(run_id, expert)
+    stored = StoredExpert(ExpertReference.of(store.put(expert)), store)
+    registered = RegisteredExpert(stored.registered_as(version.name, int(version.version)), version, {})
+    made, _ = join_pool(session, start, registered, replaces=False)
+    tell(session, made, open_pool(made).pool, version)
+
+
+def _registered(run_id: str, expert: Expert) -> ModelVersion:
+    (task,) = _session(run_id, expert).config.stream.tasks
     with TemporaryDirectory() as scratch:
-        version = register_expert(BASE.label, expert.save(Path(scratch) / "third"))
-    if "third" in before.pool.names:
-        made = before.version
-    else:
-        made = register_successor(before, before.pool.add(expert), ["added", "third"], experts=[version])
-    if not has_prompts(version, "d"):
-        features_NF = np.zeros((4, before.pool.width or 0), np.float32)
-        rows = [f"row {number}" for number in range(4)]
-        keep_prompts(version, "d", EvaluatedPrompts(rows, rows, [""] * 4, features_NF, np.ones(4), np.zeros(4)))
-    scores = [*scores_of(version_at(f"models:/{POOL}/2")), Score("third", "d", 0.9, 0.1)]
-    log_scores(run_id, made, scores)
-    if strays_of(made) is None:
-        keep_strays(made, {"third": Strays("d", "third", [RoutedPrompt("row 1", "row 1", "first")])})
-    describe(made, tags=tags_of(scores), description="measured")
-    promotion.decide(made, scores, gate=True, tolerance=0.02)
+        folder = expert.save(Path(scratch) / task.name)
+        return register_trained(_session(run_id, expert), task, expert.card, folder, {"rows": 1000})
+
+
+def _session(run_id: str, expert: Expert) -> Any:
+    experiment = MlflowClient().get_run(run_id).info.experiment_id
+    return ended_session(expert.card.task, expert.card.config_digest, "faults", experiment, run_id)
 
 
 def replace(experiment: str) -> None:
@@ -129,7 +149,7 @@ def _in_run(step: Callable[[str], None]) -> Callable[[str], None]:
 
 STEPS: dict[str, Callable[[str], None]] = {
     step.__name__: step if step is replace else _in_run(step)
-    for step in (register, promote, rollback, retire, add, replace, migrate)
+    for step in (register, promote, rollback, retire, add, add_meanwhile, replace, migrate)
 }
 """Each takes the id of MLflow's experiment."""
 
