@@ -6,12 +6,14 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from pipeline.config import PredictConfig, without_secrets
+from pipeline.config import PredictConfig, SourceConfig, is_address, without_secrets
+from pipeline.data.sources.files import matches, split_glob
 from pipeline.data.sources.reader import fingerprint
 from pipeline.errors import stored_file
 from pipeline.files import write_json
 from pipeline.locks import LockedError, file_lock
 from pipeline.prediction.errors import PredictError
+from pipeline.prediction.parts import Parts
 from pipeline.prediction.pool_source import PoolSource
 
 IDENTITY = "predict.json"
@@ -36,6 +38,22 @@ def identity_of(config: PredictConfig, pool: PoolSource, folder: Path) -> dict[s
         "rows_per_part": config.rows_per_part,
     }
     return dict(json.loads(json.dumps(identity)))
+
+
+def check_apart(source: SourceConfig, folder: Path) -> None:
+    """Raises PredictError where the files of answers would be read as rows when the same command goes on."""
+    base, pattern = split_glob(source.path)
+    if is_address(base) or not Path(base).is_dir() or not folder.is_relative_to(Path(base).resolve()):
+        return
+    inside = folder.relative_to(Path(base).resolve()).parts
+    written = (Parts(folder).file(0).name,), ("quarantine", Parts(folder).quarantine(0).name), (IDENTITY,)
+    if any(matches(pattern, [*inside, *names]) for names in written) and not any(
+        part.startswith((".", "_")) for part in inside
+    ):
+        raise PredictError(
+            f"OUT: {folder} lies among the rows ({source.path}), so that answers would be read as rows next time; choose a "
+            "folder elsewhere"
+        )
 
 
 def claim(folder: Path, identity: dict[str, Any], *, begun: bool) -> None:

@@ -6,6 +6,7 @@ own metadata, so going on reads one file, however many there are.
 """
 
 import json
+import re
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
@@ -20,6 +21,7 @@ from pipeline.data.sources.raw_row import NUMBER
 from pipeline.errors import stored_file
 from pipeline.evaluation.tables import write_table
 from pipeline.files import atomic_file
+from pipeline.prediction.errors import PredictError
 
 REMEDY = "delete this file, and its rows are answered again"
 """Remedy for a damaged part."""
@@ -84,8 +86,11 @@ class Parts:
         return self.folder / "quarantine" / f"part-{part:06d}.jsonl"
 
     def done(self) -> set[int]:
-        """Returns the numbers of the parts that are there."""
-        return {int(file.stem.removeprefix("part-")) for file in self.folder.glob("part-*.parquet")}
+        """Returns the numbers of the parts that are there; raises PredictError where others have files of such names there."""
+        files = {file: re.fullmatch(r"part-(\d{6,})", file.stem) for file in self.folder.glob("part-*.parquet")}
+        if others := sorted(file.name for file, match in files.items() if match is None):
+            raise PredictError(f"{self.folder}: {others[0]} is none of its answers; choose another folder")
+        return {int(match[1]) for match in files.values() if match is not None}
 
     def end(self, part: int) -> End:
         """Returns where a part ends; raises StoredFileError where it is damaged."""

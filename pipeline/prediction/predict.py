@@ -32,7 +32,7 @@ from pipeline.models.checkpoints import checkpoint, fingerprint
 from pipeline.models.inference import InferenceWorkers
 from pipeline.prediction.errors import PredictError
 from pipeline.prediction.figures import check_bad_share, figures, is_complete
-from pipeline.prediction.identity import DEMO, alone_in, claim, identity_of
+from pipeline.prediction.identity import DEMO, alone_in, check_apart, claim, identity_of
 from pipeline.prediction.pages import cut, page_lengths, tags
 from pipeline.prediction.parts import Parts
 from pipeline.prediction.pool_source import PoolSource, check_base
@@ -53,11 +53,13 @@ class RowProgress(Protocol):
 def predict(config: PredictConfig, pool: PoolSource, folder: Path, progress: RowProgress) -> dict[str, Any]:
     """Answers the rows into `folder`, or those that are not answered there yet; returns the summary.
 
-    Needs a Ray that is joined. Raises PredictError where the folder holds other answers or another process fills it, where
-    none of the first rows can be used, or, when all is written, where more were set aside than `data` allows.
+    Needs a Ray that is joined. Raises PredictError where the folder holds other answers, or lies among the rows, or another
+    process fills it, where none of the first rows can be used, or, when all is written, where more were set aside than `data`
+    allows.
     """
     started, began = now(), monotonic()
     file, parts = folder / SUMMARY, Parts(folder)
+    check_apart(config.source, folder)
     with alone_in(folder):
         claim(folder, identity_of(config, pool, folder), begun=bool(parts.done()) or file.exists())
         if file.exists() and not is_complete(parts, read_summary(file)):
