@@ -75,6 +75,12 @@ def foreign_adapter(folder: str | Path, linears: BaseLinears) -> ForeignAdapter:
     scalings = [adapter.scaling for adapter in read.values()]
     scaling = max(sorted(set(scalings)), key=scalings.count)
     canonical = {path: padded(_rescaled(adapter, scaling), rank) for path, adapter in read.items()}
+    for path, adapter in canonical.items():
+        if not torch.isfinite(adapter.b_OR * scaling).all():
+            raise ForeignAdapterError(
+                f"{config.file}: lora_alpha, or alpha_pattern, makes the update of {path} larger than float32 holds; correct "
+                f"it, or {COPY}"
+            )
     return ForeignAdapter(
         canonical, rank, scaling * rank, f"{folder.absolute().name} (base {config.base_name or 'not named'})"
     )

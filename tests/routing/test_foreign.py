@@ -171,6 +171,8 @@ BAD_FIELDS: list[tuple[dict[str, Any], str]] = [
     ({"r": "4"}, r"r is '4', expected"),
     ({"lora_alpha": float("nan")}, r"lora_alpha is nan, expected a number above 0"),
     ({"lora_alpha": None}, r"lora_alpha is None, expected"),
+    ({"lora_alpha": 10**400}, r"lora_alpha is 1000.*expected a number above 0"),
+    ({"lora_alpha": 1e300}, r"lora_alpha, or alpha_pattern, makes the update of .* larger than float32 holds"),
     ({"rank_pattern": ["q_proj"]}, r"rank_pattern is \['q_proj'\], expected an object"),
     ({"rank_pattern": {"(a+)+b": 4}}, r"rank_pattern: '\(a\+\)\+b' is a regular expression; write the Linears' names"),
     ({"rank_pattern": {"q_proj": 2}}, r"q_proj.lora_A.weight' has rank 4, and adapter_config.json says 2"),
