@@ -95,7 +95,13 @@ def diff(before: Version, after: Version, json: Json = False, registry_uri: Regi
         terminal.log(f"{len(found.scores) - len(changed)} of {len(found.scores)} accuracies are equal")
         if found.incomparable:
             terminal.log(f"other evaluation prompts, so not to be compared: {', '.join(found.incomparable)}")
-        for what, names in (("added", found.added), ("removed", found.removed), ("retired", found.retired)):
+        changes = {
+            "added": found.added,
+            "removed": found.removed,
+            "retired": found.retired,
+            "in use again": found.restored,
+        }
+        for what, names in changes.items():
             if names:
                 terminal.log(f"experts {what}: {', '.join(names)}")
         for name, (old, new) in found.replaced.items():

@@ -36,7 +36,8 @@ def retire(
                 in_use = promotion.champion(name)
                 if in_use is None or int(in_use.version) in (int(before.version), int(now.version)):
                     break
-                terminal.log(f"version {in_use.version} has become champion meanwhile: once more, from that")
+                if not json:
+                    terminal.log(f"version {in_use.version} has become champion meanwhile: once more, from that")
             if in_use is not None:
                 promotion.promote(name, str(now.version))
         if json:

@@ -89,6 +89,8 @@ class Difference:
     """Experts that both have in other versions: before and after."""
     retired: list[str]
     """Experts that answered before and do not after."""
+    restored: list[str]
+    """Experts that were retired before and answer after."""
     moved: list[Moved] | None
     """Evaluation prompts that change hands; None where one of the two has not noted who answered them."""
 
@@ -186,6 +188,7 @@ def difference(before: ModelVersion, after: ModelVersion) -> Difference:
     rows = [(n, _accuracy(first.get(n)), _accuracy(second.get(n))) for n in names]
     rows.sort(key=lambda row: row[1] == row[2])
     old, new = experts_of(before), experts_of(after)
+    idle, idle_after = retired_of(before), retired_of(after)
     routed = strays_of(before), strays_of(after)
     return Difference(
         f"{before.name}/{before.version}",
@@ -195,7 +198,8 @@ def difference(before: ModelVersion, after: ModelVersion) -> Difference:
         added=[name for name in new if name not in old],
         removed=[name for name in old if name not in new],
         replaced={name: (old[name], new[name]) for name in new if name in old and old[name] != new[name]},
-        retired=[name for name in retired_of(after) if name not in retired_of(before)],
+        retired=[name for name in idle_after if name not in idle],
+        restored=[name for name in idle if name in new and name not in idle_after],
         moved=None if routed[0] is None or routed[1] is None else moved_prompts(routed[0], routed[1]),
     )
 

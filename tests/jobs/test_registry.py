@@ -120,6 +120,7 @@ def test_an_expert_retires(uri: str) -> None:
     assert version["tags"]["status"].startswith("promoted ")
     assert version["retired"] == ["digits"]
     assert read(uri, "diff", f"{model}/2", f"{model}/3")["retired"] == ["digits"]
+    assert "experts in use again: digits" in pointsman("diff", f"{model}/3", f"{model}/2", "--registry", uri).output
     assert [score["dataset"] for score in version["scores"]] == ["shape"]
     assert "**Retired:** digits; the base answers in their place." in version["description"]
     loaded = mlflow.pyfunc.load_model(f"models:/{model}@champion").unwrap_python_model().routed
