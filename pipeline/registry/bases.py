@@ -22,7 +22,7 @@ from pipeline.files import current_folder, replace_folder
 from pipeline.locks import staging
 from pipeline.models import checkpoints
 from pipeline.models.checkpoints import BaseError, checkpoint, code_digest, files_of, fingerprint, hub_id
-from pipeline.registry.names import base_name
+from pipeline.registry.names import base_name, read_name
 from pipeline.registry.retries import RegistryError, reason_of, shown_uri
 from pipeline.registry.tracking import active_run
 from pipeline.registry.versions import DIGEST, create_version, find_version, log_folder, logged_model, versions_of
@@ -92,8 +92,9 @@ def find_base(base_label: str, base_fingerprint: str) -> ModelVersion:
 
 def public_name(version: ModelVersion) -> str:
     """Returns what others call a registered base: its hub id, or the name that it was given, never a path of some machine."""
-    params = logged_model(version).params
-    return hub_id(params["path"]) or str(params["base"])
+    named = read_name(version.name)
+    assert named is not None, "callers have found it as a base"
+    return hub_id(logged_model(version).params["path"]) or named.base
 
 
 def download_base_files(version: ModelVersion, patterns: Sequence[str], into: Path) -> list[Path]:

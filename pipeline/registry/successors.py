@@ -12,11 +12,13 @@ from typing import Any, NamedTuple
 from mlflow.entities.model_registry import ModelVersion
 
 from pipeline.config import digest
+from pipeline.registry.bases import find_base
 from pipeline.registry.claims import take_up
 from pipeline.registry.contents import experts_of, places_of
 from pipeline.registry.evaluated_prompts import EvaluatedPrompts, kept_prompts
 from pipeline.registry.experts import reference_to, registered_experts
 from pipeline.registry.loading import fetched_pool
+from pipeline.registry.migration import FORMER_DIGEST
 from pipeline.registry.names import base_name, read_name
 from pipeline.registry.pools import create_pool_version, find_pool, served_settings
 from pipeline.registry.promotion import PROMOTED, REFUSED, champion
@@ -100,9 +102,12 @@ def _first_kept(version: ModelVersion, scores: Sequence[Score]) -> Evaluated | N
 
 
 def base_of(version: ModelVersion) -> ModelVersion:
-    """Returns the registered base of a pool's version."""
-    params = logged_model(version).params
-    return get_version(base_name(params["base"]), params["base_version"])
+    """Returns the registered base of a pool's version; one of an earlier release is found by its fingerprint."""
+    params, named = logged_model(version).params, read_name(version.name)
+    if "base" in params:
+        return get_version(base_name(params["base"]), params["base_version"])
+    assert named is not None, "callers have opened it"
+    return find_base(named.base, params["base_fingerprint"])
 
 
 def open_pool(version: ModelVersion, store: ExpertStore | None = None) -> Registered:
@@ -112,16 +117,20 @@ def open_pool(version: ModelVersion, store: ExpertStore | None = None) -> Regist
     """
     named, model, address = read_name(version.name), logged_model(version), f"{version.name}/{version.version}"
     if named is None or named.kind != "pool" or DIGEST not in model.params:
-        raise RegistryError(f"{address} is no pool of this project")
+        former = FORMER_DIGEST in version.tags
+        raise RegistryError(
+            f"{address} is of an earlier release: `pointsman registry migrate` gives it a name by which it can be used"
+            if former
+            else f"{address} is no pool of this project"
+        )
     pool = fetched_pool(f"{MODELS}{address}", store)
     if own := [reference.name for reference in pool.card.experts if reference.version is None]:
         raise RegistryError(
             f"{address} holds {own[0]} itself, as earlier releases wrote it: run its `pointsman learn` again, which "
             "registers it anew"
         )
-    return Registered(
-        version, pool, named.name, model.params[DIGEST], served_settings(version), model.params["base_version"]
-    )
+    base_version = model.params["base_version"] if "base" in model.params else str(base_of(version).version)
+    return Registered(version, pool, named.name, model.params[DIGEST], served_settings(version), base_version)
 
 
 def register_successor(
