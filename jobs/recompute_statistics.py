@@ -17,6 +17,7 @@ from jobs.lazy import run_alone
 from jobs.options import ConfigFile, Overrides, check_output, job_command, load
 from jobs.submit_options import Address, SubmittableCommand
 from jobs.terminal import Terminal
+from pipeline.config import ConfigError, is_address, without_secrets
 
 PoolAddress = Annotated[
     str | None,
@@ -52,6 +53,11 @@ def main(
     """
     with user_errors():
         settings = load(config, overrides)
+        if pool is not None and is_address(pool):
+            raise ConfigError(
+                f"--pool {without_secrets(pool)}: name the run's own pool by leaving --pool out, a registered one as "
+                "models:/<base>.pool.<name>/<version>, or copy this one into a folder"
+            )
         if address:
             options = [*(["--pool", pool] if pool else []), *(["--skip-missing"] if skip_missing else [])]
             job_command("jobs.recompute_statistics", config, overrides, address, *options)

@@ -15,12 +15,15 @@ from jobs.endings import user_errors
 from jobs.lazy import run_alone
 from jobs.submissions.listing import jobs_table
 from jobs.terminal import Terminal, table
-from pipeline.config import is_address, without_secrets
-from pipeline.config.learning import output_place
-from pipeline.learning.run_status import RunStatus, runs_at, runs_below
+from pipeline.config import ConfigError, is_address, output_place, without_secrets
+from pipeline.learning.run_status import SUMMARY, RunStatus, runs_at, runs_below
 
 if TYPE_CHECKING:
     from cluster.client import Job
+    from pipeline.storage.remote import RemoteFolder
+
+SWEEPS = "sweeps"
+"""Folder of a run's sweeps, below its own."""
 
 ADDRESS_VARIABLES = ("RAY_API_SERVER_ADDRESS", "RAY_ADDRESS")
 
@@ -59,8 +62,11 @@ def main(
     """Show runs, sweeps and submitted jobs, running and past, with their progress and where to look."""
     with user_errors():
         places = output or ["runs", str(Path.home() / "pointsman" / "runs")]
-        runs = [run for place in places for run in _runs_of(place)]
-        sweeps = [sweep for run in runs if not is_address(run.folder) for sweep in _sweeps_of(run)]
+        runs, sweeps = list[RunStatus](), list[SweepStatus]()
+        for place in places:
+            its_runs, its_sweeps = _found_at(place)
+            runs += its_runs
+            sweeps += its_sweeps
         address, jobs, progress = _jobs(address)
         if json:
             found: dict[str, Any] = {
@@ -87,31 +93,50 @@ def main(
             terminal.show(jobs_table(jobs, address or "", progress))
 
 
-def _runs_of(place: str) -> list[RunStatus]:
-    if not is_address(place := output_place(place)):
-        return runs_below(Path(place))
+def _found_at(place: str) -> tuple[list[RunStatus], list[SweepStatus]]:
+    """Returns the runs in a folder or at an address, and their sweeps."""
+    try:
+        place = output_place(place)
+    except ValueError as error:
+        raise ConfigError(f"--output {without_secrets(place)}: {error}") from None
+    if not is_address(place):
+        runs = runs_below(Path(place))
+        return runs, [sweep for run in runs for sweep in _sweeps_below(run.name, Path(run.folder) / SWEEPS)]
     from pipeline.storage.remote import RemoteFolder  # with pyarrow
 
-    return runs_at(RemoteFolder(place))
+    output = RemoteFolder(place)
+    runs = runs_at(output)
+    return runs, [sweep for run in runs for sweep in _sweeps_at(run.name, output / run.name / SWEEPS)]
 
 
 def _since(run: RunStatus) -> str:
     return (run.updated or "").replace("+00:00", "Z")
 
 
-def _sweeps_of(run: RunStatus) -> list[SweepStatus]:
-    """Returns the sweeps below a run's folder."""
+def _sweeps_below(run: str, sweeps: Path) -> list[SweepStatus]:
     found = []
-    for folder in sorted((Path(run.folder) / "sweeps").glob("*/")):
-        summary, trials = folder / "summary.json", None
-        if summary.exists():
-            try:
-                trials = len(json_text.loads(summary.read_text())["trials"])
-            except (OSError, ValueError, LookupError, TypeError):  # damaged: that it is there is all that is known
-                trials = None
-        state = "finished" if summary.exists() else "begun"
-        found.append(SweepStatus(run.name, folder.name, state, trials, str(summary if summary.exists() else folder)))
+    for folder in sorted(sweeps.glob("*/")):
+        try:
+            summary = (folder / SUMMARY).read_bytes()
+        except OSError:  # not finished
+            summary = None
+        found.append(_sweep(run, folder.name, folder, summary))
     return found
+
+
+def _sweeps_at(run: str, sweeps: "RemoteFolder") -> list[SweepStatus]:
+    folders = {name: sweeps / name for name in sweeps.folders()}
+    return [_sweep(run, name, folder, folder.read(SUMMARY)) for name, folder in folders.items()]
+
+
+def _sweep(run: str, name: str, folder: "Path | RemoteFolder", summary: bytes | None) -> SweepStatus:
+    if summary is None:
+        return SweepStatus(run, name, "begun", None, str(folder))
+    try:
+        trials = len(json_text.loads(summary)["trials"])
+    except (ValueError, LookupError, TypeError):  # damaged: that it is there is all that is known
+        trials = None
+    return SweepStatus(run, name, "finished", trials, str(folder / SUMMARY))
 
 
 def _jobs(address: str | None) -> "tuple[str | None, list[Job] | None, dict[str, str]]":

@@ -5,6 +5,7 @@ messages show.
 """
 
 from pipeline.config.adding import AddConfig
+from pipeline.config.addresses import address_fault, is_address, output_place
 from pipeline.config.core import Config, ConfigError, digest, holds_secrets, without_secrets
 from pipeline.config.learning import (
     BaseModelConfig,
@@ -16,7 +17,6 @@ from pipeline.config.learning import (
     RegistryConfig,
     RouterConfig,
     TrainingConfig,
-    is_address,
 )
 from pipeline.config.loading import fields_of, load_config, read_values
 from pipeline.config.paths import with_paths
@@ -52,12 +52,14 @@ __all__ = [
     "StreamConfig",
     "TaskConfig",
     "TrainingConfig",
+    "address_fault",
     "digest",
     "fields_of",
     "load_config",
     "read_values",
     "holds_secrets",
     "is_address",
+    "output_place",
     "with_paths",
     "without_secrets",
 ]

@@ -4,6 +4,7 @@ from typing import Annotated
 
 from pydantic import AfterValidator, model_validator
 
+from pipeline.config.addresses import output_place
 from pipeline.config.core import RUN_NAME, Config
 from pipeline.config.learning import (
     BaseModelConfig,
@@ -13,7 +14,6 @@ from pipeline.config.learning import (
     RouterConfig,
     TrainingConfig,
     no_shared_folder,
-    output_place,
 )
 from pipeline.config.tasks import DataConfig, TaskConfig
 

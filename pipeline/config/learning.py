@@ -1,15 +1,14 @@
 """Settings of learning: base, both stages, hardware, evaluation and registry; `LearnConfig` holds all of them."""
 
-import difflib
 import re
 from pathlib import Path
 from typing import Annotated, Literal
 
 from pydantic import AfterValidator, ByteSize, Field, model_validator
 
-from pipeline.config.core import RUN_NAME, Config, digest, spelled, without_secrets
+from pipeline.config.addresses import is_address, output_place, working_folder
+from pipeline.config.core import RUN_NAME, Config, spelled, without_secrets
 from pipeline.config.tasks import DataConfig, StreamConfig
-from pipeline.files import user_cache
 
 
 def _here(path: str) -> str:
@@ -23,45 +22,6 @@ PlacementStrategy = Literal["PACK", "SPREAD", "STRICT_PACK", "STRICT_SPREAD"]
 
 SHARED_FOLDERS = ("data", "experts")
 """Folders below `output` that belong to no single run: rows and answers, and the experts that pools refer to."""
-
-
-_NATIVE = {"s3", "gs", "gcs", "abfs", "abfss", "hdfs", "viewfs", "local"}
-"""Kinds of addresses that pyarrow reaches by itself; fsspec knows others."""
-
-
-def is_address(place: str) -> bool:
-    """Whether results go to an address (s3://, gs://), not to a folder."""
-    return "://" in place
-
-
-def output_place(place: str) -> str:
-    """Returns the path of a folder, or an address; refuses an address of a kind that nobody knows."""
-    scheme, separator, rest = place.partition("://")
-    if not separator:
-        return str(Path(place).expanduser()) if place.startswith("~") else place
-    if scheme == "file":
-        if not rest.startswith("/"):
-            raise ValueError("write file:///folder, with three slashes, or the folder alone")
-        return rest
-    if scheme not in _NATIVE:
-        from fsspec.registry import known_implementations, registry
-
-        if scheme not in {*known_implementations, *registry}:
-            near = difflib.get_close_matches(
-                scheme, [*sorted(_NATIVE), *sorted(known_implementations)], n=1, cutoff=0.5
-            )
-            hint = f"; did you mean {near[0]}://?" if near else ""
-            raise ValueError(f"nobody knows {scheme}:// (s3://, gs:// and what pyarrow and fsspec reach){hint}")
-    if not rest.partition("?")[0].strip("/"):
-        raise ValueError(f"name a place there, like {scheme}://bucket/runs")
-    return place
-
-
-def working_folder(address: str) -> Path:
-    """Returns the folder of this machine in which the results at an address are made: a copy that can be fetched again."""
-    plain = without_secrets(address).rstrip("/")
-    name = re.sub(r"[^A-Za-z0-9]+", "-", plain.partition("://")[2])[-40:].strip("-")
-    return user_cache("outputs") / f"{name}-{digest(plain)}"
 
 
 def no_shared_folder(name: str) -> str:

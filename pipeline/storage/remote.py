@@ -17,7 +17,7 @@ from uuid import uuid4
 import pyarrow as pa
 import pyarrow.fs as fs
 
-from pipeline.config import without_secrets
+from pipeline.config import address_fault, without_secrets
 from pipeline.errors import UserError
 from pipeline.files import atomic_file
 
@@ -33,6 +33,7 @@ _PATIENCE = 60
 _CHUNK = 4 << 20
 
 _REMEDIES = (
+    (("unexpected query parameter",), "it has an option that such storage does not know", "correct it, or leave it out"),
     (("no_such_bucket", "nosuchbucket", "bucket does not exist"), "there is no such bucket", "make it, or correct its name"),
     (
         ("could not resolve credentials", "no credentials", "unable to locate credentials", "nocredentials",
@@ -52,6 +53,11 @@ _REMEDIES = (
         "this may not be done there",
         "are there credentials here (AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE), and may they list, read, "
         "write and delete there?",
+    ),
+    (
+        ("slow_down", "slowdown", "throttl", "too many requests", "service_unavailable", "service unavailable"),
+        "it is asked too much at the moment",
+        "the same command goes on later",
     ),
     (
         ("network_connection", "couldn't connect", "could not connect", "timeout", "timed out", "curlcode", "resolve host"),
@@ -84,6 +90,10 @@ def _explained(uri: str, error: BaseException) -> StorageError:
     shown, reason = without_secrets(uri), next(iter(str(error).strip().splitlines()), "") or type(error).__name__
     if isinstance(error, ImportError):
         return StorageError(f"{shown}: the package for this kind of storage is not installed: {reason}")
+    if isinstance(error, NotImplementedError):
+        return StorageError(
+            f"{shown}: this kind of storage cannot do what is needed of it; choose another one ({reason})"
+        )
     text = f"{type(error).__name__} {error}".lower()
     for marks, meaning, remedy in _REMEDIES:
         if any(mark in text for mark in marks):
@@ -129,10 +139,17 @@ def joined(uri: str, name: str) -> str:
 
 @dataclass(frozen=True)
 class RemoteFolder:
-    """A folder at an address. Names are relative to it, with `/`; folders are there if they hold a file."""
+    """A folder at an address. Names are relative to it, with `/`; folders are there if they hold a file.
+
+    Raises StorageError for what cannot be an address.
+    """
 
     uri: str = field(repr=False)
     """May hold keys: `str()` is what people are shown."""
+
+    def __post_init__(self) -> None:
+        if (fault := address_fault(self.uri)) is not None:
+            raise StorageError(f"{self}: {fault}")
 
     def __str__(self) -> str:
         return without_secrets(self.uri)

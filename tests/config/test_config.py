@@ -21,7 +21,7 @@ from pipeline.config import (
     load_config,
     without_secrets,
 )
-from pipeline.config.learning import working_folder
+from pipeline.config.addresses import working_folder
 from pipeline.config.loading import aliases_of
 from pipeline.files import user_cache
 from tests.config.streams import STREAM, error_of, task
@@ -149,10 +149,18 @@ def test_a_stream_needs_a_task(file):
         ("file://elsewhere/runs", "write file:///folder, with three slashes"),
         (
             "s4://bucket/runs",
-            r"nobody knows s4:// (s3://, gs:// and what pyarrow and fsspec reach); did you mean s3://?",
+            r"nobody knows s4:// (s3://, gs:// and what pyarrow and fsspec reach); did you mean s3?",
         ),
         ("s3://", "name a place there, like s3://bucket/runs"),
         ("s3:///?region=x", "name a place there, like s3://bucket/runs"),
+        ("s3:///bucket/runs", "name a place there, like s3://bucket/runs"),
+        ("s3:/bucket/runs", "an address has two slashes after its kind: s3://bucket/runs"),
+        ("s3://bucket/runs/../other", "a store takes `//`, `.` and `..` for names; write its path without them"),
+        ("s3://key:a/b@bucket/a%2F..%2Fb", "a store takes `//`, `.` and `..` for names; write its path without them"),
+        ("s3://bucket//runs", "a store takes `//`, `.` and `..` for names; write its path without them"),
+        ("s3://bucket/my runs/ü?region=x", "write what a URI cannot hold with %: s3://bucket/my%20runs/%C3%BC"),
+        ("s3://bucket/runs#old?region=x", "write what a URI cannot hold with %: s3://bucket/runs%23old"),
+        ("https://bucket.s3.amazonaws.com/runs", "nothing can be written at https://; name a store, like s3://bucket"),
     ],
 )
 def test_an_address_that_nobody_knows_is_refused(file, output, reason):

@@ -8,11 +8,11 @@ import pytest
 import yaml
 from typer.testing import CliRunner
 
+from jobs.benchmark.tools.s3_server import KEY, SECRET, new_bucket, s3_server
 from jobs.cli import app
 from pipeline.config import LearnConfig, load_config
 from pipeline.learning.run_status import runs_at
 from pipeline.storage.remote import RemoteFolder
-from tests.s3 import KEY, SECRET, new_bucket, s3_server
 
 pytestmark = pytest.mark.ray
 
@@ -60,7 +60,7 @@ def test_a_stream_is_learned_at_an_address_and_taken_up_elsewhere(
     file, there = stream(tiny_folder, tmp_path, output), RemoteFolder(output)
 
     def machine(name: str) -> LearnConfig:
-        monkeypatch.setattr("pipeline.config.learning.user_cache", lambda folder: tmp_path / name / folder)
+        monkeypatch.setattr("pipeline.config.addresses.user_cache", lambda folder: tmp_path / name / folder)
         return load_config(file, [], LearnConfig)
 
     here = machine("one").output_folder

@@ -3,6 +3,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 from typer.testing import CliRunner
 
 from jobs.cli import app
@@ -10,6 +11,7 @@ from tests.cluster.conftest import ROOT
 
 LOOKING = """
 import sys
+import pytest
 from typer.testing import CliRunner
 from jobs.cli import app
 outcome = CliRunner().invoke(app, ["status", "--output", "."])
@@ -18,7 +20,8 @@ assert not {"torch", "ray", "mlflow"} & sys.modules.keys()
 """
 
 
-def test_runs_and_their_sweeps(tmp_path: Path, monkeypatch) -> None:
+@pytest.mark.parametrize("kind", ["", "local://"])
+def test_runs_and_their_sweeps(kind: str, tmp_path: Path, monkeypatch) -> None:
     for name in ("RAY_API_SERVER_ADDRESS", "RAY_ADDRESS"):
         monkeypatch.delenv(name, raising=False)
     run = tmp_path / "demo"
@@ -27,16 +30,29 @@ def test_runs_and_their_sweeps(tmp_path: Path, monkeypatch) -> None:
         if trials is not None:
             (run / "sweeps" / sweep / "summary.json").write_text(json.dumps({"trials": trials}))
     (run / "summary.json").write_text("{}")
-    outcome = CliRunner().invoke(app, ["status", "--output", str(tmp_path), "--json"])
+    (run / "state").mkdir()
+    (run / "state" / "status.json").write_text('{"state": "finished"}')
+    output = f"{kind}{tmp_path}"
+    outcome = CliRunner().invoke(app, ["status", "--output", output, "--json"])
     found = json.loads(outcome.output)
     assert [(run["name"], run["state"]) for run in found["runs"]] == [("demo", "finished")]
     assert [(s["name"], s["state"], s["trials"]) for s in found["sweeps"]] == [
         ("later-1", "finished", 2),
         ("later-2", "begun", None),
     ]
+    assert [s["where"] for s in found["sweeps"]] == [
+        f"{output}/demo/sweeps/later-1/summary.json",
+        f"{output}/demo/sweeps/later-2",
+    ]
     assert found["jobs"] is None
-    shown = CliRunner().invoke(app, ["status", "--output", str(tmp_path)]).output
+    shown = CliRunner().invoke(app, ["status", "--output", output]).output
     assert "demo/later-1" in shown
+
+
+def test_an_address_that_cannot_be_one_is_told() -> None:
+    shown = CliRunner().invoke(app, ["status", "--output", "s4://key:secret@bucket/runs"])
+    assert shown.exit_code == 2
+    assert shown.output.startswith("error: --output s4://bucket/runs: nobody knows s4://")
 
 
 def test_looking_needs_no_ray(tmp_path: Path) -> None:

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
+from jobs.benchmark.tools.s3_server import KEY, SECRET, new_bucket, s3_server
 from pipeline.storage.remote import RemoteFolder
-from tests.s3 import KEY, SECRET, new_bucket, s3_server
 
 
 @pytest.fixture(scope="session")

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
+from jobs.benchmark.tools.s3_server import KEY, SECRET, new_bucket
 from pipeline.storage.remote import RemoteFolder, StorageError, joined
-from tests.s3 import KEY, SECRET, new_bucket
 
 
 def test_files_are_found_again(remote: RemoteFolder, tmp_path: Path) -> None:
@@ -65,6 +65,20 @@ def test_keys_are_not_shown() -> None:
     assert "secret" not in repr(folder)
 
 
+def test_what_lies_beside_it_is_not_reached_by_an_address(s3: tuple[str, str]) -> None:
+    """`runs#old/probe` would be `runs`: what is deleted after a check would be all of it."""
+    for address in ("s3://bucket/runs#old", "s3://bucket/a/../../other"):
+        with pytest.raises(StorageError, match=f"^{address}: "):
+            RemoteFolder(address)
+    folder = RemoteFolder(f"s3://{KEY}:{SECRET}@{new_bucket(s3[0])}/my%20runs/%C3%BC%23{s3[1]}")
+    folder.check()
+    (folder / "demo").write("a", b"1")
+    assert folder.path.endswith("/my runs/ü#")
+    assert folder.files() == {"demo/a": 1}
+    (folder / "demo").delete_all()
+    assert folder.files() == {}
+
+
 def test_a_missing_bucket_is_told_in_one_line(s3: tuple[str, str]) -> None:
     with pytest.raises(StorageError, match=r"^s3://nobody/runs: there is no such bucket; make it, or correct") as error:
         RemoteFolder(f"s3://{KEY}:{SECRET}@nobody/runs{s3[1]}").check()
@@ -96,6 +110,15 @@ def test_a_server_that_is_not_there_is_told() -> None:
             ImportError("Install adlfs to access Azure Datalake"),
             "the package for this kind of storage is not installed",
         ),
+        (
+            OSError("Unexpected query parameter in S3 URI: 'zone'"),
+            "it has an option that such storage does not know; correct it",
+        ),
+        (
+            OSError("AWS Error SLOW_DOWN during PutObject operation"),
+            "it is asked too much at the moment; the same command",
+        ),
+        (NotImplementedError(), "this kind of storage cannot do what is needed of it; choose another one"),
         (OSError("something else"), "cannot be used: something else"),
     ],
 )

@@ -1,4 +1,4 @@
-"""A server that speaks S3, in this process, for tests of results at an address."""
+"""A server that speaks S3, in this process, for tests and benchmarks of results at an address."""
 
 import logging
 from collections.abc import Iterator
@@ -6,14 +6,23 @@ from contextlib import contextmanager
 from uuid import uuid4
 
 import requests
-from moto.server import ThreadedMotoServer
+
+from pipeline.errors import UserError
 
 KEY, SECRET = "AKIATESTKEY", "testsecret"
 
 
+class NoServerError(UserError):
+    """The package of the server is not installed."""
+
+
 @contextmanager
 def s3_server() -> Iterator[tuple[str, str]]:
-    """Yields the address of a server, and what makes an `s3://` URI lead to it."""
+    """Yields the address of a server, and what makes an `s3://` URI lead to it; raises NoServerError without moto."""
+    try:
+        from moto.server import ThreadedMotoServer  # among the packages for tests
+    except ImportError:
+        raise NoServerError("moto, a server that speaks S3, is not installed: pip install 'moto[server]'") from None
     logging.getLogger("werkzeug").setLevel(logging.ERROR)  # a line per request
     server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
     server.start()
