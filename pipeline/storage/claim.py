@@ -14,9 +14,11 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields, replace
 from datetime import UTC, datetime
-from uuid import uuid4
+from functools import cache
+from pathlib import Path
+from uuid import getnode, uuid4
 
 import psutil
 
@@ -62,13 +64,16 @@ class Owner:
     """Last sign of life; both in UTC."""
     holds: bool = False
     """Whether the run is its own; until then it asks."""
+    machine: str = ""
+    """Where its number is that of a process (see `this_machine`)."""
 
     @classmethod
     def read(cls, content: bytes) -> "Owner | None":
         """Returns the owner that a claim names; None for what is no claim."""
         try:
-            return cls(**json.loads(content))
-        except (ValueError, TypeError):
+            known = {field.name for field in fields(cls)}  # a later release may write more
+            return cls(**{name: value for name, value in json.loads(content).items() if name in known})
+        except (ValueError, TypeError, AttributeError):
             return None
 
     def __str__(self) -> str:
@@ -82,13 +87,26 @@ class Owner:
     @property
     def is_gone(self) -> bool:
         """Whether it counts as killed."""
-        if self.host == socket.gethostname():
+        if self.machine == this_machine():
             try:
                 began = psutil.Process(self.process).create_time()
             except psutil.NoSuchProcess:
                 return True
             return began > datetime.fromisoformat(self.since).timestamp() + 1  # another one with its number
         return self.silent > STALE
+
+
+@cache
+def this_machine() -> str:
+    """Names the processes among which this one has its number: those of a boot of a system, in containers of a namespace.
+
+    Names of hosts do not: containers may share one, and so may machines.
+    """
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        return f"{boot} {Path('/proc/self/ns/pid').readlink()}"
+    except OSError:  # not Linux
+        return f"{getnode()} {psutil.boot_time():.0f}"
 
 
 class Claim:
@@ -138,7 +156,7 @@ def owner_of(folder: RemoteFolder) -> Owner | None:
 def claimed(folder: RemoteFolder) -> Iterator[Claim]:
     """Holds the claim of a run; raises ClaimedError where another process has it."""
     name, since = f"{uuid4().hex}.json", _now()
-    owner = Owner(socket.gethostname(), os.getpid(), since, since)
+    owner = Owner(socket.gethostname(), os.getpid(), since, since, machine=this_machine())
     for attempt in range(ATTEMPTS):
         folder.write(name, _content(owner, beat=_now()))
         try:
@@ -154,7 +172,7 @@ def claimed(folder: RemoteFolder) -> Iterator[Claim]:
         if attempt == ATTEMPTS - 1:
             raise ClaimedError(folder / "..", rival)
         time.sleep(random.uniform(0.1, 1.0))
-    owner = Owner(owner.host, owner.process, since, since, holds=True)
+    owner = replace(owner, holds=True)
     try:
         with Claim(folder, name, owner) as claim:
             yield claim

@@ -11,7 +11,7 @@ from datetime import UTC, datetime, timedelta
 import pytest
 
 from pipeline.storage import claim as claims
-from pipeline.storage.claim import ClaimedError, LostError, Owner, claimed, owner_of
+from pipeline.storage.claim import ClaimedError, LostError, Owner, claimed, owner_of, this_machine
 from pipeline.storage.remote import RemoteFolder
 
 
@@ -21,11 +21,12 @@ def of_another(
     silent: float,
     host: str = "elsewhere",
     process: int = 7,
+    machine: str = "another",
     holds: bool = True,
     since: datetime = datetime(2026, 1, 1, tzinfo=UTC),  # noqa: B008
 ) -> None:
     beat = datetime.now(UTC) - timedelta(seconds=silent)
-    owner = Owner(host, process, since.isoformat(), beat.isoformat(), holds)
+    owner = Owner(host, process, since.isoformat(), beat.isoformat(), holds, machine)
     remote.write("other.json", json.dumps(asdict(owner)).encode())
 
 
@@ -53,9 +54,23 @@ def test_who_is_silent_is_replaced(remote: RemoteFolder) -> None:
 
 
 def test_a_process_of_this_machine_that_is_gone_is_replaced_at_once(remote: RemoteFolder) -> None:
-    of_another(remote, silent=1, host=socket.gethostname(), process=4_000_000)
+    of_another(remote, silent=1, machine=this_machine(), process=4_000_000)
     with claimed(remote):
         assert owner_of(remote).process == os.getpid()
+
+
+def test_a_process_of_another_machine_of_this_name_is_not_taken_for_gone(remote: RemoteFolder) -> None:
+    """Two containers may have the name of their host, and processes that the other does not see."""
+    of_another(remote, silent=1, host=socket.gethostname(), process=4_000_000)
+    with pytest.raises(ClaimedError, match="process 4000000 on"), claimed(remote):
+        pass
+
+
+def test_a_claim_of_a_later_release_is_a_claim(remote: RemoteFolder) -> None:
+    of_another(remote, silent=1)
+    remote.write("other.json", (remote.read("other.json") or b"").replace(b"{", b'{"more": 1, '))
+    with pytest.raises(ClaimedError, match="process 7 on elsewhere"), claimed(remote):
+        pass
 
 
 def test_who_was_replaced_hears_of_it(remote: RemoteFolder) -> None:
