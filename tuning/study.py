@@ -115,7 +115,7 @@ def _study(session: StreamSession, study: Study, *, register: bool) -> StudyResu
     }
     write_json(folder / "summary.json", summary)
     report = write_report(summary, folder)
-    kept = f"the sweep's metrics are in {folder}; nothing will be trained again"
+    kept = f"the sweep's metrics are in {session.output.shown(folder)}; nothing will be trained again"
     files = [folder / "summary.json", report]
     session.retry(partial(log_trials, result, task.name, files), "logging the sweep", kept=kept)
     version = register_winner(session, task, result.best) if register and result.best is not None else None

@@ -8,7 +8,7 @@ are many. Independent of models and pools.
 """
 
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,6 +29,9 @@ KEPT_SECONDS = 10.0
 REMEDY = "delete this file, and its answers are generated again"
 """Remedy for a damaged file of answers."""
 
+Pull = Callable[[Path, str], None]
+"""Brings a file or folder of this name in a folder, if it lies elsewhere."""
+
 _SCHEMA = pa.schema([("prompt", pa.string()), ("answer", pa.string()), ("expert", pa.string())])
 
 _logger = logging.getLogger(__name__)
@@ -48,10 +51,10 @@ def pool_author(key: str) -> str:
 
 
 class AnswerStore:
-    """Answers of one base under one setting of generation."""
+    """Answers of one base under one setting of generation; `pull` brings an author's that lie elsewhere."""
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    def __init__(self, folder: Path, pull: Pull = lambda folder, name: None) -> None:
+        self.folder, self._pull = folder, pull
         self._answers: dict[str, dict[str, Answer]] = {}
         self._read_files: dict[str, set[str]] = {}
         self._unwritten: dict[str, dict[str, Answer]] = {}
@@ -67,6 +70,7 @@ class AnswerStore:
     def _refresh(self, author: str) -> None:
         """Reads files that any process has written since the last time."""
         answers, read_files = self._answers[author], self._read_files.setdefault(author, set())
+        self._pull(self.folder, author)
         while True:
             files = sorted(file for file in (self.folder / author).glob("*.parquet") if not file.name.startswith("."))
             try:
@@ -101,6 +105,7 @@ class AnswerStore:
 
     def _write(self, author: str, answers: Mapping[str, Answer]) -> None:
         rows = [{"prompt": prompt, "answer": a.text, "expert": a.expert} for prompt, a in answers.items()]
+        self._pull(self.folder, author)
         file = self.folder / author / f"{uuid4().hex}.parquet"
         write_table(pa.Table.from_pylist(rows, schema=_SCHEMA), file)
         self._read_files.setdefault(author, set()).add(file.name)

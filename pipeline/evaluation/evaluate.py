@@ -24,7 +24,7 @@ from pipeline.data.errors import StreamError
 from pipeline.data.loading.prompts import PromptSource
 from pipeline.data.rows.quarantine import SetAside
 from pipeline.evaluation.actors import PredictorActors
-from pipeline.evaluation.answers import AnswerStore
+from pipeline.evaluation.answers import AnswerStore, Pull
 from pipeline.evaluation.authors import Authors, PageRequest
 from pipeline.evaluation.choices import Mode, calibrations, choices, reasons, routers_of
 from pipeline.evaluation.matrix import BASE
@@ -47,7 +47,8 @@ class Evaluator:
     """Evaluates pools over one base; prompts and answers are cached in `folder`, which processes may share.
 
     `answers` names base and generation settings, `width` is the default width of prompt features; bad rows are written below
-    `quarantine` and reported to `on_set_aside`; `make_room` is called before actors start.
+    `quarantine` and reported to `on_set_aside`; `make_room` is called before actors start. `pull` brings what
+    lies elsewhere of prompts and answers.
     """
 
     def __init__(
@@ -61,10 +62,12 @@ class Evaluator:
         quarantine: Path,
         on_set_aside: Callable[[str, SetAside], None] = lambda task, aside: None,
         make_room: Callable[[], None] = lambda: None,
+        pull: Pull = lambda folder, name: None,
     ) -> None:
         self.source, self.max_new_tokens, self.width = source, max_new_tokens, width
-        self.tables = PromptTables(source, folder / "prompts", quarantine=quarantine, on_set_aside=on_set_aside)
-        self.store = AnswerStore(folder / "answers" / answers)
+        prompts = folder / "prompts"
+        self.tables = PromptTables(source, prompts, quarantine=quarantine, on_set_aside=on_set_aside, pull=pull)
+        self.store = AnswerStore(folder / "answers" / answers, pull)
         self.generated = 0
         """Number of answers that this object has generated."""
         self._make_room = make_room

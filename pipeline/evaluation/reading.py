@@ -12,6 +12,7 @@ from pipeline.data.loading.prompts import PromptSource
 from pipeline.data.rows.quarantine import SetAside
 from pipeline.data.sources.files import resolve
 from pipeline.evaluation.actors import PredictorActors, Work
+from pipeline.evaluation.answers import Pull
 from pipeline.evaluation.pages import blocks
 from pipeline.evaluation.prompts import EvalTask, PromptTable
 from pipeline.routing.features import FEATURE_RULE
@@ -20,7 +21,8 @@ from pipeline.routing.features import FEATURE_RULE
 class PromptTables:
     """Prompt tables in `folder`.
 
-    Bad rows are written below `quarantine` and reported to `on_set_aside`, once per process.
+    Bad rows are written below `quarantine` and reported to `on_set_aside`, once per process. `pull` brings a table
+    that lies elsewhere.
     """
 
     def __init__(
@@ -30,8 +32,9 @@ class PromptTables:
         *,
         quarantine: Path,
         on_set_aside: Callable[[str, SetAside], None],
+        pull: Pull,
     ) -> None:
-        self._source, self._folder = source, folder
+        self._source, self._folder, self._pull = source, folder, pull
         self._quarantine, self._on_set_aside = quarantine, on_set_aside
         self._tables: dict[str, PromptTable] = {}
 
@@ -61,6 +64,7 @@ class PromptTables:
         A table whose files are gone stays: perhaps all of its prompts are answered. With cached image embeddings prompts come
         from the cache, which names the same files.
         """
+        self._pull(self._folder, self._file(name).name)
         if not self._file(name).exists():
             return None
         table = PromptTable.load(self._file(name))

@@ -11,7 +11,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from pipeline.config import LearnConfig, is_address
-from pipeline.errors import UserError
+from pipeline.errors import StoredFileError, UserError
 from pipeline.learning.progress import Progress
 from pipeline.learning.run_status import CLAIMS
 from pipeline.routing.expert import CARD
@@ -57,6 +57,9 @@ class Output:
     def keep_expert(self, reference: ExpertReference) -> None:
         """Copies an expert to the address, unless it is there."""
 
+    def pull(self, folder: Path, name: str) -> None:
+        """Brings what all runs share, and what is about to be looked for in a folder of `data`: a file or a folder."""
+
     def share_pool(self, pool: Pool, folder: Mirror) -> None:
         """Lets workers on all nodes read a pool's folder, and the experts in the store that it refers to."""
 
@@ -77,7 +80,7 @@ class KeptOutput(Output):
         assert self.place.remote is not None, "else it is an Output"
         self._experts = self.place.remote / EXPERTS
         self._mirror = RunMirror(self.run, apart=(TRAINING, CLAIMS))
-        self._shared = [SharedFiles(self.data / name) for name in ("answers", "prompts")]
+        self._shared: dict[Path, SharedFiles] = {}
         self._there: set[str] = set()
         self._new: dict[str, Path] = {}
         """Experts that are not at the address yet."""
@@ -100,22 +103,33 @@ class KeptOutput(Output):
         with claimed(self.run.remote / CLAIMS) as self._claim:
             with progress.working(f"fetching what lies at {self.run}"):
                 self._mirror.begin()
-                for files in self._shared:
-                    files.pull()
                 # The card comes last: an expert without one is not complete.
                 self._there = {name.split("/")[0] for name in self._experts.files() if name.endswith(f"/{CARD}")}
             thread = threading.Thread(target=self._go, name="keeping results", daemon=True)
             thread.start()
             try:
                 yield
-            except BaseException:
+            except BaseException as error:
                 self._end(thread)
                 with suppress(UserError, OSError):  # the first error is the one to tell
                     self._push()
+                if isinstance(error, StoredFileError):
+                    raise self._at_address(error) from error
                 raise
             self._end(thread)
             with progress.working(f"keeping results at {self.run}"):
                 self._push()
+
+    def _at_address(self, error: StoredFileError) -> StoredFileError:
+        """Returns the error with the address of a damaged file that all runs share, whose copy here is removed.
+
+        The copy would come back from there, so it is the one there that must be deleted.
+        """
+        file, _, reason = str(error).partition(": ")
+        if not Path(file).is_relative_to(self.data.local):
+            return error
+        Path(file).unlink(missing_ok=True)
+        return type(error)(f"{self.shown(Path(file))}: {reason}")
 
     def _end(self, thread: threading.Thread) -> None:
         self._ended.set()
@@ -147,7 +161,7 @@ class KeptOutput(Output):
                 (self._experts / digest).upload_folder(folder, last=CARD)
                 self._there.add(digest)
                 del self._new[digest]
-            for files in self._shared:
+            for files in list(self._shared.values()):
                 files.push()
             self._mirror.push()
 
@@ -157,6 +171,12 @@ class KeptOutput(Output):
         if reference.digest not in self._there:
             self._new[reference.digest] = self.experts / reference.digest
             self.keep()
+
+    def pull(self, folder: Path, name: str) -> None:
+        """Brings what lies at the address under a name in a folder of `data`, and from now on what comes here, goes there."""
+        if folder not in self._shared:
+            self._shared[folder] = SharedFiles(self.place.at(folder))
+        self._shared[folder].pull(name)
 
     def share_pool(self, pool: Pool, folder: Mirror) -> None:
         """Copies a pool's folder, which lies in the run's, to the address, and those of its experts that are not there."""

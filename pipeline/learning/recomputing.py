@@ -56,7 +56,7 @@ def recompute(session: StreamSession, old: TrainedPool, *, skip_missing: bool = 
     outcome = "there already" if before else f"the old ones stay, and so does {CHAMPION}: `learn` lets the gate decide"
     session.progress.log(
         f"\n{len(experts)} of {len(old.experts)} experts, {read} prompts read in {monotonic() - began:.0f} s: version "
-        f"{version.version} of {version.name} ({outcome}), in {new}"
+        f"{version.version} of {version.name} ({outcome}), in {session.output.shown(new)}"
     )
     return version
 

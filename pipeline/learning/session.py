@@ -308,6 +308,7 @@ class StreamSession:
             quarantine=data.quarantine / "eval",
             on_set_aside=partial(data.tell_set_aside, split="eval"),
             make_room=self.make_room,
+            pull=self.output.pull,
         )
 
     def peak_memory(self) -> int:

@@ -7,6 +7,7 @@ files through the address, each in a folder of its own.
 import json
 import shutil
 import tempfile
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -242,32 +243,58 @@ def _turn(name: str) -> tuple[int, str]:
 
 
 class SharedFiles:
-    """A folder of files that never change, for all runs at an address: new ones are copied, in both directions."""
+    """A folder of files that never change, for all runs at an address: those that are asked for are copied, in both directions.
+
+    What lies there is listed once. May be called from several threads.
+    """
 
     def __init__(self, folder: Mirror) -> None:
         assert folder.remote is not None, "else there is nothing to do"
         self._local, self._remote = folder.local, folder.remote
-        self._there: set[str] = set()
+        self._there: set[str] | None = None
+        self._asked: set[str] = set()
+        self._both: set[str] = set()
+        """Files that were here and there: those that have gone here since, of which one was made, go there too."""
+        self._lock = threading.Lock()
 
-    def pull(self) -> None:
-        """Copies what is not here yet."""
-        self._there = {name for name in self._remote.files() if not _is_hidden(name)}
-        missing = [name for name in sorted(self._there) if not (self._local / name).exists()]
-        at_once(lambda name: self._remote.download(name, self._local / name), missing)
+    def pull(self, name: str) -> None:
+        """Copies what is not here yet of a file, or of a folder; only the first time."""
+        with self._lock:
+            if name in self._asked:
+                return
+            there = self._listed()
+            wanted = {name} & there or {file for file in there if file.startswith(f"{name}/")}
+            missing = [file for file in sorted(wanted) if not (self._local / file).exists()]
+            at_once(lambda file: self._remote.download(file, self._local / file), missing)
+            self._asked.add(name)
+            self._both |= wanted
 
     def push(self) -> None:
-        """Copies what is not there yet, then deletes there what was deleted here (files that were compacted)."""
-        here = {file.relative_to(self._local).as_posix() for file in self._local.rglob("*") if file.is_file()}
-        for name in sorted(name for name in here - self._there if not _is_hidden(name)):
-            try:
-                self._remote.upload(self._local / name, name)
-            except FileNotFoundError:
-                continue
-            self._there.add(name)
-        # Where the whole folder is gone, somebody has cleared the cache of this machine.
-        gone = [name for name in self._there - here if (self._local / name).parent.is_dir()]
-        self._remote.delete(gone)
-        self._there -= set(gone)
+        """Copies what was asked for and is not there yet; then deletes there what was compacted here."""
+        with self._lock:
+            there = self._listed()
+            here = {file for name in self._asked for file in self._files(name) if not _is_hidden(file)}
+            for file in sorted(here - there):
+                try:
+                    self._remote.upload(self._local / file, file)
+                except FileNotFoundError:
+                    continue
+                there.add(file)
+            # Where the whole folder is gone, somebody has cleared the cache of this machine.
+            gone = [file for file in self._both - here if (self._local / file).parent.is_dir()]
+            self._remote.delete(gone)
+            there -= set(gone)
+            self._both = here & there
+
+    def _listed(self) -> set[str]:
+        if self._there is None:
+            self._there = {name for name in self._remote.files() if not _is_hidden(name)}
+        return self._there
+
+    def _files(self, name: str) -> list[str]:
+        path = self._local / name
+        found = path.rglob("*") if path.is_dir() else [path]
+        return [file.relative_to(self._local).as_posix() for file in found if file.is_file()]
 
 
 def _is_hidden(name: str) -> bool:

@@ -10,7 +10,8 @@ import yaml
 
 from jobs.terminal import Terminal
 from pipeline.config import LearnConfig, load_config
-from pipeline.errors import UserError
+from pipeline.errors import UserError, stored_file
+from pipeline.evaluation.answers import AnswerStore
 from pipeline.learning import output as outputs
 from pipeline.learning.opening import BusyError, alone_in, open_session
 from pipeline.learning.output import KeptOutput, Output, open_output
@@ -32,9 +33,10 @@ def config(tmp_path: Path, monkeypatch) -> LearnConfig:
 
 
 def machine(monkeypatch, tmp_path: Path, name: str) -> None:
-    """From now on this process is on another machine: it has another cache, and another name."""
+    """From now on this process is on another machine: it has another cache, another name, and other processes."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / name))
     monkeypatch.setattr("socket.gethostname", lambda: name)
+    monkeypatch.setattr("pipeline.storage.claim.this_machine", lambda: name)
 
 
 @contextmanager
@@ -72,8 +74,10 @@ def test_another_machine_finds_all_of_it(config: LearnConfig, known_pool: Pool, 
         for name in ("state/task.json", "summary.json", "training/x/checkpoint/big", "quarantine/train/hum.jsonl"):
             (output.run.local / name).parent.mkdir(parents=True, exist_ok=True)
             (output.run.local / name).write_text(name)
-        (output.data.local / "answers" / "a").mkdir(parents=True)
-        (output.data.local / "answers" / "a" / "1.parquet").write_text("answers")
+        answers = output.data.local / "answers" / "a"
+        output.pull(answers, "base")
+        (answers / "base").mkdir(parents=True)
+        (answers / "base" / "1.parquet").write_text("answers")
         assert output.shown(output.run.local / "summary.json") == f"{config.output}/mine/summary.json"
     machine(monkeypatch, tmp_path, "two")
     with opened(config) as output:
@@ -83,11 +87,12 @@ def test_another_machine_finds_all_of_it(config: LearnConfig, known_pool: Pool, 
             "mine/state/task.json",
             "mine/summary.json",
             "mine/quarantine/train/hum.jsonl",
-            "data/answers/a/1.parquet",
         } < found
-        assert not any("training" in name or "experts" in name for name in found), (
-            "large files come when they are needed"
+        assert not any("training" in name or "experts" in name or "answers" in name for name in found), (
+            "large files, and those of all runs, come when they are needed"
         )
+        output.pull(output.data.local / "answers" / "a", "base")
+        assert (output.data.local / "answers" / "a" / "base" / "1.parquet").read_text() == "answers"
         assert output.has_expert(reference)
         store = store_of(output)
         assert not store.has(reference)
@@ -111,6 +116,22 @@ def test_a_damaged_expert_at_the_address_is_replaced(
             store_of(output).load(reference)
         store_of(output).put(expert)
     assert there.read(name) == whole
+
+
+def test_a_damaged_file_of_all_runs_is_named_by_its_address(config: LearnConfig, tmp_path: Path, monkeypatch) -> None:
+    """Where its copy here were deleted, it would come back."""
+    there = RemoteFolder(config.output)
+    for name in ("answers/a/base/1.parquet", "answers/a/base/2.parquet"):
+        there.write(f"data/{name}", b"cut off")
+    said = f"^{config.output}/data/answers/a/base/1.parquet: .* delete this file, and"
+    with pytest.raises(UserError, match=said), opened(config) as output:
+        AnswerStore(output.data.local / "answers" / "a", output.pull).of("base", ["prompt"])
+    assert not (output.data.local / "answers" / "a" / "base" / "1.parquet").exists()
+    assert "data/answers/a/base/1.parquet" in there.files(), "what all runs share only the user deletes"
+    # What the run alone writes is decided upon here.
+    own = config.folder / "state" / "task.json"
+    with pytest.raises(UserError, match=f"^{own}: damaged"), opened(config), stored_file(own, "remedy"):
+        raise ValueError
 
 
 def test_one_process_works_on_a_run(config: LearnConfig, tmp_path: Path, monkeypatch) -> None:

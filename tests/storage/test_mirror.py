@@ -136,11 +136,11 @@ def test_killed_at_any_step_it_can_go_on(steps: int, remote: RemoteFolder, tmp_p
 
 def test_files_of_all_runs_are_shared(remote: RemoteFolder, tmp_path: Path) -> None:
     one, two = (SharedFiles(Mirror(tmp_path / name, remote)) for name in ("one", "two"))
-    one.pull()
+    one.pull("base")
     put(tmp_path / "one", base__a="1", base__b="2", **{"base__compact.lock": "me", "base__.half": "h"})
     one.push()
     assert set(remote.files()) == {"base/a", "base/b"}
-    two.pull()
+    two.pull("base")
     assert texts(tmp_path / "two") == {"base/a": "1", "base/b": "2"}
     put(tmp_path / "two", base__ab="12")
     for name in "ab":
@@ -151,8 +151,26 @@ def test_files_of_all_runs_are_shared(remote: RemoteFolder, tmp_path: Path) -> N
     assert set(remote.files()) == {"base/ab"}, "what it has copied before does not come back"
 
 
+def test_what_nobody_asks_for_is_neither_fetched_nor_deleted(remote: RemoteFolder, tmp_path: Path, monkeypatch) -> None:
+    for name in ("base/a", "expert/b", "table", "table2"):
+        remote.write(name, b"1")
+    shared, listed = SharedFiles(Mirror(tmp_path, remote)), []
+    files = RemoteFolder.files
+    monkeypatch.setattr(RemoteFolder, "files", lambda folder: listed.append(folder) or files(folder))
+    put(tmp_path, others="of another run")
+    shared.pull("table")
+    shared.pull("base")
+    shared.pull("nothing")
+    put(tmp_path, nothing="2")
+    shared.push()
+    assert len(listed) == 1
+    assert texts(tmp_path) == {"base/a": "1", "table": "1", "nothing": "2", "others": "of another run"}
+    assert set(remote.files()) == {"base/a", "expert/b", "table", "table2", "nothing"}
+
+
 def test_a_cleared_cache_deletes_nothing_at_the_address(remote: RemoteFolder, tmp_path: Path) -> None:
     shared = SharedFiles(Mirror(tmp_path / "one", remote))
+    shared.pull("base")
     put(tmp_path / "one", base__a="1")
     shared.push()
     (tmp_path / "one" / "base" / "a").unlink()
