@@ -1,5 +1,7 @@
 """Submitting a stream to a running head: what it costs, that twice at once is one run, that kills change nothing.
 
+The last figure is of a stream on three nodes that share no folder, with results at an address.
+
 python -m jobs.benchmark jobs
 """
 
@@ -22,17 +24,27 @@ from safetensors.torch import load_file
 
 from cluster.client import Job, all_jobs, connected
 from cluster.deepspeed_ops import build_op, extensions_folder
+from jobs.benchmark.tools.nodes_apart import APART, check_namespaces, nodes_apart
 from jobs.benchmark.tools.ray_head import ray_head
+from jobs.benchmark.tools.s3_server import KEY, SECRET, new_bucket, s3_server
 from jobs.endings import user_errors
 from jobs.options import DEMO
 from jobs.terminal import Terminal, table
 from pipeline.errors import UserError
-from pipeline.files import write_json
+from pipeline.files import user_cache, write_json
 from pipeline.learning.run_status import LOCK, status_of
 from pipeline.provenance import now, provenance
+from pipeline.routing.pool import PoolCard
+from pipeline.storage.remote import RemoteFolder
 
-TARGETS = {"seconds_more": 10.0, "runs_of_two": 1.0, "difference": 1e-6}
+TARGETS = {"seconds_more": 10.0, "runs_of_two": 1.0, "difference": 1e-6, "difference_apart": 1e-6}
 """Most that each figure should be."""
+
+TWO_WORKERS = ("expert.steps=40", "training.workers=2")
+"""What the stream on three nodes is changed by, and the one here that it is held against."""
+
+APART_FROM_HEAD = (f"training.label_selector.{APART}=there", "training.placement_strategy=STRICT_SPREAD")
+"""Each of the workers on a node of its own, where the driver is not."""
 
 PATIENCE = 600.0
 """Seconds after which something that must happen has not."""
@@ -52,24 +64,30 @@ def jobs(
         str | None, typer.Option(help="Job server of a head on this machine; default: one is started.")
     ] = None,
 ) -> None:
-    """Measure what submitting a stream costs, submit it twice at once, and kill terminal, driver and worker."""
-    with user_errors(), ExitStack() as stack:
+    """Measure what submitting a stream costs, submit it twice at once, and kill terminal, driver and worker.
+
+    Then learn on three nodes without a shared folder, with results at an address.
+    """
+    with user_errors(), s3_server() as server:
+        check_namespaces()
         terminal, started = Terminal(), now()
         folder = (output / "benchmark-jobs").resolve()
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
         build_op(extensions_folder())  # no part of any figure
-        bench = Bench(folder, steps, address or stack.enter_context(ray_head()).address, terminal)
-        direct, submitted = bench.timed("direct"), bench.timed("submitted", there=True)
-        results: dict[str, Any] = {
-            "steps": steps,
-            "seconds_direct": direct,
-            "seconds_submitted": submitted,
-            "seconds_more": submitted - direct,
-            **bench.twice(),
-            **bench.killed(),
-        }
+        with ExitStack() as stack:
+            bench = Bench(folder, steps, address or stack.enter_context(ray_head()).address, terminal)
+            direct, submitted = bench.timed("direct"), bench.timed("submitted", there=True)
+            results: dict[str, Any] = {
+                "steps": steps,
+                "seconds_direct": direct,
+                "seconds_submitted": submitted,
+                "seconds_more": submitted - direct,
+                **bench.twice(),
+                **bench.killed(),
+            }
         results["difference"] = max(bench.difference(name) for name in ("submitted", "twice", "killed"))
+        results |= bench.apart(*server)
         write_json(folder / "summary.json", provenance("benchmark-jobs", started) | {"jobs": results})
         rows = [
             [name, f"{results[name]:.3g}", f"<= {most:g}", "yes" if results[name] <= most else "NO"]
@@ -93,14 +111,13 @@ class Bench:
             "evaluation": {"workers": 1, "limit": 64},
         }
         (folder / "stream.yaml").write_text(yaml.safe_dump(changes))
-        self.client = connected(address)
 
-    def start(self, name: str, *, there: bool) -> "subprocess.Popen[str]":
+    def start(self, name: str, *changes: str, there: bool) -> "subprocess.Popen[str]":
         """Starts the command."""
         words = ["learn", "stream.yaml", f"name={name}", f"output={self.folder / 'outputs' / name}"]
         where = ["--address", self.address] if there else []
         return subprocess.Popen(
-            [sys.executable, "-m", "jobs", *words, *where],
+            [sys.executable, "-m", "jobs", *words, *changes, *where],
             cwd=self.folder,
             env=os.environ | {"PYTHONPATH": str(DEMO.parents[2])},
             stdout=(self.folder / f"{name}-{time.monotonic_ns()}.log").open("w"),
@@ -108,11 +125,11 @@ class Bench:
             text=True,
         )
 
-    def timed(self, name: str, *, there: bool = False) -> float:
+    def timed(self, name: str, *changes: str, there: bool = False) -> float:
         """Returns the seconds that the command takes."""
         with self.terminal.working(f"{name}: two tasks"):
             began = time.monotonic()
-            code = self.start(name, there=there).wait()
+            code = self.start(name, *changes, there=there).wait()
         if code:
             raise NotSeenError(f"{name} ended with {code}; see {self.folder}/{name}-*.log")
         return time.monotonic() - began
@@ -151,7 +168,8 @@ class Bench:
         }
 
     def _jobs(self, name: str) -> list[Job]:
-        return [job for job in all_jobs(self.client, self.address) if job.metadata.get("run") == name]
+        client = connected(self.address)
+        return [job for job in all_jobs(client, self.address) if job.metadata.get("run") == name]
 
     def _run(self, name: str) -> Path:
         return self.folder / "outputs" / name / name
@@ -167,10 +185,30 @@ class Bench:
 
         _until(trains, f"{name} trains")
 
-    def difference(self, name: str) -> float:
-        """Returns the largest difference between a weight of the experts of this run and of the direct one."""
+    def apart(self, server: str, options: str) -> dict[str, Any]:
+        """Learns here, then on three nodes that share no folder, with results on a server that speaks S3."""
+        alone = self.timed("alone", *TWO_WORKERS)
+        keys = {"AWS_ACCESS_KEY_ID": KEY, "AWS_SECRET_ACCESS_KEY": SECRET}
+        place = f"{new_bucket(server)}/runs{options}"
+        changes = [f"output=s3://{place}", f"registry.uri=sqlite:///{self.folder / 'apart.db'}"]
+        with nodes_apart((2, 1, 1), [self.folder, user_cache("outputs")], keys) as head:
+            self.address = head.address
+            apart = self.timed("apart", *TWO_WORKERS, *APART_FROM_HEAD, *changes, there=True)
+        RemoteFolder(f"s3://{KEY}:{SECRET}@{place}").download_folder(self.folder / "outputs" / "apart")
+        # `content` is of an expert's card, too, which says how long its training took.
+        beside: dict[str, Any] = {"store": True, "experts": {"__all__": {"content"}}}
+        pools = [PoolCard.read(self._run(name) / "pool").model_dump(exclude=beside) for name in ("alone", "apart")]
+        return {
+            "seconds_alone": alone,
+            "seconds_apart": apart,
+            "same_pool_apart": pools[0] == pools[1],
+            "difference_apart": self.difference("apart", "alone"),
+        }
+
+    def difference(self, name: str, other: str = "direct") -> float:
+        """Returns the largest difference between a weight of the experts of this run and of the other one."""
         here, there = (
-            sorted((self.folder / "outputs" / run / "experts").rglob("*.safetensors")) for run in ("direct", name)
+            sorted((self.folder / "outputs" / run / "experts").rglob("*.safetensors")) for run in (other, name)
         )
         if [file.name for file in here] != [file.name for file in there] or not here:
             return float("inf")

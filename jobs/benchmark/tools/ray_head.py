@@ -7,7 +7,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +23,7 @@ PATIENCE = 180.0
 
 
 class HeadError(UserError):
-    """The head did not start; the message holds what it printed."""
+    """A node did not start; the message holds what it printed."""
 
 
 @dataclass(frozen=True)
@@ -32,6 +32,8 @@ class Head:
 
     address: str
     """Its job server."""
+    gcs: str
+    """host:port of its control store, which other nodes and drivers join."""
     metrics: str
     """Where Prometheus would fetch its metrics."""
     folder: Path
@@ -42,13 +44,9 @@ class Head:
 def ray_head(cpus: int | None = None, environment: Mapping[str, str] = MappingProxyType({})) -> Iterator[Head]:
     """Starts a head on loopback with ports and a folder of its own; stops it, and nothing else, at the end.
 
-    `environment` is added to that of this process without Ray's variables and PYTHONPATH: jobs bring their code. `cpus` are
-    logical; default: as many as a Ray that a command starts here has.
+    For `environment` see `started_node`. `cpus` are logical; default: as many as a Ray that a command starts here has.
     """
     folder = Path(tempfile.mkdtemp(prefix="pm", dir="/tmp"))  # short: Ray puts sockets into it
-    own = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
-    own = {name: value for name, value in own.items() if name not in ("PYTHONPATH", "OMP_NUM_THREADS")}
-    own["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
     port, dashboard, agent, metrics = (free_port() for _ in range(4))
     command = [
         *("ray", "start", "--head", "--block", f"--num-cpus={cpus or available_cpus() + SPARE_CPUS}"),
@@ -56,23 +54,42 @@ def ray_head(cpus: int | None = None, environment: Mapping[str, str] = MappingPr
         *("--dashboard-host=127.0.0.1", f"--dashboard-port={dashboard}", f"--dashboard-agent-listen-port={agent}"),
         *(f"--metrics-export-port={metrics}", f"--temp-dir={folder}/ray"),
     ]
-    log = folder / "head.log"
+    try:
+        with started_node(command, folder / "head.log", environment):
+            yield Head(
+                f"http://127.0.0.1:{dashboard}",
+                f"127.0.0.1:{port}",
+                f"http://127.0.0.1:{metrics}/metrics",
+                folder,
+            )
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextmanager
+def started_node(command: Sequence[str], log: Path, environment: Mapping[str, str]) -> Iterator[None]:
+    """Runs a `ray start --block`; ends it, and all that it has started, at the end.
+
+    `environment` is added to that of this process without Ray's variables and PYTHONPATH: jobs bring their code.
+    """
+    own = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+    own = {name: value for name, value in own.items() if name not in ("PYTHONPATH", "OMP_NUM_THREADS")}
+    own["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
     with log.open("w") as printed:
-        head = subprocess.Popen(command, env={**own, **environment}, stdout=printed, stderr=subprocess.STDOUT)
+        node = subprocess.Popen(command, env={**own, **environment}, stdout=printed, stderr=subprocess.STDOUT)
     try:
         deadline = time.monotonic() + PATIENCE
         while "Ray runtime started" not in log.read_text():
-            if head.poll() is not None or time.monotonic() > deadline:
-                raise HeadError(f"`ray start --head` did not come up:\n{log.read_text()}")
+            if node.poll() is not None or time.monotonic() > deadline:
+                raise HeadError(f"`{' '.join(command[:3])}` did not come up:\n{log.read_text()}")
             time.sleep(0.2)
-        yield Head(f"http://127.0.0.1:{dashboard}", f"http://127.0.0.1:{metrics}/metrics", folder)
+        yield
     finally:
-        if head.poll() is None:
-            family = [psutil.Process(head.pid), *psutil.Process(head.pid).children(recursive=True)]
-            head.terminate()
+        if node.poll() is None:
+            family = [psutil.Process(node.pid), *psutil.Process(node.pid).children(recursive=True)]
+            node.terminate()
             for survivor in psutil.wait_procs(family, timeout=20)[1]:
                 survivor.kill()
-        shutil.rmtree(folder, ignore_errors=True)
 
 
 def free_port() -> int:
