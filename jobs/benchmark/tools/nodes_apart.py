@@ -1,12 +1,11 @@
 """A Ray cluster on this machine whose nodes do not see each other's files, as on a cluster without shared storage.
 
-The head is a usual one. Every other node runs in a mount namespace of its own, in which the system's temporary folder and all
-folders that are named are empty. For benchmarks and tests; Linux alone knows such namespaces, and the system must allow them.
+The head is a usual one. Every other node runs in a mount namespace of its own, in which the head's folder and all folders that
+are named are empty. For benchmarks and tests; Linux alone knows such namespaces, and the system must allow them.
 """
 
 import os
 import subprocess
-import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -32,8 +31,9 @@ def nodes_apart(
     token = Path(environment.get("HOME", Path.home())) / ".ray" / "auth_token"
     if token.is_file():  # the head demands it, and it may be hidden
         environment = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": token.read_text().strip(), **environment}
-    alone = [*_unshare(), "sh", "-c", _HIDE, "sh", tempfile.gettempdir(), *map(str, hidden)]
     with ray_head(cpus[0], environment) as head, ExitStack() as nodes:
+        # Not the whole temporary folder: Python itself may lie there.
+        alone = [*_unshare(), "sh", "-c", _HIDE, "sh", *map(str, [head.folder, *hidden])]
         for number, count in enumerate(cpus[1:], 1):
             start = f"ray start --address={head.gcs} --block --num-cpus={count} --labels={APART}=there"
             start += " --node-ip-address=127.0.0.1 --disable-usage-stats"
