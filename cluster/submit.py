@@ -121,20 +121,26 @@ def follow(client: JobSubmissionClient, address: str, submission_id: str) -> Job
 
 async def _print_output(client: JobSubmissionClient, submission_id: str) -> None:
     """Prints the job's output as it comes, until it ends; proxies cut quiet connections, so it goes on where it was."""
-    printed = 0
+    printed, task = 0, asyncio.current_task()
+    assert task is not None, "run by asyncio"
     while True:
-        seen = 0
+        seen, whole = 0, False
         try:
             async for text in client.tail_job_logs(submission_id):
                 print(text[max(0, printed - seen) :], end="", flush=True)
                 seen += len(text)
                 printed = max(printed, seen)
-            return
+            whole = True
         except (RuntimeError, aiohttp.ClientError):
-            status: Any = await asyncio.to_thread(client.get_job_status, submission_id)
-            if JobStatus(status).is_terminal():
-                return
-            await asyncio.sleep(POLL_SECONDS)
+            pass
+        if task.cancelling():  # a connection that is closed meanwhile must not hide that the user has interrupted
+            raise asyncio.CancelledError
+        if whole:
+            return
+        status: Any = await asyncio.to_thread(client.get_job_status, submission_id)
+        if JobStatus(status).is_terminal():
+            return
+        await asyncio.sleep(POLL_SECONDS)
 
 
 def _ended(client: JobSubmissionClient, address: str, submission_id: str) -> Job:
