@@ -39,7 +39,9 @@ def run_expert_stage(training: Training, base: Base, checkpoint: Path | None, pr
     Raises GivenUp where nobody wants it any more, ExpertError where nothing was learned, Divergence.
     """
     begin, clock = 0, StageClock()
-    if checkpoint is not None and (checkpoint / STATE).exists():  # not in those of earlier releases
+    if checkpoint is not None and not (checkpoint / STATE).exists():  # of an earlier release
+        checkpoint = None
+    if checkpoint is not None:
         begin, clock = progress["step"], StageClock(**progress["clock"])
     steps = range(begin, training.spec.expert.steps)
     # Entered first: the processes that read streamed rows take seconds to start, as does the engine.
@@ -76,7 +78,7 @@ class _ExpertStage:
     def run(self, loader: BatchLoader, steps: range, checkpoint: Path | None, progress: dict[str, Any]) -> Path:
         """Takes the steps; returns the folder of the finished adapter."""
         training, notice = self.training, PreemptionNotice()
-        if checkpoint is not None and (checkpoint / STATE).exists():
+        if checkpoint is not None:
             load_state(self.engine, checkpoint, progress["step"], ranks=progress["world"])
         self.engine.train()
         monitor = training.monitor("expert", self.steps)
