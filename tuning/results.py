@@ -83,8 +83,12 @@ class SweepResult:
 
     @property
     def seconds_one_training(self) -> float | None:
-        """Mean wall time of a training on warm workers; of all, where none was; None where nothing was trained."""
-        seconds = self.warm_seconds or list(self.training_seconds.values())
+        """Mean wall time of a training on warm workers; None where nothing was trained.
+
+        Where no workers were warm it is that of the stages alone: their start is no part of a training.
+        """
+        stages = {trial.metrics["expert"]: trial.metrics["training_seconds"] for trial in self.done}
+        seconds = self.warm_seconds or [stages[expert] for expert in self.training_seconds if expert in stages]
         return fmean(seconds) if seconds else None
 
     def summary(self) -> dict[str, Any]:

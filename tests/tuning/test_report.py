@@ -3,6 +3,7 @@
 import base64
 import io
 import re
+from dataclasses import replace
 from itertools import pairwise
 
 from PIL import Image
@@ -73,3 +74,9 @@ def test_labels_of_an_axis_stand_apart_and_long_texts_are_short():
     modules = r".*language_model.*\.(q_proj|k_proj|v_proj|o_proj)"
     assert shown(modules) == ".*language…roj|o_proj)"
     assert len(shown("x" * 500)) <= LONGEST
+
+
+def test_the_start_of_workers_is_no_part_of_a_training():
+    cold = replace(result(), warm_seconds=[])
+    assert cold.seconds_one_training == (4 * 3.0 + 8 * 3.0) / 2, "of the stages of those that were trained here"
+    assert replace(cold, training_seconds={}).seconds_one_training is None
