@@ -60,8 +60,6 @@ class SweepResult:
     seconds_total: float
     training_seconds: Mapping[str, float]
     """Wall time of the trainings of this call, by expert."""
-    warm_seconds: Sequence[float]
-    """Of those whose workers had started before."""
     curves: Mapping[str, Sequence[float]] = field(default_factory=dict)
     """Losses by step of the trainings of this call, by expert."""
 
@@ -83,12 +81,12 @@ class SweepResult:
 
     @property
     def seconds_one_training(self) -> float | None:
-        """Mean wall time of a training on warm workers; None where nothing was trained.
+        """Mean time of both stages of the trainings of this call; None where nothing was trained to its end.
 
-        Where no workers were warm it is that of the stages alone: their start is no part of a training.
+        Wall time would hold the start of workers, and the wait for their base, wherever they were not yet warm.
         """
         stages = {trial.metrics["expert"]: trial.metrics["training_seconds"] for trial in self.done}
-        seconds = self.warm_seconds or [stages[expert] for expert in self.training_seconds if expert in stages]
+        seconds = [stages[expert] for expert in self.training_seconds if expert in stages]
         return fmean(seconds) if seconds else None
 
     def summary(self) -> dict[str, Any]:

@@ -54,8 +54,6 @@ class Training:
     expert: Future[StoredExpert] = field(default_factory=Future)
     seconds: float | None = None
     """Wall time, from the workers' start on it to the expert in the store; None where it was not trained now."""
-    warm: bool = False
-    """Whether workers had started before."""
     losses: list[float] = field(default_factory=list)
 
 
@@ -88,7 +86,6 @@ class Runner:
         self._lock, self._evaluating = threading.Lock(), threading.Lock()
         self._slots = threading.Semaphore(session.capacity.trainings)
         self._turns: Any = nullcontext() if session.capacity.side_by_side else threading.Lock()
-        self._trained = 0
 
     @property
     def measured(self) -> list[str]:
@@ -201,8 +198,7 @@ class Runner:
         with self._slots, self._turns:
             if not training.wanted_by:
                 raise TrainingGivenUp(digest)
-            started, self._trained = monotonic(), self._trained + 1
-            training.warm = self._trained > session.capacity.trainings
+            started = monotonic()
             spec = session.spec_alone(
                 task,
                 digest,

@@ -71,7 +71,6 @@ def sweep(
         objective,
         monotonic() - started,
         {digest: t.seconds for digest, t in trainings.items() if t.seconds is not None},
-        [t.seconds for t in trainings.values() if t.seconds is not None and t.warm],
         {digest: t.losses for digest, t in works.trainings.items() if t.losses},
     )
 

@@ -30,9 +30,7 @@ def result() -> SweepResult:
     failed = {"expert.rank": 64, "router.temperature": 0.2}
     trials.append(Trial(8, failed, failed, "failed", error="task 'later': the loss is <nan> at step 3"))
     objective = Objective.read("accuracy=1,others=1,abilities=1")
-    return SweepResult(
-        ranked(trials), objective, 100.0, {"expert4": 20.0, "expert8": 30.0}, [30.0], {"expert4": [1.0, 0.5]}
-    )
+    return SweepResult(ranked(trials), objective, 100.0, {"expert4": 20.0, "expert8": 30.0}, {"expert4": [1.0, 0.5]})
 
 
 def summary() -> dict[str, Any]:
