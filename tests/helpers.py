@@ -19,6 +19,7 @@ from pipeline.models.encoding import Encoded, collate, encode
 from pipeline.models.families import FAMILIES as BASES
 from pipeline.routing import Expert, ExpertCard, Pool, PromptStatistics, RoutedModel
 from pipeline.routing.adapters import Adapter
+from pipeline.routing.features import source_width
 from pipeline.routing.layer_classifiers import LayerInputHook
 from pipeline.routing.null import components
 from pipeline.routing.prompt_hooks import PromptFeatureHook
@@ -79,7 +80,7 @@ def assert_same(actual: tuple[Tensor, Tensor], expected: tuple[Tensor, Tensor]) 
 
 @torch.inference_mode()
 def features_of(base: Base, rows: Sequence[Encoded], side: str = "left", prompt_mask: Tensor | None = None) -> Tensor:
-    """Returns the prompt features (B, 3 D) as a listener gets them."""
+    """Returns the prompt features (B, 5 D) as a listener gets them."""
     observed: list[Tensor] = []
     reader = PromptFeatureHook(base.model, lambda features, tokens: observed.append(features))
     reader.prompt_mask = prompt_mask
@@ -131,7 +132,7 @@ def make_expert(
         metrics={"expert_loss": 0.5},
     )
     if features is None:
-        features = torch.randn(16, 3 * base.width, generator=random)
+        features = torch.randn(16, source_width(base.width), generator=random)
     return Expert(card, config, adapters, vectors, PromptStatistics.of(features, quantile=quantile))
 
 

@@ -21,7 +21,7 @@ from pipeline.evaluation.matrix import BASE
 from pipeline.learning.baselines import ROUTERS
 from pipeline.learning.learn import LearnResult
 from pipeline.learning.session import StreamSession
-from pipeline.routing.features import project
+from pipeline.routing.features import project_prompts, text_width
 from pipeline.routing.gaussian import solve
 from pipeline.routing.null import components
 from pipeline.routing.prompt_router import PromptRouter
@@ -111,7 +111,7 @@ def _routed(session: StreamSession, learned: LearnResult, who: str, settings: Ma
 
 @cache
 def _features(name: str, part: str) -> Tensor:
-    """Returns the features (N, 3 D) of a confusable task's, an ability's or the base prompts, unprojected."""
+    """Returns the features (N, 5 D) of a confusable task's, an ability's or the base prompts, unprojected."""
     if name in BENCHMARKS or name == "general":
         return readings.features(name, part)
     kind, number = name.rsplit("_", 1)
@@ -121,16 +121,15 @@ def _features(name: str, part: str) -> Tensor:
 
 def compute_features() -> Result:
     """Returns, by setting, the share of prompts of confusable tasks and of base abilities that are sent right."""
-    settings, width = RouterConfig(), _features("general", "train").shape[-1]
-    third = width // 3
+    settings, text = RouterConfig(), text_width(_features("general", "train").shape[-1])
     made: dict[str, Any] = {"features: all, unprojected": {}}
     made |= {
-        f"features: projected to {narrow}": {"prepare": lambda x_NS, to=narrow: project(x_NS, to)}
+        f"features: projected to {narrow}": {"prepare": lambda x_NS, to=narrow: project_prompts(x_NS, to)}
         for narrow in (32, 64, 128, 256)
     }
     made |= {
-        "features: image tokens alone": {"prepare": lambda x_NS: x_NS[:, : 2 * third]},
-        "features: words alone": {"prepare": lambda x_NS: x_NS[:, 2 * third :]},
+        "features: image tokens alone": {"prepare": lambda x_NS: x_NS[:, text:]},
+        "features: words alone": {"prepare": lambda x_NS: x_NS[:, :text]},
         "covariance: shared by all": {"shared": True},
     }
     made |= {f"shrinkage {s:g}": {"shrinkage": s} for s in (0.005, settings.shrinkage, 0.2, 0.5)}

@@ -20,7 +20,7 @@ from pipeline.models.answering import routed_answers
 from pipeline.models.encoding import Encoded
 from pipeline.models.inference import FrozenBase, InferenceWorkers
 from pipeline.routing.expert import Expert
-from pipeline.routing.features import project
+from pipeline.routing.features import project_prompts
 from pipeline.routing.pool import Pool
 from pipeline.routing.prompt_hooks import PromptFeatureHook
 from pipeline.routing.routed_model import RoutedModel
@@ -75,7 +75,7 @@ class Predictor(FrozenBase):
 
         def keep_features(features_BS: torch.Tensor | None, tokens_BT: torch.Tensor | None) -> None:
             assert features_BS is not None, "no cache holds a prompt already"
-            features.append(project(features_BS, width).cpu())
+            features.append(project_prompts(features_BS, width).cpu())
             raise _FeaturesReady
 
         hook = PromptFeatureHook(self.base.model, keep_features)

@@ -1,11 +1,11 @@
 """Statistics in few features: enough for most decisions, and small enough to keep those of ten thousand experts in memory.
 
-One fixed projection, the same for every expert ever trained, so that their sums stay sums. What is decided in few features is a
-sequential test (Wald, 1945): where one class is e^35 times likelier than any other there, a prompt of another class would look
-like that once in e^35 times. For a task that nobody has learned there is no such bound. Measured at F = 384: all of 2,400
-prompts of six of the demo's tasks and of base abilities are decided so, of 5,400 beside fifteen tasks that resemble them 71 %,
-and all features decide each of them alike; so they do 3,000 prompts of tasks that were not learned (all but 8 at P = 96, 65 at
-64).
+One fixed projection (`features.project_prompts`), the same for every expert ever trained, so that their sums stay sums. What is
+decided in few features is a sequential test (Wald, 1945): where one class is e^35 times likelier than any other there, a prompt
+of another class would look like that once in e^35 times. For a task that nobody has learned there is no such bound. Measured at
+F = 384: all of 2,400 prompts of six of the demo's tasks and of base abilities are decided so, of 5,400 beside fifteen tasks
+that resemble them 71 %, and all features decide each of them alike; so they do 3,000 prompts of tasks that were not learned
+(all but 8 at P = 96, 65 at 64).
 Shapes: N prompts, F features, P of them projected, C classes.
 """
 
@@ -15,7 +15,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from pipeline.routing.features import projection
+from pipeline.routing.features import project_prompts
 from pipeline.routing.statistics import PromptStatistics, upper_half
 
 WIDTH = 128
@@ -53,10 +53,11 @@ def unpacked(classes: Sequence[PromptStatistics], halves_CX: Tensor) -> list[Pro
 
 def _of(statistics: PromptStatistics, mean_P: Tensor, scatter_PP: Tensor) -> PromptStatistics:
     """Returns statistics whose scatter stays float32 in memory."""
-    return PromptStatistics(statistics.count, mean_P, scatter_PP.double, images=statistics.images)
+    return PromptStatistics(
+        statistics.count, mean_P, scatter_PP.double, images=statistics.images, with_image=statistics.with_image
+    )
 
 
 @lru_cache(maxsize=4)
 def _matrix(width: int) -> Tensor:
-    matrix_FP = projection(width, WIDTH)
-    return torch.eye(width, dtype=torch.float64) if matrix_FP is None else matrix_FP.double()
+    return project_prompts(torch.eye(width), WIDTH).double()

@@ -146,7 +146,7 @@ class Expert:
     def adapter_alone(self) -> "Expert":
         """Returns the expert with LoRA and prompt statistics in memory, and nothing else that routers need: it can be sent."""
         s = self.statistics
-        statistics = PromptStatistics(s.count, s.mean_F, s.scatter_FF, s.threshold, s.images)
+        statistics = PromptStatistics(s.count, s.mean_F, s.scatter_FF, s.threshold, s.images, s.with_image)
         return replace(self, adapters=dict(self.adapters), vectors={}, statistics=statistics, layer_statistics={})
 
     def check_trained(self) -> None:

@@ -1,21 +1,44 @@
 """What the prompt router looks at: a prompt as one vector, taken before the language model runs.
 
-The vector of a prompt is [mean of the projected image tokens, their standard deviation, mean of the text embeddings],
-3 D wide; it costs no extra pass, since the language model needs those inputs anyway. Each of the three has length 1, or 0
-where the prompt has nothing of its kind. Their own lengths say little and differ by base: 33, 40 and 0.4 in the base that
-ships here, so that text would drown where one projection mixes all three. Lengths are those of one prompt, not of a data
-set: the rule is the same for every expert ever trained, and their statistics can be summed. Shapes: B rows, T tokens, D the
-language model's width, F features.
+The vector of a prompt is 5 D wide: of its text [mean of the embeddings, how neighbours follow one another], of its images
+[mean of the projected tokens, their standard deviation, how neighbours go together]. It costs no extra pass, since the
+language model needs those inputs anyway. Means and deviation have length 1, or 0 where the prompt has nothing of their kind:
+their own lengths say little and differ by base (33, 40 and 0.4 in the base that ships here), so that text would drown where
+one projection mixes all. Lengths are those of one prompt, not of a data set: the rule is the same for every expert ever
+trained, and their statistics can be summed.
+
+Neighbours: a mean does not know the order of words, nor whether a picture is striped or dotted. Of unit vectors u_t
+
+    text    mean over t of u_t * roll(u_t+1, 1)        images    mean over t of v_t * v_t+1,  v_t centred on the image's mean
+
+at length `ORDER` and `TEXTURE`. The roll by one place makes the product differ by which of the two comes first; an image
+between words is skipped. Without these two, tasks that ask with the same words in another order reach the right expert as by
+a coin (0.57 of their prompts, 1.00 with it, beside a hundred tasks), and pictures of one colour and another pattern are told
+apart in 0.93 instead of 0.97 of the cases.
+
+The token on either side of an image (or of one of its tiles) is no text: it delimits the image in most families, so it
+would say what the image parts say already, and a question about a picture would differ from the same one without.
+
+Text and images keep their places apart in a projection too, the text's first: a task that never saw an image says nothing
+about images, and what it says about text can still be read (`unseen`). Shapes: B rows, T tokens, D the language model's
+width, S = 5 D source features, F features.
 """
 
 from functools import lru_cache
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 from torch.nn.functional import normalize
 
-FEATURE_RULE = 2
+FEATURE_RULE = 3
 """Version of the rule by which a prompt becomes features; statistics of different rules cannot be summed."""
+
+TEXT_PARTS, IMAGE_PARTS = 2, 3
+"""Parts of D features each."""
+
+ORDER, TEXTURE = 0.2, 0.5
+"""Lengths of what is known of neighbours, where a mean has length 1."""
 
 WIDEST = 512
 """Up to this many features are taken as they are; wider bases are projected, or an expert's second moments (F x F) would
@@ -23,26 +46,66 @@ outweigh its LoRA."""
 
 
 def prompt_features(embeds_BTD: Tensor, image_BT: Tensor, text_BT: Tensor) -> Tensor:
-    """Returns the features (B, 3 D), float32.
+    """Returns the features (B, 5 D), float32.
 
     `image_BT` and `text_BT` are masks (true or 1) of the projected image tokens and of the prompt's text tokens; a
-    text-only prompt has zeros in its image part, and the whole of a projection for its text.
+    text-only prompt has zeros in its image parts.
     """
-    embeds_BTD = embeds_BTD.float()
+    embeds_BTD, image_BT = embeds_BTD.float(), image_BT.bool()
+    text_BT = text_BT.bool() & ~_beside(image_BT)
     image_BT1, text_BT1 = image_BT.unsqueeze(-1).float(), text_BT.unsqueeze(-1).float()
+    text_BD = (embeds_BTD * text_BT1).sum(1) / text_BT1.sum(1).clamp(min=1)
+    order_BD = _neighbours(embeds_BTD, text_BT, roll=1)
     images_B1 = image_BT1.sum(1).clamp(min=1)
     mean_BD = (embeds_BTD * image_BT1).sum(1) / images_B1
     deviation_BTD = (embeds_BTD - mean_BD.unsqueeze(1)) * image_BT1
     std_BD = (deviation_BTD.square().sum(1) / images_B1).sqrt()
-    text_BD = (embeds_BTD * text_BT1).sum(1) / text_BT1.sum(1).clamp(min=1)
     # A deviation that is only rounding stays next to nothing.
-    size_B1 = torch.maximum(std_BD.norm(dim=-1, keepdim=True), 1e-3 * mean_BD.norm(dim=-1, keepdim=True))
-    return torch.cat([normalize(mean_BD), std_BD / size_B1.clamp(min=1e-12), normalize(text_BD)], dim=-1)
+    least_B1 = (1e-3 * mean_BD.norm(dim=-1, keepdim=True)).clamp(min=1e-12)
+    std_BD = std_BD / torch.maximum(std_BD.norm(dim=-1, keepdim=True), least_B1)
+    texture_BD = _neighbours(deviation_BTD, image_BT, least_B1=least_B1)
+    return torch.cat([normalize(text_BD), ORDER * order_BD, normalize(mean_BD), std_BD, TEXTURE * texture_BD], dim=-1)
+
+
+def _beside(image_BT: Tensor) -> Tensor:
+    """Returns which tokens stand next to an image token (B, T)."""
+    return functional.pad(image_BT[:, 1:], (0, 1)) | functional.pad(image_BT[:, :-1], (1, 0))
+
+
+def _neighbours(x_BTD: Tensor, mask_BT: Tensor, *, roll: int = 0, least_B1: Tensor | None = None) -> Tensor:
+    """Returns the mean product of unit vectors with the next one of the mask, rolled, at length 1 (B, D); 0 without any.
+
+    Vectors shorter than `least_B1` count by their length.
+    """
+    first_BT = mask_BT.long().argsort(dim=1, descending=True, stable=True)  # what the mask takes, side by side
+    beside_BTD = x_BTD.gather(1, first_BT.unsqueeze(-1).expand_as(x_BTD))
+    length_BT1 = beside_BTD.norm(dim=-1, keepdim=True)
+    unit_BTD = beside_BTD / (
+        length_BT1.clamp(min=1e-12) if least_B1 is None else torch.maximum(length_BT1, least_B1.unsqueeze(1))
+    )
+    pair_BT1 = mask_BT.gather(1, first_BT)[:, 1:, None]
+    pairs_BTD = unit_BTD[:, :-1] * unit_BTD[:, 1:].roll(roll, -1) * pair_BT1
+    return normalize(pairs_BTD.sum(1))
+
+
+def source_width(width: int) -> int:
+    """Returns S, the features of a prompt before any projection, for a language model of `width`."""
+    return (TEXT_PARTS + IMAGE_PARTS) * width
 
 
 def feature_width(width: int, wanted: int | None) -> int:
-    """Returns F for a language model of `width`: `wanted`, or else 3 D where that is at most `WIDEST`."""
-    return wanted or min(3 * width, WIDEST)
+    """Returns F for a language model of `width`: `wanted`, or else S where that is at most `WIDEST`."""
+    return wanted or min(source_width(width), WIDEST)
+
+
+def text_width(width: int) -> int:
+    """Returns how many of `width` features are of text; they come first."""
+    return width * TEXT_PARTS // (TEXT_PARTS + IMAGE_PARTS)
+
+
+def has_image(features_BF: Tensor) -> Tensor:
+    """Returns which prompts have an image (B,), bool, by their features, projected or not."""
+    return features_BF[:, text_width(features_BF.shape[-1]) :].any(-1)
 
 
 @lru_cache(maxsize=16)
@@ -58,6 +121,15 @@ def projection(source: int, target: int) -> Tensor | None:
 
 
 def project(features_BS: Tensor, target: int) -> Tensor:
-    """Projects features (B, 3 D) to (B, `target`)."""
+    """Projects vectors (B, S) to (B, `target`), all of S alike."""
     matrix = projection(features_BS.shape[-1], target)
     return features_BS if matrix is None else features_BS @ matrix.to(features_BS.device)
+
+
+def project_prompts(features_BS: Tensor, target: int) -> Tensor:
+    """Projects the features of prompts to (B, `target`), those of text and those of images each to places of their own."""
+    if features_BS.shape[-1] == target:
+        return features_BS
+    text, text_target = text_width(features_BS.shape[-1]), text_width(target)
+    parts = project(features_BS[..., :text], text_target), project(features_BS[..., text:], target - text_target)
+    return torch.cat(parts, dim=-1)

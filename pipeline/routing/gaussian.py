@@ -27,6 +27,7 @@ Only sums enter (`pooled`): the order of the classes does not matter, the result
 class comes, or is forgotten, by its own terms alone. Shapes: B prompts, F features, C classes, L of them listed per prompt.
 """
 
+import math
 import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -50,6 +51,10 @@ BATCH_BYTES, STACK_BYTES = 2**25, 2**22
 """Memory of the factors that are computed at once, and of those that are worth copying to be used at once."""
 
 
+Part = tuple[int, int]
+"""First feature, and the one after the last, of a part of all: a score of them alone is the marginal of the distribution."""
+
+
 @dataclass(frozen=True)
 class _Factor:
     """What a class's score needs."""
@@ -60,6 +65,20 @@ class _Factor:
     constant: float
     """What the score has beside the distance."""
 
+    @classmethod
+    def of(cls, factor_FF: Tensor, nu: float) -> "_Factor":
+        """Computes the constant."""
+        half, width = nu / 2, len(factor_FF)
+        constant = math.lgamma(half + width / 2) - math.lgamma(half) - width / 2 * math.log(nu)
+        return cls(factor_FF, nu, constant - float(factor_FF.diagonal().log().sum()))
+
+    def marginal(self, part: Part) -> "_Factor":
+        """Returns the factor of a part of the features."""
+        first, last = part
+        rows_PF = self.factor_FF[first:last, :last]
+        # The covariance of the first features has the first rows as its factor.
+        return _Factor.of(rows_PF.clone() if first == 0 else torch.linalg.cholesky(rows_PF @ rows_PF.T), self.nu)
+
 
 class _Factors:
     """The factors of classes, each blended with the covariance of all, or with that of a class beside it; the last are kept."""
@@ -68,7 +87,7 @@ class _Factors:
         self._classes, self._shrinkage = classes, shrinkage
         self._pooled = pooled
         self._width = len(pooled.mean_F)
-        self._kept: dict[tuple[int, int | None], _Factor] = {}
+        self._kept: dict[tuple[int, int | None, Part | None], _Factor] = {}
         self._lock = threading.Lock()
 
     @cached_property
@@ -90,15 +109,18 @@ class _Factors:
         """How many may be copied into one tensor."""
         return STACK_BYTES // (8 * self._width**2)
 
-    def of(self, numbers: Sequence[int], beside: int | None) -> list[_Factor]:
-        """Returns the factors of classes."""
+    def of(self, numbers: Sequence[int], beside: int | None, part: Part | None = None) -> list[_Factor]:
+        """Returns the factors of classes, of all features or of a part."""
         with self._lock:
-            found = {number: self._kept.pop((number, beside), None) for number in numbers}
+            found = {number: self._kept.pop((number, beside, part), None) for number in numbers}
         if missing := [number for number, factor in found.items() if factor is None]:
-            found |= zip(missing, self._factorise(missing, beside), strict=True)
+            if part is None:
+                found |= zip(missing, self._factorise(missing, beside), strict=True)
+            else:
+                found |= {n: f.marginal(part) for n, f in zip(missing, self.of(missing, beside), strict=True)}
         factors = {number: factor for number, factor in found.items() if factor is not None}
         with self._lock:
-            self._kept |= {(number, beside): factor for number, factor in factors.items()}
+            self._kept |= {(number, beside, part): factor for number, factor in factors.items()}
             for key in list(self._kept)[: -max(FEWEST_FACTORS, FACTOR_BYTES // (8 * self._width**2))]:
                 del self._kept[key]
         return [factors[number] for number in numbers]
@@ -118,12 +140,9 @@ class _Factors:
         blended_NFF, count_N = self._blended(numbers, prior_FF, prior)
         factor_NFF = shrunk_cholesky(blended_NFF, self.scale_F, self._shrinkage)
         factor_NFF *= (1 + 1 / count_N).sqrt()[:, None, None]
-        nu_N = count_N + prior
-        constant_N = torch.lgamma((nu_N + width) / 2) - torch.lgamma(nu_N / 2) - width / 2 * nu_N.log()
-        constant_N -= factor_NFF.diagonal(dim1=-2, dim2=-1).log().sum(-1)
         # Each in memory of its own, which is free when it is not kept any more.
         factors = [factor_NFF[0]] if len(numbers) == 1 else [factor_FF.clone() for factor_FF in factor_NFF]
-        return [_Factor(*row) for row in zip(factors, nu_N.tolist(), constant_N.tolist(), strict=True)]
+        return [_Factor.of(*row) for row in zip(factors, (count_N + prior).tolist(), strict=True)]
 
 
 class Gaussians:
@@ -152,13 +171,19 @@ class Gaussians:
         """The means of all classes, to select by."""
         return MeanIndex.of(self.classes, self.pooled, shrinkage=self.shrinkage)
 
+    @cached_property
+    def images(self) -> tuple[Tensor, Tensor]:
+        """Whether no prompt of each class had an image, and whether every one had (C,); neither where it is not known."""
+        known = [(c.with_image, c.count) for c in self.classes]
+        return torch.tensor([w == 0 for w, _ in known]), torch.tensor([w == count for w, count in known])
+
     def release(self) -> None:
         """Lets go of the factors."""
         self._factors = _Factors(self.classes, self.pooled, self.shrinkage)
 
-    def scores(self, x_BF: Tensor, classes_BL: Tensor) -> Tensor:
-        """Returns the scores of each prompt's classes (B, L), float64."""
-        return self._scores(x_BF.double(), classes_BL, None)
+    def scores(self, x_BF: Tensor, classes_BL: Tensor, *, part: Part | None = None) -> Tensor:
+        """Returns the scores of each prompt's classes (B, L), float64; of a part of the features, where it is given."""
+        return self._scores(x_BF.double(), classes_BL, None, part)
 
     def beside(self, x_BF: Tensor, beside_B: Tensor, classes_BL: Tensor) -> Tensor:
         """Returns the same (B, L) with the covariance of each prompt's class `beside_B` as the prior of the others."""
@@ -167,31 +192,32 @@ class Gaussians:
             scores_BL[rows] = self._scores(x_BF[rows].double(), classes_BL[rows], number)
         return scores_BL
 
-    def _scores(self, x_BF: Tensor, classes_BL: Tensor, beside: int | None) -> Tensor:
+    def _scores(self, x_BF: Tensor, classes_BL: Tensor, beside: int | None, part: Part | None = None) -> Tensor:
         scores_BL = torch.empty(classes_BL.shape, dtype=torch.float64)
-        factors, groups = self._factors, list(grouped(classes_BL))
+        factors, groups, taken = self._factors, list(grouped(classes_BL)), slice(*(part or (None,)))
+        x_BF, scale_F = x_BF[:, taken], factors.scale_F[taken]
         for start in range(0, len(groups), factors.at_once):
             batch = groups[start : start + factors.at_once]
-            found = factors.of([number for number, _ in batch], beside)
+            found = factors.of([number for number, _ in batch], beside, part)
             if classes_BL.shape[0] == 1 and len(batch) <= factors.stacked_at_once:  # a prompt that decodes waits for it
                 places = torch.cat([places for _, (_, places) in batch])
-                scores_BL[0, places] = self._scores_of_one(x_BF, [number for number, _ in batch], found)
+                means_LF = torch.stack([self.classes[number].mean_F[taken] for number, _ in batch])
+                scores_BL[0, places] = _scores_of_one((x_BF - means_LF) / scale_F, found)
                 continue
             for (number, (rows, places)), factor in zip(batch, found, strict=True):
-                centred_NF = (x_BF[rows] - self.classes[number].mean_F) / factors.scale_F
+                centred_NF = (x_BF[rows] - self.classes[number].mean_F[taken]) / scale_F
                 white_FN = torch.linalg.solve_triangular(factor.factor_FF, centred_NF.T, upper=False)
                 tail_N = torch.log1p(white_FN.square().sum(0) / factor.nu)
-                scores_BL[rows, places] = factor.constant - (factor.nu + len(factors.scale_F)) / 2 * tail_N
+                scores_BL[rows, places] = factor.constant - (factor.nu + len(scale_F)) / 2 * tail_N
         return scores_BL
 
-    def _scores_of_one(self, x_1F: Tensor, numbers: Sequence[int], factors: Sequence[_Factor]) -> Tensor:
-        """Returns the scores of one prompt in classes (L,): the same in few operations instead of many small ones."""
-        means_LF = torch.stack([self.classes[number].mean_F for number in numbers])
-        centred_LF1 = ((x_1F - means_LF) / self._factors.scale_F).unsqueeze(-1)
-        factor_LFF = torch.stack([factor.factor_FF for factor in factors])
-        distance_L = torch.linalg.solve_triangular(factor_LFF, centred_LF1, upper=False).square().sum((1, 2))
-        nu_L, constant_L = torch.tensor([(f.nu, f.constant) for f in factors], dtype=torch.float64).T
-        return constant_L - (nu_L + x_1F.shape[-1]) / 2 * torch.log1p(distance_L / nu_L)
+
+def _scores_of_one(centred_LF: Tensor, factors: Sequence[_Factor]) -> Tensor:
+    """Returns the scores of one prompt in classes (L,): the same in few operations instead of many small ones."""
+    factor_LFF = torch.stack([factor.factor_FF for factor in factors])
+    distance_L = torch.linalg.solve_triangular(factor_LFF, centred_LF.unsqueeze(-1), upper=False).square().sum((1, 2))
+    nu_L, constant_L = torch.tensor([(f.nu, f.constant) for f in factors], dtype=torch.float64).T
+    return constant_L - (nu_L + centred_LF.shape[-1]) / 2 * torch.log1p(distance_L / nu_L)
 
 
 def grouped(numbers_BL: Tensor) -> Iterator[tuple[int, tuple[Tensor, Tensor]]]:

@@ -28,7 +28,7 @@ class PromptFeatureHook:
     """Takes down the features of every prompt that a model is about to read, at prefill.
 
     Works on any transformers model whose decoder gets merged embeddings (VLMs) or token ids (text models).
-    `listener` gets the features (B, 3 D) and the mask of real tokens (B, T), before the language model runs; None twice
+    `listener` gets the features (B, 5 D) and the mask of real tokens (B, T), before the language model runs; None twice
     where the KV cache holds the prompt already. Passes may run in several threads.
     """
 

@@ -25,6 +25,7 @@ from pipeline.routing.gaussian import Gaussians, grouped
 from pipeline.routing.pooled import PooledStatistics
 from pipeline.routing.routes import NULL_EXPERT, BaseOnly, PromptRoute, Route
 from pipeline.routing.statistics import PromptStatistics
+from pipeline.routing.unseen import UnseenImages
 
 CANDIDATES = 8
 """How many of the nearest experts, and of the null expert's components, are scored; without a null expert, how many of the
@@ -165,14 +166,20 @@ class PromptRouter:
     def _listed(self, gaussians: Gaussians, x_BF: Tensor, count: int) -> tuple[Tensor, Tensor]:
         """Returns each prompt's nearest experts (B, L), and their scores; then that of the null expert, if any (B, L + 1)."""
         experts, parts = len(self.experts), []
+        unseen = UnseenImages.among(gaussians, experts, x_BF)
         for part_BF in x_BF.split(max(1, AT_ONCE // len(gaussians.classes))):
-            sides = gaussians.index.distances(part_BF).tensor_split([experts], dim=-1)
+            distance_BC = gaussians.index.distances(part_BF)
+            if unseen is not None:
+                distance_BC = unseen.distances(part_BF, distance_BC)
+            sides = distance_BC.tensor_split([experts], dim=-1)
             parts.append([side_BC.topk(min(count, side_BC.shape[-1]), largest=False).indices for side_BC in sides])
         listed_BL, null_BK = (torch.cat(side) for side in zip(*parts, strict=True))
         scores_BM = gaussians.scores(x_BF, torch.cat([listed_BL, null_BK + experts], dim=-1))
         if not self.null:
             return listed_BL, scores_BM
         scores_BL, scores_BK = scores_BM.tensor_split([listed_BL.shape[-1]], dim=-1)
+        if unseen is not None:
+            scores_BL = unseen.scores(x_BF, listed_BL, scores_BL)
         likeliest_B = listed_BL.gather(-1, scores_BL.argmax(-1, keepdim=True))[:, 0]
         beside_BK = null_BK.gather(-1, scores_BK.topk(min(BESIDE, scores_BK.shape[-1])).indices) + experts
         beside_B = gaussians.beside(x_BF, likeliest_B, beside_BK).logsumexp(-1)

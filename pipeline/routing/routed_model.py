@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.routing.call import Call, Decision, Routers
-from pipeline.routing.features import project
+from pipeline.routing.features import project_prompts
 from pipeline.routing.memory import memory_for
 from pipeline.routing.pool import Pool, PoolError
 from pipeline.routing.prompt_hooks import PromptFeatureHook
@@ -120,7 +120,7 @@ class RoutedModel:
             return
         (routers, memory), here = self._loaded, self._here
         width = routers.pool.width or features_BS.shape[-1]
-        features_BF = project(features_BS, width)
+        features_BF = project_prompts(features_BS, width)
         route = self._route(routers, here.forced, features_BF)
         call = here.call or Call()
         experts = memory.of(route)

@@ -87,7 +87,8 @@ class _Sums:
 
 
 def _member(statistics: PromptStatistics) -> Member:
-    small = PromptStatistics(statistics.count, statistics.mean_F, NOTHING, statistics.threshold, statistics.independent)
+    s = statistics
+    small = PromptStatistics(s.count, s.mean_F, NOTHING, s.threshold, s.independent, s.with_image)
     return small, coarse.packed([coarse.coarse_statistics(statistics)])[0]
 
 
@@ -160,11 +161,11 @@ def _read(file: Path) -> _Sums | None:
         pooled = PooledStatistics(
             int(tensors["pooled.count"]), *(tensors[f"pooled.{part}"] for part in ("mean", "squares", "scatter"))
         )
-        columns = (tensors[name].tolist() for name in ("counts", "thresholds", "images"))
+        columns = (tensors[name].tolist() for name in ("counts", "thresholds", "images", "with_image"))
         rows = zip(names, tensors["means"], *columns, tensors["few"], strict=True)
         members = {
-            name: (PromptStatistics(count, mean_F, NOTHING, threshold, images), half)
-            for name, mean_F, count, threshold, images, half in rows
+            name: (PromptStatistics(count, mean_F, NOTHING, threshold, images, _known(with_image)), half)
+            for name, mean_F, count, threshold, images, with_image, half in rows
         }
         os.utime(file)
     except FileNotFoundError:
@@ -173,6 +174,10 @@ def _read(file: Path) -> _Sums | None:
         _logger.info("%s is made anew: %s", file, error)
         return None
     return _Sums(members, pooled)
+
+
+def _known(with_image: int) -> int | None:
+    return None if with_image < 0 else with_image
 
 
 def _write(file: Path, sums: _Sums, references: Sequence[ExpertReference]) -> None:
@@ -184,6 +189,7 @@ def _write(file: Path, sums: _Sums, references: Sequence[ExpertReference]) -> No
         "means": torch.stack([s.mean_F for s in members]),
         "counts": torch.tensor([s.count for s in members]),
         "images": torch.tensor([s.independent for s in members]),
+        "with_image": torch.tensor([-1 if s.with_image is None else s.with_image for s in members]),
         "thresholds": torch.tensor([s.threshold for s in members], dtype=torch.float64),
         "few": torch.stack(halves),
         "pooled.count": torch.tensor(pooled.count),

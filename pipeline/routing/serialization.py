@@ -99,13 +99,16 @@ def statistics_tensors(statistics: PromptStatistics, name: str = "statistics") -
 
     In files the threshold is called `radius`, and the statistics of Linears `evidence`, as earlier releases wrote them.
     """
-    return {
+    tensors = {
         f"{name}.count": torch.tensor([statistics.count]),
         f"{name}.pictures": torch.tensor([statistics.independent]),
         f"{name}.mean": statistics.mean_F.contiguous(),
         f"{name}.scatter": statistics.scatter_FF[upper_half(statistics.width)].float(),
         f"{name}.radius": torch.tensor([statistics.threshold], dtype=torch.float64),
     }
+    if statistics.with_image is not None:
+        tensors[f"{name}.with_image"] = torch.tensor([statistics.with_image])
+    return tensors
 
 
 def statistics_of(tensors: Mapping[str, Tensor], name: str = "statistics") -> PromptStatistics:
@@ -116,7 +119,8 @@ def statistics_of(tensors: Mapping[str, Tensor], name: str = "statistics") -> Pr
 def _described(tensors: Mapping[str, Tensor], name: str, scatter: Tensor) -> PromptStatistics:
     count, threshold = int(tensors[f"{name}.count"]), float(tensors[f"{name}.radius"])
     images = int(tensors.get(f"{name}.pictures", count))  # earlier releases did not count them
-    return PromptStatistics(count, tensors[f"{name}.mean"], scatter, threshold, images)
+    with_image = int(tensors[f"{name}.with_image"]) if f"{name}.with_image" in tensors else None
+    return PromptStatistics(count, tensors[f"{name}.mean"], scatter, threshold, images, with_image)
 
 
 def _symmetric(half: Tensor, width: int) -> Tensor:
@@ -130,7 +134,7 @@ def _symmetric(half: Tensor, width: int) -> Tensor:
 def read_statistics(file: Path) -> PromptStatistics:
     """Reads what `statistics_tensors` wrote but the scatter, which is empty; raises KeyError where it is not there."""
     tensors: dict[str, Tensor] = {}
-    for part in ("count", "mean", "radius", "pictures"):
+    for part in ("count", "mean", "radius", "pictures", "with_image"):
         tensors |= read_some(file, f"statistics.{part}")
     return _described(tensors, "statistics", torch.zeros(0))
 
@@ -182,6 +186,11 @@ class StoredStatistics(PromptStatistics):
     def images(self) -> int | None:
         """Number of distinct images."""
         return self._small.images
+
+    @property
+    def with_image(self) -> int | None:
+        """Number of prompts with an image."""
+        return self._small.with_image
 
 
 def layer_tensors(layer_statistics: Mapping[str, PromptStatistics]) -> dict[str, Tensor]:

@@ -7,12 +7,14 @@ Shapes: N prompts, F features; float64, so that sums do not depend on their orde
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from statistics import NormalDist
 
 import torch
 from torch import Tensor
+
+from pipeline.routing.features import has_image
 
 FOLDS = 10
 """Parts of a task's prompts that are measured against all others: what is measured has nearly all of the prompts."""
@@ -38,6 +40,8 @@ class PromptStatistics:
     """Squared own distance that only a small share of the task's own prompts exceeds; infinite without calibration."""
     images: int | None = None
     """Number of distinct images among the prompts (a prompt without one counts as its own); None: as many as prompts."""
+    with_image: int | None = None
+    """Number of prompts with an image; None: not known."""
 
     @classmethod
     def of(
@@ -48,7 +52,7 @@ class PromptStatistics:
         quantile: float | None = None,
         shrinkage: float = 0.05,
     ) -> "PromptStatistics":
-        """Summarises features (N, F); with `quantile`, also calibrates the threshold.
+        """Summarises features (N, F); with `quantile` also calibrates the threshold and counts prompts with an image.
 
         `ids_N2` (N, 2), int64, say which prompts have the same image, and which are the same (`prompts.ids`); without
         them all differ. The threshold is measured crosswise, each fold of the images against the mean and covariance of all
@@ -77,7 +81,8 @@ class PromptStatistics:
                 others = cls.of(features_NF[~held_N])
                 distance_N[held_N] = others.distance(features_NF[held_N], shrinkage=shrinkage)
         distance_P = torch.zeros(prompts, dtype=torch.float64).scatter_reduce(0, prompt_N, distance_N, "amax")
-        return cls(statistics.count, mean_F, statistics.scatter, _bound(distance_P, groups, quantile), images)
+        with_image = int(has_image(features_NF).sum())
+        return replace(statistics, threshold=_bound(distance_P, groups, quantile), with_image=with_image)
 
     def __add__(self, other: "PromptStatistics") -> "PromptStatistics":
         """Statistics of both sets of prompts together (without a threshold: that belongs to one task)."""
@@ -86,7 +91,10 @@ class PromptStatistics:
         between_FF = torch.outer(apart_F, apart_F) * (self.count * other.count / count)
         mean_F = (self.count * self.mean_F + other.count * other.mean_F) / count
         scatter_FF = self.scatter_FF + other.scatter_FF + between_FF
-        return PromptStatistics(count, mean_F, scatter_FF, images=self.independent + other.independent)
+        ours, theirs = self.with_image, other.with_image
+        with_image = None if ours is None or theirs is None else ours + theirs
+        images = self.independent + other.independent
+        return PromptStatistics(count, mean_F, scatter_FF, images=images, with_image=with_image)
 
     @property
     def scatter_FF(self) -> Tensor:

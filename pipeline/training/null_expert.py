@@ -13,7 +13,7 @@ from pipeline.data.encoded.packing import unpack
 from pipeline.models.encoding import Encoded, ids
 from pipeline.models.inference import FrozenBase, InferenceWorkers
 from pipeline.models.target_modules import observed_paths
-from pipeline.routing.features import feature_width, project
+from pipeline.routing.features import feature_width, project_prompts
 from pipeline.routing.layer_classifiers import LayerInputHook
 from pipeline.routing.null import components
 from pipeline.routing.prompt_hooks import PromptFeatureHook
@@ -79,7 +79,7 @@ class StatisticsCollector(FrozenBase):
         for members, rows in self.batches(prompts):
             self.read(rows)
             assert self.features is not None
-            features_BF = project(self.features, self.width).cpu()
+            features_BF = project_prompts(self.features, self.width).cpu()
             parts.append(
                 {FEATURES: features_BF, IDS: ids(rows)}
                 | {p: torch.cat(s) for p, s in self.layer_inputs.samples.items()}

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from pipeline.models.bases import Base
 from pipeline.models.encoding import IGNORED, Encoded, collate_for, ids, to_device
-from pipeline.routing.features import project
+from pipeline.routing.features import project_prompts
 from pipeline.routing.layer_classifiers import LayerInputHook
 from pipeline.routing.prompt_hooks import PromptFeatureHook
 
@@ -49,7 +49,7 @@ def collect_features(
                 (features_BS,) = seen
                 seen.clear()
                 if given is not None:
-                    features_and_ids.append((project(features_BS, width).cpu(), ids(given)))
+                    features_and_ids.append((project_prompts(features_BS, width).cpu(), ids(given)))
     finally:
         reader.remove()
     features, given_ids = zip(*(part for parts in over_ranks(features_and_ids) for part in parts), strict=True)

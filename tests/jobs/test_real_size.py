@@ -12,6 +12,7 @@ import pytest
 import yaml
 
 from pipeline.data.demo.files import SCHEMA, demo_file
+from pipeline.routing.features import source_width
 from pipeline.routing.pool import Pool
 from tests.jobs.test_learn import learn_here
 
@@ -87,7 +88,7 @@ def test_statistics_are_projected_and_of_distinct_rows(learned):
     assert pool.names == ["mixed", "clock"]
     for expert in pool.experts.values():
         assert expert.statistics.count == ROWS
-        assert expert.statistics.width < 3 * 512
+        assert expert.statistics.width < source_width(512)
 
 
 def test_rows_per_step_do_not_shrink(learned):

@@ -28,7 +28,7 @@ from pipeline.models.bases import Base, load_base
 from pipeline.models.encoding import Encoded, collate_for, without_answer
 from pipeline.models.target_modules import observed_paths
 from pipeline.routing import Expert, Pool, PromptStatistics
-from pipeline.routing.features import FEATURE_RULE
+from pipeline.routing.features import FEATURE_RULE, WIDEST, feature_width
 from pipeline.routing.null import components
 from pipeline.routing.serialization import OutdatedError
 from pipeline.routing.store import cache_folder
@@ -61,7 +61,9 @@ def training_rows(session: StreamSession) -> dict[str, TrainingRows]:
 def as_training_records(base: Base, expert: Expert, rows: TrainingRows, router: RouterConfig) -> Expert:
     """Returns the expert with statistics of these rows, by the means of a training worker."""
     read = list(distinct_batches(rows, count=router.statistics_rows, micro_batch=16, rank=0, workers=1, seed=0))
-    features, ids = collect_features(base.model, base, read, width=router.feature_width or 3 * base.width, device="cpu")
+    features, ids = collect_features(
+        base.model, base, read, width=feature_width(base.width, router.feature_width), device="cpu"
+    )
     observed = observed_paths(base, "auto")
     gates = with_gates(base.model, expert.adapters)
     for path, gate in gates.items():
@@ -105,7 +107,7 @@ def aged(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Aged:
             cached = CachedRows(rows)
             prompts[name] = [without_answer(cached[number]) for number in range(8)]
             experts.append(as_training_records(base, expert, rows, settings.router))
-    learned = Pool("untrained", base.fingerprint, settings.router, experts, components(torch.randn(16, 384), 2))
+    learned = Pool("untrained", base.fingerprint, settings.router, experts, components(torch.randn(16, WIDEST), 2))
     folder = learned.save(output / "mini" / "pool")
     age(folder)
     return Aged(config, folder, learned, prompts)
@@ -182,7 +184,7 @@ def test_statistics_are_those_of_a_pool_that_is_learned_afresh(aged: Aged, renew
             assert adapter.b_OR.equal(afresh.adapters[path].b_OR)
             assert expert.vectors[path].equal(afresh.vectors[path])
     assert sum(component.count for component in pool.null) == 64
-    assert {component.width for component in pool.null} == {384}
+    assert {component.width for component in pool.null} == {WIDEST}
 
 
 def assert_same(actual: PromptStatistics, expected: PromptStatistics, *, atol: float = 1e-6) -> None:
@@ -301,7 +303,7 @@ def test_other_settings_of_the_router_make_a_second_version(
 
 
 def test_what_has_these_statistics_already_is_left_alone(aged: Aged, renewed: tuple[Pool, str]) -> None:
-    (folder,) = (pool for pool in new_pools(aged.config) if Pool.load(pool).width == 384)
+    (folder,) = (pool for pool in new_pools(aged.config) if Pool.load(pool).width == WIDEST)
     before = versions(aged.config, "untrained.pool.mini")
     (aged.config.parent / "echo.jsonl").rename(aged.config.parent / "away.jsonl")  # of no use to it
     try:

@@ -20,6 +20,7 @@ from pipeline.models.checkpoints import fingerprint
 from pipeline.registry.tracking import open_tracking
 from pipeline.routing import Expert, ExpertCard, Pool, PromptStatistics
 from pipeline.routing.adapters import Adapter
+from pipeline.routing.features import source_width
 from pipeline.routing.store import CACHE_VARIABLE
 
 WIDTH = 128
@@ -81,7 +82,7 @@ def make_expert(tiny_folder: Path) -> MakeExpert:
         }  # fmt: skip
         b_OR = torch.randn(WIDTH, rank, generator=random) if trained else torch.zeros(WIDTH, rank)
         adapter = Adapter(torch.randn(rank, WIDTH, generator=random), b_OR, 2.0)
-        features_NF = centre + torch.randn(64, 3 * WIDTH, generator=random)
+        features_NF = centre + torch.randn(64, source_width(WIDTH), generator=random)
         card = ExpertCard(
             name=name, task=name, base_fingerprint=fingerprint(tiny_folder), rank=rank, alpha=4, seed=0,
             data_fingerprint="d" * 64, config_digest=digest, samples=640, metrics={"expert_loss": 0.25, "seconds": 3.5},

@@ -35,13 +35,14 @@ from pipeline.registry.successors import open_pool, register_successor, retire_e
 from pipeline.registry.tracking import tracked_run
 from pipeline.registry.versions import all_logged_models, logged_model, number, versions_of
 from pipeline.routing import Expert, Pool, PromptStatistics
+from pipeline.routing.features import source_width
 from pipeline.routing.null import write_null
 from pipeline.routing.pool import PoolCard
 from pipeline.routing.store import ExpertReference, null_cache_folder
 from tests.registry.conftest import WIDTH, MakeExpert
 
 POOL = "untrained.pool.demo"
-FEATURES = 3 * WIDTH
+FEATURES = source_width(WIDTH)
 
 
 def null_of(features: int, seed: int = 0) -> list[PromptStatistics]:

@@ -43,6 +43,7 @@ from pipeline.registry.scores import Score, log_scores
 from pipeline.registry.tracking import open_tracking, tracked_run, use_registry
 from pipeline.registry.versions import get_version, logged_model
 from pipeline.routing import Expert, Pool
+from pipeline.routing.features import source_width
 from pipeline.routing.null import components
 from pipeline.routing.store import null_cache_folder
 from tests.registry.conftest import WIDTH, Created, MakeExpert
@@ -80,7 +81,7 @@ def register(
     output = tmp_path_factory.mktemp("output")
     experts = [make_expert("digits", "e1"), make_expert("clock", "e2")]
     folders = [expert.save(output / expert.card.name) for expert in experts]
-    null = components(torch.randn(16, 3 * WIDTH, generator=torch.Generator().manual_seed(7)), 2)
+    null = components(torch.randn(16, source_width(WIDTH), generator=torch.Generator().manual_seed(7)), 2)
 
     def registered(uri: str) -> None:
         experiment = open_tracking(uri, "pointsman", output=output)

@@ -30,6 +30,7 @@ from pipeline.registry.successors import (
 from pipeline.registry.tracking import tracked_run
 from pipeline.registry.versions import describe, get_version, logged_model, number
 from pipeline.routing import Pool
+from pipeline.routing.features import source_width
 from tests.registry.conftest import WIDTH, MakeExpert
 
 POOL = "untrained.pool.demo"
@@ -65,7 +66,7 @@ def extend(experiment: str, make_expert: MakeExpert, tmp_path: Path) -> Callable
 
 def prompts(own: list[float], base: list[float], features_NF: np.ndarray | None = None) -> EvaluatedPrompts:
     count = len(own)
-    features_NF = np.zeros((count, 3 * WIDTH), np.float32) if features_NF is None else features_NF
+    features_NF = np.zeros((count, source_width(WIDTH)), np.float32) if features_NF is None else features_NF
     names = [f"row {i}" for i in range(count)]
     return EvaluatedPrompts(names, names, [""] * count, features_NF, np.array(own), np.array(base))
 
@@ -136,7 +137,10 @@ def test_a_pool_is_measured_on_kept_prompts(
     start: ModelVersion, extend: Callable[..., ModelVersion], experiment: str
 ) -> None:
     """Own and base's scores are known; what goes to another expert counts as wrong, and is said."""
-    of_digits, of_clock = np.zeros(3 * WIDTH), np.full(3 * WIDTH, 40.0)  # where their prompts have their centres
+    of_digits, of_clock = (
+        np.zeros(source_width(WIDTH)),
+        np.full(source_width(WIDTH), 40.0),
+    )  # where their prompts have their centres
     features_NF = np.stack([of_digits, of_digits, of_clock]).astype(np.float32)
     expert = get_version("untrained.expert.digits", 1)
     keep_prompts(expert, "d", prompts([1.0, 0.5, 1.0], [0.0, 0.0, 0.25], features_NF))

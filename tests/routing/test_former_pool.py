@@ -1,4 +1,4 @@
-"""A pool that an earlier release wrote: it loads, says what it said, chooses as it did, and is written by today's names."""
+"""A pool as an earlier release wrote it, but for the number of the feature rule: it loads, and is written by today's names."""
 
 import json
 from pathlib import Path
@@ -6,18 +6,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from pipeline.config import BaseModelConfig
-from pipeline.models.bases import load_base
 from pipeline.routing import Pool
-from pipeline.routing.features import project
 from pipeline.routing.null import null_digest
 from pipeline.routing.prompt_router import PromptRouter
 from pipeline.routing.routes import NULL_EXPERT
-from tests.helpers import features_of, prompts
 
 BEFORE = Path(__file__).parent / "before" / "pool"
-CHOICES = {"shape": 0, "strokes": 1, "direction": NULL_EXPERT}
-"""The choice for prompts of each ability, by the release that wrote the pool."""
 PATH = "model.language_model.layers.0.self_attn.q_proj"
 
 
@@ -40,13 +34,11 @@ def test_it_holds_what_it_held(pool: Pool) -> None:
     assert [float(s.mean_F.sum()) for s in layers] == pytest.approx([-2.751995705999434, -1.516868458944373])
 
 
-def test_it_chooses_as_it_did(pool: Pool) -> None:
-    base = load_base(BaseModelConfig())
-    assert base.fingerprint == pool.base_fingerprint
-    router = PromptRouter([expert.statistics for expert in pool.experts.values()], pool.null)
-    for ability, choice in CHOICES.items():
-        features_BF = project(features_of(base, prompts(base.processor, ability, 3, seed=4)), 24)
-        assert router.choices(features_BF).tolist() == [choice] * 3
+def test_it_chooses_by_what_it_holds(pool: Pool) -> None:
+    statistics = [expert.statistics for expert in pool.experts.values()]
+    router = PromptRouter(statistics, pool.null)
+    centres_CF = torch.stack([s.mean_F for s in (*statistics, *pool.null)])
+    assert router.choices(centres_CF).tolist() == [0, 1, NULL_EXPERT, NULL_EXPERT]
 
 
 def test_it_is_written_by_todays_names(pool: Pool, tmp_path: Path) -> None:

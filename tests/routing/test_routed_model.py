@@ -13,7 +13,7 @@ from pipeline.models.encoding import collate
 from pipeline.models.generation import generate_answers
 from pipeline.routing import Decision, Expert, Pool, PoolError, PromptStatistics, RoutedModel
 from pipeline.routing.call import router_of
-from pipeline.routing.features import project
+from pipeline.routing.features import project_prompts
 from pipeline.routing.null import components
 from pipeline.routing.routed_linear import RoutedLinear, Running
 from pipeline.routing.routes import PromptRoute, RoutingState
@@ -326,15 +326,15 @@ def test_projected_features_route_as_well(tiny_base, pool, mixed):
     rows, _ = mixed
 
     def narrow(expert: Expert, family: str) -> Expert:
-        features = project(features_of(tiny_base, prompts(tiny_base.processor, family, 24)), 96)
+        features = project_prompts(features_of(tiny_base, prompts(tiny_base.processor, family, 24)), 96)
         return Expert(
             expert.card, expert.adapter_config, expert.adapters, expert.vectors, PromptStatistics.of(features)
         )
 
     experts = [narrow(pool.experts[name], family) for name, family in CLAIMS.items()]
-    general = project(features_of(tiny_base, prompts(tiny_base.processor, "direction", 24)), 96)
+    general = project_prompts(features_of(tiny_base, prompts(tiny_base.processor, "direction", 24)), 96)
     projected = Pool("tiny", tiny_base.fingerprint, RouterConfig(feature_width=96), experts, components(general, 2))
-    route = router_of(projected).route(project(features_of(tiny_base, rows), 96))
+    route = router_of(projected).route(project_prompts(features_of(tiny_base, rows), 96))
     choices = route.experts_BM[:, 0].tolist()
     with attached(tiny_base, projected) as routed:
         generate(tiny_base, rows, tokens=1)

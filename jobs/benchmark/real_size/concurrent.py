@@ -26,6 +26,7 @@ from pipeline.models.generation import generate_answers
 from pipeline.models.tiny import TINY_BASE
 from pipeline.routing import Expert, ExpertCard, Pool, PromptStatistics, RoutedModel
 from pipeline.routing.adapters import Adapter
+from pipeline.routing.features import source_width
 from pipeline.routing.layer_classifiers import LayerInputHook
 from pipeline.routing.prompt_hooks import PromptFeatureHook
 
@@ -130,7 +131,7 @@ def random_expert(base: Base, name: str, seed: int) -> Expert:
         name=name, task=name, base_fingerprint=base.fingerprint, rank=RANK, alpha=2 * RANK, seed=seed,
         data_fingerprint="random", config_digest="random", samples=KNOWN, metrics={},
     )  # fmt: skip
-    return Expert(card, {}, adapters, {}, PromptStatistics.of(torch.zeros(2, 3 * base.width)))
+    return Expert(card, {}, adapters, {}, PromptStatistics.of(torch.zeros(2, source_width(base.width))))
 
 
 @torch.inference_mode()

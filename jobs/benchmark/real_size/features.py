@@ -1,6 +1,6 @@
 """Routing at the widths of real bases: prompt features projected to 128 and 512, against unprojected ones.
 
-The shipped base is 128 wide, so its three parts of 128 are turned into a space of 2,048 each, as lengths and angles stay:
+The shipped base is 128 wide, so its five parts of 128 are turned into a space of 2,048 each, as lengths and angles stay:
 as wide as InternVL-2's 2B, and projected just as there.
 """
 
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from jobs.benchmark.real_size.readings import DEMO, Prepare, routed_right
-from pipeline.routing.features import project
+from pipeline.routing.features import IMAGE_PARTS, TEXT_PARTS, project_prompts
 
 WIDTH, TARGETS = 2048, (128, 512)
 
@@ -25,8 +25,8 @@ def _turn(width: int) -> Tensor:
 
 def _projected(target: int) -> Prepare:
     def prepare(features_NS: Tensor) -> Tensor:
-        parts = [part_ND @ _turn(part_ND.shape[-1]) for part_ND in features_NS.chunk(3, dim=-1)]
-        return project(torch.cat(parts, dim=-1), target)
+        parts = [part_ND @ _turn(part_ND.shape[-1]) for part_ND in features_NS.chunk(TEXT_PARTS + IMAGE_PARTS, dim=-1)]
+        return project_prompts(torch.cat(parts, dim=-1), target)
 
     return prepare
 

@@ -1,6 +1,6 @@
 """Prompt features of the shipped base, for measurements that need no expert: only where a prompt would be sent.
 
-Shapes: N prompts, S source features (3 D), F features, D the base's width.
+Shapes: N prompts, S source features (5 D), F features, D the base's width.
 """
 
 from collections.abc import Callable, Mapping, Sequence

@@ -22,7 +22,7 @@ from transformers import AutoConfig, DynamicCache, LlamaConfig, LlamaForCausalLM
 
 from pipeline.config import ConfigError
 from pipeline.models.tiny import TINY_BASE
-from pipeline.routing.features import feature_width, project, prompt_features
+from pipeline.routing.features import feature_width, project_prompts, prompt_features
 from pipeline.routing.layer_classifiers import LayerClassifier
 from pipeline.routing.prompt_router import PromptRouter
 from pipeline.routing.routed_linear import Current, LinearExperts, PoolExperts, RoutedLinear, Running, Slot
@@ -112,7 +112,7 @@ class Workload:
     def features(self) -> Tensor:
         """Returns the prompt's features (1, F), as a routed base takes them at prefill."""
         features_BS = prompt_features(self.prompt_BTD, self.image_BT, self.text_BT)
-        return project(features_BS, feature_width(self.width_in, None))
+        return project_prompts(features_BS, feature_width(self.width_in, None))
 
     def memory_bytes(self, method: str, experts: int, tokens: int) -> tuple[float, float]:
         """Returns about how many bytes a method's weights take, and what comes on top while it is built or runs."""
