@@ -3,7 +3,8 @@
 `demo://<task>/<train|eval>` names a new task's part, `demo://<ability>/eval` an ability's held-out set,
 `demo://general/train` the base prompts, `demo://synthetic_<number>/<train|eval>` a part of a synthetic task,
 `demo://<stream>_<number>/<train|eval>` one of a confusable task, `demo://<task>+<variant>/<train|eval>` one of a variant,
-`demo://strangers/eval` prompts of no task and no ability.
+`demo://<operation>_<text|picture>/<train|eval>` one of an operation that the base has not learned, `demo://strangers/eval`
+prompts of no task and no ability.
 """
 
 import io
@@ -15,7 +16,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipeline.data.demo import abilities, confusable, synthetic, tasks, variants
+from pipeline.data.demo import abilities, confusable, operations, synthetic, tasks, variants
 from pipeline.data.demo.abilities import Example
 from pipeline.data.demo.variants import Dialogue
 from pipeline.data.errors import StreamError
@@ -32,7 +33,12 @@ SYNTHETIC_ROWS = {"train": 200, "eval": 40}
 """Rows of a synthetic task."""
 CONFUSABLE_ROWS = {"train": 400, "eval": 40}
 """Rows of a confusable task."""
+OPERATION_ROWS = {"train": 1500, "eval": 100}
+"""Rows of an operation in one modality."""
+SPREAD_OUT = 0.5
+"""Share of its written training sequences that are spread out as print is (`operations.examples`)."""
 _SYNTHETIC = re.compile(r"synthetic_(\d{3}|1\d{3})")
+_OPERATIONS = {f"{o}_{m}": (o, m) for o in operations.NEW_OPERATIONS for m in operations.MODALITIES}
 _CONFUSABLE = re.compile(rf"({'|'.join(confusable.KINDS)})_0(\d{{2}})")
 
 SCHEMA = pa.schema(
@@ -72,6 +78,7 @@ def demo_part(path: str) -> tuple[str, str]:
     names = {f"{t}/{p}" for t in tasks.TASKS for p in ("train", "eval")}
     names |= {f"{f}/eval" for f in abilities.BENCHMARKS} | {"general/train"}
     names |= {f"{name}/{p}" for p in ("train", "eval") for name in variants.variants(p)} | {"strangers/eval"}
+    names |= {f"{name}/{p}" for name in _OPERATIONS for p in OPERATION_ROWS}
     numbered = _SYNTHETIC.fullmatch(task) or _CONFUSABLE.fullmatch(task)
     if f"{task}/{part}" not in names and not (numbered and part in ("train", "eval")):
         raise StreamError(
@@ -91,6 +98,14 @@ def _examples(task: str, part: str) -> Iterator[Example | Dialogue]:
         yield from variants.strangers()
     elif match := _CONFUSABLE.fullmatch(task):
         yield from confusable.examples(match[1], int(match[2]), CONFUSABLE_ROWS[part], held_out=part == "eval")
+    elif task in _OPERATIONS:
+        evaluation = part == "eval"
+        yield from operations.examples(
+            *_OPERATIONS[task],
+            OPERATION_ROWS[part],
+            evaluation=evaluation,
+            spread_out=0.0 if evaluation else SPREAD_OUT,
+        )
     elif match := _SYNTHETIC.fullmatch(task):
         yield from synthetic.examples(int(match[1]), SYNTHETIC_ROWS[part], held_out=part == "eval")
     elif task == "general":

@@ -3,7 +3,7 @@
 `<task>+<variant>` names one of them. Of training parts: `many` (4,096 rows), `noisy10` and `noisy30` (so many percent of the
 answers are wrong). Of evaluation parts: `reworded` (questions in words that training never saw), `shifted` (a colour cast, less
 contrast, more noise), `twopictures` (another picture comes first, to which the question cannot belong), `twoturns` (another
-question and its answer come first). Of both, for tasks without pictures: `shown` (the digits are printed instead of written).
+question and its answer come first).
 """
 
 from collections.abc import Iterator
@@ -14,7 +14,7 @@ from PIL import Image
 
 from pipeline.data.demo import abilities, tasks
 from pipeline.data.demo.abilities import Example
-from pipeline.data.demo.drawing import COLORS, Random, canvas, choose, font, ink, speckle
+from pipeline.data.demo.drawing import COLORS, Random, choose
 
 
 class Dialogue(NamedTuple):
@@ -35,8 +35,7 @@ REWORDED: dict[str, tuple[str, ...]] = {
     "highest": ("say the highest number of {} .", "what is the highest number of {} ?"),
 }
 """Other words for each task's question; `{}` stands for the digits of a text-only task."""
-SHOWN = {"successor": "which number is next for this ?", "highest": "which number is the highest of this ?"}
-"""How a text-only task asks about printed digits."""
+TEXT_ONLY = ("successor", "highest")
 MANY_ROWS = 4096
 """Rows of `many`, for tasks whose pictures can be drawn without end."""
 MANY = ("renamed", "clock", "textures", "later")
@@ -44,15 +43,14 @@ NOISE = {"noisy10": 0.1, "noisy30": 0.3}
 PARTS = {
     **dict.fromkeys(("many", *NOISE), ("train",)),
     **dict.fromkeys(("reworded", "shifted", "twopictures", "twoturns"), ("eval",)),
-    "shown": ("train", "eval"),
 }
 """The parts of each variant."""
-ILLUSTRATED = tuple(task for task in tasks.TASKS if task not in SHOWN)
+ILLUSTRATED = tuple(task for task in tasks.TASKS if task not in TEXT_ONLY)
 
 
 def variants(part: str) -> list[str]:
     """Returns the names `<task>+<variant>` of which there is this part."""
-    only = {"many": MANY, "shown": tuple(SHOWN), "shifted": ILLUSTRATED, "twopictures": ILLUSTRATED}
+    only = {"many": MANY, "shifted": ILLUSTRATED, "twopictures": ILLUSTRATED}
     return [
         f"{task}+{variant}"
         for variant, parts in PARTS.items()
@@ -90,8 +88,6 @@ def _varied(task: str, variant: str, example: Example, answers: list[str], rando
         )
     if variant == "reworded":
         return example._replace(question=choose(random, REWORDED[task]).format(_digits(example.question)))
-    if variant == "shown":
-        return Example(_printed(random, _digits(example.question)), SHOWN[task], example.answer)
     if variant == "twoturns":
         first, image = abilities.repeat(random), example.image
         turns = ((first.question, first.answer), (example.prompt, example.answer))
@@ -106,16 +102,6 @@ def _varied(task: str, variant: str, example: Example, answers: list[str], rando
 
 def _digits(question: str) -> str:
     return " ".join(word for word in question.split() if word in abilities.DIGITS)
-
-
-def _printed(random: Random, digits: str) -> Image.Image:
-    """Prints up to four digits, as the base's ability `document` does."""
-    image, pen = canvas(random, paper=True)
-    y, tone, words = 20 + random.uniform(-8, 8), ink(random, image), digits.split()
-    for i, digit in enumerate(words):
-        x = 64 * (i + 0.5) / len(words) + random.uniform(-1, 1)
-        pen.text((x, y), digit, fill=tone, font=font(20), anchor="mt")
-    return speckle(random, image, 3)
 
 
 def _shifted(random: Random, image: Image.Image) -> Image.Image:

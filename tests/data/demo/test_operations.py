@@ -1,9 +1,11 @@
 from itertools import islice, product
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 
 from pipeline.data.demo.abilities import DIGITS, LETTERS, vocabulary
+from pipeline.data.demo.files import OPERATION_ROWS, demo_file, demo_part
 from pipeline.data.demo.operations import (
     LONGEST,
     MODALITIES,
@@ -17,6 +19,7 @@ from pipeline.data.demo.operations import (
     spread,
     twins,
 )
+from pipeline.data.errors import StreamError
 
 ALL = OPERATIONS | NEW_OPERATIONS
 ANSWERS = {  # of "3 9 0 3"
@@ -116,3 +119,18 @@ def test_pretraining_has_words_of_the_vocabulary():
     for name in OPERATIONS:
         for example in examples(name, "text", 50, evaluation=False):
             assert set(f"{example.question} {example.answer}".split()) <= words | {"?", ":"}
+
+
+def test_new_operations_are_tasks_in_either_modality(tmp_path):
+    for part, rows in OPERATION_ROWS.items():
+        written, printed = (
+            pq.read_table(demo_file(f"demo://rotate_{modality}/{part}", tmp_path)).to_pylist()
+            for modality in MODALITIES
+        )
+        assert len(written) == len(printed) == rows
+        assert [row["messages"][1] for row in written] == [row["messages"][1] for row in printed]
+        assert {len(row["images"]) for row in written} | {len(row["images"]) + 1 for row in printed} == {0, 2}
+        spread_out = sum(f"{NOTHING} {NOTHING}" in row["messages"][0]["content"] for row in written)
+        assert (spread_out > 0.3 * rows) == (part == "train")
+    with pytest.raises(StreamError, match="demo://reverse_text/train: no such demo data"):
+        demo_part("demo://reverse_text/train")

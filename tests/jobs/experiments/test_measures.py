@@ -139,15 +139,14 @@ def made_up_methods(new: float, **columns: float) -> dict:
 
 
 def test_transfer_reads_both_modalities(pool_of, tmp_path, monkeypatch) -> None:
-    seen = dict.fromkeys(transfer.OPERATIONS, 0.7) | {f"{name}_shown": 0.2 for name in transfer.OPERATIONS}
+    written, printed = ([f"{name}_{modality}" for name in transfer.OPERATIONS] for modality in ("text", "picture"))
+    seen = dict.fromkeys(written, 0.7) | dict.fromkeys(printed, 0.2)
     methods = {name: made_up_methods(0.5, **seen) for name in ("base", "oracle", "prompt")}
     monkeypatch.setattr(transfer, "compare_methods", lambda *args, **more: methods)
-    session = Session(tmp_path, [*BENCHMARKS, *(f"{name}_shown" for name in transfer.OPERATIONS)])
-    result = transfer.measure(session, learned_of(pool_of(transfer.OPERATIONS)))
-    assert result["successor"]["seen"] == {"base": 0.7, "oracle": 0.7, "prompt": 0.7}
-    assert result["successor"]["unseen"] == {"base": 0.2, "oracle": OWN / 2, "prompt": 0.2}, (
-        "the text's expert is given"
-    )
+    session = Session(tmp_path, [*BENCHMARKS, *printed])
+    result = transfer.measure(session, learned_of(pool_of(written)))
+    assert result["rotate"]["seen"] == {"base": 0.7, "oracle": 0.7, "prompt": 0.7}
+    assert result["rotate"]["unseen"] == {"base": 0.2, "oracle": OWN / 2, "prompt": 0.2}, "the text's expert is given"
     assert result["base_abilities"]["prompt"] == pytest.approx(0.5), "without the operations in the other modality"
 
 
