@@ -111,7 +111,7 @@ def decide(version: ModelVersion, scores: Sequence[Score], *, gate: bool, tolera
     """Promotes a version that the gate lets pass (see `reason_against`), and notes on it if it does not.
 
     What has been decided already stays: a version that is champion, was champion, or is a part of the champion. Without a
-    `gate`, and where a task of the champion was not measured, it is left to `pointsman registry promote`.
+    `gate`, and where a task or a base ability of the champion was not measured, it is left to `pointsman registry promote`.
     """
     with deciding(version.name):
         now = champion(version.name)
@@ -138,11 +138,13 @@ def decide(version: ModelVersion, scores: Sequence[Score], *, gate: bool, tolera
 
 
 def _unmeasured(version: ModelVersion, scores: Sequence[Score], champion: Sequence[Score]) -> list[str]:
-    """Returns the champion's tasks for which a version has experts in use, but no scores."""
+    """Returns what the champion was measured on and a version was not: base abilities, and tasks of experts that it has in use."""
     measured = {score.dataset for score in scores}
-    missing = [score.dataset for score in champion if not score.ability and score.dataset not in measured]
-    places = places_of(version) if missing else {}
-    return [name for name in missing if name in places and not places[name].retired]
+    missing = [score for score in champion if score.dataset not in measured]
+    tasks = [score.dataset for score in missing if not score.ability]
+    places = places_of(version) if tasks else {}
+    in_use = [name for name in tasks if name in places and not places[name].retired]
+    return in_use + [score.dataset for score in missing if score.ability]
 
 
 @contextmanager

@@ -186,6 +186,20 @@ def test_what_cannot_be_measured_is_left_to_people(
     assert refused_between(start, made) == {}
 
 
+def test_a_base_ability_that_only_the_champion_was_measured_on_is_left_to_people(
+    start: ModelVersion, extend: Callable[..., ModelVersion], experiment: str
+) -> None:
+    """It might be lost, and nobody would know."""
+    digits, shape = Score("digits", "d", 0.8, 0.1), Score("shape", "s", 0.9, 0.9, True)
+    with tracked_run(experiment, "demo", "run") as run:
+        log_scores(run, start, [digits, shape])
+    promote(POOL, 1)
+    made = extend(start, "clock")
+    verdict = decide(made, [digits], gate=True, tolerance=0.02)
+    assert verdict.text.startswith("by hand, since its accuracy on shape is not known")
+    assert decide(made, [digits, shape], gate=True, tolerance=0.02).text == "promoted by the gate, after version 1"
+
+
 def test_a_mistyped_replacement_leaves_no_run(start: ModelVersion, experiment: str) -> None:
     runs = len(MlflowClient().search_runs([experiment]))
     for expert, message in (
