@@ -19,7 +19,7 @@ from pipeline.models.encoding import Encoded, collate, encode
 from pipeline.models.families import FAMILIES as BASES
 from pipeline.routing import Expert, ExpertCard, Pool, PromptStatistics, RoutedModel
 from pipeline.routing.adapters import Adapter
-from pipeline.routing.features import source_width
+from pipeline.routing.features import feature_width, project_prompts
 from pipeline.routing.layer_classifiers import LayerInputHook
 from pipeline.routing.null import components
 from pipeline.routing.prompt_hooks import PromptFeatureHook
@@ -90,6 +90,11 @@ def features_of(base: Base, rows: Sequence[Encoded], side: str = "left", prompt_
     return features_BS
 
 
+def statistics_features(base: Base, rows: Sequence[Encoded]) -> Tensor:
+    """Returns the prompt features (B, F) that statistics are taken of, in the default width."""
+    return project_prompts(features_of(base, rows), feature_width(base.width, None))
+
+
 def make_expert(
     base: Base,
     name: str,
@@ -132,7 +137,7 @@ def make_expert(
         metrics={"expert_loss": 0.5},
     )
     if features is None:
-        features = torch.randn(16, source_width(base.width), generator=random)
+        features = torch.randn(16, feature_width(base.width, None), generator=random)
     return Expert(card, config, adapters, vectors, PromptStatistics.of(features, quantile=quantile))
 
 
@@ -162,14 +167,14 @@ def claimed_pool(base: Base, count: int = 24) -> Pool:
     for seed, (name, family) in enumerate(CLAIMS.items()):
         rows = prompts(base.processor, family, count)
         targets = QUERY_AND_DOWN if name == "painter" else LANGUAGE_LINEARS
-        features = features_of(base, rows)
+        features = statistics_features(base, rows)
         expert = make_expert(base, name, rank=2 + seed, seed=seed, targets=targets, features=features, quantile=0.99)
         alone = Pool("tiny", base.fingerprint, RouterConfig(), [expert])
         with attached(base, alone) as routed, routed.forced(name):
             layer_statistics = {path: PromptStatistics.of(samples) for path, samples in samples_of(base, rows).items()}
         experts.append(dataclasses.replace(expert, layer_statistics=layer_statistics))
     rows = prompts(base.processor, GENERAL, count)
-    null = components(features_of(base, rows), 2)
+    null = components(statistics_features(base, rows), 2)
     null_layer_statistics = {path: PromptStatistics.of(samples) for path, samples in samples_of(base, rows).items()}
     return Pool("tiny", base.fingerprint, RouterConfig(), experts, null, null_layer_statistics)
 

@@ -40,6 +40,7 @@ class Settings:
         if self.overrides:  # beside the run at full size
             name += f"-{digest(list(self.overrides))[:6]}"
         ours = [f"name={name}", f"output={self.folder.resolve() / RUNS}", f"seed={seed}"]
+        ours.append("router.feature_width=null")  # as many features as any base has by default, not the demo's few
         config = load_config(DEMO, [*ours, *own, *self.overrides], LearnConfig)
         return LearnConfig.model_validate(config.model_dump() | {"stream": dict(stream)})
 

@@ -157,7 +157,7 @@ class RouterConfig(Config):
     null_components: int = Field(default=12, ge=1)
     """prompt: number of Gaussians that describe the base prompts (k-means with a fixed seed). One is too coarse where tasks
     resemble base abilities."""
-    quantile: float = Field(default=0.995, gt=0.5, lt=1)
+    quantile: float = Field(default=0.99, gt=0.5, lt=1)
     """prompt, without base prompts: the out-of-distribution threshold of a task is this quantile of its own prompts' distances;
     prompts beyond the thresholds of all tasks go to the base."""
 

@@ -9,7 +9,7 @@ from pipeline.evaluation.calibration import BINS, Calibration, calibration_of_ru
 from pipeline.evaluation.choices import calibrations
 from pipeline.evaluation.results import Evaluation, TaskResult
 from pipeline.routing.call import Routers
-from tests.helpers import claimed_prompts, features_of
+from tests.helpers import claimed_prompts, statistics_features
 
 
 def by_formula(posterior_N: np.ndarray, right_N: np.ndarray) -> float:
@@ -99,7 +99,7 @@ def test_a_runs_calibration_is_read_beside_its_pool(tmp_path):
 
 def test_choices_of_a_pool_are_as_sure_as_their_router(known_pool, tiny_base):
     rows, owners = claimed_prompts(tiny_base, 2, seed=3)
-    features_NF, routers = features_of(tiny_base, rows), Routers(known_pool)
+    features_NF, routers = statistics_features(tiny_base, rows), Routers(known_pool)
     of_task = {owner or "base": [i for i, o in enumerate(owners) if o == owner] for owner in dict.fromkeys(owners)}
     parts = [features_NF[places] for places in of_task.values()]
     found = calibrations(routers, "routed", list(of_task), parts)

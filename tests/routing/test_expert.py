@@ -21,7 +21,7 @@ ALL = [*FILES, CONTENTS]
 
 @pytest.fixture(scope="module")
 def expert(tiny_base):
-    return make_expert(tiny_base, "digits", rank=3, features=torch.randn(16, 640), quantile=0.9)
+    return make_expert(tiny_base, "digits", rank=3, features=torch.randn(16, 512), quantile=0.9)
 
 
 @pytest.fixture

@@ -11,7 +11,16 @@ from pipeline.config import RouterConfig
 from pipeline.routing import Pool, PoolError, RoutedModel
 from pipeline.routing.insight import Candidate, Explanation, candidates_of_call, explain
 from pipeline.routing.prompt_router import CANDIDATES
-from tests.helpers import CLAIMS, attached, batch_of, claimed_prompts, features_of, generate, make_expert, prompts
+from tests.helpers import (
+    CLAIMS,
+    attached,
+    batch_of,
+    claimed_prompts,
+    generate,
+    make_expert,
+    prompts,
+    statistics_features,
+)
 
 PHATGOOSE = {"kind": "token", "token_scores": "phatgoose"}
 EVERY_ROUTER = [{"kind": "prompt"}, {"kind": "token"}, PHATGOOSE, {"kind": "two_level"}]
@@ -89,7 +98,7 @@ def test_without_base_prompts_the_base_has_no_score(tiny_base, without_null, mix
 
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_distance_and_threshold_are_the_statistics_own(tiny_base, without_null, mixed, side):
-    features_BF = features_of(tiny_base, mixed[0])
+    features_BF = statistics_features(tiny_base, mixed[0])
     for row, explanation in enumerate(explained(tiny_base, without_null, mixed[0], side)[0]):
         for name, candidate in by_name(explanation).items():
             if name is not None:
@@ -178,7 +187,7 @@ def test_the_reason_to_abstain_is_the_nearest_task_with_its_distance(tiny_base, 
 
 def test_a_task_that_was_not_asked_is_no_reason_to_abstain(tiny_base):
     """Only the likeliest tasks are asked for their threshold; another one's may well hold the prompt."""
-    likely = features_of(tiny_base, prompts(tiny_base.processor, "repeat", 16))
+    likely = statistics_features(tiny_base, prompts(tiny_base.processor, "repeat", 16))
     one_linear = r"model\.language_model\.layers\.0\.mlp\.down_proj"
     experts = [
         make_expert(tiny_base, f"likely{i}", targets=one_linear, features=likely + i / 1000, quantile=0.99)
@@ -188,7 +197,7 @@ def test_a_task_that_was_not_asked_is_no_reason_to_abstain(tiny_base):
         dataclasses.replace(expert, statistics=dataclasses.replace(expert.statistics, threshold=0.01))
         for expert in experts
     ]
-    unlikely = features_of(tiny_base, prompts(tiny_base.processor, "shape", 16))
+    unlikely = statistics_features(tiny_base, prompts(tiny_base.processor, "shape", 16))
     experts.append(make_expert(tiny_base, "unlikely", targets=one_linear, features=unlikely))
     pool = Pool("tiny", tiny_base.fingerprint, RouterConfig(), experts)
     (explanation,) = explained(tiny_base, pool, prompts(tiny_base.processor, "repeat", 1, seed=4))[0]

@@ -24,7 +24,7 @@ def experts(tiny_base):
 
 @pytest.fixture(scope="module")
 def null():
-    return components(torch.randn(16, 640, generator=torch.Generator().manual_seed(7)), 2)
+    return components(torch.randn(16, 512, generator=torch.Generator().manual_seed(7)), 2)
 
 
 def make_pool(experts, null=(), **router) -> Pool:
@@ -63,7 +63,7 @@ def test_removing_an_expert_is_never_having_had_it(experts, null):
     removed, without = make_pool(experts, null).remove("clock"), make_pool([experts[0], experts[2]], null)
     assert removed.card == without.card
     assert list(removed.experts.values()) == list(without.experts.values())
-    x_BF = torch.randn(8, 640, generator=torch.Generator().manual_seed(8))
+    x_BF = torch.randn(8, 512, generator=torch.Generator().manual_seed(8))
     scores = [PromptRouter([e.statistics for e in p.experts.values()], p.null).scores(x_BF) for p in (removed, without)]
     assert scores[0].equal(scores[1])
     with pytest.raises(PoolError, match="no expert 'clock' in the pool; there are: digits, later"):
@@ -72,7 +72,7 @@ def test_removing_an_expert_is_never_having_had_it(experts, null):
 
 def test_who_answers_other_prompts_does_not_change_when_an_expert_retires(experts, null, tmp_path):
     """However near they are: the retired expert's class stays, and the base answers in its place."""
-    x_BF = torch.randn(400, 640, generator=torch.Generator().manual_seed(8))
+    x_BF = torch.randn(400, 512, generator=torch.Generator().manual_seed(8))
     for kind in ("prompt", "two_level"):
         for base_prompts in (null, ()):
             pool = make_pool(experts, base_prompts, kind=kind)
@@ -130,10 +130,10 @@ def test_an_untrained_or_broken_expert_is_refused(experts):
 def test_all_have_the_same_prompt_features(experts, null, tiny_base):
     narrow = make_expert(tiny_base, "narrow", features=torch.randn(16, 64))
     with pytest.raises(
-        PoolError, match=r"'narrow' has 64 prompt features, others have 640; .*recompute-statistics.*_width"
+        PoolError, match=r"'narrow' has 64 prompt features, others have 512; .*recompute-statistics.*_width"
     ):
         make_pool(experts).add(narrow)
-    with pytest.raises(PoolError, match="64 prompt features, others have 640"):
+    with pytest.raises(PoolError, match="64 prompt features, others have 512"):
         make_pool([narrow], null)
 
 

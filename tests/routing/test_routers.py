@@ -20,10 +20,10 @@ from tests.helpers import (
     batch_of,
     checksum,
     claimed_prompts,
-    features_of,
     generate,
     make_expert,
     prompts,
+    statistics_features,
 )
 
 TOKENS = 4
@@ -175,7 +175,7 @@ def test_a_saved_pool_routes_the_same(tiny_base, pool, mixed, tmp_path):
 @pytest.fixture(scope="module")
 def newcomer(tiny_base):
     """An expert that adapts Linears of one layer only, and has no evidence."""
-    features = features_of(tiny_base, prompts(tiny_base.processor, "shape", 16))
+    features = statistics_features(tiny_base, prompts(tiny_base.processor, "shape", 16))
     return make_expert(
         tiny_base, "newcomer", rank=7, seed=9, targets=r"model\.language_model\.layers\.3\..*_proj", features=features
     )

@@ -339,7 +339,7 @@ def test_opening_experts_reads_no_adapter(registry, tiny_base, tmp_path, monkeyp
     )
     monkeypatch.setattr("pipeline.routing.adapters.load_file", lambda file: pytest.fail(f"{file} was read"))
     pool = Pool.load(folder)
-    assert pool.width == 640
+    assert pool.width == 512
     assert {len(expert.adapters) for expert in pool.experts.values()} == {28}
     assert all(expert.statistics.count for expert in pool.experts.values())
 

@@ -123,7 +123,7 @@ def test_measuring_again_forgets_evaluations_and_nothing_that_was_trained(tmp_pa
 
 def test_configurations_are_the_demos_with_the_users_last_word(tmp_path: Path) -> None:
     plain = Settings(tmp_path).configure("label", 2, stream([task("digits")]), "expert.steps=7")
-    assert (plain.name, plain.seed, plain.expert.steps, plain.router.steps) == ("label-2", 2, 7, 25)
+    assert (plain.name, plain.seed, plain.expert.steps, plain.router.feature_width) == ("label-2", 2, 7, None)
     assert plain.folder == tmp_path / "runs" / "label-2"
     small = Settings(tmp_path, ("expert.steps=3",)).configure("label", 2, stream([task("digits")]), "expert.steps=7")
     assert small.expert.steps == 3
