@@ -138,7 +138,7 @@ def decide(version: ModelVersion, scores: Sequence[Score], *, gate: bool, tolera
 
 
 def _unmeasured(version: ModelVersion, scores: Sequence[Score], champion: Sequence[Score]) -> list[str]:
-    """Returns what the champion was measured on and a version was not: base abilities, and tasks of experts that it has in use."""
+    """Returns what the champion was measured on and a version was not: base abilities, and tasks whose experts it uses."""
     measured = {score.dataset for score in scores}
     missing = [score for score in champion if score.dataset not in measured]
     tasks = [score.dataset for score in missing if not score.ability]
