@@ -1,10 +1,9 @@
 """Pretrains a base for the demo on the procedural abilities and operations and writes it as a checkpoint folder.
 
-    python -m jobs.pretrain_tiny --steps 9000 --output base
+    python -m jobs.pretrain_tiny --output base
 
 Stopped at any moment, the same command goes on. `pretraining.json` beside the weights records commands, examples, seconds
-and the held-out score of every ability, and of every operation on written text and on pictures. The base that ships was
-made by an earlier form of this command, of abilities alone: its own `pretraining.json` says how.
+and the held-out score of every ability, and of every operation on written text and on pictures.
 """
 
 import json
@@ -172,7 +171,7 @@ Start = Annotated[Path | None, typer.Option(help="Checkpoint folder to go on fro
 
 def main(
     output: Annotated[Path, typer.Option(help="Checkpoint folder to write; may hold an unfinished one.")],
-    steps: Annotated[int, typer.Option(help="Optimizer steps.", min=1)] = 9_000,
+    steps: Annotated[int, typer.Option(help="Optimizer steps.", min=1)] = 13_000,
     batch_size: Annotated[int, typer.Option(help="Examples a step.", min=12)] = 96,
     learning_rate: Annotated[float, typer.Option(help="Peak learning rate of AdamW.")] = 1.5e-3,
     layers: Annotated[int, typer.Option(help="Layers of the language model.", min=1)] = 4,

@@ -62,7 +62,10 @@ def calibrations(
         ranked = [routers.prompts.rank_candidates(part_BF, 1) for part_BF in features_NF.split(AT_ONCE)]
         chosen_N, log_posterior_N = (torch.cat(parts)[:, 0] for parts in zip(*ranked, strict=True))
         own = NULL_EXPERT if owner == BASE else names.index(owner)
-        found.append(Calibration.of(log_posterior_N.exp().numpy(), (chosen_N == own).numpy()))
+        posterior_N = log_posterior_N.exp().round(
+            decimals=9
+        )  # the digits after these differ by what is computed at once
+        found.append(Calibration.of(posterior_N.numpy(), (chosen_N == own).numpy()))
     return found
 
 

@@ -9,6 +9,7 @@ from itertools import pairwise
 from pathlib import Path
 
 import pytest
+import torch
 from PIL import Image
 from ray.data.expressions import col
 from ray.exceptions import RayError
@@ -28,7 +29,10 @@ from pipeline.evaluation.results import Evaluation
 from pipeline.models.encoding import Encoded
 from pipeline.models.inference import InferenceWorkers
 from pipeline.routing import Pool
+from pipeline.routing.call import Routers
+from pipeline.routing.features import WIDEST
 from pipeline.routing.insight import candidates_of_call
+from pipeline.routing.routes import MIXED
 from tests.helpers import CLAIMS
 
 pytestmark = pytest.mark.ray
@@ -96,7 +100,7 @@ def evaluator(tiny_folder: Path, folder: Path, **more: object) -> Evaluator:
         folder / "features",
         WORKERS,
     )
-    settings = {"answers": "a", "max_new_tokens": 3, "width": 384, "quarantine": folder / "quarantine"}
+    settings = {"answers": "a", "max_new_tokens": 3, "width": WIDEST, "quarantine": folder / "quarantine"}
     return Evaluator(source, folder, **(settings | more))
 
 
@@ -236,9 +240,10 @@ def test_what_two_levels_leave_open_is_the_pools_answer(
     open_ = alike(pool).routed_by(kind="two_level")
     folder, before = open_.save(tmp_path / "pool"), evaluator_.generated
     result = evaluator_.evaluate(eval_tasks, open_, key="twins", folder=folder, samples=ALL, actors=actors)
-    mixed = [s for s in result.samples if s.expert in ("reader", "twin")]
-    assert mixed
-    assert evaluator_.generated - before == len(set(evaluator_.store.of("pool-twins", []))) == len(mixed)
+    features_BF = torch.cat([table.features_NF for table in evaluator_.tables.of(eval_tasks, WIDEST, actors)])
+    mixed = int((Routers(open_).router.choices(features_BF) == MIXED).sum())
+    assert 0 < mixed < len(result.samples)
+    assert evaluator_.generated - before == len(set(evaluator_.store.of("pool-twins", []))) == mixed
     predictor = Predictor(BaseModelConfig(path=str(tiny_folder)), WORKERS)
     predictor.attach(open_)
     answers = predictor.by_router(encoded(evaluator_, eval_tasks), 3)
@@ -277,7 +282,7 @@ def test_rows_that_change_meanwhile_are_told(
     file.write_text("\n".join(lines))
     one = evaluator(tiny_folder, tmp_path)
     changing = eval_task("changing", SourceConfig(path=str(file), columns={"question": "q", "answer": "a"}))
-    one.tables.of([changing], 384, actors)
+    one.tables.of([changing], WIDEST, actors)
     for changed, message in ([*lines[:4], *lines[3:5]], "have changed since this run began"), (lines[:4], "are gone"):
         file.write_text("\n".join(changed))
         with pytest.raises((StreamError, RayError), match=f"task 'changing': .*{message}"):

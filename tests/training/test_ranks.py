@@ -23,6 +23,7 @@ from pipeline.models.bases import Base, load_base
 from pipeline.models.encoding import Encoded, collate_for
 from pipeline.models.target_modules import observed_paths
 from pipeline.routing.adapters import load_adapters
+from pipeline.routing.features import source_width
 from pipeline.training.gates import with_gates
 from pipeline.training.lockstep import VisionLockstep
 from pipeline.training.loop import StageClock, run_steps
@@ -113,7 +114,9 @@ def both_stages(path: str, folder: Path, training: TrainingConfig, dtype: str) -
         engine = start_engine(base.model, settings, learning_rate=5e-3, weight_decay=0.0, schedule=lambda step: 1.0)
         without_dropout(engine)
         own = [mixed[0], mixed[1] if rank == 0 else None]
-        actual["features"], actual["ids"] = collect_features(engine, base, own, width=3 * base.width, device="cpu")
+        actual["features"], actual["ids"] = collect_features(
+            engine, base, own, width=source_width(base.width), device="cpu"
+        )
         layer_inputs = LayerInputCollector(base.model, observed)
         actual["router"] = steps(engine, batches, 3, before=lambda i, batch: layer_inputs.expect(batch, 2))
         actual["samples"] = {len(samples) for samples in layer_inputs.collect().values()}
