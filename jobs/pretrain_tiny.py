@@ -1,9 +1,10 @@
 """Pretrains a base for the demo on the procedural abilities and operations and writes it as a checkpoint folder.
 
-    python -m jobs.pretrain_tiny --output base
+    python -m jobs.pretrain_tiny --threads 1 --output base     # pipeline/models/operations_base, in 75 minutes
 
 Stopped at any moment, the same command goes on. `pretraining.json` beside the weights records commands, examples, seconds
-and the held-out score of every ability, and of every operation on written text and on pictures.
+and the held-out score of every ability, and of every operation on written text and on pictures. `tiny_base` was made by an
+earlier form of this command, of abilities alone: its own `pretraining.json` says how.
 """
 
 import json

@@ -1,8 +1,9 @@
 """The demo's base: a real InternVL of 1.5 million parameters that ships with the project.
 
-Architecture, tokenizer and processor; the pretrained weights lie in `tiny_base/`, made by `jobs.pretrain_tiny`. It reads
-64x64 images in 8x8 patches (16 image tokens after pixel shuffle) and a small English vocabulary; every other word is
-spelled in single characters, so any ASCII text can be tokenized.
+Architecture, tokenizer and processor; the pretrained weights lie in `tiny_base/`. Those of another one, which has learned
+operations on written and on printed sequences, lie in `operations_base/`; `jobs.pretrain_tiny` makes such bases. It reads 64x64
+images in 8x8 patches (16 image tokens after pixel shuffle) and a small English vocabulary; every other word is spelled in
+single characters, so any ASCII text can be tokenized.
 """
 
 import string
@@ -18,6 +19,9 @@ from pipeline.models.processors import ImageTextProcessor
 
 TINY_BASE = Path(__file__).parent / "tiny_base"
 """Folder of the shipped weights, loadable like any other checkpoint folder."""
+
+OPERATIONS_BASE = Path(__file__).parent / "operations_base"
+"""The same of the one that knows operations: for what is learned in one modality and asked for in the other."""
 
 IMAGE_SIZE = 64
 """Side of the image tile, in pixels."""

@@ -32,7 +32,7 @@ def test_the_code_travels_with_its_version(tmp_path: Path) -> None:
     assert "jobs/configs/demo.yaml" in names
     assert any(name.endswith(".dist-info/METADATA") for name in names)
     assert not [name for name in names if "__pycache__" in name or name.endswith((".png", ".pyc")) or "tests" in name]
-    assert package.bytes < 12 * MIB
+    assert package.bytes < 16 * MIB  # two bases that ship take eleven
 
 
 def test_the_same_files_make_the_same_archive_and_only_this_user_reads_it(tmp_path: Path) -> None:
