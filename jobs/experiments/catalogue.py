@@ -45,7 +45,7 @@ CATALOGUE = {
     "transfer": Entry(
         "Transfer between modalities",
         "What does a task that was learned in text alone give on pictures, and the other way round, by each method?",
-        20,
+        25,
     ),
     "robustness": Entry(
         "Robustness",
