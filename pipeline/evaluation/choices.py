@@ -29,19 +29,42 @@ def routers_of(pool: Pool | None, before: Routers | None = None) -> Routers | No
     return Routers(pool, before) if pool is not None and pool.experts else None
 
 
+Ranking = tuple[torch.Tensor, torch.Tensor]
+"""The prompt router's likeliest expert for each prompt of all tasks (N,), be it retired, and its log-posterior (N,)."""
+
+
+def ranking(routers: Routers | None, mode: Mode, features: Sequence[torch.Tensor]) -> Ranking | None:
+    """Ranks the prompts of all tasks at once: choices and calibrations rest on it, and it is what a large pool takes long for.
+
+    None where something else than the prompt router decides.
+    """
+    if routers is None or mode != "routed" or routers.pool.router.kind != "prompt":
+        return None
+    ranked = [routers.prompts.rank_candidates(part_BF, 1) for part_BF in torch.cat(list(features)).split(AT_ONCE)]
+    expert_N, log_posterior_N = (torch.cat(parts)[:, 0] for parts in zip(*ranked, strict=True))
+    return expert_N, log_posterior_N
+
+
 def choices(
-    routers: Routers | None, mode: Mode, tasks: Sequence[str], features: Sequence[torch.Tensor]
+    routers: Routers | None,
+    mode: Mode,
+    tasks: Sequence[str],
+    features: Sequence[torch.Tensor],
+    ranked: Ranking | None = None,
 ) -> list[np.ndarray]:
     """Returns per task who answers its prompts (N,): index in the pool, NULL_EXPERT (the base), or MIXED.
 
-    `features` are those of each task's prompts (N, F).
+    `features` are those of each task's prompts (N, F), `ranked` their `ranking`, where somebody has it.
     """
     counts = [len(features_NF) for features_NF in features]
     if routers is None:
         return [np.full(count, NULL_EXPERT) for count in counts]
     if mode == "routed":
-        parts = torch.cat(list(features)).split(AT_ONCE)
-        choices_N = torch.cat([routers.router.choices(part_BF) for part_BF in parts]).numpy()
+        if ranked is not None:
+            choices_N = routers.prompts.in_use(ranked[0][:, None])[:, 0].numpy()
+        else:
+            parts = torch.cat(list(features)).split(AT_ONCE)
+            choices_N = torch.cat([routers.router.choices(part_BF) for part_BF in parts]).numpy()
         return np.split(choices_N, np.cumsum(counts)[:-1])
     names = routers.pool.names
     experts = [0 if mode == "single" else names.index(c) if c in names else NULL_EXPERT for c in tasks]
@@ -49,18 +72,18 @@ def choices(
 
 
 def calibrations(
-    routers: Routers | None, mode: Mode, owners: Sequence[str], features: Sequence[torch.Tensor]
+    names: Sequence[str], owners: Sequence[str], counts: Sequence[int], ranked: Ranking | None
 ) -> list[Calibration | None]:
     """Returns per task how sure the prompt router was of its choices, and how often these were right.
 
-    `owners` are who should answer each task's prompts: an expert of the pool, or the base. None where something else decides.
+    `names` are the pool's experts, `owners` who should answer each task's prompts (one of them, or the base), `counts` how many
+    prompts each task has. None where something else decides.
     """
-    if routers is None or mode != "routed" or routers.pool.router.kind != "prompt":
-        return [None] * len(features)
-    names, found = routers.pool.names, list[Calibration | None]()
-    for owner, features_NF in zip(owners, features, strict=True):
-        ranked = [routers.prompts.rank_candidates(part_BF, 1) for part_BF in features_NF.split(AT_ONCE)]
-        chosen_N, log_posterior_N = (torch.cat(parts)[:, 0] for parts in zip(*ranked, strict=True))
+    if ranked is None:
+        return [None] * len(counts)
+    found = list[Calibration | None]()
+    by_task = zip(owners, *(part_N.split(list(counts)) for part_N in ranked), strict=True)
+    for owner, chosen_N, log_posterior_N in by_task:
         own = NULL_EXPERT if owner == BASE else names.index(owner)
         posterior_N = log_posterior_N.exp().round(
             decimals=9

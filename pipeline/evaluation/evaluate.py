@@ -26,7 +26,7 @@ from pipeline.data.rows.quarantine import SetAside
 from pipeline.evaluation.actors import PredictorActors
 from pipeline.evaluation.answers import AnswerStore, Pull
 from pipeline.evaluation.authors import Authors, PageRequest
-from pipeline.evaluation.choices import Mode, calibrations, choices, reasons, routers_of
+from pipeline.evaluation.choices import Mode, calibrations, choices, ranking, reasons, routers_of
 from pipeline.evaluation.matrix import BASE
 from pipeline.evaluation.pages import Slices, blocks, slices
 from pipeline.evaluation.predictor import PagePredictor
@@ -105,12 +105,14 @@ class Evaluator:
         with nullcontext(actors) if actors is not None else self.actors() as predictors:
             tables = self.tables.of(tasks, width, predictors)
             features = [table.features_NF for table in tables]
-            chosen = choices(routers, mode, [task.name for task in tasks], features)
+            ranked = ranking(routers, mode, features)
+            chosen = choices(routers, mode, [task.name for task in tasks], features, ranked)
             self._generate(tasks, tables, chosen, authors, predictors)
         shown = torch.cat([features_NF[:samples] for features_NF in features])
         why = iter(reasons(routers, mode, shown) if samples else ())
         owners = [authors.own_of(task.name) for task in tasks]
-        calibrated = dict(zip([t.name for t in tasks], calibrations(routers, mode, owners, features), strict=True))
+        names, counts = [] if routers is None else routers.pool.names, [len(features_NF) for features_NF in features]
+        calibrated = dict(zip([t.name for t in tasks], calibrations(names, owners, counts, ranked), strict=True))
         if routers is not None and routers.known_prompts is not None:
             routers.known_prompts.release()
         results = {}

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from pipeline.evaluation.calibration import BINS, Calibration, calibration_of_run
-from pipeline.evaluation.choices import calibrations
+from pipeline.evaluation.choices import calibrations, choices, ranking
 from pipeline.evaluation.results import Evaluation, TaskResult
 from pipeline.routing.call import Routers
 from tests.helpers import claimed_prompts, statistics_features
@@ -102,15 +102,18 @@ def test_choices_of_a_pool_are_as_sure_as_their_router(known_pool, tiny_base):
     features_NF, routers = statistics_features(tiny_base, rows), Routers(known_pool)
     of_task = {owner or "base": [i for i, o in enumerate(owners) if o == owner] for owner in dict.fromkeys(owners)}
     parts = [features_NF[places] for places in of_task.values()]
-    found = calibrations(routers, "routed", list(of_task), parts)
-    assert [sum(c.counts) for c in found if c is not None] == [len(places) for places in of_task.values()]
+    counts, names, ranked = [len(part) for part in parts], known_pool.names, ranking(routers, "routed", parts)
+    found = calibrations(names, list(of_task), counts, ranked)
+    assert [sum(c.counts) for c in found if c is not None] == counts
     assert all(c is not None and c.right == c.counts for c in found)
-    wrong = calibrations(routers, "routed", ["base"] * len(parts), parts)
+    wrong = calibrations(names, ["base"] * len(parts), counts, ranked)
     assert [c.error > 0.9 for c in wrong if c is not None] == [owner != "base" for owner in of_task]
-    for nothing in (
-        calibrations(routers, "oracle", list(of_task), parts),
-        calibrations(None, "routed", ["base"], parts[:1]),
+    tasks = list(of_task)
+    for one, other in zip(
+        choices(routers, "routed", tasks, parts), choices(routers, "routed", tasks, parts, ranked), strict=True
     ):
-        assert not any(nothing)
+        assert one.tolist() == other.tolist()
     token = Routers(known_pool.routed_by(kind="token"))
-    assert not any(calibrations(token, "routed", list(of_task), parts))
+    for nothing in (ranking(routers, "oracle", parts), ranking(None, "routed", parts), ranking(token, "routed", parts)):
+        assert nothing is None
+    assert calibrations(names, ["base"], counts[:1], None) == [None]
