@@ -85,9 +85,8 @@ def calibrations(
     by_task = zip(owners, *(part_N.split(list(counts)) for part_N in ranked), strict=True)
     for owner, chosen_N, log_posterior_N in by_task:
         own = NULL_EXPERT if owner == BASE else names.index(owner)
-        posterior_N = log_posterior_N.exp().round(
-            decimals=9
-        )  # the digits after these differ by what is computed at once
+        # The digits after these differ by what is computed at once.
+        posterior_N = log_posterior_N.exp().round(decimals=9)
         found.append(Calibration.of(posterior_N.numpy(), (chosen_N == own).numpy()))
     return found
 
@@ -108,5 +107,7 @@ def format_candidates(candidates: Sequence[Candidate]) -> str:
         part = f"{candidate.name or BASE} {candidate.posterior:.1%}"
         if candidate.distance is not None and candidate.threshold is not None:
             part += f" (distance {min(candidate.distance, 999):.2f}, threshold {candidate.threshold:.2f})"
+        if candidate.by_text:
+            part += " (by text alone)"
         parts.append(part)
     return ", ".join(parts)

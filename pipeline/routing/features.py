@@ -51,41 +51,37 @@ def prompt_features(embeds_BTD: Tensor, image_BT: Tensor, text_BT: Tensor) -> Te
     `image_BT` and `text_BT` are masks (true or 1) of the projected image tokens and of the prompt's text tokens; a
     text-only prompt has zeros in its image parts.
     """
-    embeds_BTD, image_BT = embeds_BTD.float(), image_BT.bool()
-    text_BT = text_BT.bool() & ~_beside(image_BT)
-    image_BT1, text_BT1 = image_BT.unsqueeze(-1).float(), text_BT.unsqueeze(-1).float()
-    text_BD = (embeds_BTD * text_BT1).sum(1) / text_BT1.sum(1).clamp(min=1)
-    order_BD = _neighbours(embeds_BTD, text_BT, roll=1)
-    images_B1 = image_BT1.sum(1).clamp(min=1)
-    mean_BD = (embeds_BTD * image_BT1).sum(1) / images_B1
-    deviation_BTD = (embeds_BTD - mean_BD.unsqueeze(1)) * image_BT1
-    std_BD = (deviation_BTD.square().sum(1) / images_B1).sqrt()
-    # A deviation that is only rounding stays next to nothing.
-    least_B1 = (1e-3 * mean_BD.norm(dim=-1, keepdim=True)).clamp(min=1e-12)
-    std_BD = std_BD / torch.maximum(std_BD.norm(dim=-1, keepdim=True), least_B1)
-    texture_BD = _neighbours(deviation_BTD, image_BT, least_B1=least_B1)
-    return torch.cat([normalize(text_BD), ORDER * order_BD, normalize(mean_BD), std_BD, TEXTURE * texture_BD], dim=-1)
+    image_BT = image_BT.bool()
+    text_BT = text_BT.bool() & ~_delimiters(image_BT)
+    # One prompt at a time: a prompt of many tiles is hundreds of megabytes in float32, and the more so several of them.
+    rows = zip(embeds_BTD, image_BT, text_BT, strict=True)
+    return torch.stack([_features(x_TD[image_T].float(), x_TD[text_T].float()) for x_TD, image_T, text_T in rows])
 
 
-def _beside(image_BT: Tensor) -> Tensor:
+def _features(image_ID: Tensor, text_WD: Tensor) -> Tensor:
+    """Returns the features (5 D,) of one prompt, of its image tokens (I, D) and of its words (W, D)."""
+    mean_D = image_ID.sum(0) / max(1, len(image_ID))
+    deviation_ID = image_ID - mean_D
+    std_D = (deviation_ID.square().sum(0) / max(1, len(image_ID))).sqrt()
+    least = (1e-3 * mean_D.norm()).clamp(min=1e-12)  # a deviation that is only rounding stays next to nothing
+    std_D = std_D / torch.maximum(std_D.norm(), least)
+    text_D, order_D, texture_D = text_WD.sum(0), _neighbours(text_WD, roll=1), _neighbours(deviation_ID, least=least)
+    mean_D, text_D = (normalize(x_D, dim=-1) for x_D in (mean_D, text_D))
+    return torch.cat([text_D, ORDER * order_D, mean_D, std_D, TEXTURE * texture_D])
+
+
+def _delimiters(image_BT: Tensor) -> Tensor:
     """Returns which tokens stand next to an image token (B, T)."""
     return functional.pad(image_BT[:, 1:], (0, 1)) | functional.pad(image_BT[:, :-1], (1, 0))
 
 
-def _neighbours(x_BTD: Tensor, mask_BT: Tensor, *, roll: int = 0, least_B1: Tensor | None = None) -> Tensor:
-    """Returns the mean product of unit vectors with the next one of the mask, rolled, at length 1 (B, D); 0 without any.
+def _neighbours(x_KD: Tensor, *, roll: int = 0, least: Tensor | float = 1e-12) -> Tensor:
+    """Returns the mean product of unit vectors with the next one, rolled, at length 1 (D,); 0 of fewer than two.
 
-    Vectors shorter than `least_B1` count by their length.
+    Vectors shorter than `least` count by their length.
     """
-    first_BT = mask_BT.long().argsort(dim=1, descending=True, stable=True)  # what the mask takes, side by side
-    beside_BTD = x_BTD.gather(1, first_BT.unsqueeze(-1).expand_as(x_BTD))
-    length_BT1 = beside_BTD.norm(dim=-1, keepdim=True)
-    unit_BTD = beside_BTD / (
-        length_BT1.clamp(min=1e-12) if least_B1 is None else torch.maximum(length_BT1, least_B1.unsqueeze(1))
-    )
-    pair_BT1 = mask_BT.gather(1, first_BT)[:, 1:, None]
-    pairs_BTD = unit_BTD[:, :-1] * unit_BTD[:, 1:].roll(roll, -1) * pair_BT1
-    return normalize(pairs_BTD.sum(1))
+    unit_KD = x_KD / x_KD.norm(dim=-1, keepdim=True).clamp(min=least)
+    return normalize((unit_KD[:-1] * unit_KD[1:].roll(roll, -1)).sum(0), dim=-1)
 
 
 def source_width(width: int) -> int:

@@ -172,10 +172,14 @@ class Gaussians:
         return MeanIndex.of(self.classes, self.pooled, shrinkage=self.shrinkage)
 
     @cached_property
-    def images(self) -> tuple[Tensor, Tensor]:
-        """Whether no prompt of each class had an image, and whether every one had (C,); neither where it is not known."""
-        known = [(c.with_image, c.count) for c in self.classes]
-        return torch.tensor([w == 0 for w, _ in known]), torch.tensor([w == count for w, count in known])
+    def never_with_image_C(self) -> Tensor:
+        """Whether no prompt of each class had an image (C,), bool; False where it is not known."""
+        return torch.tensor([c.with_image == 0 for c in self.classes])
+
+    @cached_property
+    def always_with_image_C(self) -> Tensor:
+        """Whether every prompt of each class had an image (C,), bool; False where it is not known."""
+        return torch.tensor([c.with_image == c.count for c in self.classes])
 
     def release(self) -> None:
         """Lets go of the factors."""

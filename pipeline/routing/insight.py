@@ -28,13 +28,16 @@ class Candidate:
     score: float | None
     """Log-likelihood, relative to the best class's 0; None for the base without a null expert."""
     distance: float | None
-    """Own squared distance of the prompt from this task, per feature (about 1 for its own prompts)."""
+    """Own squared distance of the prompt from this task, per feature (about 1 for its own prompts); None for the base, and by
+    text alone."""
     threshold: float | None
     """Distance up to which a prompt counts as this task's, where no null expert stands for the rest."""
     weight: float
     """Share in the answer, over all Linears and prompt tokens."""
     retired: bool = False
     """Whether the base answers in its place."""
+    by_text: bool = False
+    """Whether it is judged by the prompt's text alone: it never saw prompts with an image, or never one without."""
 
     @property
     def inside(self) -> bool | None:
@@ -72,9 +75,9 @@ class Explanation:
             )
         if not others:
             return f"{who}: nobody else is there"
-        return (
-            f"{who}: {best.posterior:.1%} likely, before {others[0].name or 'the base'} with {others[0].posterior:.1%}"
-        )
+        alone = ", by the text alone, since it never saw prompts of this kind" if best.by_text else ""
+        other = f"{others[0].name or 'the base'} with {others[0].posterior:.1%}"
+        return f"{who}: {best.posterior:.1%} likely{alone}, before {other}"
 
 
 def _excess(candidate: Candidate) -> float:
@@ -120,7 +123,7 @@ def rank_candidates(
         [e for _, _, e in sorted((-p.get(e, 0.0), -s[e], e) for e in everybody)[:limit]]
         for p, s in zip(posteriors, scores_BC.tolist(), strict=True)
     ]
-    distances = _distances(prompts, features_BF, ranked)
+    distances, by_text = _distances(prompts, features_BF, ranked), prompts.by_text_alone(features_BF).tolist()
     candidates_by_prompt = []
     for row, best in enumerate(ranked):
         score, weight = scores_BC[row].tolist(), weights[row]
@@ -129,10 +132,11 @@ def rank_candidates(
                 name=names[e],
                 posterior=posteriors[row].get(e, 0.0),
                 score=score[e],
-                distance=distances[row, e],
+                distance=None if by_text[row][e] else distances[row, e],
                 threshold=prompts.experts[e].threshold,
                 weight=weight.get(names[e], 0.0),
                 retired=e in prompts.retired,
+                by_text=by_text[row][e],
             )
             for e in best
         ]

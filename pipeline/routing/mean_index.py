@@ -42,9 +42,8 @@ class MeanIndex:
         """Returns each prompt's distance from every class (B, C), float32; of the `leading` features alone, where given."""
         white_BF = _whitened(x_BF, self.centre_F, self.scale_F, self.factor_FF)[:, :leading]
         means_CF, squares_C = self.means_CF, self.squares_C
-        if (
-            leading is not None
-        ):  # the factor is lower triangular: whitened, the first features depend on themselves alone
+        if leading is not None:
+            # The factor is lower triangular: whitened, the first features depend on themselves alone.
             means_CF = means_CF[:, :leading]
             squares_C = means_CF.square().sum(-1)
         squares_B1 = white_BF.square().sum(-1, keepdim=True)

@@ -186,6 +186,11 @@ class PromptRouter:
         null_B1 = torch.maximum(scores_BK.logsumexp(-1), beside_B).unsqueeze(-1)
         return listed_BL, torch.cat([scores_BL, null_B1], dim=-1)
 
+    def by_text_alone(self, features_BF: Tensor) -> Tensor:
+        """Returns which experts are judged by a prompt's text alone, since they never saw its kind (B, E) (`unseen`)."""
+        unseen = UnseenImages.among(self.gaussians, len(self.experts), features_BF) if self.gaussians else None
+        return torch.zeros(len(features_BF), len(self.experts)).bool() if unseen is None else unseen.by(features_BF)
+
     def choices(self, features_BF: Tensor) -> Tensor:
         """Returns each prompt's likeliest expert, or NULL_EXPERT (B,)."""
         experts_B1, _ = self.rank_candidates(features_BF, 1)

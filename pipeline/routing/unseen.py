@@ -28,7 +28,6 @@ class UnseenImages:
         """`experts`: how many of the classes are experts; the others are the null expert's components, one at least."""
         self._gaussians, self._experts, self._width = gaussians, experts, gaussians.classes[0].width
         self._text = text_width(self._width)
-        self._never_E, self._always_E = (kind_C[:experts] for kind_C in gaussians.images)
 
     @classmethod
     def among(cls, gaussians: Gaussians, experts: int, x_BF: Tensor) -> "UnseenImages | None":
@@ -36,11 +35,12 @@ class UnseenImages:
         if experts == len(gaussians.classes):
             return None
         unseen = cls(gaussians, experts)
-        return unseen if unseen._by(x_BF).any() else None
+        return unseen if unseen.by(x_BF).any() else None
 
-    def _by(self, x_BF: Tensor) -> Tensor:
+    def by(self, x_BF: Tensor) -> Tensor:
         """Returns which experts never saw prompts like these, as far as images go (B, E)."""
-        return torch.where(has_image(x_BF).unsqueeze(-1), self._never_E, self._always_E)
+        gaussians, image_B1 = self._gaussians, has_image(x_BF).unsqueeze(-1)
+        return torch.where(image_B1, gaussians.never_with_image_C, gaussians.always_with_image_C)[:, : self._experts]
 
     def distances(self, x_BF: Tensor, distance_BC: Tensor) -> Tensor:
         """Returns the distances (B, C) to select by: an unseen expert's is that of the text and of the nearest base image."""
@@ -48,11 +48,11 @@ class UnseenImages:
         image_B1 = (distance_BC - text_BC)[:, self._experts :].amin(-1, keepdim=True)
         by_text_BE = (text_BC + image_B1)[:, : self._experts]
         own_BE, null_BK = distance_BC.tensor_split([self._experts], dim=-1)
-        return torch.cat([by_text_BE.where(self._by(x_BF), own_BE), null_BK], dim=-1)
+        return torch.cat([by_text_BE.where(self.by(x_BF), own_BE), null_BK], dim=-1)
 
     def scores(self, x_BF: Tensor, listed_BL: Tensor, score_BL: Tensor) -> Tensor:
         """Returns the scores of listed experts (B, L) with those of unseen ones by text, -inf where base text is likelier."""
-        unseen_BL = self._by(x_BF).gather(-1, listed_BL)
+        unseen_BL = self.by(x_BF).gather(-1, listed_BL)
         rows_N = unseen_BL.any(-1).nonzero()[:, 0]
         x_NF, score_BL = x_BF[rows_N], score_BL.clone()
         components = len(self._gaussians.classes) - self._experts

@@ -7,8 +7,11 @@ import torch
 from scipy.stats import multivariate_t
 from torch import Tensor
 
+from pipeline.evaluation.choices import format_candidates
+from pipeline.routing.call import Decision
 from pipeline.routing.coarse import coarse_statistics
 from pipeline.routing.features import text_width
+from pipeline.routing.insight import Explanation, rank_candidates
 from pipeline.routing.prompt_router import MANY, PromptRouter
 from pipeline.routing.routes import NULL_EXPERT
 from pipeline.routing.statistics import PromptStatistics
@@ -109,6 +112,21 @@ def test_statistics_that_do_not_say_are_taken_as_they_are() -> None:
     router = PromptRouter([silent, SEEN], NULL)
     assert router.gaussians is not None
     torch.testing.assert_close(router.scores(x_BF)[:, :2], router.gaussians.scores(x_BF, torch.arange(2).expand(5, 2)))
+
+
+def test_it_is_said(router: PromptRouter) -> None:
+    """Whoever is judged by text alone has no distance: of what it never saw it would be endless."""
+    x_BF, names = torch.cat([drawn(0, 10, 1, seed=1), drawn(0, None, 1, seed=1)]), ["written", "seen", "both"]
+    there, here = (listed[0] for listed in rank_candidates(router, names, x_BF, [{}, {}]))
+    assert (there.name, there.by_text, there.distance, there.inside) == ("written", True, None, None)
+    assert (here.name, here.by_text, here.inside) == ("written", False, True)
+    assert "written 100.0% (by text alone)" in format_candidates([there])
+    decision = Decision("written", {"written": 1.0}, 1.0)
+    ranked = rank_candidates(router, names, x_BF, [{}, {}])
+    assert Explanation(decision, ranked[0], {}, tuple(names)).reason.startswith(
+        "written: 100.0% likely, by the text alone, since it never saw prompts of this kind, before "
+    )
+    assert "alone" not in Explanation(decision, ranked[1], {}, tuple(names)).reason
 
 
 def test_the_same_alone_and_among_others(router: PromptRouter) -> None:
