@@ -117,8 +117,8 @@ def show(terminal: Terminal, answer: str, explanation: "Explanation", calibratio
     terminal.console.print(table("Candidate experts", header, rows))
     terminal.log(
         "posterior and log-likelihood (log-lik.): by the covariance that all experts share, best 0; distance: from the task by "
-        "its own covariance, against the threshold that nearly all of its prompts keep (- where the text alone decides); weight: "
-        "share in the answer"
+        "its own covariance, against the threshold that nearly all of its prompts keep (- where the text alone decides); "
+        "weight: share in the answer"
     )
 
 

@@ -3,7 +3,8 @@
     python -m jobs.benchmark routers
 
 A synthetic task is a Gaussian of its own: a mean, 16 directions in which its prompts vary much, and a spread of each feature;
-base prompts are twelve others. All are drawn from seeds, and so are the scatters of a pool (five gigabytes on disk at 10,000
+base prompts are twelve others. Every fourth is of text alone, the others always have an image, so that no prompt is of a kind
+that all experts have seen. All are drawn from seeds, and so are the scatters of a pool (five gigabytes on disk at 10,000
 experts and 512 features, 47 at 1,536), again whenever the router asks for one. Experts that are added and removed lie in files,
 as those of a pool do. Shapes: N prompts, F features.
 """
@@ -25,6 +26,7 @@ from jobs.terminal import Terminal, table
 from pipeline.files import write_json
 from pipeline.provenance import now, provenance
 from pipeline.routing import coarse
+from pipeline.routing.features import text_width
 from pipeline.routing.null import components
 from pipeline.routing.pooled import PooledStatistics
 from pipeline.routing.prompt_router import PromptRouter
@@ -52,6 +54,8 @@ ASKED, BASE_ASKED = 100, 40
 """Prompts of tasks, and base prompts, whose decisions are measured; one at a time."""
 CHANGES = 12
 """Experts that are added, and removed."""
+TEXT_ALONE = 4
+"""One in so many tasks, and kinds of base prompts, has no images."""
 PIECE = 250
 """Tasks whose scatters are summed in one product."""
 
@@ -99,12 +103,23 @@ class SyntheticTasks:
         mixing_KF = torch.randn(DIRECTIONS, self.width, generator=task) / DIRECTIONS**0.5
         own = torch.Generator().manual_seed(2 * ((number + COMPONENTS) * 16 + part) + 1)
         along_NK, noise_NF = (torch.randn(count, n, generator=own) for n in (DIRECTIONS, self.width))
-        return mean_F + along_NK @ mixing_KF + spread_F * noise_NF
+        x_NF = mean_F + along_NK @ mixing_KF + spread_F * noise_NF
+        if self.with_image(number) == 0:
+            x_NF[:, text_width(self.width) :] = 0
+        return x_NF
+
+    def with_image(self, number: int) -> int:
+        """Returns how many of the prompts that statistics are taken of have an image."""
+        return 0 if number % TEXT_ALONE == TEXT_ALONE - 1 else ROWS
 
     def statistics(self, number: int) -> PromptStatistics:
         """Returns what a task leaves behind; its scatter is drawn again when it is asked for."""
         mean_F = self.prompts(number, ROWS).double().mean(0)
-        return PromptStatistics(ROWS, mean_F, partial(self.scatter, number))
+        return self.described(number, mean_F)
+
+    def described(self, number: int, mean_F: Tensor) -> PromptStatistics:
+        """Returns the same of a mean that somebody has."""
+        return PromptStatistics(ROWS, mean_F, partial(self.scatter, number), with_image=self.with_image(number))
 
     def scatter(self, number: int) -> Tensor:
         """Draws a task's scatter (F, F)."""
@@ -178,7 +193,7 @@ def _summed(
         joined = pooled + replace(means, count=ROWS * means.count, scatter=within_FF + ROWS * means.scatter_FF)
         pooled = replace(joined, scatter_FF=pooled.scatter_FF + within_FF)  # each about its own mean
         few_PNX = coarse.projected(centred_PNF.flatten(0, 1)).view(len(numbers), ROWS, -1)
-        new = [PromptStatistics(ROWS, m, partial(tasks.scatter, n)) for n, m in zip(numbers, mean_PF, strict=True)]
+        new = [tasks.described(number, mean_F) for number, mean_F in zip(numbers, mean_PF, strict=True)]
         few += coarse.unpacked(new, (few_PNX.mT @ few_PNX)[:, *upper_half(coarse.WIDTH)].float())
         statistics += new
     return pooled

@@ -36,6 +36,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from pipeline.routing.features import text_width
 from pipeline.routing.mean_index import MeanIndex
 from pipeline.routing.pooled import PooledStatistics
 from pipeline.routing.statistics import PromptStatistics, shrunk_cholesky
@@ -72,32 +73,32 @@ class _Factor:
         constant = math.lgamma(half + width / 2) - math.lgamma(half) - width / 2 * math.log(nu)
         return cls(factor_FF, nu, constant - float(factor_FF.diagonal().log().sum()))
 
-    def marginal(self, part: Part) -> "_Factor":
-        """Returns the factor of a part of the features."""
-        first, last = part
-        rows_PF = self.factor_FF[first:last, :last]
-        # The covariance of the first features has the first rows as its factor.
-        return _Factor.of(rows_PF.clone() if first == 0 else torch.linalg.cholesky(rows_PF @ rows_PF.T), self.nu)
-
 
 class _Factors:
-    """The factors of classes, each blended with the covariance of all, or with that of a class beside it; the last are kept."""
+    """The factors of classes, each blended with the covariance of all, or with that of a class beside it; the last are kept.
 
-    def __init__(self, classes: Sequence[PromptStatistics], pooled: PooledStatistics, shrinkage: float) -> None:
+    Of all features, or of a part of them: the covariance of a marginal is that part of the covariance.
+    """
+
+    def __init__(
+        self, classes: Sequence[PromptStatistics], pooled: PooledStatistics, shrinkage: float, part: Part | None
+    ) -> None:
         self._classes, self._shrinkage = classes, shrinkage
-        self._pooled = pooled
-        self._width = len(pooled.mean_F)
-        self._kept: dict[tuple[int, int | None, Part | None], _Factor] = {}
+        self._pooled, self._all = pooled, len(pooled.mean_F)
+        self.taken = slice(*(part or (0, self._all)))
+        """The features that these are of."""
+        self._width = self.taken.stop - self.taken.start
+        self._kept: dict[tuple[int, int | None], _Factor] = {}
         self._lock = threading.Lock()
 
     @cached_property
     def scale_F(self) -> Tensor:
         """Standard deviation of each feature."""
-        return self._pooled.scale_F
+        return self._pooled.scale_F[self.taken]
 
     @cached_property
     def _shared_FF(self) -> Tensor:
-        return self._pooled.covariance_FF
+        return self._pooled.covariance_FF[self.taken, self.taken]
 
     @property
     def at_once(self) -> int:
@@ -109,18 +110,15 @@ class _Factors:
         """How many may be copied into one tensor."""
         return STACK_BYTES // (8 * self._width**2)
 
-    def of(self, numbers: Sequence[int], beside: int | None, part: Part | None = None) -> list[_Factor]:
-        """Returns the factors of classes, of all features or of a part."""
+    def of(self, numbers: Sequence[int], beside: int | None) -> list[_Factor]:
+        """Returns the factors of classes."""
         with self._lock:
-            found = {number: self._kept.pop((number, beside, part), None) for number in numbers}
+            found = {number: self._kept.pop((number, beside), None) for number in numbers}
         if missing := [number for number, factor in found.items() if factor is None]:
-            if part is None:
-                found |= zip(missing, self._factorise(missing, beside), strict=True)
-            else:
-                found |= {n: f.marginal(part) for n, f in zip(missing, self.of(missing, beside), strict=True)}
+            found |= zip(missing, self._factorise(missing, beside), strict=True)
         factors = {number: factor for number, factor in found.items() if factor is not None}
         with self._lock:
-            self._kept |= {(number, beside, part): factor for number, factor in factors.items()}
+            self._kept |= {(number, beside): factor for number, factor in factors.items()}
             for key in list(self._kept)[: -max(FEWEST_FACTORS, FACTOR_BYTES // (8 * self._width**2))]:
                 del self._kept[key]
         return [factors[number] for number in numbers]
@@ -129,14 +127,15 @@ class _Factors:
         """Returns the covariances of classes with a prior worth `weight` prompts (N, F, F), and their own prompts (N,)."""
         classes = [self._classes[number] for number in numbers]
         count_N = torch.tensor([float(c.independent) for c in classes], dtype=torch.float64)
-        scatter_NFF = torch.stack([c.scatter_FF * (c.independent / c.count) for c in classes])
+        scatters = (c.scatter_FF[self.taken, self.taken] * (c.independent / c.count) for c in classes)
+        scatter_NFF = torch.stack(list(scatters))
         blended_NFF = scatter_NFF.add_(prior_FF, alpha=weight).div_((count_N + weight)[:, None, None])
         return blended_NFF, count_N
 
     def _factorise(self, numbers: Sequence[int], beside: int | None) -> list[_Factor]:
-        width, prior, prior_FF = self._width, PRIOR * self._width, self._shared_FF
+        prior, prior_FF = PRIOR * self._all, self._shared_FF
         if beside is not None:
-            ((prior_FF,), _), prior = self._blended([beside], prior_FF, prior), LIKENESS * width
+            ((prior_FF,), _), prior = self._blended([beside], prior_FF, prior), LIKENESS * self._all
         blended_NFF, count_N = self._blended(numbers, prior_FF, prior)
         factor_NFF = shrunk_cholesky(blended_NFF, self.scale_F, self._shrinkage)
         factor_NFF *= (1 + 1 / count_N).sqrt()[:, None, None]
@@ -154,7 +153,7 @@ class Gaussians:
         """`pooled` are the sums of the classes, where somebody has them."""
         self.classes, self.shrinkage = list(classes), shrinkage
         self.pooled = pooled or PooledStatistics.of(self.classes)
-        self._factors = _Factors(self.classes, self.pooled, shrinkage)
+        self._factors: dict[Part | None, _Factors] = {}
 
     def insert(self, position: int, statistics: PromptStatistics) -> "Gaussians":
         """Returns the classes with one more, at the price of that one."""
@@ -172,6 +171,11 @@ class Gaussians:
         return MeanIndex.of(self.classes, self.pooled, shrinkage=self.shrinkage)
 
     @cached_property
+    def text_index(self) -> MeanIndex:
+        """The same of the text alone."""
+        return self.index.leading(text_width(len(self.pooled.mean_F)))
+
+    @cached_property
     def never_with_image_C(self) -> Tensor:
         """Whether no prompt of each class had an image (C,), bool; False where it is not known."""
         return torch.tensor([c.with_image == 0 for c in self.classes])
@@ -183,7 +187,7 @@ class Gaussians:
 
     def release(self) -> None:
         """Lets go of the factors."""
-        self._factors = _Factors(self.classes, self.pooled, self.shrinkage)
+        self._factors = {}
 
     def scores(self, x_BF: Tensor, classes_BL: Tensor, *, part: Part | None = None) -> Tensor:
         """Returns the scores of each prompt's classes (B, L), float64; of a part of the features, where it is given."""
@@ -198,11 +202,12 @@ class Gaussians:
 
     def _scores(self, x_BF: Tensor, classes_BL: Tensor, beside: int | None, part: Part | None = None) -> Tensor:
         scores_BL = torch.empty(classes_BL.shape, dtype=torch.float64)
-        factors, groups, taken = self._factors, list(grouped(classes_BL)), slice(*(part or (None,)))
-        x_BF, scale_F = x_BF[:, taken], factors.scale_F[taken]
+        factors = self._factors.setdefault(part, _Factors(self.classes, self.pooled, self.shrinkage, part))
+        groups, taken, scale_F = list(grouped(classes_BL)), factors.taken, factors.scale_F
+        x_BF = x_BF[:, taken]
         for start in range(0, len(groups), factors.at_once):
             batch = groups[start : start + factors.at_once]
-            found = factors.of([number for number, _ in batch], beside, part)
+            found = factors.of([number for number, _ in batch], beside)
             if classes_BL.shape[0] == 1 and len(batch) <= factors.stacked_at_once:  # a prompt that decodes waits for it
                 places = torch.cat([places for _, (_, places) in batch])
                 means_LF = torch.stack([self.classes[number].mean_F[taken] for number, _ in batch])

@@ -38,16 +38,19 @@ class MeanIndex:
         white_CF = _whitened(means_CF, centre_F, scale_F, factor_FF)
         return cls(centre_F, scale_F, factor_FF, white_CF, white_CF.square().sum(-1))
 
-    def distances(self, x_BF: Tensor, leading: int | None = None) -> Tensor:
-        """Returns each prompt's distance from every class (B, C), float32; of the `leading` features alone, where given."""
-        white_BF = _whitened(x_BF, self.centre_F, self.scale_F, self.factor_FF)[:, :leading]
-        means_CF, squares_C = self.means_CF, self.squares_C
-        if leading is not None:
-            # The factor is lower triangular: whitened, the first features depend on themselves alone.
-            means_CF = means_CF[:, :leading]
-            squares_C = means_CF.square().sum(-1)
+    def distances(self, x_BF: Tensor) -> Tensor:
+        """Returns each prompt's distance from every class (B, C), float32."""
+        white_BF = _whitened(x_BF, self.centre_F, self.scale_F, self.factor_FF)
         squares_B1 = white_BF.square().sum(-1, keepdim=True)
-        return torch.addmm(squares_B1 + squares_C, white_BF, means_CF.T, alpha=-2)
+        return torch.addmm(squares_B1 + self.squares_C, white_BF, self.means_CF.T, alpha=-2)
+
+    def leading(self, count: int) -> "MeanIndex":
+        """Returns the index of the first features alone: the factor is lower triangular, so they depend on no other."""
+        means_CP = self.means_CF[:, :count].contiguous()
+        squares_C = means_CP.square().sum(-1)
+        return MeanIndex(
+            self.centre_F[:count], self.scale_F[:count], self.factor_FF[:count, :count], means_CP, squares_C
+        )
 
 
 def _whitened(x_NF: Tensor, centre_F: Tensor, scale_F: Tensor, factor_FF: Tensor) -> Tensor:

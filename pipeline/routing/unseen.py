@@ -44,7 +44,7 @@ class UnseenImages:
 
     def distances(self, x_BF: Tensor, distance_BC: Tensor) -> Tensor:
         """Returns the distances (B, C) to select by: an unseen expert's is that of the text and of the nearest base image."""
-        text_BC = self._gaussians.index.distances(x_BF, self._text)
+        text_BC = self._gaussians.text_index.distances(x_BF[:, : self._text])
         image_B1 = (distance_BC - text_BC)[:, self._experts :].amin(-1, keepdim=True)
         by_text_BE = (text_BC + image_B1)[:, : self._experts]
         own_BE, null_BK = distance_BC.tensor_split([self._experts], dim=-1)
@@ -60,7 +60,11 @@ class UnseenImages:
         text, image = (0, self._text), (self._text, self._width)
         text_NL = self._gaussians.scores(x_NF, listed_BL[rows_N], part=text)
         base_N1 = self._gaussians.scores(x_NF, null_NK, part=text).logsumexp(-1, keepdim=True)
-        image_N1 = self._gaussians.scores(x_NF, null_NK, part=image).logsumexp(-1, keepdim=True) - math.log(components)
-        by_text_NL = (text_NL + image_N1).where(text_NL > base_N1, -torch.inf)
+        likelier_NL, by_text_NL = text_NL > base_N1, torch.full_like(text_NL, -torch.inf)
+        for_N = (likelier_NL & unseen_BL[rows_N]).any(-1)
+        if for_N.any():  # the images of few prompts are looked at: most that an expert has not seen are the base's
+            image_N1 = self._gaussians.scores(x_NF[for_N], null_NK[for_N], part=image).logsumexp(-1, keepdim=True)
+            by_text_NL[for_N] = text_NL[for_N] + image_N1 - math.log(components)
+        by_text_NL = by_text_NL.where(likelier_NL, -torch.inf)
         score_BL[rows_N] = by_text_NL.where(unseen_BL[rows_N], score_BL[rows_N])
         return score_BL
