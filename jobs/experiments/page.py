@@ -4,6 +4,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from markupsafe import Markup, escape
+
 from jobs.experiments.catalogue import CATALOGUE, Entry
 from jobs.experiments.experiment import Experiment, Figures, Table, Target
 from pipeline.config import without_secrets
@@ -23,18 +25,16 @@ def write_page(name: str, experiment: Experiment, figures: Figures, folder: Path
     for chart in experiment.charts(figures):
         image = save_figure(chart.draw(), plots / f"{chart.stem}.png")
         drawn.append({"title": chart.title, "caption": chart.caption, "image": image})
-    page = (
-        environment(Path(__file__).parent)
-        .get_template("experiment.html.j2")
-        .render(
-            name=name,
-            entry=entry,
-            tables=experiment.tables(figures),
-            targets=_targets(experiment, figures),
-            plots=drawn,
-            notes=experiment.notes,
-            how=figures[HOW] | {"command": without_secrets(figures[HOW]["command"])},
-        )
+    templates = environment(Path(__file__).parent)
+    templates.filters["marked"] = _with_code
+    page = templates.get_template("experiment.html.j2").render(
+        name=name,
+        entry=entry,
+        tables=experiment.tables(figures),
+        targets=_targets(experiment, figures),
+        plots=drawn,
+        notes=experiment.notes,
+        how=figures[HOW] | {"command": without_secrets(figures[HOW]["command"])},
     )
     file = folder / "report.html"
     with atomic_file(file) as staging:
@@ -88,6 +88,12 @@ def _targets(experiment: Experiment, figures: Figures) -> list[list[str]]:
 
 def _bound(target: Target, bound: float) -> str:
     return f"{bound:.4g}" + (f" ({target.bound})" if isinstance(target.bound, str) else "")
+
+
+def _with_code(text: str) -> Markup:
+    """Returns a sentence for HTML, what stands between backticks as code."""
+    parts = [escape(part) for part in text.split("`")]
+    return Markup("").join(Markup("<code>{}</code>").format(part) if i % 2 else part for i, part in enumerate(parts))
 
 
 def _marked(table: Table) -> list[list[str]]:

@@ -1,5 +1,6 @@
 """A growing number of tasks: a hundred that are easily confused, and the pool as it was after 5, 10, 20, 50 and 100 of them."""
 
+import math
 from statistics import median
 from typing import Any
 
@@ -122,7 +123,9 @@ def charts(figures: Figures) -> list[Chart]:
             "routed right": pairs(of_sizes, "routing"),
             "base abilities kept": pairs(of_sizes, "base_kept"),
         }
-        return lines(sizes, series, "tasks in the pool")
+        least = min(mean for values in series.values() for mean, _ in values if mean is not None)
+        # Shares near one are told apart from a tenth, or two, below them.
+        return lines(sizes, series, "tasks in the pool", lowest=max(0.0, math.floor(10 * least - 0.5) / 10))
 
     caption = (
         "Shares of what oracle routing reaches, of prompts, and of what the base reaches; bands: deviations over seeds."
