@@ -56,7 +56,7 @@ def pointsman(*words: str) -> Result:
 def read(uri: str, *words: str) -> Any:
     outcome = pointsman(*words, "--json", "--registry", uri)
     assert outcome.exit_code == 0, outcome.output
-    return json.loads(outcome.output)
+    return json.loads(outcome.stdout)
 
 
 def test_the_list_has_pools_experts_and_bases(uri: str) -> None:

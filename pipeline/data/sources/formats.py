@@ -26,7 +26,7 @@ from pipeline.data.rows.json_stream import WHOLE_FILE, JsonStream, breaks_off, p
 Row = dict[str, Any] | UnreadableRow
 
 LONGEST_LINE = 1 << 28
-"""Characters of the longest line or cell that is read."""
+"""Characters of the longest line of JSON, or record of a table, that is read."""
 
 _ENDINGS = {".parquet": "parquet", ".jsonl": "jsonl", ".ndjson": "jsonl", ".json": "json", ".tsv": "tsv", ".csv": "csv"}
 _COMPRESSED = {".gz", ".bz2", ".zst", ".lz4"}
@@ -113,6 +113,10 @@ def _json(filesystem: fs.FileSystem, path: str, columns: Collection[str]) -> Ite
             yield number, element if isinstance(element, (dict, UnreadableRow)) else _no_object(element)
 
 
+class _TooLongError(csv.Error):
+    """A record that is longer than any that is read."""
+
+
 class _Lines:
     """Lines of a text; the lines of a broken record can be read again."""
 
@@ -122,6 +126,7 @@ class _Lines:
         """Lines of the record that is being read."""
         self.number = 0
         """Number of the last line that was read."""
+        self._characters = 0
 
     def __iter__(self) -> "_Lines":
         return self
@@ -130,6 +135,9 @@ class _Lines:
         line = self._again.popleft() if self._again else next(self._text)
         self.record.append(line)
         self.number += 1
+        self._characters = len(line) + (self._characters if len(self.record) > 1 else 0)
+        if self._characters > LONGEST_LINE:
+            raise _TooLongError(f"a record of more than {LONGEST_LINE:,} characters")
         return line
 
     def put_back(self) -> None:
@@ -145,7 +153,8 @@ def _table(delimiter: str) -> Callable[..., Iterator[tuple[int, Row]]]:
     """
 
     def read(filesystem: fs.FileSystem, path: str, columns: Collection[str]) -> Iterator[tuple[int, Row]]:
-        csv.field_size_limit(LONGEST_LINE)
+        # The limit is the process's: others (importlib.metadata reads tables, too) must not find it lowered.
+        csv.field_size_limit(max(csv.field_size_limit(), LONGEST_LINE))
         with _open(filesystem, path, "") as text:
             lines = _Lines(text)
             records = csv.reader(lines, delimiter=delimiter, strict=True)
@@ -204,6 +213,8 @@ def _cells(records: Iterator[list[str]], lines: _Lines, delimiter: str) -> tuple
     """Returns the cells of the next record (none at the end) and the error in it."""
     try:
         return next(records, []), ""
+    except _TooLongError as error:
+        return [], str(error)
     except csv.Error as error:
         if len(lines.record) == 1:  # quotes inside a cell that are not doubled
             with suppress(csv.Error):
