@@ -75,7 +75,8 @@ class Search:
                 raise ConfigError(
                     "--trials: --search grid tries every combination once; leave it out, or take --search random"
                 )
-            points = tuple(space.grid(config))
+            # ASHA compares a trial with those before it: of values that become better and better it would stop none.
+            points = tuple(space.grid(config, shuffled=scheduler == "asha"))
             return cls("grid", scheduler, len(points), points)  # type: ignore[arg-type]  # checked above
         if trials is None or trials < 1:
             raise ConfigError(f"--search {algorithm} draws points: say how many with --trials N, 1 or more")

@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import product
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import yaml
@@ -147,10 +148,11 @@ class Space:
                 point[dimension.name] = drawn[dimension.name]
         return point
 
-    def grid(self, config: LearnConfig) -> list[Point]:
+    def grid(self, config: LearnConfig, *, shuffled: bool = False) -> list[Point]:
         """Returns every different combination of the lists; trainings of their own come first, so that none waits.
 
-        Raises ConfigError where there are too many, where a field has a range, or where two settings do not fit together.
+        They are in the order of the lists, or shuffled by the configuration's seed. Raises ConfigError where there are too
+        many, where a field has a range, or where two settings do not fit together.
         """
         count = 1
         for d in self.dimensions:
@@ -168,6 +170,8 @@ class Space:
             point = self.point(config, dict(zip(self.names, values, strict=True)))
             with_values(config, point, "the space")
             points.setdefault(repr(point), point)
+        if shuffled:
+            points = dict(Random(config.seed).sample(list(points.items()), len(points)))
         first: dict[str, str] = {}
         for key, point in points.items():
             first.setdefault(repr(training_of(point)), key)

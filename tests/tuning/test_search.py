@@ -62,6 +62,17 @@ def test_trainings_are_stopped_at_validations():
         search(settings, space(settings, "expert.validate_every=10,20"), scheduler="asha", validation=0.1)
 
 
+def test_stopping_early_does_not_begin_with_the_poorest_values():
+    settings = config("expert.validate_every=25")
+    swept = space(settings, "expert.learning_rate=1e-5,1e-4,1e-3,1e-2,1e-1")
+    plain = search(settings, swept, validation=0.1).points
+    stopping = search(settings, swept, validation=0.1, scheduler="asha").points
+    assert plain is not None
+    assert stopping is not None
+    assert sorted(map(repr, stopping)) == sorted(map(repr, plain))
+    assert stopping != plain
+
+
 def test_a_missing_optuna_is_said(monkeypatch):
     monkeypatch.setattr("tuning.search.find_spec", lambda name: None)
     settings = config()

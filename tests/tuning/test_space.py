@@ -124,6 +124,17 @@ def test_different_trainings_come_first_so_that_none_waits_for_another():
     assert (training_of(points[0]), routing_of(points[0])) == ({"expert.rank": 4}, {"router.shrinkage": 0.02})
 
 
+def test_a_shuffled_grid_has_the_same_points_and_different_trainings_first():
+    settings = config()
+    swept = space(settings, "expert.rank=4,8,16", "expert.steps=25,50,100", "router.shrinkage=0.02,0.05")
+    plain, shuffled = swept.grid(settings), swept.grid(settings, shuffled=True)
+    assert shuffled == swept.grid(settings, shuffled=True), "a sweep that goes on finds the same order"
+    assert sorted(map(repr, shuffled)) == sorted(map(repr, plain))
+    first = [repr(training_of(point)) for point in shuffled[:9]]
+    assert len(set(first)) == 9
+    assert first != [repr(training_of(point)) for point in plain[:9]]
+
+
 def test_a_grid_has_bounds():
     settings = config()
     many = ",".join(map(str, range(1, 34)))
