@@ -5,8 +5,8 @@ base prompts, which belong to the null expert, are several (`gaussian`, `null`).
 components, known from few prompts, are scored as classes like the others, then the likeliest as ones that resemble the
 prompt's likeliest expert; the better of the two scores counts. A distance by the shared covariance picks the candidates. The
 router is the same in whatever order the tasks came, equals the one trained on all tasks' prompts together, and forgets an
-expert exactly when its term is left out. Without a null expert, a prompt beyond the threshold of each of its likeliest experts
-goes to the base.
+expert exactly when its term is left out. Where base prompts say nothing, since there are none, or the prompt has an image and
+none of them has, a prompt beyond the threshold of each of its likeliest experts goes to the base.
 
 A candidate's score costs a factorisation, F x F, that no sum can keep: own and shared covariance are blended, and the latter
 changes with every expert that comes. So among many experts the same is done in a few projected features first (`coarse`),
@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from pipeline.routing import coarse
+from pipeline.routing.features import has_image
 from pipeline.routing.gaussian import Gaussians, grouped
 from pipeline.routing.pooled import PooledStatistics
 from pipeline.routing.routes import NULL_EXPERT, BaseOnly, PromptRoute, Route
@@ -131,22 +132,34 @@ class PromptRouter:
             return self.ranked(self.gaussians, features_BF, count)
         experts_BM, log_posterior_BM = self.ranked(self.few, coarse.projected(features_BF), max(count, 2), reject=False)
         open_B = log_posterior_BM[:, 1] > -coarse.CERTAIN
-        if not self.null:
-            open_B[~open_B] = ~self._inside(experts_BM[~open_B, :1], features_BF[~open_B])[:, 0]
+        if (judged_B := self._unknown_to_base(features_BF) & ~open_B).any():
+            open_B[judged_B] = ~self._inside(experts_BM[judged_B, :1], features_BF[judged_B])[:, 0]
         if open_B.any():
             ranked = self.ranked(self.gaussians, features_BF[open_B], experts_BM.shape[-1])
             experts_BM[open_B], log_posterior_BM[open_B] = ranked
         return experts_BM[:, :count], log_posterior_BM[:, :count]
 
-    def ranked(self, gaussians: Gaussians, x_BF: Tensor, count: int, *, reject: bool = True) -> tuple[Tensor, Tensor]:
-        """Ranks candidates in the features of these Gaussians; `reject`, where there is no null expert, by their thresholds."""
-        listed_BL, scores_BM = self._listed(gaussians, x_BF, CANDIDATES)
+    def _unknown_to_base(self, x_BF: Tensor) -> Tensor:
+        """Returns of which prompts base prompts say nothing (B,): of all, or of those with an image where none has one."""
         if not self.null:
-            base_B1 = torch.full((len(x_BF), 1), -torch.inf, dtype=torch.float64)
+            return torch.ones(len(x_BF), dtype=torch.bool)
+        seen = has_image(torch.stack([component.mean_F for component in self.null])).any()
+        return torch.zeros(len(x_BF), dtype=torch.bool) if seen else has_image(x_BF)
+
+    def ranked(self, gaussians: Gaussians, x_BF: Tensor, count: int, *, reject: bool = True) -> tuple[Tensor, Tensor]:
+        """Ranks candidates in these features; `reject`, where base prompts say nothing, by the candidates' thresholds."""
+        listed_BL, scores_BM = self._listed(gaussians, x_BF, CANDIDATES)
+        unknown_B = self._unknown_to_base(x_BF)
+        if not self.null:
+            scores_BM = torch.nn.functional.pad(scores_BM, (0, 1))
+        if unknown_B.any():
+            scores_BM[unknown_B, -1] = -torch.inf
             if reject:
-                scores_BM = scores_BM.masked_fill(~self._inside(listed_BL, x_BF), -torch.inf)
-                base_B1[scores_BM.isinf().all(-1)] = 0
-            scores_BM = torch.cat([scores_BM, base_B1], dim=-1)
+                inside_NL = self._inside(listed_BL[unknown_B], x_BF[unknown_B])
+                outside_NM = torch.nn.functional.pad(~inside_NL, (0, 1))
+                scores_NM = scores_BM[unknown_B].masked_fill(outside_NM, -torch.inf)
+                scores_NM[~inside_NL.any(-1), -1] = 0
+                scores_BM[unknown_B] = scores_NM
         listed_BM = torch.cat([listed_BL, torch.full((len(x_BF), 1), NULL_EXPERT)], dim=-1)
         best_BM, places_BM = scores_BM.log_softmax(-1).topk(min(count, scores_BM.shape[-1]), dim=-1)
         return listed_BM.gather(-1, places_BM), best_BM

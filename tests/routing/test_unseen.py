@@ -106,6 +106,24 @@ def test_without_base_prompts_nothing_is_known_of_images() -> None:
     assert router.choices(drawn(0, None, 40, seed=1)).tolist().count(0) >= 36
 
 
+@pytest.mark.parametrize("width", [F, 300])
+def test_where_no_base_prompt_has_an_image_thresholds_decide_prompts_with_one(width: int) -> None:
+    """Base prompts of text alone say nothing of pictures: the nearest expert must not get all of them."""
+    count = MANY + 4 if width == 300 else 4
+    experts = [known(drawn(number, number, 200, width=width)) for number in range(count)]
+    null = tuple(PromptStatistics.of(drawn(words, None, width=width)) for words in (30, 31))
+    router = PromptRouter(experts, null)
+    assert (router.few is not None) == (width == 300)
+    for number in (0, 3):
+        assert router.choices(drawn(number, number, 40, seed=1, width=width)).tolist().count(number) >= 36
+    for words, picture in ((30, 30), (31, 0), (30, 3), (33, 34)):
+        assert router.choices(drawn(words, picture, 40, seed=1, width=width)).tolist() == [NULL_EXPERT] * 40
+    assert router.choices(drawn(30, None, 40, seed=1, width=width)).tolist() == [NULL_EXPERT] * 40
+    experts_BM, posterior_BM = router.rank_candidates(drawn(33, 34, 4, seed=1, width=width), 3)
+    assert experts_BM[:, 0].tolist() == [NULL_EXPERT] * 4
+    assert posterior_BM[:, 0].exp().tolist() == [1.0] * 4
+
+
 def test_statistics_that_do_not_say_are_taken_as_they_are() -> None:
     silent, x_BF = PromptStatistics.of(drawn(0, None)), drawn(0, 10, 5, seed=1)
     assert silent.with_image is None
