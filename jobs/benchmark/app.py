@@ -14,6 +14,7 @@ python -m jobs.benchmark registry                               commands over hu
 python -m jobs.benchmark fresh-environment                      exports and the registered pool, elsewhere
 python -m jobs.benchmark predict                                answering in bulk against a plain loop
 python -m jobs.benchmark jobs                                   submitting to a running head, twice at once, with kills
+python -m jobs.benchmark sweeps                                 ranks beside one training, ASHA beside a grid, kills
 python -m jobs.benchmark text                                   two tasks on pretrained weights, and what was kept
 """
 
@@ -43,6 +44,7 @@ BENCHMARKS = {
     ),
     "predict": _computing("jobs.benchmark.predict_speed:predict", "Answering in bulk against a plain loop."),
     "jobs": Lazy("jobs.benchmark.submitted_jobs:jobs", "Submitting: what it costs, twice at once, with kills."),
+    "sweeps": Lazy("jobs.benchmark.sweeps:sweeps", "Ranks beside one training, ASHA beside a grid, kills."),
     "text": _computing("jobs.benchmark.pretrained_text:text", "Two tasks on pretrained weights, and what was kept."),
 }
 

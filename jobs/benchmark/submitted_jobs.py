@@ -10,27 +10,24 @@ import os
 import shutil
 import signal
 import subprocess
-import sys
 import time
-from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Annotated, Any
 
-import psutil
 import typer
 import yaml
 from safetensors.torch import load_file
 
 from cluster.client import Job, all_jobs, connected
 from cluster.deepspeed_ops import build_op, extensions_folder
+from jobs.benchmark.tools.commands import kill_training_workers, seconds_of, start, until
 from jobs.benchmark.tools.nodes_apart import APART, check_namespaces, nodes_apart
 from jobs.benchmark.tools.ray_head import ray_head
 from jobs.benchmark.tools.s3_server import KEY, SECRET, new_bucket, s3_server
 from jobs.endings import user_errors
 from jobs.options import DEMO
 from jobs.terminal import Terminal, table
-from pipeline.errors import UserError
 from pipeline.files import user_cache, write_json
 from pipeline.learning.run_status import LOCK, status_of
 from pipeline.provenance import now, provenance
@@ -45,16 +42,6 @@ TWO_WORKERS = ("expert.steps=40", "training.workers=2")
 
 APART_FROM_HEAD = (f"training.label_selector.{APART}=there", "training.placement_strategy=STRICT_SPREAD")
 """Each of the workers on a node of its own, where the driver is not."""
-
-PATIENCE = 600.0
-"""Seconds after which something that must happen has not."""
-
-WORKER = "RayTrainWorker"
-"""What Ray calls the processes that train."""
-
-
-class NotSeenError(UserError):
-    """Something that the benchmark waits for has not happened."""
 
 
 def jobs(
@@ -114,25 +101,16 @@ class Bench:
 
     def start(self, name: str, *changes: str, there: bool) -> "subprocess.Popen[str]":
         """Starts the command."""
-        words = ["learn", "stream.yaml", f"name={name}", f"output={self.folder / 'outputs' / name}"]
-        where = ["--address", self.address] if there else []
-        return subprocess.Popen(
-            [sys.executable, "-m", "jobs", *words, *changes, *where],
-            cwd=self.folder,
-            env=os.environ | {"PYTHONPATH": str(DEMO.parents[2])},
-            stdout=(self.folder / f"{name}-{time.monotonic_ns()}.log").open("w"),
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
+        return start(self.folder, name, *self._words(name, *changes, there=there))
 
     def timed(self, name: str, *changes: str, there: bool = False) -> float:
         """Returns the seconds that the command takes."""
         with self.terminal.working(f"{name}: two tasks"):
-            began = time.monotonic()
-            code = self.start(name, *changes, there=there).wait()
-        if code:
-            raise NotSeenError(f"{name} ended with {code}; see {self.folder}/{name}-*.log")
-        return time.monotonic() - began
+            return seconds_of(self.folder, name, *self._words(name, *changes, there=there))
+
+    def _words(self, name: str, *changes: str, there: bool) -> list[str]:
+        where = ["--address", self.address] if there else []
+        return ["learn", "stream.yaml", f"name={name}", f"output={self.folder / 'outputs' / name}", *changes, *where]
 
     def twice(self) -> dict[str, Any]:
         """Submits the same stream twice at once."""
@@ -155,14 +133,12 @@ class Bench:
             code_of_killed = again.wait()
             last = self.start("killed", there=True)
             self._until_training("killed", since=time.time())
-            workers = [p for p in psutil.process_iter(["cmdline"]) if WORKER in " ".join(p.info["cmdline"] or [])]
-            for worker in workers:
-                worker.kill()
+            workers = kill_training_workers()
             code = last.wait()
         return {
             "attached_after_terminal": attached,
             "exit_code_of_killed_driver": code_of_killed,
-            "workers_killed": len(workers),
+            "workers_killed": workers,
             "jobs_of_killed": len(self._jobs("killed")),
             "exit_code_at_last": code,
         }
@@ -183,7 +159,7 @@ class Bench:
             file = self._run(name) / "state" / "status.json"
             return status is not None and " stage " in status.progress and file.stat().st_mtime > since
 
-        _until(trains, f"{name} trains")
+        until(trains, f"{name} trains")
 
     def apart(self, server: str, options: str) -> dict[str, Any]:
         """Learns here, then on three nodes that share no folder, with results on a server that speaks S3."""
@@ -219,11 +195,3 @@ class Bench:
             for key, tensor in load_file(file).items()
             if tensor.numel()
         )
-
-
-def _until(happened: Callable[[], bool], what: str) -> None:
-    deadline = time.monotonic() + PATIENCE
-    while not happened():
-        if time.monotonic() > deadline:
-            raise NotSeenError(f"not seen within {PATIENCE:.0f} s: {what}")
-        time.sleep(0.5)
