@@ -1,6 +1,6 @@
 """Learns a stream of tasks, one after the other, without forgetting; the job that the project is for.
 
-python -m jobs.learn jobs/configs/demo.yaml expert.rank=16
+python -m jobs.learn jobs/configs/demo.yaml expert.rank=32
 """
 
 from typing import TYPE_CHECKING, Any

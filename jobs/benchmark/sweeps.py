@@ -38,7 +38,7 @@ TARGETS = {"total_to_training": 3.2, "asha_to_grid": 0.5, "score_lost": 0.01, "t
 TASK = "later"
 """The demo's last task, which is swept; the pool around it holds the five others."""
 
-RANKS = ("--set", "expert.rank=4,12,16", "--set", "router.temperature=0.2,0.5,1,2,5", "router.kind=two_level")
+RANKS = ("--set", "expert.rank=4,8,12", "--set", "router.temperature=0.2,0.5,1,2,5", "router.kind=two_level")
 """Three trainings, since the demo's own rank is another one, of five temperatures each."""
 
 RATES = ("--set", "expert.rank=4,8,16", "--set", "expert.learning_rate=2.5e-4,1e-3,4e-3,1.6e-2", "--validation", "0.1")

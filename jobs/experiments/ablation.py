@@ -38,8 +38,8 @@ LINEARS = {
 }
 """Linears that experts can be of, beside all of them."""
 TRAINED = {
-    "rank 2": ("expert.rank=2",),
-    "rank 8, all Linears, 25 router steps (default)": (),
+    "rank 4": ("expert.rank=4",),
+    "rank 16, all Linears, 25 router steps (as the demo)": (),
     "rank 32": ("expert.rank=32",),
     **{f"{name} alone": (f"expert.target_modules={pattern}",) for name, pattern in LINEARS.items()},
     "5 router steps": ("router.steps=5",),

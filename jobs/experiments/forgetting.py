@@ -13,7 +13,7 @@ from pipeline.learning.baselines import ROUTERS, compare_methods
 from pipeline.learning.learn import LearnResult
 from pipeline.learning.session import StreamSession
 
-PROMPTS = 80
+PROMPTS = 60
 """Prompts per task and ability."""
 FORWARD, BACKWARD = "forgetting-forward", "forgetting-backward"
 FROM_TASK_TO_TASK = ("sequential", "replay", "ewc")

@@ -15,8 +15,8 @@ OURS = ("name", "output", "seed", "stream")
 """Fields that an experiment sets itself."""
 DEMO_TASKS = ("digits", "renamed", "clock", "successor", "textures", "later")
 """The demo's stream."""
-DEMO_STEPS = 80
-"""Optimizer steps of each of its tasks: the same in all experiments, so that experts are found. The demo takes 250."""
+DEMO_STEPS = 280
+"""Optimizer steps of each of its tasks: the same in all experiments, so that experts are found. The demo takes 600."""
 
 
 @dataclass(frozen=True)

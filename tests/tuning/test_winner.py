@@ -11,7 +11,7 @@ from tests.tuning.test_space import DEMO, config
 from tuning.results import Trial
 from tuning.winner import check_file, write_configuration
 
-POINT = {"expert.rank": 16, "expert.learning_rate": 1e-3, "router.shrinkage": 0.2}
+POINT = {"expert.rank": 12, "expert.learning_rate": 1e-3, "router.shrinkage": 0.2}
 
 
 def test_it_extends_the_sweeps_own_by_what_differs(tmp_path: Path) -> None:
@@ -22,11 +22,11 @@ def test_it_extends_the_sweeps_own_by_what_differs(tmp_path: Path) -> None:
     assert (file.parent / values.pop("extends")).resolve() == DEMO
     assert values == {
         "name": "mine",
-        "expert": {"rank": 16, "steps": 50, "learning_rate": 1e-3},
+        "expert": {"rank": 12, "steps": 50, "learning_rate": 1e-3},
         "router": {"shrinkage": 0.2},
     }
     loaded = load_config(file, [], LearnConfig)
-    assert (loaded.expert.rank, loaded.expert.steps, loaded.stream) == (16, 50, settings.stream)
+    assert (loaded.expert.rank, loaded.expert.steps, loaded.stream) == (12, 50, settings.stream)
 
 
 def test_rows_that_were_held_out_are_held_out_again(tmp_path: Path) -> None:

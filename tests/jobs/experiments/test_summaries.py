@@ -166,7 +166,7 @@ def test_ablation_by_setting(tmp_path: Path) -> None:
     prompts = {ablation.FEATURES: [{"covariance: shared by all": {"own": 0.9, "base": 0.8}, "seconds": 1.0}]}
     figures = ablation.summarise({**trained, **routed, **prompts})
     assert figures["prompts"] == {"covariance: shared by all": {"own_mean": 0.9, "base_mean": 0.8}}
-    assert figures["trained"]["rank 2"]["prompt_new_mean"] == 0.5
+    assert figures["trained"]["rank 4"]["prompt_new_mean"] == 0.5
     assert "covariance: shared by all" in page_of("ablation", ablation.EXPERIMENT, figures, tmp_path)
 
 
