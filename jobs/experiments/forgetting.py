@@ -19,7 +19,7 @@ FORWARD, BACKWARD = "forgetting-forward", "forgetting-backward"
 FROM_TASK_TO_TASK = ("sequential", "replay", "ewc")
 """Methods for which the order of the tasks matters; all others are the same in both."""
 BACK = ("sequential",)
-"""Those that learn in the second order too."""
+"""Those of them that learn in the opposite order too."""
 METRICS = ("new", "base_kept", "backward_transfer", "forgetting")
 
 
@@ -143,8 +143,8 @@ EXPERIMENT = Experiment(
     ),
     notes=(
         f"Six tasks of the demo, {DEMO_STEPS} steps each for every method (multi-task: {len(DEMO_TASKS)} times as many on "
-        f"all rows), {PROMPTS} held-out prompts per task and ability. Replay and EWC learn them in the demo's order, sequential "
-        "fine-tuning in the opposite one too; a seed's figure is the mean of both. Experts are the same in every order.",
+        f"all rows), {PROMPTS} held-out prompts per task and ability. Replay and EWC learn them in the demo's order, "
+        "sequential fine-tuning in the opposite one too; its figure is the mean of both. Experts are the same in every order.",
         "Replay sees 5 % of each earlier task's rows again. EWC adds a penalty on moving weights that earlier tasks need. "
         "Multi-task training with base prompts sees the base's own questions and answers too, which users of a checkpoint "
         "seldom have.",
