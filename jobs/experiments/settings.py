@@ -41,7 +41,6 @@ class Settings:
             name += f"-{digest(list(self.overrides))[:6]}"
         ours = [f"name={name}", f"output={self.folder.resolve() / RUNS}", f"seed={seed}"]
         ours.append("router.feature_width=null")  # as many features as any base has by default, not the demo's few
-        ours.append("data.vision_cache=features")  # seconds alone: what is learned is the same
         config = load_config(DEMO, [*ours, *own, *self.overrides], LearnConfig)
         return LearnConfig.model_validate(config.model_dump() | {"stream": dict(stream)})
 
