@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 import signal
+import subprocess
 from collections import Counter
 from pathlib import Path
 from typing import Annotated, Any
@@ -104,18 +105,18 @@ class Bench:
         }
 
     def killed(self) -> dict[str, Any]:
-        """Sweeps on a head of two CPUs, kills the driver, goes on, and kills the workers that train."""
+        """Sweeps on a head on this machine, kills the driver, goes on, and kills the workers that train."""
         name = "killed"
         run = self.folder / name / name
-        with ray_head(cpus=2) as head, self.terminal.working("twenty trials: killing driver and workers"):
+        with ray_head() as head, self.terminal.working("twenty trials: killing driver and workers"):
             words = [*self._words(name, *TWENTY, "evaluation.limit=50"), "--address", head.address]
             first = start(self.folder, name, *words)
-            _until_training(run)
+            _until_training(run, first)
             os.kill(int(json.loads((run / LOCK).read_text())["pid"]), signal.SIGKILL)
             code_of_killed = first.wait()
             until(lambda: not training_workers(), "the workers of a killed driver end")
             last = start(self.folder, name, *words)
-            _until_training(run)
+            _until_training(run, last)
             workers = kill_training_workers()
             code = last.wait()
             left = sum(group.state != "REMOVED" for group in list_placement_groups(address=head.address))
@@ -158,10 +159,12 @@ def _summary(run: Path) -> dict[str, Any]:
     return dict(json.loads(file.read_text()))
 
 
-def _until_training(run: Path) -> None:
+def _until_training(run: Path, command: "subprocess.Popen[str]") -> None:
     """Waits until an expert of the run trains."""
 
     def trains() -> bool:
+        if command.poll() is not None:
+            raise NotSeenError(f"the sweep ended before it trained; see {run.parents[1]}/{run.name}-*.log")
         status = status_of(run) if run.exists() else None
         return status is not None and " stage " in status.progress and bool(training_workers())
 
