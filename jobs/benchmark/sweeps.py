@@ -30,7 +30,7 @@ from jobs.endings import user_errors
 from jobs.options import DEMO
 from jobs.terminal import Terminal, table
 from pipeline.files import write_json
-from pipeline.learning.run_status import LOCK, status_of
+from pipeline.learning.run_status import LOCK
 from pipeline.provenance import now, provenance
 
 TARGETS = {"total_to_training": 3.2, "asha_to_grid": 0.5, "score_lost": 0.01, "trials_wrong": 0, "places_left": 0}
@@ -160,12 +160,12 @@ def _summary(run: Path) -> dict[str, Any]:
 
 
 def _until_training(run: Path, command: "subprocess.Popen[str]") -> None:
-    """Waits until an expert of the run trains."""
+    """Waits until workers are there and an expert of the run is begun and not finished."""
 
     def trains() -> bool:
         if command.poll() is not None:
             raise NotSeenError(f"the sweep ended before it trained; see {run.parents[1]}/{run.name}-*.log")
-        status = status_of(run) if run.exists() else None
-        return status is not None and " stage " in status.progress and bool(training_workers())
+        begun = list((run / "training").glob(f"{TASK}-*"))
+        return bool(training_workers()) and any(not (folder / "finished").exists() for folder in begun)
 
     until(trains, f"{run.name} trains")

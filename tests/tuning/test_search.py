@@ -55,7 +55,7 @@ def test_options_that_do_not_fit_are_said(given, message):
 
 
 def test_trainings_are_stopped_at_validations():
-    settings = config("expert.validate_every=300")
+    settings = config("expert.steps=250", "expert.validate_every=300")
     with pytest.raises(ConfigError, match="lower it, e.g. expert.validate_every=25"):
         search(settings, space(settings, "expert.rank=4,8"), scheduler="asha", validation=0.1)
     with pytest.raises(ConfigError, match="expert.validate_every cannot be swept"):
