@@ -199,13 +199,19 @@ def _rival(folder: RemoteFolder, own: str) -> Owner | None:
 
 
 def _settled(folder: RemoteFolder, name: str) -> bytes | None:
-    """Returns a claim's content; one that cannot be read is looked at again, since it may be being written just now."""
-    content = folder.read(name)
+    """Returns a claim's content; one that cannot be read is looked at again: it may just now be written, or deleted."""
     until = time.monotonic() + SETTLED
-    while content is not None and Owner.read(content) is None and time.monotonic() < until:
+    while True:
+        late = time.monotonic() >= until
+        try:
+            content = folder.read(name)
+        except StorageError:
+            if late:
+                raise
+        else:
+            if content is None or late or Owner.read(content) is not None:
+                return content
         time.sleep(SETTLED / 10)
-        content = folder.read(name)
-    return content
 
 
 def _content(owner: Owner, *, beat: str) -> bytes:
