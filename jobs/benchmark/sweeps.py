@@ -16,6 +16,7 @@ import typer
 from mlflow import MlflowClient
 from ray.util.state import list_placement_groups
 
+from cluster.access import use_token
 from cluster.deepspeed_ops import build_op, extensions_folder
 from jobs.benchmark.tools.commands import (
     NotSeenError,
@@ -119,6 +120,7 @@ class Bench:
             _until_training(run, last)
             workers = kill_training_workers()
             code = last.wait()
+            use_token()
             left = sum(group.state != "REMOVED" for group in list_placement_groups(address=head.address))
         if code:
             raise NotSeenError(f"the sweep that was killed ended with {code}; see {self.folder}/{name}-*.log")
