@@ -23,8 +23,9 @@ import typer
 from jobs.benchmark.registry_faults import faults
 from jobs.benchmark.tools.registry_step import STEPS
 from jobs.benchmark.tools.synthetic_experts import BASE, FEATURES, synthetic_expert, synthetic_null
+from jobs.benchmark.tools.targets import targets_table
 from jobs.endings import user_errors
-from jobs.terminal import Terminal, table
+from jobs.terminal import Terminal
 from pipeline.config import ConfigError, RouterConfig
 from pipeline.files import write_json
 from pipeline.models.checkpoints import checkpoint, fingerprint
@@ -87,12 +88,8 @@ def registry(
         with tracked_run(experiment, "benchmark-registry", "benchmark-registry") as run_id:
             results = _version(terminal, run_id, experts) | _wide()
         results |= _commands(uri, pool_name(BASE.label, "benchmark"))
-        rows = [
-            [key, f"{results[key]:,.2f}", f"<= {most:,.0f}", "yes" if results[key] <= most else "NO"]
-            for key, most in TARGETS.items()
-        ]
-        rows.insert(0, ["start_seconds", f"{results['start_seconds']:,.2f}", "", ""])
-        terminal.show(table(f"{experts} experts", ["figure", "measured", "target", "reached"], rows))
+        terminal.show(targets_table(f"{experts} experts", results, TARGETS))
+        terminal.log(f"of each command, {results['start_seconds']:.2f} s are Python and MLflow starting")
         results |= _faults(terminal, folder / "faults", faults_at, killed)
         terminal.log(f"{results['survived']} of {results['faults']} kills survived")
         write_json(folder / "summary.json", provenance("benchmark-registry", started) | {"registry": results})

@@ -14,9 +14,10 @@ from urllib.parse import urlparse
 
 import typer
 
+from jobs.benchmark.tools.targets import targets_table
 from jobs.endings import user_errors
 from jobs.results import print_next_steps
-from jobs.terminal import Terminal, table
+from jobs.terminal import Terminal
 from pipeline.config import ConfigError, LearnConfig
 from pipeline.learning.learn import learn_stream, publish
 from pipeline.learning.opening import open_session
@@ -106,10 +107,6 @@ def _settings(tasks: int, steps: int, output: Path) -> LearnConfig:
 
 
 def _show(session: StreamSession, results: Mapping[str, Any]) -> None:
-    rows = [
-        [key, f"{results[key]:.3f}", f"<= {most:g}", "yes" if results[key] <= most else "NO"]
-        for key, most in TARGETS.items()
-    ]
-    session.progress.show(table(f"{results['tasks']} tasks", ["figure", "measured", "target", "reached"], rows))
+    session.progress.show(targets_table(f"{results['tasks']} tasks", results, TARGETS))
     early, last = (f"{results['seconds'][when]:.1f}" for when in ("early", "last"))
     session.progress.log(f"{early} s per task at first, {last} s at the end")

@@ -25,9 +25,10 @@ from jobs.benchmark.tools.commands import kill_training_workers, seconds_of, sta
 from jobs.benchmark.tools.nodes_apart import APART, check_namespaces, nodes_apart
 from jobs.benchmark.tools.ray_head import ray_head
 from jobs.benchmark.tools.s3_server import KEY, SECRET, new_bucket, s3_server
+from jobs.benchmark.tools.targets import targets_table
 from jobs.endings import user_errors
 from jobs.options import DEMO
-from jobs.terminal import Terminal, table
+from jobs.terminal import Terminal
 from pipeline.files import user_cache, write_json
 from pipeline.learning.run_status import LOCK, status_of
 from pipeline.provenance import now, provenance
@@ -76,11 +77,7 @@ def jobs(
         results["difference"] = max(bench.difference(name) for name in ("submitted", "twice", "killed"))
         results |= bench.apart(*server)
         write_json(folder / "summary.json", provenance("benchmark-jobs", started) | {"jobs": results})
-        rows = [
-            [name, f"{results[name]:.3g}", f"<= {most:g}", "yes" if results[name] <= most else "NO"]
-            for name, most in TARGETS.items()
-        ]
-        terminal.show(table("Submitted jobs", ["", "measured", "target", "met"], rows))
+        terminal.show(targets_table("Submitted jobs", results, TARGETS))
         terminal.log(f"summary    {folder / 'summary.json'}")
 
 

@@ -27,9 +27,10 @@ from jobs.benchmark.tools.commands import (
     until,
 )
 from jobs.benchmark.tools.ray_head import ray_head
+from jobs.benchmark.tools.targets import targets_table
 from jobs.endings import user_errors
 from jobs.options import DEMO
-from jobs.terminal import Terminal, table
+from jobs.terminal import Terminal
 from pipeline.files import write_json
 from pipeline.learning.run_status import LOCK
 from pipeline.provenance import now, provenance
@@ -51,7 +52,7 @@ TWENTY = ("--set", "expert.rank=2,4,6,8", "--set", "router.temperature=0.2,0.5,1
 
 
 def sweeps(
-    steps: Annotated[int, typer.Option(help="Optimizer steps of each training.", min=40)] = 250,
+    steps: Annotated[int, typer.Option(help="Optimizer steps of each training.", min=40)] = 300,
     output: Annotated[Path, typer.Option(help="Folder for the runs.")] = Path("runs"),
 ) -> None:
     """Measure what ranks and temperatures cost beside one training, a grid with and without stopping early, and kills."""
@@ -64,11 +65,7 @@ def sweeps(
         bench = Bench(folder, steps, terminal)
         results: dict[str, Any] = {"steps": steps, **bench.ranks(), **bench.stopped_early(), **bench.killed()}
         write_json(folder / "summary.json", provenance("benchmark-sweeps", started) | {"sweeps": results})
-        rows = [
-            [name, f"{results[name]:.3g}", f"<= {most:g}", "yes" if results[name] <= most else "NO"]
-            for name, most in TARGETS.items()
-        ]
-        terminal.show(table("Sweeps", ["", "measured", "target", "met"], rows))
+        terminal.show(targets_table("Sweeps", results, TARGETS))
         terminal.log(f"summary    {folder / 'summary.json'}")
 
 

@@ -20,7 +20,8 @@ from pipeline.learning.output import open_output
 from pipeline.learning.outside_errors import outside_errors
 from pipeline.learning.progress import LoggedProgress, Progress
 from pipeline.learning.run_status import LOCK, RecordedProgress, StatusFile
-from pipeline.learning.session import PREPARING, StreamSession
+from pipeline.learning.session import StreamSession
+from pipeline.learning.training_workers import PREPARING
 from pipeline.locks import LockedError, file_lock
 from pipeline.memory import map_large_blocks
 from pipeline.registry.migration import check_names

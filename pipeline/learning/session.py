@@ -5,7 +5,6 @@ run's folder or in the registry; the same command run again finds it there and g
 """
 
 import json
-import threading
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import nullcontext
@@ -13,7 +12,6 @@ from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
-from cluster.deepspeed_ops import build_deepspeed_ops
 from cluster.local import ClusterInfo
 from cluster.usage import PeakMemory
 from pipeline.config import LearnConfig, TaskConfig
@@ -32,6 +30,7 @@ from pipeline.learning.output import Output
 from pipeline.learning.progress import Progress
 from pipeline.learning.state import REMADE, Tally, keep_peak
 from pipeline.learning.stream_data import BASE_PROMPTS, StreamData
+from pipeline.learning.training_workers import TrainingWorkers
 from pipeline.models.bases import language_width
 from pipeline.models.checkpoints import checkpoint, fingerprint
 from pipeline.models.target_modules import base_linears
@@ -49,12 +48,9 @@ from pipeline.routing.store import ExpertReference, ExpertStore
 from pipeline.training.given import give
 from pipeline.training.null_expert import null_statistics
 from pipeline.training.session import OnSteps, TrainResult, finished_training
-from pipeline.training.sessions import Sessions
 from pipeline.training.spec import GivenAdapter, TrainSpec
 from pipeline.training.telemetry import RESTART, Step
 from pipeline.training.training_folder import training_folder
-
-PREPARING = "preparing DeepSpeed (once on a machine, up to a minute)"
 
 
 def loss_curves(task: str, metrics: Mapping[str, Any]) -> list[tuple[str, float, int]]:
@@ -92,10 +88,12 @@ class StreamSession:
         self.experiment = self.mlflow_run_id = ""
         self.retry = Retries(config.registry.retry_seconds, progress.log)
         self.metrics = MetricBuffer(self.folder / "state" / "metrics.jsonl", progress.log)
-        self._sessions: Sessions | None = None
-        self._lock = threading.Lock()
-        self.closed = False
+        self._workers = TrainingWorkers(config.training, cluster, self.capacity, progress, storage=output.training)
+
+    @property
+    def closed(self) -> bool:
         """Whether nothing is to be trained or evaluated any more."""
+        return self._workers.closed
 
     def log_metrics(self, points: Iterable[tuple[str, float, int]]) -> None:
         """Logs (metric, value, step) points; where the registry is away they wait in the run's folder."""
@@ -184,30 +182,13 @@ class StreamSession:
             return None
         return give(foreign_adapter(task.adapter, base_linears(self.config.base)), self.output.training)
 
-    @cached_property
-    def worker_env(self) -> dict[str, str]:
-        """Environment variables of training workers; without GPUs, DeepSpeed's operator is compiled first, on every node."""
-        if self.config.training.gpu:
-            return {}
-        if self.cluster.started:  # so it has been prepared
-            return build_deepspeed_ops()
-        with self.progress.working(PREPARING):
-            return build_deepspeed_ops()
-
     def start_workers(self, expected: Sequence[TrainSpec]) -> None:
         """Starts the workers of trainings that will begin soon, if inference fits beside them; returns at once."""
-        if self._sessions is None and expected and self.capacity.side_by_side:
-            self._sessions = self._new_sessions(self.worker_env)
-            self._sessions.start(expected)
-
-    def _new_sessions(self, worker_env: dict[str, str]) -> Sessions:
-        return Sessions(
-            self.capacity.trainings, self.config.training, storage=self.output.training, worker_env=worker_env
-        )
+        self._workers.start(expected)
 
     def train(self, spec: TrainSpec, rows: TrainingRows) -> TrainResult:
         """Trains, or resumes from the last checkpoint; shows progress and logs loss curves."""
-        _ = self.worker_env  # whose making has a line of its own
+        _ = self._workers.env  # whose making has a line of its own
         with self.progress.training(spec.task) as bar:
 
             def on_steps(steps: list[Step]) -> None:
@@ -221,14 +202,9 @@ class StreamSession:
 
     def train_unseen(self, spec: TrainSpec, rows: TrainingRows, on_steps: OnSteps, **watched: Any) -> TrainResult:
         """Trains, or resumes from the last checkpoint, as `Session.train` does; only `on_steps` hears of it."""
-        worker_env = self.worker_env
         if not self.capacity.side_by_side:  # no evaluation goes on in the background then
             self._predictors.close()
-        with self._lock:
-            if self.closed:
-                raise RuntimeError(f"{spec.task}: the run has ended")
-            sessions = self._sessions = self._sessions or self._new_sessions(worker_env)
-        return sessions.train(spec, rows, on_steps, **watched)
+        return self._workers.train(spec, rows, on_steps, **watched)
 
     def log_curves(self, task: str, trained: TrainResult) -> None:
         """Logs a training's losses, whole: a driver may have been killed before it had logged all steps of its workers."""
@@ -236,10 +212,7 @@ class StreamSession:
 
     def end_sessions(self, *, at_once: bool = False) -> None:
         """Stops training workers, in the middle of a step if `at_once`; the next training starts new ones."""
-        with self._lock:
-            sessions, self._sessions = self._sessions, None
-        if sessions is not None:
-            sessions.close(at_once=at_once)
+        self._workers.end(at_once=at_once)
 
     def _end_workers(self) -> None:
         """Stops all workers: those that compute image features do not fit beside them."""
@@ -253,8 +226,7 @@ class StreamSession:
 
     def close(self, *, at_once: bool = False) -> None:
         """Stops training and inference workers, in the middle of a step if `at_once`."""
-        with self._lock:
-            self.closed = True
+        self._workers.close()
         if "_predictors" in self.__dict__:
             self._predictors.close(for_good=True)
         self.end_sessions(at_once=at_once)

@@ -1,6 +1,5 @@
 """Real Ray Train runs under real DeepSpeed, on the untrained tiny base."""
 
-import json
 import signal
 import threading
 import time
@@ -16,7 +15,7 @@ from safetensors.torch import load_file
 
 from cluster.deepspeed_ops import build_deepspeed_ops
 from cluster.local import connect
-from pipeline.config import BaseModelConfig, DataConfig, ExpertConfig, RouterConfig, SourceConfig, TrainingConfig
+from pipeline.config import BaseModelConfig, DataConfig, RouterConfig, SourceConfig, TrainingConfig
 from pipeline.data.loading.preprocess import TaskRows, prepare
 from pipeline.data.loading.training_rows import CachedRows, TrainingRows
 from pipeline.models.bases import load_base
@@ -26,13 +25,10 @@ from pipeline.training import session as sessions
 from pipeline.training.elastic_weights import read_fisher
 from pipeline.training.loss import answer_loss
 from pipeline.training.session import TrainingError, TrainingGivenUp, run_training, training_session
-from pipeline.training.spec import TrainSpec
 from pipeline.training.training_folder import TrainingFolder
+from tests.training.trainings import ONE, ROWS, assert_same_expert, kill, make_spec
 
 pytestmark = pytest.mark.ray
-
-ROWS = 100
-"""Not a multiple of the batch size: a step of each stage lies on the border of an epoch."""
 
 
 @pytest.fixture(scope="module")
@@ -53,24 +49,6 @@ def rows(worker_env, tiny_folder: Path, tmp_path_factory) -> TrainingRows:
         answer=True,
     )
     return prepared.training_rows(["digits"])
-
-
-def make_spec(
-    tiny_folder: Path, digest: str, *, training: TrainingConfig, learning_rate: float = 5e-3, steps: int = 12
-) -> TrainSpec:
-    return TrainSpec(
-        task="digits",
-        digest=digest,
-        data_fingerprint="data",
-        seed=3,
-        base=BaseModelConfig(path=str(tiny_folder)),
-        expert=ExpertConfig(rank=4, steps=steps, batch_size=16, learning_rate=learning_rate),
-        router=RouterConfig(steps=7),
-        training=training,
-    )
-
-
-ONE = TrainingConfig(cpus_per_worker=1, checkpoint_every=4)
 
 
 @pytest.fixture(scope="module")
@@ -259,15 +237,6 @@ def _alive() -> list:
     return [actor for actor in alive if actor.class_name in {"TrainController", "TrainingQueue", "RayTrainWorker"}]
 
 
-def kill(killed: list[int]) -> None:
-    """Kills all training workers; notes which they were."""
-    for process in psutil.Process().children(recursive=True):
-        with suppress(psutil.NoSuchProcess):  # ended, or a zombie, since the list was made
-            if "RayTrainWorker" in " ".join(process.cmdline()[:1]):
-                process.kill()
-                killed.append(process.pid)
-
-
 def test_a_killed_worker_comes_back_and_ends_with_the_same_expert(trained, rows, tiny_folder, worker_env, tmp_path):
     killed, kept, seen = [], [], []
 
@@ -390,12 +359,3 @@ def test_an_expert_that_learned_nothing_is_refused(rows, tiny_folder, worker_env
     spec = make_spec(tiny_folder, "idle", training=ONE, learning_rate=1e-60, steps=2)
     with pytest.raises(TrainingError, match="every LoRA B is zero"):
         run_training(spec, rows, storage=tmp_path, worker_env=worker_env)
-
-
-def assert_same_expert(one: Expert, other: Expert) -> None:
-    for path, adapter in one.adapters.items():
-        assert torch.equal(adapter.a_RD, other.adapters[path].a_RD)
-        assert torch.equal(adapter.b_OR, other.adapters[path].b_OR)
-        assert torch.equal(one.vectors[path], other.vectors[path])
-    assert torch.equal(one.statistics.scatter_FF, other.statistics.scatter_FF)
-    assert json.loads(one.card.model_dump_json())["samples"] == other.card.samples

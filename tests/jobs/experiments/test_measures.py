@@ -150,7 +150,7 @@ def test_transfer_reads_both_modalities(pool_of, tmp_path, monkeypatch) -> None:
     assert result["base_abilities"]["prompt"] == pytest.approx(0.5), "without the operations in the other modality"
 
 
-def test_forgetting_fine_tunes_without_anything_else_in_both_orders(tmp_path, monkeypatch) -> None:
+def test_forgetting_asks_for_what_depends_on_the_order_in_both(tmp_path, monkeypatch) -> None:
     asked = []
 
     def compare(session, learned, *, fine_tuned, routers, over_time):
@@ -164,7 +164,7 @@ def test_forgetting_fine_tunes_without_anything_else_in_both_orders(tmp_path, mo
     learned = learned_of(None, continual={"forgetting": 0.0, "backward_transfer": 0.0})
     forward, backward = forgetting._forward(None, learned), forgetting._backward(None, learned)
     assert {"multitask", "multitask_base", "token", "ewc"} <= set(forward)
-    assert set(backward) == {"base", "oracle", "sequential", "prompt"}
+    assert set(backward) == {"base", "oracle", "sequential", "replay", "ewc", "prompt"}
     assert (forward["ewc"]["forgetting"], forward["prompt"]["forgetting"]) == (0.1, 0.0)
     assert all(over_time for _, _, over_time in asked)
 
